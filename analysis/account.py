@@ -1,0 +1,113 @@
+"""The fold: from op records to the cost of every operation under every accounting.
+
+Attribution only. What an operation costs is said in the rules; how it is shown, in
+:mod:`analysis.report` and :mod:`analysis.tables`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from analysis import elementwise_rules, norm_rules, product_rules  # noqa: F401  (they register their rules)
+from analysis.layouts import Memory, Storage, backward_reaches
+from analysis.op_cost import OpCost, Saved, cost_of
+from lance_ref.tracing import OpRecord
+
+Ranks = tuple[int | None, ...]
+WEIGHTED = ("conv2d", "linear")
+
+
+@dataclass(frozen=True)
+class Billed:
+    """One record with its cost and the bytes billed to it, each storage to the first that keeps it."""
+
+    record: OpRecord
+    name: str
+    tuned: bool
+    cost: OpCost
+    paper_bytes: int
+    pytorch_bytes: int
+    tape_bytes: int
+    subspace_bytes: int
+
+
+def with_stores(records: Sequence[OpRecord], ranks: Mapping[str, Ranks] | None = None) -> list[OpRecord]:
+    """The same records with other activation stores: LANCE on the layers in ``ranks``, exact elsewhere."""
+    changed = []
+    for record in records:
+        if record.op in WEIGHTED:
+            store: dict[str, object] = {"name": "exact"}
+            if ranks and record.path in ranks:
+                store = {"name": "lance", "ranks": ranks[record.path], "order": "auto"}
+            record = replace(record, attributes={**record.attributes, "store": store})
+        changed.append(record)
+    return changed
+
+
+def is_tuned(record: OpRecord, head: str | None) -> bool:
+    """Whether this is a call of a layer that trains, the classifier head left out."""
+    return record.op in WEIGHTED and record.inputs[1].requires_grad and record.path != head
+
+
+def account(records: Sequence[OpRecord], head: str | None) -> list[Billed]:
+    """Cost of every record of one training step; the last record is the loss.
+
+    Raises
+    ------
+    MissingRuleError
+        If an operation has no cost rule.
+    """
+    memory = Memory()
+    tape_seen: set[Storage] = set()
+    pytorch_seen: set[Storage] = set()
+    with_factors: set[str] = set()
+    billed = []
+    for record, name, on_tape in zip(records, row_names(records), backward_reaches(records), strict=True):
+        cost = cost_of(record, memory, on_tape)
+        tuned = is_tuned(record, head)
+        first_call = record.path not in with_factors  # a layer that is called twice has its factors once
+        if cost.subspace_bytes:
+            with_factors.add(record.path)
+        billed.append(
+            Billed(
+                record,
+                name,
+                tuned,
+                cost,
+                paper_bytes=cost.paper_bytes if tuned else 0,
+                pytorch_bytes=_bill(cost.pytorch, pytorch_seen),
+                tape_bytes=_bill(cost.tape, tape_seen),
+                subspace_bytes=cost.subspace_bytes if first_call else 0,
+            )
+        )
+    return billed
+
+
+def _bill(saved: Iterable[Saved], seen: set[Storage]) -> int:
+    """Bytes of the storages that nobody was billed for yet; parameters are billed to nobody."""
+    total = 0
+    for item in saved:
+        if item.storage not in seen and not item.storage.is_parameter:
+            seen.add(item.storage)
+            total += item.storage.nbytes
+    return total
+
+
+def row_names(records: Sequence[OpRecord]) -> list[str]:
+    """A unique name for every record: the layer's path, ``path/op`` where several run there, ``#2`` for repeats.
+
+    The last record is the loss.
+    """
+    ops: dict[str, set[str]] = {}
+    for record in records[:-1]:
+        ops.setdefault(record.path, set()).add(record.op)
+    names: list[str] = []
+    times: Counter[str] = Counter()
+    for record in records[:-1]:
+        path = record.path or "(root)"
+        name = path if record.path and len(ops[record.path]) == 1 else f"{path}/{record.op}"
+        times[name] += 1
+        names.append(name if times[name] == 1 else f"{name}#{times[name]}")
+    return [*names, "loss"] if records else []

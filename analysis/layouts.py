@@ -1,0 +1,172 @@
+"""Which values share memory: the storage and the strides of every value of a trace.
+
+A reshape, a permutation or a slice is a look at the same memory, and memory that is kept must be
+billed once, whole, however many names it has. Whether a reshape is a look or a copy depends on the
+strides; so they are followed through the trace, for NumPy and PyTorch alike (both lay results out
+the same way: new results are packed, and element-wise results keep the order of their input's axes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lance_ref.tracing import OpRecord, Value
+
+Shape = tuple[int, ...]
+
+ELEMENTWISE = frozenset(
+    "add sub mul div neg pow exp sqrt tanh sigmoid log gelu hardswish relu relu6 dropout batch_norm".split()
+)
+"""Operations whose result keeps the order of its input's axes in memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """One block of memory; two storages are never equal, whatever their sizes."""
+
+    nbytes: int
+    is_parameter: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a value lives: its storage, and its shape and strides (in elements) there."""
+
+    storage: Storage
+    shape: Shape
+    strides: Shape
+
+    def reshaped(self, shape: Shape) -> Layout | None:
+        """The same memory under another shape, or None if only a copy can have it."""
+        strides = reshape_strides(self.shape, self.strides, shape)
+        return None if strides is None else Layout(self.storage, shape, strides)
+
+    def permuted(self, dims: Sequence[int]) -> Layout:
+        return Layout(self.storage, tuple(self.shape[d] for d in dims), tuple(self.strides[d] for d in dims))
+
+    def indexed(self, index: Any) -> Layout:
+        """Basic indexing: integers, slices, None and Ellipsis."""
+        one = np.zeros(1, np.int8)  # nothing is read: only shape and strides of the view are of interest
+        view = np.lib.stride_tricks.as_strided(one, self.shape, self.strides, writeable=False)[index]
+        return Layout(self.storage, view.shape, view.strides)
+
+    @property
+    def axis_order(self) -> list[int]:
+        """Axes from the slowest to the fastest in memory."""
+        return sorted(range(len(self.shape)), key=lambda axis: -abs(self.strides[axis]))
+
+
+def packed_strides(shape: Sequence[int], axis_order: Sequence[int] | None = None) -> Shape:
+    """Strides of a result without gaps; C order unless told otherwise.
+
+    >>> packed_strides((2, 3, 4)), packed_strides((2, 3, 4), (2, 0, 1))
+    ((12, 4, 1), (3, 1, 6))
+    """
+    strides, step = [0] * len(shape), 1
+    for axis in reversed(range(len(shape)) if axis_order is None else axis_order):
+        strides[axis] = step
+        step *= max(shape[axis], 1)
+    return tuple(strides)
+
+
+def reshape_strides(shape: Sequence[int], strides: Sequence[int], new_shape: Sequence[int]) -> Shape | None:
+    """Strides with which the same memory shows ``new_shape``, None if there are none.
+
+    Groups of old axes are matched with groups of new axes of the same product; a group can be shown
+    otherwise only if its old axes lie in memory like one long axis.
+
+    >>> reshape_strides((2, 3, 4), (12, 4, 1), (6, 4)), reshape_strides((3, 2), (1, 3), (6,))
+    ((4, 1), None)
+    """
+    if math.prod(shape) != math.prod(new_shape):
+        raise ValueError(f"cannot reshape {tuple(shape)} to {tuple(new_shape)}: the numbers of elements differ")
+    old = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
+    result = [1] * len(new_shape)
+    position = 0
+    i = 0
+    while i < len(old):
+        old_product, j = old[i][0], i + 1
+        first = position
+        while position < len(new_shape) and new_shape[position] == 1:
+            position += 1
+        new_product = new_shape[position]
+        position += 1
+        while old_product != new_product:
+            if old_product < new_product:
+                old_product *= old[j][0]
+                j += 1
+            else:
+                new_product *= new_shape[position]
+                position += 1
+        for k in range(i, j - 1):
+            if old[k][1] != old[k + 1][0] * old[k + 1][1]:
+                return None
+        step = old[j - 1][1]
+        for axis in reversed(range(first, position)):
+            result[axis] = step
+            step *= new_shape[axis]
+        i = j
+    return tuple(result)
+
+
+def is_basic_index(index: Any) -> bool:
+    """Whether an index gives a look at the same memory (slices, integers), not a copy (arrays)."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(
+        part is None or part is Ellipsis or isinstance(part, (slice, int, np.integer)) and not isinstance(part, bool)
+        for part in parts
+    )
+
+
+@dataclass
+class Memory:
+    """The layout of every value seen so far while walking through a trace."""
+
+    layouts: dict[int, Layout] = field(default_factory=dict)
+
+    def of(self, value: Value) -> Layout:
+        """The layout of a value; one that no operation made (an input, a parameter) is packed."""
+        if value.id not in self.layouts:
+            self.layouts[value.id] = self._new(value, value.parameter is not None)
+        return self.layouts[value.id]
+
+    def follow(self, record: OpRecord) -> Layout:
+        """Take in one operation; gives the layout of its result."""
+        inputs = [self.of(value) for value in record.inputs]
+        if record.output.id in self.layouts:  # the operation returned its input
+            return self.layouts[record.output.id]
+        layout: Layout | None = None
+        if record.op == "reshape":
+            layout = inputs[0].reshaped(record.output.shape)
+        elif record.op == "permute":
+            layout = inputs[0].permuted(record.attributes["dims"])
+        elif record.op == "index" and is_basic_index(record.attributes["index"]):
+            layout = inputs[0].indexed(record.attributes["index"])
+        if layout is None:
+            layout = self._new(record.output, False)
+            same = [x for x in inputs if x.shape == layout.shape] if record.op in ELEMENTWISE else []
+            if same:
+                layout = Layout(layout.storage, layout.shape, packed_strides(layout.shape, same[0].axis_order))
+        self.layouts[record.output.id] = layout
+        return layout
+
+    @staticmethod
+    def _new(value: Value, is_parameter: bool) -> Layout:
+        return Layout(Storage(value.nbytes, is_parameter), value.shape, packed_strides(value.shape))
+
+
+def backward_reaches(records: Sequence[OpRecord]) -> list[bool]:
+    """For each record, whether a backward pass from the last record's output comes through it."""
+    wanted = {records[-1].output.id} if records else set()
+    reached = []
+    for record in reversed(records):
+        here = record.output.requires_grad and record.output.id in wanted
+        if here:
+            wanted.update(value.id for value in record.inputs if value.requires_grad)
+        reached.append(here)
+    return reached[::-1]

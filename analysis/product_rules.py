@@ -1,0 +1,198 @@
+"""Cost rules of the operations that multiply matrices: conv2d, linear, matmul.
+
+A layer with weights keeps what its activation store keeps, so there is one rule per store as well:
+``STORES[name]``. A new method is one entry there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from analysis import tucker_costs
+from analysis.layouts import Layout
+from analysis.op_cost import Call, OpCost, Saved, fresh, rule
+
+
+@dataclass(frozen=True)
+class StoreCost:
+    """What a layer's activation store adds: memory, and the cost of the weight gradient.
+
+    ``pytorch`` is None where PyTorch keeps what it always keeps.
+    """
+
+    grad_weight_macs: int
+    paper_grad_weight_macs: int
+    projection_macs: int = 0
+    paper_projection_macs: int = 0
+    kept_bytes: int = 0
+    subspace_bytes: int = 0
+    elementwise: int = 0
+    ranks: tuple[int | None, ...] | None = None
+    tape: Saved | None = None
+    pytorch: Saved | None = None
+
+
+def exact(call: Call, macs: int) -> StoreCost:
+    """Plain backpropagation: the input itself; dW takes as many multiply-adds as the forward pass."""
+    return StoreCost(macs, macs, kept_bytes=call.record.inputs[0].nbytes, tape=call.save_input("activation", 0))
+
+
+def lance(call: Call, macs: int) -> StoreCost:
+    """LANCE: the core alone, by fixed factors.
+
+    ``elementwise`` is the squares summed of activation and core, for the share of energy kept.
+    """
+    shape, weight = call.record.inputs[0].shape, call.record.inputs[1].shape
+    store = call.record.attributes["store"]
+    ranks = tuple(store["ranks"])
+    core = tucker_costs.core_elements(shape, ranks)
+    if call.record.op == "conv2d":
+        sizes = conv_sizes(call)
+        grad_weight = tucker_costs.conv_weight_gradient_macs(sizes, ranks, store.get("order", "auto"))
+        paper_grad_weight = tucker_costs.conv_papers_macs(sizes, ranks)
+    else:
+        grad_weight = paper_grad_weight = tucker_costs.linear_weight_gradient_macs(shape, weight[0], ranks)
+    kept = fresh("core", core * call.itemsize)
+    return StoreCost(
+        grad_weight_macs=grad_weight,
+        paper_grad_weight_macs=paper_grad_weight,
+        projection_macs=tucker_costs.projection_macs(shape, ranks),
+        paper_projection_macs=tucker_costs.paper_projection_macs(shape, ranks),
+        kept_bytes=core * call.itemsize,
+        subspace_bytes=tucker_costs.factor_elements(shape, ranks) * call.itemsize,
+        elementwise=2 * (math.prod(shape) + core),
+        ranks=ranks,
+        tape=kept,
+        pytorch=kept,
+    )
+
+
+STORES: dict[str, Callable[[Call, int], StoreCost]] = {"exact": exact, "lance": lance}
+"""One cost rule per activation store: (call, multiply-adds of the exact weight gradient) -> StoreCost."""
+
+
+def conv_sizes(call: Call) -> tucker_costs.ConvSizes:
+    """The sizes of a conv2d record."""
+    x, weight, out = call.record.inputs[0].shape, call.record.inputs[1].shape, call.record.output.shape
+    B, C_in, H, W = x
+    C_out, _, k_h, k_w = weight
+    return tucker_costs.ConvSizes(B, C_in, H, W, C_out, *out[2:], k_h, k_w, call.record.attributes["groups"])
+
+
+@rule("conv2d")
+def conv2d(call: Call) -> OpCost:
+    """Y = X ⋆ W + b; each of its three products takes B·C_out·H_out·W_out·(C_in/g)·k_h·k_w.
+
+    PyTorch keeps the input of a convolution that backward comes through even where its weight is
+    frozen; and with unequal padding it convolves a padded copy, and keeps that.
+    """
+    (top, bottom), (left, right) = call.record.attributes["padding"]
+    in_pytorch = call.save_input("input", 0)
+    if top != bottom or left != right:
+        B, C_in, H, W = call.record.inputs[0].shape
+        in_pytorch = fresh("padded input", B * C_in * (H + top + bottom) * (W + left + right) * call.itemsize)
+    return _weighted(call, conv_sizes(call).macs, in_pytorch, pytorch_keeps_frozen=True)
+
+
+@rule("linear")
+def linear(call: Call) -> OpCost:
+    """Y = X Wᵀ + b; each of its three products takes (Π leading sizes)·O·I."""
+    x, layout = call.record.inputs[0], call.inputs[0]
+    in_pytorch = call.save_input("input", 0)
+    if layout.reshaped((-(-x.size // x.shape[-1]), x.shape[-1])) is None:
+        in_pytorch = fresh("input, packed", x.nbytes)
+    return _weighted(call, call.n_out * x.shape[-1], in_pytorch, pytorch_keeps_frozen=False)
+
+
+def _weighted(call: Call, macs: int, in_pytorch: Saved, pytorch_keeps_frozen: bool) -> OpCost:
+    """What conv2d and linear share; ``in_pytorch`` is the input as PyTorch would keep it."""
+    bias = len(call.record.inputs) > 2
+    name = call.record.attributes["store"]["name"]
+    if name not in STORES:
+        raise LookupError(
+            f"no cost rule for the activation store {name!r} of layer {call.record.path!r}; there are {sorted(STORES)}"
+        )
+    store = STORES[name](call, macs)
+    cost = OpCost(forward_macs=macs, elementwise=call.n_out * bias)
+    if call.needs(1):
+        cost.grad_weight_macs, cost.paper_grad_weight_macs = store.grad_weight_macs, store.paper_grad_weight_macs
+        cost.projection_macs, cost.paper_projection_macs = store.projection_macs, store.paper_projection_macs
+        cost.paper_bytes, cost.subspace_bytes, cost.ranks = store.kept_bytes, store.subspace_bytes, store.ranks
+        cost.elementwise += store.elementwise
+        cost.tape += [store.tape] if store.tape is not None else []
+        cost.pytorch.append(store.pytorch or in_pytorch)
+    elif call.on_tape and call.needs(0) and pytorch_keeps_frozen:
+        cost.pytorch.append(in_pytorch)
+    if call.needs(0):
+        cost.grad_input_macs = macs
+        cost.tape.append(call.save_input("weight", 1))
+    if call.needs(0) or (call.needs(1) and pytorch_keeps_frozen):
+        cost.pytorch.append(call.save_input("weight", 1))
+    if bias and call.needs(2):
+        cost.elementwise += call.n_out
+    return cost
+
+
+@rule("matmul")
+def matmul(call: Call) -> OpCost:
+    """(..., m, k) @ (..., k, n): result size · k, forward and for each gradient.
+
+    A parameter's gradient is grad_weight, any other grad_input.
+    """
+    a, b = call.record.inputs
+    macs = call.n_out * a.shape[-1]
+    cost = OpCost(forward_macs=macs)
+    in_pytorch = _pytorch_operands(call)
+    for this, other in ((0, 1), (1, 0)):
+        if not call.needs(this):
+            continue
+        if call.record.inputs[this].parameter is not None:
+            cost.grad_weight_macs += macs
+        else:
+            cost.grad_input_macs += macs
+        cost.tape.append(call.save_input("ab"[other], other))
+        cost.pytorch.append(in_pytorch[other])
+    return cost
+
+
+def _pytorch_operands(call: Call) -> tuple[Saved, Saved]:
+    """The two operands as PyTorch's matmul hands them to its kernels.
+
+    A batch of matrices becomes three-dimensional, or, against a single matrix, two-dimensional; where
+    the strides do not allow that, or the other operand has to be repeated, a packed copy is made and kept.
+    """
+    a, b = call.record.inputs
+    a_layout, b_layout = call.inputs
+    saved_a, saved_b = call.save_input("a", 0), call.save_input("b", 1)
+    a_dim, b_dim = len(a.shape), len(b.shape)
+    if a_dim <= 2 and b_dim <= 2:
+        return saved_a, saved_b
+    if min(a_dim, b_dim) <= 2:  # many matrices against one: the many are stacked into a tall one, if that pays
+        many, one, one_needs = (a_layout, b, call.needs(1)) if a_dim > 2 else (_transposed(b_layout), a, call.needs(0))
+        tall = many.reshaped((math.prod(many.shape[:-1]), many.shape[-1]))
+        if one_needs or (len(one.shape) == 1 or a_dim > 2) and tall is not None:
+            if tall is not None:
+                return saved_a, saved_b
+            copy = fresh("stacked", math.prod(many.shape) * call.itemsize)
+            return (copy, saved_b) if a_dim > 2 else (saved_a, copy)
+    batch = call.record.output.shape[: -2 if min(a_dim, b_dim) > 1 else -1]
+    return _batched(call, a_layout, batch, saved_a), _batched(call, b_layout, batch, saved_b)
+
+
+def _batched(call: Call, layout: Layout, batch: tuple[int, ...], saved: Saved) -> Saved:
+    """An operand as (batch, m, k): a look at the same memory, or a copy where it must be repeated or packed."""
+    matrix = layout.shape[-2:] if len(layout.shape) > 1 else layout.shape
+    full = (*batch, *matrix)
+    lead = len(full) - len(layout.shape)
+    strides = [0] * lead + [
+        0 if n == 1 and m != 1 else s for n, m, s in zip(layout.shape, full[lead:], layout.strides, strict=True)
+    ]
+    flat = Layout(layout.storage, full, tuple(strides)).reshaped((math.prod(batch), *matrix))
+    return saved if flat is not None else fresh(f"{saved.what}, packed", math.prod(full) * call.itemsize)
+
+
+def _transposed(layout: Layout) -> Layout:
+    dims = [*range(len(layout.shape) - 2), len(layout.shape) - 1, len(layout.shape) - 2]
+    return layout.permuted(dims)

@@ -1,0 +1,187 @@
+"""LANCE's costs in closed form: elements kept, and multiply-adds of projection and weight gradient.
+
+Pure functions of integers. A rank of None means that the mode is left alone: it keeps its full
+size, has no factor, and costs nothing. The sizes are those of the layer: a convolution's input is
+(B, C_in, H, W), its weight (C_out, C_in/g, k_h, k_w), its output (B, C_out, H_out, W_out).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+Ranks = Sequence[int | None]
+"""One rank per mode, None for a mode that is left alone."""
+
+
+def core_shape(shape: Sequence[int], ranks: Ranks) -> tuple[int, ...]:
+    """The shape of the Tucker core.
+
+    >>> core_shape((8, 6, 5, 4), (3, None, 2, 1))
+    (3, 6, 2, 1)
+    """
+    return tuple(n if r is None else r for n, r in zip(shape, ranks, strict=True))
+
+
+def core_elements(shape: Sequence[int], ranks: Ranks) -> int:
+    """Number of elements of the core: Π r_n."""
+    return math.prod(core_shape(shape, ranks))
+
+
+def factor_elements(shape: Sequence[int], ranks: Ranks) -> int:
+    """Number of elements of all factors: Σ n·r_n over the compressed modes.
+
+    >>> factor_elements((8, 6, 5, 4), (3, None, 2, 1))  # 24 + 10 + 4
+    38
+    """
+    return sum(n * r for n, r in zip(shape, ranks, strict=True) if r is not None)
+
+
+def mode_products_macs(shape: Sequence[int], ranks: Ranks) -> int:
+    """Multiply-adds of a chain of mode products, in its cheapest order.
+
+    Each product takes (current number of elements)·(new size of its mode). All orders are tried.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Sizes before the chain.
+    ranks : sequence of int or None
+        Size of each mode after it; a mode may shrink or grow. None: no product.
+
+    >>> mode_products_macs((2, 3), (None, 5))
+    30
+    >>> mode_products_macs((4, 10), (3, 1))  # 4·10·1 first, then 4·1·3; the other order takes 150
+    52
+    """
+    targets = [(mode, rank) for mode, rank in enumerate(ranks) if rank is not None]
+    if len(shape) != len(ranks):
+        raise ValueError(f"ranks are {tuple(ranks)}, expected one for each mode of shape {tuple(shape)}")
+    cheapest: int | None = None
+    for order in permutations(targets):
+        sizes, macs = list(shape), 0
+        for mode, rank in order:
+            macs += math.prod(sizes) * rank
+            sizes[mode] = rank
+        cheapest = macs if cheapest is None else min(cheapest, macs)
+    assert cheapest is not None  # there is always one order, if only the empty one
+    return cheapest
+
+
+def projection_macs(shape: Sequence[int], ranks: Ranks) -> int:
+    """Multiply-adds of the projection S = A ×₁U_1ᵀ ×₂U_2ᵀ … of one activation."""
+    return mode_products_macs(shape, ranks)
+
+
+def paper_projection_macs(shape: Sequence[int], ranks: Ranks) -> int:
+    """The projection as the LANCE paper bills it: B·C·H·W·Σr, each mode on the whole activation.
+
+    >>> paper_projection_macs((2, 3, 4, 5), (1, 2, None, 3))  # 120 · 6
+    720
+    """
+    return math.prod(shape) * sum(r for r in ranks if r is not None)
+
+
+@dataclass(frozen=True)
+class ConvSizes:
+    """The sizes of one convolution that its costs depend on.
+
+    Stride, padding and dilation enter through ``H_out`` and ``W_out`` alone.
+    """
+
+    B: int
+    C_in: int
+    H: int
+    W: int
+    C_out: int
+    H_out: int
+    W_out: int
+    k_h: int
+    k_w: int
+    groups: int
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        return self.B, self.C_in, self.H, self.W
+
+    @property
+    def macs(self) -> int:
+        """B·C_out·H_out·W_out·(C_in/g)·k_h·k_w: of forward, of grad_input, and of the exact grad_weight."""
+        return self.B * self.C_out * self.H_out * self.W_out * (self.C_in // self.groups) * self.k_h * self.k_w
+
+
+def conv_papers_macs(sizes: ConvSizes, ranks: Ranks) -> int:
+    """Multiply-adds of the weight gradient in the papers' order.
+
+    Z1 = G ×₁U_1ᵀ                        B·C_out·H_out·W_out·r1
+    Z2 = S ×₃U_3 ×₄U_4                   the cheaper of the two orders
+    Z3 = correlate(Z2, Z1)               r1·C_out·H_out·W_out·r2·k_h·k_w
+    dW = Z3 ×₂U_2                        C_out·k_h·k_w·r2·C_in/g
+    """
+    s = sizes
+    r1, c, r3, r4 = core_shape(s.input_shape, ranks)
+    Z1 = 0 if ranks[0] is None else s.B * s.C_out * s.H_out * s.W_out * r1
+    expanded = (None, None, None if ranks[2] is None else s.H, None if ranks[3] is None else s.W)
+    Z2 = mode_products_macs((r1, c, r3, r4), expanded)
+    depth, dW = _channel_depth(s, ranks)
+    Z3 = r1 * s.C_out * s.H_out * s.W_out * depth * s.k_h * s.k_w
+    return Z1 + Z2 + Z3 + dW
+
+
+def conv_separable_macs(sizes: ConvSizes, ranks: Ranks) -> int:
+    """Multiply-adds of the weight gradient in the separable order.
+
+    Z = G ×₁U_1ᵀ ×₃[U_3^(p)]ᵀ ×₄[U_4^(q)]ᵀ   cheapest order; the stacked shifted rows have k_h·r3 (k_w·r4) columns
+    Y = Z contracted with S over (r1, r3, r4)  C_out·k_h·k_w·r2·r1·r3·r4
+    dW = Y ×₂U_2                               C_out·k_h·k_w·r2·C_in/g
+
+    A height or width that is left alone has the identity for its factor, r = n.
+    """
+    s = sizes
+    r1, _, r3, r4 = core_shape(s.input_shape, ranks)
+    Z = mode_products_macs((s.B, s.C_out, s.H_out, s.W_out), (ranks[0], None, s.k_h * r3, s.k_w * r4))
+    depth, dW = _channel_depth(s, ranks)
+    Y = s.C_out * s.k_h * s.k_w * depth * r1 * r3 * r4
+    return Z + Y + dW
+
+
+def _channel_depth(sizes: ConvSizes, ranks: Ranks) -> tuple[int, int]:
+    """(channels each output channel is correlated with, multiply-adds of dW = Y ×₂U_2).
+
+    A core of compressed channels knows no groups: each output channel sees all r2 of them, and
+    takes its own group's rows of U_2 in the end. Without compression it sees its C_in/g.
+    """
+    s, r2 = sizes, ranks[1]
+    width = s.C_in // s.groups
+    if r2 is None:
+        return width, 0
+    return r2, s.C_out * s.k_h * s.k_w * r2 * width
+
+
+def conv_weight_gradient_macs(sizes: ConvSizes, ranks: Ranks, order: str = "auto") -> int:
+    """Multiply-adds of the weight gradient; ``order`` is ``"papers"``, ``"separable"`` or ``"auto"`` (the cheaper)."""
+    if order == "papers":
+        return conv_papers_macs(sizes, ranks)
+    if order == "separable":
+        return conv_separable_macs(sizes, ranks)
+    if order == "auto":
+        return min(conv_papers_macs(sizes, ranks), conv_separable_macs(sizes, ranks))
+    raise ValueError(f"order is {order!r}, expected 'papers', 'separable' or 'auto'")
+
+
+def linear_weight_gradient_macs(input_shape: Sequence[int], C_out: int, ranks: Ranks) -> int:
+    """Multiply-adds of a linear layer's weight gradient from a core.
+
+    The output gradient (outer modes.., O) is projected on the outer modes' factors (batch, or batch
+    and token), in the cheapest order; then contracted with the core; then ×U_I of the feature mode.
+
+    >>> linear_weight_gradient_macs((8, 6), 5, (3, 2))  # 8·5·3 + 3·5·2 + 5·2·6
+    210
+    """
+    *outer, feature = core_shape(input_shape, ranks)
+    Z = mode_products_macs((*input_shape[:-1], C_out), (*ranks[:-1], None))
+    Y = math.prod(outer) * C_out * feature
+    dW = 0 if ranks[-1] is None else C_out * feature * input_shape[-1]
+    return Z + Y + dW

@@ -1,0 +1,98 @@
+"""Counting the multiply-adds that really ran.
+
+Every matrix product of the library goes through :func:`matmul`, and every loop
+kernel reports its own size through :func:`add`. Nothing here predicts anything:
+the predictions live in ``analysis/`` and know nothing of this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from lance_ref._state import state
+
+KINDS = ("forward", "grad_input", "grad_weight", "projection", "calibration")
+"""What a multiply-add can be spent on."""
+
+
+class MacCounter:
+    """Multiply-adds by layer path and kind.
+
+    Attributes
+    ----------
+    macs : dict
+        ``macs[path, kind]`` is the number of multiply-adds that layer ``path``
+        spent on ``kind`` (one of :data:`KINDS`). One multiply-add = 2 FLOPs.
+    """
+
+    def __init__(self) -> None:
+        self.macs: defaultdict[tuple[str, str], int] = defaultdict(int)
+
+    def by_kind(self) -> dict[str, int]:
+        """Multiply-adds summed over layers, one entry for each of :data:`KINDS`."""
+        totals = dict.fromkeys(KINDS, 0)
+        for (_, kind), macs in self.macs.items():
+            totals[kind] += macs
+        return totals
+
+    def by_layer(self, path: str) -> dict[str, int]:
+        """Multiply-adds of one layer, one entry for each of :data:`KINDS`."""
+        return {kind: self.macs.get((path, kind), 0) for kind in KINDS}
+
+
+@contextmanager
+def count_macs() -> Iterator[MacCounter]:
+    """Count the multiply-adds executed inside the ``with`` block.
+
+    >>> import numpy as np
+    >>> with count_macs() as counter:
+    ...     _ = matmul(np.ones((2, 3)), np.ones((3, 5)))
+    >>> counter.by_kind()["forward"]
+    30
+    """
+    previous, state.counter = state.counter, MacCounter()
+    try:
+        yield state.counter
+    finally:
+        state.counter = previous
+
+
+@contextmanager
+def spending_on(kind: str) -> Iterator[None]:
+    """Book the multiply-adds of the ``with`` block under ``kind`` (one of :data:`KINDS`)."""
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, expected one of {KINDS}")
+    previous, state.kind = state.kind, kind
+    try:
+        yield
+    finally:
+        state.kind = previous
+
+
+def add(macs: int) -> None:
+    """Report ``macs`` executed multiply-adds (for loops that are not a matrix product)."""
+    if state.counter is not None:
+        state.counter.macs[state.path, state.kind] += macs
+
+
+def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """``np.matmul`` that counts: (..., m, k) @ (..., k, n) is batch * m * k * n multiply-adds."""
+    result: np.ndarray = np.matmul(a, b, out=out)
+    if state.counter is not None:
+        add(result.size * a.shape[-1])
+    return result
+
+
+def tensordot(a: np.ndarray, b: np.ndarray, axes: Any) -> np.ndarray:
+    """``np.tensordot`` that counts: result.size * (product of the contracted sizes)."""
+    result: np.ndarray = np.tensordot(a, b, axes)
+    if state.counter is not None:
+        contracted = range(a.ndim)[-axes:] if isinstance(axes, int) else np.atleast_1d(axes[0])
+        add(result.size * math.prod(a.shape[axis] for axis in contracted))
+    return result

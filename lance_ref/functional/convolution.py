@@ -1,0 +1,265 @@
+"""The two layers with weights: linear and 2-D convolution.
+
+Both leave it to an activation store to decide what is kept of the input for the weight
+gradient (:mod:`lance_ref.activations`). The input gradient needs the weight alone, so it is
+exact under every store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lance_ref.activations import EXACT, ActivationStore
+from lance_ref.autograd import FLOATS, Function, Node, Shape, Tensor, as_tensor
+from lance_ref.counting import spending_on
+from lance_ref.geometry import ConvGeometry, Geometry, LinearGeometry, Padding, Pair
+
+
+class _Weighted(Function):
+    """What linear and conv2d share: output = geometry(x, weight) + bias."""
+
+    @staticmethod
+    def geometry(x: Shape, weight: Shape, attributes: dict[str, Any]) -> Geometry:
+        raise NotImplementedError
+
+    @classmethod
+    def run(
+        cls, ctx: Node, geometry: Geometry, store: ActivationStore, x: np.ndarray, weight: np.ndarray
+    ) -> np.ndarray:
+        """The output without bias; saves what the gradients of x and weight will need."""
+        out = geometry.forward(x, weight)
+        ctx.geometry, ctx.store, ctx.kept = geometry, store, ()  # type: ignore[attr-defined]
+        if ctx.needs_input_grad[0]:
+            ctx.save_input("weight", 1)
+        if ctx.needs_input_grad[1]:
+            with spending_on("projection"):
+                kept = store.save(x)
+            ctx.kept = tuple(kept)  # type: ignore[attr-defined]
+            for name, array in kept.items():
+                if array is x:
+                    ctx.save_input(name, 0)
+                else:
+                    ctx.save_for_backward(**{name: array})
+        return out
+
+    @classmethod
+    def gradients(cls, ctx: Node, grad_output: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Gradients of x and weight."""
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            with spending_on("grad_input"):
+                grad_x = ctx.geometry.input_gradient(ctx["weight"], grad_output)  # type: ignore[attr-defined]
+        if ctx.needs_input_grad[1]:
+            saved = {name: ctx[name] for name in ctx.kept}  # type: ignore[attr-defined]
+            with spending_on("grad_weight"):
+                grad_weight = ctx.store.weight_gradient(saved, grad_output, ctx.geometry)  # type: ignore[attr-defined]
+        return grad_x, grad_weight
+
+
+class Linear(_Weighted):
+    """Y = X Wᵀ + b."""
+
+    op = "linear"
+
+    @staticmethod
+    def output_shape(x: Tensor, weight: Tensor, *bias: Tensor, store: ActivationStore) -> Shape:  # type: ignore[override]
+        _check_floating("linear", x)
+        if weight.ndim != 2:
+            raise ValueError(f"linear: weight has shape {weight.shape}, expected 2 dimensions (out, in)")
+        if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"linear: x has shape {x.shape}, expected (..., {weight.shape[1]}) for a weight of shape {weight.shape}"
+            )
+        _check_bias("linear", bias, weight.shape[0])
+        store.check(x.shape)
+        return LinearGeometry(x.shape, weight.shape).output_shape
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Node, x: np.ndarray, weight: np.ndarray, *bias: np.ndarray, store: ActivationStore
+    ) -> np.ndarray:
+        out = Linear.run(ctx, LinearGeometry(x.shape, weight.shape), store, x, weight)
+        if bias:
+            out += bias[0]
+        return out
+
+    @staticmethod
+    def backward(ctx: Node, grad_output: np.ndarray) -> tuple[np.ndarray | None, ...]:
+        gradients = Linear.gradients(ctx, grad_output)
+        if len(ctx.needs_input_grad) == 2:
+            return gradients
+        needed = ctx.needs_input_grad[2]
+        return (*gradients, grad_output.reshape(-1, grad_output.shape[-1]).sum(axis=0) if needed else None)
+
+
+class Conv2d(_Weighted):
+    """Y = X ⋆ W + b (cross-correlation)."""
+
+    op = "conv2d"
+
+    @staticmethod
+    def output_shape(x: Tensor, weight: Tensor, *bias: Tensor, **attributes: Any) -> Shape:  # type: ignore[override]
+        _check_bias("conv2d", bias, weight.shape[0])
+        attributes["store"].check(x.shape)
+        return _conv_geometry(x.shape, weight.shape, attributes).output_shape
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Node, x: np.ndarray, weight: np.ndarray, *bias: np.ndarray, **attributes: Any
+    ) -> np.ndarray:
+        geometry = _conv_geometry(x.shape, weight.shape, attributes)
+        out = Conv2d.run(ctx, geometry, attributes["store"], x, weight)
+        if bias:
+            out += bias[0][:, None, None]
+        return out
+
+    @staticmethod
+    def backward(ctx: Node, grad_output: np.ndarray) -> tuple[np.ndarray | None, ...]:
+        gradients = Conv2d.gradients(ctx, grad_output)
+        if len(ctx.needs_input_grad) == 2:
+            return gradients
+        return (*gradients, grad_output.sum(axis=(0, 2, 3)) if ctx.needs_input_grad[2] else None)
+
+
+def linear(
+    x: Any, weight: Tensor, bias: Tensor | None = None, *, store: ActivationStore = EXACT
+) -> Tensor:
+    """``x @ weight.T + bias``.
+
+    Parameters
+    ----------
+    x : Tensor (..., I)
+    weight : Tensor (O, I)
+    bias : Tensor (O,), optional
+    store : ActivationStore
+        What is kept of ``x`` for the weight gradient; all of it by default.
+
+    Returns
+    -------
+    Tensor (..., O)
+
+    Raises
+    ------
+    ValueError, TypeError
+        If shapes or dtypes do not fit.
+    """
+    inputs = [as_tensor(x), as_tensor(weight)] + ([] if bias is None else [as_tensor(bias)])
+    return Linear.apply(*inputs, store=store)
+
+
+def conv2d(
+    x: Any,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[Any] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    store: ActivationStore = EXACT,
+) -> Tensor:
+    """2-D convolution (cross-correlation) of a batch of images.
+
+    Parameters
+    ----------
+    x : Tensor (B, C_in, H, W)
+    weight : Tensor (C_out, C_in/groups, k_h, k_w)
+    bias : Tensor (C_out,), optional
+    stride, dilation : int or pair
+        For (height, width).
+    padding : int, pair, ((top, bottom), (left, right)), "valid" or "same"
+        Zeros around the image. ``"same"`` gives H_out = ceil(H / stride), with the odd zero at the
+        bottom and right; with stride 1 that is PyTorch's "same", and TensorFlow's with any stride.
+    groups : int
+        Divides C_in and C_out; ``groups = C_in`` is the depthwise convolution.
+    store : ActivationStore
+        What is kept of ``x`` for the weight gradient; all of it by default.
+
+    Returns
+    -------
+    Tensor (B, C_out, H_out, W_out)
+        H_out = floor((H + top + bottom − dilation·(k_h − 1) − 1) / stride) + 1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If shapes or dtypes do not fit, ``groups`` does not divide, or the output would be empty.
+    """
+    x, weight = as_tensor(x), as_tensor(weight)
+    _check_floating("conv2d", x)
+    if x.ndim != 4:
+        raise ValueError(f"conv2d: x has shape {x.shape}, expected 4 dimensions (B, C_in, H, W)")
+    if weight.ndim != 4:
+        raise ValueError(f"conv2d: weight has shape {weight.shape}, expected 4 dimensions (C_out, C_in/groups, k_h, k_w)")
+    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    if not isinstance(groups, (int, np.integer)) or groups < 1:
+        raise ValueError(f"conv2d: groups is {groups!r}, expected a positive integer")
+    C_in, C_out = x.shape[1], weight.shape[0]
+    if C_in % groups or C_out % groups:
+        raise ValueError(f"conv2d: groups is {groups}, expected a divisor of C_in = {C_in} and C_out = {C_out}")
+    if weight.shape[1] != C_in // groups:
+        raise ValueError(
+            f"conv2d: weight has shape {weight.shape}, expected (C_out, {C_in // groups}, k_h, k_w) "
+            f"for x of shape {x.shape} and groups = {groups}"
+        )
+    attributes = {
+        "stride": strides,
+        "padding": resolve_padding(padding, (x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]), strides, dilations),
+        "dilation": dilations,
+        "groups": int(groups),
+    }
+    geometry = ConvGeometry(x.shape, weight.shape, **attributes)
+    if min(geometry.output_shape) < 1:
+        raise ValueError(
+            f"conv2d: the output would be empty, {geometry.output_shape}: x has shape {x.shape}, weight {weight.shape}, "
+            f"stride {strides}, padding {attributes['padding']}, dilation {dilations}"
+        )
+    inputs = [x, weight] + ([] if bias is None else [as_tensor(bias)])
+    return Conv2d.apply(*inputs, **attributes, store=store)
+
+
+def pair(name: str, value: int | Sequence[int], smallest: int) -> Pair:
+    """``3`` and ``(3, 3)`` mean the same; checks that both are integers and large enough."""
+    values = (value, value) if isinstance(value, (int, np.integer)) else tuple(value)
+    if len(values) != 2 or any(not isinstance(v, (int, np.integer)) or v < smallest for v in values):
+        raise ValueError(f"{name} is {value!r}, expected an integer of at least {smallest} or a pair of them")
+    return int(values[0]), int(values[1])
+
+
+def resolve_padding(padding: Any, size: Pair, kernel: Pair, stride: Pair, dilation: Pair) -> Padding:
+    """Any accepted form of ``padding`` as ((top, bottom), (left, right))."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return (0, 0), (0, 0)
+        if padding != "same":
+            raise ValueError(f"padding is {padding!r}, expected 'same', 'valid', integers or pairs")
+        totals = [
+            max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+            for n, k, s, d in zip(size, kernel, stride, dilation, strict=True)
+        ]
+        top, left = totals[0] // 2, totals[1] // 2
+        return (top, totals[0] - top), (left, totals[1] - left)
+    if not isinstance(padding, (int, np.integer)) and any(not isinstance(p, (int, np.integer)) for p in padding):
+        sides = tuple(padding)
+        if len(sides) != 2:
+            raise ValueError(f"padding is {padding!r}, expected ((top, bottom), (left, right))")
+        return pair("padding of height", sides[0], 0), pair("padding of width", sides[1], 0)
+    height, width = pair("padding", padding, 0)
+    return (height, height), (width, width)
+
+
+def _conv_geometry(x: Shape, weight: Shape, attributes: dict[str, Any]) -> ConvGeometry:
+    return ConvGeometry(x, weight, *(attributes[name] for name in ("stride", "padding", "dilation", "groups")))
+
+
+def _check_floating(op: str, x: Tensor) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: x has dtype {x.dtype}, expected float32 or float64")
+
+
+def _check_bias(op: str, bias: tuple[Tensor, ...], size: int) -> None:
+    if bias and bias[0].shape != (size,):
+        raise ValueError(f"{op}: bias has shape {bias[0].shape}, expected ({size},)")

@@ -1,0 +1,214 @@
+"""Shapes and plain arithmetic of the two layers that have weights: convolution and linear.
+
+A geometry knows the sizes of one layer call and computes its three products on raw arrays:
+the output, the input gradient, and the *exact* weight gradient. With K = (C_in/g)·k_h·k_w and
+L = H_out·W_out, each of the three takes B·L·C_out·K multiply-adds, whichever way it is run:
+
+* 1×1, stride 1, no padding: one matrix product per image on a view of the input;
+* depthwise (C_in/g = 1): loops, see :mod:`lance_ref.kernels`;
+* everything else: patches are laid out as columns ("im2col") in blocks of bounded size, so that
+  the workspace stays under :data:`WORKSPACE_BYTES` whatever the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from lance_ref import kernels
+from lance_ref.autograd import Shape
+from lance_ref.counting import matmul
+
+WORKSPACE_BYTES = 8 * 2**20
+"""Largest block of columns that a convolution lays out at a time (one output row at the least)."""
+
+Pair = tuple[int, int]
+Padding = tuple[Pair, Pair]
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Sizes of one 2-D convolution (cross-correlation, as everywhere in deep learning).
+
+    Attributes
+    ----------
+    input_shape : tuple of int
+        (B, C_in, H, W)
+    weight_shape : tuple of int
+        (C_out, C_in/groups, k_h, k_w)
+    stride, dilation : pair of int
+        For height and width.
+    padding : pair of pairs of int
+        ((top, bottom), (left, right)), zeros.
+    groups : int
+        Divides C_in and C_out.
+    """
+
+    input_shape: Shape
+    weight_shape: Shape
+    stride: Pair = (1, 1)
+    padding: Padding = ((0, 0), (0, 0))
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    @property
+    def output_size(self) -> Pair:
+        """(H_out, W_out): floor((n + before + after − dilation·(k − 1) − 1) / stride) + 1."""
+        sizes = [
+            (n + sum(pad) - d * (k - 1) - 1) // s + 1
+            for n, pad, d, k, s in zip(
+                self.input_shape[2:], self.padding, self.dilation, self.weight_shape[2:], self.stride, strict=True
+            )
+        ]
+        return sizes[0], sizes[1]
+
+    @property
+    def output_shape(self) -> Shape:
+        """(B, C_out, H_out, W_out)"""
+        return (self.input_shape[0], self.weight_shape[0], *self.output_size)
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each output channel looks at one input channel only."""
+        return self.weight_shape[1] == 1 and self.groups > 1
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether the output is W @ x, pixel by pixel."""
+        plain = (self.stride, self.padding, self.groups) == ((1, 1), ((0, 0), (0, 0)), 1)
+        return self.weight_shape[2:] == (1, 1) and plain
+
+    # ---- the three products ------------------------------------------------------------
+
+    def forward(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """Y[b,o,h,w] = Σ_{c,p,q} W[o,c,p,q] · X[b, c, s·h + d·p − top, s·w + d·q − left]."""
+        B, C_out, H_out, W_out = self.output_shape
+        if self.is_depthwise:
+            return kernels.depthwise_forward(x, weight, self.output_size, self.stride, self.padding, self.dilation)
+        if self.is_pointwise:
+            columns = x.reshape(B, -1, H_out * W_out)  # (B, C_in, L)
+            return matmul(weight.reshape(C_out, -1), columns).reshape(self.output_shape)
+        g = self.groups
+        out = np.empty((B, g, C_out // g, H_out * W_out), x.dtype)
+        grouped_weight = weight.reshape(g, C_out // g, -1)  # (g, C_out/g, K)
+        for images, rows in self._blocks(x.itemsize):
+            columns = self._columns(x[images], rows)  # (b, g, K, l)
+            out[images, :, :, rows.start * W_out : rows.stop * W_out] = matmul(grouped_weight, columns)
+        return out.reshape(self.output_shape)
+
+    def input_gradient(self, weight: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
+        """dX: every patch's gradient, Wᵀ G, added back to where the patch was taken from."""
+        B, C_in, H, W = self.input_shape
+        C_out, (H_out, W_out) = self.weight_shape[0], self.output_size
+        if self.is_depthwise:
+            return kernels.depthwise_input_gradient(
+                weight, grad_output, self.input_shape, self.stride, self.padding, self.dilation
+            )
+        if self.is_pointwise:
+            columns = grad_output.reshape(B, C_out, H_out * W_out)
+            return matmul(weight.reshape(C_out, C_in).T, columns).reshape(self.input_shape)
+        g, (k_h, k_w) = self.groups, self.weight_shape[2:]
+        (top, bottom), (left, right) = self.padding
+        (s_h, s_w), (d_h, d_w) = self.stride, self.dilation
+        transposed_weight = weight.reshape(g, C_out // g, -1).transpose(0, 2, 1)  # (g, K, C_out/g)
+        grouped_grad = grad_output.reshape(B, g, C_out // g, H_out * W_out)
+        grad = np.empty(self.input_shape, grad_output.dtype)
+        padded = np.empty((0,))
+        for images, rows in self._blocks(grad_output.itemsize):
+            b, l_rows = images.stop - images.start, rows.stop - rows.start
+            if rows.start == 0:
+                padded = np.zeros((b, C_in, H + top + bottom, W + left + right), grad.dtype)
+            columns = matmul(transposed_weight, grouped_grad[images, :, :, rows.start * W_out : rows.stop * W_out])
+            patches = columns.reshape(b, C_in, k_h, k_w, l_rows, W_out)
+            for p in range(k_h):
+                h = rows.start * s_h + p * d_h
+                for q in range(k_w):
+                    window = padded[:, :, h : h + s_h * (l_rows - 1) + 1 : s_h, q * d_w :][..., : s_w * (W_out - 1) + 1 : s_w]
+                    window += patches[:, :, p, q]
+            if rows.stop == H_out:
+                grad[images] = padded[:, :, top : top + H, left : left + W]
+        return grad
+
+    def weight_gradient(self, x: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
+        """dW[o,c,p,q] = Σ_{b,h,w} G[b,o,h,w] · X[b, c, s·h + d·p − top, s·w + d·q − left]."""
+        C_out, W_out, g = self.weight_shape[0], self.output_size[1], self.groups
+        if self.is_depthwise:
+            return kernels.depthwise_weight_gradient(
+                x, grad_output, self.weight_shape, self.stride, self.padding, self.dilation
+            )
+        grad = np.zeros((g, C_out // g, math.prod(self.weight_shape[1:])), grad_output.dtype)
+        for images, rows in self._blocks(x.itemsize):
+            columns = self._columns(x[images], rows, batch_last=True)  # (g, K, b·l)
+            block = grad_output[images, :, rows].reshape(-1, g, C_out // g, (rows.stop - rows.start) * W_out)
+            block = block.transpose(1, 2, 0, 3).reshape(g, C_out // g, -1)  # (g, C_out/g, b·l)
+            grad += matmul(block, columns.transpose(0, 2, 1))
+        return grad.reshape(self.weight_shape)
+
+    # ---- columns -------------------------------------------------------------------------
+
+    def _blocks(self, itemsize: int) -> Iterator[tuple[slice, slice]]:
+        """(images, output rows) of blocks whose columns fit the workspace; rows run innermost."""
+        B = self.input_shape[0]
+        H_out, W_out = self.output_size
+        row_bytes = self.groups * math.prod(self.weight_shape[1:]) * W_out * itemsize
+        images = max(1, min(B, WORKSPACE_BYTES // (row_bytes * H_out)))
+        rows = H_out if images > 1 else max(1, min(H_out, WORKSPACE_BYTES // row_bytes))
+        for b in range(0, B, images):
+            for h in range(0, H_out, rows):
+                yield slice(b, min(b + images, B)), slice(h, min(h + rows, H_out))
+
+    def _columns(self, x: np.ndarray, rows: slice, batch_last: bool = False) -> np.ndarray:
+        """The patches under output rows ``rows``: (b, g, K, l), or (g, K, b·l) with ``batch_last``."""
+        b, C_in, H, W = x.shape
+        (k_h, k_w), W_out, g = self.weight_shape[2:], self.output_size[1], self.groups
+        (top, _), (left, right) = self.padding
+        (s_h, s_w), (d_h, d_w) = self.stride, self.dilation
+        n = rows.stop - rows.start
+        first = rows.start * s_h - top  # the first input row that is needed; may lie above the image
+        last = first + (n - 1) * s_h + (k_h - 1) * d_h + 1
+        if first < 0 or last > H or left or right:
+            padded = np.zeros((b, C_in, last - first, W + left + right), x.dtype)
+            inside = slice(max(first, 0), max(min(last, H), max(first, 0)))
+            padded[:, :, inside.start - first : inside.stop - first, left : left + W] = x[:, :, inside]
+        else:
+            padded = x[:, :, first:last]
+        by, bx = padded.strides[2:]
+        patches = np.lib.stride_tricks.as_strided(
+            padded,
+            (b, C_in, k_h, k_w, n, W_out),
+            (*padded.strides[:2], by * d_h, bx * d_w, by * s_h, bx * s_w),
+            writeable=False,
+        )
+        if batch_last:
+            return patches.transpose(1, 2, 3, 0, 4, 5).reshape(g, -1, b * n * W_out)
+        return patches.reshape(b, g, -1, n * W_out)
+
+
+@dataclass(frozen=True)
+class LinearGeometry:
+    """Sizes of one linear layer: input (..., I), weight (O, I), output (..., O)."""
+
+    input_shape: Shape
+    weight_shape: Shape
+
+    @property
+    def output_shape(self) -> Shape:
+        return (*self.input_shape[:-1], self.weight_shape[0])
+
+    def forward(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """Y = X Wᵀ"""
+        return matmul(x.reshape(-1, x.shape[-1]), weight.T).reshape(self.output_shape)
+
+    def input_gradient(self, weight: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
+        """dX = G W"""
+        return matmul(grad_output.reshape(-1, grad_output.shape[-1]), weight).reshape(self.input_shape)
+
+    def weight_gradient(self, x: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
+        """dW = Gᵀ X, summed over all leading axes."""
+        return matmul(grad_output.reshape(-1, grad_output.shape[-1]).T, x.reshape(-1, x.shape[-1]))
+
+
+Geometry = ConvGeometry | LinearGeometry

@@ -1,0 +1,182 @@
+"""Compiled loops for bit masks and max-pooling, in the manner of :mod:`lance_ref.kernels`.
+
+No multiply-adds here: these loops move and compare. Masks are packed as ``numpy.packbits``
+packs them, eight elements to a byte, the first in the highest bit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lance_ref.autograd import Shape
+from lance_ref.kernels import Loops, Pair, numba_enabled
+
+
+def clamp_and_pack(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarray]:
+    """min(max(x, 0), ceiling), and the packed mask of 0 < x < ceiling, in one pass.
+
+    Returns
+    -------
+    (array like x, uint8 array of ceil(x.size / 8) bytes)
+        NaN stays NaN.
+    """
+    if not numba_enabled():
+        return clamp_and_pack_numpy(x, ceiling)
+    source = np.ascontiguousarray(x)
+    out = np.empty(source.shape, source.dtype)
+    mask = np.empty((source.size + 7) // 8, np.uint8)
+    _clamp_and_pack.run(mask.size, source.size, source.reshape(-1), out.reshape(-1), mask, source.dtype.type(ceiling))
+    return out, mask
+
+
+def clamp_and_pack_numpy(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarray]:
+    """NumPy twin of :func:`clamp_and_pack`."""
+    out = np.clip(x, 0, x.dtype.type(ceiling))
+    return out, np.packbits(((x > 0) & (x < ceiling)).reshape(-1))
+
+
+@Loops
+def _clamp_and_pack(start, stop, x, out, mask, ceiling):  # type: ignore[no-untyped-def]
+    for byte in range(start, stop):
+        bits = 0
+        first = byte * 8
+        for i in range(first, min(first + 8, x.size)):
+            value = x[i]
+            bits <<= 1
+            if value <= 0:
+                out[i] = 0
+            elif value >= ceiling:
+                out[i] = ceiling
+            else:
+                out[i] = value
+                bits |= value > 0  # not for NaN
+        mask[byte] = bits << max(0, first + 8 - x.size)
+
+
+def apply_mask(mask: np.ndarray, array: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    """``array * scale`` where the packed ``mask`` has a bit, zero elsewhere."""
+    if not numba_enabled():
+        return apply_mask_numpy(mask, array, scale)
+    source = np.ascontiguousarray(array)
+    out = np.empty(source.shape, source.dtype)
+    _apply_mask.run(mask.size, source.size, mask, source.reshape(-1), out.reshape(-1), source.dtype.type(scale))
+    return out
+
+
+def apply_mask_numpy(mask: np.ndarray, array: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    """NumPy twin of :func:`apply_mask`."""
+    bits = np.unpackbits(mask, count=array.size).reshape(array.shape).astype(bool)
+    return np.where(bits, array * array.dtype.type(scale), array.dtype.type(0))
+
+
+@Loops
+def _apply_mask(start, stop, mask, array, out, scale):  # type: ignore[no-untyped-def]
+    for byte in range(start, stop):
+        bits = mask[byte]
+        first = byte * 8
+        for i in range(first, min(first + 8, array.size)):
+            if bits & (128 >> (i - first)):
+                out[i] = array[i] * scale
+            else:
+                out[i] = 0
+
+
+def max_pool_forward(
+    x: np.ndarray, kernel: Pair, stride: Pair, padding: Pair
+) -> tuple[np.ndarray, np.ndarray]:
+    """Maximum over each window, and which position of the window it was.
+
+    Parameters
+    ----------
+    x : (B, C, H, W)
+
+    Returns
+    -------
+    out, argmax : (B, C, H_out, W_out)
+        ``argmax`` counts the window's positions row by row, in the smallest unsigned type that can;
+        the first of equals wins, and a NaN wins over all. Padding is never chosen.
+    """
+    if not numba_enabled():
+        return max_pool_forward_numpy(x, kernel, stride, padding)
+    source = np.ascontiguousarray(x)
+    B, C, H, W = source.shape
+    H_out, W_out = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip((H, W), kernel, stride, padding, strict=True))
+    out = np.empty((B, C, H_out, W_out), source.dtype)
+    argmax = np.empty(out.shape, np.min_scalar_type(kernel[0] * kernel[1] - 1))
+    flat = (source.reshape(-1, H, W), out.reshape(-1, H_out, W_out), argmax.reshape(-1, H_out, W_out))
+    _max_pool_forward.run(B * C, out.size * kernel[0] * kernel[1], *flat, *kernel, *stride, *padding)
+    return out, argmax
+
+
+def max_pool_forward_numpy(
+    x: np.ndarray, kernel: Pair, stride: Pair, padding: Pair
+) -> tuple[np.ndarray, np.ndarray]:
+    """NumPy twin of :func:`max_pool_forward`."""
+    (k_h, k_w), (s_h, s_w), (p_h, p_w) = kernel, stride, padding
+    padded = np.pad(x, ((0, 0), (0, 0), (p_h, p_h), (p_w, p_w)), constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=(2, 3))[:, :, ::s_h, ::s_w]
+    flat = windows.reshape(*windows.shape[:4], k_h * k_w)
+    argmax = flat.argmax(axis=-1)
+    out = np.take_along_axis(flat, argmax[..., None], axis=-1)[..., 0]
+    return np.ascontiguousarray(out), argmax.astype(np.min_scalar_type(k_h * k_w - 1))
+
+
+@Loops
+def _max_pool_forward(start, stop, x, out, argmax, k_h, k_w, s_h, s_w, p_h, p_w):  # type: ignore[no-untyped-def]
+    _, H, W = x.shape
+    _, H_out, W_out = out.shape
+    for n in range(start, stop):
+        for h in range(H_out):
+            for w in range(W_out):
+                best, where = -np.inf, -1
+                for p in range(k_h):
+                    row = h * s_h + p - p_h
+                    if row < 0 or row >= H:
+                        continue
+                    for q in range(k_w):
+                        column = w * s_w + q - p_w
+                        if column < 0 or column >= W:
+                            continue
+                        value = x[n, row, column]
+                        if where < 0 or value > best or (value != value and best == best):
+                            best, where = value, p * k_w + q
+                out[n, h, w] = best
+                argmax[n, h, w] = where
+
+
+def max_pool_backward(
+    argmax: np.ndarray, grad_output: np.ndarray, input_shape: Shape, kernel: Pair, stride: Pair, padding: Pair
+) -> np.ndarray:
+    """Each output's gradient, added where its maximum was: (B, C, H, W)."""
+    if not numba_enabled():
+        return max_pool_backward_numpy(argmax, grad_output, input_shape, kernel, stride, padding)
+    H, W = input_shape[2:]
+    grad = np.zeros(input_shape, grad_output.dtype)
+    source = np.ascontiguousarray(grad_output)
+    planes = (argmax.reshape(-1, *argmax.shape[2:]), source.reshape(-1, *source.shape[2:]), grad.reshape(-1, H, W))
+    _max_pool_backward.run(input_shape[0] * input_shape[1], source.size, *planes, kernel[1], *stride, *padding)
+    return grad
+
+
+def max_pool_backward_numpy(
+    argmax: np.ndarray, grad_output: np.ndarray, input_shape: Shape, kernel: Pair, stride: Pair, padding: Pair
+) -> np.ndarray:
+    """NumPy twin of :func:`max_pool_backward`."""
+    B, C, H, W = input_shape
+    p, q = np.divmod(argmax.astype(np.intp), kernel[1])
+    rows = p + stride[0] * np.arange(argmax.shape[2])[:, None] - padding[0]
+    columns = q + stride[1] * np.arange(argmax.shape[3]) - padding[1]
+    planes = np.arange(B * C).reshape(B, C, 1, 1)
+    grad = np.zeros(B * C * H * W, grad_output.dtype)
+    np.add.at(grad, ((planes * H + rows) * W + columns).reshape(-1), grad_output.reshape(-1))
+    return grad.reshape(input_shape)
+
+
+@Loops
+def _max_pool_backward(start, stop, argmax, grad_output, grad, k_w, s_h, s_w, p_h, p_w):  # type: ignore[no-untyped-def]
+    _, H_out, W_out = grad_output.shape
+    for n in range(start, stop):
+        for h in range(H_out):
+            for w in range(W_out):
+                p, q = argmax[n, h, w] // k_w, argmax[n, h, w] % k_w
+                grad[n, h * s_h + p - p_h, w * s_w + q - p_w] += grad_output[n, h, w]

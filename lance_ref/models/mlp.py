@@ -1,0 +1,55 @@
+"""A plain multilayer perceptron; 784-100-100-10 without bias is the one of Saha et al. (GPM, ICLR 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lance_ref import nn
+from lance_ref.autograd import Tensor
+from lance_ref.models.initialise import check_classes, check_positive_int
+
+
+class MLP(nn.Module):
+    """``flatten``, ``features`` (linear and ReLU in turn) and ``classifier``; see :func:`mlp`."""
+
+    def __init__(self, num_classes: int, in_features: int, hidden: Sequence[int], bias: bool, rng: Any) -> None:
+        super().__init__()
+        self.flatten = nn.Flatten()
+        widths = (in_features, *hidden)
+        layers: list[nn.Module] = []
+        for I, O in zip(widths[:-1], widths[1:], strict=True):  # noqa: E741  (in and out features, as everywhere)
+            layers += [nn.Linear(I, O, bias=bias, rng=rng), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(widths[-1], num_classes, bias=bias, rng=rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(self.flatten(x)))  # (B, num_classes)
+
+
+def mlp(
+    num_classes: int = 10,
+    in_features: int = 784,
+    hidden: Sequence[int] = (100, 100),
+    bias: bool = True,
+    rng: int | np.random.Generator | None = None,
+) -> MLP:
+    """A multilayer perceptron with ReLU for inputs (B, ...) of ``in_features`` numbers each.
+
+    Parameters
+    ----------
+    num_classes, in_features : int
+    hidden : sequence of int
+        Widths of the hidden layers; () leaves the classifier alone.
+    bias : bool
+        Of all layers.
+    rng : int or numpy.random.Generator, optional
+        Seed or generator of the initial weights (PyTorch's default initialisation).
+    """
+    check_classes(num_classes)
+    check_positive_int("in_features", in_features)
+    for position, width in enumerate(hidden):
+        check_positive_int(f"hidden[{position}]", width)
+    return MLP(num_classes, in_features, tuple(hidden), bias, None if rng is None else np.random.default_rng(rng))

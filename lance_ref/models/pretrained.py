@@ -1,0 +1,187 @@
+"""ImageNet weights for MobileNetV2: 8-bit codes with folded batch norm, and the pixels they expect."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lance_ref import nn
+from lance_ref._npz import load_npz
+from lance_ref._state import state
+from lance_ref.datasets.registry import data_file
+from lance_ref.nn.module import Module
+
+IMAGENET_OUTPUTS = 1001
+"""Outputs of the pretrained classifier: "background", then the 1000 ImageNet classes."""
+
+MAX_BYTES = 64 * 1024**2
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file of pretrained weights.
+
+    Attributes
+    ----------
+    file : str
+        Relative to the folder of data.
+    sha256 : str
+        Of the file.
+    image_size : int
+        What the network was trained with, in pixels.
+    origin : str
+        Where the file's contents come from, and their terms.
+    """
+
+    file: str
+    sha256: str
+    image_size: int
+    origin: str
+
+
+PRETRAINED = {
+    "mobilenetv2": Weights(
+        "weights/imagenet_mobilenet_v2_1.0_224.npz",
+        "5aadcf25572a7692c015f73c60d3e4c36b985cf57977146c9f42c2ef440084d4",
+        224,
+        "mobilenet_v2_1.0_224_quant.tflite of github.com/google-coral/test_data, Apache-2.0; trained on ImageNet",
+    )
+}
+"""Files of pretrained weights by model name."""
+
+
+def preprocess(pixels: np.ndarray) -> np.ndarray:
+    """Pixels as the pretrained MobileNetV2 expects them: (pixel − 128) / 128.
+
+    Parameters
+    ----------
+    pixels : numpy.ndarray (B, H, W, 3) or (B, 3, H, W), uint8
+        RGB, 0..255; 3 in the last axis is taken for the channels first.
+
+    Returns
+    -------
+    numpy.ndarray (B, 3, H, W), float32
+
+    Raises
+    ------
+    ValueError
+        If the pixels are not uint8, or no axis holds three channels.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or 3 not in (pixels.shape[3], pixels.shape[1]):
+        raise ValueError(
+            f"pixels has shape {pixels.shape} and dtype {pixels.dtype}, expected (B, H, W, 3) or (B, 3, H, W) uint8"
+        )
+    if pixels.shape[3] == 3:
+        pixels = pixels.transpose(0, 3, 1, 2)  # (B, 3, H, W)
+    return (np.ascontiguousarray(pixels, dtype=np.float32) - np.float32(128)) / np.float32(128)
+
+
+def load_mobilenetv2(net: Module, path: str | os.PathLike[str] | None = None) -> None:
+    """Put the pretrained weights into a MobileNetV2 of width 1.0; checks everything before any change.
+
+    Parameters
+    ----------
+    net : MobileNetV2
+        With ``padding="same"``. Its classifier is loaded if it has 1001 outputs, or 1000 (without
+        "background"), and left as it is otherwise.
+    path : path, optional
+        A file of the same layout; the pinned one of :data:`PRETRAINED` by default.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file is not there.
+    ValueError
+        If it is damaged, or is not the pinned file, or names, shapes or dtypes do not fit.
+
+    Notes
+    -----
+    The file has batch norm folded into the weights. To keep the architecture that of a network
+    trained from scratch, each batch norm becomes x ↦ x + b: weight 1, bias b, running mean 0 and
+    running variance 1 − eps, so that (x − 0) / √(1 − eps + eps) = x up to rounding.
+    """
+    if state.shapes_only:
+        raise ValueError("pretrained weights cannot be loaded into a net that has shapes only")
+    if path is None:
+        file = data_file(PRETRAINED["mobilenetv2"].file, "mobilenetv2(pretrained=True)")
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+        if found != PRETRAINED["mobilenetv2"].sha256:
+            raise ValueError(f"{file}: SHA-256 is {found}, expected {PRETRAINED['mobilenetv2'].sha256}")
+    else:
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file of pretrained weights")
+    arrays = load_npz(file, max_bytes=MAX_BYTES)
+    try:
+        new_state = _state_dict(net, arrays)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    net.load_state_dict(new_state)
+
+
+def _state_dict(net: Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The network's own state with the file's weights put in; raises ValueError if they do not fit."""
+    result = net.state_dict()
+    used: set[str] = set()
+    for theirs, conv, norm in _convolutions():
+        weight, bias = _dequantise(arrays, theirs, result[f"{conv}.weight"].shape, used)
+        batch_norm = net.get_submodule(norm)
+        assert isinstance(batch_norm, nn.BatchNorm2d)
+        result[f"{conv}.weight"] = weight
+        result[f"{norm}.weight"] = np.ones_like(bias)
+        result[f"{norm}.bias"] = bias
+        result[f"{norm}.running_mean"] = np.zeros_like(bias)
+        result[f"{norm}.running_var"] = np.full_like(bias, 1 - batch_norm.eps)
+    num_classes, features = result["classifier.1.weight"].shape
+    weight, bias = _dequantise(arrays, "classifier", (IMAGENET_OUTPUTS, features), used)
+    if num_classes in (IMAGENET_OUTPUTS, IMAGENET_OUTPUTS - 1):
+        result["classifier.1.weight"] = weight[-num_classes:]  # (num_classes, 1280)
+        result["classifier.1.bias"] = bias[-num_classes:]  # (num_classes,)
+    unexpected = sorted(set(arrays) - used)
+    if unexpected:
+        raise ValueError(f"unexpected array {unexpected[0]!r} (of {len(unexpected)})")
+    return result
+
+
+def _convolutions() -> list[tuple[str, str, str]]:
+    """(path in the file, path of the convolution, path of its batch norm), in the order of execution."""
+    paths = [("first_conv", "features.0.0", "features.0.1")]
+    for block in range(17):
+        inside = f"features.{block + 1}.conv"
+        offset = 0 if block == 0 else 1  # block 0 has no expansion
+        if offset:
+            paths.append((f"blocks.{block}.expand", f"{inside}.0.0", f"{inside}.0.1"))
+        paths.append((f"blocks.{block}.depthwise", f"{inside}.{offset}.0", f"{inside}.{offset}.1"))
+        paths.append((f"blocks.{block}.project", f"{inside}.{offset + 1}", f"{inside}.{offset + 2}"))
+    paths.append(("last_conv", "features.18.0", "features.18.1"))
+    return paths
+
+
+def _dequantise(
+    arrays: dict[str, np.ndarray], path: str, shape: tuple[int, ...], used: set[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(codes − zero point) · scale, of ``shape``, and the bias; both float32."""
+    expected = {
+        f"{path}.weight": (shape, np.uint8),
+        f"{path}.weight.scale": ((), np.float32),
+        f"{path}.weight.zero_point": ((), np.uint8),
+        f"{path}.bias": (shape[:1], np.float32),
+    }
+    for name, (wanted_shape, dtype) in expected.items():
+        if name not in arrays:
+            raise ValueError(f"array {name!r} is missing")
+        if arrays[name].shape != wanted_shape or arrays[name].dtype != dtype:
+            raise ValueError(
+                f"array {name!r} is {arrays[name].shape} {arrays[name].dtype}, expected {wanted_shape} {np.dtype(dtype)}"
+            )
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"array {name!r} holds NaN or infinite values")
+    used.update(expected)
+    codes, scale, zero_point, bias = (arrays[name] for name in expected)
+    if scale <= 0:
+        raise ValueError(f"array '{path}.weight.scale' is {scale}, expected a positive number")
+    return (codes.astype(np.float32) - np.float32(zero_point)) * scale, bias

@@ -1,0 +1,97 @@
+"""ResNet-18 and ResNet-34 (He et al., CVPR 2016, arXiv 1512.03385), laid out and named as in torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lance_ref import functional as F
+from lance_ref import nn
+from lance_ref.autograd import Tensor
+from lance_ref.models.initialise import check_classes, kaiming_fan_out
+
+
+class BasicBlock(nn.Module):
+    """relu(shortcut(x) + bn2(conv2(relu(bn1(conv1(x)))))); the shortcut is a 1x1 convolution where shapes change."""
+
+    def __init__(self, C_in: int, C_out: int, stride: int, rng: Any) -> None:
+        super().__init__()
+        self.conv1 = _conv(C_in, C_out, 3, stride, rng)
+        self.bn1 = nn.BatchNorm2d(C_out)
+        self.relu = nn.ReLU()
+        self.conv2 = _conv(C_out, C_out, 3, 1, rng)
+        self.bn2 = nn.BatchNorm2d(C_out)
+        self.has_downsample = stride != 1 or C_in != C_out
+        if self.has_downsample:
+            self.downsample = nn.Sequential(_conv(C_in, C_out, 1, stride, rng), nn.BatchNorm2d(C_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + (self.downsample(x) if self.has_downsample else x))
+
+
+class ResNet(nn.Module):
+    """``conv1 bn1 relu maxpool layer1 layer2 layer3 layer4 avgpool fc``; see :func:`resnet18`.
+
+    Parameters
+    ----------
+    blocks : sequence of 4 int
+        Blocks in each of the four stages.
+    num_classes : int
+    rng : numpy.random.Generator or None
+    """
+
+    def __init__(self, blocks: Sequence[int], num_classes: int, rng: Any) -> None:
+        super().__init__()
+        self.conv1 = _conv(3, 64, 7, 2, rng)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU()
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        C_in = 64
+        for stage, (C_out, count) in enumerate(zip((64, 128, 256, 512), blocks, strict=True), start=1):
+            stride = 1 if stage == 1 else 2
+            layers = [BasicBlock(C_in if i == 0 else C_out, C_out, stride if i == 0 else 1, rng) for i in range(count)]
+            self.add_module(f"layer{stage}", nn.Sequential(*layers))
+            C_in = C_out
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(512, num_classes, rng=rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, 64, H/4, W/4)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 512, H/32, W/32)
+        return self.fc(F.flatten(self.avgpool(x), 1))  # (B, num_classes)
+
+
+def resnet18(num_classes: int = 1000, rng: int | np.random.Generator | None = None) -> ResNet:
+    """ResNet-18 for RGB images (B, 3, H, W).
+
+    Parameters
+    ----------
+    num_classes : int
+    rng : int or numpy.random.Generator, optional
+        Seed or generator of the initial weights.
+
+    Notes
+    -----
+    Convolutions start as in torchvision: normal with variance 2 / (C_out · k_h · k_w).
+    """
+    return _resnet((2, 2, 2, 2), num_classes, rng)
+
+
+def resnet34(num_classes: int = 1000, rng: int | np.random.Generator | None = None) -> ResNet:
+    """ResNet-34 for RGB images (B, 3, H, W); parameters as for :func:`resnet18`."""
+    return _resnet((3, 4, 6, 3), num_classes, rng)
+
+
+def _resnet(blocks: Sequence[int], num_classes: int, rng: int | np.random.Generator | None) -> ResNet:
+    check_classes(num_classes)
+    return ResNet(blocks, num_classes, None if rng is None else np.random.default_rng(rng))
+
+
+def _conv(C_in: int, C_out: int, kernel_size: int, stride: int, rng: Any) -> nn.Conv2d:
+    conv = nn.Conv2d(C_in, C_out, kernel_size, stride, (kernel_size - 1) // 2, bias=False, rng=rng)
+    kaiming_fan_out(conv.weight, rng)
+    return conv

@@ -1,0 +1,264 @@
+"""Modules: parameters with names, and a forward pass that knows its own path."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from lance_ref._state import state
+from lance_ref.autograd import FLOATS, Shape, Tensor
+
+Self = TypeVar("Self", bound="Module")
+_structure = itertools.count(1)
+_latest_structure = 0  # changes whenever any module gains or loses a child
+
+
+class Parameter(Tensor):
+    """A tensor that a module owns: requires gradients, and is counted apart from the tape."""
+
+    __slots__ = ()
+    is_parameter = True
+
+    def __init__(self, data: Any, requires_grad: bool = True) -> None:
+        super().__init__(data, requires_grad)
+
+    @staticmethod
+    def meta_parameter(shape: Shape, dtype: Any = np.float32) -> Parameter:
+        """A parameter with a shape and no data (see :func:`lance_ref.nn.init.shapes_only`)."""
+        parameter = Parameter.__new__(Parameter)
+        parameter._init_meta(shape, np.dtype(dtype))
+        parameter.requires_grad_()
+        return parameter
+
+
+class Module:
+    """Base class of all layers and networks; the names are PyTorch's.
+
+    Assigning a :class:`Parameter` or a :class:`Module` to an attribute registers it. Call the
+    module (not ``forward``) with an ndarray or a Tensor.
+    """
+
+    def __init__(self) -> None:
+        self.__dict__["_parameters"] = OrderedDict()
+        self.__dict__["_modules"] = OrderedDict()
+        self.__dict__["_buffers"] = OrderedDict()
+        self.__dict__["_pre_hooks"] = []
+        self.__dict__["_paths"] = (0, {})
+        self.training = True
+
+    # ---- registration ----------------------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        registries = self.__dict__
+        if "_modules" not in registries:
+            raise AttributeError(f"call super().__init__() before setting {name!r} on a {type(self).__name__}")
+        if name in self._buffers and not isinstance(value, (Parameter, Module)):
+            self._buffers[name] = np.asarray(value)
+            return
+        for registry in ("_parameters", "_modules", "_buffers"):
+            if registries[registry].pop(name, None) is not None and registry == "_modules":
+                _structure_changed()
+        registries.pop(name, None)
+        if isinstance(value, Parameter):
+            self._parameters[name] = value
+        elif isinstance(value, Module):
+            self._modules[name] = value
+            _structure_changed()
+        else:
+            registries[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        for registry in ("_parameters", "_modules", "_buffers"):
+            values = self.__dict__.get(registry, {})
+            if name in values:
+                return values[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        for registry in ("_parameters", "_modules", "_buffers"):
+            if name in self.__dict__[registry]:
+                del self.__dict__[registry][name]
+                _structure_changed()
+                return
+        super().__delattr__(name)
+
+    def register_buffer(self, name: str, array: np.ndarray) -> None:
+        """Own an array that is saved with the module but never trained (running statistics)."""
+        self.__dict__.pop(name, None)
+        self._buffers[name] = np.asarray(array)
+
+    def add_module(self, name: str, module: Module) -> None:
+        """Register a child under any name, for instance ``"0"``."""
+        if not isinstance(module, Module):
+            raise TypeError(f"module {name!r} is a {type(module).__name__}, expected a Module")
+        setattr(self, name, module)
+
+    # ---- walking ---------------------------------------------------------------------
+
+    def named_modules(self, prefix: str = "", _seen: set[int] | None = None) -> Iterator[tuple[str, Module]]:
+        """(path, module) for this module and all below it, in order of registration, each once."""
+        seen = set() if _seen is None else _seen
+        if id(self) in seen:
+            return
+        seen.add(id(self))
+        yield prefix, self
+        for name, child in self._modules.items():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name, seen)
+
+    def modules(self) -> Iterator[Module]:
+        for _, module in self.named_modules():
+            yield module
+
+    def children(self) -> Iterator[Module]:
+        yield from self._modules.values()
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """(dotted name, parameter), a shared parameter once, under its first name."""
+        seen: set[int] = set()
+        for path, module in self.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield (f"{path}.{name}" if path else name), parameter
+
+    def parameters(self) -> Iterator[Parameter]:
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def named_buffers(self) -> Iterator[tuple[str, np.ndarray]]:
+        for path, module in self.named_modules():
+            for name, array in module._buffers.items():
+                yield (f"{path}.{name}" if path else name), array
+
+    def get_submodule(self, path: str) -> Module:
+        """The module at a dotted path, ``""`` for this one."""
+        module = self
+        for name in path.split(".") if path else []:
+            if name not in module._modules:
+                raise AttributeError(f"no module {path!r}: {type(module).__name__} has no child {name!r}")
+            module = module._modules[name]
+        return module
+
+    # ---- state -----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Copies of all parameters and buffers by dotted name."""
+        arrays = {name: parameter.data.copy() for name, parameter in self.named_parameters()}
+        arrays.update((name, array.copy()) for name, array in self.named_buffers())
+        return arrays
+
+    def load_state_dict(self, state_dict: Mapping[str, np.ndarray], strict: bool = True) -> None:
+        """Copy arrays into parameters and buffers; checks everything before it changes anything.
+
+        Raises
+        ------
+        KeyError
+            If names are missing or (with ``strict``) unexpected.
+        ValueError
+            If an array has another shape than the module's own.
+        """
+        parameters = dict(self.named_parameters())
+        buffers = dict(self.named_buffers())
+        own: dict[str, Any] = {**parameters, **buffers}
+        missing = sorted(set(own) - set(state_dict))
+        unexpected = sorted(set(state_dict) - set(own))
+        if strict and (missing or unexpected):
+            raise KeyError(f"state_dict does not fit: missing {missing}, unexpected {unexpected}")
+        common = [name for name in own if name in state_dict]
+        arrays = {name: np.asarray(state_dict[name]) for name in common}
+        for name, array in arrays.items():
+            if array.shape != own[name].shape:
+                raise ValueError(f"state_dict[{name!r}] has shape {array.shape}, expected {own[name].shape}")
+        for name, array in arrays.items():
+            if name in parameters:
+                parameters[name].data = array.astype(parameters[name].dtype)  # astype copies
+            else:
+                path, _, key = name.rpartition(".")
+                owner = self.get_submodule(path)
+                owner._buffers[key] = array.astype(buffers[name].dtype)
+
+    def train(self: Self, mode: bool = True) -> Self:
+        for module in self.modules():
+            module.training = mode
+        return self
+
+    def eval(self: Self) -> Self:
+        return self.train(False)
+
+    def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+        return self
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def to(self: Self, dtype: Any) -> Self:
+        """Convert all floating parameters and buffers to float32 or float64, in place."""
+        dtype = np.dtype(dtype)
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype is {dtype}, expected float32 or float64")
+        for module in self.modules():
+            for parameter in module._parameters.values():
+                if parameter.is_meta:
+                    parameter._dtype = dtype
+                else:
+                    parameter.data = parameter.data.astype(dtype)
+                parameter.grad = None if parameter.grad is None else parameter.grad.astype(dtype)
+            for name, array in module._buffers.items():
+                if array.dtype in FLOATS:
+                    module._buffers[name] = array.astype(dtype)
+        return self
+
+    # ---- running ---------------------------------------------------------------------
+
+    def forward(self, *inputs: Any) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} does not define forward()")
+
+    def register_forward_pre_hook(self, hook: Callable[[Module, tuple[Tensor, ...]], None]) -> Callable[[], None]:
+        """Have ``hook(module, inputs)`` called before every forward; returns what removes it again."""
+        self._pre_hooks.append(hook)
+        return lambda: self._pre_hooks.remove(hook)
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        tensors = tuple(Tensor(x) if isinstance(x, np.ndarray) else x for x in inputs)
+        outer_paths, outer_path = state.module_paths, state.path
+        if outer_paths is None:
+            state.module_paths = self._module_paths()
+        paths = state.module_paths or {}
+        state.path = paths.get(id(self), outer_path)
+        try:
+            for hook in tuple(self._pre_hooks):
+                hook(self, tensors)
+            return self.forward(*tensors)
+        finally:
+            state.path, state.module_paths = outer_path, outer_paths
+
+    def _module_paths(self) -> dict[int, str]:
+        """Path of every module below this one, by identity; remembered until any module changes."""
+        structure, paths = self._paths
+        if structure != _latest_structure:
+            paths = {id(module): path for path, module in self.named_modules()}
+            self.__dict__["_paths"] = (_latest_structure, paths)
+        return paths
+
+    # ---- printing --------------------------------------------------------------------
+
+    def extra_repr(self) -> str:
+        return ""
+
+    def __repr__(self) -> str:
+        if not self._modules:
+            return f"{type(self).__name__}({self.extra_repr()})"
+        lines = [f"  ({name}): " + repr(child).replace("\n", "\n  ") for name, child in self._modules.items()]
+        return f"{type(self).__name__}({self.extra_repr()}\n" + "\n".join(lines) + "\n)"
+
+
+def _structure_changed() -> None:
+    global _latest_structure
+    _latest_structure = next(_structure)

@@ -1,0 +1,89 @@
+"""Stochastic gradient descent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+import numpy as np
+
+from lance_ref.autograd import Tensor
+from lance_ref.optim.optimizer import Optimizer
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum, as PyTorch computes it.
+
+    Parameters
+    ----------
+    params : iterable of Tensor
+    lr : float
+        Learning rate, at least 0.
+    momentum, dampening, weight_decay : float
+        At least 0.
+    nesterov : bool
+        Needs momentum > 0 and dampening = 0.
+
+    Raises
+    ------
+    ValueError
+        If there are no parameters or a setting is out of range.
+
+    Notes
+    -----
+    With gradient g and parameter p, per step::
+
+        g ← g + weight_decay · p
+        v ← g                                   at the parameter's first step
+        v ← momentum · v + (1 − dampening) · g  afterwards
+        p ← p − lr · (g + momentum · v  if nesterov else  v)
+
+    The momentum buffer costs as many bytes as the parameters that train; it is not on the tape.
+
+    Examples
+    --------
+    >>> w = Tensor([1.0, 2.0], requires_grad=True)
+    >>> (w * w).sum().backward()
+    >>> SGD([w], lr=0.25).step()
+    >>> w.data
+    array([0.5, 1. ], dtype=float32)
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
+    buffer_names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        super().__init__(params, lr)
+        self.check_settings(momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
+        self.momentum = float(momentum)
+        self.dampening = float(dampening)
+        self.weight_decay = float(weight_decay)
+        self.nesterov = bool(nesterov)
+
+    @classmethod
+    def check_settings(cls, **settings: float) -> None:
+        super().check_settings(**settings)
+        if settings["nesterov"] and (settings["momentum"] <= 0 or settings["dampening"] != 0):
+            raise ValueError(
+                f"nesterov needs momentum > 0 and dampening = 0, got momentum {settings['momentum']} "
+                f"and dampening {settings['dampening']}"
+            )
+
+    def update(self, position: int, data: np.ndarray, grad: np.ndarray) -> np.ndarray:
+        if self.weight_decay:
+            grad = grad + self.weight_decay * data
+        if self.momentum:
+            buffers = self.buffers["momentum_buffer"]
+            previous = buffers[position]
+            velocity = grad.copy() if previous is None else self.momentum * previous + (1 - self.dampening) * grad
+            buffers[position] = velocity
+            grad = grad + self.momentum * velocity if self.nesterov else velocity
+        return data - self.lr * grad

@@ -1,0 +1,201 @@
+"""LANCE's arithmetic: the projected activation, and the weight gradient from it.
+
+Notation. A (B, C, H, W) is a convolution's input, G (B, C_out, H_out, W_out) the gradient of its
+output, U_1..U_4 the fixed factors (n, r) of batch, channel, height and width, and
+S = A ×₁U_1ᵀ ×₂U_2ᵀ ×₃U_3ᵀ ×₄U_4ᵀ the core. Wanted is the weight gradient of Ã = S ×₁U_1 ×₂U_2 ×₃U_3 ×₄U_4,
+without ever forming Ã. A factor of None leaves its mode alone: no product, no cost.
+
+Two orders of contraction give the same result:
+
+* :func:`papers_order` (Nguyen et al. 2024, Apolinario & Roy 2025) re-expands height and width of the
+  core and correlates it with the projected G;
+* :func:`separable_order` contracts G with shifted rows of U_3 and U_4, so that no spatial map is formed
+  and every step is a matrix product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from lance_ref import kernels
+from lance_ref.autograd import Shape
+from lance_ref.counting import matmul, tensordot
+from lance_ref.geometry import WORKSPACE_BYTES, ConvGeometry, LinearGeometry
+from lance_ref.tucker import contraction_order, multi_mode_product
+
+Factors = Sequence[np.ndarray | None]
+"""One (n, r) matrix with orthonormal columns per mode, or None for a mode that is left alone."""
+
+SMALL_RANK = 8
+"""Up to this rank of height and width, loops that read the activation once beat two matrix products."""
+
+
+def project(activation: np.ndarray, factors: Factors) -> np.ndarray:
+    """The core S = A ×₁U_1ᵀ ×₂U_2ᵀ …, in the cheapest order of the modes.
+
+    Parameters
+    ----------
+    activation : array of any number of dimensions
+    factors : sequence of (n, r) arrays or None, one per mode
+
+    Returns
+    -------
+    Array of the ranks' shape, in a buffer of its own (a copy if no mode is compressed).
+    """
+    transposed = [None if U is None else U.T for U in factors]
+    if activation.ndim == 4:
+        U_height, U_width = factors[2], factors[3]
+        ranks = [n if U is None else U.shape[1] for n, U in zip(activation.shape, factors, strict=True)]
+        order = [mode for mode in contraction_order(activation.shape, ranks) if factors[mode] is not None]
+        if U_height is not None and U_width is not None and sorted(order[:2]) == [2, 3] and max(ranks[2:]) <= SMALL_RANK:
+            B, C, H, W = activation.shape
+            planes = kernels.project_planes(activation.reshape(-1, H, W), U_height, U_width, order[0] == 3)
+            activation = planes.reshape(B, C, *ranks[2:])
+            transposed[2:] = [None, None]
+    core = multi_mode_product(activation, transposed)
+    return core.copy() if core.base is not None or core is activation else core
+
+
+def papers_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray, geometry: ConvGeometry) -> np.ndarray:
+    """Weight gradient in the papers' order.
+
+    Z1 = G ×₁ U_1ᵀ;  Z2 = S ×₃ U_3 ×₄ U_4;  Z3 = correlate(Z2, Z1);  dW = Z3 ×₂ U_2.
+
+    Z2 is re-expanded a few slices of the first mode at a time, within the workspace of
+    :data:`~lance_ref.geometry.WORKSPACE_BYTES`.
+
+    Returns
+    -------
+    (C_out, C_in/g, k_h, k_w)
+    """
+    U_batch, U_channel, U_height, U_width = factors
+    _, _, H, W = geometry.input_shape
+    C_out, _, k_h, k_w = geometry.weight_shape
+    Z1 = multi_mode_product(grad_output, (None if U_batch is None else U_batch.T, None, None, None))
+    r1, c = core.shape[:2]
+    narrow = (C_out, c, k_h, k_w) if U_channel is not None else geometry.weight_shape
+    groups = 1 if U_channel is not None else geometry.groups
+    Z3 = np.zeros(narrow, grad_output.dtype)
+    step = max(1, WORKSPACE_BYTES // (c * H * W * core.itemsize))
+    for start in range(0, r1, step):
+        block = slice(start, min(start + step, r1))
+        Z2 = multi_mode_product(core[block], (None, None, U_height, U_width))  # (b, c, H, W)
+        slices = ConvGeometry(Z2.shape, narrow, geometry.stride, geometry.padding, geometry.dilation, groups)
+        Z3 += slices.weight_gradient(Z2, Z1[block])
+    if U_channel is None:
+        return Z3
+    return _expand_channels(Z3.transpose(0, 2, 3, 1), U_channel, geometry)
+
+
+def separable_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray, geometry: ConvGeometry) -> np.ndarray:
+    """Weight gradient in the separable order.
+
+    With U_3^(p)[h'] = U_3[s·h' + d·p − top] (zero outside) for each kernel row p, and U_4^(q) likewise:
+
+    Z = G ×₁ U_1ᵀ ×₃ [U_3^(p)]ᵀ ×₄ [U_4^(q)]ᵀ  ∈ (r1, C_out, k_h·r3, k_w·r4), in the cheapest order;
+    dW[o,:,p,q] = U_2 Σ_{a,i,j} Z[a, o, (p,i), (q,j)] · S[a, :, i, j].
+
+    Returns
+    -------
+    (C_out, C_in/g, k_h, k_w)
+    """
+    U_batch, U_channel, U_height, U_width = factors
+    C_out, _, k_h, k_w = geometry.weight_shape
+    r1, c, r3, r4 = core.shape
+    rows = shifted_rows(U_height, geometry, axis=0)  # (H_out, k_h·r3)
+    columns = shifted_rows(U_width, geometry, axis=1)  # (W_out, k_w·r4)
+    dtype = grad_output.dtype
+    Z = multi_mode_product(
+        grad_output,
+        (None if U_batch is None else U_batch.T, None, rows.T.astype(dtype, copy=False), columns.T.astype(dtype, copy=False)),
+    )  # (r1, C_out, k_h·r3, k_w·r4)
+    Z = Z.reshape(r1, C_out, k_h, r3, k_w, r4).transpose(1, 2, 4, 0, 3, 5)  # (C_out, k_h, k_w, r1, r3, r4)
+    g = 1 if U_channel is not None else geometry.groups
+    S = core.reshape(r1, g, c // g, r3, r4).transpose(1, 0, 3, 4, 2).reshape(g, r1 * r3 * r4, c // g)
+    narrow = matmul(Z.reshape(g, -1, r1 * r3 * r4), S).reshape(C_out, k_h, k_w, c // g)
+    if U_channel is None:
+        return np.ascontiguousarray(narrow.transpose(0, 3, 1, 2))
+    return _expand_channels(narrow, U_channel, geometry)
+
+
+def shifted_rows(factor: np.ndarray | None, geometry: ConvGeometry, axis: int) -> np.ndarray:
+    """The factor's rows as each kernel offset sees them, side by side.
+
+    Parameters
+    ----------
+    factor : (n, r) array or None
+        None stands for the identity.
+    axis : int
+        0 for height, 1 for width.
+
+    Returns
+    -------
+    (n_out, k·r) array
+        ``[h, p·r + i] = factor[stride·h + dilation·p − before, i]``, zero outside the image.
+    """
+    n, k, n_out = geometry.input_shape[2 + axis], geometry.weight_shape[2 + axis], geometry.output_size[axis]
+    if factor is None:
+        factor = np.eye(n, dtype=np.float32)
+    positions = geometry.stride[axis] * np.arange(n_out)[:, None] + geometry.dilation[axis] * np.arange(k)
+    positions -= geometry.padding[axis][0]  # (n_out, k)
+    inside = (positions >= 0) & (positions < n)
+    rows = factor[np.where(inside, positions, 0)] * inside[..., None].astype(factor.dtype)  # (n_out, k, r)
+    return rows.reshape(n_out, -1)
+
+
+def _expand_channels(narrow: np.ndarray, U_channel: np.ndarray, geometry: ConvGeometry) -> np.ndarray:
+    """dW = Z ×₂ U_2, each group with its own rows of U_2: (C_out, k_h, k_w, r2) -> (C_out, C_in/g, k_h, k_w)."""
+    C_out, width, k_h, k_w = geometry.weight_shape
+    g, r2 = geometry.groups, narrow.shape[-1]
+    rows = U_channel.reshape(g, width, r2).transpose(0, 2, 1)  # (g, r2, C_in/g)
+    wide = matmul(narrow.reshape(g, -1, r2), rows)  # (g, C_out/g·k_h·k_w, C_in/g)
+    return np.ascontiguousarray(wide.reshape(C_out, k_h, k_w, width).transpose(0, 3, 1, 2))
+
+
+def linear_weight_gradient(
+    core: np.ndarray, factors: Factors, grad_output: np.ndarray, geometry: LinearGeometry
+) -> np.ndarray:
+    """Weight gradient of a linear layer: dW = (G ×₁U_1ᵀ …)ᵀ S U_Iᵀ, (O, I).
+
+    ``factors`` are those of (batch, feature) or (batch, token, feature).
+    """
+    *outer, U_feature = factors
+    Z = multi_mode_product(grad_output, (*(None if U is None else U.T for U in outer), None))  # (r1, .., O)
+    axes = list(range(Z.ndim - 1))
+    narrow = tensordot(Z, core, (axes, axes))  # (O, r)
+    return narrow if U_feature is None else matmul(narrow, U_feature.T)
+
+
+def cheaper_order(core_shape: Shape, factors: Factors, geometry: ConvGeometry) -> str:
+    """``"papers"`` or ``"separable"``, whichever takes fewer multiply-adds."""
+    B, C_in, H, W = geometry.input_shape
+    _, C_out, H_out, W_out = geometry.output_shape
+    _, width, k_h, k_w = geometry.weight_shape
+    r1, c, r3, r4 = core_shape
+    U_batch, U_channel, U_height, U_width = factors
+    depth = c if U_channel is not None else width  # channels that each output correlates with
+
+    papers = r1 * C_out * depth * k_h * k_w * H_out * W_out
+    papers += B * r1 * C_out * H_out * W_out if U_batch is not None else 0
+    wide = (None if U_height is None else H, None if U_width is None else W)
+    papers += _chain_macs((r1, c, r3, r4), (None, None, *wide))
+
+    separable = C_out * k_h * k_w * depth * r1 * r3 * r4
+    narrow = None if U_batch is None else r1
+    separable += _chain_macs((B, C_out, H_out, W_out), (narrow, None, k_h * r3, k_w * r4))
+    return "papers" if papers <= separable else "separable"
+
+
+def _chain_macs(shape: Shape, ranks: Sequence[int | None]) -> int:
+    """Multiply-adds of :func:`~lance_ref.tucker.multi_mode_product` from ``shape`` to ``ranks``."""
+    sizes = list(shape)
+    macs = 0
+    for mode in contraction_order(shape, [n if r is None else r for n, r in zip(shape, ranks, strict=True)]):
+        rank = ranks[mode]
+        if rank is not None:
+            macs += math.prod(sizes) * rank
+            sizes[mode] = rank
+    return macs

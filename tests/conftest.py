@@ -1,0 +1,30 @@
+"""What all tests share: one deterministic Hypothesis profile, and where the real data are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "lance_ref",
+    deadline=None,  # the first call of a kernel compiles it
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("lance_ref")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets and weights; tests that need it are skipped without it."""
+    folder = os.environ.get("LANCE_REF_DATA")
+    if not folder:
+        pytest.skip("LANCE_REF_DATA is not set")
+    path = Path(folder)
+    if not path.is_dir():
+        pytest.fail(f"LANCE_REF_DATA is {folder!r}, which is no folder")
+    return path

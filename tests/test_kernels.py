@@ -1,0 +1,159 @@
+"""Compiled kernels equal their NumPy twins, count the same, and leave no memory behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from strategies import arrays, conv_geometries
+
+from lance_ref import kernels
+from lance_ref import kernels_elementwise as elementwise
+from lance_ref.geometry import ConvGeometry
+
+needs_numba = pytest.mark.skipif(not kernels.numba_enabled(), reason="Numba is switched off or not installed")
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "numba_enabled", lambda: False)
+
+
+def both(call: Any) -> tuple[Any, Any]:
+    """The compiled result and the twin's."""
+    compiled = call()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "numba_enabled", lambda: False)
+        return compiled, call()
+
+
+@needs_numba
+@given(g=conv_geometries(depthwise=True), seed=st.integers(0, 99), double=st.booleans())
+def test_depthwise_kernels_equal_their_twins(g: ConvGeometry, seed: int, double: bool) -> None:
+    """Forward and both gradients for any stride, padding, dilation and channel multiplier."""
+    dtype, tolerance = (np.float64, 1e-12) if double else (np.float32, 1e-5)
+    x, weight, grad_output = arrays(g, seed, dtype)
+    for call in (
+        lambda: g.forward(x, weight),
+        lambda: g.input_gradient(weight, grad_output),
+        lambda: g.weight_gradient(x, grad_output),
+    ):
+        compiled, twin = both(call)
+        assert compiled.dtype == twin.dtype == dtype
+        np.testing.assert_allclose(compiled, twin, rtol=tolerance, atol=10 * tolerance)
+
+
+@needs_numba
+@given(
+    sizes=st.tuples(*[st.integers(1, 9)] * 3),
+    ranks=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    width_first=st.booleans(),
+)
+def test_projection_kernel_equals_its_twin(
+    sizes: tuple[int, int, int], ranks: tuple[int, int], width_first: bool
+) -> None:
+    """U_hᵀ · plane · U_w, whichever product comes first."""
+    rng = np.random.default_rng(0)
+    N, H, W = sizes
+    planes, U_h, U_w = rng.standard_normal(sizes), rng.standard_normal((H, ranks[0])), rng.standard_normal((W, ranks[1]))
+    compiled, twin = both(lambda: kernels.project_planes(planes, U_h, U_w, width_first))
+    expected = np.einsum("nhw,hi,wj->nij", planes, U_h, U_w)
+    np.testing.assert_allclose(compiled, expected, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(twin, expected, rtol=1e-10, atol=1e-10)
+
+
+@needs_numba
+@settings(max_examples=10)
+@given(parts=st.integers(1, 5))
+def test_threads_share_the_planes_without_gap_or_overlap(parts: int) -> None:
+    """However many threads, every plane is done once."""
+    g = ConvGeometry((3, 7, 6, 5), (7, 1, 3, 3), padding=((1, 1), (1, 1)), groups=7)
+    x, weight, _ = arrays(g, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_threads", lambda: parts)
+        patch.setattr(kernels, "SERIAL_ELEMENTS", 0)
+        shared = g.forward(x, weight)
+    np.testing.assert_array_equal(shared, g.forward(x, weight))
+
+
+def test_a_planted_fault_in_a_twin_is_caught() -> None:
+    """The comparison itself can fail: a twin that forgets the padding differs."""
+    g = ConvGeometry((1, 2, 5, 5), (2, 1, 3, 3), padding=((1, 0), (1, 0)), groups=2)
+    x, weight, _ = arrays(g, 0)
+    right = kernels.depthwise_forward_numpy(x, weight, g.output_size, g.stride, g.padding, g.dilation)
+    shifted = ((0, 1), (0, 1))
+    wrong = kernels.depthwise_forward_numpy(x, weight, g.output_size, g.stride, shifted, g.dilation)
+    np.testing.assert_allclose(g.forward(x, weight), right)
+    assert not np.allclose(right, wrong)
+
+
+def test_everything_runs_without_numba() -> None:
+    """LANCE_REF_NUMBA=0 takes the twins, and never imports Numba."""
+    code = (
+        "import sys, numpy as np, lance_ref as lr\n"
+        "net = lr.models.create('convnet', num_classes=10)\n"
+        "x = np.random.default_rng(0).standard_normal((4, 1, 8, 8)).astype(np.float32)\n"
+        "lr.F.cross_entropy(net(x), np.zeros(4, np.int64)).backward()\n"
+        "conv = lr.nn.Conv2d(3, 3, 3, groups=3)\n"
+        "conv(np.ones((1, 3, 5, 5), np.float32)).sum().backward()\n"
+        "assert 'numba' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"LANCE_REF_NUMBA": "0", "PATH": ""}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("value", ["yes", "2", ""])
+def test_a_wrong_setting_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LANCE_REF_NUMBA takes 0 or 1 and says so."""
+    monkeypatch.setenv("LANCE_REF_NUMBA", value)
+    with pytest.raises(ValueError, match=r"LANCE_REF_NUMBA.*0 or 1"):
+        kernels.numba_enabled.__wrapped__()
+
+
+@needs_numba
+@given(n=st.integers(0, 40), ceiling=st.sampled_from([np.inf, 6.0, 0.5]), double=st.booleans())
+def test_clamp_and_pack_equals_its_twin(n: int, ceiling: float, double: bool) -> None:
+    """Values and bits, with sizes that do not fill the last byte, at the borders, and for NaN and infinity."""
+    x = np.random.default_rng(n).standard_normal(n).astype(np.float64 if double else np.float32) * 5
+    special = [0.0, -0.0, ceiling, np.nan, np.inf, -np.inf][:n]
+    x[: len(special)] = special
+    (out, mask), (twin_out, twin_mask) = both(lambda: elementwise.clamp_and_pack(x, ceiling))
+    np.testing.assert_array_equal(out, twin_out)
+    np.testing.assert_array_equal(mask, twin_mask)
+    assert mask.nbytes == -(-n // 8)
+    masked, twin = both(lambda: elementwise.apply_mask(mask, x[::-1], 1.25))
+    np.testing.assert_array_equal(masked, twin)
+
+
+@needs_numba
+@given(
+    size=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    data=st.data(),
+    seed=st.integers(0, 99),
+)
+def test_max_pool_kernels_equal_their_twins(size: Any, kernel: Any, stride: Any, data: Any, seed: int) -> None:
+    """Maximum, its place (the first of equals, NaN above all) and the scattered gradient."""
+    padding = tuple(data.draw(st.integers(0, k // 2)) for k in kernel)
+    assume(all(n + 2 * p >= k for n, p, k in zip(size, padding, kernel, strict=True)))
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-2, 3, (2, 3, *size)).astype(np.float64)  # many ties
+    x[rng.random(x.shape) < 0.05] = np.nan
+    (out, argmax), (twin_out, twin_argmax) = both(lambda: elementwise.max_pool_forward(x, kernel, stride, padding))
+    np.testing.assert_array_equal(out, twin_out)
+    np.testing.assert_array_equal(argmax, twin_argmax)
+    assert argmax.dtype == twin_argmax.dtype == np.uint8
+    grad_output = rng.standard_normal(out.shape)
+    grad, twin = both(
+        lambda: elementwise.max_pool_backward(argmax, grad_output, x.shape, kernel, stride, padding)
+    )
+    np.testing.assert_allclose(grad, twin, rtol=1e-12, atol=1e-12)
+    assert grad.sum() == pytest.approx(grad_output.sum(), abs=1e-9)

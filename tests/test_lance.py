@@ -1,0 +1,331 @@
+"""LANCE's weight gradient: backpropagation's at full rank, and the projected one at any rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import arrays, conv_geometries, linear_geometries, ranks_for
+
+import lance_ref as lr
+from lance_ref import F, Subspace, Tensor, count_macs, nn, projection, tape
+from lance_ref.activations import EXACT, Lance
+from lance_ref.geometry import ConvGeometry, LinearGeometry
+
+layers = st.one_of(conv_geometries(), linear_geometries())
+
+
+def random_store(shape: tuple[int, ...], ranks: tuple[int | None, ...], order: str = "auto", seed: int = 0) -> Lance:
+    return Lance(Subspace.random(shape, ranks, np.random.default_rng(seed)), order=order, dtype=np.float64)
+
+
+def reconstruct(activation: np.ndarray, store: Lance) -> np.ndarray:
+    """Ã = A ×₁ U_1U_1ᵀ ×₂ U_2U_2ᵀ …, formed in full (what LANCE never does)."""
+    for mode, U in enumerate(store.factors):
+        if U is not None:
+            activation = np.moveaxis(np.tensordot(U @ U.T, activation, (1, mode)), 0, mode)
+    return activation
+
+
+def gradient(g: Any, store: Lance, x: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
+    return store.weight_gradient(store.save(x), grad_output, g)
+
+
+@given(g=layers, seed=st.integers(0, 99), order=st.sampled_from(["auto", "papers", "separable"]))
+def test_full_rank_equals_backpropagation(g: Any, seed: int, order: str) -> None:
+    """The founding property: with nothing discarded, dW is plain backpropagation's."""
+    x, _, grad_output = arrays(g, seed)
+    store = random_store(g.input_shape, g.input_shape, order, seed)
+    np.testing.assert_allclose(
+        gradient(g, store, x, grad_output), g.weight_gradient(x, grad_output), rtol=1e-10, atol=1e-10
+    )
+
+
+@given(data=st.data(), g=layers, seed=st.integers(0, 99), order=st.sampled_from(["papers", "separable"]))
+def test_any_rank_equals_the_gradient_of_the_reconstruction(data: Any, g: Any, seed: int, order: str) -> None:
+    """Both orders, any ranks, any modes left alone: dW is the exact weight gradient of Ã."""
+    ranks = data.draw(ranks_for(g.input_shape))
+    x, _, grad_output = arrays(g, seed)
+    store = random_store(g.input_shape, ranks, order, seed)
+    expected = g.weight_gradient(reconstruct(x, store), grad_output)
+    np.testing.assert_allclose(gradient(g, store, x, grad_output), expected, rtol=1e-10, atol=1e-10)
+
+
+@given(data=st.data(), g=layers, seed=st.integers(0, 99))
+def test_a_mode_left_alone_equals_a_full_rank_mode(data: Any, g: Any, seed: int) -> None:
+    """None and the full rank differ in cost, never in the gradient."""
+    ranks = data.draw(ranks_for(g.input_shape))
+    x, _, grad_output = arrays(g, seed)
+    sparse = random_store(g.input_shape, ranks, seed=seed)
+    eye = [np.eye(n) if U is None else U for n, U in zip(g.input_shape, sparse.factors, strict=True)]
+    full = random_store(g.input_shape, g.input_shape, seed=seed)
+    full.factors = tuple(eye)
+    np.testing.assert_allclose(
+        gradient(g, sparse, x, grad_output), gradient(g, full, x, grad_output), rtol=1e-10, atol=1e-10
+    )
+
+
+@given(data=st.data(), g=layers, seed=st.integers(0, 99))
+def test_input_gradient_is_exact_at_any_rank(data: Any, g: Any, seed: int) -> None:
+    """dA needs the weight alone: compression must not touch it, nor the output."""
+    ranks = data.draw(ranks_for(g.input_shape))
+    x, weight, grad_output = arrays(g, seed)
+    store = random_store(g.input_shape, ranks, seed=seed)
+    results = []
+    for kept in (EXACT, store):
+        tensor, parameter = Tensor(x, requires_grad=True), Tensor(weight, requires_grad=True)
+        if isinstance(g, LinearGeometry):
+            out = F.linear(tensor, parameter, store=kept)
+        else:
+            out = F.conv2d(
+                tensor, parameter, stride=g.stride, padding=g.padding, dilation=g.dilation, groups=g.groups, store=kept
+            )
+        out.backward(grad_output)
+        results.append((out.data, tensor.grad))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+@given(data=st.data(), g=layers, seed=st.integers(0, 9))
+def test_the_core_is_all_that_is_kept_and_all_it_costs(data: Any, g: Any, seed: int) -> None:
+    """The core has the ranks' shape, owns its buffer, and ‖S‖²/‖A‖² is the energy kept."""
+    ranks = data.draw(ranks_for(g.input_shape))
+    x, _, _ = arrays(g, seed)
+    store = random_store(g.input_shape, ranks, seed=seed)
+    core = store.save(x)["core"]
+    assert core.shape == tuple(n if r is None else r for n, r in zip(g.input_shape, ranks, strict=True))
+    assert core.base is None
+    assert core is not x
+    assert store.energy_kept == pytest.approx(np.sum(core**2) / np.sum(x**2), rel=1e-12)
+    assert store.energy_kept <= 1 + 1e-12
+    assert store.factor_bytes == sum(8 * n * r for n, r in zip(g.input_shape, ranks, strict=True) if r is not None)
+
+
+@pytest.mark.parametrize("height_first", [False, True])
+def test_fused_projection_of_small_maps_counts_and_computes_the_same(
+    height_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel for height and width changes neither the core nor the multiply-adds."""
+    shape, ranks = ((6, 10, 7, 5), (4, 8, 1, 3)) if height_first else ((6, 10, 5, 7), (4, 8, 3, 1))
+    x = np.random.default_rng(1).standard_normal(shape)
+    store = random_store(shape, ranks)
+    with count_macs() as fused:
+        core = projection.project(x, store.factors)
+    monkeypatch.setattr(projection, "SMALL_RANK", 0)
+    with count_macs() as plain:
+        expected = projection.project(x, store.factors)
+    np.testing.assert_allclose(core, expected, rtol=1e-12, atol=1e-12)
+    assert fused.macs == plain.macs
+
+
+def test_multiply_adds_of_a_lance_layer_by_hand() -> None:
+    """(B, C, H, W) = (8, 6, 5, 4), 3×2 kernel, C_out = 10, ranks (2, 3, 1, 2): each product worked out."""
+    g = ConvGeometry((8, 6, 5, 4), (10, 6, 3, 2))
+    assert g.output_shape == (8, 10, 3, 3)
+    x, _, grad_output = arrays(g, 0)
+    store = random_store(g.input_shape, (2, 3, 1, 2))
+    with count_macs() as counter:
+        saved = store.save(x)
+    # height 5 -> 1, batch 8 -> 2, width 4 -> 2, channel 6 -> 3
+    by_height = 8 * 6 * 5 * 4 * 1 + 8 * 6 * 1 * 4 * 2 + 2 * 6 * 1 * 4 * 2 + 2 * 6 * 1 * 2 * 3
+    assert sum(counter.macs.values()) == by_height == 960 + 384 + 96 + 72
+    counts = {}
+    for order in ("papers", "separable", "auto"):
+        store.order = order
+        with count_macs() as counter:
+            store.weight_gradient(saved, grad_output, g)
+        counts[order] = sum(counter.macs.values())
+    # Z1 = G ×₁ U_1ᵀ; Z2: height 1 -> 5 after width 2 -> 4; Z3; ×₂ U_2
+    widened = min(2 * 3 * 1 * 2 * 4 + 2 * 3 * 1 * 4 * 5, 2 * 3 * 1 * 2 * 5 + 2 * 3 * 5 * 2 * 4)
+    papers = 8 * 10 * 9 * 2 + widened + 2 * 10 * 3 * 6 * 9 + 10 * 6 * 3 * 6
+    # G: batch 8 -> 2 first, then height 3 -> 3·1, then width 3 -> 2·2; core; ×₂ U_2
+    separable = 8 * 10 * 9 * 2 + 2 * 10 * 9 * 3 + 2 * 10 * 3 * 3 * 4 + 10 * 6 * 3 * (2 * 1 * 2) + 10 * 6 * 3 * 6
+    assert counts == {"papers": papers, "separable": separable, "auto": min(papers, separable)}
+
+
+@given(data=st.data(), g=conv_geometries(), seed=st.integers(0, 9))
+def test_auto_runs_the_cheaper_order(data: Any, g: ConvGeometry, seed: int) -> None:
+    """``auto`` executes min(papers, separable) multiply-adds, whatever the geometry and ranks."""
+    ranks = data.draw(ranks_for(g.input_shape))
+    x, _, grad_output = arrays(g, seed)
+    counts = {}
+    for order in ("papers", "separable", "auto"):
+        store = random_store(g.input_shape, ranks, order)
+        saved = store.save(x)
+        with count_macs() as counter:
+            store.weight_gradient(saved, grad_output, g)
+        counts[order] = sum(counter.macs.values())
+    assert counts["auto"] == min(counts["papers"], counts["separable"])
+
+
+def test_papers_order_never_holds_the_whole_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut into blocks of one slice, the papers' order gives the same gradient and re-expands one slice at a time."""
+    g = ConvGeometry((6, 4, 5, 5), (3, 4, 3, 3))
+    x, _, grad_output = arrays(g, 0)
+    store = random_store(g.input_shape, (None, None, 2, 2), "papers")
+    whole = gradient(g, store, x, grad_output)
+    largest = 0
+    original = projection.multi_mode_product
+
+    def watched(tensor: np.ndarray, matrices: Any) -> np.ndarray:
+        nonlocal largest
+        result = original(tensor, matrices)
+        if result.shape[1:] == (4, 5, 5):
+            largest = max(largest, result.shape[0])
+        return result
+
+    monkeypatch.setattr(projection, "WORKSPACE_BYTES", 1)
+    saved = store.save(x)
+    monkeypatch.setattr(projection, "multi_mode_product", watched)
+    np.testing.assert_allclose(store.weight_gradient(saved, grad_output, g), whole, rtol=1e-12, atol=1e-12)
+    assert largest == 1
+
+
+@pytest.mark.parametrize("fault", ["drop a factor", "transpose a factor", "forget the padding", "flip a sign"])
+def test_planted_faults_are_caught(fault: str) -> None:
+    """The comparison with backpropagation at full rank fails as soon as the arithmetic is wrong."""
+    g = ConvGeometry((3, 4, 5, 5), (2, 4, 3, 3), padding=((1, 1), (1, 1)))
+    x, _, grad_output = arrays(g, 0)
+    store = random_store(g.input_shape, g.input_shape, "separable")
+    core = store.save(x)
+    exact = g.weight_gradient(x, grad_output)
+    np.testing.assert_allclose(store.weight_gradient(core, grad_output, g), exact, rtol=1e-10, atol=1e-10)
+    factors = list(store.factors)
+    wrong_geometry = g
+    if fault == "drop a factor":
+        factors[1] = np.eye(4)
+    elif fault == "transpose a factor":
+        factors[2] = factors[2].T
+    elif fault == "flip a sign":
+        factors[0] = factors[0] * np.array([1.0, 1.0, -1.0])
+    else:
+        wrong_geometry = ConvGeometry((3, 4, 7, 7), g.weight_shape)
+        factors[2], factors[3] = (np.vstack([U, U[:2]]) for U in factors[2:])
+    store.factors = tuple(factors)
+    wrong = store.weight_gradient(core, grad_output, wrong_geometry)
+    assert not np.allclose(wrong, exact, rtol=1e-3)
+
+
+def test_feature_mode_alone_is_an_orthogonal_projection_of_the_gradient() -> None:
+    """⟨dW, dŴ⟩ = ‖dŴ‖² for a linear layer with only its feature mode compressed."""
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        B, I, O, r = rng.integers(1, 7, 4)  # noqa: E741
+        g = LinearGeometry((int(B), int(I)), (int(O), int(I)))
+        x, _, grad_output = arrays(g, int(rng.integers(1000)))
+        store = random_store(g.input_shape, (None, min(int(r), int(I))), seed=int(rng.integers(1000)))
+        exact, projected = g.weight_gradient(x, grad_output), gradient(g, store, x, grad_output)
+        assert np.vdot(exact, projected) == pytest.approx(np.sum(projected**2), rel=1e-9, abs=1e-9)
+
+
+def test_a_fixed_batch_mode_can_point_against_the_gradient() -> None:
+    """A counterexample to "LANCE's gradient is a descent direction": two images, one number each, U_1 = e_1."""
+    g = LinearGeometry((2, 1), (1, 1))
+    x, grad_output = np.array([[1.0], [2.0]]), np.array([[1.0], [-1.0]])
+    subspace = Subspace.random((2, 1), (1, None), np.random.default_rng(0))
+    store = Lance(subspace, dtype=np.float64)
+    store.factors = (np.array([[1.0], [0.0]]), None)
+    exact, projected = g.weight_gradient(x, grad_output), gradient(g, store, x, grad_output)
+    assert exact.item() == 1 * 1 - 2 * 1 == -1
+    assert projected.item() == 1
+
+
+# ---- on a network ----------------------------------------------------------------------------
+
+
+def small_net(dtype: Any = np.float64) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2, padding=1, rng=0),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, padding=((0, 1), (1, 0)), groups=6, rng=1),
+        nn.Conv2d(6, 4, 1, rng=2),
+        nn.Flatten(),
+        nn.Linear(4 * 5 * 5, 3, rng=3),
+    ).to(dtype)
+
+
+def gradients(net: nn.Module, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
+    net.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def test_calibrated_at_epsilon_one_a_network_trains_as_before() -> None:
+    """calibrate(epsilon=1) → compress: every gradient equals plain backpropagation's; restore brings Exact back."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((5, 3, 9, 9)), rng.integers(0, 3, 5)
+    net = small_net()
+    exact = gradients(net, x, y)
+    calibration = lr.calibrate(net, [x, x + 1], epsilon=1.0)
+    lr.compress(net, calibration)
+    assert isinstance(net[0].store, Lance)
+    assert net[5].store.ranks == (5, 100)
+    for name, grad in gradients(net, x, y).items():
+        np.testing.assert_allclose(grad, exact[name], rtol=1e-10, atol=1e-10, err_msg=name)
+    lr.restore(net)
+    assert all(module.store is EXACT for module in net.modules() if hasattr(module, "store"))
+
+
+def test_the_tape_really_shrinks_to_the_cores() -> None:
+    """What was billed for the inputs of the tuned layers is billed for cores afterwards, and nothing else changes."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((8, 3, 9, 9)).astype(np.float32), rng.integers(0, 3, 8)
+    net = small_net(np.float32)
+    tuning = lr.tune(net, "last:2")
+    assert tuning.layers == ("2", "3")
+    before = tape(F.cross_entropy(net(x), y))
+    lr.compress(net, lr.calibrate(net, [x], epsilon=0.5))
+    after = tape(F.cross_entropy(net(x), y))
+    for path in tuning.layers:
+        store = net.get_submodule(path).store
+        assert after.by_layer()[path] == 4 * int(np.prod(store.ranks))
+        assert before.by_layer()[path] == 4 * int(np.prod(store.subspace.shape))
+    assert {k: v for k, v in before.by_layer().items() if k not in tuning.layers} == {
+        k: v for k, v in after.by_layer().items() if k not in tuning.layers
+    }
+
+
+def test_another_batch_size() -> None:
+    """An error that says so when the batch mode is compressed; fine when it is not."""
+    rng = np.random.default_rng(0)
+    net = small_net(np.float32)
+    x = rng.standard_normal((4, 3, 9, 9)).astype(np.float32)
+    lr.tune(net, "last:1")
+    lr.compress(net, lr.calibrate(net, [x]))
+    with pytest.raises(ValueError, match=r"batch mode was calibrated with 4.*calibrate with this one"):
+        net(x[:3])
+    with pytest.raises(ValueError, match="batch mode was calibrated with 4"):
+        lr.trace(net, (3, 3, 9, 9))
+    lr.compress(net, lr.calibrate(net, [x], modes=("channel", "height", "width")))
+    F.cross_entropy(net(x[:3]), np.array([0, 1, 2])).backward()
+
+
+def test_wrong_store_settings_are_named() -> None:
+    """Order and dtype are checked when the store is made, the activation when it is saved."""
+    subspace = Subspace.random((2, 3), (1, 2), np.random.default_rng(0))
+    with pytest.raises(ValueError, match="order is 'fast'"):
+        Lance(subspace, order="fast")
+    with pytest.raises(TypeError, match="int64"):
+        Lance(subspace, dtype=np.int64)
+    with pytest.raises(TypeError, match=r"float64.*float32"):
+        Lance(subspace).save(np.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"\(2, 4\).*feature mode was calibrated with 3"):
+        Lance(subspace).save(np.ones((2, 4), np.float32))
+
+
+def test_changing_the_store_after_forward_does_not_change_the_gradient() -> None:
+    """The tape keeps the store that saved the core; restore() in between is harmless."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((5, 3, 9, 9)), rng.integers(0, 3, 5)
+    net = small_net()
+    lr.compress(net, lr.calibrate(net, [x], epsilon=0.6))
+    expected = gradients(net, x, y)
+    net.zero_grad()
+    loss = F.cross_entropy(net(x), y)
+    lr.restore(net)
+    loss.backward()
+    for name, parameter in net.named_parameters():
+        np.testing.assert_array_equal(parameter.grad, expected[name])

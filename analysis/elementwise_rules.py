@@ -11,8 +11,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-
 from analysis.layouts import is_basic_index
 from analysis.op_cost import Call, OpCost, Saved, bit_bytes, fresh, index_bytes, rule
 
@@ -113,37 +111,24 @@ def moved(call: Call) -> OpCost:
 
 @rule("index")
 def index(call: Call) -> OpCost:
-    """Slices keep nothing. Arrays of indices are kept; their gradient is scattered by adding."""
-    parts = call.record.attributes["index"]
-    if is_basic_index(parts):
-        return OpCost()
+    """Slices keep nothing. Arrays of positions are kept; their gradient is scattered by adding.
+
+    A record has one part for each dimension (None: a new one), an array as ``("array", its shape)``.
+    PyTorch keeps positions as int64.
+    """
     cost = OpCost()
-    if call.on_tape:
-        cost.elementwise = call.n_out
-        axis = 0
-        parts = parts if isinstance(parts, tuple) else (parts,)
-        consumed = sum(np.ndim(p) if _is_mask(p) else 1 for p in parts if p is not None and p is not Ellipsis)
-        for part in parts:
-            if part is None:
-                continue
-            if part is Ellipsis:
-                axis += len(call.record.inputs[0].shape) - consumed
-                continue
-            if isinstance(part, (list, np.ndarray)):
-                array = np.asarray(part)
-                for size in call.record.inputs[0].shape[axis : axis + array.ndim] if _is_mask(array) else ():
-                    cost.tape.append(fresh("index", int(array.sum()) * index_bytes(size)))
-                if not _is_mask(array):
-                    extent = call.record.inputs[0].shape[axis]
-                    cost.tape.append(fresh("index", array.size * index_bytes(extent)))
-                nbytes = array.size if _is_mask(array) else array.size * 8
-                cost.pytorch.append(fresh("index", nbytes))
-            axis += np.ndim(part) if _is_mask(part) else 1
+    parts = call.record.attributes["index"]
+    if not call.on_tape or is_basic_index(parts):
+        return cost
+    cost.elementwise = call.n_out
+    sizes = iter(call.record.inputs[0].shape)
+    for part in parts:
+        size = 0 if part is None else next(sizes)
+        if isinstance(part, tuple):
+            count = math.prod(part[1])
+            cost.tape.append(fresh("index", count * index_bytes(size)))
+            cost.pytorch.append(fresh("index", count * 8))
     return cost
-
-
-def _is_mask(part: object) -> bool:
-    return isinstance(part, (list, np.ndarray)) and np.asarray(part).dtype == np.bool_
 
 
 @rule("sum")

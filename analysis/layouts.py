@@ -50,7 +50,7 @@ class Layout:
         return Layout(self.storage, tuple(self.shape[d] for d in dims), tuple(self.strides[d] for d in dims))
 
     def indexed(self, index: Any) -> Layout:
-        """Basic indexing: integers, slices, None and Ellipsis."""
+        """Basic indexing: integers, slices and None."""
         one = np.zeros(1, np.int8)  # nothing is read: only shape and strides of the view are of interest
         view = np.lib.stride_tricks.as_strided(one, self.shape, self.strides, writeable=False)[index]
         return Layout(self.storage, view.shape, view.strides)
@@ -114,13 +114,9 @@ def reshape_strides(shape: Sequence[int], strides: Sequence[int], new_shape: Seq
     return tuple(result)
 
 
-def is_basic_index(index: Any) -> bool:
-    """Whether an index gives a look at the same memory (slices, integers), not a copy (arrays)."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(
-        part is None or part is Ellipsis or isinstance(part, (slice, int, np.integer)) and not isinstance(part, bool)
-        for part in parts
-    )
+def is_basic_index(parts: Sequence[Any]) -> bool:
+    """Whether an index gives a look at the same memory (slices, integers, None), not a copy (arrays)."""
+    return all(part is None or isinstance(part, (slice, int)) for part in parts)
 
 
 @dataclass

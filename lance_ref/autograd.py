@@ -405,7 +405,7 @@ class Function:
             if cls.returns_view:
                 output._version = inputs[0]._version
             if requires_grad:
-                node.close()
+                node.close(output)
                 output._node = node
                 output.requires_grad = True
         if state.recorder is not None:
@@ -494,9 +494,12 @@ class Node:
         """The saved array of that name."""
         return self.saved[name].array
 
-    def close(self) -> None:
+    def close(self, output: Tensor) -> None:
         """Let go of the input tensors: from here on only what was saved stays alive."""
         self._inputs = None
+        for saved in self.saved.values():
+            if saved.array is output._data:  # a saved result can be written to as well, through a detached tensor
+                saved.version = output._version
 
     def release(self) -> None:
         """Give up the saved arrays and the links to earlier nodes."""
@@ -565,9 +568,9 @@ def _run_backward(root: Node, seed: np.ndarray, retain_graph: bool) -> None:
 def _accumulate(leaf: Tensor, grad: np.ndarray, owned: bool) -> None:
     """Add to a leaf's ``.grad`` without ever sharing a buffer with anyone else."""
     if leaf.grad is not None:
-        leaf.grad = leaf.grad + grad
+        leaf.grad = np.asarray(leaf.grad + grad)
     else:
-        leaf.grad = grad if owned else grad.copy()
+        leaf.grad = np.asarray(grad if owned else grad.copy())
 
 
 from lance_ref import functional as F  # noqa: E402  (the operators above are its functions)

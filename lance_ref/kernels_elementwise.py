@@ -23,7 +23,7 @@ def clamp_and_pack(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarra
     if not numba_enabled():
         return clamp_and_pack_numpy(x, ceiling)
     source = np.ascontiguousarray(x)
-    out = np.empty(source.shape, source.dtype)
+    out = np.empty(x.shape, source.dtype)  # of x: ascontiguousarray gives a scalar a dimension
     mask = np.empty((source.size + 7) // 8, np.uint8)
     _clamp_and_pack.run(mask.size, source.size, source.reshape(-1), out.reshape(-1), mask, source.dtype.type(ceiling))
     return out, mask
@@ -58,7 +58,7 @@ def apply_mask(mask: np.ndarray, array: np.ndarray, scale: float = 1.0) -> np.nd
     if not numba_enabled():
         return apply_mask_numpy(mask, array, scale)
     source = np.ascontiguousarray(array)
-    out = np.empty(source.shape, source.dtype)
+    out = np.empty(array.shape, source.dtype)
     _apply_mask.run(mask.size, source.size, mask, source.reshape(-1), out.reshape(-1), source.dtype.type(scale))
     return out
 
@@ -112,13 +112,20 @@ def max_pool_forward_numpy(
     x: np.ndarray, kernel: Pair, stride: Pair, padding: Pair
 ) -> tuple[np.ndarray, np.ndarray]:
     """NumPy twin of :func:`max_pool_forward`."""
-    (k_h, k_w), (s_h, s_w), (p_h, p_w) = kernel, stride, padding
-    padded = np.pad(x, ((0, 0), (0, 0), (p_h, p_h), (p_w, p_w)), constant_values=-np.inf)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=(2, 3))[:, :, ::s_h, ::s_w]
-    flat = windows.reshape(*windows.shape[:4], k_h * k_w)
-    argmax = flat.argmax(axis=-1)
-    out = np.take_along_axis(flat, argmax[..., None], axis=-1)[..., 0]
-    return np.ascontiguousarray(out), argmax.astype(np.min_scalar_type(k_h * k_w - 1))
+    B, C, H, W = x.shape
+    H_out, W_out = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip((H, W), kernel, stride, padding, strict=True))
+    rows = stride[0] * np.arange(H_out)[:, None] - padding[0]  # (H_out, 1): top of each window, maybe above the image
+    columns = stride[1] * np.arange(W_out) - padding[1]  # (W_out,)
+    out = np.full((B, C, H_out, W_out), -np.inf, x.dtype)
+    argmax = np.empty(out.shape, np.min_scalar_type(kernel[0] * kernel[1] - 1))
+    argmax[:] = np.maximum(-rows, 0) * kernel[1] + np.maximum(-columns, 0)  # first inside: for windows of -inf only
+    for position, (p, q) in enumerate(np.ndindex(*kernel)):
+        inside = (rows + p >= 0) & (rows + p < H) & (columns + q >= 0) & (columns + q < W)  # (H_out, W_out)
+        seen = x[:, :, np.clip(rows + p, 0, H - 1), np.clip(columns + q, 0, W - 1)]  # (B, C, H_out, W_out)
+        better = inside & ((seen > out) | (np.isnan(seen) & ~np.isnan(out)))
+        np.copyto(out, seen, where=better)
+        np.copyto(argmax, argmax.dtype.type(position), where=better)
+    return out, argmax
 
 
 @Loops

@@ -60,7 +60,8 @@ def tune(net: Module, selection: str | Sequence[str] = "last:4", train_batchnorm
     train_batchnorm : bool
         Whether the BatchNorm2d layers that come after the first selected layer, in module order,
         train as well and use the statistics of the batch. The others, and without this all of them,
-        are frozen: they keep using their running statistics, in training mode too.
+        are frozen: they keep using their running statistics, in training mode too. (One that keeps no
+        running statistics cannot be frozen; its weight and bias are.)
 
     Returns
     -------
@@ -110,7 +111,7 @@ def _freeze_batchnorm(net: Module, first: str | None) -> None:
     for path, module in net.named_modules():
         below = below and (first is None or path != first)
         if isinstance(module, nn.BatchNorm2d):
-            module.frozen = below
+            module.frozen = below and module.track_running_stats
             module.requires_grad_(not below)
 
 
@@ -124,7 +125,7 @@ def _select(body: list[str], head: str, selection: str | Sequence[str]) -> list[
         return body[-_last_count(selection, len(body)) :]
     globs = [selection] if isinstance(selection, str) else list(selection)
     if not globs or not all(isinstance(glob, str) and glob for glob in globs):
-        raise ValueError(f"selection is {selection!r}, expected 'last:n', 'all', 'head', a glob or a list of globs")
+        raise ValueError(f"selection is {_shown(selection)}, expected 'last:n', 'all', 'head', a glob or a list of globs")
     selected: set[str] = set()
     for glob in globs:
         matches = [path for path in (*body, head) if fnmatch.fnmatchcase(path, glob)]
@@ -140,21 +141,26 @@ def _last_count(selection: str, available: int) -> int:
     if available == 0:
         allowed = "but the only Conv2d or Linear layer of this net is its head; expected 'head'"
     if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"selection is {selection!r}, {allowed}")
+        raise ValueError(f"selection is {_shown(selection)}, {allowed}")
     # a number of thousands of digits is out of range too, and int() would refuse to read it
     count = int(text) if len(text) < 10 else available + 1
     if not 1 <= count <= available:
-        raise ValueError(f"selection is {selection!r}, {allowed}")
+        raise ValueError(f"selection is {_shown(selection)}, {allowed}")
     return count
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _no_match(glob: str, paths: list[str]) -> str:
     near = difflib.get_close_matches(glob, paths, n=_SHOWN, cutoff=0.5)
     under = [path for path in paths if path.startswith(f"{glob}.")]
     if under:
-        return f"selection {glob!r} matches no Conv2d or Linear layer; for those inside it write '{glob}.*'"
+        return f"selection {_shown(glob)} matches no Conv2d or Linear layer; for those inside it write '{glob}.*'"
     if near:
-        return f"selection {glob!r} matches no Conv2d or Linear layer; the nearest are {', '.join(near)}"
+        return f"selection {_shown(glob)} matches no Conv2d or Linear layer; the nearest are {', '.join(near)}"
     shown = ", ".join(paths[-_SHOWN:])
     more = f" (and {len(paths) - _SHOWN} before them)" if len(paths) > _SHOWN else ""
-    return f"selection {glob!r} matches no Conv2d or Linear layer; expected 'last:n', 'all', 'head' or a glob of {shown}{more}"
+    return f"selection {_shown(glob)} matches no Conv2d or Linear layer; expected 'last:n', 'all', 'head' or a glob of {shown}{more}"

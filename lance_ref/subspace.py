@@ -62,7 +62,9 @@ class Subspace:
     def __post_init__(self) -> None:
         for field in ("mode_names", "factors", "spectra"):
             if len(getattr(self, field)) != len(self.shape):
-                raise ValueError(f"{field} has {len(getattr(self, field))} entries, expected one per mode of {self.shape}")
+                raise ValueError(
+                    f"{field} has {len(getattr(self, field))} entries, expected one per mode of {self.shape}"
+                )
         for name, n, U, spectrum in zip(self.mode_names, self.shape, self.factors, self.spectra, strict=True):
             if U is not None and not (U.ndim == 2 and U.shape[0] == n and 1 <= U.shape[1] <= n):
                 raise ValueError(
@@ -124,7 +126,9 @@ class Subspace:
         return sum(U.size for U in self.factors if U is not None) * np.dtype(dtype).itemsize
 
     def __str__(self) -> str:
-        lines = [f"Subspace of {shape_text(self.shape)}, core {shape_text(self.core_shape)}, {self.compression:.1f}x smaller"]
+        lines = [
+            f"Subspace of {shape_text(self.shape)}, core {shape_text(self.core_shape)}, {self.compression:.1f}x smaller"
+        ]
         for name, n, r, kept in zip(self.mode_names, self.shape, self.ranks, self.energy_kept, strict=True):
             rank = "left alone" if r is None else f"rank {r} of {n}"
             lines.append(f"  {name:<8} {rank}" + ("" if kept is None else f", keeps {kept:.4f} of the energy"))

@@ -236,7 +236,8 @@ def gram(tensor: np.ndarray, mode: int) -> np.ndarray:
     if post == 1:
         rows = tensor.reshape(pre, n)
         for start in range(0, pre, fibres):
-            block = rows[start : start + fibres].astype(np.float64, copy=False)  # (fibres, n)
+            block = rows[start : start + fibres]  # (fibres, n); lets go of the last block's copy
+            block = block.astype(np.float64, copy=False)
             total += matmul(block.T, block)
         return total
     slabs = tensor.reshape(pre, n, post)
@@ -334,9 +335,7 @@ def energy_rank(energies: np.ndarray, epsilon: float) -> int:
     return int(np.argmax(kept >= epsilon * kept[-1])) + 1
 
 
-def hosvd(
-    tensor: np.ndarray, *, epsilon: float | None = None, ranks: Sequence[int | None] | None = None
-) -> Tucker:
+def hosvd(tensor: np.ndarray, *, epsilon: float | None = None, ranks: Sequence[int | None] | None = None) -> Tucker:
     """Truncated higher-order SVD (De Lathauwer et al. 2000): every factor from the whole tensor.
 
     Parameters
@@ -366,9 +365,7 @@ def hosvd(
     return Tucker(multi_mode_product(tensor, [None if U is None else U.T for U in factors]), factors)
 
 
-def st_hosvd(
-    tensor: np.ndarray, *, epsilon: float | None = None, ranks: Sequence[int | None] | None = None
-) -> Tucker:
+def st_hosvd(tensor: np.ndarray, *, epsilon: float | None = None, ranks: Sequence[int | None] | None = None) -> Tucker:
     """Sequentially truncated higher-order SVD (Vannieuwenhoven et al. 2012).
 
     As :func:`hosvd`, but each mode, from 0 on, is truncated before the next one is looked at:

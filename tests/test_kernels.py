@@ -96,7 +96,7 @@ def test_everything_runs_without_numba() -> None:
     """LANCE_REF_NUMBA=0 takes the twins, and never imports Numba."""
     code = (
         "import sys, numpy as np, lance_ref as lr\n"
-        "net = lr.models.create('convnet', num_classes=10)\n"
+        "net = lr.models.create('convnet', num_classes=10, in_channels=1)\n"
         "x = np.random.default_rng(0).standard_normal((4, 1, 8, 8)).astype(np.float32)\n"
         "lr.F.cross_entropy(net(x), np.zeros(4, np.int64)).backward()\n"
         "conv = lr.nn.Conv2d(3, 3, 3, groups=3)\n"

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lance_ref._random import as_generator
+
 MAX_BYTES = 2 * 1024**3
 """Most bytes of pixels that one data set may take in memory."""
 
@@ -93,7 +95,7 @@ def spread(labels: np.ndarray, limit: int | None) -> np.ndarray:
 
 def size_pair(image_size: int | Sequence[int]) -> tuple[int, int]:
     """``image_size`` as (height, width)."""
-    size = (image_size, image_size) if isinstance(image_size, (int, np.integer)) else tuple(image_size)
+    size = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
     if len(size) != 2 or any(not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1 for n in size):
         raise ValueError(f"image_size is {image_size!r}, expected a positive integer or (height, width)")
     return int(size[0]), int(size[1])
@@ -165,8 +167,9 @@ def batches(
     batch_size : int
         Images a batch, at least 1.
     rng : int, numpy.random.Generator or None
-        Seed or generator of the order. The same seed gives the same order; pass one Generator to
-        successive calls for a new order in each epoch. None stands for the seed 0.
+        Seed or generator of the order. The same seed gives the same order each time; one Generator in
+        successive calls gives a new order in each epoch, and so does None, the library's default
+        generator (:func:`lance_ref.manual_seed`).
     shuffle : bool
         False keeps the data set's own order (for files: sorted by class).
     drop_last : bool
@@ -199,8 +202,7 @@ def batches(
         size_pair(image_size)
     to_channels(dataset.images[:0], channels)
     convert = normalise if callable(normalise) else _affine(normalise, channels or dataset.images.shape[3])
-    generator = rng if isinstance(rng, np.random.Generator) else np.random.default_rng(0 if rng is None else rng)
-    order = generator.permutation(len(dataset)) if shuffle else np.arange(len(dataset))
+    order = as_generator(rng).permutation(len(dataset)) if shuffle else np.arange(len(dataset))
     stop = len(dataset) - len(dataset) % batch_size if drop_last else len(dataset)
 
     def run() -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -67,9 +67,10 @@ def _fit(picture: Image.Image, image_size: tuple[int, int]) -> Image.Image:
 
     height, width = image_size
     scale = min(picture.width / width, picture.height / height)
-    left, top = (picture.width - width * scale) / 2, (picture.height - height * scale) / 2
-    box = (left, top, left + width * scale, top + height * scale)
-    return picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    part_width, part_height = max(1, round(width * scale)), max(1, round(height * scale))
+    left, top = (picture.width - part_width) // 2, (picture.height - part_height) // 2
+    part = picture.crop((left, top, left + part_width, top + part_height))  # resize(box=...) would look outside it
+    return part.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def read_zip(

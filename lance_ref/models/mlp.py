@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 
 from lance_ref import nn
 from lance_ref.autograd import Tensor
-from lance_ref.models.initialise import check_classes, check_positive_int
+from lance_ref.models.initialise import Rng, check_positive_int, source
 
 
 class MLP(nn.Module):
     """``flatten``, ``features`` (linear and ReLU in turn) and ``classifier``; see :func:`mlp`."""
 
-    def __init__(self, num_classes: int, in_features: int, hidden: Sequence[int], bias: bool, rng: Any) -> None:
+    def __init__(self, num_classes: int, in_features: int, hidden: Sequence[int], bias: bool, rng: np.random.Generator | None) -> None:
         super().__init__()
         self.flatten = nn.Flatten()
         widths = (in_features, *hidden)
@@ -34,7 +32,7 @@ def mlp(
     in_features: int = 784,
     hidden: Sequence[int] = (100, 100),
     bias: bool = True,
-    rng: int | np.random.Generator | None = None,
+    rng: Rng = None,
 ) -> MLP:
     """A multilayer perceptron with ReLU for inputs (B, ...) of ``in_features`` numbers each.
 
@@ -46,10 +44,11 @@ def mlp(
     bias : bool
         Of all layers.
     rng : int or numpy.random.Generator, optional
-        Seed or generator of the initial weights (PyTorch's default initialisation).
+        Seed or generator of the initial weights (PyTorch's default initialisation); the library's default
+        generator otherwise.
     """
-    check_classes(num_classes)
+    check_positive_int("num_classes", num_classes)
     check_positive_int("in_features", in_features)
     for position, width in enumerate(hidden):
         check_positive_int(f"hidden[{position}]", width)
-    return MLP(num_classes, in_features, tuple(hidden), bias, None if rng is None else np.random.default_rng(rng))
+    return MLP(num_classes, in_features, tuple(hidden), bias, source(rng))

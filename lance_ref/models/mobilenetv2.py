@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any
-
 import numpy as np
 
 from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.autograd import Tensor
-from lance_ref.models.initialise import check_classes, check_positive, kaiming_fan_out
+from lance_ref.models.initialise import Rng, check_positive, check_positive_int, kaiming_fan_out, source
 from lance_ref.models.pretrained import load_mobilenetv2
 
 STAGES = (
@@ -29,7 +27,7 @@ class ConvBNReLU6(nn.Sequential):
     """``0`` convolution without bias, ``1`` batch norm, ``2`` ReLU6."""
 
     def __init__(
-        self, C_in: int, C_out: int, kernel_size: int, stride: int, groups: int, padding: str, rng: Any
+        self, C_in: int, C_out: int, kernel_size: int, stride: int, groups: int, padding: str, rng: np.random.Generator | None
     ) -> None:
         super().__init__(
             _conv(C_in, C_out, kernel_size, stride, groups, padding, rng),
@@ -52,7 +50,7 @@ class InvertedResidual(nn.Module):
     rng : numpy.random.Generator or None
     """
 
-    def __init__(self, C_in: int, C_out: int, stride: int, expand_ratio: int, padding: str, rng: Any) -> None:
+    def __init__(self, C_in: int, C_out: int, stride: int, expand_ratio: int, padding: str, rng: np.random.Generator | None) -> None:
         super().__init__()
         hidden = C_in * expand_ratio
         self.use_res_connect = stride == 1 and C_in == C_out
@@ -71,7 +69,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """``features.0`` … ``features.18`` and ``classifier`` (``0`` dropout, ``1`` linear); see :func:`mobilenetv2`."""
 
-    def __init__(self, num_classes: int, width: float, dropout: float, padding: str, rng: Any) -> None:
+    def __init__(self, num_classes: int, width: float, dropout: float, padding: str, rng: np.random.Generator | None) -> None:
         super().__init__()
         self.padding = padding
         C_in = divisible(32 * width)
@@ -84,7 +82,7 @@ class MobileNetV2(nn.Module):
                 C_in = C_out
         layers.append(ConvBNReLU6(C_in, last, 1, 1, 1, padding, rng))
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(last, num_classes, rng=rng))
+        self.classifier = nn.Sequential(nn.Dropout(dropout, rng), nn.Linear(last, num_classes, rng=rng))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)  # (B, 1280, H/32, W/32)
@@ -98,7 +96,7 @@ def mobilenetv2(
     dropout: float = 0.2,
     padding: str | None = None,
     pretrained: bool | str | os.PathLike[str] | None = None,
-    rng: int | np.random.Generator | None = None,
+    rng: Rng = None,
 ) -> MobileNetV2:
     """MobileNetV2 for RGB images (B, 3, H, W), H and W multiples of 32 by custom.
 
@@ -120,7 +118,8 @@ def mobilenetv2(
         class k − 1) and for 1000 (without the background); any other number gets a fresh one.
         Feed such a net with :func:`~lance_ref.models.preprocess`.
     rng : int or numpy.random.Generator, optional
-        Seed or generator of the initial weights.
+        Seed or generator of the initial weights and of the dropout masks; the library's default generator
+        otherwise.
 
     Returns
     -------
@@ -135,9 +134,9 @@ def mobilenetv2(
 
     Notes
     -----
-    Convolutions start as in torchvision: normal with variance 2 / (C_out/groups · k_h · k_w).
+    Convolutions start from N(0, 2 / (C_out/groups · k_h · k_w)), the classifier from PyTorch's default.
     """
-    check_classes(num_classes)
+    check_positive_int("num_classes", num_classes)
     check_positive("width", width)
     if padding not in (None, "symmetric", "same"):
         raise ValueError(f"padding is {padding!r}, expected 'symmetric' or 'same'")
@@ -146,8 +145,7 @@ def mobilenetv2(
         raise ValueError("padding is 'symmetric', but the pretrained weights were trained with 'same'")
     if wanted and width != 1:
         raise ValueError(f"width is {width}, but the pretrained weights are for width 1.0")
-    rng = np.random.default_rng(rng) if rng is not None else None
-    net = MobileNetV2(num_classes, width, dropout, padding or ("same" if wanted else "symmetric"), rng)
+    net = MobileNetV2(num_classes, width, dropout, padding or ("same" if wanted else "symmetric"), source(rng))
     if wanted:
         load_mobilenetv2(net, None if pretrained is True else pretrained)
     return net
@@ -163,8 +161,7 @@ def divisible(channels: float, divisor: int = 8) -> int:
     return rounded if rounded >= 0.9 * channels else rounded + divisor
 
 
-def _conv(C_in: int, C_out: int, kernel_size: int, stride: int, groups: int, padding: str, rng: Any) -> nn.Conv2d:
+def _conv(C_in: int, C_out: int, kernel_size: int, stride: int, groups: int, padding: str, rng: np.random.Generator | None) -> nn.Conv2d:
     pad: int | str = "same" if padding == "same" else (kernel_size - 1) // 2
     conv = nn.Conv2d(C_in, C_out, kernel_size, stride, pad, groups=groups, bias=False, rng=rng)
-    kaiming_fan_out(conv.weight, rng)
-    return conv
+    return kaiming_fan_out(conv, rng)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 
 from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.autograd import Tensor
-from lance_ref.models.initialise import check_classes, kaiming_fan_out
+from lance_ref.models.initialise import Rng, check_positive_int, kaiming_fan_out, source
 
 
 class BasicBlock(nn.Module):
     """relu(shortcut(x) + bn2(conv2(relu(bn1(conv1(x)))))); the shortcut is a 1x1 convolution where shapes change."""
 
-    def __init__(self, C_in: int, C_out: int, stride: int, rng: Any) -> None:
+    def __init__(self, C_in: int, C_out: int, stride: int, rng: np.random.Generator | None) -> None:
         super().__init__()
         self.conv1 = _conv(C_in, C_out, 3, stride, rng)
         self.bn1 = nn.BatchNorm2d(C_out)
@@ -44,7 +42,7 @@ class ResNet(nn.Module):
     rng : numpy.random.Generator or None
     """
 
-    def __init__(self, blocks: Sequence[int], num_classes: int, rng: Any) -> None:
+    def __init__(self, blocks: Sequence[int], num_classes: int, rng: np.random.Generator | None) -> None:
         super().__init__()
         self.conv1 = _conv(3, 64, 7, 2, rng)
         self.bn1 = nn.BatchNorm2d(64)
@@ -65,33 +63,33 @@ class ResNet(nn.Module):
         return self.fc(F.flatten(self.avgpool(x), 1))  # (B, num_classes)
 
 
-def resnet18(num_classes: int = 1000, rng: int | np.random.Generator | None = None) -> ResNet:
+def resnet18(num_classes: int = 1000, rng: Rng = None) -> ResNet:
     """ResNet-18 for RGB images (B, 3, H, W).
 
     Parameters
     ----------
     num_classes : int
     rng : int or numpy.random.Generator, optional
-        Seed or generator of the initial weights.
+        Seed or generator of the initial weights; the library's default generator otherwise.
 
     Notes
     -----
-    Convolutions start as in torchvision: normal with variance 2 / (C_out · k_h · k_w).
+    As in torchvision, convolutions start from N(0, 2 / (C_out · k_h · k_w)), the classifier from PyTorch's
+    default.
     """
     return _resnet((2, 2, 2, 2), num_classes, rng)
 
 
-def resnet34(num_classes: int = 1000, rng: int | np.random.Generator | None = None) -> ResNet:
+def resnet34(num_classes: int = 1000, rng: Rng = None) -> ResNet:
     """ResNet-34 for RGB images (B, 3, H, W); parameters as for :func:`resnet18`."""
     return _resnet((3, 4, 6, 3), num_classes, rng)
 
 
-def _resnet(blocks: Sequence[int], num_classes: int, rng: int | np.random.Generator | None) -> ResNet:
-    check_classes(num_classes)
-    return ResNet(blocks, num_classes, None if rng is None else np.random.default_rng(rng))
+def _resnet(blocks: Sequence[int], num_classes: int, rng: Rng) -> ResNet:
+    check_positive_int("num_classes", num_classes)
+    return ResNet(blocks, num_classes, source(rng))
 
 
-def _conv(C_in: int, C_out: int, kernel_size: int, stride: int, rng: Any) -> nn.Conv2d:
+def _conv(C_in: int, C_out: int, kernel_size: int, stride: int, rng: np.random.Generator | None) -> nn.Conv2d:
     conv = nn.Conv2d(C_in, C_out, kernel_size, stride, (kernel_size - 1) // 2, bias=False, rng=rng)
-    kaiming_fan_out(conv.weight, rng)
-    return conv
+    return kaiming_fan_out(conv, rng)

@@ -1,0 +1,230 @@
+"""One real training step, and every predicted number beside the measured one.
+
+Measured are the live buffers of the tape (:func:`lance_ref.tape`), the multiply-adds of the products
+and loops that ran (:func:`lance_ref.count_macs`), and, with PyTorch installed, what its autograd saves
+and its counter counts for the same operations (:mod:`analysis.torch_replay`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import lance_ref
+from analysis import torch_replay
+from analysis.account import Billed
+from lance_ref import functional as F
+from lance_ref.activations import Lance
+from lance_ref.autograd import Tensor
+from lance_ref.nn.module import Module
+from lance_ref.subspace import Subspace
+from lance_ref.tracing import record
+
+if TYPE_CHECKING:
+    from analysis.cost_model import Prediction
+    from analysis.nets import TracedStep
+    from lance_ref.datasets import Dataset
+
+MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One number, predicted and measured."""
+
+    method: str
+    layer: str
+    what: str
+    predicted: int
+    measured: int
+
+    @property
+    def agrees(self) -> bool:
+        return self.predicted == self.measured
+
+
+@dataclass
+class Comparison:
+    """All numbers of a measurement; prints as a table, differences marked.
+
+    Attributes
+    ----------
+    lines : list of Line
+        By layer; the totals are their sums.
+    notes : list of str
+        What was measured on, and what was left out.
+    """
+
+    lines: list[Line] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every predicted number equals the measured one."""
+        return all(line.agrees for line in self.lines)
+
+    def add(self, method: str, what: str, predicted: Mapping[str, int], measured: Mapping[str, int]) -> None:
+        """Compare two counts by layer; a layer that is missing from one counts 0 there."""
+        for layer in dict.fromkeys([*predicted, *measured]):
+            pair = predicted.get(layer, 0), measured.get(layer, 0)
+            if pair != (0, 0):
+                self.lines.append(Line(method, layer or "(root)", what, *pair))
+
+    def totals(self) -> list[Line]:
+        sums: dict[tuple[str, str], list[int]] = {}
+        for line in self.lines:
+            pair = sums.setdefault((line.method, line.what), [0, 0])
+            pair[0] += line.predicted
+            pair[1] += line.measured
+        return [Line(method, "total", what, *pair) for (method, what), pair in sums.items()]
+
+    def __str__(self) -> str:
+        wrong = [line for line in self.lines if not line.agrees]
+        shown = [line for line in self.lines if line.what.endswith("bytes")]
+        shown += [line for line in wrong if line not in shown]
+        rows = [("method", "layer", "what", "predicted", "measured", "")]
+        for group in (shown, self.totals()):
+            rows += [("", "", "", "", "", "")]
+            rows += [
+                (x.method, x.layer, x.what, f"{x.predicted:,}", f"{x.measured:,}", "" if x.agrees else "DIFFERS")
+                for x in group
+            ]
+        widths = [max(len(row[column]) for row in rows) for column in range(6)]
+        lines = ["Predicted beside measured"]
+        for row in rows:
+            cells = [c.rjust(w) if i in (3, 4) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            lines.append("  ".join(cells).rstrip())
+        verdict = "no difference" if not wrong else f"{len(wrong)} differences"
+        return "\n".join([*lines, "", *self.notes, f"{len(self.lines)} numbers compared layer by layer: {verdict}"])
+
+
+def compare(prediction: Prediction, data: str | None = None) -> Comparison:
+    """Run one real step per method and compare it with the prediction.
+
+    Parameters
+    ----------
+    prediction : Prediction
+        Of a net with weights.
+    data : str, optional
+        A data set of ``lance_ref.datasets``, or a folder of pictures; the bundled digits by default.
+    """
+    step = prediction.step
+    dataset = _images(data)
+    images, labels = _batch(dataset, step)
+    comparison = Comparison()
+    comparison.notes.append(f"one step on {len(images)} images of {dataset.name}, fresh weights, random factors")
+    for method, bills in prediction.bills.items():
+        ranks = prediction.choice.ranks if prediction.choice is not None and method == "lance" else {}
+        with _stores(step, ranks):
+            _compare_step(comparison, method, step.net, images, labels, bills)
+    _compare_with_pytorch(comparison, prediction)
+    return comparison
+
+
+def _compare_step(
+    comparison: Comparison, method: str, net: Module, images: np.ndarray, labels: np.ndarray, bills: Sequence[Billed]
+) -> None:
+    with lance_ref.count_macs() as counter:
+        with record(net) as records:
+            loss = F.cross_entropy(net(Tensor(images)), Tensor(labels))
+        tape = lance_ref.tape(loss)
+        loss.backward()
+    traced, ran = [(b.record.op, b.record.path) for b in bills], [(r.op, r.path) for r in records]
+    if traced != ran:
+        first = next((i for i, (a, b) in enumerate(zip(traced, ran, strict=False)) if a != b), min(len(traced), len(ran)))
+        raise ValueError(f"the real step ran other operations than the trace, from number {first} on: is forward() random?")
+    comparison.add(method, "tape bytes", _by_path(bills, "tape_bytes"), tape.by_layer())
+    factors = {path: m.store.factor_bytes for path, m in net.named_modules() if hasattr(m, "store")}
+    comparison.add(method, "factor bytes", _by_path(bills, "subspace_bytes"), factors)
+    for kind in MAC_KINDS:
+        predicted: defaultdict[str, int] = defaultdict(int)
+        for bill in bills:
+            predicted[bill.record.path] += getattr(bill.cost, f"{kind}_macs")
+        measured = {path: macs for (path, counted), macs in counter.macs.items() if counted == kind}
+        comparison.add(method, f"{kind} multiply-adds", predicted, measured)
+
+
+def _by_path(bills: Sequence[Billed], what: str) -> dict[str, int]:
+    sums: defaultdict[str, int] = defaultdict(int)
+    for bill in bills:
+        sums[bill.record.path] += getattr(bill, what)
+    return sums
+
+
+def _compare_with_pytorch(comparison: Comparison, prediction: Prediction) -> None:
+    if not torch_replay.available():
+        comparison.notes.append("PyTorch's column: skipped: PyTorch is not installed")
+        return
+    comparison.notes.append(f"PyTorch's column: the same operations replayed in PyTorch {torch_replay.version()}")
+    for method, bills in prediction.bills.items():
+        ranks = prediction.choice.ranks if prediction.choice is not None and method == "lance" else {}
+        saved = torch_replay.saved_bytes([bill.record for bill in bills], ranks)
+        predicted = {bill.name: bill.pytorch_bytes for bill in bills}
+        comparison.add(method, "pytorch bytes", predicted, {b.name: n for b, n in zip(bills, saved, strict=True)})
+        if method != "bp":
+            continue
+        try:
+            counted = torch_replay.flops([bill.record for bill in bills])
+        except LookupError as error:
+            comparison.notes.append(f"PyTorch's FLOP counter: skipped: {error}")
+            continue
+        forward = sum(2 * bill.cost.forward_macs for bill in bills)
+        backward = sum(2 * (bill.cost.grad_input_macs + bill.cost.grad_weight_macs) for bill in bills)
+        comparison.add(method, "FLOPs forward, FlopCounterMode", {"all layers": forward}, {"all layers": counted.forward})
+        comparison.add(method, "FLOPs backward, FlopCounterMode", {"all layers": backward}, {"all layers": counted.backward})
+
+
+@contextmanager
+def _stores(step: TracedStep, ranks: Mapping[str, Sequence[int | None]]) -> Iterator[None]:
+    """LANCE with random factors of exactly these ranks: bytes and multiply-adds depend on nothing else."""
+    rng = np.random.default_rng(0)
+    shapes = {r.path: r.inputs[0].shape for r in step.records if r.op in ("conv2d", "linear")}
+    layers = {path: step.net.get_submodule(path) for path in ranks}
+    before = {path: layer.store for path, layer in layers.items()}
+    try:
+        for path, layer in layers.items():
+            layer.store = Lance(Subspace.random(shapes[path], ranks[path], rng), dtype=layer.weight.dtype)
+        yield
+    finally:
+        for path, layer in layers.items():
+            layer.store = before[path]
+
+
+def _images(data: str | None) -> Dataset:
+    from lance_ref import datasets
+
+    if data is None:
+        return datasets.load("digits")
+    if data in datasets.names():
+        return datasets.load(data, "test")
+    if Path(data).is_dir():
+        return datasets.load_folder(data)
+    raise ValueError(f"--data is {data!r}, expected a folder of pictures or one of {', '.join(datasets.names())}")
+
+
+def _batch(dataset: Dataset, step: TracedStep) -> tuple[np.ndarray, np.ndarray]:
+    """One batch of real images in the shape that the net takes, and labels that it has outputs for.
+
+    A data set smaller than the batch is used again from its start; grey channels are repeated; a net
+    for vectors gets the pixels of a square image.
+    """
+    from lance_ref.datasets import resize
+
+    value = step.records[0].inputs[0]
+    batch, shape = step.records[-1].inputs[0].shape[0], step.input_shape
+    dtype = np.dtype(value.dtype)
+    chosen = np.resize(np.random.default_rng(0).permutation(len(dataset)), batch)
+    side = int(np.ceil(np.sqrt(shape[0])))
+    pixels = resize(dataset.images[chosen], shape[1:] if len(shape) == 3 else (side, side))  # (B, H, W, C)
+    planes = pixels.transpose(0, 3, 1, 2).astype(dtype) / 255  # (B, C, H, W)
+    if len(shape) == 3:
+        images = planes[:, np.arange(shape[0]) % planes.shape[1]]
+    else:
+        images = planes.mean(axis=1).reshape(batch, -1)[:, : shape[0]]
+    return np.ascontiguousarray(images, dtype=dtype), dataset.labels[chosen] % step.num_classes

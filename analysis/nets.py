@@ -1,0 +1,165 @@
+"""From a name on the command line to a net, and to the op records of one training step."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import lance_ref
+from lance_ref import functional as F
+from lance_ref.autograd import Tensor
+from lance_ref.nn.init import shapes_only
+from lance_ref.nn.module import Module
+from lance_ref.tracing import OpRecord, record
+
+DEFAULT_IMAGE_SIZE = 224
+DEFAULT_INPUT = {"mlp": (784,), "convnet": (3, 32, 32)}
+"""Shape of one input for nets that are not for 224-pixel images."""
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """One training step of a net as its op records, the loss last.
+
+    Attributes
+    ----------
+    net : Module
+        Tuned as asked for.
+    name : str
+    input_shape : tuple of int
+        Without the batch.
+    num_classes : int
+        Outputs of the net.
+    records : list of OpRecord
+    tuned_layers : tuple of str
+        Layers that train, the head left out.
+    head : str or None
+        The classifier, which always trains.
+    """
+
+    net: Module
+    name: str
+    input_shape: tuple[int, ...]
+    num_classes: int
+    records: list[OpRecord]
+    tuned_layers: tuple[str, ...]
+    head: str | None
+
+
+def input_shape_for(name: str, image_size: int | None, given: Sequence[int] | None) -> tuple[int, ...]:
+    """Shape of one input: what was given, else RGB of the image size, else what suits the net."""
+    if given is not None:
+        return tuple(given)
+    if image_size is not None:
+        return (3, image_size, image_size)
+    return DEFAULT_INPUT.get(name, (3, DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE))
+
+
+def build(name: str, num_classes: int, input_shape: tuple[int, ...], without_weights: bool) -> Module:
+    """A built-in net, or what ``pkg.module:factory`` returns.
+
+    Parameters
+    ----------
+    name : str
+        One of ``lance_ref.models.names()``, or ``pkg.module:factory``. The factory is called with
+        ``num_classes=`` if it takes that, else with nothing.
+    num_classes : int
+    input_shape : tuple of int
+        The small built-in nets are made for it.
+    without_weights : bool
+        Built-in nets get parameters that have shapes only.
+
+    Raises
+    ------
+    ValueError
+        In one line: no such net or factory, the factory failed, or what it returned is no Module.
+    """
+    if ":" in name:
+        return _call_factory(name, num_classes)
+    if name not in lance_ref.models.names():
+        raise ValueError(f"unknown net {name!r}, expected one of {', '.join(lance_ref.models.names())}, or pkg.module:factory")
+    options: dict[str, Any] = {"num_classes": num_classes}
+    if name == "mlp":
+        options["in_features"] = int(np.prod(input_shape))
+    if name == "convnet":
+        options["in_channels"] = input_shape[0]
+    with shapes_only() if without_weights else nullcontext():
+        return lance_ref.models.create(name, **options)
+
+
+def _call_factory(name: str, num_classes: int) -> Module:
+    module_name, _, factory_name = name.partition(":")
+    if not module_name or not factory_name:
+        raise ValueError(f"net is {name!r}, expected pkg.module:factory")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # modules of the current folder
+    try:
+        factory: Any = importlib.import_module(module_name)
+        for part in factory_name.split("."):
+            factory = getattr(factory, part)
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise ValueError(f"net {name!r} cannot be imported: {_one_line(error)}") from None
+    except Exception as error:
+        raise ValueError(f"net {name!r}: importing {module_name} raised {_one_line(error)}") from None
+    if not callable(factory):
+        raise ValueError(f"net {name!r} is a {type(factory).__name__}, expected a function that returns a Module")
+    try:
+        net = factory(num_classes=num_classes) if _takes_num_classes(factory) else factory()
+    except Exception as error:
+        raise ValueError(f"net {name!r}: the factory raised {_one_line(error)}") from None
+    if not isinstance(net, Module):
+        raise ValueError(f"net {name!r}: the factory returned a {type(net).__name__}, expected a lance_ref.nn.Module")
+    return net
+
+
+def _takes_num_classes(factory: Any) -> bool:
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return False
+    return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def trace_step(
+    net: Module, name: str, input_shape: tuple[int, ...], batch: int, tune: str | Sequence[str], dtype: str
+) -> TracedStep:
+    """Tune a net and trace its forward pass and cross-entropy, on shapes alone.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the selection fits nothing, the input does not fit the net, or its output is not (batch, classes).
+    """
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"dtype is {dtype!r}, expected float32 or float64")
+    if batch < 1 or not input_shape or min(input_shape) < 1:
+        raise ValueError(f"batch is {batch} and input shape {input_shape}, expected positive integers")
+    net.to(dtype)
+    net.train()
+    tuning = lance_ref.tune(net, tune)
+    try:
+        with record(net) as records:
+            logits = net(Tensor.meta((batch, *input_shape), dtype))
+            if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch:
+                came = logits.shape if isinstance(logits, Tensor) else type(logits).__name__
+                raise ValueError(f"net {name!r} gives {came}, expected an output of shape ({batch}, classes)")
+            loss = F.cross_entropy(logits, Tensor.meta((batch,), np.int64))
+    except (ValueError, TypeError):
+        raise
+    except Exception as error:  # a user's forward() may raise anything
+        raise ValueError(f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {_one_line(error)}") from None
+    if not loss.requires_grad:
+        raise ValueError(f"net {name!r}: nothing that the loss depends on is trained by tune {tune!r}")
+    return TracedStep(net, name, input_shape, logits.shape[1], list(records), tuning.layers, tuning.head)

@@ -1,0 +1,218 @@
+"""The printed report: per-layer tables, totals, reductions, and what they mean."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from analysis.report import ACCOUNTINGS, FLOP_KINDS, MethodCost, Report, Row
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+PIPED_WIDTH = 240
+
+
+def render(report: Report, accountings: Sequence[str] = ACCOUNTINGS, color: bool = False) -> str:
+    """The whole report as text.
+
+    Parameters
+    ----------
+    report : Report
+    accountings : sequence of str
+        Which columns of activation memory to show.
+    color : bool
+        Whether to use terminal styles.
+    """
+    text = io.StringIO()
+    print_report(report, accountings, _console(text, color))
+    return _stripped(text.getvalue())
+
+
+def show(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> None:
+    """Print the report: in colour to a terminal, as plain wide text to a pipe."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        print_report(report, accountings, Console())
+    else:
+        sys.stdout.write(render(report, accountings))
+
+
+def _console(file: io.StringIO, color: bool) -> Console:
+    from rich.console import Console
+
+    return Console(file=file, width=PIPED_WIDTH, force_terminal=color, color_system="auto" if color else None)
+
+
+def _stripped(text: str) -> str:
+    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+
+
+def print_report(report: Report, accountings: Sequence[str], console: Console) -> None:
+    """Print all of it to a rich console."""
+    say = _sayer(console)
+    size = "" if report.image_size is None else f", {report.image_size} pixels"
+    head = "" if report.tuned_layers else " (the classifier head alone)"
+    say(f"{report.net}, batch {report.batch}{size}, {report.num_classes} classes, {report.dtype}")
+    say(f"tuned: {len(report.tuned_layers)} layers{head}, and the classifier head")
+    if any(cost.ranks for row in report.rows for cost in row.methods.values()):
+        say(f"ranks from: {report.ranks_from}")
+    console.print(_memory_table(report, accountings))
+    console.print(_flops_table(report))
+    console.print(_totals_table(report, accountings))
+    for sentence in explain(report):
+        say(sentence)
+
+
+def _sayer(console: Console) -> Any:
+    return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(title: str, columns: Iterable[str], left: int) -> Table:
+    """An empty table whose first ``left`` columns are text and the others numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for position, name in enumerate(columns):
+        table.add_column(name, justify="left" if position < left else "right", no_wrap=True, overflow="fold")
+    return table
+
+
+# ---- per layer ---------------------------------------------------------------------------
+
+
+def _memory_table(report: Report, accountings: Sequence[str]) -> Table:
+    methods = report.methods
+    with_factors = [m for m in methods if any(row.methods[m].subspace_bytes for row in report.rows)]
+    columns = ["layer", "op", "output", "ranks"]
+    columns += [f"{method} {name}" for method in methods for name in accountings]
+    columns += [f"{method} factors" for method in with_factors]
+    table = _table("Kept for the backward pass (bytes; each buffer billed once)", columns, 4)
+
+    def numbers(costs: dict[str, MethodCost]) -> list[str]:
+        kept = [costs[method].activation_bytes[name] for method in methods for name in accountings]
+        return [_count(n) for n in kept + [costs[method].subspace_bytes for method in with_factors]]
+
+    skipped = 0
+    for row in report.rows:
+        if not any(any(cost.activation_bytes.values()) or cost.subspace_bytes for cost in row.methods.values()):
+            skipped += 1
+            continue
+        ranks = next((cost.ranks for cost in row.methods.values() if cost.ranks), None)
+        table.add_row(row.name, row.op, _shape(row.output_shape), _ranks(ranks), *numbers(row.methods))
+    if skipped:
+        table.add_row(f"({skipped} more, which keep nothing)")
+    table.add_section()
+    table.add_row("total", "", "", "", *numbers(report.totals))
+    return table
+
+
+def _flops_table(report: Report) -> Table:
+    """FLOPs by kind; the kinds that all methods agree on in every row have one column."""
+    shared = [kind for kind in FLOP_KINDS if all(len({m.flops[kind] for m in r.methods.values()}) == 1 for r in report.rows)]
+    own = [(method, kind) for method in report.methods for kind in FLOP_KINDS if kind not in shared]
+    unit = "millions of multiply-adds of the tuned layers" if report.convention == "paper" else "MFLOPs"
+    columns = ["layer", "op", "weight", *shared, *(f"{method} {kind}" for method, kind in own)]
+    columns += [f"{method} total" for method in report.methods]
+    table = _table(f"Products of one step ({unit})", columns, 3)
+
+    def numbers(costs: dict[str, MethodCost]) -> list[str]:
+        one = next(iter(costs.values()))
+        values = [one.flops[kind] for kind in shared] + [costs[method].flops[kind] for method, kind in own]
+        return [_millions(n) for n in values + [costs[method].flops["total"] for method in report.methods]]
+
+    folded: list[Row] = []
+    for row in report.rows:
+        if not any(cost.flops["total"] for cost in row.methods.values()):
+            continue
+        if all(cost.flops["total"] == cost.flops["forward"] for cost in row.methods.values()):
+            folded.append(row)
+            continue
+        table.add_row(row.name, row.op, _shape(row.weight_shape), *numbers(row.methods))
+    if folded:
+        sums = {method: MethodCost.sum([row.methods[method] for row in folded]) for method in report.methods}
+        table.add_row(f"({len(folded)} more, forward only)", "", "", *numbers(sums))
+    table.add_section()
+    table.add_row("total", "", "", *numbers(report.totals))
+    return table
+
+
+# ---- totals ------------------------------------------------------------------------------
+
+
+def _totals_table(report: Report, accountings: Sequence[str]) -> Table:
+    work = "multiply-adds" if report.convention == "paper" else "FLOPs"
+    columns = ["", *accountings, "factors", "tape + factors", *(f"{k}" for k in FLOP_KINDS), f"{work}, all", "elementwise"]
+    table = _table(f"Totals (memory in MiB, {work} in billions, element-wise operations in billions)", columns, 1)
+    totals = report.totals
+    for method, cost in totals.items():
+        memory = [cost.activation_bytes[name] for name in accountings] + [cost.subspace_bytes, cost.tape_and_factors]
+        giga = [cost.flops[kind] / 1e9 for kind in (*FLOP_KINDS, "total")] + [cost.elementwise / 1e9]
+        table.add_row(method, *(f"{n / 2**20:,.3f}" for n in memory), *(f"{n:,.3f}" for n in giga))
+    for method in list(totals)[1:]:
+        ratios = reductions(totals["bp"], totals[method]) if "bp" in totals else {}
+        if ratios:
+            shown = [_ratio(ratios[name]) for name in accountings] + ["", _ratio(ratios["tape + factors"])]
+            shown += [""] * len(FLOP_KINDS) + [_ratio(ratios["flops"])]
+            table.add_row(f"bp / {method}", *shown)
+    return table
+
+
+def reductions(bp: MethodCost, other: MethodCost) -> dict[str, float | None]:
+    """How many times less the other method takes, by accounting; None where it takes nothing.
+
+    Factors count for the other method only: ``"tape + factors"`` compares bp's tape with both.
+    """
+    ratios = {name: _over(bp.activation_bytes[name], other.activation_bytes[name]) for name in ACCOUNTINGS}
+    ratios["tape + factors"] = _over(bp.tape_and_factors, other.tape_and_factors)
+    ratios["bp pytorch / tape"] = _over(bp.activation_bytes["pytorch"], other.activation_bytes["tape"])
+    ratios["bp pytorch / tape + factors"] = _over(bp.activation_bytes["pytorch"], other.tape_and_factors)
+    ratios["flops"] = _over(bp.flops["total"], other.flops["total"])
+    return ratios
+
+
+def _over(a: int, b: int) -> float | None:
+    return a / b if b else None
+
+
+def explain(report: Report) -> list[str]:
+    """One sentence per method beside bp on what its reductions mean."""
+    totals = report.totals
+    if "bp" not in totals:
+        return []
+    sentences = []
+    for method in [name for name in totals if name != "bp"]:
+        r = {name: _ratio(value) for name, value in reductions(totals["bp"], totals[method]).items()}
+        sentences.append(
+            f"What it means: counting only the inputs of the tuned layers, as the papers do, {method} keeps {r['paper']} "
+            f"less; in PyTorch, which also keeps what batch norm and activation functions save, it would really free "
+            f"{r['pytorch']}; on this lean tape it keeps {r['tape']} less than bp ({r['tape + factors']} with the "
+            f"fixed factors beside it), which is {r['bp pytorch / tape']} less than PyTorch's bp "
+            f"({r['bp pytorch / tape + factors']} with the factors)."
+        )
+    return sentences
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _count(n: int) -> str:
+    return f"{n:,}" if n else "-"
+
+
+def _millions(n: int) -> str:
+    return f"{n / 1e6:,.3f}" if n else "-"
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "" if shape is None else "x".join(map(str, shape))
+
+
+def _ranks(ranks: Sequence[int | None] | None) -> str:
+    return "" if ranks is None else ",".join("-" if r is None else str(r) for r in ranks)

@@ -1,0 +1,347 @@
+"""Calibration: one pass over a few batches, from which every layer's subspace follows.
+
+For each layer and mode the Gram matrix of the unfolded input is summed over the batches, in float64.
+Nothing else is kept: the Grams give the subspaces for any energy threshold, they add up over
+machines, and they can be saved.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from lance_ref import calibration_file
+from lance_ref.activations import EXACT
+from lance_ref.autograd import Shape, Tensor, no_grad
+from lance_ref.calibration_file import Ranks
+from lance_ref.compression import check_shapes, match_layers
+from lance_ref.counting import spending_on
+from lance_ref.grams import LayerGrams, check_modes, select_modes
+from lance_ref.nn import Conv2d
+from lance_ref.nn.module import Module
+from lance_ref.selection import weighted_layers
+from lance_ref.subspace import Subspace, shape_text
+from lance_ref.tucker import check_epsilon
+
+__all__ = ["Calibration", "Subspace", "calibrate"]
+
+
+class Calibration(Mapping[str, Subspace]):
+    """The subspaces of a network's layers: a mapping from layer path to :class:`Subspace`.
+
+    Made by :func:`calibrate` or :meth:`load`; never changes. ``print(calibration)`` shows a table.
+    Eigenvectors are computed when a layer is first asked for, once per mode, and are shared by the
+    calibrations that :meth:`with_epsilon` and :meth:`with_ranks` return.
+
+    Parameters
+    ----------
+    grams : mapping of str to LayerGrams
+    epsilon : mapping of str to float
+        Energy threshold of each layer.
+    ranks : mapping of str to tuple, optional
+        Ranks of the layers where they were given instead.
+    """
+
+    def __init__(
+        self, grams: Mapping[str, LayerGrams], epsilon: Mapping[str, float], ranks: Mapping[str, Ranks] | None = None
+    ) -> None:
+        self._grams = dict(grams)
+        self._epsilon = dict(epsilon)
+        self._ranks = dict(ranks or {})
+        self._subspaces: dict[str, Subspace] = {}
+
+    # ---- a mapping -------------------------------------------------------------------
+
+    def __getitem__(self, path: str) -> Subspace:
+        if path not in self._grams:
+            raise KeyError(f"no layer {path!r} was calibrated, only {', '.join(map(repr, self._grams))}")
+        if path not in self._subspaces:
+            self._subspaces[path] = self._grams[path].subspace(self._epsilon[path], self._ranks.get(path))
+        return self._subspaces[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._grams)
+
+    def __len__(self) -> int:
+        return len(self._grams)
+
+    # ---- other subspaces from the same Grams -----------------------------------------
+
+    def with_epsilon(self, epsilon: float | Mapping[str, float]) -> Calibration:
+        """The same calibration truncated at another energy threshold; needs no data.
+
+        Parameters
+        ----------
+        epsilon : float, or mapping of layer path to float
+            In (0, 1]. Layers that a mapping does not name stay as they are. Replaces ranks
+            given by :meth:`with_ranks`.
+        """
+        named = dict.fromkeys(self, epsilon) if not isinstance(epsilon, Mapping) else dict(epsilon)
+        self._check_known("epsilon", named)
+        changed = {path: check_epsilon(value) for path, value in named.items()}
+        kept = {path: ranks for path, ranks in self._ranks.items() if path not in changed}
+        return Calibration(self._grams, {**self._epsilon, **changed}, kept)
+
+    def with_ranks(self, ranks: Mapping[str, Sequence[int | None]]) -> Calibration:
+        """The same calibration with given ranks for some layers.
+
+        Parameters
+        ----------
+        ranks : mapping of layer path to sequence of int or None
+            One rank per mode; None leaves the mode alone.
+        """
+        self._check_known("ranks", ranks)
+        for path, values in ranks.items():
+            self._grams[path].check_ranks(values)
+        given = {path: tuple(None if r is None else int(r) for r in values) for path, values in ranks.items()}
+        return Calibration(self._grams, self._epsilon, {**self._ranks, **given})
+
+    def merge(self, other: Calibration) -> Calibration:
+        """Both calibrations as one, as if one run had seen the batches of both.
+
+        Thresholds and ranks are those of ``self``.
+
+        Raises
+        ------
+        ValueError
+            If the layers, shapes or modes differ (with the batch mode calibrated, also the batch
+            size); names the layer and both shapes.
+        """
+        if set(self) != set(other):
+            mine, theirs = sorted(set(self) - set(other)), sorted(set(other) - set(self))
+            raise ValueError(f"the calibrations have different layers: only here {mine}, only in the other {theirs}")
+        grams = {path: self._grams[path].merged(other._grams[path]) for path in self}
+        return Calibration(grams, self._epsilon, self._ranks)
+
+    def check(self, net: Module) -> None:
+        """Raise ValueError if this calibration is of another network; names the layer and both shapes."""
+        check_shapes(net, {path: grams.shape for path, grams in self._grams.items()})
+
+    def _check_known(self, what: str, named: Mapping[str, Any]) -> None:
+        for path in named:
+            if path not in self._grams:
+                raise ValueError(f"{what} names layer {path!r}, expected one of {', '.join(map(repr, self._grams))}")
+
+    # ---- files -----------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything, Grams included, to an ``.npz`` file without pickles; all or nothing."""
+        calibration_file.save(path, self._grams, self._epsilon, self._ranks)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Calibration:
+        """Read what :meth:`save` wrote: the same subspaces, bit by bit.
+
+        Raises
+        ------
+        ValueError
+            One line that names the file and what is wrong with it.
+        OSError
+            If the file cannot be opened.
+        """
+        return Calibration(*calibration_file.load(path))
+
+    # ---- printing --------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        grams = next(iter(self._grams.values()))
+        return f"Calibration({len(self)} layers, {grams.samples} samples in {grams.batches} batches)"
+
+    def __str__(self) -> str:
+        rows = [("layer", "activation", "ranks", "energy kept", "smaller by")]
+        for path, space in self.items():
+            kept = " ".join("  -  " if share is None else f"{share:.3f}" for share in space.energy_kept)
+            ranks = shape_text(space.ranks)
+            rows.append((path or "(root)", shape_text(space.shape), ranks, kept, f"{space.compression:,.1f}x"))
+        whole = sum(math.prod(space.shape) for space in self.values())
+        cores = sum(math.prod(space.core_shape) for space in self.values())
+        rows.append(("total", f"{whole:,}", f"{cores:,}", "", f"{whole / cores:,.1f}x"))
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = []
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row[:4], widths[:4], strict=True)]
+            lines.append("  ".join([*cells, row[4].rjust(widths[4])]))
+        rule = "-" * len(lines[0])
+        thresholds = sorted({self._epsilon[path] for path in self if path not in self._ranks})
+        chosen = ["epsilon " + ", ".join(f"{value:g}" for value in thresholds)] if thresholds else []
+        chosen += [f"ranks given for {len(self._ranks)} layer(s)"] if self._ranks else []
+        grams = next(iter(self._grams.values()))
+        lines.append(f"{grams.samples} samples in {grams.batches} batches; {'; '.join(chosen)}")
+        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
+
+
+def calibrate(
+    net: Module,
+    batches: Iterable[Any],
+    layers: str | Sequence[str] | None = None,
+    epsilon: float = 0.7,
+    modes: Sequence[str] = ("batch", "channel", "height", "width"),
+    progress: bool | None = None,
+) -> Calibration:
+    """Find the subspaces that hold the share ``epsilon`` of the energy of each layer's input (one-shot HOSVD).
+
+    One pass over ``batches`` serves all layers. Each activation is turned into Gram matrices while the
+    network runs and is not referred to afterwards. The network runs in evaluation mode and without
+    gradients; it is left as it was found, also after an error.
+
+    Parameters
+    ----------
+    net : Module
+    batches : iterable of arrays, Tensors, or (inputs, labels) tuples
+        What the network takes. With the batch mode selected all have the same batch size.
+    layers : glob or sequence of globs, optional
+        Paths of Conv2d and Linear layers. By default the layers that ``tune`` selected (without the
+        head), or, for a network that was not tuned, all whose weight requires gradients.
+    epsilon : float
+        Energy threshold in (0, 1] of every mode; 1 gives full rank.
+    modes : sequence of str
+        Which modes to compress: of "batch", "channel", "height", "width" for convolutions; of "batch",
+        "token", "feature" for linear layers, where "channel" stands for "feature", and "height" and
+        "width" together for "token". The others stay untouched, at no cost.
+    progress : bool, optional
+        Whether to show a progress bar on stderr; by default if that is a terminal.
+
+    Returns
+    -------
+    Calibration
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, there are no batches or no layers, a layer is not reached or is
+        reached with two shapes, or an activation contains NaN or infinity or is always zero.
+        Names the layer and the shapes.
+    TypeError
+        For batches that are not arrays, and activations that are not float32 or float64.
+
+    Notes
+    -----
+    K_n = Σ_j A^(j)_(n) A^(j)_(n)ᵀ exactly, every batch with the same weight; U_n are its leading
+    eigenvectors, and r_n is the smallest r with Σ_{i≤r} λ_i ≥ ε Σ λ_i (Apolinario & Roy,
+    arXiv 2509.21617). A layer that runs several times in one forward pass contributes all its inputs.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lance_ref import nn
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> x = np.array([[3.0, 0.0], [3.0, 0.0], [0.0, 1.0]], np.float32)  # energies 18 and 1
+    >>> calibrate(net, [x], layers="0", epsilon=0.9)["0"].ranks
+    (1, 1)
+    """
+    if not isinstance(net, Module):
+        raise TypeError(f"net is a {type(net).__name__}, expected a lance_ref.nn.Module")
+    if isinstance(batches, (np.ndarray, Tensor)):
+        raise TypeError(f"batches is a single array of shape {batches.shape}, expected an iterable of them: [array]")
+    epsilon, modes = check_epsilon(epsilon), check_modes(modes)
+    paths = _chosen_layers(net, layers)
+    grams: dict[str, LayerGrams] = {}
+    count = 0
+    with _listening(net, paths, grams, modes), _progress_bar(batches, progress) as advance, no_grad():
+        for batch in batches:
+            net(_inputs_of(batch, count))
+            del batch  # before the next one is made
+            count += 1
+            advance()
+    if not count:
+        raise ValueError("batches is empty, expected at least one batch")
+    missed = [path for path in paths if path not in grams]
+    if missed:
+        raise ValueError(f"layers {missed} were not reached by the network's forward pass; leave them out of layers")
+    for layer in grams.values():
+        layer.check_energy()
+    return Calibration({path: grams[path] for path in paths}, dict.fromkeys(paths, epsilon))
+
+
+def _chosen_layers(net: Module, layers: str | Sequence[str] | None) -> list[str]:
+    """Paths to calibrate, in module order."""
+    available = weighted_layers(net)
+    if layers is not None:
+        return match_layers(layers, list(available), "Conv2d or Linear layer")
+    tuning = getattr(net, "tuning", None)
+    if tuning is not None:
+        chosen = [path for path in available if path in tuning.layers]
+    else:
+        chosen = [path for path, layer in available.items() if layer.weight.requires_grad]
+    if not chosen:
+        raise ValueError("net has no Conv2d or Linear layer that trains (its head aside); name them with layers=...")
+    return chosen
+
+
+@contextmanager
+def _listening(net: Module, paths: Sequence[str], grams: dict[str, LayerGrams], modes: Sequence[str]) -> Iterator[None]:
+    """Evaluation mode, no compression, and a hook on every chosen layer; all put back at the end."""
+    available = weighted_layers(net)
+    training = [(module, module.training) for module in net.modules()]
+    stores = [(layer, layer.store) for layer in available.values()]
+    removers = []
+    try:
+        net.eval()
+        for layer, _ in stores:
+            layer.store = EXACT  # a batch size that an earlier calibration fixed is of no concern here
+        for path in paths:
+            removers.append(available[path].register_forward_pre_hook(_gram_hook(path, grams, modes)))
+        yield
+    finally:
+        for remove in removers:
+            remove()
+        for module, mode in training:
+            module.training = mode
+        for layer, store in stores:
+            layer.store = store
+
+
+def _gram_hook(
+    path: str, grams: dict[str, LayerGrams], modes: Sequence[str]
+) -> Callable[[Module, tuple[Tensor, ...]], None]:
+    def hook(layer: Module, inputs: tuple[Tensor, ...]) -> None:
+        activation = inputs[0].data
+        if path not in grams:
+            _check_modes_of(layer, path, activation.shape)
+            grams[path] = LayerGrams(path, activation.shape, select_modes(path, activation.shape, modes))
+        with spending_on("calibration"):
+            grams[path].add(activation)
+
+    return hook
+
+
+def _check_modes_of(layer: Module, path: str, shape: Shape) -> None:
+    expected = (4,) if isinstance(layer, Conv2d) else (2, 3)
+    if len(shape) not in expected:
+        names = "(B, C, H, W)" if isinstance(layer, Conv2d) else "(B, I) or (B, L, I)"
+        raise ValueError(f"layer {path!r}: activation has shape {shape}, expected {names}")
+
+
+def _inputs_of(batch: Any, index: int) -> np.ndarray | Tensor:
+    """The network's input: the batch itself, or the first of a tuple or list."""
+    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(inputs, (np.ndarray, Tensor)):
+        raise TypeError(
+            f"batch {index} is a {type(batch).__name__} with inputs of type {type(inputs).__name__}, "
+            "expected an array, a Tensor, or a tuple that starts with one"
+        )
+    return inputs
+
+
+@contextmanager
+def _progress_bar(batches: Iterable[Any], wanted: bool | None) -> Iterator[Callable[[], None]]:
+    """A function to call after each batch."""
+    if wanted is None:
+        wanted = sys.stderr is not None and sys.stderr.isatty()
+    if not wanted:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("calibrating", total=operator.length_hint(batches, 0) or None)
+        yield lambda: bar.advance(task)

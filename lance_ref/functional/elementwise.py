@@ -1,0 +1,251 @@
+"""Arithmetic: + - * / ** neg, exp, log, sqrt. Broadcasting follows NumPy.
+
+Values outside a function's domain give NaN or infinity, with NumPy's own warning in the forward
+pass; gradients there are NaN or infinity as well (the slope of sqrt at 0 is infinite), silently.
+"""
+# mypy: disable-error-code="override"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lance_ref.autograd import Function, Shape, Tensor
+from lance_ref.functional.arguments import (
+    NUMBERS,
+    Context,
+    Gradients,
+    broadcast_shape,
+    operand,
+    operands,
+    require_floating,
+    unbroadcast,
+)
+
+
+class Unary(Function):
+    """A function of one floating tensor, element by element."""
+
+    @classmethod
+    def output_shape(cls, x: Tensor) -> Shape:
+        require_floating(cls.op, x=x)
+        return x.shape
+
+
+class Add(Function):
+    op = "add"
+
+    @staticmethod
+    def output_shape(a: Tensor, b: Tensor) -> Shape:
+        return broadcast_shape("add", a, b)
+
+    @staticmethod
+    def forward(ctx: Context, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.asarray(a + b)
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        needed, shapes = ctx.needs_input_grad, ctx.input_shapes
+        return tuple(unbroadcast(grad_output, shapes[i]) if needed[i] else None for i in (0, 1))
+
+
+class Sub(Function):
+    op = "sub"
+
+    @staticmethod
+    def output_shape(a: Tensor, b: Tensor) -> Shape:
+        return broadcast_shape("sub", a, b)
+
+    @staticmethod
+    def forward(ctx: Context, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.asarray(a - b)
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        (needs_a, needs_b), (shape_a, shape_b) = ctx.needs_input_grad, ctx.input_shapes
+        return (
+            unbroadcast(grad_output, shape_a) if needs_a else None,
+            np.asarray(-unbroadcast(grad_output, shape_b)) if needs_b else None,
+        )
+
+
+class Mul(Function):
+    op = "mul"
+
+    @staticmethod
+    def output_shape(a: Tensor, b: Tensor) -> Shape:
+        return broadcast_shape("mul", a, b)
+
+    @staticmethod
+    def forward(ctx: Context, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        needs_a, needs_b = ctx.needs_input_grad
+        if needs_b:
+            ctx.save_input("a", 0)
+        if needs_a:
+            ctx.save_input("b", 1)
+        return np.asarray(a * b)
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        (needs_a, needs_b), (shape_a, shape_b) = ctx.needs_input_grad, ctx.input_shapes
+        return (
+            unbroadcast(grad_output * ctx["b"], shape_a) if needs_a else None,
+            unbroadcast(grad_output * ctx["a"], shape_b) if needs_b else None,
+        )
+
+
+class Div(Function):
+    op = "div"
+
+    @staticmethod
+    def output_shape(a: Tensor, b: Tensor) -> Shape:
+        return broadcast_shape("div", a, b)
+
+    @staticmethod
+    def forward(ctx: Context, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        if ctx.needs_input_grad[1]:
+            ctx.save_input("a", 0)
+        ctx.save_input("b", 1)
+        return np.asarray(a / b)
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        (needs_a, needs_b), (shape_a, shape_b) = ctx.needs_input_grad, ctx.input_shapes
+        with np.errstate(divide="ignore", invalid="ignore"):
+            quotient = grad_output / ctx["b"]
+            return (
+                unbroadcast(quotient, shape_a) if needs_a else None,
+                unbroadcast(-quotient * (ctx["a"] / ctx["b"]), shape_b) if needs_b else None,
+            )
+
+
+class Neg(Unary):
+    op = "neg"
+
+    @staticmethod
+    def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
+        return np.asarray(-x)
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        return (np.asarray(-grad_output),)
+
+
+class Pow(Function):
+    op = "pow"
+
+    @staticmethod
+    def output_shape(x: Tensor, exponent: float) -> Shape:
+        require_floating("pow", x=x)
+        return x.shape
+
+    @staticmethod
+    def forward(ctx: Context, x: np.ndarray, exponent: float) -> np.ndarray:
+        ctx.exponent = exponent
+        ctx.save_input("x", 0)
+        return np.asarray(x**exponent)
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        n, x = ctx.exponent, ctx["x"]
+        if n == 0:  # a constant, also where x is 0
+            return (np.zeros_like(grad_output),)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            return (np.asarray(grad_output * (n * x ** (n - 1))),)
+
+
+class Exp(Unary):
+    op = "exp"
+
+    @staticmethod
+    def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
+        output = np.asarray(np.exp(x))
+        ctx.save_for_backward(output=output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        return (np.asarray(grad_output * ctx["output"]),)
+
+
+class Log(Unary):
+    op = "log"
+
+    @staticmethod
+    def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
+        ctx.save_input("x", 0)
+        return np.asarray(np.log(x))
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (np.asarray(grad_output / ctx["x"]),)
+
+
+class Sqrt(Unary):
+    op = "sqrt"
+
+    @staticmethod
+    def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
+        output = np.asarray(np.sqrt(x))
+        ctx.save_for_backward(output=output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (np.asarray(grad_output / (2 * ctx["output"])),)
+
+
+def add(a: Any, b: Any) -> Tensor:
+    """a + b"""
+    return Add.apply(*operands(a, b))
+
+
+def sub(a: Any, b: Any) -> Tensor:
+    """a − b"""
+    return Sub.apply(*operands(a, b))
+
+
+def mul(a: Any, b: Any) -> Tensor:
+    """a · b, element by element. Keeps each operand only if the other needs a gradient."""
+    return Mul.apply(*operands(a, b))
+
+
+def div(a: Any, b: Any) -> Tensor:
+    """a / b, element by element."""
+    return Div.apply(*operands(a, b))
+
+
+def neg(x: Any) -> Tensor:
+    """−x"""
+    return Neg.apply(operand(x))
+
+
+def pow(x: Any, exponent: float) -> Tensor:
+    """x to the power of a number.
+
+    Raises
+    ------
+    TypeError
+        If ``exponent`` is a tensor or array; write ``exp(exponent * log(x))`` for that.
+    """
+    if not isinstance(exponent, NUMBERS):
+        raise TypeError(f"pow: exponent is a {type(exponent).__name__}, expected a number")
+    return Pow.apply(operand(x), exponent=float(exponent))
+
+
+def exp(x: Any) -> Tensor:
+    """e to the power of x. Keeps its result for backward."""
+    return Exp.apply(operand(x))
+
+
+def log(x: Any) -> Tensor:
+    """Natural logarithm."""
+    return Log.apply(operand(x))
+
+
+def sqrt(x: Any) -> Tensor:
+    """Square root. Its slope at 0 is infinite, as in PyTorch."""
+    return Sqrt.apply(operand(x))

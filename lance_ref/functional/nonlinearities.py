@@ -1,0 +1,261 @@
+"""Activation functions, softmax, and dropout."""
+# mypy: disable-error-code="override"
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from lance_ref._random import as_generator
+from lance_ref.autograd import Function, Shape, Tensor
+from lance_ref.functional.arguments import NUMBERS, Context, Gradients, one_dim, operand, require_floating
+from lance_ref.functional.elementwise import Unary
+from lance_ref.kernels_elementwise import apply_mask, clamp_and_pack
+
+
+class Tanh(Unary):
+    op = "tanh"
+
+    @staticmethod
+    def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
+        output = np.asarray(np.tanh(x))
+        ctx.save_for_backward(output=output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        return (np.asarray(grad_output * (1 - ctx["output"] ** 2)),)
+
+
+class Sigmoid(Unary):
+    op = "sigmoid"
+
+    @staticmethod
+    def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
+        small = np.exp(-np.abs(x))  # in (0, 1]: never overflows
+        output = np.asarray(np.where(x >= 0, x.dtype.type(1), small) / (1 + small))
+        ctx.save_for_backward(output=output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        output = ctx["output"]
+        return (np.asarray(grad_output * (output * (1 - output))),)
+
+
+class Gelu(Unary):
+    op = "gelu"
+
+    @staticmethod
+    def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
+        ctx.save_input("x", 0)
+        return np.asarray(x * _normal_cdf(x))
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        x = ctx["x"]
+        density = np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+        return (np.asarray(grad_output * (_normal_cdf(x) + x * density)),)
+
+
+def _normal_cdf(x: np.ndarray) -> np.ndarray:
+    """Φ(x) = (1 + erf(x / √2)) / 2"""
+    from scipy.special import erf
+
+    return np.asarray(0.5 * (1 + erf(x * math.sqrt(0.5))))
+
+
+class Hardswish(Unary):
+    op = "hardswish"
+
+    @staticmethod
+    def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
+        ctx.save_input("x", 0)
+        return np.asarray(x * np.clip(x + 3, 0, 6) / 6)
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        x = ctx["x"]
+        zero, one = x.dtype.type(0), x.dtype.type(1)
+        slope = np.where(x <= -3, zero, np.where(x < 3, x / 3 + 0.5, one))
+        return (np.asarray(grad_output * slope),)
+
+
+class Relu(Unary):
+    op = "relu"
+
+    @staticmethod
+    def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
+        return _clamped(ctx, x, math.inf)
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        return (apply_mask(ctx["mask"], grad_output),)
+
+
+class Relu6(Unary):
+    op = "relu6"
+
+    @staticmethod
+    def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
+        return _clamped(ctx, x, 6.0)
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        return (apply_mask(ctx["mask"], grad_output),)
+
+
+def _clamped(ctx: Context, x: np.ndarray, ceiling: float) -> np.ndarray:
+    """``x`` in [0, ceiling]; the mask is made only if backward will need it."""
+    if not ctx.needs_input_grad[0]:
+        return np.asarray(np.clip(x, 0, x.dtype.type(ceiling)))
+    output, mask = clamp_and_pack(x, ceiling)
+    ctx.save_for_backward(mask=mask)
+    return output
+
+
+class Softmax(Function):
+    op = "softmax"
+
+    @staticmethod
+    def output_shape(x: Tensor, dim: int) -> Shape:
+        require_floating("softmax", x=x)
+        return x.shape
+
+    @staticmethod
+    def forward(ctx: Context, x: np.ndarray, dim: int) -> np.ndarray:
+        output = x - x.max(axis=dim, keepdims=True)
+        np.exp(output, out=output)
+        output /= output.sum(axis=dim, keepdims=True)
+        ctx.dim = dim
+        ctx.save_for_backward(output=output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        output = ctx["output"]
+        product = grad_output * output
+        product -= output * product.sum(axis=ctx.dim, keepdims=True)
+        return (product,)
+
+
+class LogSoftmax(Function):
+    op = "log_softmax"
+
+    @staticmethod
+    def output_shape(x: Tensor, dim: int) -> Shape:
+        require_floating("log_softmax", x=x)
+        return x.shape
+
+    @staticmethod
+    def forward(ctx: Context, x: np.ndarray, dim: int) -> np.ndarray:
+        output = x - x.max(axis=dim, keepdims=True)
+        output -= np.log(np.exp(output).sum(axis=dim, keepdims=True))
+        ctx.dim = dim
+        ctx.save_for_backward(output=output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        return (grad_output - np.exp(ctx["output"]) * grad_output.sum(axis=ctx.dim, keepdims=True),)
+
+
+class _Chance:
+    """The probability of dropout and where its random numbers come from; a record shows ``p`` alone."""
+
+    def __init__(self, p: float, rng: np.random.Generator) -> None:
+        self.p = p
+        self.rng = rng
+
+    def describe(self) -> float:
+        return self.p
+
+
+class Dropout(Function):
+    op = "dropout"
+
+    @staticmethod
+    def output_shape(x: Tensor, p: _Chance) -> Shape:
+        require_floating("dropout", x=x)
+        return x.shape
+
+    @staticmethod
+    def forward(ctx: Context, x: np.ndarray, p: _Chance) -> np.ndarray:
+        kept = p.rng.random(x.shape, dtype=np.float32) >= p.p
+        ctx.scale = 1 / (1 - p.p) if p.p < 1 else 0.0
+        ctx.save_for_backward(mask=np.packbits(kept, axis=None))
+        return np.where(kept, x * ctx.scale, x.dtype.type(0))
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        return (apply_mask(ctx["mask"], grad_output, ctx.scale),)
+
+
+def tanh(x: Any) -> Tensor:
+    """Hyperbolic tangent. Keeps its result for backward."""
+    return Tanh.apply(operand(x))
+
+
+def sigmoid(x: Any) -> Tensor:
+    """1 / (1 + e^−x), without overflow. Keeps its result for backward."""
+    return Sigmoid.apply(operand(x))
+
+
+def gelu(x: Any) -> Tensor:
+    """x·Φ(x) with the exact normal distribution function Φ, not its tanh approximation."""
+    return Gelu.apply(operand(x))
+
+
+def hardswish(x: Any) -> Tensor:
+    """x·relu6(x + 3) / 6 (MobileNetV3)."""
+    return Hardswish.apply(operand(x))
+
+
+def relu(x: Any) -> Tensor:
+    """max(x, 0); NaN stays NaN. Keeps one bit per element."""
+    return Relu.apply(operand(x))
+
+
+def relu6(x: Any) -> Tensor:
+    """min(max(x, 0), 6); NaN stays NaN. The slope is 1 for 0 < x < 6. Keeps one bit per element."""
+    return Relu6.apply(operand(x))
+
+
+def softmax(x: Any, dim: int = -1) -> Tensor:
+    """e^x / Σ e^x along ``dim``, shifted by the maximum so that nothing overflows."""
+    x = operand(x)
+    return Softmax.apply(x, dim=one_dim("softmax", x, dim))
+
+
+def log_softmax(x: Any, dim: int = -1) -> Tensor:
+    """x − log Σ e^x along ``dim``, shifted by the maximum so that nothing overflows."""
+    x = operand(x)
+    return LogSoftmax.apply(x, dim=one_dim("log_softmax", x, dim))
+
+
+def dropout(x: Any, p: float = 0.5, training: bool = True, rng: np.random.Generator | int | None = None) -> Tensor:
+    """Zero every element with probability ``p``, and scale the others by 1 / (1 − p).
+
+    Parameters
+    ----------
+    x : Tensor
+    p : float in [0, 1]
+    training : bool
+        If False, or if ``p`` is 0, ``x`` itself is returned and nothing is recorded.
+    rng : numpy.random.Generator or int, optional
+        Where the random numbers come from: a generator, a seed, or by default the generator that
+        :func:`lance_ref.manual_seed` seeds.
+
+    Returns
+    -------
+    Tensor
+        Of the shape of ``x``; one bit per element is kept for backward.
+    """
+    x = operand(x)
+    if not isinstance(p, NUMBERS) or not 0 <= p <= 1:
+        raise ValueError(f"dropout: p is {p!r}, expected a number in [0, 1]")
+    if not training or p == 0:
+        return x
+    return Dropout.apply(x, p=_Chance(float(p), as_generator(rng)))

@@ -1,0 +1,276 @@
+"""Batch normalisation (training and frozen) and layer normalisation.
+
+With x̂ = (x − mean)·inv_std, y = x̂·weight + bias, inv_std = 1/√(var + eps), and the statistics taken
+from n elements of x itself,
+
+    dx = weight·inv_std·(g − Σg/n − x̂·Σ(g·x̂)/n),   dweight = Σ g·x̂,   dbias = Σ g
+
+(for layer norm g·weight stands in the place of g in the brackets). Frozen, the statistics are
+constants and dx = scale·g with scale = weight·inv_std: only that is kept.
+"""
+# mypy: disable-error-code="override"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lance_ref.autograd import Function, Shape, Tensor
+from lance_ref.functional.arguments import Context, Gradients, operand, require_floating
+
+
+class BatchNorm(Function):
+    """Inputs: x[, weight, bias][, running_mean, running_var]."""
+
+    op = "batch_norm"
+
+    @staticmethod
+    def output_shape(x: Tensor, *others: Tensor, training: bool, affine: bool, eps: float, momentum: float) -> Shape:
+        names = (["weight", "bias"] if affine else []) + ["running_mean", "running_var"]
+        named = dict(zip(names, others, strict=False))
+        require_floating("batch_norm", x=x, **named)
+        if x.ndim < 2:
+            raise ValueError(f"batch_norm: x has shape {x.shape}, expected at least 2 dimensions (B, C, ...)")
+        for name, tensor in named.items():
+            if tensor.shape != (x.shape[1],):
+                raise ValueError(
+                    f"batch_norm: {name} has shape {tensor.shape}, expected ({x.shape[1]},) for x of shape {x.shape}"
+                )
+        if training and x.size // max(x.shape[1], 1) < 2:
+            raise ValueError(
+                f"batch_norm: x has shape {x.shape}, expected more than one value per channel when training"
+            )
+        return x.shape
+
+    @staticmethod
+    def forward(
+        ctx: Context, x: np.ndarray, *others: np.ndarray, training: bool, affine: bool, eps: float, momentum: float
+    ) -> np.ndarray:
+        weight, bias = others[:2] if affine else (None, None)
+        running = others[2:] if affine else others
+        ctx.training, ctx.affine = training, affine
+        axes = (0, *range(2, x.ndim))
+        if training:
+            mean = x.mean(axis=axes)  # (C,)
+            out = x - _channels(mean, x)
+            var = np.square(out).mean(axis=axes)
+            if running:
+                _update_running(running[0], running[1], mean, var, x.size // x.shape[1], momentum)
+            inv_std = 1 / np.sqrt(var + x.dtype.type(eps))
+            out *= _channels(inv_std if weight is None else weight * inv_std, x)
+            if bias is not None:
+                out += _channels(bias, x)
+        else:
+            mean, inv_std = running[0].copy(), 1 / np.sqrt(running[1] + x.dtype.type(eps))
+            scale = inv_std if weight is None else weight * inv_std
+            shift = -mean * scale if bias is None else bias - mean * scale
+            out = x * _channels(scale, x)
+            out += _channels(shift, x)
+            if ctx.needs_input_grad[0]:
+                ctx.save_for_backward(scale=scale)
+        needs_x, needs_weight = ctx.needs_input_grad[0], affine and ctx.needs_input_grad[1]
+        if needs_weight or (training and needs_x):
+            ctx.save_input("x", 0)
+            ctx.save_for_backward(mean=mean, inv_std=inv_std)
+        if training and needs_x and affine:
+            ctx.save_input("weight", 1)
+        return out
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        g, needs = grad_output, ctx.needs_input_grad
+        axes = (0, *range(2, g.ndim))
+        needs_weight, needs_bias = (needs[1], needs[2]) if ctx.affine else (False, False)
+        grad_x: Any = None
+        grad_weight: Any = None
+        sum_g: Any = g.sum(axis=axes) if needs_bias or (ctx.training and needs[0]) else None  # (C,)
+        if needs_weight or (ctx.training and needs[0]):
+            x_hat = ctx["x"] - _channels(ctx["mean"], g)
+            x_hat *= _channels(ctx["inv_std"], g)
+            grad_weight = (g * x_hat).sum(axis=axes)  # (C,)
+        if needs[0] and ctx.training:
+            n = g.size // g.shape[1]
+            x_hat *= _channels(-grad_weight / n, g)
+            x_hat += g
+            x_hat -= _channels(sum_g / n, g)
+            x_hat *= _channels(ctx["weight"] * ctx["inv_std"] if ctx.affine else ctx["inv_std"], g)
+            grad_x = x_hat
+        elif needs[0]:
+            grad_x = g * _channels(ctx["scale"], g)
+        grads = (grad_x, grad_weight if needs_weight else None, sum_g if needs_bias else None)
+        return (*grads[: 3 if ctx.affine else 1], *[None] * (len(needs) - (3 if ctx.affine else 1)))
+
+
+def _channels(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """(C,) as (C, 1, ...), so that it broadcasts against (B, C, ...)."""
+    return values.reshape(-1, *[1] * (like.ndim - 2))
+
+
+def _update_running(
+    running_mean: np.ndarray, running_var: np.ndarray, mean: np.ndarray, var: np.ndarray, n: int, momentum: float
+) -> None:
+    """running ← (1 − momentum)·running + momentum·batch, in place, with the unbiased variance."""
+    for running, batch in ((running_mean, mean), (running_var, var * (n / (n - 1)))):
+        running *= 1 - momentum
+        running += momentum * batch
+
+
+class LayerNorm(Function):
+    """Inputs: x[, weight, bias]."""
+
+    op = "layer_norm"
+
+    @staticmethod
+    def output_shape(x: Tensor, *others: Tensor, normalized_shape: Shape, eps: float, affine: bool) -> Shape:
+        named = dict(zip(("weight", "bias"), others, strict=False))
+        require_floating("layer_norm", x=x, **named)
+        k = len(normalized_shape)
+        if not k or x.shape[-k:] != normalized_shape or 0 in normalized_shape:
+            raise ValueError(
+                f"layer_norm: x has shape {x.shape}, expected it to end in normalized_shape {normalized_shape}"
+            )
+        for name, tensor in named.items():
+            if tensor.shape != normalized_shape:
+                raise ValueError(
+                    f"layer_norm: {name} has shape {tensor.shape}, expected normalized_shape {normalized_shape}"
+                )
+        return x.shape
+
+    @staticmethod
+    def forward(
+        ctx: Context, x: np.ndarray, *others: np.ndarray, normalized_shape: Shape, eps: float, affine: bool
+    ) -> np.ndarray:
+        ctx.k, ctx.affine = len(normalized_shape), affine
+        axes = tuple(range(x.ndim - ctx.k, x.ndim))
+        mean = x.mean(axis=axes, keepdims=True)
+        out = x - mean
+        inv_std = 1 / np.sqrt(np.square(out).mean(axis=axes, keepdims=True) + x.dtype.type(eps))
+        out *= inv_std
+        if affine:
+            weight, bias = others
+            out *= weight
+            out += bias
+        if any(ctx.needs_input_grad[:2]):  # x or weight
+            ctx.save_input("x", 0)
+            ctx.save_for_backward(mean=mean, inv_std=inv_std)
+        if affine and ctx.needs_input_grad[0]:
+            ctx.save_input("weight", 1)
+        return out
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        needs_x, needs_weight, needs_bias = (*ctx.needs_input_grad, False, False)[:3]
+        outer = tuple(range(grad_output.ndim - ctx.k))
+        inner = tuple(range(grad_output.ndim - ctx.k, grad_output.ndim))
+        grad_x = grad_weight = grad_bias = None
+        if needs_x or needs_weight:
+            x_hat = (ctx["x"] - ctx["mean"]) * ctx["inv_std"]
+        if needs_weight:
+            grad_weight = (grad_output * x_hat).sum(axis=outer)
+        if needs_bias:
+            grad_bias = grad_output.sum(axis=outer)
+        if needs_x:
+            g = grad_output * ctx["weight"] if ctx.affine else grad_output
+            n = math.prod(g.shape[i] for i in inner)
+            x_hat *= (g * x_hat).sum(axis=inner, keepdims=True) / -n
+            x_hat += g
+            x_hat -= g.sum(axis=inner, keepdims=True) / n
+            x_hat *= ctx["inv_std"]
+            grad_x = x_hat
+        return (grad_x, grad_weight, grad_bias) if ctx.affine else (grad_x,)
+
+
+def batch_norm(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise each channel.
+
+    Parameters
+    ----------
+    x : Tensor (B, C, ...)
+    running_mean, running_var : array or Tensor (C,), or None
+        The statistics to use when frozen. When training they are updated in place, in float of the
+        same dtype as ``x``, the variance by the unbiased estimate; None keeps no statistics.
+    weight, bias : Tensor (C,), optional
+        Both or neither.
+    training : bool
+        True: normalise by the batch's own (biased) statistics; keeps ``x``. False ("frozen"): the
+        affine map y = x·scale + shift, which keeps only ``scale``, (C,), unless ``weight`` itself
+        needs a gradient.
+    momentum : float in [0, 1]
+        Weight of the batch in the running statistics.
+    eps : float
+        Added to the variance.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If shapes or dtypes do not fit, or there is only one value per channel when training.
+    """
+    x = operand(x)
+    if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
+        raise ValueError("batch_norm: running_mean and running_var go together, and are needed when training is False")
+    inputs = [x, *_affine("batch_norm", weight, bias)]
+    running = [] if running_mean is None else [operand(running_mean), operand(running_var)]
+    for name, tensor in zip(("running_mean", "running_var"), running, strict=False):
+        if tensor.requires_grad:
+            raise ValueError(f"batch_norm: {name} requires gradients, expected plain statistics")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"batch_norm: momentum is {momentum!r}, expected a number in [0, 1]")
+    training = bool(training)
+    output = BatchNorm.apply(
+        *inputs,
+        *running,
+        training=training,
+        affine=weight is not None,
+        eps=_positive("batch_norm", eps),
+        momentum=float(momentum),
+    )
+    if training and not output.is_meta:
+        for tensor in running:
+            tensor._version.value += 1  # written in place
+    return output
+
+
+def layer_norm(
+    x: Any, normalized_shape: int | Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
+    """Normalise over the last dimensions.
+
+    Parameters
+    ----------
+    x : Tensor (..., *normalized_shape)
+    normalized_shape : int or sequence of int
+        Sizes of the dimensions whose mean and (biased) variance are taken.
+    weight, bias : Tensor of ``normalized_shape``, optional
+        Both or neither.
+    eps : float
+        Added to the variance.
+    """
+    shape = (normalized_shape,) if isinstance(normalized_shape, (int, np.integer)) else tuple(normalized_shape)
+    inputs = [operand(x), *_affine("layer_norm", weight, bias)]
+    shape = tuple(int(n) for n in shape)
+    return LayerNorm.apply(*inputs, normalized_shape=shape, eps=_positive("layer_norm", eps), affine=weight is not None)
+
+
+def _affine(op: str, weight: Any, bias: Any) -> list[Tensor]:
+    if (weight is None) != (bias is None):
+        missing = "weight" if weight is None else "bias"
+        raise ValueError(f"{op}: {missing} is None, expected weight and bias together or neither")
+    return [] if weight is None else [operand(weight), operand(bias)]
+
+
+def _positive(op: str, eps: float) -> float:
+    if not eps > 0:
+        raise ValueError(f"{op}: eps is {eps!r}, expected a positive number")
+    return float(eps)

@@ -1,0 +1,317 @@
+"""Layers: the two with weights, the activation functions, pooling, and Sequential."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lance_ref import functional as F
+from lance_ref.activations import EXACT, ActivationStore
+from lance_ref.autograd import Tensor
+from lance_ref.functional.convolution import pair, resolve_padding
+from lance_ref.nn.init import as_generator, default_bound, uniform_parameter
+from lance_ref.nn.module import Module
+
+Rng = np.random.Generator | int | None
+Size = int | Sequence[int]
+
+
+def positive_integers(layer: str, **values: Any) -> tuple[int, ...]:
+    """The values as integers; raises ValueError with the name of the first that is not positive."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{layer}: {name} is {value!r}, expected a positive integer")
+    return tuple(int(value) for value in values.values())
+
+
+class Linear(Module):
+    """y = x Wᵀ + b, for x of shape (..., in_features).
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    bias : bool
+    rng : numpy.random.Generator or int, optional
+        Source of the initial weights; the library's default generator otherwise.
+
+    Attributes
+    ----------
+    weight : Parameter (out_features, in_features)
+    bias : Parameter (out_features,) or None
+    store : ActivationStore
+        What is kept of the input for the weight gradient.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, rng: Rng = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = positive_integers(
+            "Linear", in_features=in_features, out_features=out_features
+        )
+        rng = as_generator(rng)
+        shape = (self.out_features, self.in_features)
+        self.weight = uniform_parameter(shape, default_bound(shape), rng)
+        self.bias = uniform_parameter(shape[:1], default_bound(shape), rng) if bias else None
+        self.store: ActivationStore = EXACT
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias, store=self.store)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{_store_repr(self.store)}"
+
+
+class Conv2d(Module):
+    """2-D convolution of a batch of images, see :func:`lance_ref.functional.conv2d`.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+    kernel_size, stride, dilation : int or pair
+    padding : int, pair, ((top, bottom), (left, right)), "valid" or "same"
+    groups : int
+        Divides both numbers of channels.
+    bias : bool
+    rng : numpy.random.Generator or int, optional
+        Source of the initial weights; the library's default generator otherwise.
+
+    Attributes
+    ----------
+    weight : Parameter (out_channels, in_channels / groups, k_h, k_w)
+    bias : Parameter (out_channels,) or None
+    store : ActivationStore
+        What is kept of the input for the weight gradient.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Any = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        rng: Rng = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.groups = positive_integers(
+            "Conv2d", in_channels=in_channels, out_channels=out_channels, groups=groups
+        )
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels % groups:
+                raise ValueError(f"Conv2d: groups is {groups}, expected a divisor of {name} = {channels}")
+        self.kernel_size, self.stride = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
+        self.dilation = pair("dilation", dilation, 1)
+        resolve_padding(padding, (1, 1), self.kernel_size, self.stride, self.dilation)  # only to refuse a bad one now
+        self.padding = padding
+        rng = as_generator(rng)
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        self.weight = uniform_parameter(shape, default_bound(shape), rng)
+        self.bias = uniform_parameter(shape[:1], default_bound(shape), rng) if bias else None
+        self.store: ActivationStore = EXACT
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, store=self.store
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        for name, default in (("padding", 0), ("dilation", (1, 1)), ("groups", 1)):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)!r}"
+        return text + ("" if self.bias is not None else ", bias=False") + _store_repr(self.store)
+
+
+def _store_repr(store: ActivationStore) -> str:
+    return "" if store is EXACT else f", store={store.name}"
+
+
+class Sequential(Module):
+    """Modules one after the other.
+
+    Takes the modules themselves, named "0", "1", ..., or one OrderedDict of names and modules.
+    """
+
+    def __init__(self, *modules: Any) -> None:
+        super().__init__()
+        named = modules[0].items() if len(modules) == 1 and isinstance(modules[0], dict) else enumerate(modules)
+        for name, module in named:
+            self.add_module(str(name), module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self._modules.values():
+            x = module(x)
+        return x
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[Module]:
+        return iter(self._modules.values())
+
+    def __getitem__(self, index: int | slice) -> Module:
+        """The module at a position, or a new Sequential of a slice, under the same names."""
+        items = list(self._modules.items())
+        if isinstance(index, slice):
+            return Sequential(OrderedDict(items[index]))
+        return items[index][1]
+
+
+class Identity(Module):
+    """y = x. Takes and ignores any constructor arguments, as PyTorch's does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Flatten(Module):
+    """Merge the dimensions from ``start_dim`` to ``end_dim`` into one."""
+
+    def __init__(self, start_dim: int = 1, end_dim: int = -1) -> None:
+        super().__init__()
+        self.start_dim, self.end_dim = start_dim, end_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.flatten(x, self.start_dim, self.end_dim)
+
+    def extra_repr(self) -> str:
+        return f"start_dim={self.start_dim}, end_dim={self.end_dim}"
+
+
+class ReLU(Module):
+    """max(x, 0), out of place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+class ReLU6(Module):
+    """min(max(x, 0), 6), out of place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(x)
+
+
+class Hardswish(Module):
+    """x·relu6(x + 3) / 6"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hardswish(x)
+
+
+class GELU(Module):
+    """x·Φ(x), exact."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+
+class Sigmoid(Module):
+    """1 / (1 + e^−x)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.sigmoid(x)
+
+
+class Tanh(Module):
+    """Hyperbolic tangent."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.tanh(x)
+
+
+class Softmax(Module):
+    """e^x / Σ e^x along ``dim``."""
+
+    def __init__(self, dim: int = -1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softmax(x, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class Dropout(Module):
+    """Zero elements with probability ``p`` while training; the identity in evaluation.
+
+    Parameters
+    ----------
+    p : float in [0, 1]
+    rng : numpy.random.Generator or int, optional
+        Source of the masks; the library's default generator otherwise.
+    """
+
+    def __init__(self, p: float = 0.5, rng: Rng = None) -> None:
+        super().__init__()
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
+            raise ValueError(f"Dropout: p is {p!r}, expected a number in [0, 1]")
+        self.p = float(p)
+        self.rng = None if rng is None else as_generator(rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, self.training, self.rng)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class MaxPool2d(Module):
+    """The maximum of each window; ``stride`` is ``kernel_size`` by default."""
+
+    def __init__(self, kernel_size: Size, stride: Size | None = None, padding: Size = 0) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.padding = _window(kernel_size, stride, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, self.kernel_size, self.stride, self.padding)
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+class AvgPool2d(Module):
+    """The mean of each window; ``stride`` is ``kernel_size`` by default."""
+
+    def __init__(
+        self, kernel_size: Size, stride: Size | None = None, padding: Size = 0, *, count_include_pad: bool = True
+    ) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.padding = _window(kernel_size, stride, padding)
+        self.count_include_pad = count_include_pad
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding, count_include_pad=self.count_include_pad)
+
+    def extra_repr(self) -> str:
+        text = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+        return text + ("" if self.count_include_pad else ", count_include_pad=False")
+
+
+class AdaptiveAvgPool2d(Module):
+    """Means over a grid of ``output_size`` windows that cover the image."""
+
+    def __init__(self, output_size: Size) -> None:
+        super().__init__()
+        self.output_size = pair("output_size", output_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(x, self.output_size)
+
+    def extra_repr(self) -> str:
+        return f"output_size={self.output_size}"
+
+
+def _window(kernel_size: Size, stride: Size | None, padding: Size) -> tuple[Any, Any, Any]:
+    kernel = pair("kernel_size", kernel_size, 1)
+    return kernel, kernel if stride is None else pair("stride", stride, 1), pair("padding", padding, 0)

@@ -1,0 +1,49 @@
+"""Gradient clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from lance_ref.autograd import Tensor
+
+
+def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> float:
+    """Scale all gradients, in place, so that their joint 2-norm is at most ``max_norm``.
+
+    Parameters
+    ----------
+    parameters : Tensor or iterable of Tensor
+        Those without a gradient are passed over.
+    max_norm : float
+        Positive.
+
+    Returns
+    -------
+    float
+        The norm before clipping.
+
+    Raises
+    ------
+    ValueError
+        If ``max_norm`` is not positive, or the norm is NaN or infinite: scaling could not mend that.
+
+    Notes
+    -----
+    As in PyTorch the factor is max_norm / (norm + 1e-6), and never above 1. Squares are summed in
+    float64.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm is {max_norm!r}, expected a positive number")
+    tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    norm = math.sqrt(sum(float(np.square(grad, dtype=np.float64).sum()) for grad in grads))
+    if not math.isfinite(norm):
+        raise ValueError(f"the norm of the gradients is {norm}, expected a finite number: the loss has diverged")
+    factor = max_norm / (norm + 1e-6)
+    if factor < 1:
+        for grad in grads:
+            grad *= factor
+    return norm

@@ -1,0 +1,193 @@
+"""Which layers train: exactly those asked for, the head always, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lance_ref import F, Tensor, nn, tape, tune
+from lance_ref.models import convnet, mlp, resnet18
+from lance_ref.nn import init
+
+
+class Net(nn.Module):
+    """Two convolutions with batch norm, a custom parameter, layer norm and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, rng=0), nn.BatchNorm2d(4), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, rng=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.norm = nn.LayerNorm(4)
+        self.hidden = nn.Linear(4, 5, rng=2)
+        self.head = nn.Linear(5, 2, rng=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(self.stem(x)).mean((2, 3))
+        return self.head(F.relu(self.hidden(self.norm(x))))
+
+
+def training(net: nn.Module) -> list[str]:
+    return [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+
+
+def frozen(net: nn.Module) -> list[bool]:
+    return [module.frozen for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+HEAD = ["head.weight", "head.bias"]
+HIDDEN = ["hidden.weight", "hidden.bias"]
+BODY = ["body.0.weight", "body.0.bias"]
+STEM = ["stem.0.weight", "stem.0.bias"]
+
+SELECTIONS: list[tuple[Any, tuple[str, ...], list[str]]] = [
+    ("head", (), HEAD),
+    ("last:1", ("hidden",), HIDDEN + HEAD),
+    ("last:2", ("body.0", "hidden"), BODY + HIDDEN + HEAD),
+    ("last:3", ("stem.0", "body.0", "hidden"), STEM + BODY + HIDDEN + HEAD),
+    ("all", ("stem.0", "body.0", "hidden"), STEM + BODY + HIDDEN + HEAD),
+    ("stem*", ("stem.0",), STEM + HEAD),
+    (["hidden", "s*0"], ("stem.0", "hidden"), STEM + HIDDEN + HEAD),
+    (["head"], (), HEAD),
+    (("*",), ("stem.0", "body.0", "hidden"), STEM + BODY + HIDDEN + HEAD),
+]
+
+
+@pytest.mark.parametrize(("selection", "layers", "names"), SELECTIONS, ids=[str(case[0]) for case in SELECTIONS])
+def test_selection_trains_exactly_these(selection: Any, layers: tuple[str, ...], names: list[str]) -> None:
+    """A layer too many costs memory that is not predicted; one too few does not learn."""
+    net = Net()
+    tuning = tune(net, selection)
+    assert (tuning.layers, tuning.head) == (layers, "head")
+    assert tuning.trained == (*layers, "head")
+    assert training(net) == names
+    assert frozen(net) == [True, True]
+    assert net.tuning is tuning
+    assert tuning.selection == (tuple(selection) if isinstance(selection, list) else selection)
+
+
+def test_tuning_can_be_repeated() -> None:
+    """A second selection must not add to the first."""
+    net = Net()
+    tune(net, "all", train_batchnorm=True)
+    assert frozen(net) == [False, False]
+    tune(net, "head")
+    assert training(net) == HEAD
+    assert frozen(net) == [True, True]
+
+
+def test_batchnorm_trains_only_from_the_first_selected_layer_on() -> None:
+    """A trained batch norm below the first trained layer would put the whole net on the tape."""
+    net = Net()
+    tune(net, ["body.0"], train_batchnorm=True)
+    assert frozen(net) == [True, False]
+    assert training(net) == [*BODY, "body.1.weight", "body.1.bias", *HEAD]
+    tune(net, "head", train_batchnorm=True)
+    assert frozen(net) == [True, True]
+
+
+def test_nothing_below_the_first_trained_layer_is_on_the_tape() -> None:
+    """Entries of frozen layers below would be memory that selection promises to save."""
+    net = Net()
+    x = np.random.default_rng(0).normal(size=(2, 3, 5, 5)).astype(np.float32)
+    tune(net, "last:1")
+    report = tape(net(x).sum())
+    paths = {entry.path for entry in [*report.entries, *report.parameters]}
+    assert "hidden" in paths
+    assert not {path for path in paths if path.startswith(("stem", "body", "norm"))}
+    tune(net, "all")
+    assert any(entry.path.startswith("stem") for entry in tape(net(x).sum()).entries)
+
+
+def test_only_selected_layers_get_gradients() -> None:
+    """requires_grad must mean a gradient after backward, and its absence none."""
+    net = Net()
+    tune(net, "last:1")
+    F.cross_entropy(net(np.ones((2, 3, 5, 5), np.float32)), np.array([0, 1])).backward()
+    assert [name for name, p in net.named_parameters() if p.grad is not None] == HIDDEN + HEAD
+
+
+def test_last_counts_the_downsample_convolutions() -> None:
+    """The published figures count ResNet's 1x1 shortcuts in module order."""
+    with init.shapes_only():
+        net = resnet18()
+    assert tune(net, "last:4").layers == ("layer4.0.conv2", "layer4.0.downsample.0", "layer4.1.conv1", "layer4.1.conv2")
+    assert net.tuning.head == "fc"
+
+
+def test_single_layer_is_the_head() -> None:
+    """A net with one layer has nothing but its head to train."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, rng=0))
+    for selection in ("head", "all", "*"):
+        tuning = tune(net, selection)
+        assert (tuning.layers, tuning.head) == ((), "1")
+    with pytest.raises(ValueError, match="only Conv2d or Linear layer of this net is its head"):
+        tune(net, "last:1")
+
+
+def test_shared_weight_trains_with_its_twin() -> None:
+    """A layer that shares its weight with a selected one trains: it must be listed, not forgotten."""
+    net = nn.Sequential(*(nn.Linear(3, 3, rng=i) for i in range(4)))
+    net._modules["0"].weight = net._modules["2"].weight
+    assert tune(net, ["2"]).layers == ("0", "2")
+
+
+BAD = [
+    ("last:4", r"selection is 'last:4', expected last:n with n from 1 to 3"),
+    ("last:0", r"n from 1 to 3"),
+    ("last:-1", r"n from 1 to 3"),
+    ("last:two", r"n from 1 to 3"),
+    ("last:", r"n from 1 to 3"),
+    ("last:²", r"n from 1 to 3"),
+    ("last:" + "9" * 5000, r"n from 1 to 3"),
+    ("features.*", r"'features\.\*' matches no Conv2d or Linear layer; .*stem\.0, body\.0, hidden, head"),
+    ("hiden", r"the nearest are hidden"),
+    ("stem", r"for those inside it write 'stem\.\*'"),
+    (["hidden", "nothing*"], r"'nothing\*' matches no"),
+    ([], r"selection is \[\]"),
+    ("", r"selection is ''"),
+    ([3], r"selection is \[3\]"),
+]
+
+
+@pytest.mark.parametrize(("selection", "message"), BAD, ids=[str(case[0])[:20] for case in BAD])
+def test_bad_selection_is_refused_before_any_change(selection: Any, message: str) -> None:
+    """A typing error must name what came and what is allowed, in one line, and leave the net as it was."""
+    net = Net()
+    tune(net, "last:1")
+    before, tuning = training(net), net.tuning
+    with pytest.raises(ValueError, match=message) as caught:
+        tune(net, selection)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+    assert (training(net), net.tuning) == (before, tuning)
+
+
+def test_names_in_errors_are_bounded() -> None:
+    """ResNet has 21 layers; the message must stay one readable line."""
+    with init.shapes_only(), pytest.raises(ValueError, match=r"and 15 before them") as caught:
+        tune(resnet18(), "zzz*")
+    assert len(str(caught.value)) < 250
+
+
+def test_nets_without_layers_are_refused() -> None:
+    """There is nothing to tune, and no head."""
+    with pytest.raises(ValueError, match="no Conv2d or Linear layer to tune, it is a Sequential"):
+        tune(nn.Sequential(nn.ReLU()), "all")
+    with pytest.raises(TypeError, match="net is a str"):
+        tune("mobilenetv2", "all")  # type: ignore[arg-type]
+
+
+def test_tuning_is_fixed() -> None:
+    """A record of what was decided must not change afterwards."""
+    tuning = tune(mlp(), "all")
+    assert tuning.layers == ("features.0", "features.2")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tuning.head = None  # type: ignore[misc]
+
+
+def test_convnet_in_module_order() -> None:
+    """Module order is the order of registration, which is that of execution here."""
+    assert tune(convnet(), "all").trained == ("conv1", "conv2", "conv3", "classifier")

@@ -19,7 +19,8 @@ import numpy as np
 
 import lance_ref
 from analysis.account import account
-from analysis.cli import Fail, provenance
+from analysis.cli import OneLineParser, check_writable, one_line
+from analysis.provenance import provenance
 from analysis.spectra_file import write_atomically
 from lance_ref import F, datasets, models, optim
 from lance_ref.activations import Lance
@@ -27,7 +28,7 @@ from lance_ref.nn.module import Module
 
 
 def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(prog="python -m analysis.adapt", description=__doc__.split("\n\n")[0])
+    parse = OneLineParser(prog="python -m analysis.adapt", description=__doc__.split("\n\n")[0])
     parse.add_argument("--data", default="eurosat", help="data set of the new task, by name (default: %(default)s)")
     parse.add_argument("--tune", default="last:4", help="layers that train beside the head (default: %(default)s)")
     parse.add_argument("--steps", type=int, default=50, help="training steps (default: %(default)s)")
@@ -37,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--epsilon", type=float, default=0.7, help="kept share of the energy (default: %(default)s)")
     parse.add_argument("--lr", type=float, default=0.05, help="default: %(default)s")
     parse.add_argument("--clip", type=float, default=2.0, help="largest norm of the gradient (default: %(default)s)")
-    parse.add_argument("--test-images", type=int, default=200, help="for the accuracy at the end (default: %(default)s)")
+    parse.add_argument(
+        "--test-images", type=int, default=200, help="for the accuracy at the end (default: %(default)s)"
+    )
     parse.add_argument("--seed", type=int, default=0, help="fixes everything (default: %(default)s)")
     parse.add_argument("--output", help="also write the run as JSON")
     return parse
@@ -118,7 +121,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     final = accuracy(net, test, arguments)
     print(f"\naccuracy on {len(test)} test images: {final:.3f} (chance {1 / train.num_classes:.3f})")
     return {
-        **provenance(),
+        **provenance("analysis.adapt", arguments.seed),
         "data": train.name,
         "tuned_layers": list(tuning.layers),
         "ranks": {path: list(store.ranks) for path, store in stores.items()},
@@ -134,16 +137,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for name in ("steps", "batch", "image_size", "calibration_batches", "test_images"):
             if getattr(options, name) < 1:
-                raise Fail(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected a positive integer")
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected a positive integer")
+        if options.output:
+            check_writable(options.output)
         result = run(options)
         if options.output:
             write_atomically(options.output, json.dumps(result, indent=1) + "\n")
-    except (Fail, ValueError, OSError) as error:
-        print(f"analysis.adapt: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"python -m analysis.adapt: error: {one_line(error)}", file=sys.stderr)
         return 2
     losses = [row["loss"] for row in result["history"]]
     tenth = max(1, len(losses) // 10)
-    print(f"mean loss of the first {tenth} steps {np.mean(losses[:tenth]):.3f}, of the last {np.mean(losses[-tenth:]):.3f}")
+    print(
+        f"mean loss of the first {tenth} steps {np.mean(losses[:tenth]):.3f}, of the last {np.mean(losses[-tenth:]):.3f}"
+    )
     same = all(row["tape_bytes"] == row["predicted_tape_bytes"] for row in result["history"])
     print("the tape equals the prediction at every step" if same else "the tape DIFFERS from the prediction")
     return 0 if same else 1

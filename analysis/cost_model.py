@@ -94,17 +94,17 @@ def cost(
 
 def predict(
     net: str | Module,
-    batch: int,
-    image_size: int | None,
-    input_shape: Sequence[int] | None,
-    num_classes: int,
-    tune: str | Sequence[str],
-    methods: Sequence[str],
-    epsilon: float,
-    ranks: str | None,
-    spectra: str | None,
-    convention: str,
-    dtype: str,
+    batch: int = 128,
+    image_size: int | None = None,
+    input_shape: Sequence[int] | None = None,
+    num_classes: int = 1000,
+    tune: str | Sequence[str] = "last:4",
+    methods: Sequence[str] = METHODS,
+    epsilon: float = 0.7,
+    ranks: str | None = None,
+    spectra: str | None = None,
+    convention: str = "flops",
+    dtype: str = "float32",
     with_weights: bool = False,
 ) -> Prediction:
     """As :func:`cost`, with what a measurement needs beside the report."""

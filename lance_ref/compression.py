@@ -6,11 +6,11 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 
 from lance_ref.activations import EXACT, Lance
-from lance_ref.autograd import Shape
 from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
 from lance_ref.selection import weighted_layers
 from lance_ref.subspace import Subspace
+from lance_ref.tensor import Shape
 
 _SHOWN = 6  # layer paths that an error lists
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lance_ref import kernels
-from lance_ref.autograd import Shape
 from lance_ref.counting import matmul
+from lance_ref.tensor import Shape
 
 WORKSPACE_BYTES = 8 * 2**20
 """Largest block of columns that a convolution lays out at a time (one output row at the least)."""
@@ -116,7 +116,7 @@ class ConvGeometry:
         transposed_weight = weight.reshape(g, C_out // g, -1).transpose(0, 2, 1)  # (g, K, C_out/g)
         grouped_grad = grad_output.reshape(B, g, C_out // g, H_out * W_out)
         grad = np.empty(self.input_shape, grad_output.dtype)
-        padded = np.empty((0,))
+        padded: np.ndarray = np.empty(0)  # set at the first row block of each image block
         for images, rows in self._blocks(grad_output.itemsize):
             b, l_rows = images.stop - images.start, rows.stop - rows.start
             if rows.start == 0:
@@ -126,7 +126,9 @@ class ConvGeometry:
             for p in range(k_h):
                 h = rows.start * s_h + p * d_h
                 for q in range(k_w):
-                    window = padded[:, :, h : h + s_h * (l_rows - 1) + 1 : s_h, q * d_w :][..., : s_w * (W_out - 1) + 1 : s_w]
+                    window = padded[:, :, h : h + s_h * (l_rows - 1) + 1 : s_h, q * d_w :][
+                        ..., : s_w * (W_out - 1) + 1 : s_w
+                    ]
                     window += patches[:, :, p, q]
             if rows.stop == H_out:
                 grad[images] = padded[:, :, top : top + H, left : left + W]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lance_ref.autograd import FLOATS, Shape
 from lance_ref.subspace import Subspace, mode_names
+from lance_ref.tensor import FLOATS, Shape
 from lance_ref.tucker import check_ranks, eigenbasis, energy_rank, gram
 
 MODES = ("batch", "channel", "feature", "height", "width", "token")

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lance_ref import counting
-from lance_ref.autograd import Shape
+from lance_ref.tensor import Shape
 
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lance_ref.autograd import Shape
 from lance_ref.kernels import Loops, Pair, numba_enabled
+from lance_ref.tensor import Shape
 
 
 def clamp_and_pack(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarray]:
@@ -81,9 +81,7 @@ def _apply_mask(start, stop, mask, array, out, scale):  # type: ignore[no-untype
                 out[i] = 0
 
 
-def max_pool_forward(
-    x: np.ndarray, kernel: Pair, stride: Pair, padding: Pair
-) -> tuple[np.ndarray, np.ndarray]:
+def max_pool_forward(x: np.ndarray, kernel: Pair, stride: Pair, padding: Pair) -> tuple[np.ndarray, np.ndarray]:
     """Maximum over each window, and which position of the window it was.
 
     Parameters
@@ -108,9 +106,7 @@ def max_pool_forward(
     return out, argmax
 
 
-def max_pool_forward_numpy(
-    x: np.ndarray, kernel: Pair, stride: Pair, padding: Pair
-) -> tuple[np.ndarray, np.ndarray]:
+def max_pool_forward_numpy(x: np.ndarray, kernel: Pair, stride: Pair, padding: Pair) -> tuple[np.ndarray, np.ndarray]:
     """NumPy twin of :func:`max_pool_forward`."""
     B, C, H, W = x.shape
     H_out, W_out = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip((H, W), kernel, stride, padding, strict=True))

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from lance_ref import kernels
-from lance_ref.autograd import Shape
 from lance_ref.counting import matmul, tensordot
 from lance_ref.geometry import WORKSPACE_BYTES, ConvGeometry, LinearGeometry
+from lance_ref.tensor import Shape
 from lance_ref.tucker import contraction_order, multi_mode_product
 
 Factors = Sequence[np.ndarray | None]
@@ -50,7 +50,12 @@ def project(activation: np.ndarray, factors: Factors) -> np.ndarray:
         U_height, U_width = factors[2], factors[3]
         ranks = [n if U is None else U.shape[1] for n, U in zip(activation.shape, factors, strict=True)]
         order = [mode for mode in contraction_order(activation.shape, ranks) if factors[mode] is not None]
-        if U_height is not None and U_width is not None and sorted(order[:2]) == [2, 3] and max(ranks[2:]) <= SMALL_RANK:
+        if (
+            U_height is not None
+            and U_width is not None
+            and sorted(order[:2]) == [2, 3]
+            and max(ranks[2:]) <= SMALL_RANK
+        ):
             B, C, H, W = activation.shape
             planes = kernels.project_planes(activation.reshape(-1, H, W), U_height, U_width, order[0] == 3)
             activation = planes.reshape(B, C, *ranks[2:])
@@ -110,7 +115,12 @@ def separable_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray,
     dtype = grad_output.dtype
     Z = multi_mode_product(
         grad_output,
-        (None if U_batch is None else U_batch.T, None, rows.T.astype(dtype, copy=False), columns.T.astype(dtype, copy=False)),
+        (
+            None if U_batch is None else U_batch.T,
+            None,
+            rows.T.astype(dtype, copy=False),
+            columns.T.astype(dtype, copy=False),
+        ),
     )  # (r1, C_out, k_h·r3, k_w·r4)
     Z = Z.reshape(r1, C_out, k_h, r3, k_w, r4).transpose(1, 2, 4, 0, 3, 5)  # (C_out, k_h, k_w, r1, r3, r4)
     g = 1 if U_channel is not None else geometry.groups
@@ -171,7 +181,7 @@ def linear_weight_gradient(
 
 def cheaper_order(core_shape: Shape, factors: Factors, geometry: ConvGeometry) -> str:
     """``"papers"`` or ``"separable"``, whichever takes fewer multiply-adds."""
-    B, C_in, H, W = geometry.input_shape
+    B, _, H, W = geometry.input_shape
     _, C_out, H_out, W_out = geometry.output_shape
     _, width, k_h, k_w = geometry.weight_shape
     r1, c, r3, r4 = core_shape

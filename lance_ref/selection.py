@@ -125,7 +125,7 @@ def _select(body: list[str], head: str, selection: str | Sequence[str]) -> list[
         return body[-_last_count(selection, len(body)) :]
     globs = [selection] if isinstance(selection, str) else list(selection)
     if not globs or not all(isinstance(glob, str) and glob for glob in globs):
-        raise ValueError(f"selection is {_shown(selection)}, expected 'last:n', 'all', 'head', a glob or a list of globs")
+        raise ValueError(f"selection is {_shown(selection)}, expected 'last:n', 'all', 'head', a glob or several globs")
     selected: set[str] = set()
     for glob in globs:
         matches = [path for path in (*body, head) if fnmatch.fnmatchcase(path, glob)]
@@ -157,10 +157,11 @@ def _shown(value: object) -> str:
 def _no_match(glob: str, paths: list[str]) -> str:
     near = difflib.get_close_matches(glob, paths, n=_SHOWN, cutoff=0.5)
     under = [path for path in paths if path.startswith(f"{glob}.")]
+    nothing = f"selection {_shown(glob)} matches no Conv2d or Linear layer"
     if under:
-        return f"selection {_shown(glob)} matches no Conv2d or Linear layer; for those inside it write '{glob}.*'"
+        return f"{nothing}; for those inside it write '{glob}.*'"
     if near:
-        return f"selection {_shown(glob)} matches no Conv2d or Linear layer; the nearest are {', '.join(near)}"
+        return f"{nothing}; the nearest are {', '.join(near)}"
     shown = ", ".join(paths[-_SHOWN:])
     more = f" (and {len(paths) - _SHOWN} before them)" if len(paths) > _SHOWN else ""
-    return f"selection {_shown(glob)} matches no Conv2d or Linear layer; expected 'last:n', 'all', 'head' or a glob of {shown}{more}"
+    return f"{nothing}; expected 'last:n', 'all', 'head' or a glob of {shown}{more}"

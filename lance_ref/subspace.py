@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lance_ref.autograd import Shape
+from lance_ref.tensor import Shape
 from lance_ref.tucker import check_epsilon, check_ranks
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lance_ref.autograd import Node, Shape, Tensor
+from lance_ref.autograd import Node
+from lance_ref.tensor import Shape, Tensor
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ class TapeReport:
         rows.append(("total", "", "", "", "", f"{self.total_bytes:,}"))
         widths = [max(len(row[column]) for row in rows) for column in range(6)]
         lines = [
-            "  ".join(cell.rjust(w) if column == 5 else cell.ljust(w) for column, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                cell.rjust(w) if column == 5 else cell.ljust(w)
+                for column, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in rows
         ]
         rule = "-" * len(lines[0])

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from lance_ref._state import state
-from lance_ref.autograd import Shape, Tensor
 from lance_ref.nn.module import Module
+from lance_ref.tensor import Shape, Tensor
 
 
 @dataclass(frozen=True)

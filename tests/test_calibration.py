@@ -21,6 +21,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from lance_ref import Calibration, F, Subspace, Tensor, calibrate, compress, count_macs, nn, tune
 from lance_ref._npz import load_npz, save_npz
 from lance_ref.activations import EXACT
+from lance_ref.grams import LayerGrams
 from lance_ref.tucker import unfold
 
 MODES = ("batch", "channel", "height", "width")
@@ -142,6 +143,16 @@ def test_float32_activations_are_summed_in_float64() -> None:
     assert_array_equal(spectrum, [1e8, 3])
 
 
+def test_grams_that_grow_forget_their_eigenvectors() -> None:
+    """Directions are computed once, but not before the last batch."""
+    grams = LayerGrams("fc", (2, 2), (False, True))
+    grams.add(np.array([[3.0, 0.0], [0.0, 1.0]]))
+    assert_array_equal(grams.basis(1)[0], [9, 1])
+    assert grams.basis(1) is grams.basis(1)
+    grams.add(np.array([[0.0, 4.0], [0.0, 0.0]]))
+    assert_array_equal(grams.basis(1)[0], [17, 9])
+
+
 def test_a_layer_called_twice_contributes_both_inputs() -> None:
     """Shared layers see every call: here x and its image, so twice the batches and samples."""
     layer = nn.Linear(3, 3, rng=np.random.default_rng(0)).to(np.float64)
@@ -245,6 +256,7 @@ def test_no_two_batches_of_activations_are_alive() -> None:
     watched = 0
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert not inputs[0].requires_grad  # no tape behind it
         alive.append(weakref.ref(inputs[0].data))
 
     for layer in (net.conv1, net.conv2, net.head):
@@ -279,9 +291,10 @@ def test_the_net_is_left_as_it_was_found() -> None:
     net, data = ThreeLayers(), batches()
     net.train()
     net.conv2.eval()
+    flags = [module.training for module in net.modules()]
+    assert len(set(flags)) == 2
     compress(net, calibrate(net, [x[:4] for x in data], layers="conv2"))
     store = net.conv2.store
-    flags = [module.training for module in net.modules()]
     first = calibrate(net, data)  # another batch size than the compressed layer's
     with pytest.raises(ValueError, match="NaN"):
         calibrate(net, [data[0], data[1] * np.nan])

@@ -62,9 +62,7 @@ def test_conv2d_equals_pytorch(g: ConvGeometry, seed: int, bias: bool, double: b
     theirs = [torch.tensor(a, requires_grad=True) for a in (x, weight) + ((b,) if bias else ())]
     (top, bottom), (left, right) = g.padding
     padded = torch.nn.functional.pad(theirs[0], (left, right, top, bottom))
-    expected = torch.nn.functional.conv2d(
-        padded, *theirs[1:], stride=g.stride, dilation=g.dilation, groups=g.groups
-    )
+    expected = torch.nn.functional.conv2d(padded, *theirs[1:], stride=g.stride, dilation=g.dilation, groups=g.groups)
     expected.backward(torch.tensor(grad_output))
     assert out.dtype == dtype
     np.testing.assert_allclose(out.data, expected.detach().numpy(), rtol=tolerance, atol=tolerance)
@@ -144,7 +142,14 @@ def test_what_is_saved(dtype: type) -> None:
 
 @pytest.mark.parametrize(
     ("size", "kernel", "stride", "expected"),
-    [(8, 3, 1, (1, 1)), (8, 3, 2, (0, 1)), (7, 3, 2, (1, 1)), (8, 4, 1, (1, 2)), (5, 1, 2, (0, 0)), (224, 3, 2, (0, 1))],
+    [
+        (8, 3, 1, (1, 1)),
+        (8, 3, 2, (0, 1)),
+        (7, 3, 2, (1, 1)),
+        (8, 4, 1, (1, 2)),
+        (5, 1, 2, (0, 0)),
+        (224, 3, 2, (0, 1)),
+    ],
 )
 def test_same_padding_puts_the_odd_zero_last(size: int, kernel: int, stride: int, expected: tuple[int, int]) -> None:
     """max((ceil(i/s) − 1)·s + k − i, 0) in all, half of it, rounded down, before."""

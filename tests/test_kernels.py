@@ -59,8 +59,12 @@ def test_projection_kernel_equals_its_twin(
 ) -> None:
     """U_hᵀ · plane · U_w, whichever product comes first."""
     rng = np.random.default_rng(0)
-    N, H, W = sizes
-    planes, U_h, U_w = rng.standard_normal(sizes), rng.standard_normal((H, ranks[0])), rng.standard_normal((W, ranks[1]))
+    _, H, W = sizes
+    planes, U_h, U_w = (
+        rng.standard_normal(sizes),
+        rng.standard_normal((H, ranks[0])),
+        rng.standard_normal((W, ranks[1])),
+    )
     compiled, twin = both(lambda: kernels.project_planes(planes, U_h, U_w, width_first))
     expected = np.einsum("nhw,hi,wj->nij", planes, U_h, U_w)
     np.testing.assert_allclose(compiled, expected, rtol=1e-10, atol=1e-10)
@@ -104,7 +108,11 @@ def test_everything_runs_without_numba() -> None:
         "assert 'numba' not in sys.modules\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env={"LANCE_REF_NUMBA": "0", "PATH": ""}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env={"LANCE_REF_NUMBA": "0", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 
@@ -152,8 +160,6 @@ def test_max_pool_kernels_equal_their_twins(size: Any, kernel: Any, stride: Any,
     np.testing.assert_array_equal(argmax, twin_argmax)
     assert argmax.dtype == twin_argmax.dtype == np.uint8
     grad_output = rng.standard_normal(out.shape)
-    grad, twin = both(
-        lambda: elementwise.max_pool_backward(argmax, grad_output, x.shape, kernel, stride, padding)
-    )
+    grad, twin = both(lambda: elementwise.max_pool_backward(argmax, grad_output, x.shape, kernel, stride, padding))
     np.testing.assert_allclose(grad, twin, rtol=1e-12, atol=1e-12)
     assert grad.sum() == pytest.approx(grad_output.sum(), abs=1e-9)

@@ -299,6 +299,8 @@ def test_another_batch_size() -> None:
         net(x[:3])
     with pytest.raises(ValueError, match="batch mode was calibrated with 4"):
         lr.trace(net, (3, 3, 9, 9))
+    with lr.no_grad():
+        assert net(x[:3]).shape == (3, 3)  # nothing is saved, so any batch will do
     lr.compress(net, lr.calibrate(net, [x], modes=("channel", "height", "width")))
     F.cross_entropy(net(x[:3]), np.array([0, 1, 2])).backward()
 

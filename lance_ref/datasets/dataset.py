@@ -49,9 +49,10 @@ class Dataset:
             )
         if self.labels.shape != (len(self.images),) or self.labels.dtype != np.int64:
             raise ValueError(
-                f"labels has shape {self.labels.shape} and dtype {self.labels.dtype}, expected ({len(self.images)},) int64"
+                f"labels has shape {self.labels.shape} and dtype {self.labels.dtype}, "
+                f"expected ({len(self.images)},) int64"
             )
-        if len(self.labels) and not (0 <= self.labels.min() and self.labels.max() < len(self.class_names)):
+        if len(self.labels) and not (self.labels.min() >= 0 and self.labels.max() < len(self.class_names)):
             raise ValueError(
                 f"labels run from {self.labels.min()} to {self.labels.max()}, expected 0..{len(self.class_names) - 1}"
             )

@@ -22,6 +22,8 @@ MAX_PIXELS = 64 * 1024**2
 """Largest image that is decoded: 64 Mi pixels."""
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+"""What the decoder may try, whatever the file's name says."""
 
 
 def decode(encoded: bytes, where: str, image_size: tuple[int, int] | None, channels: int = 3) -> np.ndarray:
@@ -41,19 +43,27 @@ def decode(encoded: bytes, where: str, image_size: tuple[int, int] | None, chann
     Raises
     ------
     ValueError
-        If the image is too large, or no image, or damaged.
+        If the image is too large, or no image, or damaged, or has more than 8 bits a channel.
+
+    Notes
+    -----
+    A camera's note on which side is up (EXIF orientation) is followed.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(encoded))
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(f"{picture.width}x{picture.height} pixels, at most {MAX_PIXELS} are read")
-        picture = picture.convert("RGB" if channels == 3 else "L")
+            file = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        if file.width * file.height > MAX_PIXELS:
+            raise ValueError(f"{file.width}x{file.height} pixels, at most {MAX_PIXELS} are read")
+        if file.mode.startswith(("I", "F")):
+            raise ValueError(f"pixels of mode {file.mode}, expected 8 bits a channel")
+        picture = ImageOps.exif_transpose(file).convert("RGB" if channels == 3 else "L")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{where}: refused: {error}") from None
+    except UnidentifiedImageError:  # its own message holds an address in memory
+        raise ValueError(f"{where}: not a readable image: none of {', '.join(FORMATS)}") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, MemoryError) as error:
         raise ValueError(f"{where}: not a readable image: {error}") from None
     if image_size is not None and (picture.height, picture.width) != image_size:

@@ -100,8 +100,10 @@ def data_file(relative: str, what: str, data_dir: str | Path | None = None) -> P
         )
     path = Path(folder) / relative
     if not path.is_file():
-        raise FileNotFoundError(f"{what} needs the file {relative}: put it at {path} (folder from "
-                                f"{'data_dir' if data_dir is not None else 'LANCE_REF_DATA'})")
+        raise FileNotFoundError(
+            f"{what} needs the file {relative}: put it at {path} (folder from "
+            f"{'data_dir' if data_dir is not None else 'LANCE_REF_DATA'})"
+        )
     return path
 
 

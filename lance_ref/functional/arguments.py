@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.autograd import FLOATS, Shape, Tensor, as_tensor
+from lance_ref.tensor import FLOATS, Shape, Tensor, as_tensor
 
 Context = Any
 """A :class:`~lance_ref.autograd.Node`, on which an operation also hangs the small Python values
@@ -16,33 +16,31 @@ Context = Any
 Gradients = tuple[np.ndarray | None, ...]
 """What a backward returns: one gradient per input, None where none is needed."""
 
-NUMBERS = (int, float, np.integer, np.bool_)  # np.float64 is a float
-
-
-def operand(value: Any) -> Tensor:
-    """The argument of a function of one tensor: a Tensor, an array or a number."""
-    return value if isinstance(value, Tensor) else as_tensor(value)
+NUMBERS = (int, float, np.integer, np.floating, np.bool_)
 
 
 def operands(a: Any, b: Any) -> tuple[Tensor, Tensor]:
     """Both arguments as Tensors; a number takes the dtype of the other one."""
     if isinstance(a, NUMBERS) and not isinstance(b, NUMBERS):
-        b = operand(b)
+        b = as_tensor(b)
         return as_tensor(float(a), like=b), b
-    a = operand(a)
-    return a, as_tensor(float(b), like=a) if isinstance(b, NUMBERS) else operand(b)
+    a = as_tensor(a)
+    return a, as_tensor(float(b), like=a) if isinstance(b, NUMBERS) else as_tensor(b)
 
 
 def require_floating(op: str, **tensors: Tensor) -> None:
-    """Raise TypeError, naming the argument, unless all are float32 or float64."""
+    """Raise TypeError, naming the argument, unless all are float32 or float64.
+
+    For operations with several inputs: that at least one of them is floating, and all floating ones
+    alike, is checked wherever a Function is applied.
+    """
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected float32 or float64")
 
 
 def require_images(op: str, x: Tensor) -> None:
-    """Raise unless ``x`` is a floating (B, C, H, W)."""
-    require_floating(op, x=x)
+    """Raise unless ``x`` is a (B, C, H, W)."""
     if x.ndim != 4:
         raise ValueError(f"{op}: x has shape {x.shape}, expected 4 dimensions (B, C, H, W)")
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from lance_ref._state import state
 from lance_ref.activations import EXACT, ActivationStore
-from lance_ref.autograd import FLOATS, Function, Node, Shape, Tensor, as_tensor
+from lance_ref.autograd import Function, Node
 from lance_ref.counting import spending_on
 from lance_ref.geometry import ConvGeometry, Geometry, LinearGeometry, Padding, Pair
+from lance_ref.tensor import FLOATS, Shape, Tensor, as_tensor
 
 
 class _Weighted(Function):
@@ -74,7 +76,7 @@ class Linear(_Weighted):
                 f"linear: x has shape {x.shape}, expected (..., {weight.shape[1]}) for a weight of shape {weight.shape}"
             )
         _check_bias("linear", bias, weight.shape[0])
-        store.check(x.shape)
+        _check_store(store, x, weight)
         return LinearGeometry(x.shape, weight.shape).output_shape
 
     @staticmethod
@@ -103,7 +105,7 @@ class Conv2d(_Weighted):
     @staticmethod
     def output_shape(x: Tensor, weight: Tensor, *bias: Tensor, **attributes: Any) -> Shape:  # type: ignore[override]
         _check_bias("conv2d", bias, weight.shape[0])
-        attributes["store"].check(x.shape)
+        _check_store(attributes["store"], x, weight)
         return _conv_geometry(x.shape, weight.shape, attributes).output_shape
 
     @staticmethod
@@ -124,9 +126,7 @@ class Conv2d(_Weighted):
         return (*gradients, grad_output.sum(axis=(0, 2, 3)) if ctx.needs_input_grad[2] else None)
 
 
-def linear(
-    x: Any, weight: Tensor, bias: Tensor | None = None, *, store: ActivationStore = EXACT
-) -> Tensor:
+def linear(x: Any, weight: Tensor, bias: Tensor | None = None, *, store: ActivationStore = EXACT) -> Tensor:
     """``x @ weight.T + bias``.
 
     Parameters
@@ -193,7 +193,9 @@ def conv2d(
     if x.ndim != 4:
         raise ValueError(f"conv2d: x has shape {x.shape}, expected 4 dimensions (B, C_in, H, W)")
     if weight.ndim != 4:
-        raise ValueError(f"conv2d: weight has shape {weight.shape}, expected 4 dimensions (C_out, C_in/groups, k_h, k_w)")
+        raise ValueError(
+            f"conv2d: weight has shape {weight.shape}, expected 4 dimensions (C_out, C_in/groups, k_h, k_w)"
+        )
     strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
     if not isinstance(groups, (int, np.integer)) or groups < 1:
         raise ValueError(f"conv2d: groups is {groups!r}, expected a positive integer")
@@ -205,20 +207,16 @@ def conv2d(
             f"conv2d: weight has shape {weight.shape}, expected (C_out, {C_in // groups}, k_h, k_w) "
             f"for x of shape {x.shape} and groups = {groups}"
         )
-    attributes = {
-        "stride": strides,
-        "padding": resolve_padding(padding, (x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]), strides, dilations),
-        "dilation": dilations,
-        "groups": int(groups),
-    }
-    geometry = ConvGeometry(x.shape, weight.shape, **attributes)
+    size, kernel = (x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3])
+    pads = resolve_padding(padding, size, kernel, strides, dilations)
+    geometry = ConvGeometry(x.shape, weight.shape, strides, pads, dilations, int(groups))
     if min(geometry.output_shape) < 1:
         raise ValueError(
-            f"conv2d: the output would be empty, {geometry.output_shape}: x has shape {x.shape}, weight {weight.shape}, "
-            f"stride {strides}, padding {attributes['padding']}, dilation {dilations}"
+            f"conv2d: the output would be empty, {geometry.output_shape}: x has shape {x.shape}, "
+            f"weight {weight.shape}, stride {strides}, padding {pads}, dilation {dilations}"
         )
     inputs = [x, weight] + ([] if bias is None else [as_tensor(bias)])
-    return Conv2d.apply(*inputs, **attributes, store=store)
+    return Conv2d.apply(*inputs, stride=strides, padding=pads, dilation=dilations, groups=int(groups), store=store)
 
 
 def pair(name: str, value: int | Sequence[int], smallest: int) -> Pair:
@@ -253,6 +251,12 @@ def resolve_padding(padding: Any, size: Pair, kernel: Pair, stride: Pair, dilati
 
 def _conv_geometry(x: Shape, weight: Shape, attributes: dict[str, Any]) -> ConvGeometry:
     return ConvGeometry(x, weight, *(attributes[name] for name in ("stride", "padding", "dilation", "groups")))
+
+
+def _check_store(store: ActivationStore, x: Tensor, weight: Tensor) -> None:
+    """A store that cannot take ``x`` matters only where something will be saved: not under no_grad()."""
+    if state.grad_enabled and weight.requires_grad:
+        store.check(x.shape)
 
 
 def _check_floating(op: str, x: Tensor) -> None:

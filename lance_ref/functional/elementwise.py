@@ -11,17 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.autograd import Function, Shape, Tensor
+from lance_ref.autograd import Function
 from lance_ref.functional.arguments import (
     NUMBERS,
     Context,
     Gradients,
     broadcast_shape,
-    operand,
     operands,
-    require_floating,
     unbroadcast,
 )
+from lance_ref.tensor import Shape, Tensor, as_tensor
 
 
 class Unary(Function):
@@ -29,7 +28,6 @@ class Unary(Function):
 
     @classmethod
     def output_shape(cls, x: Tensor) -> Shape:
-        require_floating(cls.op, x=x)
         return x.shape
 
 
@@ -137,7 +135,6 @@ class Pow(Function):
 
     @staticmethod
     def output_shape(x: Tensor, exponent: float) -> Shape:
-        require_floating("pow", x=x)
         return x.shape
 
     @staticmethod
@@ -220,7 +217,7 @@ def div(a: Any, b: Any) -> Tensor:
 
 def neg(x: Any) -> Tensor:
     """−x"""
-    return Neg.apply(operand(x))
+    return Neg.apply(as_tensor(x))
 
 
 def pow(x: Any, exponent: float) -> Tensor:
@@ -233,19 +230,19 @@ def pow(x: Any, exponent: float) -> Tensor:
     """
     if not isinstance(exponent, NUMBERS):
         raise TypeError(f"pow: exponent is a {type(exponent).__name__}, expected a number")
-    return Pow.apply(operand(x), exponent=float(exponent))
+    return Pow.apply(as_tensor(x), exponent=float(exponent))
 
 
 def exp(x: Any) -> Tensor:
     """e to the power of x. Keeps its result for backward."""
-    return Exp.apply(operand(x))
+    return Exp.apply(as_tensor(x))
 
 
 def log(x: Any) -> Tensor:
     """Natural logarithm."""
-    return Log.apply(operand(x))
+    return Log.apply(as_tensor(x))
 
 
 def sqrt(x: Any) -> Tensor:
     """Square root. Its slope at 0 is infinite, as in PyTorch."""
-    return Sqrt.apply(operand(x))
+    return Sqrt.apply(as_tensor(x))

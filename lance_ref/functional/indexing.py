@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.autograd import Function, Shape, Tensor
-from lance_ref.functional.arguments import Context, Gradients, operand, require_floating, smallest_unsigned
+from lance_ref.autograd import Function
+from lance_ref.functional.arguments import Context, Gradients, smallest_unsigned
+from lance_ref.tensor import Shape, Tensor, as_tensor
 
 
 class _Index:
@@ -37,7 +38,6 @@ class BasicIndex(Function):
 
     @staticmethod
     def output_shape(x: Tensor, index: _Index) -> Shape:
-        require_floating("index", x=x)
         return index.shape
 
     @staticmethod
@@ -59,7 +59,6 @@ class ArrayIndex(Function):
 
     @staticmethod
     def output_shape(x: Tensor, index: _Index) -> Shape:
-        require_floating("index", x=x)
         return index.shape
 
     @staticmethod
@@ -103,7 +102,7 @@ def index(x: Any, index: Any) -> Tensor:
     TypeError
         If an index is none of the above.
     """
-    x = operand(x)
+    x = as_tensor(x)
     resolved = _resolve_index(x, index if isinstance(index, tuple) else (index,))
     return (ArrayIndex if resolved.has_arrays else BasicIndex).apply(x, index=resolved)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.autograd import Function, Shape, Tensor
-from lance_ref.functional.arguments import Context, Gradients, operand, operands, require_floating, smallest_unsigned
+from lance_ref.autograd import Function
+from lance_ref.functional.arguments import Context, Gradients, operands, require_floating, smallest_unsigned
+from lance_ref.tensor import Shape, Tensor, as_tensor
 
 REDUCTIONS = ("mean", "sum")
 
@@ -112,7 +113,7 @@ def cross_entropy(x: Any, target: Any, reduction: str = "mean") -> Tensor:
         If shapes or dtypes do not fit, or a label is out of range.
     """
     labels = target if isinstance(target, Tensor) else Tensor(np.asarray(target))
-    return CrossEntropy.apply(operand(x), labels, reduction=_checked("cross_entropy", reduction))
+    return CrossEntropy.apply(as_tensor(x), labels, reduction=_checked("cross_entropy", reduction))
 
 
 def mse_loss(a: Any, b: Any, reduction: str = "mean") -> Tensor:

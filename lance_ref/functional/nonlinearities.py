@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from lance_ref._random import as_generator
-from lance_ref.autograd import Function, Shape, Tensor
-from lance_ref.functional.arguments import NUMBERS, Context, Gradients, one_dim, operand, require_floating
+from lance_ref.autograd import Function
+from lance_ref.functional.arguments import NUMBERS, Context, Gradients, one_dim
 from lance_ref.functional.elementwise import Unary
 from lance_ref.kernels_elementwise import apply_mask, clamp_and_pack
+from lance_ref.tensor import Shape, Tensor, as_tensor
 
 
 class Tanh(Unary):
@@ -121,7 +122,6 @@ class Softmax(Function):
 
     @staticmethod
     def output_shape(x: Tensor, dim: int) -> Shape:
-        require_floating("softmax", x=x)
         return x.shape
 
     @staticmethod
@@ -146,7 +146,6 @@ class LogSoftmax(Function):
 
     @staticmethod
     def output_shape(x: Tensor, dim: int) -> Shape:
-        require_floating("log_softmax", x=x)
         return x.shape
 
     @staticmethod
@@ -178,7 +177,6 @@ class Dropout(Function):
 
     @staticmethod
     def output_shape(x: Tensor, p: _Chance) -> Shape:
-        require_floating("dropout", x=x)
         return x.shape
 
     @staticmethod
@@ -195,43 +193,43 @@ class Dropout(Function):
 
 def tanh(x: Any) -> Tensor:
     """Hyperbolic tangent. Keeps its result for backward."""
-    return Tanh.apply(operand(x))
+    return Tanh.apply(as_tensor(x))
 
 
 def sigmoid(x: Any) -> Tensor:
     """1 / (1 + e^−x), without overflow. Keeps its result for backward."""
-    return Sigmoid.apply(operand(x))
+    return Sigmoid.apply(as_tensor(x))
 
 
 def gelu(x: Any) -> Tensor:
     """x·Φ(x) with the exact normal distribution function Φ, not its tanh approximation."""
-    return Gelu.apply(operand(x))
+    return Gelu.apply(as_tensor(x))
 
 
 def hardswish(x: Any) -> Tensor:
     """x·relu6(x + 3) / 6 (MobileNetV3)."""
-    return Hardswish.apply(operand(x))
+    return Hardswish.apply(as_tensor(x))
 
 
 def relu(x: Any) -> Tensor:
     """max(x, 0); NaN stays NaN. Keeps one bit per element."""
-    return Relu.apply(operand(x))
+    return Relu.apply(as_tensor(x))
 
 
 def relu6(x: Any) -> Tensor:
     """min(max(x, 0), 6); NaN stays NaN. The slope is 1 for 0 < x < 6. Keeps one bit per element."""
-    return Relu6.apply(operand(x))
+    return Relu6.apply(as_tensor(x))
 
 
 def softmax(x: Any, dim: int = -1) -> Tensor:
     """e^x / Σ e^x along ``dim``, shifted by the maximum so that nothing overflows."""
-    x = operand(x)
+    x = as_tensor(x)
     return Softmax.apply(x, dim=one_dim("softmax", x, dim))
 
 
 def log_softmax(x: Any, dim: int = -1) -> Tensor:
     """x − log Σ e^x along ``dim``, shifted by the maximum so that nothing overflows."""
-    x = operand(x)
+    x = as_tensor(x)
     return LogSoftmax.apply(x, dim=one_dim("log_softmax", x, dim))
 
 
@@ -253,7 +251,7 @@ def dropout(x: Any, p: float = 0.5, training: bool = True, rng: np.random.Genera
     Tensor
         Of the shape of ``x``; one bit per element is kept for backward.
     """
-    x = operand(x)
+    x = as_tensor(x)
     if not isinstance(p, NUMBERS) or not 0 <= p <= 1:
         raise ValueError(f"dropout: p is {p!r}, expected a number in [0, 1]")
     if not training or p == 0:

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.autograd import Function, Shape, Tensor
-from lance_ref.functional.arguments import Context, Gradients, operand, require_floating
+from lance_ref.autograd import Function
+from lance_ref.functional.arguments import Context, Gradients, require_floating
+from lance_ref.tensor import Shape, Tensor, as_tensor
 
 
 class BatchNorm(Function):
@@ -217,11 +218,11 @@ def batch_norm(
     ValueError, TypeError
         If shapes or dtypes do not fit, or there is only one value per channel when training.
     """
-    x = operand(x)
+    x = as_tensor(x)
     if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
         raise ValueError("batch_norm: running_mean and running_var go together, and are needed when training is False")
     inputs = [x, *_affine("batch_norm", weight, bias)]
-    running = [] if running_mean is None else [operand(running_mean), operand(running_var)]
+    running = [] if running_mean is None else [as_tensor(running_mean), as_tensor(running_var)]
     for name, tensor in zip(("running_mean", "running_var"), running, strict=False):
         if tensor.requires_grad:
             raise ValueError(f"batch_norm: {name} requires gradients, expected plain statistics")
@@ -258,7 +259,7 @@ def layer_norm(
         Added to the variance.
     """
     shape = (normalized_shape,) if isinstance(normalized_shape, (int, np.integer)) else tuple(normalized_shape)
-    inputs = [operand(x), *_affine("layer_norm", weight, bias)]
+    inputs = [as_tensor(x), *_affine("layer_norm", weight, bias)]
     shape = tuple(int(n) for n in shape)
     return LayerNorm.apply(*inputs, normalized_shape=shape, eps=_positive("layer_norm", eps), affine=weight is not None)
 
@@ -267,7 +268,7 @@ def _affine(op: str, weight: Any, bias: Any) -> list[Tensor]:
     if (weight is None) != (bias is None):
         missing = "weight" if weight is None else "bias"
         raise ValueError(f"{op}: {missing} is None, expected weight and bias together or neither")
-    return [] if weight is None else [operand(weight), operand(bias)]
+    return [] if weight is None else [as_tensor(weight), as_tensor(bias)]
 
 
 def _positive(op: str, eps: float) -> float:

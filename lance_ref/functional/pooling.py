@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.autograd import Function, Shape, Tensor
-from lance_ref.functional.arguments import Context, Gradients, operand, require_images
+from lance_ref.autograd import Function
+from lance_ref.functional.arguments import Context, Gradients, require_images
 from lance_ref.functional.convolution import pair
 from lance_ref.kernels_elementwise import max_pool_backward, max_pool_forward
+from lance_ref.tensor import Shape, Tensor, as_tensor
 
 Pair = tuple[int, int]
 
@@ -198,7 +199,7 @@ def max_pool2d(
     ValueError, TypeError
         If the shapes do not fit or the output would be empty.
     """
-    return MaxPool2d.apply(operand(x), **_window_arguments(kernel_size, stride, padding))
+    return MaxPool2d.apply(as_tensor(x), **_window_arguments(kernel_size, stride, padding))
 
 
 def avg_pool2d(
@@ -220,9 +221,9 @@ def avg_pool2d(
         Whether the zeros outside count as elements of the mean.
     """
     arguments = _window_arguments(kernel_size, stride, padding)
-    return AvgPool2d.apply(operand(x), **arguments, count_include_pad=bool(count_include_pad))
+    return AvgPool2d.apply(as_tensor(x), **arguments, count_include_pad=bool(count_include_pad))
 
 
 def adaptive_avg_pool2d(x: Any, output_size: int | Sequence[int]) -> Tensor:
     """Means over a grid of ``output_size`` windows that cover the image, (B, C, *output_size). Keeps nothing."""
-    return AdaptiveAvgPool2d.apply(operand(x), output_size=pair("output_size", output_size, 1))
+    return AdaptiveAvgPool2d.apply(as_tensor(x), output_size=pair("output_size", output_size, 1))

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from lance_ref import counting
-from lance_ref.autograd import Function, Shape, Tensor
+from lance_ref.autograd import Function
 from lance_ref.functional.arguments import Context, Gradients, operands, require_floating, unbroadcast
+from lance_ref.tensor import Shape, Tensor
 
 
 class Matmul(Function):

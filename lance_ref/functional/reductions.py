@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.autograd import Function, Shape, Tensor
+from lance_ref.autograd import Function
 from lance_ref.functional.arguments import (
     Context,
     Gradients,
     many_dims,
     one_dim,
-    operand,
-    require_floating,
     smallest_unsigned,
 )
+from lance_ref.tensor import Shape, Tensor, as_tensor
 
 Dims = tuple[int, ...] | None
 
@@ -45,7 +44,6 @@ class Sum(Function):
 
     @staticmethod
     def output_shape(x: Tensor, dim: Dims, keepdim: bool) -> Shape:
-        require_floating("sum", x=x)
         return _reduced_shape(x.shape, dim, keepdim)
 
     @staticmethod
@@ -63,7 +61,6 @@ class Mean(Function):
 
     @staticmethod
     def output_shape(x: Tensor, dim: Dims, keepdim: bool) -> Shape:
-        require_floating("mean", x=x)
         return _reduced_shape(x.shape, dim, keepdim)
 
     @staticmethod
@@ -82,7 +79,6 @@ class Max(Function):
 
     @staticmethod
     def output_shape(x: Tensor, dim: int | None, keepdim: bool) -> Shape:
-        require_floating("max", x=x)
         dims = None if dim is None else (dim,)
         if _reduced_size(x.shape, dims) == 0:
             raise ValueError(
@@ -115,7 +111,6 @@ class Var(Function):
 
     @staticmethod
     def output_shape(x: Tensor, dim: Dims, correction: int, keepdim: bool) -> Shape:
-        require_floating("var", x=x)
         n = _reduced_size(x.shape, dim)
         if n <= correction:
             raise ValueError(
@@ -139,13 +134,13 @@ class Var(Function):
 
 def sum(x: Any, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Tensor:
     """Sum over ``dim``: an integer, several, or None for all."""
-    x = operand(x)
+    x = as_tensor(x)
     return Sum.apply(x, dim=many_dims("sum", x, dim), keepdim=bool(keepdim))
 
 
 def mean(x: Any, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Tensor:
     """Mean over ``dim``: an integer, several, or None for all."""
-    x = operand(x)
+    x = as_tensor(x)
     return Mean.apply(x, dim=many_dims("mean", x, dim), keepdim=bool(keepdim))
 
 
@@ -155,7 +150,7 @@ def max(x: Any, dim: int | None = None, keepdim: bool = False) -> Tensor:
     Only the values, not their positions as in PyTorch. Of several equal maxima the first one
     receives the whole gradient.
     """
-    x = operand(x)
+    x = as_tensor(x)
     return Max.apply(x, dim=None if dim is None else one_dim("max", x, dim), keepdim=bool(keepdim))
 
 
@@ -167,7 +162,7 @@ def var(x: Any, dim: int | Sequence[int] | None = None, correction: int = 1, kee
     ValueError
         If there are not more elements than ``correction``.
     """
-    x = operand(x)
+    x = as_tensor(x)
     if isinstance(correction, bool) or not isinstance(correction, (int, np.integer)) or correction < 0:
         raise ValueError(f"var: correction is {correction!r}, expected a non-negative integer")
     return Var.apply(x, dim=many_dims("var", x, dim), correction=int(correction), keepdim=bool(keepdim))

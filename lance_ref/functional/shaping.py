@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.autograd import Function, Shape, Tensor
-from lance_ref.functional.arguments import NUMBERS, Context, Gradients, one_dim, operand, require_floating
+from lance_ref.autograd import Function
+from lance_ref.functional.arguments import NUMBERS, Context, Gradients, one_dim, require_floating
+from lance_ref.tensor import Shape, Tensor, as_tensor
 
 
 class Reshape(Function):
@@ -19,7 +20,6 @@ class Reshape(Function):
 
     @staticmethod
     def output_shape(x: Tensor, shape: Shape) -> Shape:
-        require_floating("reshape", x=x)
         return shape
 
     @staticmethod
@@ -37,7 +37,6 @@ class Permute(Function):
 
     @staticmethod
     def output_shape(x: Tensor, dims: tuple[int, ...]) -> Shape:
-        require_floating("permute", x=x)
         return tuple(x.shape[d] for d in dims)
 
     @staticmethod
@@ -84,7 +83,6 @@ class Pad(Function):
 
     @staticmethod
     def output_shape(x: Tensor, padding: tuple[tuple[int, int], ...], value: float) -> Shape:
-        require_floating("pad", x=x)
         return tuple(n + before + after for n, (before, after) in zip(x.shape, padding, strict=True))
 
     @staticmethod
@@ -99,7 +97,7 @@ class Pad(Function):
 
 def reshape(x: Any, shape: Sequence[int]) -> Tensor:
     """The same elements in another shape; one size may be -1. A view wherever NumPy can give one."""
-    x = operand(x)
+    x = as_tensor(x)
     sizes: tuple[Any, ...] = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
     if any(not isinstance(n, (int, np.integer)) or n < -1 for n in sizes) or list(sizes).count(-1) > 1:
         raise ValueError(f"reshape: shape is {shape!r}, expected non-negative integers and at most one -1")
@@ -113,7 +111,7 @@ def reshape(x: Any, shape: Sequence[int]) -> Tensor:
 
 def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     """Merge the dimensions from ``start_dim`` to ``end_dim``, both included, into one."""
-    x = operand(x)
+    x = as_tensor(x)
     if x.ndim == 0:
         return reshape(x, (1,))
     start, end = one_dim("flatten", x, start_dim, "start_dim"), one_dim("flatten", x, end_dim, "end_dim")
@@ -124,7 +122,7 @@ def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
 
 def permute(x: Any, dims: Sequence[int]) -> Tensor:
     """Reorder the dimensions: dimension ``i`` of the result is dimension ``dims[i]`` of ``x``. A view."""
-    x = operand(x)
+    x = as_tensor(x)
     order = tuple(one_dim("permute", x, d, "an entry of dims") for d in dims)
     if sorted(order) != list(range(x.ndim)):
         raise ValueError(f"permute: dims is {tuple(dims)}, expected every dimension of shape {x.shape} once")
@@ -133,7 +131,7 @@ def permute(x: Any, dims: Sequence[int]) -> Tensor:
 
 def transpose(x: Any, dim0: int, dim1: int) -> Tensor:
     """Swap two dimensions (recorded as ``permute``). A view."""
-    x = operand(x)
+    x = as_tensor(x)
     order = list(range(x.ndim))
     first, second = one_dim("transpose", x, dim0, "dim0"), one_dim("transpose", x, dim1, "dim1")
     order[first], order[second] = second, first
@@ -150,7 +148,7 @@ def concatenate(tensors: Sequence[Any], dim: int = 0) -> Tensor:
     """
     if isinstance(tensors, (Tensor, np.ndarray)) or not len(tensors):
         raise ValueError("concatenate: tensors is empty or a single array, expected a sequence of at least one")
-    inputs = [operand(x) for x in tensors]
+    inputs = [as_tensor(x) for x in tensors]
     return Concatenate.apply(*inputs, dim=one_dim("concatenate", inputs[0], dim))
 
 
@@ -175,7 +173,7 @@ def pad(x: Any, pad: Sequence[int], mode: str = "constant", value: float = 0.0) 
     ValueError
         If ``pad`` is negative, has an odd length, or names more dimensions than there are.
     """
-    x = operand(x)
+    x = as_tensor(x)
     if mode != "constant":
         raise ValueError(f"pad: mode is {mode!r}, expected 'constant'")
     if not isinstance(value, NUMBERS):

@@ -31,7 +31,7 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}, expected a finite positive number")
 
 
-def kaiming_fan_out(conv: nn.Conv2d, rng: np.random.Generator | None) -> nn.Conv2d:
+def kaiming_fan_out(conv: nn.Conv2d, rng: Rng) -> nn.Conv2d:
     """Draw the weight anew from N(0, 2 / (C_out/groups · k_h · k_w)), and return the layer.
 
     He et al., ICCV 2015, equation 14: each input reaches C_out/groups · k_h · k_w outputs.

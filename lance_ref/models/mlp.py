@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-import numpy as np
 
 from lance_ref import nn
-from lance_ref.autograd import Tensor
 from lance_ref.models.initialise import Rng, check_positive_int, source
+from lance_ref.tensor import Tensor
 
 
 class MLP(nn.Module):
     """``flatten``, ``features`` (linear and ReLU in turn) and ``classifier``; see :func:`mlp`."""
 
-    def __init__(self, num_classes: int, in_features: int, hidden: Sequence[int], bias: bool, rng: np.random.Generator | None) -> None:
+    def __init__(self, num_classes: int, in_features: int, hidden: Sequence[int], bias: bool, rng: Rng) -> None:
         super().__init__()
         self.flatten = nn.Flatten()
         widths = (in_features, *hidden)
         layers: list[nn.Module] = []
-        for I, O in zip(widths[:-1], widths[1:], strict=True):  # noqa: E741  (in and out features, as everywhere)
+        for I, O in itertools.pairwise(widths):  # noqa: E741  (in and out features, as everywhere)
             layers += [nn.Linear(I, O, bias=bias, rng=rng), nn.ReLU()]
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(widths[-1], num_classes, bias=bias, rng=rng)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import numpy as np
 
 from lance_ref import functional as F
 from lance_ref import nn
-from lance_ref.autograd import Tensor
 from lance_ref.models.initialise import Rng, check_positive, check_positive_int, kaiming_fan_out, source
 from lance_ref.models.pretrained import load_mobilenetv2
+from lance_ref.tensor import Tensor
 
 STAGES = (
     # expansion t, channels c, blocks n, stride s of the first block (Table 2)
@@ -27,7 +26,7 @@ class ConvBNReLU6(nn.Sequential):
     """``0`` convolution without bias, ``1`` batch norm, ``2`` ReLU6."""
 
     def __init__(
-        self, C_in: int, C_out: int, kernel_size: int, stride: int, groups: int, padding: str, rng: np.random.Generator | None
+        self, C_in: int, C_out: int, kernel_size: int, stride: int, groups: int, padding: str, rng: Rng
     ) -> None:
         super().__init__(
             _conv(C_in, C_out, kernel_size, stride, groups, padding, rng),
@@ -47,10 +46,10 @@ class InvertedResidual(nn.Module):
     expand_ratio : int
         Hidden channels = C_in · expand_ratio; 1 leaves the expansion out.
     padding : {"symmetric", "same"}
-    rng : numpy.random.Generator or None
+    rng : int, numpy.random.Generator or None
     """
 
-    def __init__(self, C_in: int, C_out: int, stride: int, expand_ratio: int, padding: str, rng: np.random.Generator | None) -> None:
+    def __init__(self, C_in: int, C_out: int, stride: int, expand_ratio: int, padding: str, rng: Rng) -> None:
         super().__init__()
         hidden = C_in * expand_ratio
         self.use_res_connect = stride == 1 and C_in == C_out
@@ -67,9 +66,9 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """``features.0`` … ``features.18`` and ``classifier`` (``0`` dropout, ``1`` linear); see :func:`mobilenetv2`."""
+    """``features.0`` … ``features.18`` and ``classifier`` (``0`` dropout, ``1`` linear)."""
 
-    def __init__(self, num_classes: int, width: float, dropout: float, padding: str, rng: np.random.Generator | None) -> None:
+    def __init__(self, num_classes: int, width: float, dropout: float, padding: str, rng: Rng) -> None:
         super().__init__()
         self.padding = padding
         C_in = divisible(32 * width)
@@ -141,13 +140,14 @@ def mobilenetv2(
     if padding not in (None, "symmetric", "same"):
         raise ValueError(f"padding is {padding!r}, expected 'symmetric' or 'same'")
     wanted = pretrained is not None and pretrained is not False
+    path = None if isinstance(pretrained, bool) else pretrained
     if wanted and padding == "symmetric":
         raise ValueError("padding is 'symmetric', but the pretrained weights were trained with 'same'")
     if wanted and width != 1:
         raise ValueError(f"width is {width}, but the pretrained weights are for width 1.0")
     net = MobileNetV2(num_classes, width, dropout, padding or ("same" if wanted else "symmetric"), source(rng))
     if wanted:
-        load_mobilenetv2(net, None if pretrained is True else pretrained)
+        load_mobilenetv2(net, path)
     return net
 
 
@@ -161,7 +161,7 @@ def divisible(channels: float, divisor: int = 8) -> int:
     return rounded if rounded >= 0.9 * channels else rounded + divisor
 
 
-def _conv(C_in: int, C_out: int, kernel_size: int, stride: int, groups: int, padding: str, rng: np.random.Generator | None) -> nn.Conv2d:
+def _conv(C_in: int, C_out: int, kernel_size: int, stride: int, groups: int, padding: str, rng: Rng) -> nn.Conv2d:
     pad: int | str = "same" if padding == "same" else (kernel_size - 1) // 2
     conv = nn.Conv2d(C_in, C_out, kernel_size, stride, pad, groups=groups, bias=False, rng=rng)
     return kaiming_fan_out(conv, rng)

@@ -176,7 +176,8 @@ def _dequantise(
             raise ValueError(f"array {name!r} is missing")
         if arrays[name].shape != wanted_shape or arrays[name].dtype != dtype:
             raise ValueError(
-                f"array {name!r} is {arrays[name].shape} {arrays[name].dtype}, expected {wanted_shape} {np.dtype(dtype)}"
+                f"array {name!r} is {arrays[name].shape} {arrays[name].dtype}, "
+                f"expected {wanted_shape} {np.dtype(dtype)}"
             )
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"array {name!r} holds NaN or infinite values")

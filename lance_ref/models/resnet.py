@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-import numpy as np
 
 from lance_ref import functional as F
 from lance_ref import nn
-from lance_ref.autograd import Tensor
 from lance_ref.models.initialise import Rng, check_positive_int, kaiming_fan_out, source
+from lance_ref.tensor import Tensor
 
 
 class BasicBlock(nn.Module):
     """relu(shortcut(x) + bn2(conv2(relu(bn1(conv1(x)))))); the shortcut is a 1x1 convolution where shapes change."""
 
-    def __init__(self, C_in: int, C_out: int, stride: int, rng: np.random.Generator | None) -> None:
+    def __init__(self, C_in: int, C_out: int, stride: int, rng: Rng) -> None:
         super().__init__()
         self.conv1 = _conv(C_in, C_out, 3, stride, rng)
         self.bn1 = nn.BatchNorm2d(C_out)
@@ -39,10 +38,10 @@ class ResNet(nn.Module):
     blocks : sequence of 4 int
         Blocks in each of the four stages.
     num_classes : int
-    rng : numpy.random.Generator or None
+    rng : int, numpy.random.Generator or None
     """
 
-    def __init__(self, blocks: Sequence[int], num_classes: int, rng: np.random.Generator | None) -> None:
+    def __init__(self, blocks: Sequence[int], num_classes: int, rng: Rng) -> None:
         super().__init__()
         self.conv1 = _conv(3, 64, 7, 2, rng)
         self.bn1 = nn.BatchNorm2d(64)
@@ -90,6 +89,6 @@ def _resnet(blocks: Sequence[int], num_classes: int, rng: Rng) -> ResNet:
     return ResNet(blocks, num_classes, source(rng))
 
 
-def _conv(C_in: int, C_out: int, kernel_size: int, stride: int, rng: np.random.Generator | None) -> nn.Conv2d:
+def _conv(C_in: int, C_out: int, kernel_size: int, stride: int, rng: Rng) -> nn.Conv2d:
     conv = nn.Conv2d(C_in, C_out, kernel_size, stride, (kernel_size - 1) // 2, bias=False, rng=rng)
     return kaiming_fan_out(conv, rng)

@@ -11,8 +11,8 @@ import numpy as np
 
 from lance_ref._random import as_generator, manual_seed
 from lance_ref._state import state
-from lance_ref.autograd import Shape
 from lance_ref.nn.module import Parameter
+from lance_ref.tensor import Shape
 
 __all__ = [
     "as_generator",

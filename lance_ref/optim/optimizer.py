@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lance_ref.autograd import Tensor
+from lance_ref.tensor import Tensor
 
 
 class Optimizer:
@@ -172,7 +172,7 @@ def _checked_parameters(params: Iterable[Tensor]) -> tuple[Tensor, ...]:
         raise TypeError("params is a single Tensor, expected an iterable of them; write [tensor]")
     parameters = tuple(params)
     if not parameters:
-        raise ValueError("params is empty, expected at least one Tensor (was everything frozen or a generator used up?)")
+        raise ValueError("params is empty, expected at least one Tensor (was a generator used up?)")
     seen: set[int] = set()
     for position, parameter in enumerate(parameters):
         if not isinstance(parameter, Tensor):

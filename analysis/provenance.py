@@ -1,0 +1,51 @@
+"""Where a results file comes from: command, versions, seed, machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from typing import Any
+
+import lance_ref
+
+
+def provenance(module: str, seed: int) -> dict[str, Any]:
+    """What every results file carries.
+
+    Parameters
+    ----------
+    module : str
+        The module that was run, e.g. ``"analysis.adapt"``; its arguments are the process's own.
+    seed : int
+        The seed that fixed everything.
+    """
+    import numba
+    import numpy
+    import scipy
+
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "seed": seed,
+        "versions": {
+            "lance_ref": lance_ref.__version__,
+            "python": platform.python_version(),
+            "numpy": numpy.__version__,
+            "scipy": scipy.__version__,
+            "numba": numba.__version__,
+        },
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
+    }
+
+
+def _processor() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()

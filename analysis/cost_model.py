@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -254,7 +255,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _parse_shape(text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if len(parts) not in (1, 3) or not all(n.strip().isascii() and n.strip().isdigit() and 0 < len(n) < 10 for n in parts):
+    if len(parts) not in (1, 3) or not all(re.fullmatch(r"\s*[1-9][0-9]{0,8}\s*", n) for n in parts):
         raise ValueError(f"--input-shape is {text!r}, expected C,H,W or N, positive integers")
     return tuple(int(n) for n in parts)
 

@@ -7,6 +7,7 @@ and its counter counts for the same operations (:mod:`analysis.torch_replay`).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,10 +116,9 @@ def compare(prediction: Prediction, data: str | None = None) -> Comparison:
         A data set of ``lance_ref.datasets``, or a folder of pictures; the bundled digits by default.
     """
     step = prediction.step
-    dataset = _images(data)
-    images, labels = _batch(dataset, step)
+    images, labels, name = _batch(data, step)
     comparison = Comparison()
-    comparison.notes.append(f"one step on {len(images)} images of {dataset.name}, fresh weights, random factors")
+    comparison.notes.append(f"one step on {len(images)} images of {name}, fresh weights, random factors")
     for method, bills in prediction.bills.items():
         ranks = prediction.choice.ranks if prediction.choice is not None and method == "lance" else {}
         with _stores(step, ranks):
@@ -196,7 +196,8 @@ def _stores(step: TracedStep, ranks: Mapping[str, Sequence[int | None]]) -> Iter
             layer.store = before[path]
 
 
-def _images(data: str | None) -> Dataset:
+def _images(data: str | None, size: tuple[int, int]) -> Dataset:
+    """The data set that was asked for; its pictures are resized when they are taken, those of a folder now."""
     from lance_ref import datasets
 
     if data is None:
@@ -204,12 +205,12 @@ def _images(data: str | None) -> Dataset:
     if data in datasets.names():
         return datasets.load(data, "test")
     if Path(data).is_dir():
-        return datasets.load_folder(data)
+        return datasets.load_folder(data, size)
     raise ValueError(f"--data is {data!r}, expected a folder of pictures or one of {', '.join(datasets.names())}")
 
 
-def _batch(dataset: Dataset, step: TracedStep) -> tuple[np.ndarray, np.ndarray]:
-    """One batch of real images in the shape that the net takes, and labels that it has outputs for.
+def _batch(data: str | None, step: TracedStep) -> tuple[np.ndarray, np.ndarray, str]:
+    """One batch of real images in the shape that the net takes, labels that it has outputs for, and their name.
 
     A data set smaller than the batch is used again from its start; grey channels are repeated; a net
     for vectors gets the pixels of a square image.
@@ -218,13 +219,14 @@ def _batch(dataset: Dataset, step: TracedStep) -> tuple[np.ndarray, np.ndarray]:
 
     value = step.records[0].inputs[0]
     batch, shape = step.records[-1].inputs[0].shape[0], step.input_shape
-    dtype = np.dtype(value.dtype)
+    side = math.isqrt(shape[0] - 1) + 1
+    size = (shape[1], shape[2]) if len(shape) == 3 else (side, side)
+    dataset = _images(data, size)
     chosen = np.resize(np.random.default_rng(0).permutation(len(dataset)), batch)
-    side = int(np.ceil(np.sqrt(shape[0])))
-    pixels = resize(dataset.images[chosen], shape[1:] if len(shape) == 3 else (side, side))  # (B, H, W, C)
-    planes = pixels.transpose(0, 3, 1, 2).astype(dtype) / 255  # (B, C, H, W)
+    pixels = resize(dataset.images[chosen], size)  # (B, H, W, C)
+    planes = pixels.transpose(0, 3, 1, 2).astype(value.dtype) / 255  # (B, C, H, W)
     if len(shape) == 3:
         images = planes[:, np.arange(shape[0]) % planes.shape[1]]
     else:
         images = planes.mean(axis=1).reshape(batch, -1)[:, : shape[0]]
-    return np.ascontiguousarray(images, dtype=dtype), dataset.labels[chosen] % step.num_classes
+    return np.ascontiguousarray(images, dtype=value.dtype), dataset.labels[chosen] % step.num_classes, dataset.name

@@ -106,13 +106,13 @@ def _call_factory(name: str, num_classes: int) -> Module:
             factory = getattr(factory, part)
     except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(f"net {name!r} cannot be imported: {_one_line(error)}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"net {name!r}: importing {module_name} raised {_one_line(error)}") from None
     if not callable(factory):
         raise ValueError(f"net {name!r} is a {type(factory).__name__}, expected a function that returns a Module")
     try:
         net = factory(num_classes=num_classes) if _takes_num_classes(factory) else factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"net {name!r}: the factory raised {_one_line(error)}") from None
     if not isinstance(net, Module):
         raise ValueError(f"net {name!r}: the factory returned a {type(net).__name__}, expected a lance_ref.nn.Module")
@@ -149,17 +149,16 @@ def trace_step(
     net.to(dtype)
     net.train()
     tuning = lance_ref.tune(net, tune)
-    try:
-        with record(net) as records:
+    with record(net) as records:
+        try:
             logits = net(Tensor.meta((batch, *input_shape), dtype))
-            if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch:
-                came = logits.shape if isinstance(logits, Tensor) else type(logits).__name__
-                raise ValueError(f"net {name!r} gives {came}, expected an output of shape ({batch}, classes)")
-            loss = F.cross_entropy(logits, Tensor.meta((batch,), np.int64))
-    except (ValueError, TypeError):
-        raise
-    except Exception as error:  # a user's forward() may raise anything
-        raise ValueError(f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {_one_line(error)}") from None
+        except Exception as error:  # a user's forward() may raise anything
+            words = str(error) if isinstance(error, (ValueError, TypeError, RuntimeError)) else _one_line(error)
+            raise ValueError(f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {words}") from None
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch:
+            came = f"an output of shape {logits.shape}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise ValueError(f"net {name!r} gives {came}, expected a Tensor of shape ({batch}, classes)")
+        loss = F.cross_entropy(logits, Tensor.meta((batch,), np.int64))
     if not loss.requires_grad:
         raise ValueError(f"net {name!r}: nothing that the loss depends on is trained by tune {tune!r}")
     return TracedStep(net, name, input_shape, logits.shape[1], list(records), tuning.layers, tuning.head)

@@ -84,7 +84,7 @@ def measure(
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}, expected a positive integer")
     source = _source(net, image_size)
-    images, images_sha256 = _images(data, split)
+    images, images_sha256 = _images(data, split, source.image_size)
     if batch * batches > len(images):
         raise ValueError(f"{batches} batches of {batch} need {batch * batches} images, {images.name} ({images.split}) has {len(images)}")
     body = lance_ref.tune(source.net, "all").layers
@@ -126,7 +126,7 @@ def _source(net: str, image_size: int | None) -> _Source:
     return _Source(module, words, digest.hexdigest(), size, None)
 
 
-def _images(data: str, split: str) -> tuple[Dataset, str]:
+def _images(data: str, split: str, size: int) -> tuple[Dataset, str]:
     """The images, and a checksum of the file that they are read from (of the pixels, for a folder)."""
     import numpy as np
 
@@ -144,7 +144,7 @@ def _images(data: str, split: str) -> tuple[Dataset, str]:
             file = datasets.data_file(datasets.SOURCES[data].file, data)
             return images, hashlib.sha256(file.read_bytes()).hexdigest()
     elif Path(data).is_dir():
-        images = datasets.load_folder(data)
+        images = datasets.load_folder(data, size)
     else:
         raise ValueError(f"--data is {data!r}, expected a folder of pictures or one of {', '.join(datasets.names())}")
     return images, hashlib.sha256(images.images.tobytes()).hexdigest()

@@ -113,9 +113,12 @@ def _memory_table(report: Report, accountings: Sequence[str]) -> Table:
 
 
 def _flops_table(report: Report) -> Table:
-    """FLOPs by kind; the kinds that all methods agree on in every row have one column."""
+    """FLOPs by kind; a kind that all methods agree on in every row has one column, one that is always 0 none."""
     shared = [kind for kind in FLOP_KINDS if all(len({m.flops[kind] for m in r.methods.values()}) == 1 for r in report.rows)]
     own = [(method, kind) for method in report.methods for kind in FLOP_KINDS if kind not in shared]
+    first = report.totals[report.methods[0]]
+    shared = [kind for kind in shared if first.flops[kind]]
+    own = [(method, kind) for method, kind in own if report.totals[method].flops[kind]]
     unit = "millions of multiply-adds of the tuned layers" if report.convention == "paper" else "MFLOPs"
     columns = ["layer", "op", "weight", *shared, *(f"{method} {kind}" for method, kind in own)]
     columns += [f"{method} total" for method in report.methods]
@@ -189,10 +192,10 @@ def explain(report: Report) -> list[str]:
     for method in [name for name in totals if name != "bp"]:
         r = {name: _ratio(value) for name, value in reductions(totals["bp"], totals[method]).items()}
         sentences.append(
-            f"What it means: counting only the inputs of the tuned layers, as the papers do, {method} keeps {r['paper']} "
-            f"less; in PyTorch, which also keeps what batch norm and activation functions save, it would really free "
-            f"{r['pytorch']}; on this lean tape it keeps {r['tape']} less than bp ({r['tape + factors']} with the "
-            f"fixed factors beside it), which is {r['bp pytorch / tape']} less than PyTorch's bp "
+            f"What it means: the papers count the inputs of the tuned layers alone, and would claim {r['paper']} for "
+            f"{method}; PyTorch, which also keeps what batch norm and activation functions save, would shrink by "
+            f"{r['pytorch']}; this lean tape shrinks by {r['tape']} ({r['tape + factors']} with the fixed factors, which "
+            f"stay in memory beside it), and is {r['bp pytorch / tape']} smaller than PyTorch's tape of bp "
             f"({r['bp pytorch / tape + factors']} with the factors)."
         )
     return sentences

@@ -27,7 +27,7 @@ from lance_ref.grams import LayerGrams, check_modes, select_modes
 from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
 from lance_ref.selection import weighted_layers
-from lance_ref.subspace import Subspace, shape_text
+from lance_ref.subspace import Subspace, seen_text, shape_text
 from lance_ref.tensor import Shape, Tensor
 from lance_ref.tucker import check_epsilon
 
@@ -153,7 +153,7 @@ class Calibration(Mapping[str, Subspace]):
 
     def __repr__(self) -> str:
         grams = next(iter(self._grams.values()))
-        return f"Calibration({len(self)} layers, {grams.samples} samples in {grams.batches} batches)"
+        return f"Calibration({len(self)} layers, {seen_text(grams.samples, grams.batches)})"
 
     def __str__(self) -> str:
         rows = [("layer", "activation", "ranks", "energy kept", "smaller by")]
@@ -174,7 +174,7 @@ class Calibration(Mapping[str, Subspace]):
         chosen = ["epsilon " + ", ".join(f"{value:g}" for value in thresholds)] if thresholds else []
         chosen += [f"ranks given for {len(self._ranks)} layer(s)"] if self._ranks else []
         grams = next(iter(self._grams.values()))
-        lines.append(f"{grams.samples} samples in {grams.batches} batches; {'; '.join(chosen)}")
+        lines.append(f"{seen_text(grams.samples, grams.batches)}; {'; '.join(chosen)}")
         return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
 
 

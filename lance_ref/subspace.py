@@ -132,7 +132,7 @@ class Subspace:
         for name, n, r, kept in zip(self.mode_names, self.shape, self.ranks, self.energy_kept, strict=True):
             rank = "left alone" if r is None else f"rank {r} of {n}"
             lines.append(f"  {name:<8} {rank}" + ("" if kept is None else f", keeps {kept:.4f} of the energy"))
-        seen = f"{self.samples} samples in {self.batches} batches" if self.batches else "no calibration"
+        seen = seen_text(self.samples, self.batches) if self.batches else "no calibration"
         lines.append(f"  from {seen}" + ("" if self.epsilon is None else f", epsilon {self.epsilon:g}"))
         return "\n".join(lines)
 
@@ -174,3 +174,8 @@ def mode_names(shape: Sequence[int]) -> tuple[str, ...]:
 def shape_text(shape: Sequence[int | None]) -> str:
     """``8x16x7x7``; a dash for None."""
     return "x".join("-" if n is None else str(n) for n in shape)
+
+
+def seen_text(samples: int, batches: int) -> str:
+    """``64 samples in 2 batches``"""
+    return f"{samples:,} sample{'s' * (samples != 1)} in {batches:,} batch{'es' * (batches != 1)}"

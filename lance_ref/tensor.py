@@ -157,9 +157,7 @@ class Tensor:
         return f"{type(self).__name__}({values}, dtype={self._dtype}{grad})"
 
     def numpy(self) -> np.ndarray:
-        """The values as an array; refuses a tensor that requires gradients (use ``detach().numpy()``)."""
-        if self.requires_grad:
-            raise RuntimeError("this tensor requires gradients; use tensor.detach().numpy()")
+        """The values as an array: :attr:`data` itself, not a copy."""
         return self.data
 
     def item(self) -> float:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import gc
 import io
-import json
-import os
 import sys
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
+from small_nets import ThreeLayers, Tokens, assert_same, batches, layer_inputs
 
-from lance_ref import Calibration, F, Subspace, Tensor, calibrate, compress, count_macs, nn, tune
-from lance_ref._npz import load_npz, save_npz
+from lance_ref import Subspace, Tensor, calibrate, compress, count_macs, nn, tune
 from lance_ref.activations import EXACT
 from lance_ref.grams import LayerGrams
 from lance_ref.tucker import unfold
@@ -27,63 +24,9 @@ from lance_ref.tucker import unfold
 MODES = ("batch", "channel", "height", "width")
 
 
-class ThreeLayers(nn.Module):
-    """conv (2 → 4, stride 2), conv in two groups (4 → 6), linear head; dropout between, which eval mode must stop."""
-
-    def __init__(self, dtype: Any = np.float64) -> None:
-        super().__init__()
-        rng = np.random.default_rng(0)
-        self.conv1 = nn.Conv2d(2, 4, 3, stride=2, padding=1, rng=rng)
-        self.drop = nn.Dropout(0.5)
-        self.conv2 = nn.Conv2d(4, 6, (1, 2), groups=2, rng=rng)
-        self.head = nn.Linear(6, 3, rng=rng)
-        self.to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.drop(F.relu(self.conv1(x)))
-        return self.head(self.conv2(x).mean((2, 3)))
-
-
-class Tokens(nn.Module):
-    """One linear layer on (B, L, I)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(3, 2, rng=np.random.default_rng(0)).to(np.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x)
-
-
-def batches(count: int = 3, B: int = 5, seed: int = 0, dtype: Any = np.float64) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.standard_normal((B, 2, 7, 5)).astype(dtype) for _ in range(count)]
-
-
-def layer_inputs(net: ThreeLayers, x: np.ndarray) -> dict[str, np.ndarray]:
-    """The inputs of the three layers in evaluation mode, without the library's hooks."""
-    hidden = F.relu(net.conv1(Tensor(x)))
-    pooled = net.conv2(hidden).mean((2, 3))
-    return {"conv1": x, "conv2": hidden.detach().data, "head": pooled.detach().data}
-
-
 def stacked(net: ThreeLayers, data: list[np.ndarray], path: str, mode: int) -> np.ndarray:
     """The mode-n unfoldings of all batches side by side: its SVD is the reference for spectra and factors."""
     return np.concatenate([unfold(layer_inputs(net, x)[path], mode) for x in data], axis=1)
-
-
-def assert_same(a: Calibration, b: Calibration, **tolerance: float) -> None:
-    """Same layers, ranks and spectra; the same subspaces as projectors."""
-    assert list(a) == list(b)
-    for path in a:
-        left, right = a[path], b[path]
-        for attribute in ("shape", "ranks", "samples", "batches"):
-            assert getattr(left, attribute) == getattr(right, attribute), (path, attribute)
-        for U, V, s, t in zip(left.factors, right.factors, left.spectra, right.spectra, strict=True):
-            assert (U is None) == (V is None)
-            if U is not None and V is not None:
-                assert_allclose(s, t, **tolerance)
-                assert_allclose(U @ U.T, V @ V.T, **tolerance)
 
 
 # ---- what is computed ------------------------------------------------------------------
@@ -129,7 +72,9 @@ def test_epsilon_one_is_full_rank_exactly() -> None:
     x = np.repeat(batches(1, B=1)[0], 5, axis=0)
     calibration = calibrate(net, [x], epsilon=1)
     assert {path: space.ranks for path, space in calibration.items()} == {
-        "conv1": (5, 2, 7, 5), "conv2": (5, 4, 4, 3), "head": (5, 6)
+        "conv1": (5, 2, 7, 5),
+        "conv2": (5, 4, 4, 3),
+        "head": (5, 6),
     }
     assert calibration.with_epsilon(0.999)["conv1"].ranks[0] == 1
 
@@ -412,102 +357,6 @@ def test_merging_what_does_not_fit_is_refused() -> None:
     assert merged["conv1"].samples == 24
 
 
-# ---- files -----------------------------------------------------------------------------------
-
-
-def test_save_and_load_are_exact(tmp_path: Path) -> None:
-    """Every factor, spectrum, threshold and given rank comes back bit by bit; merging and re-truncating go on."""
-    net, data = ThreeLayers(), batches()
-    calibration = calibrate(net, data, epsilon=0.7, modes=("channel", "height"), layers="conv*")
-    calibration = calibration.with_epsilon({"conv1": 0.1 + 0.2}).with_ranks({"conv2": (None, 2, 1, None)})
-    path = tmp_path / "calibration.npz"
-    calibration.save(path)
-    loaded = Calibration.load(path)
-    assert_same(loaded, calibration, rtol=0, atol=0)
-    for name in calibration:
-        for ours, theirs in zip(calibration[name].factors, loaded[name].factors, strict=True):
-            assert_array_equal(ours, theirs)
-        assert loaded[name].epsilon == calibration[name].epsilon
-    assert str(loaded) == str(calibration)
-    assert_same(loaded.merge(calibration), calibration.merge(loaded), rtol=0, atol=0)
-    assert_same(loaded.with_epsilon(1), calibration.with_epsilon(1), rtol=0, atol=0)
-    assert os.listdir(tmp_path) == ["calibration.npz"]
-    with np.load(path, allow_pickle=False) as arrays:
-        assert json.loads(arrays["metadata"].tobytes())["schema"] == 1
-
-
-def _change(metadata: dict[str, Any], arrays: dict[str, np.ndarray], fault: str) -> None:
-    layer = metadata["layers"][0]
-    if fault == "schema":
-        metadata["schema"] = 2
-    elif fault == "kind":
-        del metadata["kind"]
-    elif fault == "shape":
-        layer["shape"][1] += 1
-    elif fault == "negative shape":
-        layer["shape"][1] = -2
-    elif fault == "text shape":
-        layer["shape"] = "5x2x7x5"
-    elif fault == "dimensions":
-        layer["shape"] = [5]
-    elif fault == "epsilon":
-        layer["epsilon"] = 0
-    elif fault == "ranks":
-        layer["ranks"] = [1, 9, 1, 1]
-    elif fault == "modes":
-        layer["modes"] = [0, 7]
-    elif fault == "no layers":
-        metadata["layers"] = []
-    elif fault == "missing gram":
-        del arrays["gram0.1"]
-    elif fault == "extra array":
-        arrays["gram9.0"] = np.eye(2)
-    elif fault == "dtype":
-        arrays["gram0.1"] = arrays["gram0.1"].astype(np.float32)
-    elif fault == "not finite":
-        arrays["gram0.1"][0, 0] = np.nan
-    elif fault == "zero":
-        for mode in range(4):
-            arrays[f"gram0.{mode}"][:] = 0
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "schema", "kind", "shape", "negative shape", "text shape", "dimensions", "epsilon", "ranks", "modes",
-        "no layers", "missing gram", "extra array", "dtype", "not finite", "zero",
-    ],
-)  # fmt: skip
-def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, fault: str) -> None:
-    """Whatever is wrong inside an intact .npz: one line that names the file, never a wrong subspace."""
-    path = tmp_path / "calibration.npz"
-    calibrate(ThreeLayers(), batches(), layers="conv1").save(path)
-    arrays = load_npz(path)
-    metadata = json.loads(arrays.pop("metadata").tobytes())
-    _change(metadata, arrays, fault)
-    save_npz(path, {"metadata": np.frombuffer(json.dumps(metadata).encode(), np.uint8), **arrays})
-    with pytest.raises(ValueError, match="not a calibration file") as caught:
-        Calibration.load(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    """Arrays without metadata, metadata that is no JSON object, a truncated file, no file."""
-    path = tmp_path / "x.npz"
-    junk = [{"x": np.ones(3)}, {"metadata": np.ones(3, np.uint8)}, {"metadata": np.frombuffer(b"[1]", np.uint8)}]
-    for arrays in junk:
-        save_npz(path, arrays)
-        with pytest.raises(ValueError, match=r"x\.npz: not a calibration file"):
-            Calibration.load(path)
-    calibrate(ThreeLayers(), batches()).save(path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"x\.npz: "):
-        Calibration.load(path)
-    with pytest.raises(FileNotFoundError):
-        Calibration.load(tmp_path / "none.npz")
-
-
 def test_a_calibration_of_another_net_is_refused_by_check() -> None:
     """Missing layer, other channels, other kind of layer: named with both shapes; batch and image size are free."""
     calibration = calibrate(ThreeLayers(), batches())
@@ -645,67 +494,3 @@ def test_bad_input_is_named(net: Any, data: Any, options: dict[str, Any], error:
     """Every refusal names the argument or layer, what came and what was expected, with both shapes."""
     with pytest.raises(error, match=message):
         calibrate(net(), data, **options)
-
-
-# ---- subspaces -----------------------------------------------------------------------------------
-
-
-def test_random_subspaces_are_orthonormal_and_of_these_ranks() -> None:
-    """For measurements: the ranks asked for, None left alone, and sizes by hand."""
-    space = Subspace.random((4, 6, 5, 5), (2, 3, None, 1), np.random.default_rng(0))
-    assert space.mode_names == MODES
-    assert space.ranks == (2, 3, None, 1)
-    assert space.core_shape == (2, 3, 5, 1)
-    assert space.compression == 600 / 30
-    assert space.energy_kept == (None,) * 4
-    assert space.factor_bytes() == 4 * (4 * 2 + 6 * 3 + 5 * 1)
-    assert space.factor_bytes(np.float64) == 8 * 31
-    for U in space.factors:
-        if U is not None:
-            assert_allclose(U.T @ U, np.eye(U.shape[1]), atol=1e-13)
-    with pytest.raises(ValueError, match="rank of mode 1 is 7, expected an integer from 1 to 6"):
-        Subspace.random((4, 6), (1, 7), np.random.default_rng(0))
-    with pytest.raises(ValueError, match=r"\(4,\) has 1 modes"):
-        Subspace.random((4,), (1,), np.random.default_rng(0))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"factors": (np.eye(3), None)}, r"mode 'batch' has shape \(3, 3\), expected \(4, 1 to 4\).*\(4, 6\)"),
-        ({"factors": (None, np.ones((6, 7)))}, r"mode 'feature' has shape \(6, 7\)"),
-        ({"factors": (None, np.ones((2, 6)))}, r"mode 'feature' has shape \(2, 6\)"),  # transposed
-        ({"factors": (None,)}, "factors has 1 entries, expected one per mode"),  # dropped
-        ({"mode_names": ("batch",)}, "mode_names has 1"),
-        ({"spectra": (np.ones(3), None)}, r"spectrum of mode 'batch' has shape \(3,\), expected \(4,\)"),
-        ({"epsilon": 1.5}, "epsilon is 1.5"),
-    ],
-)
-def test_a_subspace_checks_its_parts(changes: dict[str, Any], message: str) -> None:
-    """Planted faults: transposed, dropped and foreign factors do not get into a subspace."""
-    parts: dict[str, Any] = {
-        "shape": (4, 6), "mode_names": ("batch", "feature"), "factors": (None, None), "spectra": (None, None)
-    }  # fmt: skip
-    Subspace(**parts)
-    with pytest.raises(ValueError, match=message):
-        Subspace(**{**parts, **changes})
-
-
-def test_a_subspace_prints_and_plots() -> None:
-    """The text names ranks and energies; the plot has a curve and a dot for each calibrated mode."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    space = calibrate(ThreeLayers(), batches(), modes=("channel", "width"))["conv2"]
-    text = str(space)
-    assert "Subspace of 5x4x4x3" in text
-    assert f"rank {space.ranks[1]} of 4, keeps {space.energy_kept[1]:.4f}" in text
-    assert "batch    left alone" in text
-    assert "15 samples in 3 batches, epsilon 0.7" in text
-    ax = space.plot()
-    assert len(ax.lines) == 2 * 2 + 1
-    assert_allclose(ax.lines[0].get_ydata()[-1], 1)
-    assert space.plot(ax) is ax
-    plt.close("all")

@@ -88,6 +88,16 @@ def test_batchnorm_trains_only_from_the_first_selected_layer_on() -> None:
     assert frozen(net) == [True, True]
 
 
+def test_batchnorm_without_running_statistics_cannot_be_frozen() -> None:
+    """Frozen it would have no statistics to use; its weight and bias must still not train."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 1, rng=0), nn.BatchNorm2d(2, track_running_stats=False), nn.Conv2d(2, 2, 1, rng=0)
+    )
+    tune(net, "head")
+    assert frozen(net) == [False]
+    assert training(net) == ["2.weight", "2.bias"]
+
+
 def test_nothing_below_the_first_trained_layer_is_on_the_tape() -> None:
     """Entries of frozen layers below would be memory that selection promises to save."""
     net = Net()

@@ -154,9 +154,7 @@ def test_contraction_order_breaks_ties_by_mode() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("workspace", [8, 200, 4 * 2**20])
 @given(data=st.data(), shape=shapes, seed=seeds)
-def test_gram_in_blocks_of_any_size(
-    workspace: int, dtype: Any, data: Any, shape: tuple[int, ...], seed: int
-) -> None:
+def test_gram_in_blocks_of_any_size(workspace: int, dtype: Any, data: Any, shape: tuple[int, ...], seed: int) -> None:
     """Blocks of one fibre, a few, or all: always A_(n) A_(n)ᵀ in float64, size·n multiply-adds."""
     tensor = normal(shape, seed).astype(dtype)
     mode = data.draw(st.integers(0, len(shape) - 1))

@@ -221,7 +221,7 @@ def conv2d(
 
 def pair(name: str, value: int | Sequence[int], smallest: int) -> Pair:
     """``3`` and ``(3, 3)`` mean the same; checks that both are integers and large enough."""
-    values = (value, value) if isinstance(value, (int, np.integer)) else tuple(value)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(values) != 2 or any(not isinstance(v, (int, np.integer)) or v < smallest for v in values):
         raise ValueError(f"{name} is {value!r}, expected an integer of at least {smallest} or a pair of them")
     return int(values[0]), int(values[1])
@@ -240,7 +240,7 @@ def resolve_padding(padding: Any, size: Pair, kernel: Pair, stride: Pair, dilati
         ]
         top, left = totals[0] // 2, totals[1] // 2
         return (top, totals[0] - top), (left, totals[1] - left)
-    if not isinstance(padding, (int, np.integer)) and any(not isinstance(p, (int, np.integer)) for p in padding):
+    if isinstance(padding, (tuple, list)) and any(isinstance(p, (tuple, list)) for p in padding):
         sides = tuple(padding)
         if len(sides) != 2:
             raise ValueError(f"padding is {padding!r}, expected ((top, bottom), (left, right))")

@@ -108,7 +108,7 @@ class Optimizer:
         for name, buffers in self.buffers.items():
             for position, buffer in enumerate(buffers):
                 if buffer is not None:
-                    state[f"{name}.{position}"] = buffer.copy()
+                    state[f"{name}.{position}"] = np.array(buffer)  # a copy
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, np.ndarray]) -> None:

@@ -1,0 +1,480 @@
+"""`python -m analysis.cost_model`: the published figures, the formats, and one line for every bad input."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.cost_model import cost, main
+from analysis.report import ACCOUNTINGS, FLOP_KINDS
+from analysis.tables import reductions, render
+
+ROOT = Path(__file__).parents[1]
+RANKS = "features.17.conv.2=64,160,2,2;features.18.0=64,128,2,2"
+CASE = ["--net", "mobilenetv2", "--batch", "128", "--num-classes", "10", "--tune", "last:2"]
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main([*arguments, "--format", "json"]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+# ---- published figures ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("net", "tune", "paper_bytes"),
+    [
+        ("mobilenetv2", "last:2", 16_056_320),
+        ("mobilenetv2", "last:4", 30_105_600),
+        ("mobilenetv2", "all", 1_732_075_520),  # 1651.836 MiB
+        ("resnet18", "last:2", 12_845_056),  # 12.25 MiB
+        ("resnet18", "last:4", 32_112_640),  # 30.625
+        ("resnet18", "all", 558_759_936),  # 532.875
+        ("resnet34", "last:2", 12_845_056),  # 12.25
+        ("resnet34", "last:4", 25_690_112),  # 24.5
+    ],
+)
+def test_published_activation_memory(
+    capsys: pytest.CaptureFixture[str], net: str, tune: str, paper_bytes: int
+) -> None:
+    """The papers' tables at batch 64, to the byte."""
+    report = run_json(capsys, "--net", net, "--batch", "64", "--tune", tune, "--method", "bp")
+    assert report["totals"]["bp"]["activation_bytes"]["paper"] == paper_bytes
+
+
+def test_the_main_case(capsys: pytest.CaptureFixture[str]) -> None:
+    """Batch 128, ten classes, last two: the papers' bytes, PyTorch's 100.79 MiB, and our tape under 2 MiB."""
+    totals = run_json(capsys, *CASE, "--ranks", RANKS)["totals"]
+    assert totals["bp"]["activation_bytes"]["paper"] == 32_112_640
+    assert totals["bp"]["activation_bytes"]["pytorch"] / 2**20 == pytest.approx(100.79, rel=0.01)
+    # cores (64·160 + 64·128)·2·2; bits of ReLU6 128·1280·49/8; the head's input 128·1280; dropout's bits
+    # 128·1280/8; scales 320 + 1280; probabilities 128·10 and labels of one byte
+    tape = (10_240 + 8_192) * 4 * 4 + 1_003_520 + 655_360 + 20_480 + 1_600 * 4 + 1_280 * 4 + 128
+    assert totals["lance"]["activation_bytes"]["tape"] == tape == 1_985_920 < 2 * 2**20
+    # 128·64 + 960·160 + 2·7·2, and 128·64 + 320·128 + 2·7·2
+    assert totals["lance"]["subspace_bytes"] == (161_820 + 49_180) * 4
+    assert totals["lance"]["activation_bytes"]["pytorch"] == totals["bp"]["activation_bytes"]["pytorch"] - 31_817_728
+
+
+def test_the_main_case_with_shipped_spectra(capsys: pytest.CaptureFixture[str]) -> None:
+    """No option but the net: ranks come from the shipped spectra, and the table says so."""
+    report = run_json(capsys, "--net", "mobilenetv2")
+    assert (report["batch"], report["image_size"], report["num_classes"]) == (128, 224, 1000)
+    assert report["tuned_layers"] == [
+        "features.17.conv.0.0", "features.17.conv.1.0", "features.17.conv.2", "features.18.0",
+    ]  # fmt: skip
+    assert report["ranks_from"].startswith("spectra shipped as analysis/data/mobilenetv2_224.json at epsilon 0.7")
+    assert list(report["totals"]) == ["bp", "lance"]
+    ranks = {row["name"]: row["methods"]["lance"]["ranks"] for row in report["layers"] if row["tuned"]}
+    assert list(ranks) == report["tuned_layers"]
+    assert all(len(r) == 4 for r in ranks.values())
+    full = run_json(capsys, "--net", "mobilenetv2", "--epsilon", "1")
+    full_ranks = [row["methods"]["lance"]["ranks"] for row in full["layers"] if row["tuned"]]
+    assert full_ranks == [row["input_shape"] for row in full["layers"] if row["tuned"]]
+
+
+# ---- the report ----------------------------------------------------------------------------
+
+
+def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    """The documented keys, no more and no less, and totals that are the sums of the rows."""
+    report = run_json(capsys, *CASE, "--ranks", "0.25")
+    assert list(report) == [
+        "schema", "net", "batch", "image_size", "num_classes", "dtype", "convention", "tuned_layers", "ranks_from",
+        "layers", "totals",
+    ]  # fmt: skip
+    assert report["schema"] == 1
+    names = [row["name"] for row in report["layers"]]
+    assert len(set(names)) == len(names)
+    for row in report["layers"]:
+        assert list(row) == [
+            "name", "op", "input_shape", "output_shape", "weight_shape", "parameters", "tuned", "methods",
+        ]  # fmt: skip
+    for method, total in report["totals"].items():
+        rows = [row["methods"][method] for row in report["layers"]]
+        for part, keys in (("activation_bytes", ACCOUNTINGS), ("flops", (*FLOP_KINDS, "total"))):
+            assert list(total[part]) == list(keys)
+            for key in keys:
+                assert total[part][key] == sum(row[part][key] for row in rows)
+        for key in ("subspace_bytes", "elementwise"):
+            assert total[key] == sum(row[key] for row in rows)
+        assert all(row["flops"]["total"] == sum(row["flops"][kind] for kind in FLOP_KINDS) for row in rows)
+        assert all(any([*row["activation_bytes"].values(), *row["flops"].values(), row["elementwise"]]) for row in rows)
+
+
+def test_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    """One convolution's row, worked by hand: B 2, 160 -> 960 channels, 1x1 on 2x2 (64 pixels)."""
+    report = run_json(capsys, "--net", "mobilenetv2", "--batch", "2", "--image-size", "64", "--ranks", "0.5")
+    row = next(row for row in report["layers"] if row["name"] == "features.17.conv.0.0")
+    macs = 2 * 960 * 4 * 160
+    assert row["input_shape"] == [2, 160, 2, 2]
+    assert row["output_shape"] == [2, 960, 2, 2]
+    assert row["weight_shape"] == [960, 160, 1, 1]
+    assert row["parameters"] == 153_600
+    assert row["tuned"] is True
+    assert row["methods"]["bp"] == {
+        "ranks": None,
+        "activation_bytes": {"paper": 5120, "pytorch": 5120, "tape": 5120},
+        "subspace_bytes": 0,
+        "flops": {"forward": 2 * macs, "grad_input": 0, "grad_weight": 2 * macs, "projection": 0, "total": 4 * macs},
+        "elementwise": 0,
+    }
+    lance = row["methods"]["lance"]
+    assert lance["ranks"] == [1, 80, 1, 1]
+    assert lance["activation_bytes"] == {"paper": 320, "pytorch": 320, "tape": 320}
+    assert lance["subspace_bytes"] == (2 + 160 * 80 + 2 + 2) * 4
+    # batch, height and width to 1 each (1280·1, 640·1, 320·1), then 160·80
+    assert lance["flops"]["projection"] == 2 * (1280 + 640 + 320 + 12_800)
+    assert lance["elementwise"] == 2 * (1280 + 80)  # squares, for the share of energy kept
+
+
+def test_paper_convention(capsys: pytest.CaptureFixture[str]) -> None:
+    """Multiply-adds of forward and weight gradient of the tuned layers, the projection B·C·H·W·Σr."""
+    report = run_json(capsys, *CASE, "--ranks", RANKS, "--convention", "paper")
+    last, before = 128 * 1280 * 49 * 320, 128 * 320 * 49 * 960
+    assert report["totals"]["bp"]["flops"] == {
+        "forward": last + before, "grad_input": 0, "grad_weight": last + before, "projection": 0,
+        "total": 2 * (last + before),
+    }  # fmt: skip
+    # Z1 + Z2 + Z3 + dW of each
+    weight = (128 * 320 * 49 * 64 + 64 * 160 * (2 * 2 * 7 + 2 * 7 * 7) + 64 * 320 * 49 * 160 + 320 * 160 * 960) + (
+        128 * 1280 * 49 * 64 + 64 * 128 * (2 * 2 * 7 + 2 * 7 * 7) + 64 * 1280 * 49 * 128 + 1280 * 128 * 320
+    )
+    projection = 128 * 960 * 49 * (64 + 160 + 4) + 128 * 320 * 49 * (64 + 128 + 4)
+    assert report["totals"]["lance"]["flops"] == {
+        "forward": last + before, "grad_input": 0, "grad_weight": weight, "projection": projection,
+        "total": last + before + weight + projection,
+    }  # fmt: skip
+
+
+def test_csv_has_the_same_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    """Flat names, one line a row, the numbers of the JSON."""
+    arguments = [*CASE, "--ranks", RANKS]
+    report = run_json(capsys, *arguments)
+    assert main([*arguments, "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["name"] for row in rows] == [row["name"] for row in report["layers"]]
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["features.18.0"]["methods.lance.ranks"] == "64x128x2x2"
+    assert sum(int(row["methods.lance.activation_bytes.tape"]) for row in rows) == 1_985_920
+
+
+def test_table_shows_factors_sum_reductions_and_meaning() -> None:
+    """The printed totals show tape, factors and their sum, a reduction for each, and one sentence."""
+    report = cost("mobilenetv2", num_classes=10, tune="last:2", ranks=RANKS)
+    text = render(report)
+    ratios = reductions(report.totals["bp"], report.totals["lance"])
+    assert f"ranks from: --ranks {RANKS}" in text
+    assert re.search(r"lance +0\.281 +70\.443 +1\.894 +0\.805 +2\.699 ", text)
+    assert re.search(r"bp / lance +108\.89x +1\.43x +17\.02x +11\.95x", text)
+    assert ratios["bp pytorch / tape"] == pytest.approx(105_682_948 / 1_985_920)
+    assert "What it means:" in text
+    assert max(map(len, text.splitlines()[:-1])) <= 240
+
+
+def test_table_adds_up_with_what_it_folds() -> None:
+    """Rows that keep nothing, or run forward only, are folded into one line; their sums are not lost."""
+    report = cost("convnet", batch=2, tune="last:1", ranks="0.5")
+    text = render(report)
+    folded = next(line for line in text.splitlines() if "forward only" in line)
+    forward = 2 * (2 * 16 * 32 * 32 * 27 + 2 * 32 * 16 * 16 * 144)
+    assert f"{forward / 1e6:,.3f}" in folded
+
+
+def test_accounting_chooses_the_printed_columns() -> None:
+    report = cost("mobilenetv2", num_classes=10, tune="last:2", ranks=RANKS)
+    text = render(report, ["tape"])
+    assert "bp tape" in text
+    assert "bp paper" not in text
+    assert "bp pytorch" not in text
+
+
+def test_assumed_ranks_say_so_and_what_to_give_instead(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without spectra: a quarter of each mode, said in `ranks_from` and in the table."""
+    report = run_json(capsys, "--net", "resnet18", "--batch", "6", "--tune", "last:1")
+    row = next(row for row in report["layers"] if row["tuned"])
+    assert row["methods"]["lance"]["ranks"] == [2, 128, 2, 2]  # of (6, 512, 7, 7)
+    assert main(["--net", "resnet18", "--batch", "6", "--tune", "last:1"]) == 0
+    for text in (report["ranks_from"], capsys.readouterr().out):
+        assert "assumed: a quarter of each mode" in text
+        assert "--ranks" in text
+        assert "--spectra" in text
+
+
+def test_float64_doubles_the_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bits and labels aside, every kept number takes twice as much."""
+    arguments = ["--net", "resnet18", "--batch", "4", "--tune", "last:1", "--method", "bp"]
+    single, double = (run_json(capsys, *arguments, "--dtype", d)["totals"]["bp"]["activation_bytes"] for d in ("float32", "float64"))
+    assert double["paper"] == 2 * single["paper"]
+
+
+def test_vector_input(capsys: pytest.CaptureFixture[str]) -> None:
+    """--input-shape N, for nets of vectors: three linear layers, the first two tuned."""
+    report = run_json(capsys, "--net", "mlp", "--input-shape", "20", "--batch", "8", "--tune", "all", "--ranks", "0.5")
+    assert report["image_size"] is None
+    assert report["layers"][0]["input_shape"] == [8, 20]
+    assert report["layers"][0]["methods"]["lance"]["ranks"] == [4, 10]
+
+
+def test_head_only_keeps_the_heads_input(capsys: pytest.CaptureFixture[str]) -> None:
+    """The baseline: no tuned layer, so the papers' count is 0, and the tape is the head's."""
+    report = run_json(capsys, "--net", "resnet18", "--batch", "4", "--tune", "head", "--num-classes", "10")
+    assert report["tuned_layers"] == []
+    assert report["totals"]["bp"]["activation_bytes"]["paper"] == 0
+    assert report["totals"]["bp"]["activation_bytes"]["tape"] == 4 * 512 * 4 + 4 * 10 * 4 + 4
+
+
+# ---- users' nets ---------------------------------------------------------------------------
+
+USER_MODULE = """
+from lance_ref import nn
+
+def with_classes(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+def without():
+    return with_classes(7)
+
+def fails(num_classes=2):
+    raise RuntimeError("out of\\n luck")
+
+def leaves():
+    raise SystemExit(3)
+
+def none():
+    return None
+
+number = 3
+
+def bare():
+    return nn.ReLU()
+
+def wide():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
+
+def crashes():
+    class Crash(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        def forward(self, x):
+            return {}["missing"]
+    return Crash()
+
+def looks():
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        def forward(self, x):
+            return self.b(self.a(x)) if x.data.sum() > 0 else x
+    return Looks()
+"""
+
+
+@pytest.fixture(name="folder")
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with a module of nets."""
+    (tmp_path / "own_nets.py").write_text(USER_MODULE)
+    (tmp_path / "broken_nets.py").write_text("def net(:\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    for name in ("own_nets", "broken_nets"):
+        sys.modules.pop(name, None)
+    return tmp_path
+
+
+def test_factories_of_the_current_folder(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    """Called with num_classes= if it takes it, else with nothing."""
+    arguments = ["--batch", "2", "--image-size", "8", "--num-classes", "5", "--tune", "all"]
+    assert run_json(capsys, "--net", "own_nets:with_classes", *arguments)["num_classes"] == 5
+    assert run_json(capsys, "--net", "own_nets:without", *arguments)["num_classes"] == 7
+
+
+# ---- bad input -----------------------------------------------------------------------------
+
+BAD = {
+    "no net": ([], "--net"),
+    "unknown net": (["--net", "vgg"], "mobilenetv2"),
+    "no such module": (["--net", "no_such_package.module:factory"], "no_such_package"),
+    "no such factory": (["--net", "own_nets:missing"], "missing"),
+    "half a factory": (["--net", "own_nets:"], "pkg.module:factory"),
+    "syntax error": (["--net", "broken_nets:net"], "SyntaxError"),
+    "factory raises": (["--net", "own_nets:fails"], "RuntimeError: out of luck"),
+    "factory exits": (["--net", "own_nets:leaves"], "SystemExit"),
+    "factory gives None": (["--net", "own_nets:none"], "NoneType"),
+    "factory is a number": (["--net", "own_nets:number"], "int"),
+    "net without layers": (["--net", "own_nets:bare"], "no Conv2d or Linear"),
+    "net with no logits": (["--net", "own_nets:wide", "--image-size", "8", "--tune", "all"], "(128, classes)"),
+    "forward raises": (["--net", "own_nets:crashes", "--input-shape", "4", "--tune", "all"], "KeyError"),
+    "forward looks at values": (["--net", "own_nets:looks", "--input-shape", "4", "--tune", "all"], "has no data"),
+    "input does not fit": (["--net", "mobilenetv2", "--input-shape", "4,224,224"], "(128, 4, 224, 224)"),
+    "image too small": (["--net", "own_nets:without", "--image-size", "2", "--tune", "all"], "empty"),
+    "glob without match": (["--net", "resnet18", "--tune", "layer9.*"], "layer9.*"),
+    "one glob of two without match": (["--net", "resnet18", "--tune", "layer4.*", "layer9.*"], "layer9.*"),
+    "more layers than there are": (["--net", "resnet18", "--tune", "last:99"], "last:99"),
+    "last of nothing": (["--net", "resnet18", "--tune", "last:0"], "last:0"),
+    "last of a word": (["--net", "resnet18", "--tune", "last:x"], "last:x"),
+    "negative batch": (["--net", "resnet18", "--batch", "-1"], "batch is -1"),
+    "zero batch": (["--net", "resnet18", "--batch", "0"], "batch is 0"),
+    "batch of words": (["--net", "resnet18", "--batch", "many"], "'many'"),
+    "zero image size": (["--net", "resnet18", "--image-size", "0"], "image_size is 0"),
+    "zero classes": (["--net", "resnet18", "--num-classes", "0"], "num_classes is 0"),
+    "input shape of words": (["--net", "resnet18", "--input-shape", "3,x,8"], "C,H,W or N"),
+    "input shape of two": (["--net", "resnet18", "--input-shape", "8,8"], "C,H,W or N"),
+    "input shape with zero": (["--net", "resnet18", "--input-shape", "3,0,8"], "C,H,W or N"),
+    "epsilon zero": (["--net", "resnet18", "--epsilon", "0"], "(0, 1]"),
+    "epsilon above one": (["--net", "resnet18", "--epsilon", "1.01"], "(0, 1]"),
+    "epsilon nan": (["--net", "resnet18", "--epsilon", "nan"], "(0, 1]"),
+    "unknown method": (["--net", "resnet18", "--method", "bp", "hosvd"], "bp, lance"),
+    "method twice": (["--net", "resnet18", "--method", "bp", "bp"], "each once"),
+    "unknown convention": (["--net", "resnet18", "--convention", "macs"], "macs"),
+    "unknown accounting": (["--net", "resnet18", "--accounting", "disk"], "disk"),
+    "unknown dtype": (["--net", "resnet18", "--dtype", "float16"], "float16"),
+    "unknown option": (["--net", "resnet18", "--speed"], "--speed"),
+    "ranks above one": (["--net", "resnet18", "--ranks", "1.5"], "(0, 1]"),
+    "ranks zero": (["--net", "resnet18", "--ranks", "0"], "(0, 1]"),
+    "ranks of words": (["--net", "resnet18", "--ranks", "half"], "(0, 1]"),
+    "rank over its mode": ([*CASE, "--ranks", RANKS.replace("160", "961")], "1 to 960"),
+    "rank zero": ([*CASE, "--ranks", RANKS.replace("160", "0")], "1 to 960"),
+    "rank negative": ([*CASE, "--ranks", RANKS.replace("160", "-1")], "1 to 960"),
+    "too few ranks": ([*CASE, "--ranks", RANKS.replace("160,", "")], "expected 4 ranks"),
+    "layer left out": ([*CASE, "--ranks", "features.18.0=64,128,2,2"], "features.17.conv.2"),
+    "layer not tuned": ([*CASE, "--ranks", "features.0.0=64,3,2,2"], "features.0.0"),
+    "layer twice": ([*CASE, "--ranks", f"{RANKS};features.18.0=1,1,1,1"], "twice"),
+    "ranks and spectra": ([*CASE, "--ranks", "0.5", "--spectra", "x.json"], "expected one of them"),
+    "missing spectra": (["--net", "resnet18", "--spectra", "nowhere.json"], "nowhere.json"),
+    "folder as spectra": (["--net", "resnet18", "--spectra", "."], "'.'"),
+    "no json": (["--net", "resnet18", "--spectra", "own_nets.py"], "own_nets.py"),
+    "output into nowhere": (["--net", "resnet18", "--tune", "head", "--output", "no/such/x.json"], "no/such"),
+    "output onto a folder": (["--net", "resnet18", "--tune", "head", "--output", "."], "folder"),
+    "data without measuring": (["--net", "resnet18", "--data", "digits"], "--measure"),
+    "unknown data": (["--net", "convnet", "--tune", "head", "--batch", "2", "--measure", "--data", "nowhere"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gives_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str], folder: Path, name: str
+) -> None:
+    """Exactly one line that names what came, nothing on stdout, no file."""
+    arguments, named = BAD[name]
+    before = sorted(folder.iterdir())
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    captured = capsys.readouterr()
+    assert exit_info.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+    assert named in captured.err
+    assert [p for p in sorted(folder.iterdir()) if p.name != "__pycache__"] == before
+
+
+def test_bad_input_of_a_real_process(folder: Path) -> None:
+    """The same through the shell: exit code 2, one line, no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "analysis.cost_model", "--net", "own_nets:fails"],
+        capture_output=True, text=True, cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "python -m analysis.cost_model: error: net 'own_nets:fails': the factory raised RuntimeError: out of luck"
+    ]
+
+
+def test_an_output_is_written_whole_or_not_at_all(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure while writing leaves what was there before, and nothing beside it."""
+    target = tmp_path / "report.json"
+    arguments = ["--net", "resnet18", "--tune", "head", "--format", "json", "--output", str(target)]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == ""
+    assert json.loads(target.read_text())["schema"] == 1
+    target.write_text("before")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.endswith("error: disk is full\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    assert target.read_text() == "before"
+
+
+def test_output_of_a_table_and_its_mode(tmp_path: Path) -> None:
+    """A table goes to the file without colours, readable as any file of the user's."""
+    target = tmp_path / "report.txt"
+    assert main(["--net", "resnet18", "--tune", "head", "--output", str(target)]) == 0
+    assert "\x1b" not in target.read_text()
+    assert stat.S_IMODE(target.stat().st_mode) & 0o400
+
+
+# ---- measuring and starting ----------------------------------------------------------------
+
+
+def test_measure_agrees_and_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
+    """Predicted beside measured, on the bundled digits scaled up."""
+    assert main(["--net", "convnet", "--batch", "4", "--tune", "last:1", "--ranks", "0.5", "--measure"]) == 0
+    out = capsys.readouterr().out
+    assert "Predicted beside measured" in out
+    assert "no difference" in out
+
+
+def test_measure_exits_1_on_a_difference(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prediction that is wrong by one element must not pass."""
+    from analysis import tucker_costs
+
+    right = tucker_costs.core_elements
+    monkeypatch.setattr(tucker_costs, "core_elements", lambda shape, ranks: right(shape, ranks) + 1)
+    assert main(["--net", "convnet", "--batch", "4", "--tune", "last:1", "--ranks", "0.5", "--measure"]) == 1
+    assert "DIFFERS" in capsys.readouterr().out
+
+
+def test_measure_keeps_json_clean(capsys: pytest.CaptureFixture[str]) -> None:
+    """With --format json, stdout is one JSON object; the comparison goes to stderr."""
+    arguments = ["--net", "convnet", "--batch", "4", "--tune", "head", "--method", "bp", "--measure", "--format", "json"]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["net"] == "convnet"
+    assert "no difference" in captured.err
+
+
+def test_measure_on_a_folder_of_pictures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """--data with a folder: real pictures of any size, fewer than a batch."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for kind in ("a", "b"):
+        (tmp_path / kind).mkdir()
+        Image.fromarray(rng.integers(0, 255, (9, 12, 3), dtype=np.uint8)).save(tmp_path / kind / "one.png")
+    arguments = ["--net", "convnet", "--batch", "3", "--tune", "head", "--method", "bp", "--measure", "--data", str(tmp_path)]
+    assert main(arguments) == 0
+    assert "one step on 3 images" in capsys.readouterr().out
+
+
+def test_help_is_quick() -> None:
+    """--help must not import the numerical libraries; best of three, since machines stutter."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "analysis.cost_model", "--help"], cwd=ROOT, capture_output=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5
+    probe = "import sys, analysis.cost_model as c; c.parser(); print('numpy' in sys.modules, 'lance_ref' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"

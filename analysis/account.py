@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from analysis import elementwise_rules, norm_rules, product_rules  # noqa: F401  (they register their rules)
-from analysis.layouts import Memory, Storage, backward_reaches
+from analysis.layouts import NUMPY_KEEPS_ORDER, PYTORCH_KEEPS_ORDER, Memory, Storage, backward_reaches
 from analysis.op_cost import OpCost, Saved, cost_of
 from lance_ref.tracing import OpRecord
 
@@ -59,13 +59,14 @@ def account(records: Sequence[OpRecord], head: str | None) -> list[Billed]:
     MissingRuleError
         If an operation has no cost rule.
     """
-    memory = Memory()
+    memory, in_pytorch = Memory(NUMPY_KEEPS_ORDER), Memory(PYTORCH_KEEPS_ORDER)
     tape_seen: set[Storage] = set()
     pytorch_seen: set[Storage] = set()
     with_factors: set[str] = set()
     billed = []
     for record, name, on_tape in zip(records, row_names(records), backward_reaches(records), strict=True):
         cost = cost_of(record, memory, on_tape)
+        saved_in_pytorch = cost_of(record, in_pytorch, on_tape).pytorch
         tuned = is_tuned(record, head)
         first_call = record.path not in with_factors  # a layer that is called twice has its factors once
         if cost.subspace_bytes:
@@ -77,7 +78,7 @@ def account(records: Sequence[OpRecord], head: str | None) -> list[Billed]:
                 tuned,
                 cost,
                 paper_bytes=cost.paper_bytes if tuned else 0,
-                pytorch_bytes=_bill(cost.pytorch, pytorch_seen),
+                pytorch_bytes=_bill(saved_in_pytorch, pytorch_seen),
                 tape_bytes=_bill(cost.tape, tape_seen),
                 subspace_bytes=cost.subspace_bytes if first_call else 0,
             )

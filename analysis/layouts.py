@@ -19,10 +19,14 @@ from lance_ref.tracing import OpRecord, Value
 
 Shape = tuple[int, ...]
 
-ELEMENTWISE = frozenset(
-    "add sub mul div neg pow exp sqrt tanh sigmoid log gelu hardswish relu relu6 dropout batch_norm".split()
+_ARITHMETIC = frozenset(
+    {"add", "sub", "mul", "div", "neg", "pow", "exp", "sqrt", "tanh", "sigmoid", "log", "gelu", "hardswish"}
 )
-"""Operations whose result keeps the order of its input's axes in memory."""
+NUMPY_KEEPS_ORDER = _ARITHMETIC | {"softmax", "log_softmax", "batch_norm", "layer_norm", "concatenate"}
+"""Operations whose result, on our tape, keeps the order of its first input's axes in memory."""
+
+PYTORCH_KEEPS_ORDER = _ARITHMETIC | {"relu", "relu6", "dropout"}
+"""The same in PyTorch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +125,15 @@ def is_basic_index(parts: Sequence[Any]) -> bool:
 
 @dataclass
 class Memory:
-    """The layout of every value seen so far while walking through a trace."""
+    """The layout of every value seen so far while walking through a trace.
 
+    Attributes
+    ----------
+    keeps_order : set of str
+        Operations whose result keeps the order of its first input's axes.
+    """
+
+    keeps_order: frozenset[str] = NUMPY_KEEPS_ORDER
     layouts: dict[int, Layout] = field(default_factory=dict)
 
     def of(self, value: Value) -> Layout:
@@ -145,9 +156,9 @@ class Memory:
             layout = inputs[0].indexed(record.attributes["index"])
         if layout is None:
             layout = self._new(record.output, False)
-            same = [x for x in inputs if x.shape == layout.shape] if record.op in ELEMENTWISE else []
-            if same:
-                layout = Layout(layout.storage, layout.shape, packed_strides(layout.shape, same[0].axis_order))
+            alike = [x for x in inputs if x.shape == layout.shape or record.op == "concatenate"]
+            if alike and record.op in self.keeps_order:
+                layout = Layout(layout.storage, layout.shape, packed_strides(layout.shape, alike[0].axis_order))
         self.layouts[record.output.id] = layout
         return layout
 

@@ -99,8 +99,10 @@ class Comparison:
         widths = [max(len(row[column]) for row in rows) for column in range(6)]
         lines = ["Predicted beside measured"]
         for row in rows:
-            cells = [c.rjust(w) if i in (3, 4) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-            lines.append("  ".join(cells).rstrip())
+            padded = [
+                cell.rjust(w) if cell[:1].isdigit() else cell.ljust(w) for cell, w in zip(row, widths, strict=True)
+            ]
+            lines.append("  ".join(padded).rstrip())
         verdict = f"{len(wrong) or 'no'} difference{'s' if len(wrong) > 1 else ''}"
         return "\n".join([*lines, "", *self.notes, f"{len(self.lines)} numbers compared layer by layer: {verdict}"])
 
@@ -137,8 +139,12 @@ def _compare_step(
         loss.backward()
     traced, ran = [(b.record.op, b.record.path) for b in bills], [(r.op, r.path) for r in records]
     if traced != ran:
-        first = next((i for i, (a, b) in enumerate(zip(traced, ran, strict=False)) if a != b), min(len(traced), len(ran)))
-        raise ValueError(f"the real step ran other operations than the trace, from number {first} on: is forward() random?")
+        same = next(
+            (i for i, (a, b) in enumerate(zip(traced, ran, strict=False)) if a != b), min(len(traced), len(ran))
+        )
+        raise ValueError(
+            f"the real step ran other operations than the trace, from number {same} on; is forward() random?"
+        )
     comparison.add(method, "tape bytes", _by_path(bills, "tape_bytes"), tape.by_layer())
     factors = {path: m.store.factor_bytes for path, m in net.named_modules() if hasattr(m, "store")}
     comparison.add(method, "factor bytes", _by_path(bills, "subspace_bytes"), factors)
@@ -176,8 +182,8 @@ def _compare_with_pytorch(comparison: Comparison, prediction: Prediction) -> Non
             continue
         forward = sum(2 * bill.cost.forward_macs for bill in bills)
         backward = sum(2 * (bill.cost.grad_input_macs + bill.cost.grad_weight_macs) for bill in bills)
-        comparison.add(method, "FLOPs forward, FlopCounterMode", {"all layers": forward}, {"all layers": counted.forward})
-        comparison.add(method, "FLOPs backward, FlopCounterMode", {"all layers": backward}, {"all layers": counted.backward})
+        for what, ours, theirs in (("forward", forward, counted.forward), ("backward", backward, counted.backward)):
+            comparison.add(method, f"FLOPs {what}, FlopCounterMode", {"all layers": ours}, {"all layers": theirs})
 
 
 @contextmanager

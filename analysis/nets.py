@@ -84,7 +84,8 @@ def build(name: str, num_classes: int, input_shape: tuple[int, ...], without_wei
     if ":" in name:
         return _call_factory(name, num_classes)
     if name not in lance_ref.models.names():
-        raise ValueError(f"unknown net {name!r}, expected one of {', '.join(lance_ref.models.names())}, or pkg.module:factory")
+        known = ", ".join(lance_ref.models.names())
+        raise ValueError(f"unknown net {name!r}, expected one of {known}, or pkg.module:factory")
     options: dict[str, Any] = {"num_classes": num_classes}
     if name == "mlp":
         options["in_features"] = int(np.prod(input_shape))

@@ -77,8 +77,9 @@ def conv_sizes(call: Call) -> tucker_costs.ConvSizes:
     """The sizes of a conv2d record."""
     x, weight, out = call.record.inputs[0].shape, call.record.inputs[1].shape, call.record.output.shape
     B, C_in, H, W = x
-    C_out, _, k_h, k_w = weight
-    return tucker_costs.ConvSizes(B, C_in, H, W, C_out, *out[2:], k_h, k_w, call.record.attributes["groups"])
+    _, C_out, H_out, W_out = out
+    k_h, k_w = weight[2:]
+    return tucker_costs.ConvSizes(B, C_in, H, W, C_out, H_out, W_out, k_h, k_w, call.record.attributes["groups"])
 
 
 @rule("conv2d")
@@ -141,8 +142,7 @@ def matmul(call: Call) -> OpCost:
 
     A parameter's gradient is grad_weight, any other grad_input.
     """
-    a, b = call.record.inputs
-    macs = call.n_out * a.shape[-1]
+    macs = call.n_out * call.record.inputs[0].shape[-1]
     cost = OpCost(forward_macs=macs)
     in_pytorch = _pytorch_operands(call)
     for this, other in ((0, 1), (1, 0)):
@@ -172,7 +172,7 @@ def _pytorch_operands(call: Call) -> tuple[Saved, Saved]:
     if min(a_dim, b_dim) <= 2:  # many matrices against one: the many are stacked into a tall one, if that pays
         many, one, one_needs = (a_layout, b, call.needs(1)) if a_dim > 2 else (_transposed(b_layout), a, call.needs(0))
         tall = many.reshaped((math.prod(many.shape[:-1]), many.shape[-1]))
-        if one_needs or (len(one.shape) == 1 or a_dim > 2) and tall is not None:
+        if one_needs or ((len(one.shape) == 1 or a_dim > 2) and tall is not None):
             if tall is not None:
                 return saved_a, saved_b
             copy = fresh("stacked", math.prod(many.shape) * call.itemsize)

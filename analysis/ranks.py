@@ -63,7 +63,8 @@ def choose_ranks(
     shipped = shipped_spectra(net, input_shape)
     if shipped is not None:
         with resources.as_file(shipped) as path:
-            return ranks_from_spectra(load_spectra(path), shapes, epsilon, f"spectra shipped as analysis/data/{path.name}")
+            where = f"spectra shipped as analysis/data/{path.name}"
+            return ranks_from_spectra(load_spectra(path), shapes, epsilon, where)
     quarter = {name: fraction_of(Fraction(1, 4), shape) for name, shape in shapes.items()}
     source = (
         f"assumed: a quarter of each mode, for there are no spectra of {net} at {'x'.join(map(str, input_shape))}, "
@@ -135,7 +136,7 @@ def parse_ranks(text: str, shapes: Shapes) -> dict[str, Ranks]:
         entries[name] = values
     missing = [name for name in shapes if name not in entries]
     if missing:
-        raise ValueError(f"--ranks leaves out tuned layers: {_listed(missing)} (write layer=exact to leave one uncompressed)")
+        raise ValueError(f"--ranks leaves out tuned layers: {_listed(missing)} (layer=exact leaves one uncompressed)")
     return {name: _layer_ranks(name, values, shapes[name]) for name, values in entries.items() if values != "exact"}
 
 
@@ -150,7 +151,8 @@ def _layer_ranks(name: str, text: str, shape: tuple[int, ...]) -> Ranks:
             ranks.append(None)
             continue
         if not (part.isascii() and part.isdigit() and len(part) < 10 and 1 <= int(part) <= n):
-            raise ValueError(f"--ranks gives layer {name!r} {mode} rank {part!r}, expected 1 to {n}, or - to leave it alone")
+            allowed = f"1 to {n}, or - to leave it alone"
+            raise ValueError(f"--ranks gives layer {name!r} {mode} rank {part!r}, expected {allowed}")
         ranks.append(int(part))
     return tuple(ranks)
 

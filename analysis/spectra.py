@@ -86,7 +86,8 @@ def measure(
     source = _source(net, image_size)
     images, images_sha256 = _images(data, split, source.image_size)
     if batch * batches > len(images):
-        raise ValueError(f"{batches} batches of {batch} need {batch * batches} images, {images.name} ({images.split}) has {len(images)}")
+        there = f"{images.name} ({images.split}) has {len(images)}"
+        raise ValueError(f"{batches} batches of {batch} need {batch * batches} images, {there}")
     body = lance_ref.tune(source.net, "all").layers
     shown = _batches(images, batch, batches, source, seed)
     calibration = lance_ref.calibrate(source.net, shown, layers=list(body))

@@ -114,7 +114,9 @@ def _memory_table(report: Report, accountings: Sequence[str]) -> Table:
 
 def _flops_table(report: Report) -> Table:
     """FLOPs by kind; a kind that all methods agree on in every row has one column, one that is always 0 none."""
-    shared = [kind for kind in FLOP_KINDS if all(len({m.flops[kind] for m in r.methods.values()}) == 1 for r in report.rows)]
+    shared = [
+        kind for kind in FLOP_KINDS if all(len({m.flops[kind] for m in r.methods.values()}) == 1 for r in report.rows)
+    ]
     own = [(method, kind) for method in report.methods for kind in FLOP_KINDS if kind not in shared]
     first = report.totals[report.methods[0]]
     shared = [kind for kind in shared if first.flops[kind]]
@@ -150,7 +152,7 @@ def _flops_table(report: Report) -> Table:
 
 def _totals_table(report: Report, accountings: Sequence[str]) -> Table:
     work = "multiply-adds" if report.convention == "paper" else "FLOPs"
-    columns = ["", *accountings, "factors", "tape + factors", *(f"{k}" for k in FLOP_KINDS), f"{work}, all", "elementwise"]
+    columns = ["", *accountings, "factors", "tape + factors", *FLOP_KINDS, f"{work}, all", "elementwise"]
     table = _table(f"Totals (memory in MiB, {work} in billions, element-wise operations in billions)", columns, 1)
     totals = report.totals
     for method, cost in totals.items():
@@ -194,8 +196,8 @@ def explain(report: Report) -> list[str]:
         sentences.append(
             f"What it means: the papers count the inputs of the tuned layers alone, and would claim {r['paper']} for "
             f"{method}; PyTorch, which also keeps what batch norm and activation functions save, would shrink by "
-            f"{r['pytorch']}; this lean tape shrinks by {r['tape']} ({r['tape + factors']} with the fixed factors, which "
-            f"stay in memory beside it), and is {r['bp pytorch / tape']} smaller than PyTorch's tape of bp "
+            f"{r['pytorch']}; this lean tape shrinks by {r['tape']} ({r['tape + factors']} with the fixed factors, "
+            f"which stay in memory beside it), and is {r['bp pytorch / tape']} smaller than PyTorch's tape of bp "
             f"({r['bp pytorch / tape + factors']} with the factors)."
         )
     return sentences

@@ -255,6 +255,11 @@ def _function(name: str, *names: str) -> Op:
     )
 
 
+def _elementwise(name: str) -> Op:
+    """A function of torch with one argument."""
+    return lambda torch, inputs, attributes: getattr(torch, name)(inputs[0])
+
+
 OPS: dict[str, Op] = {
     "add": lambda torch, x, a: x[0] + x[1],
     "sub": lambda torch, x, a: x[0] - x[1],
@@ -272,6 +277,11 @@ OPS: dict[str, Op] = {
     "mean": _reduce("mean"),
     "var": _reduce("var"),
     "max": _max,
+    "exp": _elementwise("exp"),
+    "sqrt": _elementwise("sqrt"),
+    "tanh": _elementwise("tanh"),
+    "sigmoid": _elementwise("sigmoid"),
+    "log": _elementwise("log"),
     "gelu": _function("gelu"),
     "hardswish": _function("hardswish"),
     "relu": _function("relu"),
@@ -289,14 +299,12 @@ OPS: dict[str, Op] = {
     "batch_norm": _batch_norm,
     "layer_norm": _layer_norm,
 }
-for _name in ("exp", "sqrt", "tanh", "sigmoid", "log"):
-    OPS[_name] = lambda torch, x, a, name=_name: getattr(torch, name)(x[0])  # type: ignore[misc]
 
 
 def _keeping_a_core(torch: Any, record: OpRecord, inputs: list[Any], ranks: Sequence[int | None]) -> Any:
     """The layer's forward pass with, in place of its input, the core by random orthonormal factors kept."""
 
-    class Compressed(torch.autograd.Function):  # type: ignore[misc]
+    class Compressed(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *tensors: Any) -> Any:
             core = tensors[0]

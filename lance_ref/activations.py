@@ -18,7 +18,7 @@ from lance_ref.geometry import Geometry, LinearGeometry
 from lance_ref.tensor import FLOATS, Shape
 
 if TYPE_CHECKING:
-    from lance_ref.calibration import Subspace
+    from lance_ref.subspace import Subspace
 
 ORDERS = ("auto", "papers", "separable")
 

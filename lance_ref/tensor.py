@@ -231,9 +231,10 @@ class Tensor:
     def accumulate_grad(self, grad: np.ndarray, owned: bool) -> None:
         """Add to this leaf's ``.grad``; an array that is not ``owned`` (may be in use elsewhere) is copied."""
         if self.grad is not None:
-            self.grad = self.grad + grad
-        else:
-            self.grad = grad if owned else grad.copy()
+            grad = self.grad + grad
+        elif not owned:
+            grad = grad.copy()
+        self.grad = np.asarray(grad)  # NumPy's results without dimensions are no arrays
 
     # ---- operators: each is a function of lance_ref.functional -----------------------
 

@@ -79,6 +79,11 @@ def _attention(t: Maker) -> Tensor:
     return F.matmul(weights, qkv[2]).permute(0, 2, 1, 3).reshape(2, 3, 8).sum()
 
 
+def _flat_too(x: Tensor) -> Tensor:
+    """Both x and what a reshape makes of it are kept, as one buffer or as two."""
+    return F.gelu(x.reshape(-1)).sum() + F.gelu(x).sum()
+
+
 def _aliases(t: Maker) -> Tensor:
     """One buffer kept by three operations and through two views is billed once."""
     y = F.exp(t.x(4, 6))  # kept as its own output
@@ -96,7 +101,7 @@ def _dead_branch(t: Maker) -> Tensor:
 CASES: dict[str, Step] = {
     **{
         name: _unary(getattr(F, name))
-        for name in "neg exp log sqrt tanh sigmoid gelu hardswish relu relu6".split()
+        for name in ("neg", "exp", "log", "sqrt", "tanh", "sigmoid", "gelu", "hardswish", "relu", "relu6")
     },
     "pow": _unary(lambda x: x**3),
     "dropout": _unary(lambda x: F.dropout(x, 0.3)),
@@ -122,7 +127,7 @@ CASES: dict[str, Step] = {
     "matmul matrix by batch": lambda t: F.matmul(t.x(4, 3), t.x(2, 3, 5)).sum(),
     "matmul frozen matrix by batch": lambda t: F.matmul(t.x(4, 3, grad=False), t.x(2, 3, 5)).sum(),
     "matmul permuted batch by matrix": lambda t: F.matmul(t.x(2, 4, 7, 3).permute(0, 2, 1, 3), t.w(3, 5)).sum(),
-    "matmul permuted batch by frozen": lambda t: F.matmul(t.x(2, 4, 7, 3).permute(0, 2, 1, 3), t.x(3, 5, grad=False)).sum(),
+    "matmul permuted batch by frozen": lambda t: (t.x(2, 4, 7, 3).permute(0, 2, 1, 3) @ t.x(3, 5, grad=False)).sum(),
     "matmul vector": lambda t: F.matmul(t.x(2, 7, 4, 3), t.x(3)).sum(),
     "matmul matrix vector": lambda t: F.matmul(t.x(4, 3), t.w(3)).sum(),
     "matmul vector matrix": lambda t: F.matmul(t.x(3), t.x(3, 5)).sum(),
@@ -169,6 +174,13 @@ CASES: dict[str, Step] = {
     "layer_norm": lambda t: F.layer_norm(t.x(2, 3, 8), (8,), t.w(8), t.w(8)).sum(),
     "layer_norm over two": lambda t: F.layer_norm(t.x(2, 3, 8), (3, 8)).sum(),
     "layer_norm frozen input": lambda t: F.layer_norm(t.x(2, 3, 8, grad=False), (8,), t.w(8), t.w(8)).sum(),
+    "reshaped relu of a permutation": lambda t: _flat_too(F.relu(t.x(2, 4, 3).permute(0, 2, 1))),
+    "reshaped dropout of a permutation": lambda t: _flat_too(F.dropout(t.x(2, 4, 3).permute(0, 2, 1), 0.1)),
+    "reshaped softmax of a permutation": lambda t: _flat_too(F.softmax(t.x(2, 4, 3).permute(0, 2, 1), 1)),
+    "reshaped tanh of a permutation": lambda t: _flat_too(F.tanh(t.x(2, 4, 3).permute(0, 2, 1))),
+    "reshaped join of permutations": lambda t: _flat_too(F.concatenate([t.x(2, 4, 3).permute(0, 2, 1)] * 2, 1)),
+    "reshaped sum of two orders": lambda t: _flat_too(t.x(2, 3, 4) + t.x(2, 4, 3).permute(0, 2, 1)),
+    "linear of relu of a permutation": lambda t: F.linear(F.relu(t.x(2, 5, 3).permute(0, 2, 1)), t.w(4, 5)).sum(),
     "aliases": _aliases,
     "dead branch": _dead_branch,
 }

@@ -46,9 +46,7 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
         ("resnet34", "last:4", 25_690_112),  # 24.5
     ],
 )
-def test_published_activation_memory(
-    capsys: pytest.CaptureFixture[str], net: str, tune: str, paper_bytes: int
-) -> None:
+def test_published_activation_memory(capsys: pytest.CaptureFixture[str], net: str, tune: str, paper_bytes: int) -> None:
     """The papers' tables at batch 64, to the byte."""
     report = run_json(capsys, "--net", net, "--batch", "64", "--tune", tune, "--method", "bp")
     assert report["totals"]["bp"]["activation_bytes"]["paper"] == paper_bytes
@@ -216,8 +214,11 @@ def test_assumed_ranks_say_so_and_what_to_give_instead(capsys: pytest.CaptureFix
 def test_float64_doubles_the_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     """Bits and labels aside, every kept number takes twice as much."""
     arguments = ["--net", "resnet18", "--batch", "4", "--tune", "last:1", "--method", "bp"]
-    single, double = (run_json(capsys, *arguments, "--dtype", d)["totals"]["bp"]["activation_bytes"] for d in ("float32", "float64"))
-    assert double["paper"] == 2 * single["paper"]
+    paper = [
+        run_json(capsys, *arguments, "--dtype", dtype)["totals"]["bp"]["activation_bytes"]["paper"]
+        for dtype in ("float32", "float64")
+    ]
+    assert paper[1] == 2 * paper[0] > 0
 
 
 def test_vector_input(capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +243,8 @@ USER_MODULE = """
 from lance_ref import nn
 
 def with_classes(num_classes):
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), pooled, nn.Linear(4, num_classes))
 
 def without():
     return with_classes(7)
@@ -361,14 +363,15 @@ BAD = {
     "output into nowhere": (["--net", "resnet18", "--tune", "head", "--output", "no/such/x.json"], "no/such"),
     "output onto a folder": (["--net", "resnet18", "--tune", "head", "--output", "."], "folder"),
     "data without measuring": (["--net", "resnet18", "--data", "digits"], "--measure"),
-    "unknown data": (["--net", "convnet", "--tune", "head", "--batch", "2", "--measure", "--data", "nowhere"], "nowhere"),
+    "unknown data": (
+        ["--net", "convnet", "--tune", "head", "--batch", "2", "--measure", "--data", "nowhere"],
+        "nowhere",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_gives_one_line_and_exit_2(
-    capsys: pytest.CaptureFixture[str], folder: Path, name: str
-) -> None:
+def test_bad_input_gives_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], folder: Path, name: str) -> None:
     """Exactly one line that names what came, nothing on stdout, no file."""
     arguments, named = BAD[name]
     before = sorted(folder.iterdir())
@@ -446,8 +449,8 @@ def test_measure_exits_1_on_a_difference(capsys: pytest.CaptureFixture[str], mon
 
 def test_measure_keeps_json_clean(capsys: pytest.CaptureFixture[str]) -> None:
     """With --format json, stdout is one JSON object; the comparison goes to stderr."""
-    arguments = ["--net", "convnet", "--batch", "4", "--tune", "head", "--method", "bp", "--measure", "--format", "json"]
-    assert main(arguments) == 0
+    arguments = ["--net", "convnet", "--batch", "4", "--tune", "head", "--method", "bp", "--measure"]
+    assert main([*arguments, "--format", "json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["net"] == "convnet"
     assert "no difference" in captured.err
@@ -462,8 +465,8 @@ def test_measure_on_a_folder_of_pictures(capsys: pytest.CaptureFixture[str], tmp
     for kind in ("a", "b"):
         (tmp_path / kind).mkdir()
         Image.fromarray(rng.integers(0, 255, (9, 12, 3), dtype=np.uint8)).save(tmp_path / kind / "one.png")
-    arguments = ["--net", "convnet", "--batch", "3", "--tune", "head", "--method", "bp", "--measure", "--data", str(tmp_path)]
-    assert main(arguments) == 0
+    arguments = ["--net", "convnet", "--batch", "3", "--tune", "head", "--method", "bp", "--measure"]
+    assert main([*arguments, "--data", str(tmp_path)]) == 0
     assert "one step on 3 images" in capsys.readouterr().out
 
 
@@ -472,9 +475,10 @@ def test_help_is_quick() -> None:
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "analysis.cost_model", "--help"], cwd=ROOT, capture_output=True, check=True)
+        command = [sys.executable, "-m", "analysis.cost_model", "--help"]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.5
-    probe = "import sys, analysis.cost_model as c; c.parser(); print('numpy' in sys.modules, 'lance_ref' in sys.modules)"
+    probe = "import sys, analysis.cost_model as c; c.parser(); print({'numpy', 'lance_ref'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "False False\n"
+    assert done.stdout == "set()\n"

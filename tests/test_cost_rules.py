@@ -27,7 +27,8 @@ def test_multiply_adds_equal_the_executed_ones(name: str) -> None:
     with lance_ref.count_macs() as counter:
         run(name, real=True)[1].backward()
     bills = account(records, None)
-    predicted = {kind: sum(getattr(b.cost, f"{kind}_macs") for b in bills) for kind in ("forward", "grad_input", "grad_weight")}
+    kinds = ("forward", "grad_input", "grad_weight")
+    predicted = {kind: sum(getattr(bill.cost, f"{kind}_macs") for bill in bills) for kind in kinds}
     assert predicted == {kind: counter.by_kind()[kind] for kind in predicted}
 
 

@@ -61,9 +61,7 @@ def test_projection_as_the_paper_bills_it() -> None:
         ((None, 5, None, None), 17_280 + 360, None),
     ],
 )
-def test_both_orders_of_the_weight_gradient(
-    ranks: tuple[int | None, ...], papers: int, separable: int | None
-) -> None:
+def test_both_orders_of_the_weight_gradient(ranks: tuple[int | None, ...], papers: int, separable: int | None) -> None:
     """Each order against its hand-worked sum; auto takes the cheaper."""
     if separable is None:
         # rows to 3·5, columns to 2·7: 576·14 + 1344·15 (the other way round 576·15 + 1440·14); 24·5·(8·5·7)

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from lance_ref import F, Tensor, manual_seed, tape
 from lance_ref.tracing import record
 
-VALUES = np.concatenate(
-    [np.linspace(-12, 12, 97), [-3.0, -0.0, 0.0, 3.0, 6.0, -100.0, 100.0, -1e4, 1e4, 1e-8, -1e-8]]
-)
+VALUES = np.concatenate([np.linspace(-12, 12, 97), [-3.0, -0.0, 0.0, 3.0, 6.0, -100.0, 100.0, -1e4, 1e4, 1e-8, -1e-8]])
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,11 @@ CHANNELS = np.ones(3)
         (lambda: F.batch_norm(X, None, None), ValueError, "needed when training is False"),
         (lambda: F.batch_norm(X, CHANNELS, None, training=True), ValueError, "go together"),
         (lambda: F.batch_norm(X[:, 0, 0, 0], np.ones(1), np.ones(1)), ValueError, "at least 2 dimensions"),
-        (lambda: F.batch_norm(X[:1, :, :1, :1], None, None, training=True), ValueError, "more than one value per channel"),
+        (
+            lambda: F.batch_norm(X[:1, :, :1, :1], None, None, training=True),
+            ValueError,
+            "more than one value per channel",
+        ),
         (lambda: F.batch_norm(X, CHANNELS, CHANNELS, eps=0), ValueError, "eps is 0"),
         (lambda: F.batch_norm(X, CHANNELS, CHANNELS, momentum=2), ValueError, "momentum is 2"),
         (lambda: F.batch_norm(X, CHANNELS.astype(np.float32), CHANNELS), TypeError, "float64.*float32"),

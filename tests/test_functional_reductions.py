@@ -49,7 +49,9 @@ def test_nan_is_the_maximum() -> None:
     np.testing.assert_array_equal(F.max(np.array([[1.0, np.nan, 2.0]]), 1).data, [np.nan])
 
 
-@pytest.mark.parametrize(("n", "dtype"), [(1, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")])
+@pytest.mark.parametrize(
+    ("n", "dtype"), [(1, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
+)
 def test_positions_take_the_smallest_type_that_fits(n: int, dtype: str) -> None:
     """One byte for up to 256 candidates; a type too small would send gradients astray."""
     x = Tensor(np.arange(n, dtype=np.float64).reshape(1, n), requires_grad=True)

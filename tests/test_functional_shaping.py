@@ -72,7 +72,9 @@ def test_basic_indexing_is_a_view_and_keeps_nothing() -> None:
     assert not np.shares_memory(x[[0, 1]].data, x.data)
 
 
-@pytest.mark.parametrize(("n", "dtype", "nbytes"), [(200, "uint8", 3), (256, "uint8", 3), (257, "uint16", 6), (70_000, "uint32", 12)])
+@pytest.mark.parametrize(
+    ("n", "dtype", "nbytes"), [(200, "uint8", 3), (256, "uint8", 3), (257, "uint16", 6), (70_000, "uint32", 12)]
+)
 def test_positions_are_kept_in_the_smallest_type(n: int, dtype: str, nbytes: int) -> None:
     """Three positions, the last one counted from the end: an int64 each would be 24 bytes."""
     x = Tensor(np.arange(n, dtype=np.float32), requires_grad=True)

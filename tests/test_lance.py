@@ -295,7 +295,7 @@ def test_another_batch_size() -> None:
     x = rng.standard_normal((4, 3, 9, 9)).astype(np.float32)
     lr.tune(net, "last:1")
     lr.compress(net, lr.calibrate(net, [x]))
-    with pytest.raises(ValueError, match=r"batch mode was calibrated with 4.*calibrate with this one"):
+    with pytest.raises(ValueError, match=r"layer 3: .*batch mode was calibrated with 4.*calibrate with this one"):
         net(x[:3])
     with pytest.raises(ValueError, match="batch mode was calibrated with 4"):
         lr.trace(net, (3, 3, 9, 9))

@@ -195,8 +195,14 @@ def test_a_net_equals_pytorchs() -> None:
 @pytest.mark.parametrize(
     ("layer", "text"),
     [
-        (nn.Conv2d(4, 6, 3, groups=2, bias=False, rng=0), "Conv2d(4, 6, kernel_size=(3, 3), stride=(1, 1), groups=2, bias=False)"),
-        (nn.Conv2d(4, 6, 3, 1, "same", 2, rng=0), "Conv2d(4, 6, kernel_size=(3, 3), stride=(1, 1), padding='same', dilation=(2, 2))"),
+        (
+            nn.Conv2d(4, 6, 3, groups=2, bias=False, rng=0),
+            "Conv2d(4, 6, kernel_size=(3, 3), stride=(1, 1), groups=2, bias=False)",
+        ),
+        (
+            nn.Conv2d(4, 6, 3, 1, "same", 2, rng=0),
+            "Conv2d(4, 6, kernel_size=(3, 3), stride=(1, 1), padding='same', dilation=(2, 2))",
+        ),
         (nn.Linear(3, 4, rng=0), "Linear(3, 4, bias=True)"),
         (nn.BatchNorm2d(3), "BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True)"),
         (nn.LayerNorm(3), "LayerNorm((3,), eps=1e-05, elementwise_affine=True)"),
@@ -211,7 +217,10 @@ def test_a_net_equals_pytorchs() -> None:
         (nn.Softmax(1), "Softmax(dim=1)"),
         (nn.Flatten(), "Flatten(start_dim=1, end_dim=-1)"),
         (nn.ReLU6(), "ReLU6()"),
-        (nn.Sequential(nn.ReLU(), nn.Sequential(nn.Tanh())), "Sequential(\n  (0): ReLU()\n  (1): Sequential(\n    (0): Tanh()\n  )\n)"),
+        (
+            nn.Sequential(nn.ReLU(), nn.Sequential(nn.Tanh())),
+            "Sequential(\n  (0): ReLU()\n  (1): Sequential(\n    (0): Tanh()\n  )\n)",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
 )

@@ -226,7 +226,8 @@ def test_measured_ranks_equal_the_calibrations_own(tmp_path: Path, capsys: pytes
     report = cost("convnet", batch=16, image_size=8, tune="last:1", spectra=str(path))
     row = next(row for row in report.rows if row.tuned)
     assert row.methods["lance"].ranks == calibration["conv3"].ranks
-    assert report.ranks_from.startswith(f"--spectra {path} at epsilon 0.7: convnet, freshly initialised, 48 images of digits")
+    source = f"--spectra {path} at epsilon 0.7: convnet, freshly initialised, 48 images of digits"
+    assert report.ranks_from.startswith(source)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,9 @@ def test_a_net_traces_as_it_runs(name: str, training: bool) -> None:
     with record(net) as real:
         net(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
     assert traced == real
-    assert all(value.parameter is None or value.parameter in dict(net.named_parameters()) for r in real for value in r.inputs)
+    assert all(
+        value.parameter is None or value.parameter in dict(net.named_parameters()) for r in real for value in r.inputs
+    )
 
 
 def test_a_large_batch_costs_nothing() -> None:

@@ -256,7 +256,10 @@ def _conv_geometry(x: Shape, weight: Shape, attributes: dict[str, Any]) -> ConvG
 def _check_store(store: ActivationStore, x: Tensor, weight: Tensor) -> None:
     """A store that cannot take ``x`` matters only where something will be saved: not under no_grad()."""
     if state.grad_enabled and weight.requires_grad:
-        store.check(x.shape)
+        try:
+            store.check(x.shape)
+        except ValueError as error:
+            raise ValueError(f"layer {state.path or '(root)'}: {error}") from None
 
 
 def _check_floating(op: str, x: Tensor) -> None:

@@ -106,7 +106,7 @@ def test_an_array_on_the_left_becomes_a_tensor() -> None:
         (lambda x: F.pow(x, "2"), TypeError, "exponent is a str"),
         (lambda x: x + "1", TypeError, "str is not numbers"),
         (lambda x: x + None, TypeError, "NoneType is not numbers"),
-        (lambda x: x + [1.0, None, 2.0], TypeError, "list is not numbers"),
+        (lambda x: F.add(x, [1.0, None, 2.0]), TypeError, "list is not numbers"),
         (lambda x: x * 1j, TypeError, "complex"),
         (lambda x: x + np.ones(3, np.float16), TypeError, "float16"),
     ],

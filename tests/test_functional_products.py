@@ -95,5 +95,5 @@ def test_bad_dtypes_are_named() -> None:
     """Integers and mixtures are refused before anything is computed."""
     with pytest.raises(TypeError, match="matmul: b has dtype int64"):
         F.matmul(np.ones((2, 2)), np.ones((2, 2), np.int64))
-    with pytest.raises(TypeError, match="float64.*float32"):
+    with pytest.raises(TypeError, match=r"float64.*float32"):
         F.matmul(np.ones((2, 2)), np.ones((2, 2), np.float32))

@@ -147,7 +147,7 @@ def test_batch_norm_in_float64() -> None:
     norm = nn.BatchNorm2d(4).to(np.float64)
     assert norm(IMAGES.astype(np.float64)).dtype == np.float64
     assert norm.running_mean.dtype == norm.running_var.dtype == np.float64
-    with pytest.raises(TypeError, match="float32.*float64"):
+    with pytest.raises(TypeError, match=r"float32.*float64"):
         norm(IMAGES)
 
 

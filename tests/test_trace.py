@@ -164,7 +164,7 @@ def test_the_dtype_is_the_nets() -> None:
     assert trace(net, (1, 3))[0].output.dtype == "float32"
     assert trace(net.to(np.float64), (1, 3))[0].output.dtype == "float64"
     assert trace(nn.ReLU(), (1, 3), np.float64)[0].output.dtype == "float64"
-    with pytest.raises(TypeError, match="float32.*float64"):
+    with pytest.raises(TypeError, match=r"float32.*float64"):
         trace(net, (1, 3), np.float32)
 
 

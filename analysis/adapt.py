@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parse.add_argument("--seed", type=int, default=0, help="fixes everything (default: %(default)s)")
     parse.add_argument("--output", help="also write the run as JSON")
+    parse.add_argument("--figure", help="also draw loss, accuracy and the energy kept, as .png or .svg")
     return parse
 
 
@@ -132,25 +135,51 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def draw(result: dict[str, Any], path: str) -> None:
+    """Loss and accuracy of each step, and the share of energy that each layer's fixed subspace keeps."""
+    from matplotlib.figure import Figure
+
+    history = result["history"]
+    steps = [row["step"] for row in history]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(steps, [row["loss"] for row in history], color="black", label="loss (nats)")
+    left.plot(steps, [row["accuracy"] for row in history], color="0.55", ls="--", label="accuracy of the batch")
+    left.set(xlabel="step", ylim=(0, None), title=f"{result['data']}: head and {len(result['tuned_layers'])} layers")
+    left.legend(frameon=False)
+    styles = itertools.cycle([("-", "0.0"), ("--", "0.2"), ("-.", "0.3"), (":", "0.5")])
+    for layer, (style, grey) in zip(result["tuned_layers"], styles, strict=False):
+        ranks = "·".join(str(r) for r in result["ranks"][layer])
+        kept = [row["energy_kept"][layer] for row in history]
+        right.plot(steps, kept, ls=style, color=grey, label=f"{layer}, ranks {ranks}")
+    right.set(xlabel="step", ylabel="‖S‖² / ‖A‖²", ylim=(0, 1), title="energy kept by the fixed subspaces")
+    right.legend(frameon=False, fontsize=7)
+    temporary = Path(path).with_name(f".{Path(path).name}.partial{Path(path).suffix}")
+    figure.savefig(temporary, dpi=150)
+    os.replace(temporary, path)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         for name in ("steps", "batch", "image_size", "calibration_batches", "test_images"):
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected a positive integer")
-        if options.output:
-            check_writable(options.output)
+        for output in (options.output, options.figure):
+            if output:
+                check_writable(output)
         result = run(options)
         if options.output:
             write_atomically(options.output, json.dumps(result, indent=1) + "\n")
+        if options.figure:
+            draw(result, options.figure)
     except (ValueError, OSError) as error:
         print(f"python -m analysis.adapt: error: {one_line(error)}", file=sys.stderr)
         return 2
     losses = [row["loss"] for row in result["history"]]
     tenth = max(1, len(losses) // 10)
-    print(
-        f"mean loss of the first {tenth} steps {np.mean(losses[:tenth]):.3f}, of the last {np.mean(losses[-tenth:]):.3f}"
-    )
+    first, last = np.mean(losses[:tenth]), np.mean(losses[-tenth:])
+    print(f"mean loss of the first {tenth} steps {first:.3f}, of the last {last:.3f}")
     same = all(row["tape_bytes"] == row["predicted_tape_bytes"] for row in result["history"])
     print("the tape equals the prediction at every step" if same else "the tape DIFFERS from the prediction")
     return 0 if same else 1

@@ -186,7 +186,7 @@ def _over(a: int, b: int) -> float | None:
 
 
 def explain(report: Report) -> list[str]:
-    """One sentence per method beside bp on what its reductions mean."""
+    """What the reductions mean, one sentence per method beside bp; and which layers keep next to nothing."""
     totals = report.totals
     if "bp" not in totals:
         return []
@@ -200,6 +200,12 @@ def explain(report: Report) -> list[str]:
             f"which stay in memory beside it), and is {r['bp pytorch / tape']} smaller than PyTorch's tape of bp "
             f"({r['bp pytorch / tape + factors']} with the factors)."
         )
+        single = [row.name for row in report.rows if set(row.methods[method].ranks or (0,)) == {1}]
+        if single:
+            sentences.append(
+                f"Mind the ranks: {', '.join(single)} would keep one number, rank 1 in every mode: little more than "
+                "the mean activation, which holds most of the energy. A larger --epsilon, or --ranks, keeps more."
+            )
     return sentences
 
 

@@ -212,9 +212,11 @@ def _conv2d(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any
     bias_or_none = bias[0] if bias else None
     geometry = attributes["stride"], (top, left), attributes["dilation"]
     if x.is_meta and attributes["groups"] > 1 and weight.requires_grad:
-        # PyTorch's FLOP counter forgets groups in the weight gradient; one convolution per group it counts rightly
-        slices = zip(x.chunk(attributes["groups"], 1), weight.chunk(attributes["groups"]), strict=True)
-        return torch.cat([F.conv2d(part, kernel, None, *geometry) for part, kernel in slices], 1)
+        # PyTorch's FLOP counter forgets groups in the weight gradient. Groups are alike, so that their
+        # work is the work of one group on as many times the images, and that it counts rightly.
+        (B, C_in, H, W), groups = x.shape, attributes["groups"]
+        y = F.conv2d(x.reshape(B * groups, C_in // groups, H, W), weight.chunk(groups)[0], None, *geometry)
+        return y.reshape(B, weight.shape[0], *y.shape[2:])
     return F.conv2d(x, weight, bias_or_none, *geometry, attributes["groups"])
 
 

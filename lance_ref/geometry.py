@@ -136,7 +136,7 @@ class ConvGeometry:
 
     def weight_gradient(self, x: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
         """dW[o,c,p,q] = Σ_{b,h,w} G[b,o,h,w] · X[b, c, s·h + d·p − top, s·w + d·q − left]."""
-        C_out, W_out, g = self.weight_shape[0], self.output_size[1], self.groups
+        C_out, g = self.weight_shape[0], self.groups
         if self.is_depthwise:
             return kernels.depthwise_weight_gradient(
                 x, grad_output, self.weight_shape, self.stride, self.padding, self.dilation
@@ -144,9 +144,9 @@ class ConvGeometry:
         grad = np.zeros((g, C_out // g, math.prod(self.weight_shape[1:])), grad_output.dtype)
         for images, rows in self._blocks(x.itemsize):
             columns = self._columns(x[images], rows, batch_last=True)  # (g, K, b·l)
-            block = grad_output[images, :, rows].reshape(-1, g, C_out // g, (rows.stop - rows.start) * W_out)
-            block = block.transpose(1, 2, 0, 3).reshape(g, C_out // g, -1)  # (g, C_out/g, b·l)
-            grad += matmul(block, columns.transpose(0, 2, 1))
+            block = grad_output[images, :, rows]  # (b, C_out, l/W_out, W_out)
+            grouped = block.transpose(1, 0, 2, 3).reshape(g, C_out // g, -1)  # (g, C_out/g, b·l)
+            grad += matmul(grouped, columns.transpose(0, 2, 1))
         return grad.reshape(self.weight_shape)
 
     # ---- columns -------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from lance_ref.tensor import Shape
 
 
 def clamp_and_pack(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarray]:
-    """min(max(x, 0), ceiling), and the packed mask of 0 < x < ceiling, in one pass.
+    """min(max(x, 0), ceiling), and the packed mask of where the gradient passes, in one pass.
+
+    It passes where 0 < x < ceiling, and, if the ceiling is infinite, at infinity too.
 
     Returns
     -------
@@ -32,7 +34,7 @@ def clamp_and_pack(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarra
 def clamp_and_pack_numpy(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarray]:
     """NumPy twin of :func:`clamp_and_pack`."""
     out = np.clip(x, 0, x.dtype.type(ceiling))
-    return out, np.packbits(((x > 0) & (x < ceiling)).reshape(-1))
+    return out, np.packbits(((x > 0) & ((x < ceiling) | (ceiling == np.inf))).reshape(-1))
 
 
 @Loops
@@ -45,7 +47,7 @@ def _clamp_and_pack(start, stop, x, out, mask, ceiling):  # type: ignore[no-unty
             bits <<= 1
             if value <= 0:
                 out[i] = 0
-            elif value >= ceiling:
+            elif value >= ceiling and ceiling < np.inf:
                 out[i] = ceiling
             else:
                 out[i] = value

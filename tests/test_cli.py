@@ -191,6 +191,14 @@ def test_table_adds_up_with_what_it_folds() -> None:
     assert f"{forward / 1e6:,.3f}" in folded
 
 
+def test_a_layer_that_keeps_one_number_is_pointed_out() -> None:
+    """Rank 1 in every mode is a great saving that learns little; the table must not be proud of it."""
+    rank_one = RANKS.replace("64,160,2,2", "1,1,1,1")
+    text = render(cost("mobilenetv2", num_classes=10, tune="last:2", ranks=rank_one))
+    assert "Mind the ranks: features.17.conv.2 would keep one number" in text
+    assert "Mind the ranks" not in render(cost("mobilenetv2", num_classes=10, tune="last:2", ranks=RANKS))
+
+
 def test_accounting_chooses_the_printed_columns() -> None:
     report = cost("mobilenetv2", num_classes=10, tune="last:2", ranks=RANKS)
     text = render(report, ["tape"])

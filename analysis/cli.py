@@ -34,5 +34,5 @@ def check_writable(output: str) -> None:
         raise ValueError(f"--output is {output!r}, a folder; expected the name of a file")
     if not path.parent.is_dir():
         raise ValueError(f"--output is {output!r}, but there is no folder {str(path.parent)!r}")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"--output is {output!r}, which cannot be written")

@@ -49,14 +49,15 @@ def cost(
     ranks: str | None = None,
     spectra: str | None = None,
     convention: str = "flops",
-    dtype: str = "float32",
+    dtype: str | None = None,
 ) -> Report:
     """The cost of one training step: what ``python -m analysis.cost_model`` prints, as a value.
 
     Parameters
     ----------
     net : str or Module
-        A name of ``lance_ref.models.names()``, ``pkg.module:factory``, or a net; a net is tuned in place.
+        A name of ``lance_ref.models.names()``, ``pkg.module:factory``, or a net; a net is tuned in place
+        and left in training mode.
     batch, image_size, num_classes : int
         ``num_classes`` is for names and factories; a net has its own.
     input_shape : sequence of int, optional
@@ -71,7 +72,8 @@ def cost(
     convention : {"flops", "paper"}
         "paper": multiply-adds of forward and weight gradient of the tuned layers alone, the head left
         out, the projection billed B·C·H·W·Σr, the weight gradient in the papers' order.
-    dtype : {"float32", "float64"}
+    dtype : {"float32", "float64"}, optional
+        A net is converted to it, in place; by default a net's own, and float32 for names.
 
     Returns
     -------
@@ -105,7 +107,7 @@ def predict(
     ranks: str | None = None,
     spectra: str | None = None,
     convention: str = "flops",
-    dtype: str = "float32",
+    dtype: str | None = None,
     with_weights: bool = False,
 ) -> Prediction:
     """As :func:`cost`, with what a measurement needs beside the report."""
@@ -128,6 +130,8 @@ def predict(
     name = net if isinstance(net, str) else type(net).__name__
     shape = input_shape_for(name, image_size, input_shape)
     module = build(net, num_classes, shape, not with_weights) if isinstance(net, str) else net
+    if dtype is None:
+        dtype = "float32" if isinstance(net, str) else str(next((p.dtype for p in net.parameters()), "float32"))
     step = trace_step(module, name, shape, batch, tune, dtype)
 
     choice = None

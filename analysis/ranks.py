@@ -96,7 +96,7 @@ def ranks_from_spectra(spectra: Spectra, shapes: Shapes, epsilon: float, where: 
         batches.add(shape[0])
     source = f"{where} at epsilon {epsilon:g}: {spectra.source}"
     if batches - {spectra.batch}:
-        source += f"; batch mode predicted for {', '.join(map(str, sorted(batches)))} by v + n·m, v, v, …"
+        source += f"; batch mode predicted for {', '.join(map(str, sorted(batches)))} by v + n*m, v, v, ..."
     return RankChoice(ranks, source)
 
 
@@ -124,7 +124,7 @@ def parse_ranks(text: str, shapes: Shapes) -> dict[str, Ranks]:
         except ValueError:
             in_range = False
         if not in_range:
-            raise ValueError(f"--ranks is {text!r}, expected a fraction in (0, 1], or layer=r1,r2,r3,r4;layer=…")
+            raise ValueError(f"--ranks is {text!r}, expected a fraction in (0, 1], or layer=r1,r2,r3,r4;layer=...")
         return {name: fraction_of(Fraction(text), shape) for name, shape in shapes.items()}
     entries: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(";"))):

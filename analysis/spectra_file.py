@@ -92,8 +92,11 @@ def _shares(energies: np.ndarray) -> list[str]:
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file whole or not at all."""
-    path = Path(path)
+    """Write a text file whole or not at all; a device or pipe is written to as it is."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 240
 
 
-def render(report: Report, accountings: Sequence[str] = ACCOUNTINGS, color: bool = False) -> str:
-    """The whole report as text.
+def render(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> str:
+    """The whole report as plain wide text.
 
     Parameters
     ----------
     report : Report
     accountings : sequence of str
         Which columns of activation memory to show.
-    color : bool
-        Whether to use terminal styles.
     """
+    from rich.console import Console
+
     text = io.StringIO()
-    print_report(report, accountings, _console(text, color))
+    print_report(report, accountings, Console(file=text, width=PIPED_WIDTH, color_system=None))
     return _stripped(text.getvalue())
 
 
@@ -37,28 +37,24 @@ def show(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> None:
     if sys.stdout.isatty():
         from rich.console import Console
 
-        print_report(report, accountings, Console())
+        # a terminal folds lines that are too long for it; rich would cut numbers off
+        print_report(report, accountings, Console(width=PIPED_WIDTH))
     else:
         sys.stdout.write(render(report, accountings))
 
 
-def _console(file: io.StringIO, color: bool) -> Console:
-    from rich.console import Console
-
-    return Console(file=file, width=PIPED_WIDTH, force_terminal=color, color_system="auto" if color else None)
-
-
 def _stripped(text: str) -> str:
-    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+    """Without spaces at the ends of lines; rules in ASCII, since a pipe's encoding is anybody's guess."""
+    return "".join(f"{line.rstrip()}\n" for line in text.replace("─", "-").splitlines())
 
 
 def print_report(report: Report, accountings: Sequence[str], console: Console) -> None:
     """Print all of it to a rich console."""
     say = _sayer(console)
     size = "" if report.image_size is None else f", {report.image_size} pixels"
-    head = "" if report.tuned_layers else " (the classifier head alone)"
     say(f"{report.net}, batch {report.batch}{size}, {report.num_classes} classes, {report.dtype}")
-    say(f"tuned: {len(report.tuned_layers)} layers{head}, and the classifier head")
+    count = len(report.tuned_layers)
+    say(f"tuned: {count} layer{'' if count == 1 else 's'} and the classifier head")
     if any(cost.ranks for row in report.rows for cost in row.methods.values()):
         say(f"ranks from: {report.ranks_from}")
     console.print(_memory_table(report, accountings))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import stat
 import subprocess
@@ -432,6 +433,24 @@ def test_output_of_a_table_and_its_mode(tmp_path: Path) -> None:
     assert main(["--net", "resnet18", "--tune", "head", "--output", str(target)]) == 0
     assert "\x1b" not in target.read_text()
     assert stat.S_IMODE(target.stat().st_mode) & 0o400
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """A renamed file must not take the place of /dev/null, nor of the target of a link."""
+    assert main(["--net", "resnet18", "--tune", "head", "--output", os.devnull]) == 0
+    assert not Path(os.devnull).is_file()
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.touch()
+    link.symlink_to(target)
+    assert main(["--net", "resnet18", "--tune", "head", "--output", str(link)]) == 0
+    assert link.is_symlink()
+    assert target.read_text()
+
+
+def test_a_piped_table_is_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+    """A pipe may have any encoding, and the table must get through it."""
+    assert main(["--net", "mobilenetv2", "--batch", "8"]) == 0
+    assert capsys.readouterr().out.isascii()
 
 
 # ---- measuring and starting ----------------------------------------------------------------

@@ -89,9 +89,22 @@ class TokenNet(nn.Module):
         return self.head((tokens + self.drop(self.out(mixed))).mean(dim=1))
 
 
+class ViewNet(nn.Module):
+    """A layer's weight used again, transposed: a view of a parameter is no activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.mid, self.head = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.mid(self.down(x)))
+        return self.head(y @ self.down.weight + F.linear(y, self.down.weight.transpose(0, 1)))
+
+
 NETS: dict[str, tuple[Callable[[], Module], tuple[int, ...]]] = {
     "called twice": (TwiceNet, (3, 8, 8)),
     "tied weights": (TiedNet, (6,)),
+    "tied through a view": (ViewNet, (6,)),
     "functional": (FunctionalNet, (3, 8, 9)),
     "tokens": (TokenNet, (3, 12, 12)),
 }
@@ -102,7 +115,7 @@ NETS: dict[str, tuple[Callable[[], Module], tuple[int, ...]]] = {
 def test_a_users_own_net_measures_as_predicted(name: str, dtype: str) -> None:
     """Nets that were registered nowhere: every byte and multiply-add, for bp and lance."""
     factory, shape = NETS[name]
-    comparison = measure(factory(), shape, dtype=dtype)
+    comparison = measure(factory().to(dtype), shape)
     assert comparison.agrees, str(comparison)
     assert {line.what for line in comparison.lines} >= {"tape bytes", "factor bytes", "projection multiply-adds"}
 

@@ -1,0 +1,1 @@
+"""Side-by-side timings: ours, and a peer's, in one run."""

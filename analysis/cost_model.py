@@ -43,7 +43,7 @@ def cost(
     image_size: int | None = None,
     input_shape: Sequence[int] | None = None,
     num_classes: int = 1000,
-    tune: str | Sequence[str] = "last:4",
+    tune: str | Sequence[str] | None = None,
     methods: Sequence[str] = METHODS,
     epsilon: float = 0.7,
     ranks: str | None = None,
@@ -62,8 +62,8 @@ def cost(
         ``num_classes`` is for names and factories; a net has its own.
     input_shape : sequence of int, optional
         (C, H, W) or (N,), without the batch; in place of ``image_size``.
-    tune : str or sequence of str
-        As for :func:`lance_ref.tune`.
+    tune : str or sequence of str, optional
+        As for :func:`lance_ref.tune`; by default the last four layers, or all of a net that has fewer.
     methods : sequence of {"bp", "lance"}
     epsilon : float
         Energy threshold in (0, 1], for ranks from spectra.
@@ -101,7 +101,7 @@ def predict(
     image_size: int | None = None,
     input_shape: Sequence[int] | None = None,
     num_classes: int = 1000,
-    tune: str | Sequence[str] = "last:4",
+    tune: str | Sequence[str] | None = None,
     methods: Sequence[str] = METHODS,
     epsilon: float = 0.7,
     ranks: str | None = None,
@@ -187,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image-size", type=int, help="height and width in pixels (224 for most nets)")
     p.add_argument("--input-shape", help="C,H,W or N, without the batch; in place of --image-size")
     p.add_argument("--num-classes", type=int, default=1000, help="outputs of the classifier")
-    p.add_argument("--tune", nargs="+", default=["last:4"], help="last:n, all, head, or globs of layer names")
+    p.add_argument("--tune", nargs="+", help="last:n, all, head, or globs of layer names (last:4, all if fewer)")
     p.add_argument("--method", nargs="+", default=list(METHODS), metavar="METHOD", help="bp, lance")
     p.add_argument("--epsilon", type=float, default=0.7, help="energy threshold for ranks from spectra")
     p.add_argument("--ranks", help="a fraction for every mode, or layer=r1,r2,r3,r4;layer=... (-: mode left alone)")
@@ -232,7 +232,7 @@ def _run(options: argparse.Namespace) -> int:
         check_writable(options.output)
     prediction = predict(
         options.net, options.batch, options.image_size, input_shape, options.num_classes,
-        options.tune[0] if len(options.tune) == 1 else options.tune,
+        options.tune[0] if options.tune and len(options.tune) == 1 else options.tune,
         options.method, options.epsilon, options.ranks, options.spectra, options.convention, options.dtype,
         with_weights=options.measure,
     )  # fmt: skip

@@ -16,10 +16,13 @@ import lance_ref
 from lance_ref import functional as F
 from lance_ref.nn.init import shapes_only
 from lance_ref.nn.module import Module
+from lance_ref.selection import weighted_layers
 from lance_ref.tensor import Tensor
 from lance_ref.tracing import OpRecord, record
 
 DEFAULT_IMAGE_SIZE = 224
+DEFAULT_TUNE_LAYERS = 4
+DEFAULT_TUNE = f"last:{DEFAULT_TUNE_LAYERS}"
 DEFAULT_INPUT = {"mlp": (784,), "convnet": (3, 32, 32)}
 """Shape of one input for nets that are not for 224-pixel images."""
 
@@ -134,9 +137,11 @@ def _one_line(error: BaseException) -> str:
 
 
 def trace_step(
-    net: Module, name: str, input_shape: tuple[int, ...], batch: int, tune: str | Sequence[str], dtype: str
+    net: Module, name: str, input_shape: tuple[int, ...], batch: int, tune: str | Sequence[str] | None, dtype: str
 ) -> TracedStep:
     """Tune a net and trace its forward pass and cross-entropy, on shapes alone.
+
+    Without a ``tune``, the last four layers train, or all of a net that has fewer.
 
     Raises
     ------
@@ -149,6 +154,8 @@ def trace_step(
         raise ValueError(f"batch is {batch} and input shape {input_shape}, expected positive integers")
     net.to(dtype)
     net.train()
+    if tune is None:
+        tune = DEFAULT_TUNE if len(weighted_layers(net)) > DEFAULT_TUNE_LAYERS else "all"
     tuning = lance_ref.tune(net, tune)
     with record(net) as records:
         try:

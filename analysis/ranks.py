@@ -54,10 +54,18 @@ def choose_ranks(
     for name, shape in shapes.items():
         if len(shape) not in MODE_NAMES:
             raise ValueError(f"layer {name!r} has an input of shape {shape}, LANCE compresses 2, 3 or 4 dimensions")
-    if given is not None and spectra is not None:
-        raise ValueError("--ranks and --spectra were both given, expected one of them")
+    if given is not None and "=" not in given:
+        if spectra is not None:
+            raise ValueError("--ranks gave a fraction for every layer and --spectra a file, expected one of them")
+        return RankChoice(parse_fraction(given, shapes), f"--ranks {given}")
     if given is not None:
-        return RankChoice(parse_ranks(given, shapes), f"--ranks {given}")
+        named = parse_ranks(given, shapes)
+        stated: dict[str, Ranks] = {name: ranks for name, ranks in named.items() if ranks is not None}
+        others = {name: shape for name, shape in shapes.items() if name not in named}
+        if not others:
+            return RankChoice(stated, f"--ranks {given}")
+        rest = choose_ranks(others, net, input_shape, epsilon, None, spectra)
+        return RankChoice({**stated, **rest.ranks}, f"--ranks {given}; all other layers: {rest.source}", rest.assumed)
     if spectra is not None:
         return ranks_from_spectra(load_spectra(spectra), shapes, epsilon, f"--spectra {spectra}")
     shipped = shipped_spectra(net, input_shape)
@@ -96,7 +104,9 @@ def ranks_from_spectra(spectra: Spectra, shapes: Shapes, epsilon: float, where: 
         batches.add(shape[0])
     source = f"{where} at epsilon {epsilon:g}: {spectra.source}"
     if batches - {spectra.batch}:
-        source += f"; batch mode predicted for {', '.join(map(str, sorted(batches)))} by v + n*m, v, v, ..."
+        source += (
+            f"; batch mode predicted for {', '.join(map(str, sorted(batches)))} by the law v + n*m once and v otherwise"
+        )
     return RankChoice(ranks, source)
 
 
@@ -109,23 +119,30 @@ def fraction_of(fraction: Fraction, shape: tuple[int, ...]) -> Ranks:
     return tuple(math.ceil(fraction * n) for n in shape)
 
 
-def parse_ranks(text: str, shapes: Shapes) -> dict[str, Ranks]:
-    """Read ``--ranks``: a fraction, or ``layer=r1,r2,r3,r4;layer=…``.
+def parse_fraction(text: str, shapes: Shapes) -> dict[str, Ranks]:
+    """Read ``--ranks 0.25``: one fraction for every mode of every layer.
+
+    >>> parse_fraction("0.5", {"a": (8, 5)})
+    {'a': (4, 3)}
+    """
+    try:
+        in_range = len(text) < 40 and 0 < float(text) <= 1
+    except ValueError:
+        in_range = False
+    if not in_range:
+        raise ValueError(f"--ranks is {text!r}, expected a fraction in (0, 1], or layer=r1,r2,r3,r4;layer=...")
+    return {name: fraction_of(Fraction(text), shape) for name, shape in shapes.items()}
+
+
+def parse_ranks(text: str, shapes: Shapes) -> dict[str, Ranks | None]:
+    """Read ``--ranks layer=r1,r2,r3,r4;layer=…``.
 
     In place of a rank ``-`` leaves the mode alone; in place of all ranks ``exact`` leaves the layer
-    uncompressed. Every tuned layer must be named.
+    uncompressed (None). Layers that are not named are for somebody else to decide.
 
-    >>> parse_ranks("a=3,-;b=exact", {"a": (8, 6), "b": (8, 4)})
-    {'a': (3, None)}
+    >>> parse_ranks("a=3,-;b=exact", {"a": (8, 6), "b": (8, 4), "c": (8, 2)})
+    {'a': (3, None), 'b': None}
     """
-    if "=" not in text:
-        try:
-            in_range = len(text) < 40 and 0 < float(text) <= 1
-        except ValueError:
-            in_range = False
-        if not in_range:
-            raise ValueError(f"--ranks is {text!r}, expected a fraction in (0, 1], or layer=r1,r2,r3,r4;layer=...")
-        return {name: fraction_of(Fraction(text), shape) for name, shape in shapes.items()}
     entries: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(";"))):
         name, _, values = (piece.strip() for piece in part.partition("="))
@@ -134,10 +151,10 @@ def parse_ranks(text: str, shapes: Shapes) -> dict[str, Ranks]:
         if name in entries:
             raise ValueError(f"--ranks names layer {name!r} twice")
         entries[name] = values
-    missing = [name for name in shapes if name not in entries]
-    if missing:
-        raise ValueError(f"--ranks leaves out tuned layers: {_listed(missing)} (layer=exact leaves one uncompressed)")
-    return {name: _layer_ranks(name, values, shapes[name]) for name, values in entries.items() if values != "exact"}
+    return {
+        name: None if values == "exact" else _layer_ranks(name, values, shapes[name])
+        for name, values in entries.items()
+    }
 
 
 def _layer_ranks(name: str, text: str, shape: tuple[int, ...]) -> Ranks:

@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.output:
             check_writable(options.output)
         print(
-            f"{'layer':24}  {'bp ms':>8}  {'lance ms':>8}  {'lance/bp':>8}  {'lance/pytorch':>13}  {'min-max lance':>15}"
+            f"{'layer':24}  {'bp ms':>8}  {'lance ms':>8}  {'lance/bp':>8}  {'lance/pytorch':>13}  {'lance range':>15}"
         )
         rows = []
         for name in options.layers:

@@ -33,7 +33,7 @@ def clamp_and_pack(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarra
 
 def clamp_and_pack_numpy(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarray]:
     """NumPy twin of :func:`clamp_and_pack`."""
-    out = np.clip(x, 0, x.dtype.type(ceiling))
+    out = np.ascontiguousarray(np.clip(x, 0, x.dtype.type(ceiling))).reshape(x.shape)
     return out, np.packbits(((x > 0) & ((x < ceiling) | (ceiling == np.inf))).reshape(-1))
 
 

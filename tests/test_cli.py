@@ -31,6 +31,24 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
     return result
 
 
+def test_ranks_for_some_layers_leave_the_others_to_the_spectra(capsys: pytest.CaptureFixture[str]) -> None:
+    """One layer's ranks stated: the others' are those of the spectra, and the source line says both."""
+    plain = run_json(capsys, "--net", "mobilenetv2", "--tune", "last:2")
+    stated = run_json(capsys, "--net", "mobilenetv2", "--tune", "last:2", "--ranks", "features.18.0=64,128,2,2")
+    ranks = [
+        {row["name"]: row["methods"]["lance"]["ranks"] for row in report["layers"] if row["tuned"]}
+        for report in (plain, stated)
+    ]
+    assert ranks[1] == {**ranks[0], "features.18.0": [64, 128, 2, 2]}
+    assert stated["ranks_from"] == f"--ranks features.18.0=64,128,2,2; all other layers: {plain['ranks_from']}"
+
+
+@pytest.mark.parametrize("net", ["convnet", "mlp"])
+def test_a_net_of_few_layers_needs_no_option(net: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there are fewer than four layers besides the head, all of them train by default."""
+    assert run_json(capsys, "--net", net) == run_json(capsys, "--net", net, "--tune", "all")
+
+
 # ---- published figures ---------------------------------------------------------------------
 
 
@@ -362,7 +380,6 @@ BAD = {
     "rank zero": ([*CASE, "--ranks", RANKS.replace("160", "0")], "1 to 960"),
     "rank negative": ([*CASE, "--ranks", RANKS.replace("160", "-1")], "1 to 960"),
     "too few ranks": ([*CASE, "--ranks", RANKS.replace("160,", "")], "expected 4 ranks"),
-    "layer left out": ([*CASE, "--ranks", "features.18.0=64,128,2,2"], "features.17.conv.2"),
     "layer not tuned": ([*CASE, "--ranks", "features.0.0=64,3,2,2"], "features.0.0"),
     "layer twice": ([*CASE, "--ranks", f"{RANKS};features.18.0=1,1,1,1"], "twice"),
     "ranks and spectra": ([*CASE, "--ranks", "0.5", "--spectra", "x.json"], "expected one of them"),

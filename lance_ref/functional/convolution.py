@@ -23,10 +23,6 @@ from lance_ref.tensor import FLOATS, Shape, Tensor, as_tensor
 class _Weighted(Function):
     """What linear and conv2d share: output = geometry(x, weight) + bias."""
 
-    @staticmethod
-    def geometry(x: Shape, weight: Shape, attributes: dict[str, Any]) -> Geometry:
-        raise NotImplementedError
-
     @classmethod
     def run(
         cls, ctx: Node, geometry: Geometry, store: ActivationStore, x: np.ndarray, weight: np.ndarray

@@ -1,0 +1,220 @@
+"""`python -m analysis.cost_model` on nets and options of the user's own: one line and exit code 2 for every bad one."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_case import CASE, RANKS, ROOT, run_json
+
+from analysis.cost_model import main
+
+# ---- users' nets ---------------------------------------------------------------------------
+
+USER_MODULE = """
+from lance_ref import nn
+
+def with_classes(num_classes):
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), pooled, nn.Linear(4, num_classes))
+
+def without():
+    return with_classes(7)
+
+def fails(num_classes=2):
+    raise RuntimeError("out of\\n luck")
+
+def leaves():
+    raise SystemExit(3)
+
+def none():
+    return None
+
+number = 3
+
+def bare():
+    return nn.ReLU()
+
+def wide():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
+
+def crashes():
+    class Crash(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        def forward(self, x):
+            return {}["missing"]
+    return Crash()
+
+def looks():
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        def forward(self, x):
+            return self.b(self.a(x)) if x.data.sum() > 0 else x
+    return Looks()
+"""
+
+
+@pytest.fixture(name="folder")
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with a module of nets."""
+    (tmp_path / "own_nets.py").write_text(USER_MODULE)
+    (tmp_path / "broken_nets.py").write_text("def net(:\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    for name in ("own_nets", "broken_nets"):
+        sys.modules.pop(name, None)
+    return tmp_path
+
+
+def test_factories_of_the_current_folder(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    """Called with num_classes= if it takes it, else with nothing."""
+    arguments = ["--batch", "2", "--image-size", "8", "--num-classes", "5", "--tune", "all"]
+    assert run_json(capsys, "--net", "own_nets:with_classes", *arguments)["num_classes"] == 5
+    assert run_json(capsys, "--net", "own_nets:without", *arguments)["num_classes"] == 7
+
+
+# ---- bad input -----------------------------------------------------------------------------
+
+BAD = {
+    "no net": ([], "--net"),
+    "unknown net": (["--net", "vgg"], "mobilenetv2"),
+    "no such module": (["--net", "no_such_package.module:factory"], "no_such_package"),
+    "no such factory": (["--net", "own_nets:missing"], "missing"),
+    "half a factory": (["--net", "own_nets:"], "pkg.module:factory"),
+    "syntax error": (["--net", "broken_nets:net"], "SyntaxError"),
+    "factory raises": (["--net", "own_nets:fails"], "RuntimeError: out of luck"),
+    "factory exits": (["--net", "own_nets:leaves"], "SystemExit"),
+    "factory gives None": (["--net", "own_nets:none"], "NoneType"),
+    "factory is a number": (["--net", "own_nets:number"], "int"),
+    "net without layers": (["--net", "own_nets:bare"], "no Conv2d or Linear"),
+    "net with no logits": (["--net", "own_nets:wide", "--image-size", "8", "--tune", "all"], "(128, classes)"),
+    "forward raises": (["--net", "own_nets:crashes", "--input-shape", "4", "--tune", "all"], "KeyError"),
+    "forward looks at values": (["--net", "own_nets:looks", "--input-shape", "4", "--tune", "all"], "has no data"),
+    "input does not fit": (["--net", "mobilenetv2", "--input-shape", "4,224,224"], "(128, 4, 224, 224)"),
+    "image too small": (["--net", "own_nets:without", "--image-size", "2", "--tune", "all"], "empty"),
+    "glob without match": (["--net", "resnet18", "--tune", "layer9.*"], "layer9.*"),
+    "one glob of two without match": (["--net", "resnet18", "--tune", "layer4.*", "layer9.*"], "layer9.*"),
+    "more layers than there are": (["--net", "resnet18", "--tune", "last:99"], "last:99"),
+    "last of nothing": (["--net", "resnet18", "--tune", "last:0"], "last:0"),
+    "last of a word": (["--net", "resnet18", "--tune", "last:x"], "last:x"),
+    "negative batch": (["--net", "resnet18", "--batch", "-1"], "batch is -1"),
+    "zero batch": (["--net", "resnet18", "--batch", "0"], "batch is 0"),
+    "batch of words": (["--net", "resnet18", "--batch", "many"], "'many'"),
+    "zero image size": (["--net", "resnet18", "--image-size", "0"], "image_size is 0"),
+    "zero classes": (["--net", "resnet18", "--num-classes", "0"], "num_classes is 0"),
+    "input shape of words": (["--net", "resnet18", "--input-shape", "3,x,8"], "C,H,W or N"),
+    "input shape of two": (["--net", "resnet18", "--input-shape", "8,8"], "C,H,W or N"),
+    "input shape with zero": (["--net", "resnet18", "--input-shape", "3,0,8"], "C,H,W or N"),
+    "epsilon zero": (["--net", "resnet18", "--epsilon", "0"], "(0, 1]"),
+    "epsilon above one": (["--net", "resnet18", "--epsilon", "1.01"], "(0, 1]"),
+    "epsilon nan": (["--net", "resnet18", "--epsilon", "nan"], "(0, 1]"),
+    "unknown method": (["--net", "resnet18", "--method", "bp", "hosvd"], "bp, lance"),
+    "method twice": (["--net", "resnet18", "--method", "bp", "bp"], "each once"),
+    "unknown convention": (["--net", "resnet18", "--convention", "macs"], "macs"),
+    "unknown accounting": (["--net", "resnet18", "--accounting", "disk"], "disk"),
+    "unknown dtype": (["--net", "resnet18", "--dtype", "float16"], "float16"),
+    "unknown option": (["--net", "resnet18", "--speed"], "--speed"),
+    "ranks above one": (["--net", "resnet18", "--ranks", "1.5"], "(0, 1]"),
+    "ranks zero": (["--net", "resnet18", "--ranks", "0"], "(0, 1]"),
+    "ranks of words": (["--net", "resnet18", "--ranks", "half"], "(0, 1]"),
+    "rank over its mode": ([*CASE, "--ranks", RANKS.replace("160", "961")], "1 to 960"),
+    "rank zero": ([*CASE, "--ranks", RANKS.replace("160", "0")], "1 to 960"),
+    "rank negative": ([*CASE, "--ranks", RANKS.replace("160", "-1")], "1 to 960"),
+    "too few ranks": ([*CASE, "--ranks", RANKS.replace("160,", "")], "expected 4 ranks"),
+    "layer not tuned": ([*CASE, "--ranks", "features.0.0=64,3,2,2"], "features.0.0"),
+    "layer twice": ([*CASE, "--ranks", f"{RANKS};features.18.0=1,1,1,1"], "twice"),
+    "ranks and spectra": ([*CASE, "--ranks", "0.5", "--spectra", "x.json"], "expected one of them"),
+    "missing spectra": (["--net", "resnet18", "--spectra", "nowhere.json"], "nowhere.json"),
+    "folder as spectra": (["--net", "resnet18", "--spectra", "."], "'.'"),
+    "no json": (["--net", "resnet18", "--spectra", "own_nets.py"], "own_nets.py"),
+    "output into nowhere": (["--net", "resnet18", "--tune", "head", "--output", "no/such/x.json"], "no/such"),
+    "output onto a folder": (["--net", "resnet18", "--tune", "head", "--output", "."], "folder"),
+    "data without measuring": (["--net", "resnet18", "--data", "digits"], "--measure"),
+    "unknown data": (
+        ["--net", "convnet", "--tune", "head", "--batch", "2", "--measure", "--data", "nowhere"],
+        "nowhere",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gives_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], folder: Path, name: str) -> None:
+    """Exactly one line that names what came, nothing on stdout, no file."""
+    arguments, named = BAD[name]
+    before = sorted(folder.iterdir())
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    captured = capsys.readouterr()
+    assert exit_info.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+    assert named in captured.err
+    assert [p for p in sorted(folder.iterdir()) if p.name != "__pycache__"] == before
+
+
+def test_bad_input_of_a_real_process(folder: Path) -> None:
+    """The same through the shell: exit code 2, one line, no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "analysis.cost_model", "--net", "own_nets:fails"],
+        capture_output=True, text=True, cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "python -m analysis.cost_model: error: net 'own_nets:fails': the factory raised RuntimeError: out of luck"
+    ]
+
+
+def test_an_output_is_written_whole_or_not_at_all(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure while writing leaves what was there before, and nothing beside it."""
+    target = tmp_path / "report.json"
+    arguments = ["--net", "resnet18", "--tune", "head", "--format", "json", "--output", str(target)]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == ""
+    assert json.loads(target.read_text())["schema"] == 1
+    target.write_text("before")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.endswith("error: disk is full\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    assert target.read_text() == "before"
+
+
+def test_output_of_a_table_and_its_mode(tmp_path: Path) -> None:
+    """A table goes to the file without colours, readable as any file of the user's."""
+    target = tmp_path / "report.txt"
+    assert main(["--net", "resnet18", "--tune", "head", "--output", str(target)]) == 0
+    assert "\x1b" not in target.read_text()
+    assert stat.S_IMODE(target.stat().st_mode) & 0o400
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """A renamed file must not take the place of /dev/null, nor of the target of a link."""
+    assert main(["--net", "resnet18", "--tune", "head", "--output", os.devnull]) == 0
+    assert not Path(os.devnull).is_file()
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.touch()
+    link.symlink_to(target)
+    assert main(["--net", "resnet18", "--tune", "head", "--output", str(link)]) == 0
+    assert link.is_symlink()
+    assert target.read_text()
+
+
+def test_a_piped_table_is_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+    """A pipe may have any encoding, and the table must get through it."""
+    assert main(["--net", "mobilenetv2", "--batch", "8"]) == 0
+    assert capsys.readouterr().out.isascii()

@@ -182,6 +182,12 @@ def _compare_with_pytorch(comparison: Comparison, prediction: Prediction) -> Non
             continue
         forward = sum(2 * bill.cost.forward_macs for bill in bills)
         backward = sum(2 * (bill.cost.grad_input_macs + bill.cost.grad_weight_macs) for bill in bills)
+        reworked = torch_replay.with_groups_reworked([bill.record for bill in bills])
+        if reworked:
+            comparison.notes.append(
+                "PyTorch's FLOP counter forgets groups in the weight gradient; counted as one group on as many times "
+                f"the images: {', '.join(reworked)}"
+            )
         for what, ours, theirs in (("forward", forward, counted.forward), ("backward", backward, counted.backward)):
             comparison.add(method, f"FLOPs {what}, FlopCounterMode", {"all layers": ours}, {"all layers": theirs})
 

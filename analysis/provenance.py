@@ -1,4 +1,4 @@
-"""Where a results file comes from: command, versions, seed, machine."""
+"""Where a results file comes from: command, versions, seed, machine, threads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import sys
 from typing import Any
 
 import lance_ref
+
+THREAD_SETTINGS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "LANCE_REF_THREADS")
+"""Environment variables that decide how many threads the arithmetic uses."""
 
 
 def provenance(module: str, seed: int) -> dict[str, Any]:
@@ -36,6 +39,7 @@ def provenance(module: str, seed: int) -> dict[str, Any]:
             "numba": numba.__version__,
         },
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
+        "threads": {name: os.environ.get(name, "default") for name in THREAD_SETTINGS},
     }
 
 

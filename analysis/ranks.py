@@ -105,7 +105,8 @@ def ranks_from_spectra(spectra: Spectra, shapes: Shapes, epsilon: float, where: 
     source = f"{where} at epsilon {epsilon:g}: {spectra.source}"
     if batches - {spectra.batch}:
         source += (
-            f"; batch mode predicted for {', '.join(map(str, sorted(batches)))} by the law v + n*m once and v otherwise"
+            f"; batch mode predicted for {', '.join(map(str, sorted(batches)))}: v + n*m once, the others spread "
+            "about v as measured"
         )
     return RankChoice(ranks, source)
 

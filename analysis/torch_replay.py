@@ -147,6 +147,18 @@ class Flops:
     backward: int
 
 
+def with_groups_reworked(records: Sequence[OpRecord]) -> list[str]:
+    """Layers whose FLOPs :func:`flops` counts as one group on as many times the images.
+
+    PyTorch's counter forgets groups in the weight gradient: it would bill these layers ``groups`` times too much.
+    """
+    return [r.path for r in records if r.op == "conv2d" and _forgotten_groups(r.attributes, r.inputs[1])]
+
+
+def _forgotten_groups(attributes: Mapping[str, Any], weight: Any) -> bool:
+    return bool(attributes["groups"] > 1 and weight.requires_grad)
+
+
 def flops(records: Sequence[OpRecord]) -> Flops:
     """FLOPs of one step according to ``torch.utils.flop_counter.FlopCounterMode``, on shapes alone."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -211,9 +223,9 @@ def _conv2d(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any
         x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
     bias_or_none = bias[0] if bias else None
     geometry = attributes["stride"], (top, left), attributes["dilation"]
-    if x.is_meta and attributes["groups"] > 1 and weight.requires_grad:
-        # PyTorch's FLOP counter forgets groups in the weight gradient. Groups are alike, so that their
-        # work is the work of one group on as many times the images, and that it counts rightly.
+    if x.is_meta and _forgotten_groups(attributes, weight):
+        # Groups are alike, so that their work is the work of one group on as many times the images, and
+        # that PyTorch's FLOP counter counts rightly.
         (B, C_in, H, W), groups = x.shape, attributes["groups"]
         y = F.conv2d(x.reshape(B * groups, C_in // groups, H, W), weight.chunk(groups)[0], None, *geometry)
         return y.reshape(B, weight.shape[0], *y.shape[2:])

@@ -83,6 +83,15 @@ def pytorch_step(geometry: ConvGeometry) -> Callable[[], None] | None:
     return step
 
 
+def pytorch_version() -> str | None:
+    """Version and number of threads of the peer, None where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return f"{torch.__version__}, {torch.get_num_threads()} threads"
+
+
 def timed(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each repeat, the steps taking turns; one repeat before that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -144,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
                 flush=True,
             )
         if options.output:
-            document = {**provenance("benchmarks.layers", 0), "rows": rows}
+            document = {**provenance("benchmarks.layers", 0), "pytorch": pytorch_version(), "rows": rows}
             write_atomically(options.output, json.dumps(document, indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"python -m benchmarks.layers: error: {one_line(error)}", file=sys.stderr)

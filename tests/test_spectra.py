@@ -288,7 +288,7 @@ def test_another_batch_uses_the_law_and_says_so() -> None:
             ranks = row.methods["lance"].ranks
             assert ranks is not None
             assert 1 <= (ranks[0] or 0) <= 8
-    assert "batch mode predicted for 8 by the law v + n*m" in report.ranks_from
+    assert "batch mode predicted for 8: v + n*m once" in report.ranks_from
 
 
 def test_other_image_sizes_have_no_spectra() -> None:

@@ -1,4 +1,4 @@
-"""The `pytorch` column against PyTorch itself, operation by operation and for the nets of the design brief."""
+"""The `pytorch` column against PyTorch itself, operation by operation and for whole published networks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from cost_cases import CASES, run
 from analysis import torch_replay
 from analysis.account import account
 from analysis.cost_model import predict
+from analysis.measure import compare
+from lance_ref import nn
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -70,3 +72,25 @@ def test_a_wrong_pytorch_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
     prediction = predict("resnet18", 2, 32, None, 10, tune="last:2", methods=["bp"])
     bills = prediction.bills["bp"]
     assert [bill.pytorch_bytes for bill in bills] != torch_replay.saved_bytes([bill.record for bill in bills])
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_groups_in_pytorchs_flop_counter(groups: int) -> None:
+    """Why groups are replayed otherwise: PyTorch bills their weight gradient ``groups`` times. If it stops, so can we."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.empty(2, 6, 5, 5, device="meta")
+    weight = torch.empty(9, 6 // groups, 3, 3, device="meta", requires_grad=True)
+    out = torch.nn.functional.conv2d(x, weight, groups=groups)
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    right = 2 * 2 * 9 * 3 * 3 * (6 // groups) * 3 * 3
+    assert counter.get_total_flops() == right * groups
+
+
+def test_a_measurement_says_where_groups_were_reworked() -> None:
+    """A grouped layer that trains is named under the table; without one, nothing is said."""
+    for groups, said in ((1, False), (3, True)):
+        net = nn.Sequential(nn.Conv2d(3, 6, 3, groups=groups), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+        text = str(compare(predict(net, batch=2, input_shape=(3, 6, 6), methods=["bp"], with_weights=True)))
+        assert ("one group on as many times the images: 0" in text) == said

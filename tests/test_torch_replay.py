@@ -76,7 +76,7 @@ def test_a_wrong_pytorch_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_groups_in_pytorchs_flop_counter(groups: int) -> None:
-    """Why groups are replayed otherwise: PyTorch bills their weight gradient ``groups`` times. If it stops, so can we."""
+    """Why groups are replayed otherwise: PyTorch bills the weight gradient groups times. Once it stops, so can we."""
     from torch.utils.flop_counter import FlopCounterMode
 
     x = torch.empty(2, 6, 5, 5, device="meta")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from analysis.nets import TracedStep
     from lance_ref.datasets import Dataset
 
-MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection")
+MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition")
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ class OpCost:
 
     Attributes
     ----------
-    forward_macs, grad_input_macs, grad_weight_macs, projection_macs : int
-        Multiply-adds of products; 1 multiply-add = 2 FLOPs.
+    forward_macs, grad_input_macs, grad_weight_macs, projection_macs, decomposition_macs : int
+        Multiply-adds of products; 1 multiply-add = 2 FLOPs. Decomposition: finding the directions that
+        this very step projects on (none where they are fixed); LAPACK's part at its nominal count.
     paper_projection_macs, paper_grad_weight_macs : int
         The same two as the LANCE paper bills them (``--convention paper``).
     elementwise : int
@@ -53,6 +54,7 @@ class OpCost:
     grad_input_macs: int = 0
     grad_weight_macs: int = 0
     projection_macs: int = 0
+    decomposition_macs: int = 0
     paper_projection_macs: int = 0
     paper_grad_weight_macs: int = 0
     elementwise: int = 0

@@ -1,85 +1,16 @@
 """Cost rules of the operations that multiply matrices: conv2d, linear, matmul.
 
-A layer with weights keeps what its activation store keeps, so there is one rule per store as well:
-``STORES[name]``. A new method is one entry there.
+A layer with weights keeps what its activation store keeps, so there is one rule per store as well, in
+:mod:`analysis.store_rules`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
-from analysis import tucker_costs
 from analysis.layouts import Layout
 from analysis.op_cost import Call, OpCost, Saved, fresh, rule
-
-
-@dataclass(frozen=True)
-class StoreCost:
-    """What a layer's activation store adds: memory, and the cost of the weight gradient.
-
-    ``pytorch`` is None where PyTorch keeps what it always keeps.
-    """
-
-    grad_weight_macs: int
-    paper_grad_weight_macs: int
-    projection_macs: int = 0
-    paper_projection_macs: int = 0
-    kept_bytes: int = 0
-    subspace_bytes: int = 0
-    elementwise: int = 0
-    ranks: tuple[int | None, ...] | None = None
-    tape: Saved | None = None
-    pytorch: Saved | None = None
-
-
-def exact(call: Call, macs: int) -> StoreCost:
-    """Plain backpropagation: the input itself; dW takes as many multiply-adds as the forward pass."""
-    return StoreCost(macs, macs, kept_bytes=call.record.inputs[0].nbytes, tape=call.save_input("activation", 0))
-
-
-def lance(call: Call, macs: int) -> StoreCost:
-    """LANCE: the core alone, by fixed factors.
-
-    ``elementwise`` is the squares summed of activation and core, for the share of energy kept.
-    """
-    shape, weight = call.record.inputs[0].shape, call.record.inputs[1].shape
-    store = call.record.attributes["store"]
-    ranks = tuple(store["ranks"])
-    core = tucker_costs.core_elements(shape, ranks)
-    if call.record.op == "conv2d":
-        sizes = conv_sizes(call)
-        grad_weight = tucker_costs.conv_weight_gradient_macs(sizes, ranks, store.get("order", "auto"))
-        paper_grad_weight = tucker_costs.conv_papers_macs(sizes, ranks)
-    else:
-        grad_weight = paper_grad_weight = tucker_costs.linear_weight_gradient_macs(shape, weight[0], ranks)
-    kept = fresh("core", core * call.itemsize)
-    return StoreCost(
-        grad_weight_macs=grad_weight,
-        paper_grad_weight_macs=paper_grad_weight,
-        projection_macs=tucker_costs.projection_macs(shape, ranks),
-        paper_projection_macs=tucker_costs.paper_projection_macs(shape, ranks),
-        kept_bytes=core * call.itemsize,
-        subspace_bytes=tucker_costs.factor_elements(shape, ranks) * call.itemsize,
-        elementwise=2 * (math.prod(shape) + core),
-        ranks=ranks,
-        tape=kept,
-        pytorch=kept,
-    )
-
-
-STORES: dict[str, Callable[[Call, int], StoreCost]] = {"exact": exact, "lance": lance}
-"""One cost rule per activation store: (call, multiply-adds of the exact weight gradient) -> StoreCost."""
-
-
-def conv_sizes(call: Call) -> tucker_costs.ConvSizes:
-    """The sizes of a conv2d record."""
-    x, weight, out = call.record.inputs[0].shape, call.record.inputs[1].shape, call.record.output.shape
-    B, C_in, H, W = x
-    _, C_out, H_out, W_out = out
-    k_h, k_w = weight[2:]
-    return tucker_costs.ConvSizes(B, C_in, H, W, C_out, H_out, W_out, k_h, k_w, call.record.attributes["groups"])
+from analysis.store_rules import STORES, conv_sizes
 
 
 @rule("conv2d")
@@ -122,12 +53,13 @@ def _weighted(call: Call, macs: int, in_pytorch: Saved, pytorch_keeps_frozen: bo
         cost.projection_macs, cost.paper_projection_macs = store.projection_macs, store.paper_projection_macs
         cost.paper_bytes, cost.subspace_bytes, cost.ranks = store.kept_bytes, store.subspace_bytes, store.ranks
         cost.elementwise += store.elementwise
-        cost.tape += [store.tape] if store.tape is not None else []
-        cost.pytorch.append(store.pytorch or in_pytorch)
+        cost.decomposition_macs = store.decomposition_macs
+        cost.tape += store.tape
+        cost.pytorch += [in_pytorch] if store.pytorch is None else store.pytorch
     elif call.on_tape and call.needs(0) and pytorch_keeps_frozen:
         cost.pytorch.append(in_pytorch)
     if call.needs(0):
-        cost.grad_input_macs = macs
+        cost.grad_input_macs = macs if store.grad_input_macs is None else store.grad_input_macs
         cost.tape.append(call.save_input("weight", 1))
     if call.needs(0) or (call.needs(1) and pytorch_keeps_frozen):
         cost.pytorch.append(call.save_input("weight", 1))

@@ -14,7 +14,7 @@ from analysis.account import Billed
 SCHEMA = 1
 ACCOUNTINGS = ("paper", "pytorch", "tape")
 CONVENTIONS = ("flops", "paper")
-FLOP_KINDS = ("forward", "grad_input", "grad_weight", "projection")
+FLOP_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class MethodCost:
                 "grad_input": 2 * cost.grad_input_macs,
                 "grad_weight": 2 * cost.grad_weight_macs,
                 "projection": 2 * cost.projection_macs,
+                "decomposition": 2 * cost.decomposition_macs,
             }
         elif billed.tuned:
             counts["forward"] = cost.forward_macs

@@ -148,18 +148,19 @@ def _flops_table(report: Report) -> Table:
 
 def _totals_table(report: Report, accountings: Sequence[str]) -> Table:
     work = "multiply-adds" if report.convention == "paper" else "FLOPs"
-    columns = ["", *accountings, "factors", "tape + factors", *FLOP_KINDS, f"{work}, all", "elementwise"]
+    kinds = [k for k in FLOP_KINDS if k != "decomposition" or any(c.flops[k] for c in report.totals.values())]
+    columns = ["", *accountings, "factors", "tape + factors", *kinds, f"{work}, all", "elementwise"]
     table = _table(f"Totals (memory in MiB, {work} in billions, element-wise operations in billions)", columns, 1)
     totals = report.totals
     for method, cost in totals.items():
         memory = [cost.activation_bytes[name] for name in accountings] + [cost.subspace_bytes, cost.tape_and_factors]
-        giga = [cost.flops[kind] / 1e9 for kind in (*FLOP_KINDS, "total")] + [cost.elementwise / 1e9]
+        giga = [cost.flops[kind] / 1e9 for kind in (*kinds, "total")] + [cost.elementwise / 1e9]
         table.add_row(method, *(f"{n / 2**20:,.3f}" for n in memory), *(f"{n:,.3f}" for n in giga))
     for method in list(totals)[1:]:
         ratios = reductions(totals["bp"], totals[method]) if "bp" in totals else {}
         if ratios:
             shown = [_ratio(ratios[name]) for name in accountings] + ["", _ratio(ratios["tape + factors"])]
-            shown += [""] * len(FLOP_KINDS) + [_ratio(ratios["flops"])]
+            shown += [""] * len(kinds) + [_ratio(ratios["flops"])]
             table.add_row(f"bp / {method}", *shown)
     return table
 

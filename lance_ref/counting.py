@@ -17,8 +17,8 @@ import numpy as np
 
 from lance_ref._state import state
 
-KINDS = ("forward", "grad_input", "grad_weight", "projection", "calibration")
-"""What a multiply-add can be spent on."""
+KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "calibration")
+"""What a multiply-add can be spent on. Decomposition: finding directions anew within a training step."""
 
 
 class MacCounter:
@@ -79,6 +79,23 @@ def add(macs: int) -> None:
     """Report ``macs`` executed multiply-adds (for loops that are not a matrix product)."""
     if state.counter is not None:
         state.counter.macs[state.path, state.kind] += macs
+
+
+def eigh_macs(n: int) -> int:
+    """Nominal multiply-adds of all eigenvalues and eigenvectors of a symmetric (n, n) matrix.
+
+    LAPACK's own work cannot be counted from here; 9 n³ FLOPs is the usual figure for the symmetric QR
+    algorithm with vectors (Golub & Van Loan, Matrix Computations, section 8.3).
+    """
+    return 9 * n**3 // 2
+
+
+def qr_macs(n: int, r: int) -> int:
+    """Nominal multiply-adds of the thin QR decomposition of an (n, r) matrix, n ≥ r, by Householder reflections.
+
+    2 n r² − ⅔ r³ FLOPs for R and as many for Q (Golub & Van Loan, section 5.2).
+    """
+    return (6 * n * r**2 - 2 * r**3) // 3
 
 
 def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

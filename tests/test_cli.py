@@ -133,7 +133,14 @@ def test_a_row(capsys: pytest.CaptureFixture[str]) -> None:
         "ranks": None,
         "activation_bytes": {"paper": 5120, "pytorch": 5120, "tape": 5120},
         "subspace_bytes": 0,
-        "flops": {"forward": 2 * macs, "grad_input": 0, "grad_weight": 2 * macs, "projection": 0, "total": 4 * macs},
+        "flops": {
+            "forward": 2 * macs,
+            "grad_input": 0,
+            "grad_weight": 2 * macs,
+            "projection": 0,
+            "decomposition": 0,
+            "total": 4 * macs,
+        },
         "elementwise": 0,
     }
     lance = row["methods"]["lance"]
@@ -150,7 +157,7 @@ def test_paper_convention(capsys: pytest.CaptureFixture[str]) -> None:
     report = run_json(capsys, *CASE, "--ranks", RANKS, "--convention", "paper")
     last, before = 128 * 1280 * 49 * 320, 128 * 320 * 49 * 960
     assert report["totals"]["bp"]["flops"] == {
-        "forward": last + before, "grad_input": 0, "grad_weight": last + before, "projection": 0,
+        "forward": last + before, "grad_input": 0, "grad_weight": last + before, "projection": 0, "decomposition": 0,
         "total": 2 * (last + before),
     }  # fmt: skip
     # Z1 + Z2 + Z3 + dW of each
@@ -160,6 +167,7 @@ def test_paper_convention(capsys: pytest.CaptureFixture[str]) -> None:
     projection = 128 * 960 * 49 * (64 + 160 + 4) + 128 * 320 * 49 * (64 + 128 + 4)
     assert report["totals"]["lance"]["flops"] == {
         "forward": last + before, "grad_input": 0, "grad_weight": weight, "projection": projection,
+        "decomposition": 0,
         "total": last + before + weight + projection,
     }  # fmt: skip
 

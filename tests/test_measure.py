@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import account, elementwise_rules, product_rules, tucker_costs
+from analysis import account, elementwise_rules, store_rules, tucker_costs
 from analysis.cost_model import predict
 from analysis.measure import Comparison, compare
 from analysis.op_cost import Call, Saved
@@ -223,10 +223,10 @@ def test_planted_groups_forgotten_in_the_backward(
 ) -> None:
     """The fault of PyTorch's counter: forward right, weight gradient times the groups."""
 
-    def forgetful(call: Call, macs: int) -> product_rules.StoreCost:
-        return product_rules.exact(call, macs * call.record.attributes.get("groups", 1))
+    def forgetful(call: Call, macs: int) -> store_rules.StoreCost:
+        return store_rules.lance.exact(call, macs * call.record.attributes.get("groups", 1))
 
-    monkeypatch.setitem(product_rules.STORES, "exact", forgetful)
+    monkeypatch.setitem(store_rules.STORES, "exact", forgetful)
     found = differences()
     assert ("bp", "grad_weight multiply-adds") in found
     assert ("bp", "forward multiply-adds") not in found

@@ -1,8 +1,8 @@
 """The two layers with weights: linear and 2-D convolution.
 
 Both leave it to an activation store to decide what is kept of the input for the weight
-gradient (:mod:`lance_ref.activations`). The input gradient needs the weight alone, so it is
-exact under every store.
+gradient (:mod:`lance_ref.activations`). The input gradient needs the weight alone, so nothing is
+kept for it, and it is exact under every store that does not say otherwise.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Weighted(Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             with spending_on("grad_input"):
-                grad_x = ctx.geometry.input_gradient(ctx["weight"], grad_output)  # type: ignore[attr-defined]
+                grad_x = ctx.store.input_gradient(ctx["weight"], grad_output, ctx.geometry)  # type: ignore[attr-defined]
         if ctx.needs_input_grad[1]:
             saved = {name: ctx[name] for name in ctx.kept}  # type: ignore[attr-defined]
             with spending_on("grad_weight"):

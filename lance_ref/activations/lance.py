@@ -1,19 +1,14 @@
-"""The activation store: what a layer keeps of its input for the weight gradient.
-
-``nn.Conv2d`` and ``nn.Linear`` know nothing of compression. Each holds an :class:`ActivationStore`
-in ``.store``; swapping :class:`Exact` for :class:`Lance` is an assignment. A new method is one class
-here and one cost rule in ``analysis/``.
-"""
+"""LANCE: keep the core of the activation in fixed, calibrated subspaces."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lance_ref import projection
+from lance_ref.activations.base import ActivationStore
 from lance_ref.geometry import Geometry, LinearGeometry
 from lance_ref.tensor import FLOATS, Shape
 
@@ -21,52 +16,6 @@ if TYPE_CHECKING:
     from lance_ref.subspace import Subspace
 
 ORDERS = ("auto", "papers", "separable")
-
-
-class ActivationStore(ABC):
-    """What to keep of an activation, and how to get a weight gradient out of it."""
-
-    name: str
-
-    @abstractmethod
-    def save(self, activation: np.ndarray) -> dict[str, np.ndarray]:
-        """The arrays to keep on the tape, by name. Everything else of ``activation`` is let go."""
-
-    @abstractmethod
-    def weight_gradient(
-        self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry
-    ) -> np.ndarray:
-        """The weight gradient, of the weight's shape, from what :meth:`save` returned."""
-
-    def check(self, input_shape: Shape) -> None:  # noqa: B027  (most stores take any shape)
-        """Raise ValueError if this store cannot take an activation of that shape."""
-
-    def describe(self) -> dict[str, Any]:
-        """What a trace says about this store; at least its name."""
-        return {"name": self.name}
-
-    @property
-    def factor_bytes(self) -> int:
-        """Bytes that must be at hand during training beside the tape."""
-        return 0
-
-
-class Exact(ActivationStore):
-    """Plain backpropagation: keep the activation itself."""
-
-    name = "exact"
-
-    def save(self, activation: np.ndarray) -> dict[str, np.ndarray]:
-        return {"activation": activation}
-
-    def weight_gradient(
-        self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry
-    ) -> np.ndarray:
-        return geometry.weight_gradient(saved["activation"], grad_output)
-
-
-EXACT = Exact()
-"""The default store of every layer; it has no state and is shared."""
 
 
 class Lance(ActivationStore):
@@ -146,7 +95,7 @@ class Lance(ActivationStore):
         if activation.dtype != self.dtype:
             raise TypeError(f"activation has dtype {activation.dtype}, but the factors were made for {self.dtype}")
         core = projection.project(activation, self.factors)
-        self.energy_kept = _energy_ratio(core, activation)
+        self.energy_kept = energy_ratio(core, activation)
         return {"core": core}
 
     def weight_gradient(
@@ -160,7 +109,7 @@ class Lance(ActivationStore):
         return contract(core, self.factors, grad_output, geometry)
 
 
-def _energy_ratio(core: np.ndarray, activation: np.ndarray) -> float | None:
+def energy_ratio(core: np.ndarray, activation: np.ndarray) -> float | None:
     """‖S‖² / ‖A‖², or None for an activation of zeros."""
     total = float(np.vdot(activation, activation))
     return float(np.vdot(core, core)) / total if total > 0 else None

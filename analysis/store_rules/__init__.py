@@ -1,0 +1,6 @@
+"""One cost rule per activation store; importing this package registers them all."""
+
+from analysis.store_rules import lance
+from analysis.store_rules.base import STORES, StoreCost, StoreRule, conv_sizes, store_rule
+
+__all__ = ["STORES", "StoreCost", "StoreRule", "conv_sizes", "lance", "store_rule"]

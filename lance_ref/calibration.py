@@ -8,27 +8,23 @@ machines, and they can be saved.
 from __future__ import annotations
 
 import math
-import operator
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lance_ref import calibration_file
-from lance_ref.activations import EXACT
-from lance_ref.autograd import no_grad
 from lance_ref.calibration_file import Ranks
-from lance_ref.compression import check_shapes, match_layers
-from lance_ref.counting import spending_on
+from lance_ref.compression import check_shapes
+from lance_ref.frame import FeatureMean, Frame, checked_protected, with_direction
 from lance_ref.grams import LayerGrams, check_modes, select_modes
+from lance_ref.listening import chosen_layers, run_over
 from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
 from lance_ref.selection import weighted_layers
 from lance_ref.subspace import Subspace, seen_text, shape_text
-from lance_ref.tensor import Shape, Tensor
+from lance_ref.tensor import Tensor
 from lance_ref.tucker import check_epsilon
 
 __all__ = ["Calibration", "Subspace", "calibrate"]
@@ -185,6 +181,10 @@ def calibrate(
     epsilon: float = 0.7,
     modes: Sequence[str] = ("batch", "channel", "height", "width"),
     progress: bool | None = None,
+    *,
+    protected: Mapping[str, np.ndarray] | None = None,
+    mean_free: bool = False,
+    center: bool = False,
 ) -> Calibration:
     """Find the subspaces that hold the share ``epsilon`` of the energy of each layer's input (one-shot HOSVD).
 
@@ -208,6 +208,15 @@ def calibrate(
         "width" together for "token". The others stay untouched, at no cost.
     progress : bool, optional
         Whether to show a progress bar on stderr; by default if that is a terminal.
+    protected : mapping of layer path to (n, m) array, optional
+        Orthonormal directions M of a layer's feature mode (channels, or features of a linear layer) to
+        leave alone: its activations are replaced by A ×_f (I − MMᵀ), and UᵀM = 0. The weight gradient then
+        has no part along M. Layers that are not named have none.
+    mean_free : bool
+        Protect the direction of the mean activation too. Needs two passes over ``batches``.
+    center : bool
+        Split A = μ + R with the mean activation μ (one number per feature): the subspaces are those of R,
+        and the compressed layer adds the exact weight gradient of μ back. Needs two passes as well.
 
     Returns
     -------
@@ -218,9 +227,10 @@ def calibrate(
     ValueError
         If an argument is out of range, there are no batches or no layers, a layer is not reached or is
         reached with two shapes, or an activation contains NaN or infinity or is always zero.
-        Names the layer and the shapes.
+        Names the layer and the shapes. Also if every direction of a layer's feature mode is protected.
     TypeError
-        For batches that are not arrays, and activations that are not float32 or float64.
+        For an iterator as ``batches`` where two passes are needed, batches that are not arrays, and
+        activations that are not float32 or float64.
 
     Notes
     -----
@@ -242,107 +252,58 @@ def calibrate(
     if isinstance(batches, (np.ndarray, Tensor)):
         raise TypeError(f"batches is a single array of shape {batches.shape}, expected an iterable of them: [array]")
     epsilon, modes = check_epsilon(epsilon), check_modes(modes)
-    paths = _chosen_layers(net, layers)
+    paths = chosen_layers(net, layers)
+    frames = _frames(net, batches, paths, progress, dict(protected or {}), mean_free, center)
     grams: dict[str, LayerGrams] = {}
-    count = 0
-    with _listening(net, paths, grams, modes), _progress_bar(batches, progress) as advance, no_grad():
-        for batch in batches:
-            net(_inputs_of(batch, count))
-            del batch  # before the next one is made
-            count += 1
-            advance()
-    if not count:
-        raise ValueError("batches is empty, expected at least one batch")
-    missed = [path for path in paths if path not in grams]
-    if missed:
-        raise ValueError(f"layers {missed} were not reached by the network's forward pass; leave them out of layers")
+
+    def add_grams(path: str, activation: np.ndarray) -> None:
+        if path not in grams:
+            selected = select_modes(path, activation.shape, modes)
+            grams[path] = LayerGrams(path, activation.shape, selected, frames.get(path))
+        grams[path].add(activation)
+
+    run_over(net, batches, paths, add_grams, progress)
     for layer in grams.values():
         layer.check_energy()
     return Calibration({path: grams[path] for path in paths}, dict.fromkeys(paths, epsilon))
 
 
-def _chosen_layers(net: Module, layers: str | Sequence[str] | None) -> list[str]:
-    """Paths to calibrate, in module order."""
-    available = weighted_layers(net)
-    if layers is not None:
-        return match_layers(layers, list(available), "Conv2d or Linear layer")
-    tuning = getattr(net, "tuning", None)
-    if tuning is not None:
-        chosen = [path for path in available if path in tuning.layers]
-    else:
-        chosen = [path for path, layer in available.items() if layer.weight.requires_grad]
-    if not chosen:
-        raise ValueError("net has no Conv2d or Linear layer that trains (its head aside); name them with layers=...")
-    return chosen
-
-
-@contextmanager
-def _listening(net: Module, paths: Sequence[str], grams: dict[str, LayerGrams], modes: Sequence[str]) -> Iterator[None]:
-    """Evaluation mode, no compression, and a hook on every chosen layer; all put back at the end."""
-    available = weighted_layers(net)
-    training = [(module, module.training) for module in net.modules()]
-    stores = [(layer, layer.store) for layer in available.values()]
-    removers = []
-    try:
-        net.eval()
-        for layer, _ in stores:
-            layer.store = EXACT  # a batch size that an earlier calibration fixed is of no concern here
-        for path in paths:
-            removers.append(available[path].register_forward_pre_hook(_gram_hook(path, grams, modes)))
-        yield
-    finally:
-        for remove in removers:
-            remove()
-        for module, mode in training:
-            module.training = mode
-        for layer, store in stores:
-            layer.store = store
-
-
-def _gram_hook(
-    path: str, grams: dict[str, LayerGrams], modes: Sequence[str]
-) -> Callable[[Module, tuple[Tensor, ...]], None]:
-    def hook(layer: Module, inputs: tuple[Tensor, ...]) -> None:
-        activation = inputs[0].data
-        if path not in grams:
-            _check_modes_of(layer, path, activation.shape)
-            grams[path] = LayerGrams(path, activation.shape, select_modes(path, activation.shape, modes))
-        with spending_on("calibration"):
-            grams[path].add(activation)
-
-    return hook
-
-
-def _check_modes_of(layer: Module, path: str, shape: Shape) -> None:
-    expected = (4,) if isinstance(layer, Conv2d) else (2, 3)
-    if len(shape) not in expected:
-        names = "(B, C, H, W)" if isinstance(layer, Conv2d) else "(B, I) or (B, L, I)"
-        raise ValueError(f"layer {path!r}: activation has shape {shape}, expected {names}")
-
-
-def _inputs_of(batch: Any, index: int) -> np.ndarray | Tensor:
-    """The network's input: the batch itself, or the first of a tuple or list."""
-    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(inputs, (np.ndarray, Tensor)):
+def _frames(
+    net: Module,
+    batches: Iterable[Any],
+    paths: Sequence[str],
+    progress: bool | None,
+    protected: Mapping[str, np.ndarray],
+    mean_free: bool,
+    center: bool,
+) -> dict[str, Frame]:
+    """What to take out of each layer's activations; a first pass over the batches finds the means."""
+    unknown = [path for path in protected if path not in paths]
+    if unknown:
+        raise ValueError(f"protected names layer {unknown[0]!r}, expected one of {', '.join(map(repr, paths))}")
+    if mean_free and center:
+        raise ValueError("mean_free and center are both set: a centred activation has no mean to be free of")
+    sizes = {path: _features(weighted_layers(net)[path]) for path in paths}
+    bases = {path: checked_protected(path, M, sizes[path]) for path, M in protected.items()}
+    if not (mean_free or center):
+        return {path: Frame(M) for path, M in bases.items()}
+    if iter(batches) is batches:
         raise TypeError(
-            f"batch {index} is a {type(batch).__name__} with inputs of type {type(inputs).__name__}, "
-            "expected an array, a Tensor, or a tuple that starts with one"
+            f"batches is an iterator ({type(batches).__name__}), but mean_free and center take two passes over it; "
+            "expected a list, or another iterable that starts anew each time"
         )
-    return inputs
+    means: dict[str, FeatureMean] = {}
+
+    def add_mean(path: str, activation: np.ndarray) -> None:
+        means.setdefault(path, FeatureMean(path, activation.shape)).add(activation)
+
+    run_over(net, batches, paths, add_mean, progress)
+    if center:
+        return {path: Frame(bases.get(path), means[path].mean) for path in paths}
+    return {path: Frame(with_direction(bases.get(path), means[path].mean)) for path in paths}
 
 
-@contextmanager
-def _progress_bar(batches: Iterable[Any], wanted: bool | None) -> Iterator[Callable[[], None]]:
-    """A function to call after each batch."""
-    if wanted is None:
-        wanted = sys.stderr is not None and sys.stderr.isatty()
-    if not wanted:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("calibrating", total=operator.length_hint(batches, 0) or None)
-        yield lambda: bar.advance(task)
+def _features(layer: Module) -> int:
+    """Size of the feature mode of the layer's input."""
+    width: int = layer.weight.shape[1]
+    return width * layer.groups if isinstance(layer, Conv2d) else width

@@ -11,12 +11,18 @@ from typing import Any
 import numpy as np
 
 from lance_ref._npz import load_npz, save_npz
+from lance_ref.frame import Frame, checked_protected, feature_mode
 from lance_ref.grams import LayerGrams
+from lance_ref.tensor import Shape
 from lance_ref.tucker import check_epsilon
 
 KIND = "lance_ref.calibration"
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)
+"""Schema 1 knows neither means nor protected directions."""
+
 Ranks = tuple[int | None, ...]
+FRAME = ("protected", "mean")
 Parts = tuple[dict[str, LayerGrams], dict[str, float], dict[str, Ranks]]
 """What a calibration is made of, by layer path: Grams, energy thresholds, and ranks where they were given."""
 
@@ -42,6 +48,9 @@ def save(
             }
         )
         arrays.update({f"gram{i}.{mode}": K for mode, K in enumerate(layer.grams) if K is not None})
+        for what in FRAME:
+            if (array := getattr(layer.frame, what)) is not None:
+                arrays[f"{what}{i}"] = array
     metadata = json.dumps({"kind": KIND, "schema": SCHEMA, "layers": layers})
     save_npz(path, {"metadata": np.frombuffer(metadata.encode(), np.uint8), **arrays})
 
@@ -59,9 +68,9 @@ def load(path: str | os.PathLike[str]) -> Parts:
     arrays = load_npz(path)
     try:
         metadata = json.loads(arrays.pop("metadata").tobytes())
-        if (metadata["kind"], metadata["schema"]) != (KIND, SCHEMA):
+        if metadata["kind"] != KIND or metadata["schema"] not in READABLE:
             raise ValueError(
-                f"it is {metadata['kind']!r} schema {metadata['schema']}, expected {KIND!r} schema {SCHEMA}"
+                f"it is {metadata['kind']!r} schema {metadata['schema']}, expected {KIND!r} schema {SCHEMA} or 1"
             )
         grams, epsilon, ranks = {}, {}, {}
         for i, layer in enumerate(metadata["layers"]):
@@ -97,8 +106,17 @@ def _load_layer(name: str, entry: Mapping[str, Any], arrays: dict[str, np.ndarra
             raise ValueError(
                 f"layer {name!r} of shape {shape}: Gram of mode {mode} is {came}, expected ({n}, {n}) float64"
             )
-    layer = LayerGrams(name, shape, [False] * len(shape))
+    layer = LayerGrams(name, shape, [False] * len(shape), _load_frame(name, shape, arrays, index))
     layer.grams = tuple(stored.get(mode) for mode in range(len(shape)))
     layer.samples, layer.batches = operator.index(entry["samples"]), operator.index(entry["batches"])
     layer.check_energy()
     return layer
+
+
+def _load_frame(name: str, shape: Shape, arrays: dict[str, np.ndarray], index: int) -> Frame:
+    """The mean and the protected directions of one layer, where the file has them."""
+    n = shape[feature_mode(shape)]
+    protected, mean = (arrays.pop(f"{what}{index}", None) for what in FRAME)
+    if mean is not None and (mean.shape != (n,) or mean.dtype != np.float64 or not np.isfinite(mean).all()):
+        raise ValueError(f"layer {name!r} of shape {shape}: its mean is {mean.shape} {mean.dtype}, expected ({n},)")
+    return Frame(None if protected is None else checked_protected(name, protected, n), mean)

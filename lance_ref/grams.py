@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lance_ref.frame import Frame, feature_mode
 from lance_ref.subspace import Subspace, mode_names
 from lance_ref.tensor import FLOATS, Shape
 from lance_ref.tucker import check_ranks, eigenbasis, energy_rank, gram
@@ -25,16 +26,35 @@ class LayerGrams:
         Shape of its activations; the batch size is that of the first one.
     selected : sequence of bool
         Which modes have a Gram.
+    frame : Frame, optional
+        What is taken out of every activation first.
+
+    Raises
+    ------
+    ValueError
+        If the feature mode is selected and no direction of it is left unprotected.
     """
 
-    def __init__(self, layer: str, shape: Shape, selected: Sequence[bool]) -> None:
+    def __init__(self, layer: str, shape: Shape, selected: Sequence[bool], frame: Frame | None = None) -> None:
         self.layer = layer
         self.shape = shape
         self.mode_names = mode_names(shape)
+        self.frame = Frame() if frame is None else frame
+        if selected[feature_mode(shape)] and not self.free_directions:
+            raise ValueError(
+                f"layer {layer!r}: all {shape[feature_mode(shape)]} directions of its feature mode are protected, "
+                "none is left to learn in; leave the layer out with layers=..."
+            )
         self.grams = tuple(np.zeros((n, n)) if chosen else None for n, chosen in zip(shape, selected, strict=True))
         self.samples = 0
         self.batches = 0
         self._bases: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    @property
+    def free_directions(self) -> int:
+        """Directions of the feature mode that are not protected."""
+        protected = self.frame.protected
+        return self.shape[feature_mode(self.shape)] - (0 if protected is None else protected.shape[1])
 
     def add(self, activation: np.ndarray) -> None:
         """Add one activation's Grams; no reference to it stays behind.
@@ -51,6 +71,7 @@ class LayerGrams:
         self._check_shape(activation.shape, "activation has", "that of the first batch")
         if not activation.size:
             raise ValueError(f"layer {self.layer!r}: activation has shape {activation.shape}, which is empty")
+        activation = self.frame.apply(activation)
         for mode, total in enumerate(self.grams):
             if total is not None:
                 with np.errstate(invalid="ignore", over="ignore"):  # reported below, by name
@@ -71,7 +92,12 @@ class LayerGrams:
         if mine != theirs:
             raise ValueError(f"layer {self.layer!r}: calibrated modes are {theirs}, expected {mine}")
         self._check_shape(other.shape, "the other calibration has", "that of this one")
-        result = LayerGrams(self.layer, self.shape, [K is not None for K in self.grams])
+        if not self.frame.same(other.frame):
+            raise ValueError(
+                f"layer {self.layer!r}: the other calibration has another mean or other protected directions; "
+                "calibrate once over all batches"
+            )
+        result = LayerGrams(self.layer, self.shape, [K is not None for K in self.grams], self.frame)
         result.grams = tuple(
             None if a is None or b is None else a + b for a, b in zip(self.grams, other.grams, strict=True)
         )
@@ -86,17 +112,28 @@ class LayerGrams:
     def check_energy(self) -> None:
         """Raise ValueError if every activation seen was zero."""
         if not any(np.trace(K) > 0 for K in self.grams if K is not None):
+            plain = self.frame.same(Frame())
+            left = "were zero" if plain else "have nothing beside their mean or their protected directions"
             raise ValueError(
-                f"layer {self.layer!r}: all activations of shape {self.shape} were zero, and a zero activation "
+                f"layer {self.layer!r}: all activations of shape {self.shape} {left}, and a zero activation "
                 "has no subspace; leave the layer out with layers=..."
             )
 
     def basis(self, mode: int) -> tuple[np.ndarray, np.ndarray]:
-        """Energies and directions of one calibrated mode, computed once (:func:`~lance_ref.tucker.eigenbasis`)."""
+        """Energies (n,) and directions of one calibrated mode, computed once (:func:`~lance_ref.tucker.eigenbasis`).
+
+        There are n directions; of the feature mode as many fewer as are protected: with N a basis of
+        their null space, U = N V for the eigenvectors V of Nᵀ K N, so that UᵀM = 0 whatever the energies.
+        """
         if mode not in self._bases:
             K = self.grams[mode]
             assert K is not None
-            self._bases[mode] = eigenbasis(K)
+            if mode == feature_mode(self.shape) and self.frame.protected is not None:
+                N = self.frame.free_directions(len(K))  # (n, n - m)
+                energies, vectors = eigenbasis(N.T @ K @ N)
+                self._bases[mode] = np.pad(energies, (0, len(K) - len(energies))), N @ vectors
+            else:
+                self._bases[mode] = eigenbasis(K)
         return self._bases[mode]
 
     def subspace(self, epsilon: float, ranks: Sequence[int | None] | None = None) -> Subspace:
@@ -109,7 +146,7 @@ class LayerGrams:
                 spectra.append(None)
                 continue
             energies, vectors = self.basis(mode)
-            rank = energy_rank(energies, epsilon) if ranks is None else ranks[mode]
+            rank = energy_rank(energies[: vectors.shape[1]], epsilon) if ranks is None else ranks[mode]
             factors.append(None if rank is None else np.ascontiguousarray(vectors[:, :rank]))
             spectra.append(energies)
         return Subspace(
@@ -120,6 +157,7 @@ class LayerGrams:
             epsilon if ranks is None else None,
             self.samples,
             self.batches,
+            self.frame,
         )
 
     def check_ranks(self, ranks: Sequence[int | None]) -> None:
@@ -131,6 +169,12 @@ class LayerGrams:
                     f"layer {self.layer!r}: ranks are {tuple(ranks)}, but its mode {name!r} was not calibrated; "
                     "expected None there"
                 )
+        rank = ranks[feature_mode(self.shape)]
+        if rank is not None and rank > self.free_directions:
+            raise ValueError(
+                f"layer {self.layer!r}: ranks are {tuple(ranks)}, but only {self.free_directions} directions of its "
+                "feature mode are not protected"
+            )
 
     def _check_shape(self, shape: Shape, subject: str, whose: str) -> None:
         """The shape must be ours; the batch size only if the batch mode has a Gram."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lance_ref.frame import Frame
 from lance_ref.tensor import Shape
 from lance_ref.tucker import check_epsilon, check_ranks
 
@@ -39,6 +40,8 @@ class Subspace:
         Entries of the batch mode (images) seen in calibration; 0 if the factors were not calibrated.
     batches : int
         Activations seen in calibration: one per batch and call of the layer.
+    frame : Frame
+        What was taken out of the activations first: the mean, or protected directions.
 
     Attributes
     ----------
@@ -58,12 +61,13 @@ class Subspace:
     epsilon: float | None = None
     samples: int = 0
     batches: int = 0
+    frame: Frame = field(default_factory=Frame)
 
     def __post_init__(self) -> None:
-        for field in ("mode_names", "factors", "spectra"):
-            if len(getattr(self, field)) != len(self.shape):
+        for name in ("mode_names", "factors", "spectra"):
+            if len(getattr(self, name)) != len(self.shape):
                 raise ValueError(
-                    f"{field} has {len(getattr(self, field))} entries, expected one per mode of {self.shape}"
+                    f"{name} has {len(getattr(self, name))} entries, expected one per mode of {self.shape}"
                 )
         for name, n, U, spectrum in zip(self.mode_names, self.shape, self.factors, self.spectra, strict=True):
             if U is not None and not (U.ndim == 2 and U.shape[0] == n and 1 <= U.shape[1] <= n):
@@ -132,6 +136,10 @@ class Subspace:
         for name, n, r, kept in zip(self.mode_names, self.shape, self.ranks, self.energy_kept, strict=True):
             rank = "left alone" if r is None else f"rank {r} of {n}"
             lines.append(f"  {name:<8} {rank}" + ("" if kept is None else f", keeps {kept:.4f} of the energy"))
+        if self.frame.protected is not None:
+            lines.append(f"  orthogonal to {self.frame.protected.shape[1]} protected direction(s)")
+        if self.frame.mean is not None:
+            lines.append("  of the activation without its mean")
         seen = seen_text(self.samples, self.batches) if self.batches else "no calibration"
         lines.append(f"  from {seen}" + ("" if self.epsilon is None else f", epsilon {self.epsilon:g}"))
         return "\n".join(lines)

@@ -34,13 +34,13 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
     assert_same(loaded.with_epsilon(1), calibration.with_epsilon(1), rtol=0, atol=0)
     assert os.listdir(tmp_path) == ["calibration.npz"]
     with np.load(path, allow_pickle=False) as arrays:
-        assert json.loads(arrays["metadata"].tobytes())["schema"] == 1
+        assert json.loads(arrays["metadata"].tobytes())["schema"] == 2
 
 
 def _change(metadata: dict[str, Any], arrays: dict[str, np.ndarray], fault: str) -> None:
     layer = metadata["layers"][0]
     if fault == "schema":
-        metadata["schema"] = 2
+        metadata["schema"] = 3
     elif fault == "kind":
         del metadata["kind"]
     elif fault == "shape":

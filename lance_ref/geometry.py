@@ -5,7 +5,7 @@ the output, the input gradient, and the *exact* weight gradient. With K = (C_in/
 L = H_out·W_out, each of the three takes B·L·C_out·K multiply-adds, whichever way it is run:
 
 * 1×1, stride 1, no padding: one matrix product per image on a view of the input;
-* depthwise (C_in/g = 1): loops, see :mod:`lance_ref.kernels`;
+* depthwise (C_in/g = 1): loops, see :mod:`lance_ref.kernels_depthwise`;
 * everything else: patches are laid out as columns ("im2col") in blocks of bounded size, so that
   the workspace stays under :data:`WORKSPACE_BYTES` whatever the batch.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lance_ref import kernels
+from lance_ref import kernels_depthwise
 from lance_ref.counting import matmul
 from lance_ref.tensor import Shape
 
@@ -87,7 +87,9 @@ class ConvGeometry:
         """Y[b,o,h,w] = Σ_{c,p,q} W[o,c,p,q] · X[b, c, s·h + d·p − top, s·w + d·q − left]."""
         B, C_out, H_out, W_out = self.output_shape
         if self.is_depthwise:
-            return kernels.depthwise_forward(x, weight, self.output_size, self.stride, self.padding, self.dilation)
+            return kernels_depthwise.depthwise_forward(
+                x, weight, self.output_size, self.stride, self.padding, self.dilation
+            )
         if self.is_pointwise:
             columns = x.reshape(B, -1, H_out * W_out)  # (B, C_in, L)
             return matmul(weight.reshape(C_out, -1), columns).reshape(self.output_shape)
@@ -104,7 +106,7 @@ class ConvGeometry:
         B, C_in, H, W = self.input_shape
         C_out, (H_out, W_out) = self.weight_shape[0], self.output_size
         if self.is_depthwise:
-            return kernels.depthwise_input_gradient(
+            return kernels_depthwise.depthwise_input_gradient(
                 weight, grad_output, self.input_shape, self.stride, self.padding, self.dilation
             )
         if self.is_pointwise:
@@ -138,7 +140,7 @@ class ConvGeometry:
         """dW[o,c,p,q] = Σ_{b,h,w} G[b,o,h,w] · X[b, c, s·h + d·p − top, s·w + d·q − left]."""
         C_out, g = self.weight_shape[0], self.groups
         if self.is_depthwise:
-            return kernels.depthwise_weight_gradient(
+            return kernels_depthwise.depthwise_weight_gradient(
                 x, grad_output, self.weight_shape, self.stride, self.padding, self.dilation
             )
         grad = np.zeros((g, C_out // g, math.prod(self.weight_shape[1:])), grad_output.dtype)

@@ -13,46 +13,21 @@ from lance_ref.tensor import Shape
 
 
 def clamp_and_pack(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarray]:
-    """min(max(x, 0), ceiling), and the packed mask of where the gradient passes, in one pass.
+    """min(max(x, 0), ceiling), and the packed mask of where the gradient passes.
 
-    It passes where 0 < x < ceiling, and, if the ceiling is infinite, at infinity too.
+    It passes where 0 < x < ceiling, and, if the ceiling is infinite, at infinity too. Plain NumPy: a
+    compiled loop that packs bits one by one took twice as long.
 
     Returns
     -------
     (array like x, uint8 array of ceil(x.size / 8) bytes)
         NaN stays NaN.
     """
-    if not numba_enabled():
-        return clamp_and_pack_numpy(x, ceiling)
-    source = np.ascontiguousarray(x)
-    out = np.empty(x.shape, source.dtype)  # of x: ascontiguousarray gives a scalar a dimension
-    mask = np.empty((source.size + 7) // 8, np.uint8)
-    _clamp_and_pack.run(mask.size, source.size, source.reshape(-1), out.reshape(-1), mask, source.dtype.type(ceiling))
-    return out, mask
-
-
-def clamp_and_pack_numpy(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarray]:
-    """NumPy twin of :func:`clamp_and_pack`."""
     out = np.ascontiguousarray(np.clip(x, 0, x.dtype.type(ceiling))).reshape(x.shape)
-    return out, np.packbits(((x > 0) & ((x < ceiling) | (ceiling == np.inf))).reshape(-1))
-
-
-@Loops
-def _clamp_and_pack(start, stop, x, out, mask, ceiling):  # type: ignore[no-untyped-def]
-    for byte in range(start, stop):
-        bits = 0
-        first = byte * 8
-        for i in range(first, min(first + 8, x.size)):
-            value = x[i]
-            bits <<= 1
-            if value <= 0:
-                out[i] = 0
-            elif value >= ceiling and ceiling < np.inf:
-                out[i] = ceiling
-            else:
-                out[i] = value
-                bits |= value > 0  # not for NaN
-        mask[byte] = bits << max(0, first + 8 - x.size)
+    passes = np.ascontiguousarray(x > 0)
+    if ceiling < np.inf:
+        passes &= x < ceiling
+    return out, np.packbits(passes.reshape(-1))
 
 
 def apply_mask(mask: np.ndarray, array: np.ndarray, scale: float = 1.0) -> np.ndarray:
@@ -73,14 +48,18 @@ def apply_mask_numpy(mask: np.ndarray, array: np.ndarray, scale: float = 1.0) ->
 
 @Loops
 def _apply_mask(start, stop, mask, array, out, scale):  # type: ignore[no-untyped-def]
+    zero = array.dtype.type(0)
     for byte in range(start, stop):
         bits = mask[byte]
         first = byte * 8
-        for i in range(first, min(first + 8, array.size)):
-            if bits & (128 >> (i - first)):
-                out[i] = array[i] * scale
-            else:
-                out[i] = 0
+        if first + 8 <= array.size:
+            for j in range(8):  # of known length: unrolled
+                value = array[first + j] * scale
+                out[first + j] = value if bits & (128 >> j) else zero
+        else:
+            for j in range(array.size - first):
+                value = array[first + j] * scale
+                out[first + j] = value if bits & (128 >> j) else zero
 
 
 def max_pool_forward(x: np.ndarray, kernel: Pair, stride: Pair, padding: Pair) -> tuple[np.ndarray, np.ndarray]:

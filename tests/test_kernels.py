@@ -12,30 +12,33 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import arrays, conv_geometries
 
-from lance_ref import kernels
+from lance_ref import kernels, kernels_depthwise
 from lance_ref import kernels_elementwise as elementwise
 from lance_ref.geometry import ConvGeometry
 
 needs_numba = pytest.mark.skipif(not kernels.numba_enabled(), reason="Numba is switched off or not installed")
 
 
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "numba_enabled", lambda: False)
-
-
 def both(call: Any) -> tuple[Any, Any]:
     """The compiled result and the twin's."""
     compiled = call()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "numba_enabled", lambda: False)
+        for module in (kernels, kernels_depthwise, elementwise):
+            patch.setattr(module, "numba_enabled", lambda: False)
         return compiled, call()
 
 
 @needs_numba
+@pytest.mark.parametrize("along_channels", [True, False])
 @given(g=conv_geometries(depthwise=True), seed=st.integers(0, 99), double=st.booleans())
-def test_depthwise_kernels_equal_their_twins(g: ConvGeometry, seed: int, double: bool) -> None:
-    """Forward and both gradients for any stride, padding, dilation and channel multiplier."""
+def test_depthwise_kernels_equal_their_twins(along_channels: bool, g: ConvGeometry, seed: int, double: bool) -> None:
+    """Forward and both gradients, either kind of loops, any stride, padding, dilation and channel multiplier."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels_depthwise, "FEW", 1 if along_channels else 1000)
+        check_depthwise(g, seed, double)
+
+
+def check_depthwise(g: ConvGeometry, seed: int, double: bool) -> None:
     dtype, tolerance = (np.float64, 1e-12) if double else (np.float32, 1e-5)
     x, weight, grad_output = arrays(g, seed, dtype)
     for call in (
@@ -89,9 +92,9 @@ def test_a_planted_fault_in_a_twin_is_caught() -> None:
     """The comparison itself can fail: a twin that forgets the padding differs."""
     g = ConvGeometry((1, 2, 5, 5), (2, 1, 3, 3), padding=((1, 0), (1, 0)), groups=2)
     x, weight, _ = arrays(g, 0)
-    right = kernels.depthwise_forward_numpy(x, weight, g.output_size, g.stride, g.padding, g.dilation)
+    right = kernels_depthwise.depthwise_forward_numpy(x, weight, g.output_size, g.stride, g.padding, g.dilation)
     shifted = ((0, 1), (0, 1))
-    wrong = kernels.depthwise_forward_numpy(x, weight, g.output_size, g.stride, shifted, g.dilation)
+    wrong = kernels_depthwise.depthwise_forward_numpy(x, weight, g.output_size, g.stride, shifted, g.dilation)
     np.testing.assert_allclose(g.forward(x, weight), right)
     assert not np.allclose(right, wrong)
 
@@ -125,19 +128,33 @@ def test_a_wrong_setting_is_refused(value: str, monkeypatch: pytest.MonkeyPatch)
         kernels.numba_enabled.__wrapped__()
 
 
-@needs_numba
 @given(n=st.integers(0, 40), ceiling=st.sampled_from([np.inf, 6.0, 0.5]), double=st.booleans())
-def test_clamp_and_pack_equals_its_twin(n: int, ceiling: float, double: bool) -> None:
+def test_clamp_and_pack_element_by_element(n: int, ceiling: float, double: bool) -> None:
     """Values and bits, with sizes that do not fill the last byte, at the borders, and for NaN and infinity."""
     x = np.random.default_rng(n).standard_normal(n).astype(np.float64 if double else np.float32) * 5
     special = [0.0, -0.0, ceiling, np.nan, np.inf, -np.inf][:n]
     x[: len(special)] = special
-    (out, mask), (twin_out, twin_mask) = both(lambda: elementwise.clamp_and_pack(x, ceiling))
-    np.testing.assert_array_equal(out, twin_out)
-    np.testing.assert_array_equal(mask, twin_mask)
-    assert mask.nbytes == -(-n // 8)
-    masked, twin = both(lambda: elementwise.apply_mask(mask, x[::-1], 1.25))
+    out, mask = elementwise.clamp_and_pack(x, ceiling)
+    bits = np.unpackbits(mask, count=n)
+    assert mask.size == (n + 7) // 8
+    assert out.dtype == x.dtype
+    for value, clamped, bit in zip(x, out, bits, strict=True):
+        expected = value if np.isnan(value) else min(max(value, 0), ceiling)
+        np.testing.assert_equal(clamped, expected)
+        assert bit == (value > 0 and (value < ceiling or ceiling == np.inf))
+
+
+@needs_numba
+@given(n=st.integers(0, 40), double=st.booleans())
+def test_apply_mask_equals_its_twin(n: int, double: bool) -> None:
+    """Any size, zeros where the bit is not set even for NaN and infinity."""
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal(n).astype(np.float64 if double else np.float32)
+    x[:2] = [np.nan, np.inf][:n]
+    mask = np.packbits(rng.random(n) < 0.5)
+    masked, twin = both(lambda: elementwise.apply_mask(mask, x, 1.25))
     np.testing.assert_array_equal(masked, twin)
+    assert masked.dtype == x.dtype
 
 
 @needs_numba

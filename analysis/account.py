@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from analysis import elementwise_rules, norm_rules, product_rules  # noqa: F401  (they register their rules)
-from analysis.layouts import NUMPY_KEEPS_ORDER, PYTORCH_KEEPS_ORDER, Memory, Storage, backward_reaches
-from analysis.op_cost import OpCost, Saved, cost_of
+from analysis.layouts import NUMPY_KEEPS_ORDER, PYTORCH_KEEPS_ORDER, Memory, Storage
+from analysis.op_cost import OpCost, Saved
+from analysis.recompute_rules import cost_inside, cost_outside, executed, flatten, inside
 from lance_ref.tracing import OpRecord
 
 Ranks = tuple[int | None, ...]
@@ -21,7 +22,10 @@ WEIGHTED = ("conv2d", "linear")
 
 @dataclass(frozen=True)
 class Billed:
-    """One record with its cost and the bytes billed to it, each storage to the first that keeps it."""
+    """One record with its cost and the bytes billed to it, each storage to the first that keeps it.
+
+    ``in_segment``: whether it runs inside a recomputed segment, which stands before it in the list.
+    """
 
     record: OpRecord
     name: str
@@ -31,6 +35,7 @@ class Billed:
     pytorch_bytes: int
     tape_bytes: int
     subspace_bytes: int
+    in_segment: bool = False
 
 
 def with_stores(records: Sequence[OpRecord], ranks: Mapping[str, Ranks] | None = None) -> list[OpRecord]:
@@ -42,17 +47,27 @@ def with_stores(records: Sequence[OpRecord], ranks: Mapping[str, Ranks] | None =
             if ranks and record.path in ranks:
                 store = {"name": "lance", "ranks": ranks[record.path], "order": "auto"}
             record = replace(record, attributes={**record.attributes, "store": store})
+        elif inside(record):
+            record = replace(record, attributes={**record.attributes, "records": with_stores(inside(record), ranks)})
         changed.append(record)
     return changed
 
 
 def is_tuned(record: OpRecord, head: str | None) -> bool:
-    """Whether this is a call of a layer that trains, the classifier head left out."""
+    """Whether this is a call of a layer that trains, the classifier head left out, or a segment with one inside."""
+    if inside(record):
+        return any(is_tuned(each, head) for each in inside(record))
     return record.op in WEIGHTED and record.inputs[1].requires_grad and record.path != head
 
 
 def account(records: Sequence[OpRecord], head: str | None) -> list[Billed]:
     """Cost of every record of one training step; the last record is the loss.
+
+    The operations inside a recomputed segment follow the segment's own record.
+
+    A step with micro-batches of k examples needs no rule of its own: its passes follow each other, each on its
+    own tape. Account for batch k; the bytes are those of the step, and its operations are those of batch k
+    times the number of micro-batches.
 
     Raises
     ------
@@ -64,9 +79,11 @@ def account(records: Sequence[OpRecord], head: str | None) -> list[Billed]:
     pytorch_seen: set[Storage] = set()
     with_factors: set[str] = set()
     billed = []
-    for record, name, on_tape in zip(records, row_names(records), backward_reaches(records), strict=True):
-        cost = cost_of(record, memory, on_tape)
-        saved_in_pytorch = cost_of(record, in_pytorch, on_tape).pytorch
+    steps = executed(records)
+    for step, name in zip(steps, row_names(flatten(records)), strict=True):
+        record, cost_of = step.record, cost_outside if step.segment is None else cost_inside
+        cost = cost_of(step, memory)
+        saved_in_pytorch = cost_of(step, in_pytorch).pytorch
         tuned = is_tuned(record, head)
         first_call = record.path not in with_factors  # a layer that is called twice has its factors once
         if cost.subspace_bytes:
@@ -81,6 +98,7 @@ def account(records: Sequence[OpRecord], head: str | None) -> list[Billed]:
                 pytorch_bytes=_bill(saved_in_pytorch, pytorch_seen),
                 tape_bytes=_bill(cost.tape, tape_seen),
                 subspace_bytes=cost.subspace_bytes if first_call else 0,
+                in_segment=step.segment is not None,
             )
         )
     return billed

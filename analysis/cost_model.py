@@ -158,9 +158,10 @@ def predict(
 def _tuned_inputs(step: TracedStep) -> dict[str, tuple[int, ...]]:
     """Input shape of every tuned layer that is called, batch first."""
     from analysis.account import WEIGHTED
+    from analysis.recompute_rules import flatten
 
     shapes: dict[str, tuple[int, ...]] = {}
-    for record in step.records:
+    for record in flatten(step.records):
         if record.path in step.tuned_layers and record.op in WEIGHTED:
             shape = record.inputs[0].shape
             if shapes.setdefault(record.path, shape) != shape:

@@ -145,6 +145,8 @@ class Memory:
     def follow(self, record: OpRecord) -> Layout:
         """Take in one operation; gives the layout of its result."""
         inputs = [self.of(value) for value in record.inputs]
+        for inside in record.attributes.get("records", ()):  # of a recomputed segment
+            self.follow(inside)
         if record.output.id in self.layouts:  # the operation returned its input
             return self.layouts[record.output.id]
         layout: Layout | None = None
@@ -167,9 +169,11 @@ class Memory:
         return Layout(Storage(value.nbytes, is_parameter), value.shape, packed_strides(value.shape))
 
 
-def backward_reaches(records: Sequence[OpRecord]) -> list[bool]:
-    """For each record, whether a backward pass from the last record's output comes through it."""
-    wanted = {records[-1].output.id} if records else set()
+def backward_reaches(records: Sequence[OpRecord], start: Value | None = None) -> list[bool]:
+    """For each record, whether a backward pass from ``start``, by default the last output, comes through it."""
+    if start is None and records:
+        start = records[-1].output
+    wanted = set() if start is None else {start.id}
     reached = []
     for record in reversed(records):
         here = record.output.requires_grad and record.output.id in wanted

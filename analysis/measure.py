@@ -20,6 +20,7 @@ import numpy as np
 import lance_ref
 from analysis import torch_replay
 from analysis.account import Billed
+from analysis.recompute_rules import flatten
 from lance_ref import functional as F
 from lance_ref.activations import Lance
 from lance_ref.nn.module import Module
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from analysis.nets import TracedStep
     from lance_ref.datasets import Dataset
 
-MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition")
+MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _compare_step(
             loss = F.cross_entropy(net(Tensor(images)), Tensor(labels))
         tape = lance_ref.tape(loss)
         loss.backward()
-    traced, ran = [(b.record.op, b.record.path) for b in bills], [(r.op, r.path) for r in records]
+    traced, ran = [(b.record.op, b.record.path) for b in bills], [(r.op, r.path) for r in flatten(records)]
     if traced != ran:
         same = next(
             (i for i, (a, b) in enumerate(zip(traced, ran, strict=False)) if a != b), min(len(traced), len(ran))
@@ -170,19 +171,22 @@ def _compare_with_pytorch(comparison: Comparison, prediction: Prediction) -> Non
     comparison.notes.append(f"PyTorch's column: the same operations replayed in PyTorch {torch_replay.version()}")
     for method, bills in prediction.bills.items():
         ranks = prediction.choice.ranks if prediction.choice is not None and method == "lance" else {}
-        saved = torch_replay.saved_bytes([bill.record for bill in bills], ranks)
+        whole = [bill for bill in bills if not bill.in_segment]
+        records = [bill.record for bill in whole]
+        saved = torch_replay.saved_bytes(records, ranks)
         predicted = {bill.name: bill.pytorch_bytes for bill in bills}
-        comparison.add(method, "pytorch bytes", predicted, {b.name: n for b, n in zip(bills, saved, strict=True)})
+        comparison.add(method, "pytorch bytes", predicted, {b.name: n for b, n in zip(whole, saved, strict=True)})
         if method != "bp":
             continue
         try:
-            counted = torch_replay.flops([bill.record for bill in bills])
+            counted = torch_replay.flops(records)
         except LookupError as error:
             comparison.notes.append(f"PyTorch's FLOP counter: skipped: {error}")
             continue
         forward = sum(2 * bill.cost.forward_macs for bill in bills)
-        backward = sum(2 * (bill.cost.grad_input_macs + bill.cost.grad_weight_macs) for bill in bills)
-        reworked = torch_replay.with_groups_reworked([bill.record for bill in bills])
+        costs = [bill.cost for bill in bills]
+        backward = sum(2 * (cost.grad_input_macs + cost.grad_weight_macs + cost.recompute_macs) for cost in costs)
+        reworked = torch_replay.with_groups_reworked(flatten(records))
         if reworked:
             comparison.notes.append(
                 "PyTorch's FLOP counter forgets groups in the weight gradient; counted as one group on as many times "
@@ -196,7 +200,7 @@ def _compare_with_pytorch(comparison: Comparison, prediction: Prediction) -> Non
 def _stores(step: TracedStep, ranks: Mapping[str, Sequence[int | None]]) -> Iterator[None]:
     """LANCE with random factors of exactly these ranks: bytes and multiply-adds depend on nothing else."""
     rng = np.random.default_rng(0)
-    shapes = {r.path: r.inputs[0].shape for r in step.records if r.op in ("conv2d", "linear")}
+    shapes = {r.path: r.inputs[0].shape for r in flatten(step.records) if r.op in ("conv2d", "linear")}
     layers = {path: step.net.get_submodule(path) for path in ranks}
     before = {path: layer.store for path, layer in layers.items()}
     try:

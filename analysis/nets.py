@@ -23,7 +23,7 @@ from lance_ref.tracing import OpRecord, record
 DEFAULT_IMAGE_SIZE = 224
 DEFAULT_TUNE_LAYERS = 4
 DEFAULT_TUNE = f"last:{DEFAULT_TUNE_LAYERS}"
-DEFAULT_INPUT = {"mlp": (784,), "convnet": (3, 32, 32)}
+DEFAULT_INPUT = {"mlp": (784,), "convnet": (3, 32, 32), "mcunet": (3, 128, 128), "resnet8": (3, 32, 32)}
 """Shape of one input for nets that are not for 224-pixel images."""
 
 

@@ -33,9 +33,10 @@ class OpCost:
 
     Attributes
     ----------
-    forward_macs, grad_input_macs, grad_weight_macs, projection_macs, decomposition_macs : int
+    forward_macs, grad_input_macs, grad_weight_macs, projection_macs, decomposition_macs, recompute_macs : int
         Multiply-adds of products; 1 multiply-add = 2 FLOPs. Decomposition: finding the directions that
         this very step projects on (none where they are fixed); LAPACK's part at its nominal count.
+        Recompute: the forward pass once more, of what stands inside a recomputed segment.
     paper_projection_macs, paper_grad_weight_macs : int
         The same two as the LANCE paper bills them (``--convention paper``).
     elementwise : int
@@ -48,6 +49,9 @@ class OpCost:
         Fixed factors that must be at hand.
     ranks : tuple or None
         Rank of each mode, for a compressed layer.
+    second_tape_bytes : int
+        Of a recomputed segment: what its second run keeps while the segment is differentiated, beside
+        ``tape``, which is what is kept until then.
     """
 
     forward_macs: int = 0
@@ -55,6 +59,7 @@ class OpCost:
     grad_weight_macs: int = 0
     projection_macs: int = 0
     decomposition_macs: int = 0
+    recompute_macs: int = 0
     paper_projection_macs: int = 0
     paper_grad_weight_macs: int = 0
     elementwise: int = 0
@@ -63,6 +68,7 @@ class OpCost:
     paper_bytes: int = 0
     subspace_bytes: int = 0
     ranks: tuple[int | None, ...] | None = None
+    second_tape_bytes: int = 0
 
 
 @dataclass(frozen=True)

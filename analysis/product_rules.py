@@ -17,8 +17,8 @@ from analysis.store_rules import STORES, conv_sizes
 def conv2d(call: Call) -> OpCost:
     """Y = X ⋆ W + b; each of its three products takes B·C_out·H_out·W_out·(C_in/g)·k_h·k_w.
 
-    PyTorch keeps the input of a convolution that backward comes through even where its weight is
-    frozen; and with unequal padding it convolves a padded copy, and keeps that.
+    PyTorch keeps the input and the weight of a convolution that backward comes through even where the
+    weight is frozen, or the bias alone trains; and with unequal padding it convolves a padded copy, and keeps that.
     """
     (top, bottom), (left, right) = call.record.attributes["padding"]
     in_pytorch = call.save_input("input", 0)
@@ -56,12 +56,12 @@ def _weighted(call: Call, macs: int, in_pytorch: Saved, pytorch_keeps_frozen: bo
         cost.decomposition_macs = store.decomposition_macs
         cost.tape += store.tape
         cost.pytorch += [in_pytorch] if store.pytorch is None else store.pytorch
-    elif call.on_tape and call.needs(0) and pytorch_keeps_frozen:
+    elif call.on_tape and pytorch_keeps_frozen:
         cost.pytorch.append(in_pytorch)
     if call.needs(0):
         cost.grad_input_macs = macs if store.grad_input_macs is None else store.grad_input_macs
         cost.tape.append(call.save_input("weight", 1))
-    if call.needs(0) or (call.needs(1) and pytorch_keeps_frozen):
+    if call.needs(0) or (call.on_tape and pytorch_keeps_frozen):
         cost.pytorch.append(call.save_input("weight", 1))
     if bias and call.needs(2):
         cost.elementwise += call.n_out

@@ -14,7 +14,7 @@ from analysis.account import Billed
 SCHEMA = 1
 ACCOUNTINGS = ("paper", "pytorch", "tape")
 CONVENTIONS = ("flops", "paper")
-FLOP_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition")
+FLOP_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,13 @@ class MethodCost:
                 "grad_weight": 2 * cost.grad_weight_macs,
                 "projection": 2 * cost.projection_macs,
                 "decomposition": 2 * cost.decomposition_macs,
+                "recompute": 2 * cost.recompute_macs,
             }
         elif billed.tuned:
             counts["forward"] = cost.forward_macs
             counts["grad_weight"] = cost.paper_grad_weight_macs
             counts["projection"] = cost.paper_projection_macs
+            counts["recompute"] = cost.recompute_macs
         return cls(
             cost.ranks,
             {"paper": billed.paper_bytes, "pytorch": billed.pytorch_bytes, "tape": billed.tape_bytes},

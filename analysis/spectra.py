@@ -117,7 +117,8 @@ def _source(net: str, image_size: int | None) -> _Source:
     if net in models.PRETRAINED:
         weights = models.PRETRAINED[net]
         size = image_size or weights.image_size
-        return _Source(models.create(net, pretrained=True), weights.origin, weights.sha256, size, models.preprocess)
+        normalise = models.preprocessing(net)
+        return _Source(models.create(net, pretrained=True), weights.origin, weights.sha256, size, normalise)
     size = image_size or DEFAULT_IMAGE_SIZE
     module = build(net, 1000, (3, size, size), without_weights=False)
     digest = hashlib.sha256()
@@ -142,8 +143,10 @@ def _images(data: str, split: str, size: int) -> tuple[Dataset, str]:
             labels=np.concatenate([half.labels for half in halves]),
         )
         if data in datasets.SOURCES:
-            file = datasets.data_file(datasets.SOURCES[data].file, data)
-            return images, hashlib.sha256(file.read_bytes()).hexdigest()
+            digest = hashlib.sha256()
+            for file in datasets.data_files(data)[0].values():
+                digest.update(file.read_bytes())
+            return images, digest.hexdigest()
     elif Path(data).is_dir():
         images = datasets.load_folder(data, size)
     else:

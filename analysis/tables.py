@@ -148,7 +148,8 @@ def _flops_table(report: Report) -> Table:
 
 def _totals_table(report: Report, accountings: Sequence[str]) -> Table:
     work = "multiply-adds" if report.convention == "paper" else "FLOPs"
-    kinds = [k for k in FLOP_KINDS if k != "decomposition" or any(c.flops[k] for c in report.totals.values())]
+    rare = ("decomposition", "recompute")
+    kinds = [k for k in FLOP_KINDS if k not in rare or any(c.flops[k] for c in report.totals.values())]
     columns = ["", *accountings, "factors", "tape + factors", *kinds, f"{work}, all", "elementwise"]
     table = _table(f"Totals (memory in MiB, {work} in billions, element-wise operations in billions)", columns, 1)
     totals = report.totals

@@ -82,14 +82,29 @@ class Replay:
 
     def run(self, record: OpRecord, ranks: Sequence[int | None] | None = None) -> Any:
         """Run one operation; with ``ranks`` its layer keeps a core in place of its input."""
-        if record.op not in OPS:
+        if record.op not in OPS and record.op != "recompute":
             raise LookupError(f"no PyTorch counterpart for operation {record.op!r} in layer {record.path!r}")
         inputs = [self.get(value) for value in record.inputs]
+        if record.op == "recompute":
+            return self._recompute(record, inputs)
         if record.op == "batch_norm":
             self.excluded += _running(inputs, record.attributes)
         if ranks is not None:
             return _keeping_a_core(self.torch, record, inputs, ranks)
         return OPS[record.op](self.torch, inputs, record.attributes)
+
+    def _recompute(self, record: OpRecord, inputs: list[Any]) -> Any:
+        """A segment under PyTorch's own checkpointing, told to run all of it again as we do."""
+        from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+        def segment(*tensors: Any) -> Any:
+            self.values.update(zip((value.id for value in record.inputs), tensors, strict=True))
+            for inside in record.attributes["records"]:
+                self.values[inside.output.id] = self.run(inside)
+            return self.values[record.output.id]
+
+        with set_checkpoint_early_stop(False):
+            return checkpoint(segment, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _label_bounds(records: Sequence[OpRecord]) -> dict[int, int]:

@@ -1,10 +1,10 @@
 """lance_ref: low-rank activation compression for on-device training, every byte and multiply-add accounted for."""
 
-from lance_ref import activations, datasets, functional, models, nn, optim, tucker
+from lance_ref import activations, checkpoint, datasets, functional, models, nn, optim, training, tucker
 from lance_ref import functional as F
 from lance_ref.autograd import no_grad
 from lance_ref.calibration import Calibration, calibrate
-from lance_ref.compression import compress, restore
+from lance_ref.compression import attach, compress, restore
 from lance_ref.counting import count_macs
 from lance_ref.nn.init import manual_seed
 from lance_ref.selection import tune
@@ -12,6 +12,7 @@ from lance_ref.subspace import Subspace
 from lance_ref.tape_report import tape
 from lance_ref.tensor import Tensor
 from lance_ref.tracing import record, trace
+from lance_ref.training import fit
 
 __version__ = "0.1.0"
 
@@ -21,10 +22,13 @@ __all__ = [
     "Subspace",
     "Tensor",
     "activations",
+    "attach",
     "calibrate",
+    "checkpoint",
     "compress",
     "count_macs",
     "datasets",
+    "fit",
     "functional",
     "manual_seed",
     "models",
@@ -35,6 +39,7 @@ __all__ = [
     "restore",
     "tape",
     "trace",
+    "training",
     "tucker",
     "tune",
 ]

@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lance_ref.autograd import Segment
     from lance_ref.counting import MacCounter
     from lance_ref.tracing import Recorder
 
@@ -16,6 +17,7 @@ class _State(threading.local):
     grad_enabled: bool = True
     recorder: Recorder | None = None
     counter: MacCounter | None = None
+    segment: Segment | None = None  # what runs now will run again in the backward pass, and keeps nothing
     shapes_only: bool = False
     module_paths: dict[int, str] | None = None  # paths below the module that was called first
     path: str = ""  # dotted path of the module that runs, as in `named_modules()`

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from lance_ref._random import Draws
 from lance_ref._state import state
 from lance_ref.tensor import Shape, Tensor, Version
 
@@ -74,16 +75,27 @@ class Function:
         """Gradients of the inputs, in order; None where ``ctx.needs_input_grad`` is False."""
         raise NotImplementedError
 
+    @staticmethod
+    def second_run(ctx: Node) -> Node | None:
+        """For operations that stand for a stretch of others: run these, on the tape; gives the last one's node.
+
+        The backward pass then goes on through the nodes of that run in place of :meth:`backward`.
+        """
+        return None
+
     @classmethod
     def apply(cls, *inputs: Tensor, **attributes: Any) -> Tensor:
         """Check, compute, and, where an input requires gradients, put a node on the tape."""
         dtype = _common_dtype(cls.op, inputs)
         shape = cls.output_shape(*inputs, **attributes)
         requires_grad = state.grad_enabled and any(tensor.requires_grad for tensor in inputs)
+        segment = state.segment
+        if segment is not None:
+            segment.read(inputs)
         if any(tensor._data is None for tensor in inputs):
             output = Tensor.meta(shape, dtype, requires_grad)
         else:
-            node = Node(cls, inputs, requires_grad)
+            node = Node(cls, inputs, requires_grad and segment is None)
             data = cls.forward(node, *[tensor.data for tensor in inputs], **attributes)
             if data.shape != shape or data.dtype != dtype:
                 raise AssertionError(f"{cls.op}: forward gave {data.shape} {data.dtype}, expected {shape} {dtype}")
@@ -92,7 +104,7 @@ class Function:
                 output._version = inputs[0]._version
             if requires_grad:
                 node.close(output)
-                output._node = node
+                output._node = node if segment is None else segment.dropped
                 output.requires_grad = True
         if state.recorder is not None:
             state.recorder.add(cls.op, inputs, attributes, output)
@@ -116,6 +128,57 @@ def _common_dtype(op: str, inputs: tuple[Tensor, ...]) -> np.dtype:
     if common is None:
         raise TypeError(f"{op}: inputs have dtypes {[str(t.dtype) for t in inputs]}, expected float32 or float64")
     return common
+
+
+class _Dropped(Function):
+    """What ran inside a segment and was not kept."""
+
+    op = "recompute"
+
+
+class Segment:
+    """A stretch of computation that keeps nothing on its first run, because backward will run it again.
+
+    Attributes
+    ----------
+    inputs : tuple of Tensor
+        What it starts from.
+    leaves : dict of int to Tensor
+        Parameters that it reads, by uid: unchanged, they give the second run the values of the first.
+    draws : Draws
+        Random generators that it draws from.
+    dropped : Node
+        Stands in the place of the nodes that are not kept.
+    """
+
+    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
+        self.inputs = inputs
+        self.leaves: dict[int, Tensor] = {}
+        self.draws = Draws()
+        self.dropped = Node(_Dropped, (), requires_grad=False)
+        self.dropped.freed = True
+        self.dropped.freed_because = (
+            "this tensor was made inside a Recompute, which keeps its result alone; hand it out as the result"
+        )
+
+    def read(self, inputs: tuple[Tensor, ...]) -> None:
+        """Take note of an operation's inputs.
+
+        Raises
+        ------
+        RuntimeError
+            If one of them carries gradients and came neither from the segment nor through its inputs.
+        """
+        for tensor in inputs:
+            if any(tensor is x for x in self.inputs) or tensor._node is self.dropped:
+                continue
+            if tensor._node is not None and state.grad_enabled:
+                raise RuntimeError(
+                    f"Recompute in {state.path or 'the root module'}: a tensor of shape {tensor.shape} that needs "
+                    "gradients came from outside of the segment; make it an input of the segment"
+                )
+            if getattr(tensor, "is_parameter", False) or (tensor.requires_grad and tensor._data is not None):
+                self.leaves[tensor.uid] = tensor
 
 
 class Saved:
@@ -146,6 +209,10 @@ class Node:
     edges : tuple
         For each input: the node that made it, the leaf tensor to accumulate into, or None.
     """
+
+    freed_because = (
+        "the graph was already consumed by a backward(); pass retain_graph=True to the first one to run it twice"
+    )
 
     def __init__(self, function: type[Function], inputs: tuple[Tensor, ...], requires_grad: bool) -> None:
         self.function = function
@@ -224,12 +291,17 @@ def _run_backward(root: Node, seed: np.ndarray, retain_graph: bool) -> None:
             sequence = -heapq.heappop(queue)
             node, grad_output = nodes.pop(sequence), pending.pop(sequence)
             if node.freed:
-                raise RuntimeError(
-                    f"{node.function.op} in {node.path or 'the root module'}: the graph was already consumed by a "
-                    "backward(); pass retain_graph=True to the first one to run it twice"
-                )
+                raise RuntimeError(f"{node.function.op} in {node.path or 'the root module'}: {node.freed_because}")
             node.check_unchanged()
             state.path = node.path
+            last = node.function.second_run(node)
+            if last is not None:  # go on through its nodes, which are newer than all that is pending
+                if not retain_graph:
+                    node.release()
+                pending[last.sequence], nodes[last.sequence] = grad_output, last
+                heapq.heappush(queue, -last.sequence)
+                del last, grad_output
+                continue
             grads = node.function.backward(node, grad_output)
             edges, shapes = node.edges, node.input_shapes
             if not retain_graph:

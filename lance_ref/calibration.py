@@ -16,10 +16,10 @@ import numpy as np
 
 from lance_ref import calibration_file
 from lance_ref.calibration_file import Ranks
-from lance_ref.compression import check_shapes
+from lance_ref.compression import check_shapes, chosen_layers
 from lance_ref.frame import FeatureMean, Frame, checked_protected, with_direction
 from lance_ref.grams import LayerGrams, check_modes, select_modes
-from lance_ref.listening import chosen_layers, run_over
+from lance_ref.listening import run_over
 from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
 from lance_ref.selection import weighted_layers
@@ -116,6 +116,10 @@ class Calibration(Mapping[str, Subspace]):
             raise ValueError(f"the calibrations have different layers: only here {mine}, only in the other {theirs}")
         grams = {path: self._grams[path].merged(other._grams[path]) for path in self}
         return Calibration(grams, self._epsilon, self._ranks)
+
+    def grams_of(self, path: str) -> LayerGrams:
+        """What was measured of one layer: its Gram matrices, and all directions they have."""
+        return self._grams[path]
 
     def check(self, net: Module) -> None:
         """Raise ValueError if this calibration is of another network; names the layer and both shapes."""

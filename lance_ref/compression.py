@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from lance_ref.activations import EXACT, Lance
+import numpy as np
+
+from lance_ref.activations import EXACT, ActivationStore, Lance
 from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
 from lance_ref.selection import weighted_layers
@@ -20,6 +22,11 @@ def compress(
     calibration: Mapping[str, Subspace],
     order: str = "auto",
     layers: str | Sequence[str] | None = None,
+    *,
+    core_bits: int | None = None,
+    batch_mode: str = "calibrated",
+    batch_ratio: float | None = None,
+    seed: int = 0,
 ) -> list[str]:
     """Have calibrated layers keep the core of their input in place of the input.
 
@@ -35,6 +42,10 @@ def compress(
         Order of contraction of a convolution's weight gradient.
     layers : glob or sequence of globs, optional
         Which of the calibrated layers; all of them by default.
+    core_bits, batch_mode, batch_ratio
+        As :class:`~lance_ref.activations.Lance` takes them: cores as codes, and a random sketch of the batch.
+    seed : int
+        Of the sketches; each layer's is drawn independently of the others'.
 
     Returns
     -------
@@ -52,7 +63,11 @@ def compress(
     subspaces = {path: calibration[path] for path in paths}
     check_shapes(net, {path: subspace.shape for path, subspace in subspaces.items()})
     modules = weighted_layers(net)
-    stores = {path: Lance(subspace, order, modules[path].weight.dtype) for path, subspace in subspaces.items()}
+    seeds = np.random.SeedSequence(seed).generate_state(len(paths))
+    stores = {
+        path: Lance(subspace, order, modules[path].weight.dtype, core_bits, batch_mode, batch_ratio, int(own))
+        for own, (path, subspace) in zip(seeds, subspaces.items(), strict=True)
+    }
     for path, store in stores.items():
         modules[path].store = store
     return paths
@@ -64,6 +79,72 @@ def restore(net: Module) -> list[str]:
     for layer in weighted_layers(net).values():
         layer.store = EXACT
     return changed
+
+
+def attach(
+    net: Module, make: Callable[[str, Module], ActivationStore], layers: str | Sequence[str] | None = None
+) -> list[str]:
+    """Give every chosen layer an activation store of its own.
+
+    Parameters
+    ----------
+    net : Module
+    make : callable
+        ``make(path, layer)`` is the store of that layer; a new one each time, as stores remember things.
+    layers : glob or sequence of globs, optional
+        By default the layers that ``tune`` selected (without the head), or, for a network that was not tuned, all
+        whose weight requires gradients.
+
+    Returns
+    -------
+    list of str
+        Paths of these layers.
+
+    Raises
+    ------
+    ValueError
+        If no layer is chosen, or a glob matches none, or two layers were given the same store. Nothing has been
+        changed then.
+
+    Examples
+    --------
+    >>> from lance_ref import nn
+    >>> from lance_ref.activations import Quantized
+    >>> attach(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), lambda path, layer: Quantized(8))
+    ['0', '1']
+    """
+    modules = weighted_layers(net)
+    stores = {path: make(path, modules[path]) for path in chosen_layers(net, layers)}
+    for path, store in stores.items():
+        if not isinstance(store, ActivationStore):
+            raise TypeError(f"make returned a {type(store).__name__} for layer {path!r}, expected an ActivationStore")
+    if len({id(store) for store in stores.values() if store is not EXACT}) < sum(
+        s is not EXACT for s in stores.values()
+    ):
+        raise ValueError(f"make returned one store for several layers of {list(stores)}, expected a new one for each")
+    for path, store in stores.items():
+        modules[path].store = store
+    return list(stores)
+
+
+def chosen_layers(net: Module, layers: str | Sequence[str] | None) -> list[str]:
+    """Paths of the layers to compress: those named, else those that train without the head, in module order."""
+    available = weighted_layers(net)
+    if layers is not None:
+        return match_layers(layers, list(available), "Conv2d or Linear layer")
+    tuning = getattr(net, "tuning", None)
+    if tuning is not None:
+        chosen = [path for path in available if path in tuning.layers and available[path].weight.requires_grad]
+        if tuning.layers and not chosen:
+            raise ValueError(
+                "no weight of the tuned layers trains, only biases, so there is no activation to compress; name layers "
+                "with layers=..."
+            )
+    else:
+        chosen = [path for path, layer in available.items() if layer.weight.requires_grad]
+    if not chosen:
+        raise ValueError("net has no Conv2d or Linear layer that trains (its head aside); name them with layers=...")
+    return chosen
 
 
 def match_layers(layers: str | Sequence[str], available: Sequence[str], what: str) -> list[str]:

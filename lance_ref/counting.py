@@ -17,8 +17,9 @@ import numpy as np
 
 from lance_ref._state import state
 
-KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "calibration")
-"""What a multiply-add can be spent on. Decomposition: finding directions anew within a training step."""
+KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute", "calibration")
+"""What a multiply-add can be spent on. Decomposition: finding directions anew within a training step.
+Recompute: the forward pass of a segment run again in the backward pass."""
 
 
 class MacCounter:

@@ -12,7 +12,6 @@ import numpy as np
 
 from lance_ref.activations import EXACT
 from lance_ref.autograd import no_grad
-from lance_ref.compression import match_layers
 from lance_ref.counting import spending_on
 from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
@@ -55,21 +54,6 @@ def run_over(
     missed = [path for path in paths if path not in seen]
     if missed:
         raise ValueError(f"layers {missed} were not reached by the network's forward pass; leave them out of layers")
-
-
-def chosen_layers(net: Module, layers: str | Sequence[str] | None) -> list[str]:
-    """Paths to calibrate, in module order."""
-    available = weighted_layers(net)
-    if layers is not None:
-        return match_layers(layers, list(available), "Conv2d or Linear layer")
-    tuning = getattr(net, "tuning", None)
-    if tuning is not None:
-        chosen = [path for path in available if path in tuning.layers]
-    else:
-        chosen = [path for path, layer in available.items() if layer.weight.requires_grad]
-    if not chosen:
-        raise ValueError("net has no Conv2d or Linear layer that trains (its head aside); name them with layers=...")
-    return chosen
 
 
 @contextmanager

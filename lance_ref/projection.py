@@ -22,7 +22,7 @@ import numpy as np
 
 from lance_ref import kernels
 from lance_ref.counting import matmul, tensordot
-from lance_ref.geometry import WORKSPACE_BYTES, ConvGeometry, LinearGeometry
+from lance_ref.geometry import WORKSPACE_BYTES, ConvGeometry, Geometry, LinearGeometry
 from lance_ref.tensor import Shape
 from lance_ref.tucker import contraction_order, multi_mode_product
 
@@ -177,6 +177,30 @@ def linear_weight_gradient(
     axes = list(range(Z.ndim - 1))
     narrow = tensordot(Z, core, (axes, axes))  # (O, r)
     return narrow if U_feature is None else matmul(narrow, U_feature.T)
+
+
+def mean_weight_gradient(mean: np.ndarray, grad_output: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Weight gradient of an input that is ``mean`` (one number per feature) at every place of every sample.
+
+    Linear: dW = (Σ G) μᵀ. Convolution: dW[o,c,p,q] = μ_c Σ_{h,w} (Σ_b G[b,o,h,w]), over the places (h, w) from
+    which kernel offset (p, q) looks into the image and not into the padding.
+
+    Returns
+    -------
+    (O, I) or (C_out, C_in/g, k_h, k_w)
+    """
+    if isinstance(geometry, LinearGeometry):
+        total = grad_output.sum(axis=tuple(range(grad_output.ndim - 1)))  # (O,)
+        return matmul(total[:, None], mean[None])
+    C_out, width, k_h, k_w = geometry.weight_shape
+    H, W = geometry.input_shape[2:]
+    rows = shifted_rows(np.ones((H, 1), mean.dtype), geometry, axis=0)  # (H_out, k_h): 1 inside, 0 outside
+    columns = shifted_rows(np.ones((W, 1), mean.dtype), geometry, axis=1)  # (W_out, k_w)
+    total = matmul(rows.T, matmul(grad_output.sum(axis=0), columns))  # (C_out, k_h, k_w)
+    g = geometry.groups
+    grouped = total.reshape(g, -1, 1)  # (g, C_out/g·k_h·k_w, 1)
+    wide = matmul(grouped, mean.reshape(g, 1, width))  # (g, C_out/g·k_h·k_w, C_in/g)
+    return np.ascontiguousarray(wide.reshape(C_out, k_h, k_w, width).transpose(0, 3, 1, 2))
 
 
 def cheaper_order(core_shape: Shape, factors: Factors, geometry: ConvGeometry) -> str:

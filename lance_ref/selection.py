@@ -6,10 +6,12 @@ import difflib
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lance_ref import nn
 from lance_ref.nn.module import Module
 
+PARAMETERS = ("all", "bias")
 _SHOWN = 6  # layer names that an error lists
 
 
@@ -25,11 +27,14 @@ class Tuning:
         Path of the classifier head, which always trains; None if every layer stands in ``layers``.
     selection : str or tuple of str
         What was asked for.
+    parameters : {"all", "bias"}
+        Whether ``layers`` train whole, or their biases alone.
     """
 
     layers: tuple[str, ...]
     head: str | None
     selection: str | tuple[str, ...]
+    parameters: str = "all"
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -42,10 +47,16 @@ def weighted_layers(net: Module) -> dict[str, Module]:
     return {path: module for path, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
 
 
-def tune(net: Module, selection: str | Sequence[str] = "last:4", train_batchnorm: bool = False) -> Tuning:
+def tune(
+    net: Module,
+    selection: str | Sequence[str] = "last:4",
+    train_batchnorm: bool = False,
+    parameters: str = "all",
+) -> Tuning:
     """Choose the layers that train, and freeze everything else.
 
-    The selected layers and the head require gradients for weight and bias; every other parameter of
+    The selected layers and the head require gradients for weight and bias, or, with
+    ``parameters="bias"``, the selected layers for the bias and the head for both; every other parameter of
     the network does not. A layer below the first that trains therefore leaves nothing on the tape.
 
     Parameters
@@ -62,6 +73,13 @@ def tune(net: Module, selection: str | Sequence[str] = "last:4", train_batchnorm
         train as well and use the statistics of the batch. The others, and without this all of them,
         are frozen: they keep using their running statistics, in training mode too. (One that keeps no
         running statistics cannot be frozen; its weight and bias are.)
+    parameters : {"all", "bias"}
+        ``"bias"``: of the selected layers the biases alone (TinyTL, Cai et al. 2020, arXiv 2007.11622). Their
+        gradients are sums of output gradients, so that nothing of the activation is kept. A layer
+        without a bias of its own trains that of the BatchNorm2d behind it, the next in module order before
+        another layer, which adds to the same channels. Batch norm stays frozen then, as its
+        statistics would keep activations; ``train_batchnorm`` has the biases of all batch norms after
+        the first selected layer train.
 
     Returns
     -------
@@ -71,48 +89,88 @@ def tune(net: Module, selection: str | Sequence[str] = "last:4", train_batchnorm
     ------
     ValueError
         If the network has no Conv2d or Linear layer, ``n`` is not a number from 1 to the number of
-        layers, or a glob matches nothing.
+        layers, a glob matches nothing, or a selected layer has no bias where only biases are to train.
 
     Notes
     -----
     The head is the last Conv2d or Linear layer in the order of ``named_modules()``, which is the
-    order of registration. A layer that shares its weight with a selected one trains with it, and is
-    listed as well.
+    order of registration. A layer that shares its weight (with ``parameters="bias"``, its bias) with a
+    selected one trains with it, and is listed as well.
+
+    Where only biases train there is no activation to compress: :func:`lance_ref.calibrate` says so, and
+    a compressed layer (:func:`lance_ref.compress`) never comes to use its store. In PyTorch training biases alone
+    frees little: its convolution and batch norm keep their input whenever backward comes through.
 
     Examples
     --------
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> tune(net, "last:1")
-    Tuning(layers=('2',), head='4', selection='last:1')
+    Tuning(layers=('2',), head='4', selection='last:1', parameters='all')
     >>> [name for name, parameter in net.named_parameters() if parameter.requires_grad]
     ['2.weight', '2.bias', '4.weight', '4.bias']
+    >>> tune(net, "last:1", parameters="bias").layers
+    ('2',)
+    >>> [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    ['2.bias', '4.weight', '4.bias']
     """
     if not isinstance(net, Module):
         raise TypeError(f"net is a {type(net).__name__}, expected a lance_ref.nn.Module")
+    if parameters not in PARAMETERS:
+        raise ValueError(f"parameters is {parameters!r}, expected one of {', '.join(PARAMETERS)}")
     modules = weighted_layers(net)
     if not modules:
         raise ValueError(f"net has no Conv2d or Linear layer to tune, it is a {type(net).__name__}")
     *body, head = modules
-    chosen = {*_select(body, head, selection), head}
+    selected = _select(body, head, selection)
+    trains = {path: module.weight for path, module in modules.items()} if parameters == "all" else _biases(net)
+    without = [path for path in selected if trains[path] is None]
+    if without:
+        raise ValueError(
+            f"parameters is 'bias', but layer {without[0]!r} has no bias, nor has a BatchNorm2d behind it"
+            + (f"; nor have {len(without) - 1} others" if len(without) > 1 else "")
+        )
 
     net.requires_grad_(False)
-    for path in chosen:
-        modules[path].requires_grad_()
-    layers = tuple(path for path in body if modules[path].weight.requires_grad)
-    _freeze_batchnorm(net, layers[0] if layers and train_batchnorm else None)
-    tuning = Tuning(layers, head, selection if isinstance(selection, str) else tuple(selection))
+    modules[head].requires_grad_()
+    for path in selected:
+        (modules[path] if parameters == "all" else trains[path]).requires_grad_()
+    layers = tuple(path for path in body if getattr(trains[path], "requires_grad", False))
+    first = layers[0] if layers and train_batchnorm else None
+    _freeze_batchnorm(net, first, parameters)
+    tuning = Tuning(layers, head, selection if isinstance(selection, str) else tuple(selection), parameters)
     net.tuning = tuning
     return tuning
 
 
-def _freeze_batchnorm(net: Module, first: str | None) -> None:
-    """Freeze every BatchNorm2d, except those after the layer at path ``first``."""
+def _biases(net: Module) -> dict[str, Any]:
+    """The bias of every Conv2d and Linear layer, or that of the batch norm behind it, or None."""
+    biases: dict[str, Any] = {}
+    latest = ""
+    for path, module in net.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            biases[path], latest = module.bias, path
+            channels = module.weight.shape[0]
+        elif isinstance(module, nn.BatchNorm2d) and latest:
+            if biases[latest] is None and module.num_features == channels:
+                biases[latest] = module.bias
+            latest = ""
+    return biases
+
+
+def _freeze_batchnorm(net: Module, first: str | None, parameters: str) -> None:
+    """Freeze every BatchNorm2d, except those after the layer at path ``first``; of these the bias alone may train."""
     below = True
     for path, module in net.named_modules():
         below = below and (first is None or path != first)
-        if isinstance(module, nn.BatchNorm2d):
+        if not isinstance(module, nn.BatchNorm2d):
+            continue
+        if parameters == "all":
             module.frozen = below and module.track_running_stats
             module.requires_grad_(not below)
+        else:
+            module.frozen = module.track_running_stats
+            if not below and module.bias is not None:
+                module.bias.requires_grad_()
 
 
 def _select(body: list[str], head: str, selection: str | Sequence[str]) -> list[str]:

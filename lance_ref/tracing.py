@@ -99,6 +99,15 @@ class Recorder:
         values = tuple(self.value(tensor) for tensor in inputs)
         self.records.append(OpRecord(op, state.path, values, self.value(output), described))
 
+    @contextmanager
+    def aside(self) -> Iterator[list[OpRecord]]:
+        """Inside the ``with`` block records go to a list of their own."""
+        outer, self.records = self.records, []
+        try:
+            yield self.records
+        finally:
+            self.records = outer
+
 
 @contextmanager
 def record(net: Module | None = None) -> Iterator[list[OpRecord]]:

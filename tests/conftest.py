@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+os.environ["LANCE_REF_OFFLINE"] = "1"  # no test reaches out, nor depends on what was downloaded before
+os.environ["LANCE_REF_CACHE"] = str(Path(__file__).with_name("no-such-cache"))
+
 settings.register_profile(
     "lance_ref",
     deadline=None,  # the first call of a kernel compiles it

@@ -139,6 +139,7 @@ def test_a_row(capsys: pytest.CaptureFixture[str]) -> None:
             "grad_weight": 2 * macs,
             "projection": 0,
             "decomposition": 0,
+            "recompute": 0,
             "total": 4 * macs,
         },
         "elementwise": 0,
@@ -157,7 +158,8 @@ def test_paper_convention(capsys: pytest.CaptureFixture[str]) -> None:
     report = run_json(capsys, *CASE, "--ranks", RANKS, "--convention", "paper")
     last, before = 128 * 1280 * 49 * 320, 128 * 320 * 49 * 960
     assert report["totals"]["bp"]["flops"] == {
-        "forward": last + before, "grad_input": 0, "grad_weight": last + before, "projection": 0, "decomposition": 0,
+        "forward": last + before, "grad_input": 0, "grad_weight": last + before, "projection": 0,
+        "decomposition": 0, "recompute": 0,
         "total": 2 * (last + before),
     }  # fmt: skip
     # Z1 + Z2 + Z3 + dW of each
@@ -167,7 +169,7 @@ def test_paper_convention(capsys: pytest.CaptureFixture[str]) -> None:
     projection = 128 * 960 * 49 * (64 + 160 + 4) + 128 * 320 * 49 * (64 + 128 + 4)
     assert report["totals"]["lance"]["flops"] == {
         "forward": last + before, "grad_input": 0, "grad_weight": weight, "projection": projection,
-        "decomposition": 0,
+        "decomposition": 0, "recompute": 0,
         "total": last + before + weight + projection,
     }  # fmt: skip
 

@@ -119,11 +119,11 @@ def test_each_kind_is_booked_where_it_belongs() -> None:
     first, second = 2 * 4 * 36 * 3, 2 * 5 * 16 * 36
     assert counter.by_layer("0") == {
         "forward": first, "grad_input": first, "grad_weight": 0, "projection": 0, "decomposition": 0,
-            "calibration": 0,
+        "recompute": 0, "calibration": 0,
     }  # fmt: skip
     assert counter.by_layer("1") == {
         "forward": second, "grad_input": second, "grad_weight": second, "projection": 0, "decomposition": 0,
-            "calibration": 0,
+        "recompute": 0, "calibration": 0,
     }  # fmt: skip
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from lance_ref import F, datasets, manual_seed, models, optim
@@ -320,7 +322,7 @@ def test_oversized_member_is_refused(flowers: Path, monkeypatch: pytest.MonkeyPa
 
 def test_unknown_names_are_refused() -> None:
     """A typing error must come back with the names there are."""
-    with pytest.raises(ValueError, match="unknown data set 'cifar', expected one of cifar10, digits, eurosat"):
+    with pytest.raises(ValueError, match="unknown data set 'cifar', expected one of cifar10, cifar100, cifar100_c"):
         datasets.load("cifar")
     for name in ("digits", "mnist"):
         with pytest.raises(ValueError, match="split is 'valid'"):
@@ -372,7 +374,8 @@ REAL = {
 def test_real_files(name: str, data_dir: Path) -> None:
     """A reader that loses images, channels or classes of a real file would distort every measurement."""
     train, test, shape, classes, (class_name, index) = REAL[name]
-    assert set(REAL) == set(datasets.SOURCES) == set(datasets.names()) - {"digits"}
+    assert set(datasets.SOURCES) == set(datasets.names()) - {"digits"}
+    assert set(REAL) == {name for name, source in datasets.SOURCES.items() if source.file is not None}
     data = datasets.load(name, "test", limit=2 * classes, data_dir=data_dir)
     assert data.images.shape == (2 * classes, *shape)
     assert np.bincount(data.labels).tolist() == [2] * classes
@@ -393,6 +396,58 @@ def test_real_mnist_is_mnist(data_dir: Path) -> None:
 def test_lossy_copy_is_called_so() -> None:
     """Figures on the lossy copy must never be taken for CIFAR-10's."""
     assert datasets.SOURCES["cifar10"].title == "CIFAR-10 (JPEG q75 copy)"
+
+
+# ---- a part set aside -------------------------------------------------------------------------
+
+
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=2, max_size=60),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 1000),
+)
+def test_validation_split_is_a_stratified_partition(labels: list[int], fraction: float, seed: int) -> None:
+    """An image on both sides would leak; a class with none of its images set aside could not be judged."""
+    counts = np.bincount(labels, minlength=5)
+    images = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1)
+    data = datasets.Dataset("x", "train", images, np.array(labels, dtype=np.int64), tuple("abcde"), "here")
+    if counts.max() < 2:
+        with pytest.raises(ValueError, match="nothing can be set aside"):
+            datasets.validation_split(data, fraction, seed)
+        return
+    train, validation = datasets.validation_split(data, fraction, seed)
+    assert (train.split, validation.split, train.class_names) == ("train", "validation", data.class_names)
+    both = np.concatenate([train.images, validation.images]).ravel()
+    assert sorted(both) == list(range(len(labels)))
+    for part in (train, validation):
+        assert (np.diff(part.images.ravel().astype(int)) > 0).all()
+        np.testing.assert_array_equal(part.labels, data.labels[part.images.ravel()])
+    aside = np.bincount(validation.labels, minlength=5)
+    for count, taken in zip(counts, aside, strict=True):
+        if count < 2:
+            assert taken == 0
+        else:
+            assert 1 <= taken <= count - 1
+            assert abs(taken - fraction * count) <= 0.5 or taken in (1, count - 1)
+    again = datasets.validation_split(data, fraction, seed)[1]
+    np.testing.assert_array_equal(again.images, validation.images)
+
+
+def test_validation_split_follows_the_seed() -> None:
+    """Another seed must set other images aside, or repeated runs would share one validation part."""
+    digits = datasets.load_digits("test", limit=100)
+    parts = [datasets.validation_split(digits, 0.2, seed)[1].images for seed in (0, 1)]
+    assert (parts[0] != parts[1]).any()
+    assert len(parts[0]) == 20
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, float("nan"), True, "half"])
+def test_bad_fraction_is_refused(fraction: Any) -> None:
+    """A fraction of 0 or 1 would leave one part empty."""
+    with pytest.raises(ValueError, match="fraction is"):
+        datasets.validation_split(datasets.load_digits("test", limit=20), fraction)
+    with pytest.raises(ValueError, match="seed is -1"):
+        datasets.validation_split(datasets.load_digits("test", limit=20), 0.5, seed=-1)
 
 
 # ---- folders ------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def test_resnet_names() -> None:
     assert outputs["layer4.1.conv2"] == (2, 512, 7, 7)
 
 
-@pytest.mark.parametrize("name", ["mobilenetv2", "resnet18", "resnet34", "convnet", "mlp"])
+@pytest.mark.parametrize("name", ["mobilenetv2", "resnet18", "resnet34", "convnet", "mlp", "mcunet", "resnet8"])
 def test_shapes_only_takes_no_memory(name: str) -> None:
     """A trace of a large network would cost its weights."""
     tracemalloc.start()
@@ -189,10 +189,12 @@ def test_mlp_of_gpm() -> None:
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("vgg", {}, "unknown model 'vgg', expected one of convnet, mlp, mobilenetv2, resnet18, resnet34"),
+    ("vgg", {}, "unknown model 'vgg', expected one of convnet, mcunet, mlp, mobilenetv2, resnet18, resnet34, resnet8"),
     ("mobilenetv2", {"num_classes": 0}, "num_classes is 0"),
     ("resnet18", {"num_classes": -1}, "num_classes is -1"),
     ("resnet34", {"num_classes": 2.5}, "num_classes is 2.5"),
+    ("mcunet", {"num_classes": 0}, "num_classes is 0"),
+    ("resnet8", {"num_classes": "10"}, "num_classes is '10'"),
     ("mlp", {"num_classes": True}, "num_classes is True"),
     ("mlp", {"in_features": 0}, "in_features is 0"),
     ("mlp", {"hidden": (4, 0)}, r"hidden\[1\] is 0"),
@@ -218,7 +220,7 @@ def test_unknown_option_is_refused() -> None:
     """A misspelt option must not be ignored."""
     with pytest.raises(TypeError, match="num_class"):
         models.create("mlp", num_class=3)
-    assert models.names() == ["convnet", "mlp", "mobilenetv2", "resnet18", "resnet34"]
+    assert models.names() == ["convnet", "mcunet", "mlp", "mobilenetv2", "resnet18", "resnet34", "resnet8"]
 
 
 # ---- pretrained weights -------------------------------------------------------------------
@@ -235,6 +237,29 @@ def test_preprocess_by_hand() -> None:
     for bad in (pixels[..., :1], pixels.astype(np.float32), pixels[0]):
         with pytest.raises(ValueError, match="pixels has shape"):
             models.preprocess(bad)
+
+
+def test_preprocessing_by_name() -> None:
+    """Each net's weights were trained on another scale of pixels; the wrong one costs most of the accuracy."""
+    pixels = np.zeros((1, 2, 1, 3), np.uint8)
+    pixels[0, 1, 0] = (0, 51, 255)
+    expected = {
+        "mobilenetv2": [-1.0, (51 - 128) / 128, 127 / 128],
+        "mcunet": [-1.0, (51 - 127.5) * 2 / 255, 1.0],
+        "resnet8": [0.0, 51.0, 255.0],
+        "resnet18": [0.0, 0.2, 1.0],
+        "convnet": [0.0, 0.2, 1.0],
+    }
+    for name, values in expected.items():
+        x = models.preprocessing(name)(pixels)
+        assert (x.shape, x.dtype) == ((1, 3, 2, 1), np.dtype(np.float32))
+        np.testing.assert_allclose(x[0, :, 1, 0], values, rtol=1e-6)
+    assert set(models.PRETRAINED) <= set(expected)
+    assert models.preprocessing("mlp")(pixels[..., :1]).shape == (1, 1, 2, 1)
+    with pytest.raises(ValueError, match="pixels has shape"):
+        models.preprocessing("mcunet")(pixels[..., :1])
+    with pytest.raises(ValueError, match="unknown model 'vgg'"):
+        models.preprocessing("vgg")
 
 
 def codes() -> dict[str, np.ndarray]:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lance_ref import F, Tensor, nn, tape, tune
+from analysis import norm_rules, torch_replay
+from analysis.account import account
+from lance_ref import F, Tensor, calibrate, compress, count_macs, models, nn, record, tape, tune
 from lance_ref.models import convnet, mlp, resnet18
 from lance_ref.nn import init
 
@@ -201,3 +203,169 @@ def test_tuning_is_fixed() -> None:
 def test_convnet_in_module_order() -> None:
     """Module order is the order of registration, which is that of execution here."""
     assert tune(convnet(), "all").trained == ("conv1", "conv2", "conv3", "classifier")
+
+
+# ---- biases alone (TinyTL) -------------------------------------------------------------------
+
+
+def test_bias_trains_the_biases_of_the_selected_layers_and_the_whole_head() -> None:
+    """A weight that trained as well would put activations on the tape."""
+    net = Net()
+    tuning = tune(net, "last:2", parameters="bias")
+    assert training(net) == ["body.0.bias", "hidden.bias", *HEAD]
+    assert (tuning.layers, tuning.head, tuning.parameters) == (("body.0", "hidden"), "head", "bias")
+    assert frozen(net) == [True, True]
+    tune(net, "*", parameters="bias")
+    assert training(net) == ["stem.0.bias", "body.0.bias", "hidden.bias", *HEAD]
+    assert tune(net, "head", parameters="bias").layers == ()
+    assert training(net) == HEAD
+    assert tune(net, "last:1").parameters == "all"
+    assert training(net) == HIDDEN + HEAD
+
+
+def test_bias_with_train_batchnorm_trains_their_biases_on_frozen_statistics() -> None:
+    """Statistics of the batch would keep the activation that training biases alone is there to save."""
+    net = Net()
+    tune(net, ["body.0"], train_batchnorm=True, parameters="bias")
+    assert training(net) == ["body.0.bias", "body.1.bias", *HEAD]
+    assert frozen(net) == [True, True]
+
+
+def test_a_layer_without_bias_trains_that_of_the_batch_norm_behind_it() -> None:
+    """In TinyTL's nets the convolutions have no bias; what adds to their channels is batch norm's."""
+    net = models.create("mobilenetv2", num_classes=5, rng=0)
+    tuning = tune(net, "last:3", parameters="bias")
+    assert tuning.layers == ("features.17.conv.1.0", "features.17.conv.2", "features.18.0")
+    assert training(net) == [
+        "features.17.conv.1.1.bias",
+        "features.17.conv.3.bias",
+        "features.18.1.bias",
+        "classifier.1.weight",
+        "classifier.1.bias",
+    ]
+    tune(net, "all", parameters="bias")
+    assert [n for n in training(net) if not n.endswith("bias")] == ["classifier.1.weight"]
+    assert len(training(net)) == 52 + 2
+    with init.shapes_only():
+        residual = resnet18()
+    tune(residual, "last:2", parameters="bias")  # bn2 stands behind conv2, not before the shortcut's convolution
+    assert training(residual)[:2] == ["layer4.1.bn1.bias", "layer4.1.bn2.bias"]
+
+
+def test_selected_layers_without_any_bias_are_refused_before_any_change() -> None:
+    """A selected layer that could not train must not be passed over in silence."""
+    layers = [nn.Conv2d(2, 2, 1, bias=False, rng=0), nn.ReLU(), nn.Conv2d(2, 2, 1, bias=False, rng=1)]
+    net = nn.Sequential(*layers, nn.BatchNorm2d(2, affine=False), nn.Conv2d(2, 3, 1, rng=2))
+    tune(net, "all")
+    before, tuning = training(net), net.tuning
+    with pytest.raises(ValueError, match=r"layer '0' has no bias, nor has a BatchNorm2d behind it; nor have 1 others"):
+        tune(net, "all", parameters="bias")
+    with pytest.raises(ValueError, match="parameters is 'weight', expected one of all, bias"):
+        tune(net, "all", parameters="weight")
+    assert (training(net), net.tuning) == (before, tuning)
+    assert tune(net, "head", parameters="bias").layers == ()
+
+
+def test_a_shared_bias_lists_both_layers() -> None:
+    """A layer that shares its bias with a selected one trains with it."""
+    net = nn.Sequential(*(nn.Linear(3, 3, rng=i) for i in range(4)))
+    net._modules["0"].bias = net._modules["2"].bias
+    assert tune(net, ["2"], parameters="bias").layers == ("0", "2")
+
+
+def bias_step(net: nn.Module, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
+    """Records, tape and counted multiply-adds of one step."""
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    with count_macs() as counter:
+        with record(net) as records:
+            loss = F.cross_entropy(net(x), np.arange(shape[0]) % 5)
+        report = tape(loss)
+        loss.backward()
+    return list(records), report, counter
+
+
+BIAS_NETS = [
+    ("convnet", (2, 3, 16, 16), "all", 3),
+    ("mobilenetv2", (2, 3, 32, 32), "last:6", 6),
+    ("mobilenetv2", (2, 3, 32, 32), "all", 52),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "selection", "count"), BIAS_NETS)
+def test_bias_only_layers_keep_no_input_and_cost_what_is_predicted(
+    name: str, shape: tuple[int, ...], selection: str, count: int
+) -> None:
+    """Convolutions with biases of their own, and with batch norm's: tape and multiply-adds, layer by layer."""
+    net = models.create(name, num_classes=5, rng=0)
+    tuning = tune(net, selection, parameters="bias")
+    assert len(tuning.layers) == count
+    records, report, counter = bias_step(net, shape)
+    assert {entry.path for entry in report.entries if entry.op in ("conv2d", "linear")} == {tuning.head}
+    bills = account(records, tuning.head)
+    for layer in [*tuning.trained, ""]:
+        own = [bill for bill in bills if bill.record.path == layer]
+        assert sum(bill.tape_bytes for bill in own) == report.by_layer().get(layer, 0)
+        for kind in ("forward", "grad_input", "grad_weight"):
+            assert sum(getattr(bill.cost, f"{kind}_macs") for bill in own) == counter.by_layer(layer)[kind]
+    assert sum(bill.tape_bytes for bill in bills) == report.total_bytes
+    assert counter.by_kind()["grad_weight"] == counter.by_layer(tuning.head)["grad_weight"]
+    trained = [p for p in net.parameters() if p.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
+
+
+def test_bias_only_gradients_are_those_of_full_training() -> None:
+    """With batch norm frozen the biases' gradients do not depend on what else trains."""
+    grads = []
+    for parameters in ("all", "bias"):
+        net = Net()
+        tune(net, "all", parameters=parameters)
+        F.cross_entropy(net(np.ones((2, 3, 5, 5), np.float32)), np.array([0, 1])).backward()
+        grads.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+    assert set(grads[1]) == {"stem.0.bias", "body.0.bias", "hidden.bias", *HEAD}
+    for name, grad in grads[1].items():
+        np.testing.assert_array_equal(grad, grads[0][name])
+
+
+def test_pytorch_keeps_the_inputs_of_bias_only_layers_all_the_same() -> None:
+    """The rule against PyTorch's own hooks: training biases alone saves it next to nothing."""
+    pytest.importorskip("torch")
+    kept = {}
+    for parameters in ("all", "bias"):
+        net = models.create("mobilenetv2", num_classes=5, rng=0)
+        tuning = tune(net, "last:4", parameters=parameters)
+        records, _, _ = bias_step(net, (2, 3, 32, 32))
+        bills = account(records, tuning.head)
+        assert [bill.pytorch_bytes for bill in bills] == torch_replay.saved_bytes(records)
+        kept[parameters] = sum(bill.pytorch_bytes for bill in bills)
+    assert kept["bias"] > 0.8 * kept["all"]
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3, rng=0), nn.Flatten(), nn.Linear(4 * 9, 5, rng=1))
+    tune(conv, "all", parameters="bias")  # only the bias, and the input needs no gradient
+    records, _, _ = bias_step(conv, (2, 3, 5, 5))
+    assert [bill.pytorch_bytes for bill in account(records, "2")] == torch_replay.saved_bytes(records)
+
+
+def test_planted_rule_that_keeps_the_input_for_a_bias_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch norm rule that takes a trained bias for a trained weight."""
+    net = models.create("mobilenetv2", num_classes=5, rng=0)
+    tuning = tune(net, "last:2", parameters="bias")
+    records, report, _ = bias_step(net, (2, 3, 32, 32))
+    assert sum(bill.tape_bytes for bill in account(records, tuning.head)) == report.total_bytes
+    monkeypatch.setattr(norm_rules, "_affine_needs", lambda call: (call.needs(2), call.needs(2)))
+    assert sum(bill.tape_bytes for bill in account(records, tuning.head)) != report.total_bytes
+
+
+def test_calibration_after_bias_only_tuning_says_that_there_is_nothing_to_compress() -> None:
+    """A store on a layer whose weight does not train would never be used."""
+    net = Net()
+    x = np.random.default_rng(0).standard_normal((4, 3, 5, 5)).astype(np.float32)
+    tune(net, "last:1")
+    calibration = calibrate(net, [x])
+    tune(net, "last:1", parameters="bias")
+    with pytest.raises(ValueError, match="no weight of the tuned layers trains, only biases"):
+        calibrate(net, [x])
+    plain = tape(net(x).sum()).total_bytes
+    assert compress(net, calibration) == ["hidden"]
+    assert tape(net(x).sum()).total_bytes == plain
+    tune(net, "last:2", parameters="bias")
+    net.get_submodule("body.0").weight.requires_grad_()  # by hand: one layer trains whole after all
+    assert list(calibrate(net, [x])) == ["body.0"]

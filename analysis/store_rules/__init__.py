@@ -1,6 +1,17 @@
 """One cost rule per activation store; importing this package registers them all."""
 
-from analysis.store_rules import lance
+from analysis.store_rules import gradient_filter, lance, quantized, sketch, tucker
 from analysis.store_rules.base import STORES, StoreCost, StoreRule, conv_sizes, store_rule
 
-__all__ = ["STORES", "StoreCost", "StoreRule", "conv_sizes", "lance", "store_rule"]
+__all__ = [
+    "STORES",
+    "StoreCost",
+    "StoreRule",
+    "conv_sizes",
+    "gradient_filter",
+    "lance",
+    "quantized",
+    "sketch",
+    "store_rule",
+    "tucker",
+]

@@ -5,7 +5,12 @@ in ``.store``; swapping :class:`Exact` for :class:`Lance` is an assignment. A ne
 here and one cost rule in ``analysis/store_rules/``.
 """
 
+from lance_ref.activations.asi import Asi
 from lance_ref.activations.base import EXACT, ActivationStore, Exact
+from lance_ref.activations.gradient_filter import GradientFilter
+from lance_ref.activations.hosvd import Hosvd
 from lance_ref.activations.lance import Lance
+from lance_ref.activations.quantized import Quantized
+from lance_ref.activations.sketch import Sketch
 
-__all__ = ["EXACT", "ActivationStore", "Exact", "Lance"]
+__all__ = ["EXACT", "ActivationStore", "Asi", "Exact", "GradientFilter", "Hosvd", "Lance", "Quantized", "Sketch"]

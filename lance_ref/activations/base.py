@@ -29,6 +29,10 @@ class ActivationStore(ABC):
         keep all of it.
         """
 
+    def save_for(self, activation: np.ndarray, geometry: Geometry) -> dict[str, np.ndarray]:
+        """:meth:`save` as a layer calls it, for stores that also need the geometry of the call."""
+        return self.save(activation)
+
     @abstractmethod
     def weight_gradient(
         self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry

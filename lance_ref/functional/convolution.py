@@ -34,7 +34,7 @@ class _Weighted(Function):
             ctx.save_input("weight", 1)
         if ctx.needs_input_grad[1]:
             with spending_on("projection"):
-                kept = store.save(x)
+                kept = store.save_for(x, geometry)
             ctx.kept = tuple(kept)  # type: ignore[attr-defined]
             for name, array in kept.items():
                 if array is x:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref._random import as_generator
+from lance_ref._random import as_generator, will_draw
 from lance_ref.autograd import Function
 from lance_ref.functional.arguments import NUMBERS, Context, Gradients, one_dim
 from lance_ref.functional.elementwise import Unary
@@ -181,6 +181,7 @@ class Dropout(Function):
 
     @staticmethod
     def forward(ctx: Context, x: np.ndarray, p: _Chance) -> np.ndarray:
+        will_draw(p.rng)
         kept = p.rng.random(x.shape, dtype=np.float32) >= p.p
         ctx.scale = 1 / (1 - p.p) if p.p < 1 else 0.0
         ctx.save_for_backward(mask=np.packbits(kept, axis=None))

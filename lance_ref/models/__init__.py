@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from lance_ref.models.convnet import ConvNet, convnet
+from lance_ref.models.mcunet import MCUNet, mcunet
 from lance_ref.models.mlp import MLP, mlp
 from lance_ref.models.mobilenetv2 import MobileNetV2, mobilenetv2
-from lance_ref.models.pretrained import PRETRAINED, Weights, preprocess
+from lance_ref.models.pixels import PREPROCESSING, preprocess, scale_to_one
+from lance_ref.models.pretrained import PRETRAINED, Weights
 from lance_ref.models.resnet import ResNet, resnet18, resnet34
+from lance_ref.models.resnet8 import ResNet8, resnet8
 from lance_ref.nn.module import Module
 
 _FACTORIES: dict[str, Callable[..., Module]] = {
     "convnet": convnet,
+    "mcunet": mcunet,
     "mlp": mlp,
     "mobilenetv2": mobilenetv2,
     "resnet18": resnet18,
     "resnet34": resnet34,
+    "resnet8": resnet8,
 }
 
 
@@ -48,24 +55,63 @@ def create(name: str, **options: Any) -> Module:
     >>> create("mlp", in_features=64, hidden=(32,)).classifier.weight.shape
     (10, 32)
     """
+    _check_name(name)
+    return _FACTORIES[name](**options)
+
+
+def preprocessing(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """What turns pixels into the input of a network, for ``normalise=`` of :func:`lance_ref.datasets.batches`.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`names`.
+
+    Returns
+    -------
+    callable
+        From uint8 (B, H, W, C) to float32 (B, C, H, W). For networks with pretrained weights what these
+        were trained on: (pixel − 128) / 128 for ``mobilenetv2``, (pixel − 127.5) · 2 / 255 for
+        ``mcunet``, the pixel itself for ``resnet8``, all for RGB. The others expect nothing in
+        particular and get pixel / 255, grey or RGB.
+
+    Raises
+    ------
+    ValueError
+        If there is no such network.
+
+    Examples
+    --------
+    >>> preprocessing("mcunet")(np.full((1, 1, 1, 3), 255, np.uint8)).ravel().tolist()
+    [1.0, 1.0, 1.0]
+    """
+    _check_name(name)
+    return PREPROCESSING.get(name, scale_to_one)
+
+
+def _check_name(name: str) -> None:
     if name not in _FACTORIES:
         raise ValueError(f"unknown model {name!r}, expected one of {', '.join(names())}")
-    return _FACTORIES[name](**options)
 
 
 __all__ = [
     "MLP",
     "PRETRAINED",
     "ConvNet",
+    "MCUNet",
     "MobileNetV2",
     "ResNet",
+    "ResNet8",
     "Weights",
     "convnet",
     "create",
+    "mcunet",
     "mlp",
     "mobilenetv2",
     "names",
     "preprocess",
+    "preprocessing",
+    "resnet8",
     "resnet18",
     "resnet34",
 ]

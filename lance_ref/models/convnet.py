@@ -26,6 +26,15 @@ class ConvNet(nn.Module):
         x = self.relu(self.conv3(x))  # (B, 4c, H/4, W/4)
         return self.classifier(F.flatten(F.adaptive_avg_pool2d(x, 2), 1))  # (B, 16c) to (B, num_classes)
 
+    def stages(self) -> list[nn.Module]:
+        """Modules whose composition is ``forward``: each convolution with what follows it, then the head."""
+        return [
+            nn.Sequential(self.conv1, self.relu, self.maxpool),
+            nn.Sequential(self.conv2, self.relu, self.maxpool),
+            nn.Sequential(self.conv3, self.relu),
+            nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), self.classifier),
+        ]
+
 
 def convnet(
     num_classes: int = 10,

@@ -26,6 +26,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(self.flatten(x)))  # (B, num_classes)
 
+    def stages(self) -> list[nn.Module]:
+        """Modules whose composition is ``forward``: ``flatten``, each of ``features``, ``classifier``."""
+        return [self.flatten, *self.features, self.classifier]
+
 
 def mlp(
     num_classes: int = 10,

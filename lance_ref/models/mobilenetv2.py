@@ -88,6 +88,11 @@ class MobileNetV2(nn.Module):
         x = F.flatten(F.adaptive_avg_pool2d(x, 1), 1)  # (B, 1280)
         return self.classifier(x)  # (B, num_classes)
 
+    def stages(self) -> list[nn.Module]:
+        """Modules whose composition is ``forward``: each of ``features``, then the head."""
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.classifier)
+        return [*self.features, head]
+
 
 def mobilenetv2(
     num_classes: int = 1000,

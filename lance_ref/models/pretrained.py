@@ -1,4 +1,4 @@
-"""ImageNet weights for MobileNetV2: 8-bit codes with folded batch norm, and the pixels they expect."""
+"""Pretrained weights: where they are, and how each file's layout becomes a network's state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from lance_ref import nn
 from lance_ref._npz import load_npz
 from lance_ref._state import state
-from lance_ref.datasets.registry import data_file
+from lance_ref.datasets.locate import data_file
 from lance_ref.nn.module import Module
 
 IMAGENET_OUTPUTS = 1001
@@ -49,35 +49,21 @@ PRETRAINED = {
         "5aadcf25572a7692c015f73c60d3e4c36b985cf57977146c9f42c2ef440084d4",
         224,
         "mobilenet_v2_1.0_224_quant.tflite of github.com/google-coral/test_data, Apache-2.0; trained on ImageNet",
-    )
+    ),
+    "mcunet": Weights(
+        "weights/imagenet_mcunet_5fps.npz",
+        "bd0f0d6d54a04bbaf745432e91e5d678849a54198e47655c76423738671435a2",
+        128,
+        "MCUNet-5fps of github.com/mit-han-lab/tiny-training, MIT, dequantised from 8 bits; trained on ImageNet",
+    ),
+    "resnet8": Weights(
+        "weights/mlperf_tiny_resnet8.npz",
+        "a2671cef025ceaeb54c1c3564402b7c0486dfd33ffa19e7e41e136928a75f0d5",
+        32,
+        "pretrainedResnet.h5 of github.com/mlcommons/tiny, Apache-2.0; trained on CIFAR-10",
+    ),
 }
 """Files of pretrained weights by model name."""
-
-
-def preprocess(pixels: np.ndarray) -> np.ndarray:
-    """Pixels as the pretrained MobileNetV2 expects them: (pixel − 128) / 128.
-
-    Parameters
-    ----------
-    pixels : numpy.ndarray (B, H, W, 3) or (B, 3, H, W), uint8
-        RGB, 0..255; 3 in the last axis is taken for the channels first.
-
-    Returns
-    -------
-    numpy.ndarray (B, 3, H, W), float32
-
-    Raises
-    ------
-    ValueError
-        If the pixels are not uint8, or no axis holds three channels.
-    """
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or 3 not in (pixels.shape[3], pixels.shape[1]):
-        raise ValueError(
-            f"pixels has shape {pixels.shape} and dtype {pixels.dtype}, expected (B, H, W, 3) or (B, 3, H, W) uint8"
-        )
-    if pixels.shape[3] == 3:
-        pixels = pixels.transpose(0, 3, 1, 2)  # (B, 3, H, W)
-    return (np.ascontiguousarray(pixels, dtype=np.float32) - np.float32(128)) / np.float32(128)
 
 
 def load_mobilenetv2(net: Module, path: str | os.PathLike[str] | None = None) -> None:
@@ -104,23 +90,84 @@ def load_mobilenetv2(net: Module, path: str | os.PathLike[str] | None = None) ->
     trained from scratch, each batch norm becomes x ↦ x + b: weight 1, bias b, running mean 0 and
     running variance 1 − eps, so that (x − 0) / √(1 − eps + eps) = x up to rounding.
     """
-    if state.shapes_only:
-        raise ValueError("pretrained weights cannot be loaded into a net that has shapes only")
-    if path is None:
-        file = data_file(PRETRAINED["mobilenetv2"].file, "mobilenetv2(pretrained=True)")
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
-        if found != PRETRAINED["mobilenetv2"].sha256:
-            raise ValueError(f"{file}: SHA-256 is {found}, expected {PRETRAINED['mobilenetv2'].sha256}")
-    else:
-        file = Path(path)
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file of pretrained weights")
-    arrays = load_npz(file, max_bytes=MAX_BYTES)
+    file, arrays = _read("mobilenetv2", path)
     try:
         new_state = _state_dict(net, arrays)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     net.load_state_dict(new_state)
+
+
+def load_plain(net: Module, name: str, pretrained: bool | str | os.PathLike[str] | None = True) -> None:
+    """Put weights into a net from a file whose arrays have the net's own names; checks everything first.
+
+    Parameters
+    ----------
+    net : Module
+        Its last layer, ``classifier``, is loaded if it has as many outputs as the file's, and left as it is
+        otherwise.
+    name : str
+        Which of :data:`PRETRAINED`.
+    pretrained : bool or path, optional
+        True takes the pinned file, a path a file of the same layout; False and None do nothing.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file is not there.
+    ValueError
+        If it is damaged, or is not the pinned file, or names, shapes or dtypes do not fit.
+    """
+    if pretrained is None or pretrained is False:
+        return
+    file, arrays = _read(name, None if pretrained is True else pretrained)
+    result = net.state_dict()
+    classifier = arrays.get("classifier.bias")
+    outputs = len(result["classifier.bias"]) if classifier is None or classifier.ndim != 1 else len(classifier)
+    try:
+        for key, own in result.items():
+            rows = (outputs,) if key.startswith("classifier.") else own.shape[:1]
+            array = _checked(arrays, key, (*rows, *own.shape[1:]), np.float32)
+            if array.shape == own.shape:
+                result[key] = array
+        _refuse_others(arrays, set(result))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    net.load_state_dict(result)
+
+
+def _read(name: str, path: str | os.PathLike[str] | None) -> tuple[Path, dict[str, np.ndarray]]:
+    """The file at ``path``, else the pinned file of that name with its checksum compared, and its arrays."""
+    if state.shapes_only:
+        raise ValueError("pretrained weights cannot be loaded into a net that has shapes only")
+    if path is None:
+        file = data_file(PRETRAINED[name].file, f"{name}(pretrained=True)")
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+        if found != PRETRAINED[name].sha256:
+            raise ValueError(f"{file}: SHA-256 is {found}, expected {PRETRAINED[name].sha256}")
+    else:
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file of pretrained weights")
+    return file, load_npz(file, max_bytes=MAX_BYTES)
+
+
+def _checked(arrays: dict[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """The array of that name; raises ValueError unless it has that shape and dtype and is finite."""
+    if name not in arrays:
+        raise ValueError(f"array {name!r} is missing")
+    array = arrays[name]
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(f"array {name!r} is {array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"array {name!r} holds NaN or infinite values")
+    return array
+
+
+def _refuse_others(arrays: dict[str, np.ndarray], used: set[str]) -> None:
+    unexpected = sorted(set(arrays) - used)
+    if unexpected:
+        raise ValueError(f"unexpected array {unexpected[0]!r} (of {len(unexpected)})")
 
 
 def _state_dict(net: Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -141,9 +188,7 @@ def _state_dict(net: Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndar
     if num_classes in (IMAGENET_OUTPUTS, IMAGENET_OUTPUTS - 1):
         result["classifier.1.weight"] = weight[-num_classes:]  # (num_classes, 1280)
         result["classifier.1.bias"] = bias[-num_classes:]  # (num_classes,)
-    unexpected = sorted(set(arrays) - used)
-    if unexpected:
-        raise ValueError(f"unexpected array {unexpected[0]!r} (of {len(unexpected)})")
+    _refuse_others(arrays, used)
     return result
 
 
@@ -165,24 +210,14 @@ def _dequantise(
     arrays: dict[str, np.ndarray], path: str, shape: tuple[int, ...], used: set[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(codes − zero point) · scale, of ``shape``, and the bias; both float32."""
-    expected = {
+    expected: dict[str, tuple[tuple[int, ...], type]] = {
         f"{path}.weight": (shape, np.uint8),
         f"{path}.weight.scale": ((), np.float32),
         f"{path}.weight.zero_point": ((), np.uint8),
         f"{path}.bias": (shape[:1], np.float32),
     }
-    for name, (wanted_shape, dtype) in expected.items():
-        if name not in arrays:
-            raise ValueError(f"array {name!r} is missing")
-        if arrays[name].shape != wanted_shape or arrays[name].dtype != dtype:
-            raise ValueError(
-                f"array {name!r} is {arrays[name].shape} {arrays[name].dtype}, "
-                f"expected {wanted_shape} {np.dtype(dtype)}"
-            )
-        if not np.isfinite(arrays[name]).all():
-            raise ValueError(f"array {name!r} holds NaN or infinite values")
     used.update(expected)
-    codes, scale, zero_point, bias = (arrays[name] for name in expected)
+    codes, scale, zero_point, bias = (_checked(arrays, name, *wanted) for name, wanted in expected.items())
     if scale <= 0:
         raise ValueError(f"array '{path}.weight.scale' is {scale}, expected a positive number")
     return (codes.astype(np.float32) - np.float32(zero_point)) * scale, bias

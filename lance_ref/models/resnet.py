@@ -61,6 +61,12 @@ class ResNet(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 512, H/32, W/32)
         return self.fc(F.flatten(self.avgpool(x), 1))  # (B, num_classes)
 
+    def stages(self) -> list[nn.Module]:
+        """Modules whose composition is ``forward``: the stem, each block, the head."""
+        stem = nn.Sequential(self.conv1, self.bn1, self.relu, self.maxpool)
+        head = nn.Sequential(self.avgpool, nn.Flatten(), self.fc)
+        return [stem, *self.layer1, *self.layer2, *self.layer3, *self.layer4, head]
+
 
 def resnet18(num_classes: int = 1000, rng: Rng = None) -> ResNet:
     """ResNet-18 for RGB images (B, 3, H, W).

@@ -21,6 +21,7 @@ from lance_ref.nn.layers import (
 )
 from lance_ref.nn.module import Module, Parameter
 from lance_ref.nn.normalization import BatchNorm2d, LayerNorm
+from lance_ref.nn.recompute import Recompute, checkpoint_sequential
 
 __all__ = [
     "GELU",
@@ -39,10 +40,12 @@ __all__ = [
     "Parameter",
     "ReLU",
     "ReLU6",
+    "Recompute",
     "Sequential",
     "Sigmoid",
     "Softmax",
     "Tanh",
+    "checkpoint_sequential",
     "init",
     "utils",
 ]

@@ -148,6 +148,10 @@ class Sequential(Module):
             x = module(x)
         return x
 
+    def stages(self) -> list[Module]:
+        """The modules, whose composition is ``forward``."""
+        return list(self)
+
     def __len__(self) -> int:
         return len(self._modules)
 

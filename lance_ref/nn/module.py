@@ -136,12 +136,21 @@ class Module:
 
     def get_submodule(self, path: str) -> Module:
         """The module at a dotted path, ``""`` for this one."""
-        module = self
+        module = self._named()
         for name in path.split(".") if path else []:
-            if name not in module._modules:
+            child = module._child(name)
+            if child is None:
                 raise AttributeError(f"no module {path!r}: {type(module).__name__} has no child {name!r}")
-            module = module._modules[name]
+            module = child._named()
         return module
+
+    def _child(self, name: str) -> Module | None:
+        """The module one step down a path."""
+        return self._modules.get(name)
+
+    def _named(self) -> Module:
+        """The module that a path which ends here means: this one, or what it wraps without a name of its own."""
+        return self
 
     # ---- state -----------------------------------------------------------------------
 

@@ -1,0 +1,139 @@
+"""MCUNet (Lin et al., NeurIPS 2020, arXiv 2007.10319): the searched ImageNet model for 5 frames a second.
+
+The layout is that of the deployed 8-bit model, with batch norm folded into the convolutions, which
+therefore have biases. 128-pixel images, 630,224 parameters with 1000 classes.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from lance_ref import functional as F
+from lance_ref import nn
+from lance_ref.models.initialise import Rng, check_positive_int, kaiming_fan_out, source
+from lance_ref.models.pretrained import load_plain
+from lance_ref.tensor import Tensor
+
+FIRST_CHANNELS = 16
+
+BLOCKS = (
+    # expansion, channels out, stride, kernel of the depthwise convolution
+    (1, 8, 1, 3),
+    (4, 16, 2, 3),
+    (3, 16, 1, 3),
+    (3, 24, 2, 7),
+    (5, 24, 1, 3),
+    (5, 40, 2, 3),
+    (4, 40, 1, 7),
+    (4, 48, 1, 5),
+    (3, 48, 1, 3),
+    (4, 48, 1, 3),
+    (5, 96, 2, 7),
+    (4, 96, 1, 5),
+    (4, 96, 1, 5),
+    (6, 160, 1, 3),
+)
+
+
+class MCUBlock(nn.Module):
+    """x + project(relu6(depthwise(relu6(expand(x))))); the addition only where shapes allow it.
+
+    Parameters
+    ----------
+    C_in, C_out : int
+    stride : {1, 2}
+        Of the depthwise convolution.
+    expand_ratio : int
+        Hidden channels = C_in · expand_ratio; 1 leaves the expansion out.
+    kernel_size : int
+        Of the depthwise convolution, odd.
+    rng : int, numpy.random.Generator or None
+    """
+
+    def __init__(self, C_in: int, C_out: int, stride: int, expand_ratio: int, kernel_size: int, rng: Rng) -> None:
+        super().__init__()
+        hidden = C_in * expand_ratio
+        self.use_res_connect = stride == 1 and C_in == C_out
+        self.has_expand = expand_ratio != 1
+        if self.has_expand:
+            self.expand = _conv(C_in, hidden, 1, 1, 1, rng)
+        self.depthwise = _conv(hidden, hidden, kernel_size, stride, hidden, rng)
+        self.project = _conv(hidden, C_out, 1, 1, 1, rng)
+        self.relu6 = nn.ReLU6()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.relu6(self.expand(x)) if self.has_expand else x  # (B, hidden, H, W)
+        out = self.project(self.relu6(self.depthwise(hidden)))  # (B, C_out, H/stride, W/stride)
+        return x + out if self.use_res_connect else out
+
+
+class MCUNet(nn.Module):
+    """``first_conv relu6 blocks.0`` … ``blocks.13 classifier``; see :func:`mcunet`."""
+
+    def __init__(self, num_classes: int, rng: Rng) -> None:
+        super().__init__()
+        self.first_conv = _conv(3, FIRST_CHANNELS, 3, 2, 1, rng)
+        self.relu6 = nn.ReLU6()
+        blocks = []
+        C_in = FIRST_CHANNELS
+        for expand_ratio, C_out, stride, kernel_size in BLOCKS:
+            blocks.append(MCUBlock(C_in, C_out, stride, expand_ratio, kernel_size, rng))
+            C_in = C_out
+        self.blocks = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(C_in, num_classes, rng=rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu6(self.first_conv(x))  # (B, 16, H/2, W/2)
+        x = self.blocks(x)  # (B, 160, H/32, W/32)
+        return self.classifier(F.flatten(F.adaptive_avg_pool2d(x, 1), 1))  # (B, num_classes)
+
+    def stages(self) -> list[nn.Module]:
+        """Modules whose composition is ``forward``: first convolution, each block, head."""
+        stem = nn.Sequential(self.first_conv, self.relu6)
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.classifier)
+        return [stem, *self.blocks, head]
+
+
+def mcunet(num_classes: int = 1000, pretrained: bool | str | os.PathLike[str] | None = None, rng: Rng = None) -> MCUNet:
+    """MCUNet-5fps for RGB images (B, 3, H, W), 128x128 by custom.
+
+    Parameters
+    ----------
+    num_classes : int
+    pretrained : bool or path, optional
+        True reads the ImageNet weights of :data:`~lance_ref.models.PRETRAINED` from the folder of
+        data (``LANCE_REF_DATA``) and checks their SHA-256; a path reads a file of the same layout.
+        The classifier is loaded for 1000 classes; any other number gets a fresh one.
+        Feed such a net with :func:`models.preprocessing("mcunet") <lance_ref.models.preprocessing>`.
+    rng : int or numpy.random.Generator, optional
+        Seed or generator of the initial weights; the library's default generator otherwise.
+
+    Returns
+    -------
+    MCUNet
+
+    Raises
+    ------
+    ValueError
+        If ``num_classes`` is out of range, or the weights do not fit.
+    FileNotFoundError
+        If the pretrained weights are not there.
+
+    Notes
+    -----
+    Without weights, convolutions start from N(0, 2 / (C_out/groups · k_h · k_w)) and bias 0, the
+    classifier from PyTorch's default. There is no batch norm, so training from scratch is delicate.
+    """
+    check_positive_int("num_classes", num_classes)
+    net = MCUNet(num_classes, source(rng))
+    load_plain(net, "mcunet", pretrained)
+    return net
+
+
+def _conv(C_in: int, C_out: int, kernel_size: int, stride: int, groups: int, rng: Rng) -> nn.Conv2d:
+    conv = nn.Conv2d(C_in, C_out, kernel_size, stride, (kernel_size - 1) // 2, groups=groups, rng=rng)
+    if conv.bias is not None and not conv.bias.is_meta:
+        conv.bias.data = np.zeros_like(conv.bias.data)
+    return kaiming_fan_out(conv, rng)

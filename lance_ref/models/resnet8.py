@@ -1,0 +1,112 @@
+"""ResNet-8, the image-classification network of MLPerf Tiny (Banbury et al., 2021, arXiv 2106.07597)."""
+
+from __future__ import annotations
+
+import os
+
+from lance_ref import functional as F
+from lance_ref import nn
+from lance_ref.models.initialise import Rng, check_positive_int, kaiming_fan_out, source
+from lance_ref.models.pretrained import load_plain
+from lance_ref.tensor import Tensor
+
+CHANNELS = (16, 32, 64)
+EPS = 1e-3
+"""Added to the variance by every batch norm; Keras's default, not PyTorch's."""
+
+
+class Stem(nn.Module):
+    """relu(bn(conv(x)))"""
+
+    def __init__(self, C_out: int, rng: Rng) -> None:
+        super().__init__()
+        self.conv = _conv(3, C_out, 3, 1, rng)
+        self.bn = nn.BatchNorm2d(C_out, EPS)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn(self.conv(x)))
+
+
+class Stack(nn.Module):
+    """relu(shortcut(x) + bn2(conv2(relu(bn1(conv1(x)))))); the shortcut, where shapes change, has no batch norm."""
+
+    def __init__(self, C_in: int, C_out: int, stride: int, rng: Rng) -> None:
+        super().__init__()
+        self.conv1 = _conv(C_in, C_out, 3, stride, rng)
+        self.bn1 = nn.BatchNorm2d(C_out, EPS)
+        self.relu = nn.ReLU()
+        self.conv2 = _conv(C_out, C_out, 3, 1, rng)
+        self.bn2 = nn.BatchNorm2d(C_out, EPS)
+        self.has_shortcut = stride != 1 or C_in != C_out
+        if self.has_shortcut:
+            self.shortcut = _conv(C_in, C_out, 1, stride, rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + (self.shortcut(x) if self.has_shortcut else x))
+
+
+class ResNet8(nn.Module):
+    """``stem`` (``conv bn``), ``stacks.0`` … ``stacks.2`` and ``classifier``; see :func:`resnet8`."""
+
+    def __init__(self, num_classes: int, rng: Rng) -> None:
+        super().__init__()
+        self.stem = Stem(CHANNELS[0], rng)
+        self.stacks = nn.Sequential(
+            Stack(CHANNELS[0], CHANNELS[0], 1, rng),
+            Stack(CHANNELS[0], CHANNELS[1], 2, rng),
+            Stack(CHANNELS[1], CHANNELS[2], 2, rng),
+        )
+        self.classifier = nn.Linear(CHANNELS[2], num_classes, rng=rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stacks(self.stem(x))  # (B, 64, H/4, W/4)
+        return self.classifier(F.flatten(F.adaptive_avg_pool2d(x, 1), 1))  # (B, num_classes)
+
+    def stages(self) -> list[nn.Module]:
+        """Modules whose composition is ``forward``: stem, each stack, head."""
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.classifier)
+        return [self.stem, *self.stacks, head]
+
+
+def resnet8(num_classes: int = 10, pretrained: bool | str | os.PathLike[str] | None = None, rng: Rng = None) -> ResNet8:
+    """ResNet-8 for RGB images (B, 3, 32, 32), with TensorFlow's "same" padding.
+
+    Parameters
+    ----------
+    num_classes : int
+    pretrained : bool or path, optional
+        True reads the CIFAR-10 weights of :data:`~lance_ref.models.PRETRAINED` from the folder of
+        data (``LANCE_REF_DATA``) and checks their SHA-256; a path reads a file of the same layout.
+        The classifier is loaded for 10 classes; any other number gets a fresh one.
+        Feed such a net with raw pixels 0..255, :func:`models.preprocessing("resnet8")
+        <lance_ref.models.preprocessing>`.
+    rng : int or numpy.random.Generator, optional
+        Seed or generator of the initial weights; the library's default generator otherwise.
+
+    Returns
+    -------
+    ResNet8
+
+    Raises
+    ------
+    ValueError
+        If ``num_classes`` is out of range, or the weights do not fit.
+    FileNotFoundError
+        If the pretrained weights are not there.
+
+    Notes
+    -----
+    Without weights, convolutions start from N(0, 2 / (C_out · k_h · k_w)), biases and the classifier
+    from PyTorch's default.
+    """
+    check_positive_int("num_classes", num_classes)
+    net = ResNet8(num_classes, source(rng))
+    load_plain(net, "resnet8", pretrained)
+    return net
+
+
+def _conv(C_in: int, C_out: int, kernel_size: int, stride: int, rng: Rng) -> nn.Conv2d:
+    return kaiming_fan_out(nn.Conv2d(C_in, C_out, kernel_size, stride, "same", rng=rng), rng)

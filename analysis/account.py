@@ -38,17 +38,24 @@ class Billed:
     in_segment: bool = False
 
 
-def with_stores(records: Sequence[OpRecord], ranks: Mapping[str, Ranks] | None = None) -> list[OpRecord]:
-    """The same records with other activation stores: LANCE on the layers in ``ranks``, exact elsewhere."""
+def with_stores(
+    records: Sequence[OpRecord], ranks: Mapping[str, Ranks] | None = None, centred: bool = False
+) -> list[OpRecord]:
+    """The same records with other activation stores: LANCE on the layers in ``ranks``, exact elsewhere.
+
+    ``centred``: LANCE of the activation without its mean, whose own weight gradient is added exactly.
+    """
     changed = []
     for record in records:
         if record.op in WEIGHTED:
             store: dict[str, object] = {"name": "exact"}
             if ranks and record.path in ranks:
                 store = {"name": "lance", "ranks": ranks[record.path], "order": "auto"}
+                store |= {"centred": True} if centred else {}
             record = replace(record, attributes={**record.attributes, "store": store})
         elif inside(record):
-            record = replace(record, attributes={**record.attributes, "records": with_stores(inside(record), ranks)})
+            within = with_stores(inside(record), ranks, centred)
+            record = replace(record, attributes={**record.attributes, "records": within})
         changed.append(record)
     return changed
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from analysis.report import Report
     from lance_ref.nn.module import Module
 
-METHODS = ("bp", "lance")
+METHODS = ("bp", "lance", "lance-mean-free", "lance-center")
+DEFAULT_METHODS = ("bp", "lance")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Prediction:
     step: TracedStep
     choice: RankChoice | None
     bills: dict[str, list[Billed]]
+    ranks: dict[str, dict[str, tuple[int | None, ...]]]
 
 
 def cost(
@@ -44,7 +46,7 @@ def cost(
     input_shape: Sequence[int] | None = None,
     num_classes: int = 1000,
     tune: str | Sequence[str] | None = None,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = DEFAULT_METHODS,
     epsilon: float = 0.7,
     ranks: str | None = None,
     spectra: str | None = None,
@@ -64,7 +66,8 @@ def cost(
         (C, H, W) or (N,), without the batch; in place of ``image_size``.
     tune : str or sequence of str, optional
         As for :func:`lance_ref.tune`; by default the last four layers, or all of a net that has fewer.
-    methods : sequence of {"bp", "lance"}
+    methods : sequence of {"bp", "lance", "lance-mean-free", "lance-center"}
+        The last two at the ranks of "lance": orthogonal to the mean activation, or of the activation without it.
     epsilon : float
         Energy threshold in (0, 1], for ranks from spectra.
     ranks, spectra : str, optional
@@ -102,7 +105,7 @@ def predict(
     input_shape: Sequence[int] | None = None,
     num_classes: int = 1000,
     tune: str | Sequence[str] | None = None,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = DEFAULT_METHODS,
     epsilon: float = 0.7,
     ranks: str | None = None,
     spectra: str | None = None,
@@ -113,7 +116,7 @@ def predict(
     """As :func:`cost`, with what a measurement needs beside the report."""
     from analysis.account import account, with_stores
     from analysis.nets import build, input_shape_for, trace_step
-    from analysis.ranks import choose_ranks
+    from analysis.ranks import choose_ranks, mean_free
     from analysis.report import CONVENTIONS, Report
 
     unknown = [method for method in methods if method not in METHODS]
@@ -135,10 +138,15 @@ def predict(
     step = trace_step(module, name, shape, batch, tune, dtype)
 
     choice = None
-    if "lance" in methods:
+    if set(methods) - {"bp"}:
         choice = choose_ranks(_tuned_inputs(step), name, shape, epsilon, ranks, spectra)
+    given: dict[str, dict[str, tuple[int | None, ...]]] = {"bp": {}}
+    if choice is not None:
+        given |= {"lance": choice.ranks, "lance-center": choice.ranks}
+        if "lance-mean-free" in methods:
+            given["lance-mean-free"] = mean_free(choice.ranks, _tuned_inputs(step))
     bills = {
-        method: account(with_stores(step.records, choice.ranks if choice and method == "lance" else None), step.head)
+        method: account(with_stores(step.records, given[method], method == "lance-center"), step.head)
         for method in methods
     }
     report = Report.of(
@@ -152,7 +160,7 @@ def predict(
         tuned_layers=step.tuned_layers,
         ranks_from=choice.source if choice else "not needed: no method compresses",
     )
-    return Prediction(report, step, choice, bills)
+    return Prediction(report, step, choice, bills, given)
 
 
 def _tuned_inputs(step: TracedStep) -> dict[str, tuple[int, ...]]:
@@ -189,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--input-shape", help="C,H,W or N, without the batch; in place of --image-size")
     p.add_argument("--num-classes", type=int, default=1000, help="outputs of the classifier")
     p.add_argument("--tune", nargs="+", help="last:n, all, head, or globs of layer names (last:4, all if fewer)")
-    p.add_argument("--method", nargs="+", default=list(METHODS), metavar="METHOD", help="bp, lance")
+    p.add_argument("--method", nargs="+", default=list(DEFAULT_METHODS), metavar="METHOD", help=", ".join(METHODS))
     p.add_argument("--epsilon", type=float, default=0.7, help="energy threshold for ranks from spectra")
     p.add_argument("--ranks", help="a fraction for every mode, or layer=r1,r2,r3,r4;layer=... (-: mode left alone)")
     p.add_argument("--spectra", help="file of measured spectra, from python -m analysis.spectra")

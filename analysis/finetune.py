@@ -35,7 +35,7 @@ SETTINGS = {"epsilon": float, "budget_kib": float, "patch": int, "ratio": float}
 """What ``method@value`` may set, and its type."""
 
 VALUE_OF = {
-    **dict.fromkeys(("lance", "lance-sketch", "lance-int8", "hosvd"), "epsilon"),
+    **dict.fromkeys(("lance", "lance-sketch", "lance-int8", "lance-mean-free-epsilon", "hosvd"), "epsilon"),
     **dict.fromkeys(
         ("lance-mean-free", "lance-planned", "lance-uniform", "lance-channels", "lance-center",
          "lance-planned-channels", "lance-planned-modes", "asi"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -145,10 +146,10 @@ def _data_and_network(
     module = _network(net, train, seed)
     lance_ref.tune(module, tune)  # where the outputs are cut: the same for all methods
     if validation:
-        whole = _features(module, train, net, image_size, folder)
+        whole = _features(module, train, net, seed, image_size, folder)
         return module, [_rows(whole, rows) for rows in _held_out(train.labels, seed)]
     test = open_data(data, "test", test_images, image_size)
-    return module, [_features(module, each, net, image_size, folder) for each in (train, test)]
+    return module, [_features(module, each, net, seed, image_size, folder) for each in (train, test)]
 
 
 def _held_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -165,6 +166,7 @@ def _rows(data: Dataset | Features, rows: np.ndarray) -> Dataset | Features:
     return replace(data, arrays=np.asarray(data.arrays[rows]), labels=data.labels[rows], split=f"{data.split}, part")
 
 
+@lru_cache(maxsize=4)  # a process runs many cells on the same images
 def open_data(data: str, split: str, limit: int | None, image_size: int | None) -> Dataset:
     """A data set by name, or a folder of the user's own pictures with ``train/`` and ``test/`` inside."""
     if data not in datasets.names() and Path(data).is_dir():
@@ -184,15 +186,18 @@ def _network(net: str, train: Dataset, seed: int) -> Module:
     return module
 
 
-def _features(module: Module, data: Dataset, net: str, image_size: int | None, folder: str) -> Dataset | Features:
+def _features(
+    module: Module, data: Dataset, net: str, seed: int, image_size: int | None, folder: str
+) -> Dataset | Features:
     """The data set after the frozen part, from a file if one is kept; the images where nothing is frozen."""
     if not frozen_stages(module)[0]:
         return data
     path = None
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        title = "".join(c if c.isalnum() else "_" for c in f"{net} {data.name} {data.split} {len(data)} {image_size}")
-        path = Path(folder) / f"{title}.npy"
+        weights = "" if net in models.PRETRAINED else f"seed {seed}"
+        title = f"{net} {weights} {data.name} {data.split} {len(data)} {image_size}"
+        path = Path(folder) / f"{''.join(c if c.isalnum() else '_' for c in title)}.npy"
     return extract(module, data, normalise=models.preprocessing(net), image_size=image_size, path=path, progress=False)
 
 

@@ -94,6 +94,13 @@ def lance_mean_free(setting: Setting) -> Notes:
     return equal_channels(setting, mean_free=True)
 
 
+def lance_mean_free_epsilon(setting: Setting) -> Notes:
+    """As ``lance``, one threshold for all layers and modes, but orthogonal to the mean activation."""
+    calibration = setting.calibrate(mean_free=True)
+    lance_ref.compress(setting.net, calibration)
+    return _ranks(calibration)
+
+
 def lance_channels(setting: Setting) -> Notes:
     """The leading channel directions, mean included, as many in each layer as the budget gives equally."""
     return equal_channels(setting, mean_free=False)
@@ -198,6 +205,7 @@ METHODS: dict[str, Method] = {
     "lance-planned": lance_planned,
     "lance-sketch": lambda s: lance(s, batch_mode="sketch", batch_ratio=s.ratio, seed=s.seed),
     "lance-int8": lambda s: lance(s, core_bits=8),
+    "lance-mean-free-epsilon": lance_mean_free_epsilon,
     "lance-uniform": lance_uniform,
     "lance-channels": lance_channels,
     "lance-center": lance_center,

@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from analysis.account import Billed
 from analysis.recompute_rules import flatten
 from lance_ref import functional as F
 from lance_ref.activations import Lance
+from lance_ref.frame import Frame, feature_mode
 from lance_ref.nn.module import Module
 from lance_ref.subspace import Subspace
 from lance_ref.tensor import Tensor
@@ -123,8 +124,7 @@ def compare(prediction: Prediction, data: str | None = None) -> Comparison:
     comparison = Comparison()
     comparison.notes.append(f"one step on {len(images)} images of {name}, fresh weights, random factors")
     for method, bills in prediction.bills.items():
-        ranks = prediction.choice.ranks if prediction.choice is not None and method == "lance" else {}
-        with _stores(step, ranks):
+        with _stores(step, prediction.ranks[method], method == "lance-center"):
             _compare_step(comparison, method, step.net, images, labels, bills)
     _compare_with_pytorch(comparison, prediction)
     return comparison
@@ -170,7 +170,7 @@ def _compare_with_pytorch(comparison: Comparison, prediction: Prediction) -> Non
         return
     comparison.notes.append(f"PyTorch's column: the same operations replayed in PyTorch {torch_replay.version()}")
     for method, bills in prediction.bills.items():
-        ranks = prediction.choice.ranks if prediction.choice is not None and method == "lance" else {}
+        ranks = prediction.ranks[method]
         whole = [bill for bill in bills if not bill.in_segment]
         records = [bill.record for bill in whole]
         saved = torch_replay.saved_bytes(records, ranks)
@@ -197,7 +197,7 @@ def _compare_with_pytorch(comparison: Comparison, prediction: Prediction) -> Non
 
 
 @contextmanager
-def _stores(step: TracedStep, ranks: Mapping[str, Sequence[int | None]]) -> Iterator[None]:
+def _stores(step: TracedStep, ranks: Mapping[str, Sequence[int | None]], centred: bool) -> Iterator[None]:
     """LANCE with random factors of exactly these ranks: bytes and multiply-adds depend on nothing else."""
     rng = np.random.default_rng(0)
     shapes = {r.path: r.inputs[0].shape for r in flatten(step.records) if r.op in ("conv2d", "linear")}
@@ -205,7 +205,10 @@ def _stores(step: TracedStep, ranks: Mapping[str, Sequence[int | None]]) -> Iter
     before = {path: layer.store for path, layer in layers.items()}
     try:
         for path, layer in layers.items():
-            layer.store = Lance(Subspace.random(shapes[path], ranks[path], rng), dtype=layer.weight.dtype)
+            space = Subspace.random(shapes[path], ranks[path], rng)
+            if centred:
+                space = replace(space, frame=Frame(None, np.ones(space.shape[feature_mode(space.shape)])))
+            layer.store = Lance(space, dtype=layer.weight.dtype)
         yield
     finally:
         for path, layer in layers.items():

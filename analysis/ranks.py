@@ -81,6 +81,24 @@ def choose_ranks(
     return RankChoice(quarter, source, assumed=True)
 
 
+def mean_free(ranks: Mapping[str, Ranks], shapes: Shapes) -> dict[str, Ranks]:
+    """The same ranks with one direction of the feature mode, the mean's, not to be had.
+
+    >>> mean_free({"a": (2, 3), "b": (2, 4)}, {"a": (8, 5), "b": (8, 4)})
+    {'a': (2, 3), 'b': (2, 3)}
+    """
+    free: dict[str, Ranks] = {}
+    for name, of in ranks.items():
+        shape = shapes[name]
+        feature = 1 if len(shape) == 4 else len(shape) - 1
+        if shape[feature] == 1:
+            raise ValueError(f"layer {name!r} has one channel or feature: without its mean nothing is left of it")
+        free[name] = tuple(
+            min(r, shape[mode] - 1) if mode == feature and r is not None else r for mode, r in enumerate(of)
+        )
+    return free
+
+
 def shipped_spectra(net: str, input_shape: tuple[int, ...]) -> Path | None:
     """The file of spectra that comes with the package for this net and input, if there is one."""
     if len(input_shape) != 3 or input_shape[1] != input_shape[2] or not net.isidentifier():

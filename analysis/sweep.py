@@ -105,7 +105,8 @@ def run_cells(
     its process dies then too. A finished cell is run again only if its worker dies before the outcome has
     arrived here.
 
-    Two sweeps may share a folder at the same time. At worst both run a cell; the file is one or the other's.
+    Two processes may sweep into one folder at the same time. At worst both run a cell; the file is one or the
+    other's. Within a process one sweep runs at a time, as they would share a pool.
     """
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs is {jobs!r}, expected a positive integer")
@@ -217,7 +218,7 @@ def _collect(
                 _write(folder / f"{task.key}.json", task, outcome)
             outcomes[task.key] = outcome
             how = f"failed, {outcome['error']}" if "error" in outcome else f"{outcome['seconds']:.1f} s"
-            advance(1, f"{task}: {how}")
+            advance(1, how.partition(",")[0])
             if lines:
                 print(f"[{len(outcomes)}/{total}] {task}: {how}", file=sys.stderr, flush=True)
 

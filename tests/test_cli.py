@@ -274,11 +274,11 @@ def test_measure_agrees_and_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_measure_exits_1_on_a_difference(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prediction that is wrong by one element must not pass."""
+    """A prediction that is wrong by one multiply-add must not pass."""
     from analysis import tucker_costs
 
-    right = tucker_costs.core_elements
-    monkeypatch.setattr(tucker_costs, "core_elements", lambda shape, ranks: right(shape, ranks) + 1)
+    right = tucker_costs.projection_macs
+    monkeypatch.setattr(tucker_costs, "projection_macs", lambda shape, ranks: right(shape, ranks) + 1)
     assert main(["--net", "convnet", "--batch", "4", "--tune", "last:1", "--ranks", "0.5", "--measure"]) == 1
     assert "DIFFERS" in capsys.readouterr().out
 

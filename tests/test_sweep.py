@@ -143,7 +143,7 @@ def test_two_sweeps_in_one_folder_do_no_harm(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("inline")
 def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line for each cell that ends, counted; none with progress=False."""
+    """One line for each cell that ends, counted; none with progress=False, a bar with progress=True."""
     cells = [{"what": what, "log": str(tmp_path / "log")} for what in ("fine", "raise")]
     with pytest.raises(RuntimeError):
         run_cells(cells, AWKWARD, tmp_path / "cells")
@@ -154,6 +154,11 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(RuntimeError):
         run_cells(cells, AWKWARD, tmp_path / "cells", progress=False)
     assert capsys.readouterr().err == ""
+    with pytest.raises(RuntimeError):
+        run_cells(cells, AWKWARD, tmp_path / "cells", progress=True)
+    bar = capsys.readouterr().err
+    assert "2/2" in bar
+    assert "[2/2]" not in bar
 
 
 @pytest.mark.parametrize(

@@ -72,15 +72,20 @@ class Lance(ActivationStore):
 
     1. At full rank, without options, dŴ = dW to rounding.
     2. With the feature mode alone compressed, in a linear layer or a convolution of one group, dŴ = dW ×₂ U Uᵀ is an
-       orthogonal projection of the weight gradient, so ⟨dW, dŴ⟩ = ‖dŴ‖² ≥ 0. With groups it need not be: Ã mixes
-       channels of different groups.
-    3. With the batch mode compressed by a fixed U_1 it is *not* one: dŴ = Gᵀ U_1 U_1ᵀ A may even point against dW.
-       (Directions U_1 of the very batch are harmless for an A of two modes: U_1 U_1ᵀ A = A V Vᵀ, which is case 2.)
-       The same holds for height and width, over which the weight gradient sums as it does over the batch.
-    4. With the sketched batch mode E[dŴ] is the gradient with the batch mode left alone: where case 2 holds for the
+       orthogonal projection of the weight gradient, so ⟨dW, dŴ⟩ = ‖dŴ‖² ≥ 0: a descent direction unless it is zero.
+       With groups it need not be: Ã mixes channels of different groups. A depthwise 1×1 convolution of channels
+       (2, −4) and U = (1, 1)/√2 has dW = (2, 0) and dŴ = (−1, 0).
+    3. With the batch mode compressed by a fixed U_1 it is *not* one: dŴ = Gᵀ U_1 U_1ᵀ A may point against dW, with a
+       cosine of −1 for two images of one number. In general ⟨dW, dŴ⟩ = tr(Gᵀ Q K G) with Q the projection of all
+       modes but the feature mode and K = A P Aᵀ; it is ≥ 0 for every G exactly if Q and K commute. The same holds for
+       height and width, over which the weight gradient sums as it does over the batch.
+    4. Directions U_1 of the very batch (HOSVD at every step) are harmless for an A of two modes, where
+       U_1 U_1ᵀ A U_2 U_2ᵀ = A V Vᵀ if the singular values differ at the cut: case 2. With tokens or pixels they are not.
+    5. With the sketched batch mode E[dŴ] is the gradient with the batch mode left alone: where case 2 holds for the
        rest, E⟨dW, dŴ⟩ = ‖E dŴ‖² ≥ 0, a descent direction in the mean and not at every step.
 
-    Codes (``core_bits``) disturb all of these by rounding to half a step of the core.
+    How often it happens, in random cases and in training: ``python -m analysis.descent`` and
+    ``analysis/results/descent.json``. Codes (``core_bits``) disturb all of these by rounding to half a step of the core.
     """
 
     name = "lance"

@@ -80,12 +80,14 @@ class Lance(ActivationStore):
        modes but the feature mode and K = A P Aᵀ; it is ≥ 0 for every G exactly if Q and K commute. The same holds for
        height and width, over which the weight gradient sums as it does over the batch.
     4. Directions U_1 of the very batch (HOSVD at every step) are harmless for an A of two modes, where
-       U_1 U_1ᵀ A U_2 U_2ᵀ = A V Vᵀ if the singular values differ at the cut: case 2. With tokens or pixels they are not.
+       U_1 U_1ᵀ A U_2 U_2ᵀ = A V Vᵀ if the singular values differ at the cut: case 2. With tokens or pixels they
+       are not.
     5. With the sketched batch mode E[dŴ] is the gradient with the batch mode left alone: where case 2 holds for the
        rest, E⟨dW, dŴ⟩ = ‖E dŴ‖² ≥ 0, a descent direction in the mean and not at every step.
 
-    How often it happens, in random cases and in training: ``python -m analysis.descent`` and
-    ``analysis/results/descent.json``. Codes (``core_bits``) disturb all of these by rounding to half a step of the core.
+    How often it happens, in random cases and in training: ``python -m analysis.descent``, and its results in
+    ``analysis/results/descent.json``. Codes (``core_bits``) disturb all of these by rounding to half a step of the
+    core.
     """
 
     name = "lance"

@@ -163,7 +163,7 @@ def draw(rows: Sequence[Row], path: str, title: str) -> None:
     from matplotlib.figure import Figure
 
     recipes = list(dict.fromkeys(row.recipe for row in rows))
-    figure = Figure(figsize=(7.2 * len(recipes), 5.2), layout="constrained")
+    figure = Figure(figsize=(7.6 * len(recipes), 5.4), layout="constrained")
     panels = figure.subplots(1, len(recipes), squeeze=False, sharey=True)[0]
     for panel, recipe in zip(panels, recipes, strict=True):
         of = [row for row in rows if row.recipe == recipe]
@@ -171,11 +171,12 @@ def draw(rows: Sequence[Row], path: str, title: str) -> None:
         for x, y, row in points:
             error = 100 * stdev(row.accuracies) if len(row.accuracies) > 1 else 0
             shape = "s" if row.method.startswith("lance") else "o"
-            panel.errorbar(x, y, yerr=error, fmt=shape, color="0.15", ms=4, elinewidth=0.8, capsize=2)
-        _label(panel, points)
+            panel.errorbar(x, y, yerr=error, fmt=shape, color="0.1", ms=4, elinewidth=0.8, capsize=2)
         front = pareto([(x, y) for x, y, _ in points])
         panel.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0, drawstyle="steps-post")
-        panel.set(xscale="log", xlabel="tape, KiB (log)", title=f"{title}\nrecipe: {recipe}")
+        panel.set(xlabel="tape, KiB (log)", title=f"{title}\nrecipe: {recipe}")
+        kibibyte_axis(panel, [x for x, _, _ in points])
+        _label(panel, points)
     panels[0].set_ylabel("accuracy on the test set, %")
     temporary = Path(path).with_name(f".{Path(path).name}.partial{Path(path).suffix}")
     figure.savefig(temporary, dpi=140)
@@ -195,14 +196,37 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
+def kibibyte_axis(panel: Any, sizes: Sequence[float]) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten, and some room on both sides."""
+    panel.set_xscale("log")
+    panel.set_xlim(min(sizes) / 1.3, max(sizes) * 1.3)
+    decades = range(math.floor(math.log10(min(sizes) / 1.3)), math.ceil(math.log10(max(sizes) * 1.3)) + 1)
+    low, high = panel.get_xlim()
+    ticks = [n * 10.0**decade for decade in decades for n in (1, 2, 5) if low <= n * 10.0**decade <= high]
+    panel.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+    panel.minorticks_off()
+
+
 def _label(panel: Any, points: Sequence[tuple[float, float, Row]]) -> None:
-    """Names beside the points, moved apart where they would meet."""
-    taken: list[tuple[float, float]] = []
-    low, high = min(y for _, y, _ in points), max(y for _, y, _ in points)
-    step = max(high - low, 1.0) / 32
-    for x, y, row in sorted(points, key=lambda point: point[1]):
-        at = y
-        while any(abs(math.log(x / other)) < 1.2 and abs(at - level) < step for other, level in taken):
-            at += step / 4
-        taken.append((x, at))
-        panel.annotate(row.method, (x, y), (x * 1.06, at), fontsize=7, va="center", color="0.25")
+    """Names in a column to the right, in the order of accuracy, each with a thin line to its point."""
+    low, high = panel.get_ylim()
+    gap = (high - low) / max(len(points), 28)
+    points = sorted(points, key=lambda point: point[1])
+    heights: list[float] = []
+    for _, y, _ in points:  # upwards, none nearer than the gap to the one below
+        heights.append(max(y, heights[-1] + gap) if heights else y)
+    ceiling = high
+    for i in reversed(range(len(heights))):  # and back down, where that went over the top
+        heights[i] = min(heights[i], ceiling)
+        ceiling = heights[i] - gap
+    for (x, y, row), height in zip(points, heights, strict=True):
+        panel.annotate(
+            row.method,
+            (x, y),
+            (1.02, (height - low) / (high - low)),
+            textcoords="axes fraction",
+            fontsize=7.5,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "0.85", "lw": 0.6, "shrinkA": 1, "shrinkB": 3},
+        )

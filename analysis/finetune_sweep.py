@@ -142,7 +142,7 @@ def draw(points: Sequence[Mapping[str, Any]], path: str, title: str) -> None:
     """One row for each batch size: accuracy against the tape, and against tape and factors."""
     from matplotlib.figure import Figure
 
-    from analysis.finetune_report import pareto
+    from analysis.finetune_report import kibibyte_axis, pareto
 
     batches = list(dict.fromkeys(point["batch"] for point in points))
     figure = Figure(figsize=(11, 4.4 * len(batches)), layout="constrained")
@@ -164,7 +164,8 @@ def draw(points: Sequence[Mapping[str, Any]], path: str, title: str) -> None:
             front = pareto(list(places.values()))
             panel.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0, drawstyle="steps-post")
             what = "tape and factors" if factors else "tape"
-            panel.set(xscale="log", xlabel=f"{what}, KiB (log)", title=f"{title}, batch {batch}")
+            panel.set(xlabel=f"{what}, KiB (log)", title=f"{title}, batch {batch}")
+            kibibyte_axis(panel, [size for size, _ in places.values()])
         panels[0].set_ylabel("accuracy, %")
     rows[0][1].legend(frameon=False, fontsize=8)
     temporary = Path(path).with_name(f".{Path(path).name}.partial{Path(path).suffix}")

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,16 @@ _ONE_AT_A_TIME = threading.Lock()  # a Dask worker may have several threads, but
 
 @dataclass(frozen=True)
 class Task:
-    """One cell to run: ``key`` names its file, ``cell`` is as JSON gives it back."""
+    """One cell to run: ``key`` names its file, ``cell`` is as JSON gives it back, ``differs`` tells it from others."""
 
     key: str
     function: str
     cell: dict[str, Any]
+    differs: frozenset[str] | None = None
 
     def __str__(self) -> str:
-        return " ".join(f"{name}={json.dumps(value)}" for name, value in self.cell.items()) or "(no arguments)"
+        shown = [name for name in self.cell if self.differs is None or name in self.differs]
+        return " ".join(f"{name}={json.dumps(self.cell[name])}" for name in shown) or "(no arguments)"
 
 
 def run_cells(
@@ -111,7 +113,7 @@ def run_cells(
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs is {jobs!r}, expected a positive integer")
     _load(function)
-    tasks = [_task(position, cell, function) for position, cell in enumerate(cells)]
+    tasks = _told_apart([_task(position, cell, function) for position, cell in enumerate(cells)])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     outcomes: dict[str, Outcome] = {}
@@ -177,6 +179,14 @@ def _task(position: int, cell: Any, function: str) -> Task:
     except (TypeError, ValueError) as error:
         raise type(error)(f"cell {position} is {cell!r}, which JSON cannot express: {one_line(error)}") from None
     return Task(hashlib.sha256(text.encode()).hexdigest(), function, json.loads(json.dumps(cell)))
+
+
+def _told_apart(tasks: list[Task]) -> list[Task]:
+    """The tasks, each knowing by which arguments the cells differ; where they are all equal, all arguments tell."""
+    names = {name for task in tasks for name in task.cell}
+    values = {name: {json.dumps(task.cell.get(name), sort_keys=True) for task in tasks} for name in names}
+    differing = frozenset(name for name in names if len(values[name]) > 1) or None
+    return [replace(task, differs=differing) for task in tasks]
 
 
 def _read(path: Path, task: Task) -> Outcome | None:

@@ -313,3 +313,11 @@ def test_a_scheduler_without_dask(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ImportError, match=r"lance-ref\[distributed\]"):
         run_cells(squares(tmp_path / "log", [1]), SQUARE, tmp_path / "cells", scheduler="tcp://127.0.0.1:1")
+
+
+def test_cells_are_named_by_what_differs(inline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each finished cell says what tells it from the others, not what all have in common."""
+    run_cells(squares(tmp_path / "log", range(2)), SQUARE, tmp_path)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("[1/2] x=0: ")
+    assert second.startswith("[2/2] x=1: ")

@@ -150,7 +150,8 @@ PIXELS, IMAGES = 64, 8
 
 
 def made(name: str) -> Module:
-    net = models.create(name, num_classes=10, rng=0)
+    options = {"width": 0.35} if name == "mobilenetv2" else {}  # eigenvectors of 960 channels take seconds
+    net = models.create(name, num_classes=10, rng=0, **options)
     net.train()
     lance_ref.tune(net, "last:4")
     return net
@@ -175,9 +176,9 @@ def test_predicted_equals_measured_on_the_last_four_layers(name: str, method: st
     assert NETS[name] in tuning.layers
     stage, outputs = frozen_outputs(name)
     labels = np.arange(IMAGES) % 10
-    batches = [(outputs[:IMAGES], labels), (outputs[IMAGES:], labels)]
+    batches = [(half.copy(), labels) for half in np.split(outputs, 2)]  # the tape would keep all through a view
     last = tail(net, stage)
-    METHODS[method](Setting(last, tuning, batches, 0.9, ALL_MODES, 4000, 2, 0.25, 0))
+    METHODS[method](Setting(last, tuning, batches, 0.9, ALL_MODES, 16_000, 2, 0.25, 0))
     cost = measure_step(last, tuning, batches[0], 2 if method == "micro-batch" else None)
     assert cost["tape_bytes"] == cost["predicted_tape_bytes"]
     assert {kind: cost["macs"].get(kind, 0) for kind in cost["predicted_macs"]} == cost["predicted_macs"]

@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ import numpy as np
 import lance_ref
 from analysis.account import account
 from analysis.cli import OneLineParser, check_writable, one_line
+from analysis.figures import save_figure
 from analysis.provenance import provenance
 from analysis.spectra_file import write_atomically
 from lance_ref import F, datasets, models, optim
@@ -154,9 +153,7 @@ def draw(result: dict[str, Any], path: str) -> None:
         right.plot(steps, kept, ls=style, color=grey, label=f"{layer}, ranks {ranks}")
     right.set(xlabel="step", ylabel="‖S‖² / ‖A‖²", ylim=(0, 1), title="energy kept by the fixed subspaces")
     right.legend(frameon=False, fontsize=7)
-    temporary = Path(path).with_name(f".{Path(path).name}.partial{Path(path).suffix}")
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def main(arguments: list[str] | None = None) -> int:

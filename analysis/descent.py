@@ -10,11 +10,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ from analysis.descent_cases import (
     sketch_cases,
     summary,
 )
+from analysis.figures import save_figure
 from analysis.provenance import provenance
 from analysis.spectra_file import write_atomically
 from lance_ref import F, calibrate, compress, datasets, models, no_grad, optim, tune
@@ -217,9 +216,7 @@ def draw(result: dict[str, Any], path: str) -> None:
     _draw_batch_mode(left, result["batch_mode"])
     _draw_same_batch(middle, result["same_batch"])
     _draw_training(right, result["training"])
-    temporary = Path(path).with_name(f".{Path(path).name}.partial{Path(path).suffix}")
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def _draw_batch_mode(ax: Any, rows: Sequence[dict[str, Any]]) -> None:

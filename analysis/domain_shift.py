@@ -10,16 +10,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import lance_ref
 from analysis.cli import OneLineParser, check_writable, one_line
+from analysis.figures import save_figure
 from analysis.finetune import IMAGE_SIZES
 from lance_ref import datasets, models
 from lance_ref.activations import Lance
@@ -177,9 +176,7 @@ def draw(results: Sequence[dict[str, Any]], path: str, title: str) -> None:
         panel.set(xlabel="step", title=layer, ylim=(0, 1))
     panels[0].set_ylabel("‖S‖² / ‖A‖²")
     panels[-1].legend(frameon=False, fontsize=8, title=title, title_fontsize=8)
-    temporary = Path(path).with_name(f".{Path(path).name}.partial{Path(path).suffix}")
-    figure.savefig(temporary, dpi=140)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def show(results: Sequence[dict[str, Any]]) -> None:

@@ -7,10 +7,10 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from analysis.figures import save_figure
 from analysis.provenance import provenance
 
 KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
@@ -178,9 +178,7 @@ def draw(rows: Sequence[Row], path: str, title: str) -> None:
         kibibyte_axis(panel, [x for x, _, _ in points])
         _label(panel, points)
     panels[0].set_ylabel("accuracy on the test set, %")
-    temporary = Path(path).with_name(f".{Path(path).name}.partial{Path(path).suffix}")
-    figure.savefig(temporary, dpi=140)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

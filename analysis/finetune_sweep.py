@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from analysis.cli import OneLineParser, check_writable, one_line
+from analysis.figures import save_figure
 from analysis.finetune import CELL, IMAGE_SIZES, PAPERS_LR
 
 ALL = ("batch", "channel", "height", "width")
@@ -168,9 +167,7 @@ def draw(points: Sequence[Mapping[str, Any]], path: str, title: str) -> None:
             kibibyte_axis(panel, [size for size, _ in places.values()])
         panels[0].set_ylabel("accuracy, %")
     rows[0][1].legend(frameon=False, fontsize=8)
-    temporary = Path(path).with_name(f".{Path(path).name}.partial{Path(path).suffix}")
-    figure.savefig(temporary, dpi=140)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def show(points: Sequence[Mapping[str, Any]]) -> None:

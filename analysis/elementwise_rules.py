@@ -34,6 +34,7 @@ UNARY = {
     "log": Unary(1, 1, "x", "x"),
     "gelu": Unary(5, 11, "x", "x"),  # ½x(1 + erf(x/√2));  g·(Φ(x) + x·φ(x))
     "hardswish": Unary(5, 6, "x", "x"),  # x·min(max(x + 3, 0), 6)/6;  g·(2x + 3)/6 inside (−3, 3)
+    "hardsigmoid": Unary(4, 1, "bits", "x"),  # min(max(x + 3, 0), 6)/6;  g/6 inside (−3, 3)
     "relu": Unary(1, 1, "bits", "output"),
     "relu6": Unary(2, 1, "bits", "x"),
     "dropout": Unary(2, 1, "bits", "noise"),  # draw against p, scale;  PyTorch keeps the scaled noise as floats

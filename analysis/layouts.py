@@ -20,7 +20,8 @@ from lance_ref.tracing import OpRecord, Value
 Shape = tuple[int, ...]
 
 _ARITHMETIC = frozenset(
-    {"add", "sub", "mul", "div", "neg", "pow", "exp", "sqrt", "tanh", "sigmoid", "log", "gelu", "hardswish"}
+    {"add", "sub", "mul", "div", "neg", "pow", "exp", "sqrt", "tanh", "sigmoid", "log", "gelu"}
+    | {"hardsigmoid", "hardswish"}
 )
 NUMPY_KEEPS_ORDER = _ARITHMETIC | {"softmax", "log_softmax", "batch_norm", "layer_norm", "concatenate"}
 """Operations whose result, on our tape, keeps the order of its first input's axes in memory."""

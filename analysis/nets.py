@@ -23,7 +23,13 @@ from lance_ref.tracing import OpRecord, record
 DEFAULT_IMAGE_SIZE = 224
 DEFAULT_TUNE_LAYERS = 4
 DEFAULT_TUNE = f"last:{DEFAULT_TUNE_LAYERS}"
-DEFAULT_INPUT = {"mlp": (784,), "convnet": (3, 32, 32), "mcunet": (3, 128, 128), "resnet8": (3, 32, 32)}
+DEFAULT_INPUT = {
+    "mlp": (784,),
+    "alexnet-cl": (3, 32, 32),
+    "convnet": (3, 32, 32),
+    "mcunet": (3, 128, 128),
+    "resnet8": (3, 32, 32),
+}
 """Shape of one input for nets that are not for 224-pixel images."""
 
 
@@ -94,6 +100,8 @@ def build(name: str, num_classes: int, input_shape: tuple[int, ...], without_wei
         options["in_features"] = int(np.prod(input_shape))
     if name == "convnet":
         options["in_channels"] = input_shape[0]
+    if name.startswith("deit-"):
+        options["image_size"] = input_shape[-1]
     with shapes_only() if without_weights else nullcontext():
         return lance_ref.models.create(name, **options)
 

@@ -312,6 +312,7 @@ OPS: dict[str, Op] = {
     "sigmoid": _elementwise("sigmoid"),
     "log": _elementwise("log"),
     "gelu": _function("gelu"),
+    "hardsigmoid": _function("hardsigmoid"),
     "hardswish": _function("hardswish"),
     "relu": _function("relu"),
     "relu6": _function("relu6"),

@@ -99,14 +99,14 @@ class Source:
             raise ValueError(f"{name} is {data!r}, made by a network whose first stages differ from those of this one")
 
     def _check_outputs(self, name: str, net: Module) -> None:
-        x, _ = self.batch(np.arange(1))
+        x, _ = self.batch(np.arange(min(2, len(self.data))))  # one image has no variance for a batch norm to use
         try:
             with in_mode(net, training=False), no_grad():
                 shape = self.net(x).shape
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {type(net).__name__} does not take {self.data!r}: {error}") from None
         if len(shape) != 2:
-            raise ValueError(f"{name}: the network's output for one image has shape {shape}, expected (1, classes)")
+            raise ValueError(f"{name}: the network's output for {len(x)} images has shape {shape}, expected ({len(x)}, classes)")
         largest = int(self.data.labels.max())
         if largest >= shape[1]:
             raise ValueError(f"{name}: labels run up to {largest}, but the network has {shape[1]} outputs")

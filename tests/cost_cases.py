@@ -101,7 +101,19 @@ def _dead_branch(t: Maker) -> Tensor:
 CASES: dict[str, Step] = {
     **{
         name: _unary(getattr(F, name))
-        for name in ("neg", "exp", "log", "sqrt", "tanh", "sigmoid", "gelu", "hardswish", "relu", "relu6")
+        for name in (
+            "neg",
+            "exp",
+            "log",
+            "sqrt",
+            "tanh",
+            "sigmoid",
+            "gelu",
+            "hardsigmoid",
+            "hardswish",
+            "relu",
+            "relu6",
+        )
     },
     "pow": _unary(lambda x: x**3),
     "dropout": _unary(lambda x: F.dropout(x, 0.3)),
@@ -177,6 +189,7 @@ CASES: dict[str, Step] = {
     "reshaped relu of a permutation": lambda t: _flat_too(F.relu(t.x(2, 4, 3).permute(0, 2, 1))),
     "reshaped dropout of a permutation": lambda t: _flat_too(F.dropout(t.x(2, 4, 3).permute(0, 2, 1), 0.1)),
     "reshaped softmax of a permutation": lambda t: _flat_too(F.softmax(t.x(2, 4, 3).permute(0, 2, 1), 1)),
+    "reshaped hardsigmoid of a permutation": lambda t: _flat_too(F.hardsigmoid(t.x(2, 4, 3).permute(0, 2, 1))),
     "reshaped tanh of a permutation": lambda t: _flat_too(F.tanh(t.x(2, 4, 3).permute(0, 2, 1))),
     "reshaped join of permutations": lambda t: _flat_too(F.concatenate([t.x(2, 4, 3).permute(0, 2, 1)] * 2, 1)),
     "reshaped sum of two orders": lambda t: _flat_too(t.x(2, 3, 4) + t.x(2, 4, 3).permute(0, 2, 1)),

@@ -97,6 +97,7 @@ CASES = [
     Case("sigmoid", "", F.sigmoid, ((2, 3),)),
     Case("gelu", "", F.gelu, ((2, 3),)),
     Case("gelu", "no dimensions", F.gelu, ((),)),
+    Case("hardsigmoid", "", F.hardsigmoid, ((4, 5),), between(-3, 3)),
     Case("hardswish", "", F.hardswish, ((4, 5),), between(-3, 3)),
     Case("relu", "", F.relu, ((4, 5),), between(0)),
     Case("relu", "no dimensions", F.relu, ((),), positive),

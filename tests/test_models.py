@@ -189,7 +189,7 @@ def test_mlp_of_gpm() -> None:
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("vgg", {}, "unknown model 'vgg', expected one of convnet, mcunet, mlp, mobilenetv2, resnet18, resnet34, resnet8"),
+    ("vgg", {}, "unknown model 'vgg', expected one of alexnet-cl, convnet, deit-small, deit-tiny, mcunet, mlp"),
     ("mobilenetv2", {"num_classes": 0}, "num_classes is 0"),
     ("resnet18", {"num_classes": -1}, "num_classes is -1"),
     ("resnet34", {"num_classes": 2.5}, "num_classes is 2.5"),
@@ -220,7 +220,8 @@ def test_unknown_option_is_refused() -> None:
     """A misspelt option must not be ignored."""
     with pytest.raises(TypeError, match="num_class"):
         models.create("mlp", num_class=3)
-    assert models.names() == ["convnet", "mcunet", "mlp", "mobilenetv2", "resnet18", "resnet34", "resnet8"]
+    small = ["alexnet-cl", "convnet", "deit-small", "deit-tiny", "mcunet", "mlp", "mobilenetv2", "mobilenetv3-small"]
+    assert models.names() == [*small, "resnet18", "resnet34", "resnet50", "resnet8"]
 
 
 # ---- pretrained weights -------------------------------------------------------------------

@@ -280,7 +280,7 @@ def one_class() -> Dataset:
         ({"schedule": "linear"}, "schedule is 'linear'"),
         ({"clip_norm": 0}, "clip_norm is 0"),
         ({"lr": -1}, "lr is -1"),
-        ({"train": images(channels=3)}, r"train: Sequential does not take Dataset\('toy'.*4x4x3.*\(1, 3, 4, 4\)"),
+        ({"train": images(channels=3)}, r"train: Sequential does not take Dataset\('toy'.*4x4x3.*\(2, 3, 4, 4\)"),
         ({"test": images(size=8)}, r"test: Sequential does not take Dataset\('toy'.*8x8x1"),
         ({"image_size": 5}, r"train: Sequential does not take"),
         ({"checkpoint": "no/such/folder/run.npz"}, "its folder does not exist"),
@@ -306,7 +306,7 @@ def test_labels_outside_the_head() -> None:
     low = low.subset(np.flatnonzero(low.labels < 2))
     with pytest.raises(ValueError, match="test: labels run up to 2"):
         fit(net, low, images(), epochs=1, batch_size=8)
-    with pytest.raises(ValueError, match=r"output for one image has shape \(1, 3, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"output for 2 images has shape \(2, 3, 2, 2\)"):
         evaluate(small_net()[:2], images())
 
 

@@ -15,6 +15,7 @@ from lance_ref.functional.losses import cross_entropy, mse_loss
 from lance_ref.functional.nonlinearities import (
     dropout,
     gelu,
+    hardsigmoid,
     hardswish,
     log_softmax,
     relu,
@@ -43,6 +44,7 @@ __all__ = [
     "exp",
     "flatten",
     "gelu",
+    "hardsigmoid",
     "hardswish",
     "index",
     "layer_norm",

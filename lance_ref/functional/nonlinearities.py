@@ -84,6 +84,20 @@ class Hardswish(Unary):
         return (np.asarray(grad_output * slope),)
 
 
+class Hardsigmoid(Unary):
+    op = "hardsigmoid"
+
+    @staticmethod
+    def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(mask=np.packbits((x > -3) & (x < 3), axis=None))
+        return np.asarray(np.clip(x + 3, 0, 6) / 6)
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        return (apply_mask(ctx["mask"], grad_output, 1 / 6),)
+
+
 class Relu(Unary):
     op = "relu"
 
@@ -210,6 +224,11 @@ def gelu(x: Any) -> Tensor:
 def hardswish(x: Any) -> Tensor:
     """x·relu6(x + 3) / 6 (MobileNetV3)."""
     return Hardswish.apply(as_tensor(x))
+
+
+def hardsigmoid(x: Any) -> Tensor:
+    """relu6(x + 3) / 6 (MobileNetV3); NaN stays NaN. The slope is 1/6 for −3 < x < 3. Keeps one bit per element."""
+    return Hardsigmoid.apply(as_tensor(x))
 
 
 def relu(x: Any) -> Tensor:

@@ -7,23 +7,31 @@ from typing import Any
 
 import numpy as np
 
+from lance_ref.models.alexnet_cl import AlexNetCL, alexnet_cl
 from lance_ref.models.convnet import ConvNet, convnet
+from lance_ref.models.deit import DeiT, deit_small, deit_tiny
 from lance_ref.models.mcunet import MCUNet, mcunet
 from lance_ref.models.mlp import MLP, mlp
 from lance_ref.models.mobilenetv2 import MobileNetV2, mobilenetv2
+from lance_ref.models.mobilenetv3 import MobileNetV3, mobilenetv3_small
 from lance_ref.models.pixels import PREPROCESSING, preprocess, scale_to_one
 from lance_ref.models.pretrained import PRETRAINED, Weights
-from lance_ref.models.resnet import ResNet, resnet18, resnet34
+from lance_ref.models.resnet import ResNet, resnet18, resnet34, resnet50
 from lance_ref.models.resnet8 import ResNet8, resnet8
 from lance_ref.nn.module import Module
 
 _FACTORIES: dict[str, Callable[..., Module]] = {
+    "alexnet-cl": alexnet_cl,
     "convnet": convnet,
+    "deit-small": deit_small,
+    "deit-tiny": deit_tiny,
     "mcunet": mcunet,
     "mlp": mlp,
     "mobilenetv2": mobilenetv2,
+    "mobilenetv3-small": mobilenetv3_small,
     "resnet18": resnet18,
     "resnet34": resnet34,
+    "resnet50": resnet50,
     "resnet8": resnet8,
 }
 
@@ -97,21 +105,29 @@ def _check_name(name: str) -> None:
 __all__ = [
     "MLP",
     "PRETRAINED",
+    "AlexNetCL",
     "ConvNet",
+    "DeiT",
     "MCUNet",
     "MobileNetV2",
+    "MobileNetV3",
     "ResNet",
     "ResNet8",
     "Weights",
+    "alexnet_cl",
     "convnet",
     "create",
+    "deit_small",
+    "deit_tiny",
     "mcunet",
     "mlp",
     "mobilenetv2",
+    "mobilenetv3_small",
     "names",
     "preprocess",
     "preprocessing",
     "resnet8",
     "resnet18",
     "resnet34",
+    "resnet50",
 ]

@@ -43,3 +43,13 @@ def kaiming_fan_out(conv: nn.Conv2d, rng: Rng) -> nn.Conv2d:
         values = as_generator(rng).standard_normal(conv.weight.shape, dtype=np.float32)
         conv.weight.data = values * np.float32(math.sqrt(2 / fan_out))
     return conv
+
+
+def normal_weight(linear: nn.Linear, std: float, rng: Rng) -> nn.Linear:
+    """Draw the weight anew from N(0, std²), set the bias to 0, and return the layer."""
+    if not linear.weight.is_meta:
+        values = as_generator(rng).standard_normal(linear.weight.shape, dtype=np.float32)
+        linear.weight.data = values * np.float32(std)
+        if linear.bias is not None:
+            linear.bias.data = np.zeros_like(linear.bias.data)
+    return linear

@@ -1,6 +1,7 @@
 """Layers, with PyTorch's names and argument orders."""
 
 from lance_ref.nn import init, utils
+from lance_ref.nn.attention import SelfAttention
 from lance_ref.nn.layers import (
     GELU,
     AdaptiveAvgPool2d,
@@ -8,6 +9,7 @@ from lance_ref.nn.layers import (
     Conv2d,
     Dropout,
     Flatten,
+    Hardsigmoid,
     Hardswish,
     Identity,
     Linear,
@@ -20,17 +22,19 @@ from lance_ref.nn.layers import (
     Tanh,
 )
 from lance_ref.nn.module import Module, Parameter
-from lance_ref.nn.normalization import BatchNorm2d, LayerNorm
+from lance_ref.nn.normalization import BatchNorm1d, BatchNorm2d, LayerNorm
 from lance_ref.nn.recompute import Recompute, checkpoint_sequential
 
 __all__ = [
     "GELU",
     "AdaptiveAvgPool2d",
     "AvgPool2d",
+    "BatchNorm1d",
     "BatchNorm2d",
     "Conv2d",
     "Dropout",
     "Flatten",
+    "Hardsigmoid",
     "Hardswish",
     "Identity",
     "LayerNorm",
@@ -41,6 +45,7 @@ __all__ = [
     "ReLU",
     "ReLU6",
     "Recompute",
+    "SelfAttention",
     "Sequential",
     "Sigmoid",
     "Softmax",

@@ -19,6 +19,7 @@ __all__ = [
     "constant_parameter",
     "default_bound",
     "manual_seed",
+    "normal_parameter",
     "shapes_only",
     "uniform_parameter",
 ]
@@ -54,6 +55,13 @@ def uniform_parameter(shape: Shape, bound: float, rng: np.random.Generator | int
     values *= 2 * bound
     values -= bound
     return Parameter(values)
+
+
+def normal_parameter(shape: Shape, std: float, rng: np.random.Generator | int | None = None) -> Parameter:
+    """A float32 parameter drawn from N(0, std²)."""
+    if state.shapes_only:
+        return Parameter.meta_parameter(shape)
+    return Parameter(as_generator(rng).standard_normal(shape, dtype=np.float32) * np.float32(std))
 
 
 def constant_parameter(shape: Shape, value: float, dtype: Any = np.float32) -> Parameter:

@@ -211,6 +211,13 @@ class Hardswish(Module):
         return F.hardswish(x)
 
 
+class Hardsigmoid(Module):
+    """relu6(x + 3) / 6"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hardsigmoid(x)
+
+
 class GELU(Module):
     """x·Φ(x), exact."""
 

@@ -69,7 +69,7 @@ class Module:
             self._modules[name] = value
             _structure_changed()
         else:
-            registries[name] = value
+            super().__setattr__(name, value)  # properties of a subclass included
 
     def __getattr__(self, name: str) -> Any:
         for registry in ("_parameters", "_modules", "_buffers"):

@@ -38,6 +38,9 @@ class BatchNorm2d(Module):
         ``eval()`` do not touch it.
     """
 
+    _dimensions: tuple[int, ...] = (4,)
+    _expected = "(B, {C}, H, W)"
+
     def __init__(
         self,
         num_features: int,
@@ -47,7 +50,7 @@ class BatchNorm2d(Module):
         track_running_stats: bool = True,
     ) -> None:
         super().__init__()
-        (self.num_features,) = positive_integers("BatchNorm2d", num_features=num_features)
+        (self.num_features,) = positive_integers(type(self).__name__, num_features=num_features)
         self.eps, self.momentum = eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
         self.frozen = False
@@ -60,10 +63,11 @@ class BatchNorm2d(Module):
             self.running_mean = self.running_var = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.num_features:
-            raise ValueError(f"BatchNorm2d: x has shape {x.shape}, expected (B, {self.num_features}, H, W)")
+        name = type(self).__name__
+        if x.ndim not in self._dimensions or x.shape[1] != self.num_features:
+            raise ValueError(f"{name}: x has shape {x.shape}, expected {self._expected.format(C=self.num_features)}")
         if self.frozen and not self.track_running_stats:
-            raise RuntimeError("BatchNorm2d: frozen needs running statistics, but track_running_stats is False")
+            raise RuntimeError(f"{name}: frozen needs running statistics, but track_running_stats is False")
         return F.batch_norm(
             x,
             self.running_mean,
@@ -79,6 +83,16 @@ class BatchNorm2d(Module):
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"
         text += "" if self.track_running_stats else ", track_running_stats=False"
         return text + (", frozen=True" if self.frozen else "")
+
+
+class BatchNorm1d(BatchNorm2d):
+    """Batch normalisation of vectors (B, C) or sequences (B, C, L); all else as for :class:`BatchNorm2d`.
+
+    It is a BatchNorm2d in the eyes of ``isinstance``: whatever freezes or trains the one does so with the other.
+    """
+
+    _dimensions = (2, 3)
+    _expected = "(B, {C}) or (B, {C}, L)"
 
 
 class LayerNorm(Module):

@@ -106,7 +106,9 @@ class Source:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {type(net).__name__} does not take {self.data!r}: {error}") from None
         if len(shape) != 2:
-            raise ValueError(f"{name}: the network's output for {len(x)} images has shape {shape}, expected ({len(x)}, classes)")
+            raise ValueError(
+                f"{name}: the network's output for {len(x)} images has shape {shape}, expected ({len(x)}, classes)"
+            )
         largest = int(self.data.labels.max())
         if largest >= shape[1]:
             raise ValueError(f"{name}: labels run up to {largest}, but the network has {shape[1]} outputs")

@@ -19,10 +19,11 @@ import numpy as np
 
 from lance_ref._npz import load_npz, save_npz
 from lance_ref._random import as_generator
-from lance_ref.activations import ActivationStore, Lance
+from lance_ref.activations import ActivationStore
 from lance_ref.nn.module import Module
 from lance_ref.optim import LRScheduler, Optimizer
 from lance_ref.selection import weighted_layers
+from lance_ref.subspace import Subspace
 
 FORMAT = 1
 VARYING = ("ranks", "shape", "selected")  # in what a store says of itself after a step
@@ -172,8 +173,9 @@ def _store_settings(store: ActivationStore) -> list[Any]:
     settings |= {name: getattr(store, name) for name in ("given", "modes", "seed") if hasattr(store, name)}
     if getattr(store, "sketch", None) is not None:
         settings["seed"] = store.sketch.seed  # type: ignore[attr-defined]
-    if isinstance(store, Lance):
-        settings["factors"] = digest({str(mode): U for mode, U in enumerate(store.factors) if U is not None})
+    if isinstance(subspace := getattr(store, "subspace", None), Subspace):  # fixed directions; others vary
+        fixed = {str(mode): U for mode, U in enumerate(subspace.factors)} | {"mean": subspace.frame.mean}
+        settings["factors"] = digest({name: array for name, array in fixed.items() if array is not None})
     return [f"{name}: {value}" for name, value in settings.items()]
 
 

@@ -153,6 +153,23 @@ class ConvGeometry:
 
     # ---- columns -------------------------------------------------------------------------
 
+    def patches(self, x: np.ndarray, rows: slice | None = None) -> np.ndarray:
+        """The patches that the kernel sees, one column for each place of the output.
+
+        Parameters
+        ----------
+        x : (b, C_in, H, W) array
+            Any number of images.
+        rows : slice, optional
+            Which output rows, with both ends given; all of them by default.
+
+        Returns
+        -------
+        (b, g, K, l) array
+            K = (C_in/g)·k_h·k_w in the order of the weight's axes, l = rows·W_out. May share memory with ``x``.
+        """
+        return self._columns(x, slice(0, self.output_size[0]) if rows is None else rows)
+
     def _blocks(self, itemsize: int) -> Iterator[tuple[slice, slice]]:
         """(images, output rows) of blocks whose columns fit the workspace; rows run innermost."""
         B = self.input_shape[0]

@@ -1,6 +1,6 @@
 """One cost rule per activation store; importing this package registers them all."""
 
-from analysis.store_rules import gradient_filter, lance, quantized, sketch, tucker
+from analysis.store_rules import gradient_filter, lance, patches, quantized, sketch, tucker
 from analysis.store_rules.base import STORES, StoreCost, StoreRule, conv_sizes, store_rule
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "conv_sizes",
     "gradient_filter",
     "lance",
+    "patches",
     "quantized",
     "sketch",
     "store_rule",

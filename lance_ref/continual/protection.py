@@ -1,0 +1,349 @@
+"""LANCE for one task after another: subspaces outside of what earlier tasks need, and what may then train.
+
+With U_f the factor of a layer's feature mode (patches of a convolution, features of a linear layer) every weight
+gradient is dŴ = X U_fᵀ for some X (C_out, r). So U_fᵀM = 0 gives dŴ M = 0 at every step, and sums of such gradients,
+scaled by anything, keep it: ΔW M = 0 and the layer answers to inputs in the span of M as before. M itself is
+needed between tasks only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lance_ref.activations import EXACT, ActivationStore, Lance
+from lance_ref.compression import match_layers
+from lance_ref.continual.bases import NOTHING, checked_bases
+from lance_ref.continual.patches import PatchGrams, PatchLance, geometry_of, patch_tokens
+from lance_ref.frame import FeatureMean, Frame, with_direction
+from lance_ref.grams import LayerGrams, select_modes
+from lance_ref.listening import run_over
+from lance_ref.models.alexnet_cl import Heads
+from lance_ref.nn import Conv2d
+from lance_ref.nn.module import Module
+from lance_ref.optim.optimizer import Optimizer
+from lance_ref.optim.sgd import SGD
+from lance_ref.selection import weighted_layers
+from lance_ref.subspace import Subspace, shape_text
+from lance_ref.tensor import Tensor
+from lance_ref.tucker import check_epsilon
+
+MODES = ("batch", "token", "feature")
+
+OLD_MOMENTUM = 1e-3
+"""Share of a momentum buffer along M from which on it is taken for that of an earlier task."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskCompression:
+    """What :func:`compress_for_task` did.
+
+    Attributes
+    ----------
+    subspaces : dict of layer path to Subspace
+        Of the layers that learn.
+    frozen : tuple of str
+        Paths of the layers where no direction is left to learn in.
+    ram_bytes : int
+        Of the factors, in memory all through training beside the tape.
+    flash_bytes : int
+        Of the bases of protected directions, needed between tasks only.
+    core_bytes, input_bytes : dict of layer path to int
+        What the tape keeps of one batch of calibration, and what it would keep without compression. Patches overlap: a
+        convolution's core can be larger than its input.
+    """
+
+    subspaces: dict[str, Subspace]
+    frozen: tuple[str, ...]
+    ram_bytes: int
+    flash_bytes: int
+    core_bytes: dict[str, int]
+    input_bytes: dict[str, int]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The layers that learn."""
+        return tuple(self.subspaces)
+
+    @property
+    def ranks(self) -> dict[str, tuple[int | None, ...]]:
+        """Ranks of batch, token (where there is one) and feature, by layer path; None for a mode left alone."""
+        return {path: subspace.ranks for path, subspace in self.subspaces.items()}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{path}: ranks {shape_text(subspace.ranks)} of {shape_text(subspace.shape)}, "
+            f"core {self.core_bytes[path]:,} bytes of {self.input_bytes[path]:,}"
+            for path, subspace in self.subspaces.items()
+        ]
+        lines += [f"{path}: frozen, no direction is left" for path in self.frozen]
+        return "\n".join([*lines, f"factors {self.ram_bytes:,} bytes in RAM, bases {self.flash_bytes:,} in flash"])
+
+
+# ---- before a task -------------------------------------------------------------------------
+
+
+def compress_for_task(
+    net: Module,
+    batches: Iterable[Any],
+    protected: Mapping[str, np.ndarray | None],
+    *,
+    epsilon: float,
+    modes: Sequence[str] = MODES,
+    mean_free: bool = False,
+) -> TaskCompression:
+    """Calibrate layers in the null space of their protected directions, and have them keep cores alone.
+
+    Parameters
+    ----------
+    net : Module
+        Changed in place. ``layer.store`` of the layers named in ``protected`` becomes a
+        :class:`~lance_ref.activations.Lance`, or, of convolutions, a
+        :class:`~lance_ref.continual.patches.PatchLance`, and their weights train. Layers with nothing left to
+        learn in get ``weight.requires_grad = False`` and the exact store, which then keeps nothing. Biases and all
+        other layers are as they were: see :func:`check_optimizer`.
+    batches : iterable of arrays, Tensors, or (inputs, labels) tuples
+        Of the new task. With the batch mode selected all have the batch size of training.
+    protected : mapping of layer path to (n, m) array or None
+        Orthonormal bases, n = I or C_in·k_h·k_w. None, or no columns, for the first task.
+    epsilon : float
+        Share, in (0, 1], of the energy outside M that every mode holds.
+    modes : sequence of str
+        Of "batch", "token", "feature"; the feature mode must be one of them.
+    mean_free : bool
+        Leave the direction of the mean input alone too, for this task. Needs two passes over ``batches``.
+
+    Returns
+    -------
+    TaskCompression
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is out of range or does not fit the network, or, as in :func:`lance_ref.calibrate`, the
+        batches are unfit; names the layer. Nothing has been changed then.
+
+    Notes
+    -----
+    All modes are those of P ×_f (I − MMᵀ), what is left of the input: the directions of batch and token that hold its
+    energy, not that of the parts which are not kept anyway. A layer whose inputs lie in the span of M up to a share of
+    1e-12 of their energy has nothing left.
+    """
+    epsilon, modes = check_epsilon(epsilon), _checked_modes(modes)
+    bases = checked_bases(net, protected)
+    if not bases:
+        raise ValueError("protected names no layer, expected a basis (or None) for every layer that is to learn")
+    modules = weighted_layers(net)
+    frames = _frames(net, batches, bases, mean_free)
+    full = [path for path, frame in frames.items() if _columns(frame) == len(bases[path])]
+    grams, sizes = _grams(net, batches, {path: frame for path, frame in frames.items() if path not in full}, modes)
+    subspaces = {path: layer.subspace(epsilon) for path, layer in grams.items()}
+    stores: dict[str, ActivationStore] = {}
+    for path, subspace in subspaces.items():
+        make = PatchLance if isinstance(modules[path], Conv2d) else Lance
+        stores[path] = make(subspace, dtype=modules[path].weight.dtype)
+    frozen = tuple(path for path in bases if path not in stores)
+    itemsizes = {path: modules[path].weight.dtype.itemsize for path in stores}
+    for path in bases:
+        modules[path].store = stores.get(path, EXACT)
+        modules[path].weight.requires_grad_(path in stores)
+    return TaskCompression(
+        subspaces,
+        frozen,
+        ram_bytes=sum(store.factor_bytes for store in stores.values()),
+        flash_bytes=sum(M.nbytes for M in protected.values() if M is not None),
+        core_bytes={path: itemsizes[path] * math.prod(space.core_shape) for path, space in subspaces.items()},
+        input_bytes={path: itemsizes[path] * sizes[path] for path in subspaces},
+    )
+
+
+def _checked_modes(modes: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(modes, str) or not set(modes) <= set(MODES):
+        raise ValueError(f"modes are {modes!r}, expected some of {MODES}")
+    if "feature" not in modes:
+        raise ValueError(f"modes are {tuple(modes)}, without 'feature', whose factor is what protects earlier tasks")
+    return tuple(modes)
+
+
+def _columns(frame: Frame) -> int:
+    return 0 if frame.protected is None else frame.protected.shape[1]
+
+
+def _frames(net: Module, batches: Iterable[Any], bases: Mapping[str, np.ndarray], mean_free: bool) -> dict[str, Frame]:
+    """The directions to take out of each layer's inputs; a first pass over the batches finds the means."""
+    given = {path: M if M.shape[1] else None for path, M in bases.items()}
+    if not mean_free:
+        return {path: Frame(M) for path, M in given.items()}
+    if iter(batches) is batches:
+        raise TypeError(
+            f"batches is an iterator ({type(batches).__name__}), but mean_free takes two passes over it; "
+            "expected a list, or another iterable that starts anew each time"
+        )
+    modules = weighted_layers(net)
+    means: dict[str, FeatureMean] = {}
+
+    def add_mean(path: str, activation: np.ndarray) -> None:
+        layer = modules[path]
+        blocks: Iterable[np.ndarray] = [activation]
+        if isinstance(layer, Conv2d):
+            blocks = patch_tokens(geometry_of(layer, activation.shape), activation)
+        for tokens in blocks:
+            means.setdefault(path, FeatureMean(path, tokens.shape)).add(tokens)
+
+    run_over(net, batches, list(bases), add_mean)
+    return {path: Frame(with_direction(M, means[path].mean)) for path, M in given.items()}
+
+
+def _grams(
+    net: Module, batches: Iterable[Any], frames: Mapping[str, Frame], modes: tuple[str, ...]
+) -> tuple[dict[str, LayerGrams], dict[str, int]]:
+    """The Grams of what each layer's frame leaves of its inputs, and the elements of one input.
+
+    Layers where nothing is left are left out.
+    """
+    modules = weighted_layers(net)
+    grams: dict[str, LayerGrams] = {}
+    energies = dict.fromkeys(frames, 0.0)
+    sizes: dict[str, int] = {}
+
+    def add(path: str, activation: np.ndarray) -> None:
+        layer, shape = modules[path], activation.shape
+        if path not in grams:
+            if isinstance(layer, Conv2d):
+                selected = [mode in modes for mode in MODES]
+                grams[path] = PatchGrams(path, layer, shape, selected, frames[path])
+            else:
+                grams[path] = LayerGrams(path, shape, select_modes(path, shape, modes), frames[path])
+            sizes[path] = activation.size
+        grams[path].add(activation)
+        energies[path] += float(np.square(activation, dtype=np.float64).sum())
+
+    if frames:
+        run_over(net, batches, list(frames), add)
+    # the feature mode is the last one; its energies are those outside of the protected directions
+    left = {path: float(layer.basis(len(layer.shape) - 1)[0].sum()) for path, layer in grams.items()}
+    return {path: grams[path] for path in frames if left[path] > NOTHING * energies[path]}, sizes
+
+
+# ---- during a task -------------------------------------------------------------------------
+
+
+def check_optimizer(
+    optimizer: Optimizer,
+    net: Module,
+    protected: Mapping[str, np.ndarray | None],
+    heads: str | Sequence[str] | None = None,
+) -> None:
+    """Raise ValueError if a step of ``optimizer`` could move what earlier tasks need, for protected gradients.
+
+    A sum of gradients dŴ with dŴ M = 0, in any proportions, keeps ΔW M = 0: plain SGD, momentum, dampening, Nesterov,
+    clipping, any learning rate. Refused are
+
+    * **weight decay**: W itself has a part along M, and loses it;
+    * **Adam** and everything that is not SGD: its step is the gradient divided entry by entry, which is no sum of them;
+    * **a momentum buffer of an earlier task**, which has a part along M: make a new optimiser for each task;
+    * **a trained bias of a protected layer**: it moves the answer to all inputs;
+    * **any other parameter that trains** and is not a head's: a layer without protection, or the weight and bias of
+      batch norm, moves the inputs of the layers above. Freeze it after the first task.
+
+    As long as no basis has a column, nothing is refused.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        Its parameters count if they require gradients or hold one.
+    net : Module
+    protected : mapping of layer path to (n, m) array or None
+    heads : glob or sequence of globs, optional
+        Paths of layers that belong to a single task each. By default all in a
+        :class:`~lance_ref.models.alexnet_cl.Heads`; without one the last Conv2d or Linear layer in module order, unless
+        it is protected. A single head that all tasks share must be protected like any other layer.
+    """
+    bases = checked_bases(net, protected)
+    if not any(M.shape[1] for M in bases.values()):
+        return
+    modules = weighted_layers(net)
+    weights = {modules[path].weight.uid: path for path in bases}
+    biases = {modules[path].bias.uid: path for path in bases if modules[path].bias is not None}
+    free = {parameter.uid for path in _head_paths(net, heads) for parameter in modules[path].parameters()}
+    names = {parameter.uid: name for name, parameter in net.named_parameters()}
+    learning = []
+    for position, parameter in enumerate(optimizer.params):
+        uid = parameter.uid
+        if uid not in names or not (parameter.requires_grad or parameter.grad is not None):
+            continue
+        if uid in weights:
+            learning.append((position, weights[uid]))
+        elif uid in biases:
+            raise ValueError(
+                f"the bias of the protected layer {biases[uid]!r} trains, which moves its answers to every input; "
+                "freeze it, or leave it out of the optimiser"
+            )
+        elif uid not in free:
+            raise ValueError(
+                f"parameter {names[uid]!r} trains, but is neither the weight of a protected layer nor a head's: it "
+                "moves what the layers above take in; protect its layer, freeze it, or name it in heads"
+            )
+    if learning:
+        _check_rule(optimizer, [path for _, path in learning])
+    for position, path in learning:
+        _check_momentum(optimizer, position, path, bases[path])
+
+
+def _check_rule(optimizer: Optimizer, paths: list[str]) -> None:
+    """SGD without weight decay."""
+    if not isinstance(optimizer, SGD):
+        raise ValueError(
+            f"the optimiser is {type(optimizer).__name__}, expected SGD: other rules scale each entry of a gradient by "
+            f"itself, and leave the null space of the directions that layers {paths} protect"
+        )
+    if optimizer.weight_decay:
+        raise ValueError(
+            f"weight_decay is {optimizer.weight_decay:g}, expected 0: it shrinks the weights of layers {paths} along "
+            "the protected directions too"
+        )
+
+
+def _check_momentum(optimizer: Optimizer, position: int, path: str, M: np.ndarray) -> None:
+    """A momentum buffer must be orthogonal to M, or new."""
+    velocity = optimizer.buffers["momentum_buffer"][position]
+    if velocity is None:
+        return
+    share = leak(np.zeros_like(velocity), velocity, M)
+    if share > OLD_MOMENTUM:
+        raise ValueError(
+            f"the momentum of layer {path!r} has a share of {share:.2g} along its protected directions: it stems from "
+            "before they were protected; make a new optimiser for each task"
+        )
+
+
+def _head_paths(net: Module, heads: str | Sequence[str] | None) -> list[str]:
+    paths = list(weighted_layers(net))
+    if heads is not None:
+        return match_layers(heads, paths, "Conv2d or Linear layer")
+    groups = [f"{name}." for name, module in net.named_modules() if isinstance(module, Heads)]
+    return [path for path in paths if path.startswith(tuple(groups))] if groups else paths[-1:]
+
+
+def leak(before: np.ndarray | Tensor, after: np.ndarray | Tensor, M: np.ndarray) -> float:
+    """‖ΔW M‖_F / ‖ΔW‖_F, the share of a weight's change along protected directions; 0 where nothing changed.
+
+    Parameters
+    ----------
+    before, after : (C_out, ...) arrays or Tensors
+    M : (n, m) array
+        n is the product of the sizes after C_out.
+
+    Returns
+    -------
+    float in [0, 1]
+        Computed in float64.
+    """
+    W_0, W_1 = (np.asarray(W.data if isinstance(W, Tensor) else W, dtype=np.float64) for W in (before, after))
+    change = (W_1 - W_0).reshape(len(W_0), -1)  # (C_out, n)
+    size = float(np.linalg.norm(change))
+    return float(np.linalg.norm(change @ M)) / size if size else 0.0

@@ -220,7 +220,8 @@ def test_failed_cells_do_not_stop_the_others(tmp_path: Path) -> None:
 
 
 DRIVER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background of a shell
 sys.path.insert(0, sys.argv[1])
 from analysis.sweep import run_cells
 cells = [{"x": x, "log": sys.argv[2], "wait_for": sys.argv[4] if x > 2 else None} for x in range(6)]
@@ -236,7 +237,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(number: int, tmp_path: Pat
     with subprocess.Popen(arguments, start_new_session=True, stderr=subprocess.DEVNULL) as driver:
         wait_until(lambda: len(starts(log)) == 5 and len(stored(folder)) == 3)
         driver.send_signal(number)
-        assert driver.wait() != 0
+        assert driver.wait(30) != 0
     workers = {int(words[2]) for words in read_log(log)}
     wait_until(lambda: not any(Path(f"/proc/{pid}/fd").exists() and alive(pid) for pid in workers))
     gate.touch()

@@ -49,6 +49,7 @@ TABLE = [
     Kept("sigmoid", F.sigmoid, (MATRIX,), {"output": 4 * N}),
     Kept("gelu", F.gelu, (MATRIX,), {"x": 4 * N}),
     Kept("hardswish", F.hardswish, (MATRIX,), {"x": 4 * N}),
+    Kept("hardsigmoid", F.hardsigmoid, (MATRIX,), {"mask": N // 8}),
     Kept("relu", F.relu, (MATRIX,), {"mask": N // 8}),
     Kept("relu", F.relu, ((1023, 1025),), {"mask": 131_072}),  # (2^20 − 1) bits, rounded up
     Kept("relu6", F.relu6, (MATRIX,), {"mask": N // 8}),

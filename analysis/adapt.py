@@ -19,7 +19,7 @@ import numpy as np
 
 import lance_ref
 from analysis.account import account
-from analysis.cli import OneLineParser, check_writable, one_line
+from analysis.cli import OneLineParser, check_counts, check_writable, one_line
 from analysis.figures import save_figure
 from analysis.provenance import provenance
 from analysis.spectra_file import write_atomically
@@ -159,9 +159,7 @@ def draw(result: dict[str, Any], path: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        for name in ("steps", "batch", "image_size", "calibration_batches", "test_images"):
-            if getattr(options, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected a positive integer")
+        check_counts(options, ("steps", "batch", "image_size", "calibration_batches", "test_images"))
         for output in (options.output, options.figure):
             if output:
                 check_writable(output)

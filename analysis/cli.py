@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +22,50 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def check_writable(output: str) -> None:
+def run_command(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    work: Callable[[argparse.Namespace], None],
+    outputs: Sequence[str],
+) -> int:
+    """Parse, look whether the outputs can be written, and work; whatever the user did wrong is said in one line.
+
+    Parameters
+    ----------
+    parser : ArgumentParser
+        A :class:`OneLineParser`.
+    arguments : sequence of str, optional
+        Those of the process by default.
+    work : callable
+        Gets the options.
+    outputs : sequence of str
+        Names of the options that name files to write.
+
+    Returns
+    -------
+    int
+        0; errors leave through ``parser.error``, with exit code 2.
+    """
+    options = parser.parse_args(arguments)
+    try:
+        for name in outputs:
+            if getattr(options, name):
+                check_writable(getattr(options, name), f"--{name}")
+        work(options)
+    except (ValueError, TypeError, LookupError, OSError, MemoryError, RuntimeError) as error:
+        parser.error(one_line(error))
+    return 0
+
+
+def check_counts(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raise ValueError unless these options are positive integers, or were not given."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a positive integer")
+
+
+def check_writable(output: str, option: str = "--output") -> None:
     """Fail before the work, not after it.
 
     Raises
@@ -31,8 +75,8 @@ def check_writable(output: str) -> None:
     """
     path = Path(output)
     if path.is_dir():
-        raise ValueError(f"--output is {output!r}, a folder; expected the name of a file")
+        raise ValueError(f"{option} is {output!r}, a folder; expected the name of a file")
     if not path.parent.is_dir():
-        raise ValueError(f"--output is {output!r}, but there is no folder {str(path.parent)!r}")
+        raise ValueError(f"{option} is {output!r}, but there is no folder {str(path.parent)!r}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"--output is {output!r}, which cannot be written")
+        raise ValueError(f"{option} is {output!r}, which cannot be written")

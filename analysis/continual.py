@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.cli import OneLineParser, check_writable, one_line
+from analysis.cli import OneLineParser, check_counts, run_command
 
 CELL = "analysis.continual_cell:run"
 MLP = {
@@ -94,15 +94,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    p = parser()
-    options = p.parse_args(arguments)
-    try:
-        for output in filter(None, (options.output, options.table, options.figure)):
-            check_writable(output)
-        _run(fill_in(options), list(sys.argv[1:] if arguments is None else arguments))
-    except (ValueError, TypeError, LookupError, OSError, MemoryError, RuntimeError) as error:
-        p.error(one_line(error))
-    return 0
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return run_command(parser(), given, lambda options: _run(fill_in(options), given), ("output", "table", "figure"))
 
 
 def fill_in(options: argparse.Namespace) -> argparse.Namespace:
@@ -116,12 +109,20 @@ def fill_in(options: argparse.Namespace) -> argparse.Namespace:
     for name, value in {**defaults, **(QUICK if options.quick else {})}.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    counts = ("seeds", "tasks", "epochs", "batch", "train_images", "test_images", "basis_samples", "memory")
-    for name in (*counts, "eval_batch", "jobs"):
-        value = getattr(options, name)
-        if value is not None and value < (2 if name == "tasks" else 1):
-            least = "at least 2" if name == "tasks" else "a positive integer"
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {least}")
+    if options.tasks is not None and options.tasks < 2:
+        raise ValueError(f"--tasks is {options.tasks}, expected at least 2")
+    counts = (
+        "seeds",
+        "epochs",
+        "batch",
+        "train_images",
+        "test_images",
+        "basis_samples",
+        "memory",
+        "eval_batch",
+        "jobs",
+    )
+    check_counts(options, counts)
     if not options.lr > 0:
         raise ValueError(f"--lr is {options.lr}, expected a positive number")
     if options.clip is not None and not options.clip > 0:

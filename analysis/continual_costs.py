@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from analysis.account import WEIGHTED, account
+from analysis.protection_costs import calibration_macs, gram_macs, update_macs
 from lance_ref.continual.learners import Recipe
 from lance_ref.continual.scenario import Scenario
 from lance_ref.tracing import OpRecord
@@ -113,46 +114,28 @@ def _kept(sizes: Sequence[int], memory: int) -> int:
 
 
 def _after(done: Mapping[str, Any], batches: int, B: int, step: Mapping[str, Any]) -> dict[str, int]:
-    """New protected directions: forward passes, A·n for the Gram matrix of each batch, and the directions outside M."""
+    """New protected directions: forward passes, the Gram matrix of each batch, and the directions outside M."""
     total = 0
     for path, (n, m) in done["notes"]["protected"].items():
-        L = step["layers"][path]["tokens"] or 1
+        samples = batches * B * (step["layers"][path]["tokens"] or 1)
         added = done["after"]["protected"][path][1] - m
-        total += batches * B * L * n * n
-        if m < n:
-            total += _directions(n, m) + (n * (n - m) * added if m else 0)
+        total += gram_macs(samples, n) + update_macs(n, m, added)
     return {"forward": batches * step["forward_macs"], "calibration": total}
 
 
 def _before(learner: str, done: Mapping[str, Any], batches: int, B: int, step: Mapping[str, Any]) -> dict[str, int]:
-    """LANCE's calibration: A·n_mode for each Gram matrix of each batch, 2·A·m to take M out, and all directions.
-
-    A vector's modes share one pass over what M leaves; patches are laid out, and rid of M, once for each mode.
-    """
+    """LANCE's calibration: a Gram matrix for every mode and batch, and all directions, the feature's outside M."""
     total, reached = 0, False
     for path, (n, m) in done["notes"]["protected"].items():
         if m == n:
             continue
         reached = True
         layer = step["layers"][path]
-        sizes = zip((B, layer["tokens"]), LANCE_MODES[learner], strict=True)
-        modes = [size for size, wanted in sizes if wanted and size is not None]
-        times = len(modes) + 1 if layer["patches"] else 1
-        total += batches * B * (layer["tokens"] or 1) * n * (n + sum(modes) + 2 * m * times)
+        shape = [size for size in (B, layer["tokens"], n) if size is not None]
+        batch_too, token_too = LANCE_MODES[learner]
+        selected = [batch_too, token_too, True] if len(shape) == 3 else [batch_too, True]
+        total += batches * calibration_macs(shape, selected, m, layer["patches"])
         if path in done["notes"]["ranks"]:
-            total += sum(_eigenvectors(size) for size in modes) + _directions(n, m) + (n * (n - m) ** 2 if m else 0)
+            outer = [size for size, chosen in zip(shape[:-1], selected[:-1], strict=True) if chosen]
+            total += sum(update_macs(size, 0, size) for size in outer) + update_macs(n, m, n - m)
     return {"forward": batches * step["forward_macs"] if reached else 0, "calibration": total}
-
-
-def _directions(n: int, m: int) -> int:
-    """Eigenvectors of a Gram matrix (n, n) outside of m directions: N (n, n − m) by Householder, NᵀKN, and its own."""
-    free = n - m
-    if not m:
-        return _eigenvectors(n)
-    householder = (n * m**2 - m**3 / 3) + 2 * (n**2 * m - n * m**2 + m**3 / 3)
-    return math.floor(householder + 1e-6) + n * n * free + n * free * free + _eigenvectors(free)
-
-
-def _eigenvectors(n: int) -> int:
-    """9·n³ FLOPs by the symmetric QR algorithm, two of them a multiply-add."""
-    return 9 * n**3 // 2

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import lance_ref
-from analysis.cli import OneLineParser, check_writable, one_line
+from analysis.cli import OneLineParser, check_counts, run_command
 from analysis.figures import save_figure
 from analysis.finetune import IMAGE_SIZES
 from lance_ref import datasets, models
@@ -196,34 +196,28 @@ def show(results: Sequence[dict[str, Any]]) -> None:
             )
 
 
+def work(options: argparse.Namespace) -> None:
+    """Check, run, show and write."""
+    if options.quick:
+        for name, value in QUICK.items():
+            if getattr(options, name) == parser().get_default(name):
+                setattr(options, name, value)
+    check_counts(options, ("epochs", "batch", "train_images", "test_images", "calibration_batches"))
+    results = run(options)
+    show(results)
+    if options.output:
+        from analysis.provenance import provenance
+        from analysis.spectra_file import write_atomically
+
+        document = {**provenance("analysis.domain_shift", options.seed), "runs": results}
+        write_atomically(options.output, json.dumps(document, indent=1) + "\n")
+    if options.figure:
+        draw(results, options.figure, f"trained on {options.data},\nother: {options.calibrate_on}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    p = parser()
-    options = p.parse_args(arguments)
-    try:
-        if options.quick:
-            for name, value in QUICK.items():
-                if getattr(options, name) == p.get_default(name):
-                    setattr(options, name, value)
-        for name in ("epochs", "batch", "train_images", "test_images", "calibration_batches"):
-            if getattr(options, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected a positive integer")
-        for output in filter(None, (options.output, options.figure)):
-            check_writable(output)
-        results = run(options)
-        title = f"trained on {options.data},\nother: {options.calibrate_on}"
-        show(results)
-        if options.output:
-            from analysis.provenance import provenance
-            from analysis.spectra_file import write_atomically
-
-            document = {**provenance("analysis.domain_shift", options.seed), "runs": results}
-            write_atomically(options.output, json.dumps(document, indent=1) + "\n")
-        if options.figure:
-            draw(results, options.figure, title)
-    except (ValueError, TypeError, LookupError, OSError, MemoryError) as error:
-        p.error(one_line(error))
-    return 0
+    return run_command(parser(), arguments, work, ("output", "figure"))
 
 
 if __name__ == "__main__":

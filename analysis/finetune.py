@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.cli import OneLineParser, check_writable, one_line
+from analysis.cli import OneLineParser, check_counts, run_command
 
 CELL = "analysis.finetune_cell:run"
 PAPERS_LR = 0.05
@@ -92,31 +92,19 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    p = parser()
-    options = p.parse_args(arguments)
-    try:
-        for output in filter(None, (options.output, options.table, options.figure)):
-            check_writable(output)
-        _run(fill_in(options), list(sys.argv[1:] if arguments is None else arguments))
-    except (ValueError, TypeError, LookupError, OSError, MemoryError, RuntimeError) as error:
-        p.error(one_line(error))
-    return 0
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return run_command(parser(), given, lambda options: _run(fill_in(options), given), ("output", "table", "figure"))
 
 
 def fill_in(options: argparse.Namespace) -> argparse.Namespace:
     """Defaults of the chosen size, and everything checked that can be before anything runs."""
-    from analysis.finetune_methods import METHODS
-
     for name, value in (QUICK if options.quick else DEFAULTS).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if options.image_size is None:
         options.image_size = IMAGE_SIZES.get(options.net)
     counts = ("seeds", "epochs", "batch", "tuning_epochs", "calibration_batches", "jobs", "patch", "image_size")
-    for name in (*counts, "train_images", "test_images"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a positive integer")
+    check_counts(options, (*counts, "train_images", "test_images"))
     for name in ("lr", "clip", "budget_kib"):
         if not getattr(options, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected a positive number")
@@ -129,7 +117,6 @@ def fill_in(options: argparse.Namespace) -> argparse.Namespace:
         own_settings(spec)
     if len(set(options.methods)) < len(options.methods):
         raise ValueError(f"--methods are {options.methods}, expected each once")
-    assert METHODS
     return options
 
 

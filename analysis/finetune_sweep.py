@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.cli import OneLineParser, check_writable, one_line
+from analysis.cli import OneLineParser, check_counts, run_command
 from analysis.figures import save_figure
 from analysis.finetune import CELL, IMAGE_SIZES, PAPERS_LR
 
@@ -184,31 +184,26 @@ def show(points: Sequence[Mapping[str, Any]]) -> None:
                 print(f"  {sizes}  {point['family']}: {point['label']}")
 
 
+def work(options: argparse.Namespace) -> None:
+    """Check, run, show and write."""
+    check_counts(options, ("epochs", "train_images", "test_images", "jobs"))
+    if min(options.batch) < 1:
+        raise ValueError(f"--batch is {options.batch}, expected positive integers")
+    points = run(options)
+    show(points)
+    if options.output:
+        from analysis.provenance import provenance
+        from analysis.spectra_file import write_atomically
+
+        document = {**provenance("analysis.finetune_sweep", options.seed), "points": points}
+        write_atomically(options.output, json.dumps(document, indent=1) + "\n")
+    if options.figure:
+        draw(points, options.figure, "digits" if options.quick else f"{options.net} on {options.data}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    p = parser()
-    options = p.parse_args(arguments)
-    try:
-        for name in ("epochs", "train_images", "test_images", "jobs"):
-            if getattr(options, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected a positive integer")
-        if min(options.batch) < 1:
-            raise ValueError(f"--batch is {options.batch}, expected positive integers")
-        for output in filter(None, (options.output, options.figure)):
-            check_writable(output)
-        points = run(options)
-        show(points)
-        if options.output:
-            from analysis.provenance import provenance
-            from analysis.spectra_file import write_atomically
-
-            document = {**provenance("analysis.finetune_sweep", options.seed), "points": points}
-            write_atomically(options.output, json.dumps(document, indent=1) + "\n")
-        if options.figure:
-            draw(points, options.figure, "digits" if options.quick else f"{options.net} on {options.data}")
-    except (ValueError, TypeError, LookupError, OSError, MemoryError, RuntimeError) as error:
-        p.error(one_line(error))
-    return 0
+    return run_command(parser(), arguments, work, ("output", "figure"))
 
 
 if __name__ == "__main__":

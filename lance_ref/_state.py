@@ -22,6 +22,7 @@ class _State(threading.local):
     module_paths: dict[int, str] | None = None  # paths below the module that was called first
     path: str = ""  # dotted path of the module that runs, as in `named_modules()`
     kind: str = "forward"  # what multiply-adds are spent on, see counting.KINDS
+    flagged: bool = False  # a product has raised a floating-point flag, deserved or not
 
 
 state = _State()

@@ -171,17 +171,28 @@ def conv_weight_gradient_macs(sizes: ConvSizes, ranks: Ranks, order: str = "auto
     raise ValueError(f"order is {order!r}, expected 'papers', 'separable' or 'auto'")
 
 
-def linear_weight_gradient_macs(input_shape: Sequence[int], C_out: int, ranks: Ranks) -> int:
+def linear_weight_gradient_macs(input_shape: Sequence[int], C_out: int, ranks: Ranks, order: str = "auto") -> int:
     """Multiply-adds of a linear layer's weight gradient from a core.
 
     The output gradient (outer modes.., O) is projected on the outer modes' factors (batch, or batch
-    and token), in the cheapest order; then contracted with the core; then ×U_I of the feature mode.
+    and token), in the cheapest order; what is left has m rows. Then, in the papers' order, it is contracted
+    with the core, and the result with U_I of the feature mode; ``"auto"`` expands the core's features first
+    where that is cheaper.
+
+    papers     m·O·r + O·r·I
+    expanded   m·r·I + m·O·I
 
     >>> linear_weight_gradient_macs((8, 6), 5, (3, 2))  # 8·5·3 + 3·5·2 + 5·2·6
     210
+    >>> linear_weight_gradient_macs((2, 6), 5, (None, 4))  # 2·4·6 + 2·5·6
+    108
     """
-    *outer, feature = core_shape(input_shape, ranks)
+    if order not in ("papers", "auto"):
+        raise ValueError(f"order is {order!r}, expected 'papers' or 'auto'")
+    *outer, r = core_shape(input_shape, ranks)
     Z = mode_products_macs((*input_shape[:-1], C_out), (*ranks[:-1], None))
-    Y = math.prod(outer) * C_out * feature
-    dW = 0 if ranks[-1] is None else C_out * feature * input_shape[-1]
-    return Z + Y + dW
+    m, I = math.prod(outer), input_shape[-1]  # noqa: E741
+    if ranks[-1] is None:
+        return Z + m * C_out * I
+    papers = m * C_out * r + C_out * r * I
+    return Z + (papers if order == "papers" else min(papers, m * r * I + m * C_out * I))

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lance_ref import kernels
-from lance_ref.counting import matmul, tensordot
+from lance_ref.counting import matmul
 from lance_ref.geometry import WORKSPACE_BYTES, ConvGeometry, Geometry, LinearGeometry
 from lance_ref.tensor import Shape
 from lance_ref.tucker import contraction_order, multi_mode_product
@@ -174,9 +174,31 @@ def linear_weight_gradient(
     """
     *outer, U_feature = factors
     Z = multi_mode_product(grad_output, (*(None if U is None else U.T for U in outer), None))  # (r1, .., O)
-    axes = list(range(Z.ndim - 1))
-    narrow = tensordot(Z, core, (axes, axes))  # (O, r)
-    return narrow if U_feature is None else matmul(narrow, U_feature.T)
+    return contract_features(Z.reshape(-1, Z.shape[-1]), core.reshape(-1, core.shape[-1]), U_feature)
+
+
+def contract_features(Z: np.ndarray, S: np.ndarray, U_feature: np.ndarray | None) -> np.ndarray:
+    """Zᵀ S Uᵀ in the cheaper order.
+
+    (ZᵀS)Uᵀ takes m·O·r + O·r·I multiply-adds, Zᵀ(SUᵀ) m·r·I + m·O·I: fewer where the rows m of the core
+    are fewer than its features r, as with small batches.
+
+    Parameters
+    ----------
+    Z, S : (m, O), (m, r)
+    U_feature : (I, r) or None
+        None stands for the identity.
+
+    Returns
+    -------
+    (O, I)
+    """
+    if U_feature is None:
+        return matmul(Z.T, S)
+    (m, O), (I, r) = Z.shape, U_feature.shape  # noqa: E741
+    if O * r * (m + I) <= m * I * (r + O):
+        return matmul(matmul(Z.T, S), U_feature.T)
+    return matmul(Z.T, matmul(S, U_feature.T))
 
 
 def mean_weight_gradient(mean: np.ndarray, grad_output: np.ndarray, geometry: Geometry) -> np.ndarray:

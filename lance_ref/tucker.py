@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -201,6 +202,11 @@ def contraction_order(shape: Sequence[int], ranks: Sequence[int | None]) -> tupl
     """
     if len(ranks) != len(shape):
         raise ValueError(f"contraction_order: got {len(ranks)} ranks for a tensor of shape {tuple(shape)}")
+    return _contraction_order(tuple(shape), tuple(ranks))
+
+
+@lru_cache(maxsize=4096)  # the same few shapes at every training step
+def _contraction_order(shape: tuple[int, ...], ranks: tuple[int | None, ...]) -> tuple[int, ...]:
     keys: dict[int, float] = {}
     for mode, (n, r) in enumerate(zip(shape, ranks, strict=True)):
         if r is not None:

@@ -87,11 +87,20 @@ def test_depthwise_is_groups_equal_to_channels() -> None:
         ((8, 6), (None, None), 8 * 5 * 6),
         # tokens first: 8·7·5·2 to (8, 2, 5), then batch 80·3; batch first would take 840 + 210
         ((8, 7, 6), (3, 2, 4), 560 + 240 + 3 * 2 * 5 * 4 + 5 * 4 * 6),
+        # fewer rows than features: the core's features first; in the papers' order 2·5·4 + 5·4·6
+        ((2, 6), (None, 4), 2 * 4 * 6 + 2 * 5 * 6),
     ],
 )
 def test_linear_weight_gradient(shape: tuple[int, ...], ranks: tuple[int | None, ...], macs: int) -> None:
     """Batch, token and feature each compressed or left alone, five outputs."""
     assert tucker_costs.linear_weight_gradient_macs(shape, 5, ranks) == macs
+
+
+def test_the_papers_order_of_a_linear_layer() -> None:
+    """What published figures are compared with does not change with the order that runs."""
+    assert tucker_costs.linear_weight_gradient_macs((2, 6), 5, (None, 4), "papers") == 2 * 5 * 4 + 5 * 4 * 6
+    with pytest.raises(ValueError, match="order is 'separable', expected 'papers' or 'auto'"):
+        tucker_costs.linear_weight_gradient_macs((2, 6), 5, (None, 4), "separable")
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9) | st.none()), min_size=1, max_size=4))

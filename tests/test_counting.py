@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,16 @@ from lance_ref.counting import count_macs, matmul, tensordot
 @pytest.fixture
 def flag_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """NumPy's products as a BLAS kernel makes them that multiplies garbage beside its operands."""
-    for name in ("matmul", "tensordot"):
 
-        def beside(*args: Any, exact: Any = getattr(np, name), **kwargs: Any) -> np.ndarray:
+    def beside(exact: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        def product(*args: Any, **kwargs: Any) -> np.ndarray:
             np.subtract(np.float32(np.inf), np.float32(np.inf))
             return exact(*args, **kwargs)
 
-        monkeypatch.setattr(np, name, beside)
+        return product
+
+    for name in ("matmul", "tensordot"):
+        monkeypatch.setattr(np, name, beside(getattr(np, name)))
 
 
 A, B = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones((3, 4), np.float32)

@@ -42,7 +42,8 @@ def lance(call: Call, macs: int) -> StoreCost:
         grad_weight = tucker_costs.conv_weight_gradient_macs(sizes, ranks, store.get("order", "auto"))
         paper_grad_weight = tucker_costs.conv_papers_macs(sizes, ranks)
     else:
-        grad_weight = paper_grad_weight = tucker_costs.linear_weight_gradient_macs(shape, weight[0], ranks)
+        grad_weight = tucker_costs.linear_weight_gradient_macs(shape, weight[0], ranks)
+        paper_grad_weight = tucker_costs.linear_weight_gradient_macs(shape, weight[0], ranks, "papers")
     kept = kept_of_core(call, tucker_costs.core_shape(shape, ranks), store.get("core_bits"))
     coding = 0 if "core_bits" not in store else core * (QUANTISE_OPERATIONS + DEQUANTISE_OPERATIONS)
     if store.get("batch_mode") == "sketch":

@@ -138,7 +138,8 @@ def _core_and_factors(call: Call, ranks: Ranks, decomposition_macs: int) -> Stor
         grad_weight = tucker_costs.conv_weight_gradient_macs(sizes, ranks)
         paper_grad_weight = tucker_costs.conv_papers_macs(sizes, ranks)
     else:
-        grad_weight = paper_grad_weight = tucker_costs.linear_weight_gradient_macs(shape, weight[0], ranks)
+        grad_weight = tucker_costs.linear_weight_gradient_macs(shape, weight[0], ranks)
+        paper_grad_weight = tucker_costs.linear_weight_gradient_macs(shape, weight[0], ranks, "papers")
     kept = [fresh("core", core * call.itemsize)]
     kept += [
         fresh(f"factor {mode}", n * r * call.itemsize)

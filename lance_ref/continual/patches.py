@@ -21,12 +21,12 @@ import numpy as np
 
 from lance_ref import geometry as geometries
 from lance_ref.activations.base import ActivationStore
-from lance_ref.counting import matmul, tensordot
 from lance_ref.frame import Frame
 from lance_ref.functional.convolution import resolve_padding
 from lance_ref.geometry import ConvGeometry, Geometry
 from lance_ref.grams import LayerGrams
 from lance_ref.nn import Conv2d
+from lance_ref.projection import contract_features
 from lance_ref.tensor import FLOATS, Shape
 from lance_ref.tucker import contraction_order, gram, mode_product, multi_mode_product
 
@@ -120,8 +120,8 @@ class PatchLance(ActivationStore):
         tokens = grad_output.reshape(B, C_out, -1)  # (B, C_out, L)
         outer = (None if U_batch is None else U_batch.T, None, None if U_token is None else U_token.T)
         Z = multi_mode_product(tokens, outer)  # (r1, C_out, r2)
-        narrow = tensordot(Z, saved["core"], ((0, 2), (0, 1)))  # (C_out, r3)
-        wide = narrow if U_feature is None else matmul(narrow, U_feature.T)  # (C_out, K)
+        rows, core = Z.transpose(0, 2, 1).reshape(-1, C_out), saved["core"]  # (r1·r2, C_out)
+        wide = contract_features(rows, core.reshape(-1, core.shape[-1]), U_feature)  # (C_out, K)
         return wide.reshape(geometry.weight_shape)  # (C_out, C_in, k_h, k_w)
 
     def _check_size(self, mode: int, n: int, input_shape: Shape) -> None:

@@ -79,14 +79,15 @@ class Optimizer:
         raise NotImplementedError
 
     def _check_gradient(self, position: int, parameter: Tensor, grad: np.ndarray) -> None:
-        what = f"gradient of parameter {position} (of {len(self.params)}, shape {parameter.shape})"
         if grad.shape != parameter.shape:
-            raise ValueError(f"the {what} has shape {grad.shape}")
+            raise ValueError(f"the {self._gradient(position)} has shape {grad.shape}")
         if grad.dtype != parameter.dtype:
-            raise TypeError(f"the {what} has dtype {grad.dtype}, expected {parameter.dtype}")
+            raise TypeError(f"the {self._gradient(position)} has dtype {grad.dtype}, expected {parameter.dtype}")
         if not np.isfinite(grad).all():
             bad = int(grad.size - np.isfinite(grad).sum())
-            raise ValueError(f"the {what} holds {bad} NaN or infinite value(s); no parameter was changed")
+            raise ValueError(
+                f"the {self._gradient(position)} holds {bad} NaN or infinite value(s); no parameter was changed"
+            )
         for name, buffers in self.buffers.items():
             buffer = buffers[position]
             if buffer is not None and buffer.dtype != parameter.dtype:
@@ -94,6 +95,9 @@ class Optimizer:
                     f"{name} of parameter {position} has dtype {buffer.dtype}, but the parameter is now "
                     f"{parameter.dtype}; make the optimiser after net.to(dtype)"
                 )
+
+    def _gradient(self, position: int) -> str:
+        return f"gradient of parameter {position} (of {len(self.params)}, shape {self.params[position].shape})"
 
     # ---- state -------------------------------------------------------------------------
 

@@ -86,4 +86,5 @@ class SGD(Optimizer):
             velocity = grad.copy() if previous is None else self.momentum * previous + (1 - self.dampening) * grad
             buffers[position] = velocity
             grad = grad + self.momentum * velocity if self.nesterov else velocity
-        return data - self.lr * grad
+        step = np.multiply(grad, self.lr, out=np.empty_like(data))
+        return np.subtract(data, step, out=step)

@@ -91,10 +91,10 @@ def predict(
         macs["projection"] += sum(2 * outputs[path] * n * m for path, (n, m) in bases.items())
     if learner in LANCE_MODES:
         ram = done["predicted"]["factor_bytes"]
-        before = _before(learner, done, batches, recipe.batch_size, step)
+        before = before_macs(learner, done, batches, recipe.batch_size, step)
     if learner == "gpm" or learner in LANCE_MODES:
         flash = sum(8 * n * m for n, m in done["after"]["protected"].values())
-        after = _after(done, batches, recipe.batch_size, step)
+        after = after_macs(done, batches, recipe.batch_size, step)
     first = scenario.tasks[0].train
     image = math.prod(first.shape) * first.images.itemsize
     sizes = [len(task.train) for task in scenario.tasks]
@@ -113,7 +113,7 @@ def _kept(sizes: Sequence[int], memory: int) -> int:
 # ---- between tasks -----------------------------------------------------------------------
 
 
-def _after(done: Mapping[str, Any], batches: int, B: int, step: Mapping[str, Any]) -> dict[str, int]:
+def after_macs(done: Mapping[str, Any], batches: int, B: int, step: Mapping[str, Any]) -> dict[str, int]:
     """New protected directions: forward passes, the Gram matrix of each batch, and the directions outside M."""
     total = 0
     for path, (n, m) in done["notes"]["protected"].items():
@@ -123,7 +123,7 @@ def _after(done: Mapping[str, Any], batches: int, B: int, step: Mapping[str, Any
     return {"forward": batches * step["forward_macs"], "calibration": total}
 
 
-def _before(learner: str, done: Mapping[str, Any], batches: int, B: int, step: Mapping[str, Any]) -> dict[str, int]:
+def before_macs(learner: str, done: Mapping[str, Any], batches: int, B: int, step: Mapping[str, Any]) -> dict[str, int]:
     """LANCE's calibration: a Gram matrix for every mode and batch, and all directions, the feature's outside M."""
     total, reached = 0, False
     for path, (n, m) in done["notes"]["protected"].items():

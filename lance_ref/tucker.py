@@ -10,8 +10,6 @@ tensors add up. The price is that singular values below about 1e-8 of the larges
 rounding, which is of no matter where a share of the energy decides.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import lru_cache

@@ -138,6 +138,16 @@ def test_replacing_an_attribute_replaces_the_registration() -> None:
         _ = net.blocks
 
 
+def test_a_replaced_child_keeps_its_place() -> None:
+    """A layer put in place of another would otherwise run last, and the network silently be another one."""
+    net = nn.Sequential(nn.Linear(3, 3, rng=0), nn.ReLU(), nn.Linear(3, 2, rng=1))
+    setattr(net, "1", nn.Tanh())
+    assert [type(child).__name__ for child in net] == ["Linear", "Tanh", "Linear"]
+    assert net(np.ones((1, 3), np.float32)).shape == (1, 2)
+    net[0].weight = nn.Parameter(np.zeros((3, 3), np.float32))
+    assert list(dict(net[0].named_parameters())) == ["weight", "bias"]
+
+
 def test_using_a_module_before_super_init_is_explained() -> None:
     """The usual beginner's mistake gets a sentence, not a KeyError."""
 

@@ -59,8 +59,9 @@ class Module:
         if name in self._buffers and not isinstance(value, (Parameter, Module)):
             self._buffers[name] = np.asarray(value)
             return
-        for registry in ("_parameters", "_modules", "_buffers"):
-            if registries[registry].pop(name, None) is not None and registry == "_modules":
+        own = "_parameters" if isinstance(value, Parameter) else "_modules" if isinstance(value, Module) else None
+        for registry in ("_parameters", "_modules", "_buffers"):  # one that takes another's name takes its place too
+            if registry != own and registries[registry].pop(name, None) is not None and registry == "_modules":
                 _structure_changed()
         registries.pop(name, None)
         if isinstance(value, Parameter):

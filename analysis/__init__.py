@@ -2,4 +2,22 @@
 
 The formulas here are derived on paper and know nothing of the implementation in ``lance_ref``;
 they read the trace (:func:`lance_ref.trace`) and nothing else.
+
+:func:`analysis.cost` is the whole cost model as one function.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from analysis.cost_model import cost
+
+__all__ = ["cost"]
+
+
+def __getattr__(name: str) -> Any:
+    """``analysis.cost`` is imported when it is asked for: command lines must start without the numerical libraries."""
+    if name == "cost":
+        from analysis.cost_model import cost
+
+        return cost
+    raise AttributeError(f"module 'analysis' has no attribute {name!r}")

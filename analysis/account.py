@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from analysis import elementwise_rules, norm_rules, product_rules  # noqa: F401  (they register their rules)
 from analysis.layouts import NUMPY_KEEPS_ORDER, PYTORCH_KEEPS_ORDER, Memory, Storage
-from analysis.op_cost import OpCost, Saved
-from analysis.recompute_rules import cost_inside, cost_outside, executed, flatten, inside
+from analysis.op_cost import OpCost, Saved, cost_of
+from analysis.recompute_rules import Executed, cost_inside, cost_outside, executed, inside
 from lance_ref.tracing import OpRecord
 
 Ranks = tuple[int | None, ...]
@@ -45,16 +46,25 @@ def with_stores(
 
     ``centred``: LANCE of the activation without its mean, whose own weight gradient is added exactly.
     """
+    more = {"centred": True} if centred else {}
+    return with_described_stores(
+        records, {path: {"name": "lance", "ranks": of, "order": "auto", **more} for path, of in (ranks or {}).items()}
+    )
+
+
+def with_described_stores(records: Sequence[OpRecord], stores: Mapping[str, Mapping[str, Any]]) -> list[OpRecord]:
+    """The same records with these activation stores, as the stores describe themselves, and exact ones elsewhere.
+
+    A record that has its store already stays the same object.
+    """
     changed = []
     for record in records:
         if record.op in WEIGHTED:
-            store: dict[str, object] = {"name": "exact"}
-            if ranks and record.path in ranks:
-                store = {"name": "lance", "ranks": ranks[record.path], "order": "auto"}
-                store |= {"centred": True} if centred else {}
-            record = replace(record, attributes={**record.attributes, "store": store})
+            store = stores.get(record.path, {"name": "exact"})
+            if record.attributes["store"] != store:
+                record = replace(record, attributes={**record.attributes, "store": store})
         elif inside(record):
-            within = with_stores(inside(record), ranks, centred)
+            within = with_described_stores(inside(record), stores)
             record = replace(record, attributes={**record.attributes, "records": within})
         changed.append(record)
     return changed
@@ -67,30 +77,80 @@ def is_tuned(record: OpRecord, head: str | None) -> bool:
     return record.op in WEIGHTED and record.inputs[1].requires_grad and record.path != head
 
 
-def account(records: Sequence[OpRecord], head: str | None) -> list[Billed]:
+@dataclass
+class CostCache:
+    """The costs of records that several methods have in common, and where their values live.
+
+    For the methods of one trace, where a number stands for one value. A record that a method leaves as it is
+    (the same object) is costed once for all of them.
+
+    Attributes
+    ----------
+    memory, in_pytorch : Memory
+    costs : dict
+        By identity of the record, and whether backward comes through: the record itself, its cost here,
+        and what PyTorch keeps.
+    """
+
+    memory: Memory = field(default_factory=lambda: Memory(NUMPY_KEEPS_ORDER))
+    in_pytorch: Memory = field(default_factory=lambda: Memory(PYTORCH_KEEPS_ORDER))
+    costs: dict[tuple[int, bool], tuple[OpRecord, OpCost, list[Saved]]] = field(default_factory=dict)
+
+    def of(self, step: Executed) -> tuple[OpCost, list[Saved]]:
+        """The cost of one record in its place, and what PyTorch keeps; all records before it must have been asked."""
+        if step.segment is not None:
+            return cost_inside(step, self.memory), cost_inside(step, self.in_pytorch).pytorch
+        key = id(step.record), step.on_tape
+        if key not in self.costs:
+            price = cost_outside if inside(step.record) else _cost_plain
+            cost = price(step, self.memory)
+            saved: list[Saved] = []
+            if cost.pytorch:
+                saved = price(step, self.in_pytorch).pytorch
+            else:
+                self.in_pytorch.follow(step.record)
+            self.costs[key] = step.record, cost, saved
+        _, cost, saved = self.costs[key]
+        return cost, saved
+
+
+def _cost_plain(step: Executed, memory: Memory) -> OpCost:
+    return cost_of(step.record, memory, step.on_tape)
+
+
+def account(
+    records: Sequence[OpRecord], head: str | None, repeats: int = 1, cache: CostCache | None = None
+) -> list[Billed]:
     """Cost of every record of one training step; the last record is the loss.
 
     The operations inside a recomputed segment follow the segment's own record.
 
-    A step with micro-batches of k examples needs no rule of its own: its passes follow each other, each on its
-    own tape. Account for batch k; the bytes are those of the step, and its operations are those of batch k
-    times the number of micro-batches.
+    Parameters
+    ----------
+    records : sequence of OpRecord
+    head : str or None
+        Path of the classifier.
+    repeats : int
+        How often the records run in one step. The passes of a step in micro-batches follow each other, each on its
+        own tape: with the records of one of them, the bytes are those of the step, and the operations
+        count as often as there are micro-batches.
+    cache : CostCache, optional
+        Costs of other methods on the same trace.
 
     Raises
     ------
     MissingRuleError
         If an operation has no cost rule.
     """
-    memory, in_pytorch = Memory(NUMPY_KEEPS_ORDER), Memory(PYTORCH_KEEPS_ORDER)
+    cache = CostCache() if cache is None else cache
     tape_seen: set[Storage] = set()
     pytorch_seen: set[Storage] = set()
     with_factors: set[str] = set()
     billed = []
     steps = executed(records)
-    for step, name in zip(steps, row_names(flatten(records)), strict=True):
-        record, cost_of = step.record, cost_outside if step.segment is None else cost_inside
-        cost = cost_of(step, memory)
-        saved_in_pytorch = cost_of(step, in_pytorch).pytorch
+    for step, name in zip(steps, row_names([step.record for step in steps]), strict=True):
+        record = step.record
+        cost, saved_in_pytorch = cache.of(step)
         tuned = is_tuned(record, head)
         first_call = record.path not in with_factors  # a layer that is called twice has its factors once
         if cost.subspace_bytes:
@@ -100,7 +160,7 @@ def account(records: Sequence[OpRecord], head: str | None) -> list[Billed]:
                 record,
                 name,
                 tuned,
-                cost,
+                cost if repeats == 1 else repeated(cost, repeats),
                 paper_bytes=cost.paper_bytes if tuned else 0,
                 pytorch_bytes=_bill(saved_in_pytorch, pytorch_seen),
                 tape_bytes=_bill(cost.tape, tape_seen),
@@ -109,6 +169,20 @@ def account(records: Sequence[OpRecord], head: str | None) -> list[Billed]:
             )
         )
     return billed
+
+
+COUNTS = (
+    *(f"{kind}_macs" for kind in ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")),
+    "paper_projection_macs",
+    "paper_grad_weight_macs",
+    "elementwise",
+)
+"""The attributes of an OpCost that count operations, not bytes."""
+
+
+def repeated(cost: OpCost, times: int) -> OpCost:
+    """The cost of an operation that runs several times, one tape after the other."""
+    return replace(cost, **{name: times * getattr(cost, name) for name in COUNTS})
 
 
 def _bill(saved: Iterable[Saved], seen: set[Storage]) -> int:

@@ -16,7 +16,7 @@ from analysis.op_cost import Call, OpCost, Saved, bit_bytes, fresh, index_bytes,
 
 
 class Unary(NamedTuple):
-    """Scalar operations per element, and what is kept: the input "x", the "output", packed bits, or nothing."""
+    """Scalar operations per element, and what is kept: input "x", "output", a bit or a byte each, or nothing."""
 
     forward: int
     backward: int
@@ -32,11 +32,15 @@ UNARY = {
     "tanh": Unary(1, 3, "output", "output"),  # g·(1 − y²)
     "sigmoid": Unary(4, 3, "output", "output"),  # 1/(1 + exp(−x));  g·y·(1 − y)
     "log": Unary(1, 1, "x", "x"),
+    "erf": Unary(1, 5, "x", "x"),  # g·2/√π·exp(−x²)
+    "gelu_tanh": Unary(9, 17, "x", "x"),  # ½x(1 + t), t = tanh(k(x + cx³));  g·(½(1 + t) + ½x(1 − t²)·k(1 + 3cx²))
     "gelu": Unary(5, 11, "x", "x"),  # ½x(1 + erf(x/√2));  g·(Φ(x) + x·φ(x))
     "hardswish": Unary(5, 6, "x", "x"),  # x·min(max(x + 3, 0), 6)/6;  g·(2x + 3)/6 inside (−3, 3)
     "hardsigmoid": Unary(4, 1, "bits", "x"),  # min(max(x + 3, 0), 6)/6;  g/6 inside (−3, 3)
     "relu": Unary(1, 1, "bits", "output"),
     "relu6": Unary(2, 1, "bits", "x"),
+    "clip": Unary(2, 1, "bits", "x"),
+    "fake_quantize": Unary(7, 1, "bits", "bytes"),  # /s, round, + z, between two bounds, − z, ·s
     "dropout": Unary(2, 1, "bits", "noise"),  # draw against p, scale;  PyTorch keeps the scaled noise as floats
     "softmax": Unary(5, 4, "output", "output"),  # max, −, exp, Σ, /;  y·(g − Σ g·y)
     "log_softmax": Unary(5, 4, "output", "output"),  # max, −, exp, Σ, −;  g − exp(y)·Σ g
@@ -50,6 +54,7 @@ def unary(call: Call) -> OpCost:
         "x": lambda: call.save_input("x", 0),
         "output": call.save_output,
         "bits": lambda: fresh("mask", bit_bytes(n)),
+        "bytes": lambda: fresh("mask", n),
         "noise": lambda: fresh("noise", n * call.itemsize),
     }
     cost = OpCost(elementwise=costs.forward * n)
@@ -108,6 +113,12 @@ def div(call: Call) -> OpCost:
 def moved(call: Call) -> OpCost:
     """Copies and looks at the same memory: nothing computed, nothing kept."""
     return OpCost()
+
+
+@rule("expand")
+def expand(call: Call) -> OpCost:
+    """A copy; backward adds up what was repeated."""
+    return OpCost(elementwise=_summed(call, 0) if call.on_tape else 0)
 
 
 @rule("index")

@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 _ARITHMETIC = frozenset(
     {"add", "sub", "mul", "div", "neg", "pow", "exp", "sqrt", "tanh", "sigmoid", "log", "gelu"}
-    | {"hardsigmoid", "hardswish"}
+    | {"hardsigmoid", "hardswish", "erf", "gelu_tanh", "clip", "fake_quantize"}
 )
 NUMPY_KEEPS_ORDER = _ARITHMETIC | {"softmax", "log_softmax", "batch_norm", "layer_norm", "concatenate"}
 """Operations whose result, on our tape, keeps the order of its first input's axes in memory."""

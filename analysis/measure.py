@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +19,10 @@ import numpy as np
 import lance_ref
 from analysis import torch_replay
 from analysis.account import Billed
+from analysis.method_runs import running
 from analysis.recompute_rules import flatten
 from lance_ref import functional as F
-from lance_ref.activations import Lance
-from lance_ref.frame import Frame, feature_mode
 from lance_ref.nn.module import Module
-from lance_ref.subspace import Subspace
 from lance_ref.tensor import Tensor
 from lance_ref.tracing import record
 
@@ -123,21 +120,33 @@ def compare(prediction: Prediction, data: str | None = None) -> Comparison:
     images, labels, name = _batch(data, step)
     comparison = Comparison()
     comparison.notes.append(f"one step on {len(images)} images of {name}, fresh weights, random factors")
+    comparison.notes += [f"{method}: left out: {why}" for method, why in prediction.report.notes.items()]
     for method, bills in prediction.bills.items():
-        with _stores(step, prediction.ranks[method], method == "lance-center"):
-            _compare_step(comparison, method, step.net, images, labels, bills)
+        changed = prediction.steps[method]
+        with running(step, method, changed):
+            _compare_step(comparison, method, step.net, images, labels, bills, changed.repeats)
     _compare_with_pytorch(comparison, prediction)
     return comparison
 
 
 def _compare_step(
-    comparison: Comparison, method: str, net: Module, images: np.ndarray, labels: np.ndarray, bills: Sequence[Billed]
+    comparison: Comparison,
+    method: str,
+    net: Module,
+    images: np.ndarray,
+    labels: np.ndarray,
+    bills: Sequence[Billed],
+    repeats: int,
 ) -> None:
+    """Run a step, in ``repeats`` parts, each on its own tape: the tape is that of the last, the work that of all."""
+    net.zero_grad()
     with lance_ref.count_macs() as counter:
-        with record(net) as records:
-            loss = F.cross_entropy(net(Tensor(images)), Tensor(labels))
-        tape = lance_ref.tape(loss)
-        loss.backward()
+        for x, y in zip(np.split(images, repeats), np.split(labels, repeats), strict=True):
+            with record(net) as records:
+                loss = F.cross_entropy(net(Tensor(x.copy())), Tensor(y.copy()))
+            tape = lance_ref.tape(loss)
+            loss.backward()
+    net.zero_grad()
     traced, ran = [(b.record.op, b.record.path) for b in bills], [(r.op, r.path) for r in flatten(records)]
     if traced != ran:
         same = next(
@@ -170,7 +179,11 @@ def _compare_with_pytorch(comparison: Comparison, prediction: Prediction) -> Non
         return
     comparison.notes.append(f"PyTorch's column: the same operations replayed in PyTorch {torch_replay.version()}")
     for method, bills in prediction.bills.items():
-        ranks = prediction.ranks[method]
+        stores = prediction.steps[method].stores
+        if {store["name"] for store in stores.values()} - {"lance"}:
+            comparison.notes.append(f"PyTorch's column of {method}: not replayed: PyTorch has no such layer")
+            continue
+        ranks = {path: store["ranks"] for path, store in stores.items()}
         whole = [bill for bill in bills if not bill.in_segment]
         records = [bill.record for bill in whole]
         saved = torch_replay.saved_bytes(records, ranks)
@@ -194,25 +207,6 @@ def _compare_with_pytorch(comparison: Comparison, prediction: Prediction) -> Non
             )
         for what, ours, theirs in (("forward", forward, counted.forward), ("backward", backward, counted.backward)):
             comparison.add(method, f"FLOPs {what}, FlopCounterMode", {"all layers": ours}, {"all layers": theirs})
-
-
-@contextmanager
-def _stores(step: TracedStep, ranks: Mapping[str, Sequence[int | None]], centred: bool) -> Iterator[None]:
-    """LANCE with random factors of exactly these ranks: bytes and multiply-adds depend on nothing else."""
-    rng = np.random.default_rng(0)
-    shapes = {r.path: r.inputs[0].shape for r in flatten(step.records) if r.op in ("conv2d", "linear")}
-    layers = {path: step.net.get_submodule(path) for path in ranks}
-    before = {path: layer.store for path, layer in layers.items()}
-    try:
-        for path, layer in layers.items():
-            space = Subspace.random(shapes[path], ranks[path], rng)
-            if centred:
-                space = replace(space, frame=Frame(None, np.ones(space.shape[feature_mode(space.shape)])))
-            layer.store = Lance(space, dtype=layer.weight.dtype)
-        yield
-    finally:
-        for path, layer in layers.items():
-            layer.store = before[path]
 
 
 def _images(data: str | None, size: tuple[int, int]) -> Dataset:

@@ -61,23 +61,37 @@ class TracedStep:
     tuned_layers: tuple[str, ...]
     head: str | None
 
+    @property
+    def batch(self) -> int:
+        """Images of the step."""
+        return self.records[-1].inputs[0].shape[0]
+
+    @property
+    def dtype(self) -> str:
+        """Of the activations."""
+        return self.records[-1].inputs[0].dtype
+
 
 def input_shape_for(name: str, image_size: int | None, given: Sequence[int] | None) -> tuple[int, ...]:
     """Shape of one input: what was given, else RGB of the image size, else what suits the net."""
     if given is not None:
         return tuple(given)
+    if name.endswith(".onnx"):
+        from analysis.onnx_file import input_shape
+
+        return input_shape(name, image_size)
     if image_size is not None:
         return (3, image_size, image_size)
     return DEFAULT_INPUT.get(name, (3, DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE))
 
 
 def build(name: str, num_classes: int, input_shape: tuple[int, ...], without_weights: bool) -> Module:
-    """A built-in net, or what ``pkg.module:factory`` returns.
+    """A built-in net, what ``pkg.module:factory`` returns, or the network in an ONNX file.
 
     Parameters
     ----------
     name : str
-        One of ``lance_ref.models.names()``, or ``pkg.module:factory``. The factory is called with
+        One of ``lance_ref.models.names()``, a file ``*.onnx``, or ``pkg.module:factory``. The factory is called with
         ``num_classes=`` if it takes that, else with nothing.
     num_classes : int
     input_shape : tuple of int
@@ -90,11 +104,15 @@ def build(name: str, num_classes: int, input_shape: tuple[int, ...], without_wei
     ValueError
         In one line: no such net or factory, the factory failed, or what it returned is no Module.
     """
+    if name.endswith(".onnx"):
+        from analysis.onnx_net import OnnxNet
+
+        return OnnxNet(name, with_weights=not without_weights)
     if ":" in name:
         return _call_factory(name, num_classes)
     if name not in lance_ref.models.names():
         known = ", ".join(lance_ref.models.names())
-        raise ValueError(f"unknown net {name!r}, expected one of {known}, or pkg.module:factory")
+        raise ValueError(f"unknown net {name!r}, expected one of {known}, pkg.module:factory, or a file.onnx")
     options: dict[str, Any] = {"num_classes": num_classes}
     if name == "mlp":
         options["in_features"] = int(np.prod(input_shape))
@@ -165,6 +183,22 @@ def trace_step(
     if tune is None:
         tune = DEFAULT_TUNE if len(weighted_layers(net)) > DEFAULT_TUNE_LAYERS else "all"
     tuning = lance_ref.tune(net, tune)
+    records, classes = step_records(net, name, input_shape, batch, dtype)
+    if not records[-1].output.requires_grad:
+        raise ValueError(f"net {name!r}: nothing that the loss depends on is trained by tune {tune!r}")
+    return TracedStep(net, name, input_shape, classes, records, tuning.layers, tuning.head)
+
+
+def step_records(
+    net: Module, name: str, input_shape: tuple[int, ...], batch: int, dtype: str
+) -> tuple[list[OpRecord], int]:
+    """The records of a forward pass and its cross-entropy, on shapes alone, and the number of classes.
+
+    Raises
+    ------
+    ValueError
+        If the input does not fit the net, or its output is not (batch, classes).
+    """
     with record(net) as records:
         try:
             logits = net(Tensor.meta((batch, *input_shape), dtype))
@@ -174,7 +208,5 @@ def trace_step(
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch:
             came = f"an output of shape {logits.shape}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise ValueError(f"net {name!r} gives {came}, expected a Tensor of shape ({batch}, classes)")
-        loss = F.cross_entropy(logits, Tensor.meta((batch,), np.int64))
-    if not loss.requires_grad:
-        raise ValueError(f"net {name!r}: nothing that the loss depends on is trained by tune {tune!r}")
-    return TracedStep(net, name, input_shape, logits.shape[1], list(records), tuning.layers, tuning.head)
+        F.cross_entropy(logits, Tensor.meta((batch,), np.int64))
+    return list(records), logits.shape[1]

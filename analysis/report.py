@@ -1,15 +1,20 @@
-"""The cost model's answer as a value: rows, totals that are their sums, JSON and CSV."""
+"""The cost model's answer as a value: rows, totals that are their sums, JSON, CSV, pandas and HTML."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from analysis.account import Billed
+from analysis.calibration_costs import CalibrationCost
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SCHEMA = 1
 ACCOUNTINGS = ("paper", "pytorch", "tape")
@@ -101,7 +106,10 @@ class MethodCost:
 
 @dataclass(frozen=True)
 class Row:
-    """One executed operation. ``path`` is its layer, ``name`` is unique in the report."""
+    """One executed operation. ``path`` is its layer, ``name`` is unique in the report.
+
+    ``methods`` has the cost under every method that runs the operation; shapes are those of the first of them.
+    """
 
     name: str
     op: str
@@ -114,8 +122,8 @@ class Row:
     methods: dict[str, MethodCost]
 
     @classmethod
-    def of(cls, billed: Mapping[str, Billed], convention: str) -> Row:
-        """One row out of the same record's bill under every method."""
+    def of(cls, billed: Mapping[str, Billed], costs: Mapping[str, MethodCost]) -> Row:
+        """One row out of the same operation's bill and cost under every method that runs it."""
         first = next(iter(billed.values()))
         record = first.record
         weights = [value for value in record.inputs if value.parameter is not None]
@@ -129,7 +137,7 @@ class Row:
             record.inputs[1].shape if has_weight else None,
             sum(value.size for value in weights),
             first.tuned,
-            {method: MethodCost.of(bill, convention) for method, bill in billed.items()},
+            dict(costs),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -149,7 +157,19 @@ class Row:
 class Report:
     """The cost of one training step of one net, by layer and method.
 
-    ``rows`` holds every operation that keeps a byte or costs an operation, in order of execution.
+    Attributes
+    ----------
+    methods : tuple of str
+    rows : tuple of Row
+        Every operation that keeps a byte or costs an operation, in order of execution. Operations of different
+        methods are the same if layer, operation and its how-manieth call are; one that a method does not run has no
+        cost under it.
+    calibration : dict of method to CalibrationCost
+        What is done once, before the first step, for methods with calibrated subspaces.
+    settings : dict of method to dict
+        As they turned out, for methods that have settings.
+    notes : dict of method to str
+        Why a method was left out.
     """
 
     net: str
@@ -160,26 +180,40 @@ class Report:
     convention: str
     tuned_layers: tuple[str, ...]
     ranks_from: str
+    methods: tuple[str, ...]
     rows: tuple[Row, ...]
+    calibration: dict[str, CalibrationCost] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, bills: Mapping[str, Sequence[Billed]], convention: str, **facts: Any) -> Report:
         """Fold the bills of all methods into rows; ``facts`` are the report's other attributes."""
-        methods = list(bills)
-        rows = [
-            Row.of(dict(zip(methods, same_record, strict=True)), convention)
-            for same_record in zip(*bills.values(), strict=True)
-        ]
-        listed = tuple(row for row in rows if not all(cost.is_free for cost in row.methods.values()))
-        return cls(convention=convention, rows=listed, **facts)
+        seen: dict[tuple[Any, ...], MethodCost] = {}
 
-    @property
-    def methods(self) -> list[str]:
-        return list(self.rows[0].methods) if self.rows else []
+        def cost(bill: Billed) -> MethodCost:
+            """The same object for bills that say the same."""
+            bytes_ = (bill.paper_bytes, bill.pytorch_bytes, bill.tape_bytes, bill.subspace_bytes)
+            key = (id(bill.cost), bill.tuned, *bytes_)
+            if key not in seen:
+                seen[key] = MethodCost.of(bill, convention)
+            return seen[key]
+
+        rows = (Row.of(same, {method: cost(bill) for method, bill in same.items()}) for same in _matched(bills))
+        listed = tuple(row for row in rows if not all(cost.is_free for cost in row.methods.values()))
+        return cls(convention=convention, methods=tuple(bills), rows=listed, **facts)
 
     @property
     def totals(self) -> dict[str, MethodCost]:
-        return {method: MethodCost.sum([row.methods[method] for row in self.rows]) for method in self.methods}
+        return {
+            method: MethodCost.sum([row.methods[method] for row in self.rows if method in row.methods])
+            for method in self.methods
+        }
+
+    @property
+    def work_unit(self) -> str:
+        """What ``flops`` counts."""
+        return "multiply-adds of the tuned layers" if self.convention == "paper" else "FLOPs"
 
     def to_json(self) -> dict[str, Any]:
         """The object of schema 1."""
@@ -195,19 +229,101 @@ class Report:
             "ranks_from": self.ranks_from,
             "layers": [row.to_json() for row in self.rows],
             "totals": {method: cost.to_json() for method, cost in self.totals.items()},
+            "units": {
+                "activation_bytes": "bytes",
+                "subspace_bytes": "bytes",
+                "flops": self.work_unit,
+                "elementwise": "operations",
+                "calibration": "multiply-adds",
+            },
+            "settings": self.settings,
+            "calibration": {method: cost.to_json() for method, cost in self.calibration.items()},
+            "notes": self.notes,
         }
 
     def json_text(self) -> str:
         return json.dumps(self.to_json(), indent=1) + "\n"
 
     def csv_text(self) -> str:
-        """The same rows flat: nested names joined by dots, shapes and ranks by ``x`` (``-``: left alone)."""
-        flat = [_flatten(row.to_json()) for row in self.rows]
+        """The same rows flat: nested names joined by dots, shapes and ranks by ``x`` (``-``: left alone).
+
+        Nothing stands where a method does not run the operation.
+        """
+        flat = self._flat_rows()
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(flat[0]) if flat else ["name"], lineterminator="\n")
+        writer = csv.DictWriter(text, _names(flat) or ["name"], restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(flat)
         return text.getvalue()
+
+    def to_pandas(self) -> Any:
+        """The rows as a ``pandas.DataFrame``, the columns named as in :meth:`csv_text`; missing where not run.
+
+        Raises
+        ------
+        ImportError
+            If pandas is not installed.
+        """
+        try:
+            import pandas  # type: ignore[import-untyped]
+        except ImportError:
+            raise ImportError("Report.to_pandas() needs pandas, which is not installed: pip install pandas") from None
+        flat = self._flat_rows()
+        return pandas.DataFrame(flat, columns=_names(flat))
+
+    def table(self) -> Table:
+        """The totals of all methods as a rich table; ``analysis.tables.show`` prints everything."""
+        from analysis.tables import totals_table
+
+        return totals_table(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the totals, and the lines above and below them."""
+        from analysis.tables import html
+
+        return html(self)
+
+    def _flat_rows(self) -> list[dict[str, Any]]:
+        return [_flatten(row.to_json()) for row in self.rows]
+
+
+def _matched(bills: Mapping[str, Sequence[Billed]]) -> list[dict[str, Billed]]:
+    """The bills of the same operation under every method that runs it, in order of execution.
+
+    An operation that the first method does not run stands behind the last one before it that an earlier method runs.
+    """
+    rows: dict[tuple[str, str, int], dict[str, Billed]] = {}
+    for method, listed in bills.items():
+        times: Counter[tuple[str, str]] = Counter()
+        behind: dict[Any, list[tuple[str, str, int]]] = {}
+        last: Any = None
+        for bill in listed:
+            place = bill.record.path, bill.record.op
+            times[place] += 1
+            key = (*place, times[place])
+            if key in rows:
+                rows[key][method], last = bill, key
+                continue
+            behind.setdefault(last, []).append(key)
+            rows[key] = {method: bill}
+        if behind:
+            rows = {key: rows[key] for key in _in_order(rows, behind)}
+    return list(rows.values())
+
+
+def _in_order(rows: Iterable[Any], behind: Mapping[Any, list[Any]]) -> list[Any]:
+    """All keys, the new ones behind those that they follow (None: at the start)."""
+    new = {key for keys in behind.values() for key in keys}
+    order = list(behind.get(None, ()))
+    for key in rows:
+        if key not in new:
+            order += [key, *behind.get(key, ())]
+    return order
+
+
+def _names(flat: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All columns, in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in flat for name in row))
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from analysis.methods import METHODS
 from analysis.report import ACCOUNTINGS, FLOP_KINDS, MethodCost, Report, Row
 
 if TYPE_CHECKING:
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PIPED_WIDTH = 240
+WIDE = 480
+"""Of a report with so many methods that the tables of layers do not fit otherwise."""
+
+FEW = 4
+"""Methods of which every layer is shown under every accounting; of more, one column each."""
 
 
 def render(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> str:
@@ -28,7 +34,7 @@ def render(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> str:
     from rich.console import Console
 
     text = io.StringIO()
-    print_report(report, accountings, Console(file=text, width=PIPED_WIDTH, color_system=None))
+    print_report(report, accountings, Console(file=text, width=_width(report), color_system=None))
     return _stripped(text.getvalue())
 
 
@@ -38,9 +44,27 @@ def show(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> None:
         from rich.console import Console
 
         # a terminal folds lines that are too long for it; rich would cut numbers off
-        print_report(report, accountings, Console(width=PIPED_WIDTH))
+        print_report(report, accountings, Console(width=_width(report)))
     else:
         sys.stdout.write(render(report, accountings))
+
+
+def _width(report: Report) -> int:
+    return PIPED_WIDTH if len(report.methods) <= FEW else WIDE
+
+
+def html(report: Report) -> str:
+    """The totals with what stands above and below them, as HTML without scripts."""
+    from html import escape
+
+    from rich.console import Console
+
+    text = io.StringIO()
+    console = Console(file=text, width=_width(report), color_system=None)
+    _print_heading(report, console)
+    console.print(totals_table(report))
+    _print_footer(report, console)
+    return f'<pre style="overflow-x: auto; white-space: pre">{escape(text.getvalue())}</pre>'
 
 
 def _stripped(text: str) -> str:
@@ -50,6 +74,14 @@ def _stripped(text: str) -> str:
 
 def print_report(report: Report, accountings: Sequence[str], console: Console) -> None:
     """Print all of it to a rich console."""
+    _print_heading(report, console)
+    console.print(_memory_table(report, accountings))
+    console.print(_flops_table(report))
+    console.print(totals_table(report, accountings))
+    _print_footer(report, console)
+
+
+def _print_heading(report: Report, console: Console) -> None:
     say = _sayer(console)
     size = "" if report.image_size is None else f", {report.image_size} pixels"
     say(f"{report.net}, batch {report.batch}{size}, {report.num_classes} classes, {report.dtype}")
@@ -57,11 +89,53 @@ def print_report(report: Report, accountings: Sequence[str], console: Console) -
     say(f"tuned: {count} layer{'' if count == 1 else 's'} and the classifier head")
     if any(cost.ranks for row in report.rows for cost in row.methods.values()):
         say(f"ranks from: {report.ranks_from}")
-    console.print(_memory_table(report, accountings))
-    console.print(_flops_table(report))
-    console.print(_totals_table(report, accountings))
-    for sentence in explain(report):
+
+
+def _print_footer(report: Report, console: Console) -> None:
+    """Calibrations, settings, what was left out, and what it all means."""
+    say = _sayer(console)
+    for sentence in (*_calibrations(report), *_about(report), *explain(report)):
         say(sentence)
+
+
+def _calibrations(report: Report) -> list[str]:
+    """Two lines for each method that is calibrated; in billions of multiply-adds, whatever the convention."""
+    sentences = []
+    for method, cost in report.calibration.items():
+        parts = {
+            "forward passes": cost.forward_macs,
+            "Gram matrices": cost.gram_macs,
+            "the mean's direction": cost.frame_macs,
+            "eigenvectors": cost.eigenvector_macs,
+        }
+        listed = ", ".join(f"{name} {macs / 1e9:,.3f}" for name, macs in parts.items() if macs)
+        steps = cost.steps_to_pay_back
+        back = f"paid back after {steps:,} step{'' if steps == 1 else 's'}" if steps else "never paid back"
+        sentences += [
+            f"Calibration of {method}, once, on {cost.batches} batches: {cost.total_macs / 1e9:,.3f} GMACs ({listed}), "
+            f"and {cost.gram_bytes / 2**20:,.3f} MiB of Gram matrices",
+            f"    against a HOSVD at every step at these ranks, which takes "
+            f"{cost.saved_macs_per_step / 1e9:,.3f} GMACs more a step, it is {back}",
+        ]
+    return sentences
+
+
+def _about(report: Report) -> list[str]:
+    """What the methods are, where there is more than backpropagation and LANCE; and which were left out."""
+    lines = []
+    for method in report.methods:
+        if method not in ("bp", "lance"):
+            shown = {n: v for n, v in report.settings.get(method, {}).items() if n != "calibration_batches"}
+            chosen = "; ".join(f"{name} {_setting(value)}" for name, value in shown.items() if value is not None)
+            lines.append(f"{method}: {METHODS[method].about}{f' ({chosen})' if chosen else ''}")
+    lines += [f"{method}: left out: {why}" for method, why in report.notes.items()]
+    return lines
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _sayer(console: Console) -> Any:
@@ -84,15 +158,21 @@ def _table(title: str, columns: Iterable[str], left: int) -> Table:
 
 def _memory_table(report: Report, accountings: Sequence[str]) -> Table:
     methods = report.methods
-    with_factors = [m for m in methods if any(row.methods[m].subspace_bytes for row in report.rows)]
+    accountings = accountings if len(methods) <= FEW else accountings[-1:]
+    with_factors = [m for m in methods if report.totals[m].subspace_bytes]
     columns = ["layer", "op", "output", "ranks"]
     columns += [f"{method} {name}" for method in methods for name in accountings]
     columns += [f"{method} factors" for method in with_factors]
     table = _table("Kept for the backward pass (bytes; each buffer billed once)", columns, 4)
 
     def numbers(costs: dict[str, MethodCost]) -> list[str]:
-        kept = [costs[method].activation_bytes[name] for method in methods for name in accountings]
-        return [_count(n) for n in kept + [costs[method].subspace_bytes for method in with_factors]]
+        kept = [
+            costs[method].activation_bytes[name] if method in costs else None
+            for method in methods
+            for name in accountings
+        ]
+        factors = [costs[method].subspace_bytes if method in costs else None for method in with_factors]
+        return [_count(n) for n in kept + factors]
 
     skipped = 0
     for row in report.rows:
@@ -109,44 +189,59 @@ def _memory_table(report: Report, accountings: Sequence[str]) -> Table:
 
 
 def _flops_table(report: Report) -> Table:
-    """FLOPs by kind; a kind that all methods agree on in every row has one column, one that is always 0 none."""
-    shared = [
-        kind for kind in FLOP_KINDS if all(len({m.flops[kind] for m in r.methods.values()}) == 1 for r in report.rows)
-    ]
-    own = [(method, kind) for method in report.methods for kind in FLOP_KINDS if kind not in shared]
-    first = report.totals[report.methods[0]]
-    shared = [kind for kind in shared if first.flops[kind]]
-    own = [(method, kind) for method, kind in own if report.totals[method].flops[kind]]
+    """FLOPs by kind; a kind that all methods agree on in every row has one column, one that is always 0 none.
+
+    Of many methods the sums alone, with one column of the forward pass.
+    """
+    totals, methods = report.totals, report.methods
+    shared = [kind for kind in FLOP_KINDS if _agreed(report, kind)]
+    own = [(method, kind) for method in methods for kind in FLOP_KINDS if kind not in shared]
+    if len(methods) > FEW:
+        shared, own = [kind for kind in shared if kind == "forward"], []
+    shared = [kind for kind in shared if totals[methods[0]].flops[kind]]
+    own = [(method, kind) for method, kind in own if totals[method].flops[kind]]
     unit = "millions of multiply-adds of the tuned layers" if report.convention == "paper" else "MFLOPs"
     columns = ["layer", "op", "weight", *shared, *(f"{method} {kind}" for method, kind in own)]
-    columns += [f"{method} total" for method in report.methods]
+    columns += [f"{method} total" for method in methods]
     table = _table(f"Products of one step ({unit})", columns, 3)
 
     def numbers(costs: dict[str, MethodCost]) -> list[str]:
         one = next(iter(costs.values()))
-        values = [one.flops[kind] for kind in shared] + [costs[method].flops[kind] for method, kind in own]
-        return [_millions(n) for n in values + [costs[method].flops["total"] for method in report.methods]]
+        values: list[int | None] = [one.flops[kind] for kind in shared]
+        values += [costs[method].flops[kind] if method in costs else None for method, kind in own]
+        values += [costs[method].flops["total"] if method in costs else None for method in methods]
+        return [_millions(n) for n in values]
 
     folded: list[Row] = []
     for row in report.rows:
         if not any(cost.flops["total"] for cost in row.methods.values()):
             continue
-        if all(cost.flops["total"] == cost.flops["forward"] for cost in row.methods.values()):
+        everywhere = len(row.methods) == len(methods)
+        if everywhere and all(cost.flops["total"] == cost.flops["forward"] for cost in row.methods.values()):
             folded.append(row)
             continue
         table.add_row(row.name, row.op, _shape(row.weight_shape), *numbers(row.methods))
     if folded:
-        sums = {method: MethodCost.sum([row.methods[method] for row in folded]) for method in report.methods}
+        sums = {method: MethodCost.sum([row.methods[method] for row in folded]) for method in methods}
         table.add_row(f"({len(folded)} more, forward only)", "", "", *numbers(sums))
     table.add_section()
-    table.add_row("total", "", "", *numbers(report.totals))
+    table.add_row("total", "", "", *numbers(totals))
     return table
+
+
+def _agreed(report: Report, kind: str) -> bool:
+    """Whether every method runs every operation, and all of them spend the same on this kind."""
+    return all(
+        len(row.methods) == len(report.methods) and len({cost.flops[kind] for cost in row.methods.values()}) == 1
+        for row in report.rows
+    )
 
 
 # ---- totals ------------------------------------------------------------------------------
 
 
-def _totals_table(report: Report, accountings: Sequence[str]) -> Table:
+def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> Table:
+    """Memory, work and, where bp is among the methods, how many times less each of the others takes."""
     work = "multiply-adds" if report.convention == "paper" else "FLOPs"
     rare = ("decomposition", "recompute")
     kinds = [k for k in FLOP_KINDS if k not in rare or any(c.flops[k] for c in report.totals.values())]
@@ -157,7 +252,7 @@ def _totals_table(report: Report, accountings: Sequence[str]) -> Table:
         memory = [cost.activation_bytes[name] for name in accountings] + [cost.subspace_bytes, cost.tape_and_factors]
         giga = [cost.flops[kind] / 1e9 for kind in (*kinds, "total")] + [cost.elementwise / 1e9]
         table.add_row(method, *(f"{n / 2**20:,.3f}" for n in memory), *(f"{n:,.3f}" for n in giga))
-    for method in list(totals)[1:]:
+    for method in [name for name in totals if name != "bp"]:
         ratios = reductions(totals["bp"], totals[method]) if "bp" in totals else {}
         if ratios:
             shown = [_ratio(ratios[name]) for name in accountings] + ["", _ratio(ratios["tape + factors"])]
@@ -188,8 +283,8 @@ def explain(report: Report) -> list[str]:
     totals = report.totals
     if "bp" not in totals:
         return []
-    sentences = []
-    for method in [name for name in totals if name != "bp"]:
+    sentences: list[str] = []
+    for method in [name for name in totals if name.startswith("lance")]:
         r = {name: _ratio(value) for name, value in reductions(totals["bp"], totals[method]).items()}
         sentences.append(
             f"What it means: the papers count the inputs of the tuned layers alone, and would claim {r['paper']} for "
@@ -198,25 +293,27 @@ def explain(report: Report) -> list[str]:
             f"which stay in memory beside it), and is {r['bp pytorch / tape']} smaller than PyTorch's tape of bp "
             f"({r['bp pytorch / tape + factors']} with the factors)."
         )
-        single = [row.name for row in report.rows if set(row.methods[method].ranks or (0,)) == {1}]
+        rows = [row for row in report.rows if method in row.methods]
+        single = [row.name for row in rows if set(row.methods[method].ranks or (0,)) == {1}]
         if single:
             sentences.append(
                 f"Mind the ranks: {', '.join(single)} would keep one number, rank 1 in every mode: little more than "
                 "the mean activation, which holds most of the energy. A larger --epsilon, or --ranks, keeps more."
             )
-    return sentences
+    return list(dict.fromkeys(sentences))
 
 
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
 
 
-def _count(n: int) -> str:
-    return f"{n:,}" if n else "-"
+def _count(n: int | None) -> str:
+    """``-``: the method does not run the operation."""
+    return "-" if n is None else f"{n:,}"
 
 
-def _millions(n: int) -> str:
-    return f"{n / 1e6:,.3f}" if n else "-"
+def _millions(n: int | None) -> str:
+    return "-" if n is None else f"{n / 1e6:,.3f}" if n else "0"
 
 
 def _shape(shape: Sequence[int] | None) -> str:

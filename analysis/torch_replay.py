@@ -271,6 +271,13 @@ def _running(inputs: list[Any], attributes: Mapping[str, Any]) -> list[Any]:
     return inputs[3:] if attributes["affine"] else inputs[1:]
 
 
+def _fake_quantize(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
+    if inputs[0].is_meta:  # PyTorch has no shapes alone for it; it has no products either
+        return inputs[0] * 1
+    names = ("scale", "zero_point", "low", "high")
+    return torch.fake_quantize_per_tensor_affine(inputs[0], *(attributes[name] for name in names))
+
+
 def _layer_norm(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
     x, *affine = inputs
     weight, bias = affine if affine else (None, None)
@@ -311,6 +318,11 @@ OPS: dict[str, Op] = {
     "tanh": _elementwise("tanh"),
     "sigmoid": _elementwise("sigmoid"),
     "log": _elementwise("log"),
+    "erf": _elementwise("erf"),
+    "clip": lambda torch, x, a: torch.clamp(x[0], a["low"], a["high"]),
+    "expand": lambda torch, x, a: x[0].expand(a["shape"]).contiguous(),
+    "fake_quantize": _fake_quantize,
+    "gelu_tanh": lambda torch, x, a: torch.nn.functional.gelu(x[0], approximate="tanh"),
     "gelu": _function("gelu"),
     "hardsigmoid": _function("hardsigmoid"),
     "hardswish": _function("hardswish"),

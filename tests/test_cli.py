@@ -98,9 +98,10 @@ def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
     report = run_json(capsys, *CASE, "--ranks", "0.25")
     assert list(report) == [
         "schema", "net", "batch", "image_size", "num_classes", "dtype", "convention", "tuned_layers", "ranks_from",
-        "layers", "totals",
+        "layers", "totals", "units", "settings", "calibration", "notes",
     ]  # fmt: skip
     assert report["schema"] == 1
+    assert report["units"]["flops"] == "FLOPs"
     names = [row["name"] for row in report["layers"]]
     assert len(set(names)) == len(names)
     for row in report["layers"]:
@@ -108,7 +109,7 @@ def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
             "name", "op", "input_shape", "output_shape", "weight_shape", "parameters", "tuned", "methods",
         ]  # fmt: skip
     for method, total in report["totals"].items():
-        rows = [row["methods"][method] for row in report["layers"]]
+        rows = [row["methods"][method] for row in report["layers"] if method in row["methods"]]
         for part, keys in (("activation_bytes", ACCOUNTINGS), ("flops", (*FLOP_KINDS, "total"))):
             assert list(total[part]) == list(keys)
             for key in keys:

@@ -52,6 +52,10 @@ def crashes():
             return {}["missing"]
     return Crash()
 
+def biasless():
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), pooled, nn.Linear(4, 5))
+
 def looks():
     class Looks(nn.Module):
         def __init__(self):
@@ -117,8 +121,18 @@ BAD = {
     "epsilon zero": (["--net", "resnet18", "--epsilon", "0"], "(0, 1]"),
     "epsilon above one": (["--net", "resnet18", "--epsilon", "1.01"], "(0, 1]"),
     "epsilon nan": (["--net", "resnet18", "--epsilon", "nan"], "(0, 1]"),
-    "unknown method": (["--net", "resnet18", "--method", "bp", "hosvd"], "bp, lance"),
+    "unknown method": (["--net", "resnet18", "--method", "bp", "hosvdd"], "bp, head-only"),
     "method twice": (["--net", "resnet18", "--method", "bp", "bp"], "each once"),
+    "all and one more": (["--net", "resnet18", "--method", "all", "bp"], "or all alone"),
+    "method that does not fit": (["--net", "convnet", "--method", "lora"], "1x1 convolution of one group"),
+    "too many segments": (["--net", "convnet", "--method", "checkpoint", "--segments", "9"], "segments is 9"),
+    "no segments": (["--net", "convnet", "--method", "checkpoint", "--segments", "0"], "segments is 0"),
+    "uneven micro-batch": (["--net", "convnet", "--method", "micro-batch", "--micro-batch", "3"], "divisor of batch"),
+    "lora of rank 0": (["--net", "mlp", "--method", "lora", "--lora-rank", "0"], "lora_rank is 0"),
+    "patch of 0": (["--net", "mlp", "--method", "gradient-filter", "--patch", "0"], "patch is 0"),
+    "ratio nan": (["--net", "mlp", "--method", "sketch", "--ratio", "nan"], "ratio is nan"),
+    "no calibration": (["--net", "mlp", "--calibration-batches", "0"], "calibration_batches is 0"),
+    "biases that are not there": (["--net", "own_nets:biasless", "--tune", "all", "--method", "bias-only"], "no bias"),
     "unknown convention": (["--net", "resnet18", "--convention", "macs"], "macs"),
     "unknown accounting": (["--net", "resnet18", "--accounting", "disk"], "disk"),
     "unknown dtype": (["--net", "resnet18", "--dtype", "float16"], "float16"),

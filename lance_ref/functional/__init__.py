@@ -10,6 +10,7 @@ Each operation is one :class:`~lance_ref.autograd.Function`: ``output_shape`` ch
 
 from lance_ref.functional.convolution import conv2d, linear
 from lance_ref.functional.elementwise import add, div, exp, log, mul, neg, pow, sqrt, sub
+from lance_ref.functional.exported import clip, erf, expand, fake_quantize, gelu_tanh
 from lance_ref.functional.indexing import index
 from lance_ref.functional.losses import cross_entropy, mse_loss
 from lance_ref.functional.nonlinearities import (
@@ -36,14 +37,19 @@ __all__ = [
     "avg_pool2d",
     "batch_norm",
     "cat",
+    "clip",
     "concatenate",
     "conv2d",
     "cross_entropy",
     "div",
     "dropout",
+    "erf",
     "exp",
+    "expand",
+    "fake_quantize",
     "flatten",
     "gelu",
+    "gelu_tanh",
     "hardsigmoid",
     "hardswish",
     "index",

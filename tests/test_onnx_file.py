@@ -1,0 +1,585 @@
+"""ONNX files that nobody should trust: one line and exit code 2 for each, and never a value from outside the folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from analysis.cost_model import main
+from analysis.onnx_file import MAX_NODES, count_nodes, input_shape, read_graph
+from analysis.onnx_net import OnnxNet
+from lance_ref import Tensor, no_grad, trace, tune
+
+onnx = pytest.importorskip("onnx")
+helper, numpy_helper = onnx.helper, onnx.numpy_helper
+FLOAT = onnx.TensorProto.FLOAT
+
+
+def weight(name: str, *shape: int, dtype: Any = np.float32, seed: int = 0) -> Any:
+    return numpy_helper.from_array(np.random.default_rng(seed).standard_normal(shape).astype(dtype), name)
+
+
+def array(name: str, values: Any, dtype: Any = np.int64) -> Any:
+    return numpy_helper.from_array(np.array(values, dtype), name)
+
+
+def model(
+    nodes: list[Any], constants: list[Any], shape: Any = ("batch", 4), opset: int = 17, kind: int = FLOAT
+) -> onnx.ModelProto:
+    """From ``x`` to ``y``."""
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info("y", FLOAT, None)],
+        constants,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+
+
+def mlp(*between: Any, shape: Any = ("batch", 4), constants: tuple[Any, ...] = (), **options: Any) -> onnx.ModelProto:
+    """Two linear layers, and between them nodes from ``h`` to ``g``."""
+    nodes = [helper.make_node("Gemm", ["x", "a.weight", "a.bias"], ["h"], transB=1)]
+    nodes += between or [helper.make_node("Relu", ["h"], ["g"], name="act")]
+    nodes += [helper.make_node("Gemm", ["g", "b.weight", "b.bias"], ["y"], transB=1)]
+    weights = [weight("a.weight", 6, 4), weight("a.bias", 6), weight("b.weight", 3, 6), weight("b.bias", 3)]
+    return model(nodes, [*weights, *constants], shape, **options)
+
+
+def save(folder: Path, net: onnx.ModelProto | bytes, name: str = "net.onnx") -> Path:
+    file = folder / name
+    file.write_bytes(net if isinstance(net, bytes) else net.SerializeToString())
+    return file
+
+
+def message(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """What the command line says when it refuses: one line on stderr, exit code 2, nothing on stdout."""
+    with pytest.raises(SystemExit) as leaving:
+        main(["--net", *map(str, arguments), "--batch", "2", "--method", "bp"])
+    out, err = capsys.readouterr()
+    assert leaving.value.code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+# ---- what works ----------------------------------------------------------------------------
+
+
+def test_the_command_line_takes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The input shape comes from the file, the batch from the option."""
+    assert main(["--net", str(save(tmp_path, mlp())), "--batch", "5", "--method", "bp", "--format", "json"]) == 0
+    assert '"forward": 420' in capsys.readouterr().out  # 2·5·(4·6 + 6·3)
+
+
+def test_values_beside_the_file_are_read_from_there(tmp_path: Path) -> None:
+    """A wrong offset, or weights read where shapes are enough."""
+    net = mlp()
+    expected = [numpy_helper.to_array(t) for t in net.graph.initializer]
+    onnx.save_model(net, tmp_path / "net.onnx", save_as_external_data=True, location="net.data", size_threshold=0)
+    parameters = OnnxNet(tmp_path / "net.onnx").parameters()
+    for parameter, values in zip(parameters, expected, strict=True):
+        np.testing.assert_array_equal(parameter.data, values)
+    (tmp_path / "net.data").unlink()
+    assert len(trace(OnnxNet(tmp_path / "net.onnx", with_weights=False), (2, 4))) == 3
+    with pytest.raises(ValueError, match=r"values of 'a.weight' in 'net.data', which does not exist"):
+        OnnxNet(tmp_path / "net.onnx")
+
+
+def test_a_layer_that_stands_twice_is_called_twice(tmp_path: Path) -> None:
+    """Costs per call, one parameter; another bias makes another layer on the same weight, which trains with it."""
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["h"], transB=1),
+        helper.make_node("Gemm", ["h", "w", "b"], ["g"], transB=1),
+        helper.make_node("Gemm", ["g", "w", "c"], ["f"], transB=1),
+        helper.make_node("Gemm", ["f", "v"], ["y"], transB=1),
+    ]
+    constants = [weight("w", 4, 4), weight("b", 4), weight("c", 4), weight("v", 3, 4)]
+    net = OnnxNet(save(tmp_path, model(nodes, constants)))
+    records = trace(net, (2, 4))
+    assert [r.op for r in records] == ["linear"] * 4
+    assert records[0].path == records[1].path != records[2].path
+    assert len({r.inputs[1].id for r in records}) == 2
+    assert len(list(net.parameters())) == 4
+    assert tune(net, "last:1").layers == (records[0].path, records[2].path)
+
+
+def test_nodes_out_of_order_are_put_in_order(tmp_path: Path) -> None:
+    """Files that other programs joined."""
+    net = mlp()
+    nodes = list(net.graph.node)
+    del net.graph.node[:]
+    net.graph.node.extend(nodes[::-1])
+    assert [n.op for n in read_graph(save(tmp_path, net)).nodes] == ["Gemm", "Relu", "Gemm"]
+
+
+def test_what_the_output_does_not_need_is_left_out(tmp_path: Path) -> None:
+    """A branch that nobody reads would be billed, or refused for an operation that never matters."""
+    dead = helper.make_node("NonMaxSuppression", ["h"], ["nobody"])
+    net = mlp(helper.make_node("Relu", ["h"], ["g"]), dead)
+    assert len(read_graph(save(tmp_path, net)).nodes) == 3
+
+
+IMAGE = ("batch", 3, 6, 7)
+OPERATIONS: dict[str, tuple[Any, list[Any], list[Any]]] = {
+    "Sub": (("batch", 4), [helper.make_node("Sub", ["c", "x"], ["y"])], [weight("c", 4)]),
+    "Div by a number": (("batch", 4), [helper.make_node("Div", ["x", "c"], ["y"])], [array("c", [2.5], np.float32)]),
+    "Pow": (("batch", 4), [helper.make_node("Pow", ["x", "c"], ["y"])], [array("c", 2.0, np.float32)]),
+    "Clip between": (
+        ("batch", 4),
+        [helper.make_node("Clip", ["x", "a", "b"], ["y"])],
+        [array("a", -0.5, np.float32), array("b", 0.25, np.float32)],
+    ),
+    "HardSigmoid": (("batch", 4), [helper.make_node("HardSigmoid", ["x"], ["y"])], []),
+    "HardSwish": (("batch", 4), [helper.make_node("HardSwish", ["x"], ["y"])], []),
+    "Sigmoid": (("batch", 4), [helper.make_node("Sigmoid", ["x"], ["y"])], []),
+    "Erf": (("batch", 4), [helper.make_node("Erf", ["x"], ["y"])], []),
+    "Softmax": (IMAGE, [helper.make_node("Softmax", ["x"], ["y"], axis=1)], []),
+    "ReduceMean": (IMAGE, [helper.make_node("ReduceMean", ["x"], ["y"], axes=[-1, 2], keepdims=0)], []),
+    "MaxPool, unequal sides": (
+        IMAGE,
+        [helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[3, 2], strides=[2, 2], pads=[0, 0, 1, 1])],
+        [],
+    ),
+    "MaxPool, ceil": (
+        IMAGE,
+        [helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)],
+        [],
+    ),
+    "AveragePool": (
+        IMAGE,
+        [helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[3, 3], strides=[1, 2], pads=[1, 1, 1, 1])],
+        [],
+    ),
+    "GlobalAveragePool": (IMAGE, [helper.make_node("GlobalAveragePool", ["x"], ["y"])], []),
+    "Conv, groups": (
+        IMAGE,
+        [
+            helper.make_node(
+                "Conv", ["x", "w", "b"], ["y"], group=3, dilations=[2, 1], strides=[1, 2], pads=[2, 0, 1, 1]
+            )
+        ],
+        [weight("w", 6, 1, 2, 3), weight("b", 6)],
+    ),
+    "Conv, same": (
+        IMAGE,
+        [helper.make_node("Conv", ["x", "w"], ["y"], auto_pad="SAME_UPPER")],
+        [weight("w", 2, 3, 2, 2)],
+    ),
+    "BatchNormalization": (
+        IMAGE,
+        [helper.make_node("BatchNormalization", ["x", "g", "b", "m", "v"], ["y"], epsilon=0.01)],
+        [weight(n, 3, seed=i) for i, n in enumerate("gbm")] + [array("v", [1, 2, 3], np.float32)],
+    ),
+    "LayerNormalization, no bias": (
+        IMAGE,
+        [helper.make_node("LayerNormalization", ["x", "g"], ["y"], axis=-2)],
+        [weight("g", 6, 7)],
+    ),
+    "Gemm, all options": (
+        ("batch", 4),
+        [helper.make_node("Gemm", ["x", "w", "c"], ["y"], alpha=0.5, beta=2.0)],
+        [weight("w", 4, 3), weight("c", 3)],
+    ),
+    "MatMul of images": (IMAGE, [helper.make_node("MatMul", ["x", "w"], ["y"])], [weight("w", 3, 7, 2)]),
+    "MatMul, weight on the left": (IMAGE, [helper.make_node("MatMul", ["w", "x"], ["y"])], [weight("w", 5, 6)]),
+    "Concat": (IMAGE, [helper.make_node("Concat", ["x", "x"], ["y"], axis=-1)], []),
+    "Split": (
+        IMAGE,
+        [helper.make_node("Split", ["x", "s"], ["a", "y"], axis=3)],
+        [array("s", [2, 5])],
+    ),
+    "Slice": (
+        IMAGE,
+        [helper.make_node("Slice", ["x", "s", "e", "a", "t"], ["y"])],
+        [array("s", [-1, 1]), array("e", [-(2**62), 2**62]), array("a", [3, 2]), array("t", [-2, 1])],
+    ),
+    "Gather, several": (IMAGE, [helper.make_node("Gather", ["x", "i"], ["y"], axis=2)], [array("i", [[0, 2], [5, 2]])]),
+    "Gather, one": (IMAGE, [helper.make_node("Gather", ["x", "i"], ["y"], axis=3)], [array("i", -1)]),
+    "Pad": (
+        IMAGE,
+        [helper.make_node("Pad", ["x", "p", "v"], ["y"])],
+        [array("p", [0, 0, 1, 2, 0, 0, 0, 3]), array("v", 0.5, np.float32)],
+    ),
+    "Transpose": (IMAGE, [helper.make_node("Transpose", ["x"], ["y"])], []),
+    "Unsqueeze and Squeeze": (
+        IMAGE,
+        [helper.make_node("Unsqueeze", ["x", "a"], ["h"]), helper.make_node("Squeeze", ["h", "b"], ["y"])],
+        [array("a", [1, -1]), array("b", [1])],
+    ),
+    "Flatten": (IMAGE, [helper.make_node("Flatten", ["x"], ["y"], axis=2)], []),
+    "Shape arithmetic": (
+        IMAGE,
+        [
+            helper.make_node("Shape", ["x"], ["s"]),
+            helper.make_node("Gather", ["s", "i"], ["B"]),
+            helper.make_node("Unsqueeze", ["B", "i"], ["b"]),
+            helper.make_node("Concat", ["b", "r"], ["t"], axis=0),
+            helper.make_node("Reshape", ["x", "t"], ["y"]),
+        ],
+        [array("i", 0), array("r", [-1])],
+    ),
+    "Quantize and Dequantize": (
+        ("batch", 4),
+        [
+            helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+            helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+        ],
+        [array("s", 0.1, np.float32), array("z", 3, np.int8)],
+    ),
+    "a quantized weight": (
+        IMAGE,
+        [
+            helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], axis=0),
+            helper.make_node("Conv", ["x", "w"], ["y"]),
+        ],
+        [
+            array("q", np.arange(-6, 6).reshape(2, 3, 2, 1), np.int8),
+            array("s", [0.5, 2], np.float32),
+            array("z", [0, 0], np.int8),
+        ],
+    ),
+    "half precision": (
+        ("batch", 4),
+        [helper.make_node("Cast", ["x"], ["h"], to=1), helper.make_node("Add", ["h", "w"], ["y"])],
+        [weight("w", 4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_gives_onnxs_own_numbers(tmp_path: Path, name: str) -> None:
+    """An axis, default or argument that is read in another way than the standard says."""
+    from onnx.reference import ReferenceEvaluator
+
+    shape, nodes, constants = OPERATIONS[name]
+    net = model(nodes, constants, shape, opset=21 if "uantize" in name else 17)
+    x = np.random.default_rng(1).standard_normal((2, *shape[1:])).astype(np.float32)
+    (expected,) = ReferenceEvaluator(net).run(None, {"x": x})
+    ours = OnnxNet(save(tmp_path, net)).eval()
+    with no_grad():
+        given = ours(Tensor(x)).data
+    assert given.shape == expected.shape
+    np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5)
+    assert trace(ours, x.shape)[-1].output.shape == expected.shape
+
+
+def test_a_negative_padding_takes_away(tmp_path: Path) -> None:
+    """(ONNX's own evaluator refuses it.)"""
+    net = model([helper.make_node("Pad", ["x", "p"], ["y"])], [array("p", [0, -1, 0, 2])])
+    x = np.array([[1, 2, 3, 4]], np.float32)
+    assert OnnxNet(save(tmp_path, net))(x).data.tolist() == [[2, 3, 4, 0, 0]]
+
+
+def test_older_operator_sets_take_arguments_as_attributes(tmp_path: Path) -> None:
+    """Squeeze, Slice, Clip, Pad, Dropout and Softmax before they had inputs: others' defaults would be taken."""
+    nodes = [
+        helper.make_node("Unsqueeze", ["h"], ["a"], axes=[2]),
+        helper.make_node("Slice", ["a"], ["b"], starts=[1], ends=[9], axes=[1]),
+        helper.make_node("Clip", ["b"], ["c"], min=0.0, max=6.0),
+        helper.make_node("Pad", ["c"], ["d"], pads=[0, 1, 0, 0, 0, 0]),
+        helper.make_node("Squeeze", ["d"], ["e"], axes=[2]),
+        helper.make_node("Dropout", ["e"], ["f", "mask"], ratio=0.25),
+        helper.make_node("Softmax", ["f"], ["g"]),
+    ]
+    records = trace(OnnxNet(save(tmp_path, mlp(*nodes, opset=9)), with_weights=False), (2, 4))
+    shapes = [r.output.shape for r in records[1:-1]]
+    assert shapes == [(2, 6, 1), (2, 5, 1), (2, 5, 1), (2, 6, 1), (2, 6), (2, 6), (2, 6)]
+    assert [r.op for r in records[3:7]] == ["relu6", "pad", "reshape", "dropout"]
+    assert records[6].attributes["p"] == 0.25
+
+
+def gelu(*order: str) -> list[Any]:
+    """½·h·(1 + erf(h/√2)) from ``h`` to ``g``, the factors in this order."""
+    product = [helper.make_node("Mul", [order[0], order[1]], ["m"]), helper.make_node("Mul", ["m", order[2]], ["g"])]
+    return [
+        helper.make_node("Div", ["h", "root"], ["s"]),
+        helper.make_node("Erf", ["s"], ["e"]),
+        helper.make_node("Add", ["one", "e"], ["a"]),
+        *product,
+    ]
+
+
+GELU_NUMBERS = tuple(
+    array(n, v, np.float32) for n, v in (("root", 2**0.5), ("one", 1), ("half", 0.5), ("third", 1 / 3))
+)
+
+
+@pytest.mark.parametrize("order", [("h", "a", "half"), ("a", "half", "h"), ("h", "half", "a"), ("half", "h", "a")])
+def test_gelu_is_recognised_in_every_order(tmp_path: Path, order: tuple[str, ...]) -> None:
+    """Exporters write the three factors in their own order."""
+    net = OnnxNet(save(tmp_path, mlp(*gelu(*order), constants=GELU_NUMBERS)))
+    assert [r.op for r in trace(net, (2, 4))] == ["linear", "gelu", "linear"]
+
+
+def test_what_only_looks_like_gelu_is_not(tmp_path: Path) -> None:
+    """Another factor, or a value on the way that somebody else reads: node by node, and with the right numbers."""
+    from onnx.reference import ReferenceEvaluator
+
+    other_factor = gelu("h", "a", "third")
+    read_elsewhere = gelu("h", "a", "half")
+    read_elsewhere[-1].output[0] = "n"
+    read_elsewhere.append(helper.make_node("Add", ["n", "e"], ["g"]))
+    x = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+    for nodes in (other_factor, read_elsewhere):
+        content = mlp(*nodes, constants=GELU_NUMBERS)
+        net = OnnxNet(save(tmp_path, content))
+        assert "erf" in [r.op for r in trace(net, (2, 4))]
+        np.testing.assert_allclose(
+            net(x).data, ReferenceEvaluator(content).run(None, {"x": x})[0], rtol=1e-5, atol=1e-6
+        )
+
+
+def test_a_product_that_is_read_twice_keeps_its_bias_apart(tmp_path: Path) -> None:
+    """Joining it with the addition would lose what the other reader gets."""
+    nodes = [
+        helper.make_node("MatMul", ["h", "w"], ["p"]),
+        helper.make_node("Add", ["p", "b"], ["q"]),
+        helper.make_node("Add", ["p", "q"], ["g"]),
+    ]
+    net = OnnxNet(save(tmp_path, mlp(*nodes, constants=(weight("w", 6, 6), weight("b", 6)))))
+    assert [r.op for r in trace(net, (2, 4))] == ["linear", "linear", "add", "add", "linear"]
+
+
+# ---- what does not -------------------------------------------------------------------------
+
+
+def external(location: str, offset: str = "0", length: str = "96") -> Callable[[onnx.ModelProto], None]:
+    def change(net: onnx.ModelProto) -> None:
+        tensor = net.graph.initializer[0]
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=value)
+
+    return change
+
+
+def circle(net: onnx.ModelProto) -> None:
+    net.graph.node[1].op_type = "Add"
+    net.graph.node[1].input.append("back")
+    net.graph.node.append(helper.make_node("Identity", ["g"], ["back"]))
+
+
+def cut(net: onnx.ModelProto) -> None:
+    net.graph.initializer[0].raw_data = net.graph.initializer[0].raw_data[:-1]
+
+
+def huge(net: onnx.ModelProto) -> None:
+    net.graph.initializer[0].ClearField("raw_data")
+    net.graph.initializer[0].dims[0] = 2**50
+
+
+def setter(path: str, value: Any) -> Callable[[onnx.ModelProto], None]:
+    def change(net: onnx.ModelProto) -> None:
+        *way, last = path.split(".")
+        place: Any = net.graph
+        for step in way:
+            place = place[int(step)] if step.isdigit() else getattr(place, step)
+        if isinstance(value, list):
+            del getattr(place, last)[:]
+            getattr(place, last).extend(value)
+        else:
+            setattr(place, last, value)
+
+    return change
+
+
+REFUSED: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
+    "an absolute path": (external("/etc/passwd"), "outside its folder: refused"),
+    "a path upwards": (external("../secret.data"), "outside its folder: refused"),
+    "a path upwards on the way": (external("below/../../secret.data"), "outside its folder: refused"),
+    "a link to the outside": (external("link.data"), "outside its folder: refused"),
+    "a folder": (external("below"), "which ends before them"),
+    "a device": (external("/dev/zero"), "outside its folder: refused"),
+    "beyond the end": (external("here.data", "8"), "which ends before them"),
+    "a negative offset": (external("here.data", "-8"), "expected a file, offset and length"),
+    "another length": (external("here.data", "0", "95"), "has 95 bytes for 'a.weight', expected 96"),
+    "no location": (external(""), "expected a file, offset and length"),
+    "a circle": (circle, "has nodes in a circle"),
+    "values cut off": (cut, "with 95 bytes, expected 96"),
+    "values missing": (huge, "without its values"),
+    "a negative size": (setter("initializer.0.dims", [-6, 4]), "of shape (-6, 4)"),
+    "an unknown type": (setter("initializer.0.data_type", 99), "of unknown type 99"),
+    "strings": (setter("initializer.0.data_type", 8), "of strings"),
+    "nothing makes it": (setter("node.1.input", ["nowhere"]), "reads 'nowhere', which nothing makes"),
+    "two make it": (setter("node.1.output", ["y"]), "has two sources for value 'y'"),
+    "no node": (setter("node", []), "contains no graph"),
+    "no such output": (setter("output.0.name", "z"), "no node that makes its output 'z'"),
+    "unknown operations": (setter("node.1.op_type", "Loop"), "no cost rule for Loop; there are rules for Add,"),
+    "another domain": (setter("node.1.domain", "com.x"), "no cost rule for com.x.Relu"),
+    "a weight of another size": (setter("initializer.3.dims", [3, 1]), "Gemm node 'y'"),
+    "an attribute of another kind": (
+        setter("node.0.attribute", [helper.make_attribute("alpha", "yes")]),
+        "Gemm node 'h'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_bad_file_is_one_line(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback, a hang, a number from a damaged file, or a read outside of the folder."""
+    folder = tmp_path / "model"
+    (folder / "below").mkdir(parents=True)
+    (tmp_path / "secret.data").write_bytes(bytes(96))
+    (folder / "here.data").write_bytes(bytes(96))
+    os.symlink(tmp_path / "secret.data", folder / "link.data")
+    net = mlp()
+    change, expected = REFUSED[case]
+    change(net)
+    assert expected in message(capsys, save(folder, net))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "expected"),
+    [
+        (None, [], "the rank of its input is unknown, expected an input shape"),
+        (("batch", "features"), [], "its input has shape (?, ?), expected an input shape in place of it"),
+        (("batch", 4), ["--input-shape", "5"], "expected (..., 4)"),
+        (("batch", 4), ["--input-shape", "3,4,4"], "expected 2 dimensions"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_one_line(
+    tmp_path: Path, shape: Any, options: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A guess in place of what the file leaves open."""
+    assert expected in message(capsys, save(tmp_path, mlp(shape=shape)), *options)
+
+
+def test_an_unknown_rank_takes_the_shape_that_is_given(tmp_path: Path) -> None:
+    """Files without shapes are common; with one from outside they are complete."""
+    file = save(tmp_path, mlp(shape=None))
+    assert read_graph(file).input_shape is None
+    assert main(["--net", str(file), "--batch", "2", "--method", "bp", "--input-shape", "4", "--format", "csv"]) == 0
+
+
+def test_all_operations_without_a_rule_are_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One at a time is a long afternoon; one on a shape alone has a rule, on activations not."""
+    nodes = [
+        helper.make_node("GridSample", ["h"], ["a"]),
+        helper.make_node("Where", ["c", "a", "h"], ["b"]),
+        helper.make_node("Celu", ["b"], ["g"]),
+    ]
+    net = mlp(*nodes, constants=(array("c", [True], bool),))
+    assert "no cost rule for Celu, GridSample, Where; there are" in message(capsys, save(tmp_path, net))
+
+
+@pytest.mark.parametrize(("batch", "kind"), [(2, onnx.TensorProto.INT64)])
+def test_an_input_of_integers_is_one_line(
+    tmp_path: Path, batch: int, kind: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Token numbers as if they were pixels."""
+    assert "of int64, expected floating numbers" in message(capsys, save(tmp_path, mlp(kind=kind)))
+
+
+def test_a_batch_that_cannot_be_replaced_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of several images folded into one: fine for the batch of the file, wrong for every other."""
+    fold = helper.make_node("Reshape", ["h", "s"], ["a"])
+    back = helper.make_node("Reshape", ["a", "t"], ["g"])
+    net = mlp(fold, back, shape=(4, 4), constants=(array("s", [1, 2, 12]), array("t", [-1, 6])))
+    file = save(tmp_path, net)
+    assert main(["--net", str(file), "--batch", "4", "--method", "bp", "--format", "csv"]) == 0
+    capsys.readouterr()
+    assert "the file is made for a batch of 4" in message(capsys, file)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [helper.make_node("ConstantOfShape", ["big"], ["c"]), helper.make_node("Add", ["h", "c"], ["g"])],
+        [helper.make_node("Expand", ["one", "big"], ["c"]), helper.make_node("Add", ["h", "c"], ["g"])],
+        [helper.make_node("Range", ["zero", "end", "step"], ["c"]), helper.make_node("Add", ["h", "c"], ["g"])],
+    ],
+    ids=lambda nodes: nodes[0].op_type,
+)
+def test_a_file_cannot_ask_for_much_memory(
+    tmp_path: Path, nodes: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A few bytes that stand for terabytes."""
+    constants = (
+        array("big", [2**20, 2**20]),
+        array("one", [1]),
+        array("zero", 0),
+        array("end", 2**60),
+        array("step", 1),
+    )
+    assert "expected at most 65536 elements" in message(capsys, save(tmp_path, mlp(*nodes, constants=constants)))
+
+
+def test_a_million_nodes_are_refused_before_they_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each empty node takes two bytes in the file and a hundred in memory."""
+    nodes = b"\x0a\x00" * 1_000_000
+    size, length = len(nodes), b""
+    while size > 127:
+        length, size = length + bytes([size & 127 | 128]), size >> 7
+    content = b"\x3a" + length + bytes([size]) + nodes
+    assert count_nodes(content) == MAX_NODES + 1
+    assert "has more than 100000 nodes" in message(capsys, save(tmp_path, content))
+
+
+def test_a_file_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Missing, empty, a text, a folder."""
+    assert "does not exist" in message(capsys, tmp_path / "missing.onnx")
+    assert "contains no graph" in message(capsys, save(tmp_path, b""))
+    assert "is no ONNX file, or damaged" in message(capsys, save(tmp_path, b"once upon a time"))
+    (tmp_path / "folder.onnx").mkdir()
+    assert "is not a file" in message(capsys, tmp_path / "folder.onnx")
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_damage_is_a_value_error_or_harmless(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Cut at any byte, or with any bytes changed: never another exception."""
+    content = bytearray(mlp().SerializeToString())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    for _ in range(data.draw(st.integers(0, 4))):
+        if content:
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file = save(tmp_path_factory.getbasetemp(), bytes(content))
+    said = ""
+    try:
+        trace(OnnxNet(file), (2, *input_shape(file)))
+    except ValueError as error:
+        said = str(error)
+    assert "\n" not in said
+
+
+def test_hostile_names_do_no_harm(tmp_path: Path) -> None:
+    """A weight called ``training`` or ``_modules`` would take a module apart; brackets would colour a table."""
+    nodes = [
+        helper.make_node("Gemm", ["x", "training.weight"], ["h"], transB=1),
+        helper.make_node("Gemm", ["h", "_modules.weight"], ["g"], transB=1),
+        helper.make_node("Gemm", ["g", "[red]\n.weight"], ["f"], transB=1),
+        helper.make_node("Add", ["f", "forward"], ["y"]),
+    ]
+    names = ("training.weight", "_modules.weight", "[red]\n.weight")
+    net = OnnxNet(save(tmp_path, model(nodes, [*(weight(n, 4, 4) for n in names), weight("forward", 4)])))
+    assert net.train().training is True
+    paths = [record.path for record in trace(net, (2, 4))]
+    assert paths == ["onnx.training", "onnx._modules", "_red_", "add"]
+    assert sum(p.size for p in net.parameters()) == 52
+
+
+def test_a_long_chain_is_no_recursion(tmp_path: Path) -> None:
+    """Two thousand operations, one behind the other: more than Python may nest."""
+    chain = [helper.make_node("Relu", [f"v{i}" if i else "h"], [f"v{i + 1}"]) for i in range(2000)]
+    chain[-1].output[0] = "g"
+    assert len(trace(OnnxNet(save(tmp_path, mlp(*chain)), with_weights=False), (2, 4))) == 2002
+
+
+def test_without_the_package_it_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An ImportError from deep inside."""
+    file = save(tmp_path, mlp())
+    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    assert "needs the package onnx: pip install 'lance-ref[onnx]'" in message(capsys, file)

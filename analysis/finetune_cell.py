@@ -66,7 +66,8 @@ def run(
     budget_kib : float
         KiB of cores, for methods with a budget.
     validation : bool
-        Train on nine tenths of the training images and report the accuracy on the rest, not on the test set.
+        Train on nine tenths of the training images and report the accuracy on the rest, not on the test set; 0 for
+        a training that diverged.
     folder : str
         Where the outputs of the frozen part are kept between cells; "" keeps none.
     """
@@ -86,10 +87,15 @@ def run(
     micro = max(1, batch // 4) if method == "micro-batch" else None
     cost = measure_step(started, tuning, batches[0], micro)
     watch = Watch(tuning)
-    result = fit(
-        module, sources[0], epochs=epochs, batch_size=batch, lr=lr, clip_norm=clip, seed=seed, micro_batch=micro,
-        on_step=watch, progress=False, normalise=models.preprocessing(net), image_size=image_size,
-    )  # fmt: skip
+    try:
+        result = fit(
+            module, sources[0], epochs=epochs, batch_size=batch, lr=lr, clip_norm=clip, seed=seed, micro_batch=micro,
+            on_step=watch, progress=False, normalise=models.preprocessing(net), image_size=image_size,
+        )  # fmt: skip
+    except FloatingPointError as error:
+        if not validation:
+            raise
+        return {"accuracy": 0.0, "diverged": str(error)}  # a learning rate that is too large is not the best one
     last = StepInfo(result.steps, epochs - 1, result.steps, started, *batches[0])
     watch.measure(last, "end")
     accuracy = evaluate(module, sources[1], normalise=models.preprocessing(net), image_size=image_size)

@@ -253,3 +253,48 @@ def finetune_report_sd(row: Row) -> float:
     from analysis.finetune_report import results
 
     return float(results([row], {}, [])["rows"][0]["accuracy_sd"])
+
+
+# ---- each method's own learning rate -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best", "runs"),
+    [
+        ({0.1: 0.5, 0.2: 0.6, 0.4: 0.55}, 0.2, 3),  # the largest of the grid is best: twice as much is tried
+        ({0.1: 0.5, 0.2: 0.6, 0.4: 0.7, 0.8: 0.8, 1.6: 0.0}, 0.8, 5),  # and again, until training diverges
+        ({0.1: 0.6, 0.2: 0.6}, 0.1, 2),  # a tie goes to the smaller rate
+        ({0.1: 0.7, 0.2: 0.6}, 0.1, 2),
+    ],
+)
+def test_the_best_rate_is_not_at_the_edge_of_the_grid(
+    accuracies: dict[float, float], best: float, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A best rate at the edge says that the grid was too small, and favours methods that it happened to suit."""
+    asked: list[dict[str, Any]] = []
+
+    def outcomes(options: Any, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        asked.extend(cells)
+        return [{"accuracy": accuracies[cell["lr"]] if cell["method"] == "bp" else -cell["lr"]} for cell in cells]
+
+    monkeypatch.setattr(finetune, "_cells", outcomes)
+    given = ["--methods", "bp", "head-only", "--lr-grid", "0.2", "0.1", "--recipe", "tuned", "--quick"]
+    options = finetune.fill_in(finetune.parser().parse_args(given))
+    assert finetune.best_rates(options) == {"bp": best, "head-only": 0.1}
+    assert [cell["lr"] for cell in asked if cell["method"] == "bp"] == sorted(accuracies)
+    assert len([cell for cell in asked if cell["method"] == "bp"]) == runs
+    assert all(cell["validation"] and cell["seed"] == 0 for cell in asked)
+
+
+def test_training_that_diverges_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate at which the loss is not finite scores 0 among rates, and is an error in the experiment itself."""
+
+    def diverge(*args: Any, **kwargs: Any) -> None:
+        raise FloatingPointError("the loss is nan in epoch 0")
+
+    monkeypatch.setattr(finetune_cell, "fit", diverge)
+    options = finetune.fill_in(finetune.parser().parse_args(["--methods", "head-only", "--quick"]))
+    tuning = finetune.cell(options, "head-only", 0, 1.0, validation=True) | {"folder": ""}
+    assert finetune_cell.run(**tuning)["accuracy"] == 0
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        finetune_cell.run(**{**tuning, "validation": False})

@@ -1,0 +1,72 @@
+"""Evidence for claims: committed results, each of which says how it was made, and what a check finds there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results")
+PROVENANCE = ("command", "seed", "versions", "machine")
+VERDICTS = ("reproduced", "bounded", "contradicted", "not testable here")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found: our figure, one of :data:`VERDICTS`, and a line of why."""
+
+    figure: str
+    verdict: str
+    why: str
+
+
+class MissingEvidenceError(LookupError):
+    """A result that is not there yet; the message is the command that makes it."""
+
+
+@dataclass
+class Evidence:
+    """Result files by name, read once.
+
+    Attributes
+    ----------
+    folder : Path
+    """
+
+    folder: Path = RESULTS
+    _read: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+
+    def results(self, name: str, command: str) -> dict[str, Any]:
+        """The contents of ``<name>.json``.
+
+        Parameters
+        ----------
+        name : str
+        command : str
+            That makes the file.
+
+        Raises
+        ------
+        MissingEvidenceError
+            If there is no such file.
+        ValueError
+            If it is no JSON object, or lacks command, seed, versions or machine.
+        """
+        if name in self._read:
+            return self._read[name]
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            raise MissingEvidenceError(f"needs {command}")
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        missing = [key for key in PROVENANCE if key not in document] if isinstance(document, dict) else PROVENANCE
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}: evidence must say how it was made")
+        return self._read.setdefault(name, document)
+
+    def names(self, pattern: str) -> list[str]:
+        """Names of the files that fit a pattern, such as ``domain_shift*``, in order."""
+        return sorted(path.stem for path in self.folder.glob(f"{pattern}.json"))

@@ -322,6 +322,7 @@ def _run_backward(root: Node, seed: np.ndarray, retain_graph: bool) -> None:
                 else:
                     pending[edge.sequence], nodes[edge.sequence] = grad, edge
                     heapq.heappush(queue, -edge.sequence)
+                del grad
             del grads, grad_output, edges
     finally:
         state.path = previous_path

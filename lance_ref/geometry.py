@@ -97,8 +97,8 @@ class ConvGeometry:
         out = np.empty((B, g, C_out // g, H_out * W_out), x.dtype)
         grouped_weight = weight.reshape(g, C_out // g, -1)  # (g, C_out/g, K)
         for images, rows in self._blocks(x.itemsize):
-            columns = self._columns(x[images], rows)  # (b, g, K, l)
-            out[images, :, :, rows.start * W_out : rows.stop * W_out] = matmul(grouped_weight, columns)
+            block = out[images, :, :, rows.start * W_out : rows.stop * W_out]  # (b, g, C_out/g, l)
+            matmul(grouped_weight, self._columns(x[images], rows), out=block)
         return out.reshape(self.output_shape)
 
     def input_gradient(self, weight: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
@@ -134,6 +134,8 @@ class ConvGeometry:
                     window += patches[:, :, p, q]
             if rows.stop == H_out:
                 grad[images] = padded[:, :, top : top + H, left : left + W]
+                padded = np.empty(0)
+            del columns, patches, window  # before the next block is laid out
         return grad
 
     def weight_gradient(self, x: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
@@ -143,13 +145,15 @@ class ConvGeometry:
             return kernels_depthwise.depthwise_weight_gradient(
                 x, grad_output, self.weight_shape, self.stride, self.padding, self.dilation
             )
-        grad = np.zeros((g, C_out // g, math.prod(self.weight_shape[1:])), grad_output.dtype)
+        grad = np.zeros(self.weight_shape, grad_output.dtype)
+        by_group = grad.reshape(g, C_out // g, -1)  # (g, C_out/g, K), the same memory
         for images, rows in self._blocks(x.itemsize):
             columns = self._columns(x[images], rows, batch_last=True)  # (g, K, b·l)
             block = grad_output[images, :, rows]  # (b, C_out, l/W_out, W_out)
             grouped = block.transpose(1, 0, 2, 3).reshape(g, C_out // g, -1)  # (g, C_out/g, b·l)
-            grad += matmul(grouped, columns.transpose(0, 2, 1))
-        return grad.reshape(self.weight_shape)
+            by_group += matmul(grouped, columns.transpose(0, 2, 1))
+            del columns, grouped  # before the next block is laid out
+        return grad
 
     # ---- columns -------------------------------------------------------------------------
 

@@ -6,10 +6,15 @@ packs them, eight elements to a byte, the first in the highest bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from lance_ref.kernels import Loops, Pair, numba_enabled
 from lance_ref.tensor import Shape
+
+PACKED_TOGETHER = 1 << 16
+"""Elements whose bits are packed at a time, a multiple of 8."""
 
 
 def clamp_and_pack(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarray]:
@@ -23,11 +28,32 @@ def clamp_and_pack(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarra
     (array like x, uint8 array of ceil(x.size / 8) bytes)
         NaN stays NaN.
     """
-    out = np.ascontiguousarray(np.clip(x, 0, x.dtype.type(ceiling))).reshape(x.shape)
-    passes = np.ascontiguousarray(x > 0)
-    if ceiling < np.inf:
-        passes &= x < ceiling
-    return out, np.packbits(passes.reshape(-1))
+    source = np.ascontiguousarray(x).reshape(-1)
+    out, largest = np.empty(x.shape, x.dtype), x.dtype.type(ceiling)
+    flat = out.reshape(-1)
+    for start in range(0, source.size, PACKED_TOGETHER):
+        block = source[start : start + PACKED_TOGETHER]
+        np.clip(block, 0, largest, out=flat[start : start + PACKED_TOGETHER])
+
+    def passes(x: np.ndarray) -> np.ndarray:
+        return (x > 0) & (x < ceiling) if ceiling < np.inf else x > 0
+
+    return out, pack_blocks(passes, source)
+
+
+def pack_blocks(condition: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
+    """``np.packbits(condition(x))`` in C order, for an element-wise condition: the Booleans of a block at a time.
+
+    Returns
+    -------
+    uint8 array of ceil(x.size / 8) bytes
+    """
+    flat = np.ascontiguousarray(x).reshape(-1)
+    mask = np.empty(-(-flat.size // 8), np.uint8)
+    for start in range(0, flat.size, PACKED_TOGETHER):
+        block = condition(flat[start : start + PACKED_TOGETHER])
+        mask[start // 8 : start // 8 + -(-block.size // 8)] = np.packbits(block)
+    return mask
 
 
 def apply_mask(mask: np.ndarray, array: np.ndarray, scale: float = 1.0) -> np.ndarray:

@@ -8,9 +8,11 @@ recorder can listen to a real run (:func:`record`), and hears the same list.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -46,12 +48,21 @@ class Value:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes of an array of this shape and dtype."""
-        return self.size * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * itemsize(self.dtype)
+
+
+@cache
+def itemsize(dtype: str) -> int:
+    """Bytes of one element, for NumPy's name of a dtype."""
+    return np.dtype(dtype).itemsize
+
+
+_name_of_dtype = cache(str)  # NumPy puts a dtype's name together anew each time
 
 
 @dataclass(frozen=True)
@@ -85,18 +96,25 @@ class Recorder:
     def __init__(self, parameter_names: Mapping[int, str]) -> None:
         self.records: list[OpRecord] = []
         self._parameter_names = parameter_names  # by uid
-        self._ids: dict[int, int] = {}
+        self._values: dict[int, Value] = {}  # by uid
 
     def value(self, tensor: Tensor) -> Value:
-        number = self._ids.setdefault(tensor.uid, len(self._ids))
+        """The tensor as the trace sees it: the same object at every use, unless the tensor has changed since."""
+        known = self._values.get(tensor.uid)
+        dtype = _name_of_dtype(tensor.dtype)
+        if known is not None and known.requires_grad == tensor.requires_grad and known.dtype == dtype:
+            return known
+        number = len(self._values) if known is None else known.id
         name = self._parameter_names.get(tensor.uid)
         if name is None and getattr(tensor, "is_parameter", False):
             name = f"parameter {number}"
-        return Value(number, tensor.shape, str(tensor.dtype), tensor.requires_grad, name)
+        value = Value(number, tensor.shape, dtype, tensor.requires_grad, name)
+        self._values[tensor.uid] = value
+        return value
 
     def add(self, op: str, inputs: Sequence[Tensor], attributes: Mapping[str, Any], output: Tensor) -> None:
         described = {k: v.describe() if hasattr(v, "describe") else v for k, v in attributes.items()}
-        values = tuple(self.value(tensor) for tensor in inputs)
+        values = tuple([self.value(tensor) for tensor in inputs])
         self.records.append(OpRecord(op, state.path, values, self.value(output), described))
 
     @contextmanager

@@ -50,6 +50,11 @@ TABLE = [
     Kept("gelu", F.gelu, (MATRIX,), {"x": 4 * N}),
     Kept("hardswish", F.hardswish, (MATRIX,), {"x": 4 * N}),
     Kept("hardsigmoid", F.hardsigmoid, (MATRIX,), {"mask": N // 8}),
+    Kept("erf", F.erf, (MATRIX,), {"x": 4 * N}),
+    Kept("gelu_tanh", F.gelu_tanh, (MATRIX,), {"x": 4 * N}),
+    Kept("clip", lambda x: F.clip(x, -1, 1), (MATRIX,), {"mask": N // 8}),
+    Kept("fake_quantize", lambda x: F.fake_quantize(x, 0.1), (MATRIX,), {"mask": N // 8}),
+    Kept("expand", lambda x: F.expand(x, (4, 1024, 1024)), (MATRIX,), {}),
     Kept("relu", F.relu, (MATRIX,), {"mask": N // 8}),
     Kept("relu", F.relu, ((1023, 1025),), {"mask": 131_072}),  # (2^20 − 1) bits, rounded up
     Kept("relu6", F.relu6, (MATRIX,), {"mask": N // 8}),

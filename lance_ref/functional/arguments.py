@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lance_ref.functional.blocks import pieces
 from lance_ref.tensor import FLOATS, Shape, Tensor, as_tensor
 
 Context = Any
@@ -68,6 +69,20 @@ def unbroadcast(grad: Any, shape: Shape) -> np.ndarray:
     extra = grad.ndim - len(shape)
     repeated = tuple(i for i, n in enumerate(shape, start=extra) if n == 1 and grad.shape[i] != 1)
     return np.asarray(grad.sum(axis=(*range(extra), *repeated))).reshape(shape)
+
+
+def unbroadcast_product(a: np.ndarray, b: np.ndarray, shape: Shape) -> np.ndarray:
+    """``unbroadcast(a * b, shape)``, of whose product only pieces are made where it has to be summed."""
+    full = np.broadcast_shapes(a.shape, b.shape)
+    repeated = [i for i in range(len(full)) if i < len(full) - len(shape) or shape[i - len(full)] != full[i]]
+    if full == shape or 0 in full or len(repeated) == len(full):
+        return unbroadcast(a * b, shape)
+    a, b = np.broadcast_to(a, full), np.broadcast_to(b, full)
+    result = np.empty(shape, a.dtype)
+    kept = result.reshape([1 if i in repeated else n for i, n in enumerate(full)])
+    for part in pieces(full, repeated):
+        kept[part] = (a[part] * b[part]).sum(axis=tuple(repeated), keepdims=True)
+    return result
 
 
 def one_dim(op: str, x: Tensor, dim: int, name: str = "dim") -> int:

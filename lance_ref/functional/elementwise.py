@@ -19,7 +19,9 @@ from lance_ref.functional.arguments import (
     broadcast_shape,
     operands,
     unbroadcast,
+    unbroadcast_product,
 )
+from lance_ref.functional.blocks import blockwise
 from lance_ref.tensor import Shape, Tensor, as_tensor
 
 
@@ -88,8 +90,8 @@ class Mul(Function):
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
         (needs_a, needs_b), (shape_a, shape_b) = ctx.needs_input_grad, ctx.input_shapes
         return (
-            unbroadcast(grad_output * ctx["b"], shape_a) if needs_a else None,
-            unbroadcast(grad_output * ctx["a"], shape_b) if needs_b else None,
+            unbroadcast_product(grad_output, ctx["b"], shape_a) if needs_a else None,
+            unbroadcast_product(grad_output, ctx["a"], shape_b) if needs_b else None,
         )
 
 
@@ -149,7 +151,7 @@ class Pow(Function):
         if n == 0:  # a constant, also where x is 0
             return (np.zeros_like(grad_output),)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            return (np.asarray(grad_output * (n * x ** (n - 1))),)
+            return (blockwise(lambda g, x: g * (n * x ** (n - 1)), grad_output, x),)
 
 
 class Exp(Unary):
@@ -192,7 +194,7 @@ class Sqrt(Unary):
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return (np.asarray(grad_output / (2 * ctx["output"])),)
+            return (blockwise(lambda g, y: g / (2 * y), grad_output, ctx["output"]),)
 
 
 def add(a: Any, b: Any) -> Tensor:

@@ -11,8 +11,9 @@ import numpy as np
 from lance_ref._random import as_generator, will_draw
 from lance_ref.autograd import Function
 from lance_ref.functional.arguments import NUMBERS, Context, Gradients, one_dim
+from lance_ref.functional.blocks import BLOCK_ELEMENTS, blockwise, pieces
 from lance_ref.functional.elementwise import Unary
-from lance_ref.kernels_elementwise import apply_mask, clamp_and_pack
+from lance_ref.kernels_elementwise import apply_mask, clamp_and_pack, pack_blocks
 from lance_ref.tensor import Shape, Tensor, as_tensor
 
 
@@ -27,7 +28,7 @@ class Tanh(Unary):
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (np.asarray(grad_output * (1 - ctx["output"] ** 2)),)
+        return (blockwise(lambda g, y: g * (1 - y**2), grad_output, ctx["output"]),)
 
 
 class Sigmoid(Unary):
@@ -35,15 +36,18 @@ class Sigmoid(Unary):
 
     @staticmethod
     def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
-        small = np.exp(-np.abs(x))  # in (0, 1]: never overflows
-        output = np.asarray(np.where(x >= 0, x.dtype.type(1), small) / (1 + small))
+        output = blockwise(_logistic, x)
         ctx.save_for_backward(output=output)
         return output
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        output = ctx["output"]
-        return (np.asarray(grad_output * (output * (1 - output))),)
+        return (blockwise(lambda g, y: g * (y * (1 - y)), grad_output, ctx["output"]),)
+
+
+def _logistic(x: np.ndarray) -> np.ndarray:
+    small = np.exp(-np.abs(x))  # in (0, 1]: never overflows
+    return np.asarray(np.where(x >= 0, x.dtype.type(1), small) / (1 + small))
 
 
 class Gelu(Unary):
@@ -52,13 +56,11 @@ class Gelu(Unary):
     @staticmethod
     def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
         ctx.save_input("x", 0)
-        return np.asarray(x * _normal_cdf(x))
+        return blockwise(lambda x: x * _normal_cdf(x), x)
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        x = ctx["x"]
-        density = np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-        return (np.asarray(grad_output * (_normal_cdf(x) + x * density)),)
+        return (blockwise(lambda g, x: g * (_normal_cdf(x) + x * _normal_density(x)), grad_output, ctx["x"]),)
 
 
 def _normal_cdf(x: np.ndarray) -> np.ndarray:
@@ -68,20 +70,27 @@ def _normal_cdf(x: np.ndarray) -> np.ndarray:
     return np.asarray(0.5 * (1 + erf(x * math.sqrt(0.5))))
 
 
+def _normal_density(x: np.ndarray) -> np.ndarray:
+    """φ(x) = exp(−x²/2) / √(2π)"""
+    return np.asarray(np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi)))
+
+
 class Hardswish(Unary):
     op = "hardswish"
 
     @staticmethod
     def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
         ctx.save_input("x", 0)
-        return np.asarray(x * np.clip(x + 3, 0, 6) / 6)
+        return blockwise(lambda x: x * np.clip(x + 3, 0, 6) / 6, x)
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        x = ctx["x"]
-        zero, one = x.dtype.type(0), x.dtype.type(1)
-        slope = np.where(x <= -3, zero, np.where(x < 3, x / 3 + 0.5, one))
-        return (np.asarray(grad_output * slope),)
+        return (blockwise(lambda g, x: g * _hardswish_slope(x), grad_output, ctx["x"]),)
+
+
+def _hardswish_slope(x: np.ndarray) -> np.ndarray:
+    zero, one = x.dtype.type(0), x.dtype.type(1)
+    return np.where(x <= -3, zero, np.where(x < 3, x / 3 + 0.5, one))
 
 
 class Hardsigmoid(Unary):
@@ -90,8 +99,8 @@ class Hardsigmoid(Unary):
     @staticmethod
     def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(mask=np.packbits((x > -3) & (x < 3), axis=None))
-        return np.asarray(np.clip(x + 3, 0, 6) / 6)
+            ctx.save_for_backward(mask=pack_blocks(lambda x: (x > -3) & (x < 3), x))
+        return blockwise(lambda x: np.clip(x + 3, 0, 6) / 6, x)
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
@@ -150,8 +159,10 @@ class Softmax(Function):
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
         output = ctx["output"]
-        product = grad_output * output
-        product -= output * product.sum(axis=ctx.dim, keepdims=True)
+        product: np.ndarray = grad_output * output
+        along = product.sum(axis=ctx.dim, keepdims=True)
+        for part in pieces(product.shape, [ctx.dim]):
+            product[part] -= output[part] * along[part]
         return (product,)
 
 
@@ -165,14 +176,18 @@ class LogSoftmax(Function):
     @staticmethod
     def forward(ctx: Context, x: np.ndarray, dim: int) -> np.ndarray:
         output = x - x.max(axis=dim, keepdims=True)
-        output -= np.log(np.exp(output).sum(axis=dim, keepdims=True))
+        total = np.empty(tuple(1 if i == dim else n for i, n in enumerate(x.shape)), x.dtype)
+        for part in pieces(x.shape, [dim]):
+            np.exp(output[part]).sum(axis=dim, keepdims=True, out=total[part])
+        output -= np.log(total)
         ctx.dim = dim
         ctx.save_for_backward(output=output)
         return output
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (grad_output - np.exp(ctx["output"]) * grad_output.sum(axis=ctx.dim, keepdims=True),)
+        total = grad_output.sum(axis=ctx.dim, keepdims=True)
+        return (blockwise(lambda g, y, total: g - np.exp(y) * total, grad_output, ctx["output"], total),)
 
 
 class _Chance:
@@ -196,10 +211,14 @@ class Dropout(Function):
     @staticmethod
     def forward(ctx: Context, x: np.ndarray, p: _Chance) -> np.ndarray:
         will_draw(p.rng)
-        kept = p.rng.random(x.shape, dtype=np.float32) >= p.p
         ctx.scale = 1 / (1 - p.p) if p.p < 1 else 0.0
-        ctx.save_for_backward(mask=np.packbits(kept, axis=None))
-        return np.where(kept, x * ctx.scale, x.dtype.type(0))
+        mask = np.empty(-(-x.size // 8), np.uint8)
+        for start in range(0, x.size, BLOCK_ELEMENTS):  # the generator's numbers are the same in blocks as at once
+            stop = min(start + BLOCK_ELEMENTS, x.size)
+            kept = p.rng.random(stop - start, dtype=np.float32) >= p.p
+            mask[start // 8 : -(-stop // 8)] = np.packbits(kept)
+        ctx.save_for_backward(mask=mask)
+        return apply_mask(mask, x, ctx.scale)
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:

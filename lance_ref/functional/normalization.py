@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from lance_ref.autograd import Function
-from lance_ref.functional.arguments import Context, Gradients, require_floating
+from lance_ref.functional.arguments import Context, Gradients, require_floating, unbroadcast_product
+from lance_ref.functional.blocks import blockwise, pieces
 from lance_ref.tensor import Shape, Tensor, as_tensor
 
 
@@ -57,7 +58,9 @@ class BatchNorm(Function):
         if training:
             mean = x.mean(axis=axes)  # (C,)
             out = x - _channels(mean, x)
-            var = np.square(out).mean(axis=axes)
+            var = np.empty_like(mean)
+            for part in pieces(x.shape, axes):
+                np.square(out[part]).mean(axis=axes, out=var[part[1:]])
             if running:
                 _update_running(running[0], running[1], mean, var, x.size // x.shape[1], momentum)
             inv_std = 1 / np.sqrt(var + x.dtype.type(eps))
@@ -91,7 +94,7 @@ class BatchNorm(Function):
         if needs_weight or (ctx.training and needs[0]):
             x_hat = ctx["x"] - _channels(ctx["mean"], g)
             x_hat *= _channels(ctx["inv_std"], g)
-            grad_weight = (g * x_hat).sum(axis=axes)  # (C,)
+            grad_weight = unbroadcast_product(g, x_hat, (g.shape[1], *[1] * (g.ndim - 2))).reshape(-1)  # (C,)
         if needs[0] and ctx.training:
             n = g.size // g.shape[1]
             x_hat *= _channels(-grad_weight / n, g)
@@ -148,7 +151,10 @@ class LayerNorm(Function):
         axes = tuple(range(x.ndim - ctx.k, x.ndim))
         mean = x.mean(axis=axes, keepdims=True)
         out = x - mean
-        inv_std = 1 / np.sqrt(np.square(out).mean(axis=axes, keepdims=True) + x.dtype.type(eps))
+        var = np.empty_like(mean)
+        for part in pieces(x.shape, axes):
+            np.square(out[part]).mean(axis=axes, keepdims=True, out=var[part])
+        inv_std = 1 / np.sqrt(var + x.dtype.type(eps))
         out *= inv_std
         if affine:
             weight, bias = others
@@ -168,20 +174,28 @@ class LayerNorm(Function):
         inner = tuple(range(grad_output.ndim - ctx.k, grad_output.ndim))
         grad_x = grad_weight = grad_bias = None
         if needs_x or needs_weight:
-            x_hat = (ctx["x"] - ctx["mean"]) * ctx["inv_std"]
+            x_hat = blockwise(lambda x, mean, inv_std: (x - mean) * inv_std, ctx["x"], ctx["mean"], ctx["inv_std"])
         if needs_weight:
-            grad_weight = (grad_output * x_hat).sum(axis=outer)
+            grad_weight = unbroadcast_product(grad_output, x_hat, grad_output.shape[grad_output.ndim - ctx.k :])
         if needs_bias:
             grad_bias = grad_output.sum(axis=outer)
         if needs_x:
-            g = grad_output * ctx["weight"] if ctx.affine else grad_output
-            n = math.prod(g.shape[i] for i in inner)
-            x_hat *= (g * x_hat).sum(axis=inner, keepdims=True) / -n
-            x_hat += g
-            x_hat -= g.sum(axis=inner, keepdims=True) / n
-            x_hat *= ctx["inv_std"]
+            weight = ctx["weight"] if ctx.affine else None
+            for part in pieces(x_hat.shape, inner):
+                g = grad_output[part] if weight is None else grad_output[part] * weight
+                x_hat[part] = _through_statistics(g, x_hat[part], ctx["inv_std"][part], inner)
             grad_x = x_hat
         return (grad_x, grad_weight, grad_bias) if ctx.affine else (grad_x,)
+
+
+def _through_statistics(g: np.ndarray, x_hat: np.ndarray, inv_std: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """inv_std·(g − Σg/n − x̂·Σ(g·x̂)/n), sums over ``axes``; written into ``x_hat``."""
+    n = math.prod(g.shape[i] for i in axes)
+    x_hat *= (g * x_hat).sum(axis=axes, keepdims=True) / -n
+    x_hat += g
+    x_hat -= g.sum(axis=axes, keepdims=True) / n
+    x_hat *= inv_std
+    return x_hat
 
 
 def batch_norm(

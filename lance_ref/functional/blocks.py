@@ -1,0 +1,64 @@
+"""Element-wise formulas, a block of elements at a time.
+
+A formula such as x·Φ(x) + x·φ(x) makes an array for every sign in it. In blocks these temporaries stay in the
+cache and take some hundred kilobytes, whatever the size of the arrays; the numbers are the same, bit by bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+BLOCK_ELEMENTS = 1 << 16
+"""Elements of a block."""
+
+
+def blockwise(formula: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
+    """``formula(*arrays)`` for an element-wise formula.
+
+    Parameters
+    ----------
+    formula : callable
+        From arrays of one shape to an array of that shape, element by element.
+    arrays : arrays of one dtype
+        Shapes that broadcast.
+
+    Returns
+    -------
+    New array in the dtype of ``arrays``, its axes in memory in the order of theirs.
+
+    Examples
+    --------
+    >>> blockwise(lambda x, y: x * y + 1, np.ones((2, 3)), np.full(3, 2.0)).tolist()
+    [[3.0, 3.0, 3.0], [3.0, 3.0, 3.0]]
+    """
+    if max(array.size for array in arrays) <= BLOCK_ELEMENTS and len({array.shape for array in arrays}) == 1:
+        return np.asarray(formula(*arrays))
+    access = [*[["readonly"] for _ in arrays], ["writeonly", "allocate"]]
+    nditer: Any = np.nditer  # its stub knows no list of flags
+    blocks = nditer([*arrays, None], ["external_loop", "buffered", "zerosize_ok"], access, buffersize=BLOCK_ELEMENTS)
+    with blocks:
+        for *parts, out in blocks:
+            out[...] = formula(*parts)
+        result: np.ndarray = blocks.operands[-1]
+    return result
+
+
+def pieces(shape: Sequence[int], whole: Collection[int]) -> Iterator[tuple[slice, ...]]:
+    """Indices that cut an array along its longest axis, those in ``whole`` aside, into pieces of at most a block.
+
+    >>> [index[1] for index in pieces((1 << 14, 5), whole=[0])]
+    [slice(0, 4, None), slice(4, 5, None)]
+    """
+    axis = max((i for i in range(len(shape)) if i not in whole), key=lambda i: shape[i], default=None)
+    if axis is None:
+        yield ()
+        return
+    n = shape[axis]
+    step = max(1, BLOCK_ELEMENTS * n // max(math.prod(shape), 1))
+    before = (slice(None),) * axis
+    for start in range(0, n, step):
+        yield (*before, slice(start, min(start + step, n)))

@@ -28,6 +28,9 @@ RULES = {
 }
 """Name and meaning; the order is that in which they are listed."""
 
+OF_COMPRESSION = {"no-core", "with-factors", "projection-at-full-size", "papers-order"}
+"""Rules about what only a compressing method has."""
+
 
 @dataclass(frozen=True)
 class Work:

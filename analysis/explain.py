@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from analysis.accounting_rules import MIB, RULES, Figures, Reading, Work, fits, nearest, readings
+from analysis.accounting_rules import MIB, OF_COMPRESSION, RULES, Figures, Reading, Work, fits, nearest, readings
 from analysis.cli import OneLineParser, one_line
 from analysis.evidence import Evidence, MissingEvidenceError
 from analysis.published import STATUSES, Published, published
@@ -143,7 +143,45 @@ def explain(row: Published, threshold: bool = False, evidence: Evidence | None =
         status = "within range" if ".." in row.value else "explained" if first.rules else "met"
         return Explanation(row, status, first, figures, len(listed), also)
     note = _threshold(row, case) if threshold and method == "lance" else ""
+    if row.free == "ranks":
+        reading, share = _by_ranks(row, case, middle)
+        if reading is not None:
+            note = f"the ranks behind it are not published: {share}" + (f"\n    {note}" if note else "")
+            return Explanation(row, "by ranks", reading, figures, len(listed), note=note)
     return Explanation(row, "unexplained", nearest(middle, listed), figures, len(listed), note=note)
+
+
+SHARES = 4096
+"""Ranks are tried in steps of this part of each mode."""
+
+
+def _by_ranks(row: Published, case: dict[str, Any], value: float) -> tuple[Reading | None, str]:
+    """The reading with the fewest rules that runs through ``value`` between rank 1 and full rank, and where it does."""
+
+    def at(share: int) -> dict[tuple[str, ...], float]:
+        figures = figures_of(**{**case, "ranks": f"{share / SHARES:.12f}"})
+        return {each.rules: each.value for each in readings(row.quantity, row.unit, figures["lance"], figures["bp"])}
+
+    least, most = at(1), at(SHARES)
+    required = set(explain(published()[1][row.like]).reading.rules) if row.like else set()  # type: ignore[union-attr]
+    fitting = [
+        rules
+        for rules in least
+        if rules in most
+        and required <= set(rules) <= (required | OF_COMPRESSION if row.like else set(RULES))
+        and min(least[rules], most[rules]) <= value <= max(least[rules], most[rules])
+    ]
+    if not fitting:
+        return None, ""
+    rules = min(fitting, key=len)
+    low, high = 1, SHARES
+    while high - low > 1:  # bytes and products grow with the ranks
+        middle = (low + high) // 2
+        low, high = (middle, high) if (at(middle)[rules] < value) == (least[rules] < most[rules]) else (low, middle)
+    share = min((low, high), key=lambda each: abs(math.log(at(each)[rules] / value)))
+    ours = Reading(at(share)[rules], rules)
+    ends = f"from rank 1 to full rank ours runs from {least[rules]:,.3f} to {most[rules]:,.3f} {row.unit}"
+    return ours, f"{ends}, and is {_digits(row, ours)} {row.unit} at {100 * share / SHARES:.1f} % of each mode"
 
 
 def _threshold(row: Published, case: dict[str, Any]) -> str:
@@ -250,6 +288,8 @@ def _conclusion(found: Explanation) -> str:
     if found.status == "met":
         return f"ours is {ours}, read as it is printed"
     rules = "".join(f"\n    {name}: {RULES[name]}" for name in reading.rules) or " read as it is printed"
+    if found.status == "by ranks":
+        return f"{found.note}, with{rules}"
     if found.status in ("explained", "within range"):
         also = "".join(f"\n    (or {' + '.join(other)})" for other in found.also)
         return f"ours is {ours} with{rules}{also}"

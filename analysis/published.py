@@ -11,7 +11,8 @@ from analysis.yaml_file import DATA, load_entries
 
 COST_QUANTITIES = ("memory", "memory-ratio", "work", "work-ratio", "bases")
 QUANTITIES = (*COST_QUANTITIES, "accuracy")
-STATUSES = ("met", "explained", "within range", "unexplained", "needs a run")
+STATUSES = ("met", "explained", "within range", "by ranks", "unexplained", "needs a run")
+"""By ranks: the figure depends on ranks that the source does not print, and some share of every mode gives it."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Published:
         Of an accuracy: ``file`` of analysis/results, ``learner``, ``metric``, ``command``; ``sd`` as printed.
     status, rules : str, list of str
         What :func:`explain` must find. None where it waits for a result file.
+    free : str
+        ``"ranks"`` where the figure depends on ranks that are not printed.
+    like : str
+        Id of a figure beside it that is counted in the same way, so that its rules are this one's too.
     remark : str
     """
 
@@ -48,6 +53,8 @@ class Published:
     result: dict[str, Any] = field(default_factory=dict)
     status: str | None = None
     rules: list[str] = field(default_factory=list)
+    free: str = ""
+    like: str = ""
     remark: str = ""
 
     @property
@@ -67,6 +74,8 @@ def published() -> tuple[dict[str, dict[str, str]], dict[str, Published]]:
         row = Published(**entry)
         if row.quantity not in QUANTITIES or row.status not in (None, *STATUSES) or not set(row.rules) <= set(RULES):
             raise ValueError(f"{path}, {row.id}: quantity, status or rules are not among those that there are")
+        if row.free not in ("", "ranks") or (row.like and row.like not in rows):
+            raise ValueError(f"{path}, {row.id}: free must be ranks, and like the id of a figure above")
         if not isinstance(row.value, str):
             raise ValueError(f"{path}, {row.id}: value must be a string, as printed, it is {row.value!r}")
         rows[row.id] = row

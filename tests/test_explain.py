@@ -161,13 +161,24 @@ def test_one_figure_is_shown_under_every_accounting(capsys: pytest.CaptureFixtur
         assert f"{rule}: {RULES[rule]}" in printed
 
 
-def test_a_figure_without_explanation_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where no rule helps, the command must not make one up."""
+def test_a_figure_that_ranks_decide_says_which_would(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the ranks are not printed, a number of ours beside the published one would prove nothing."""
     assert main(["--claim", "lance-105x", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
-    assert found["status"] == "unexplained"
-    assert found["figure"] > 105
+    assert found["status"] == "by ranks"
+    assert found["figure"] == pytest.approx(105, rel=0.01)
     assert "not published" in found["note"]
+    assert "of each mode" in found["note"]
+
+
+def test_ranks_do_not_explain_what_no_rank_gives() -> None:
+    """More than the inputs of all tuned layers, or than the rules of its own table allow, stays unexplained."""
+    row = ROWS["asi-mobilenetv2-cifar10-last2"]
+    assert explain(replace(row, value="2000.0")).status == "unexplained"
+    work = ROWS["deit-last2-lance-work"]
+    assert explain(replace(work, value="900.00")).status == "unexplained"
+    found = explain(replace(work, value="900.00"))
+    assert "the nearest is" in text(found)
 
 
 def test_an_unknown_figure_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,209 @@
+"""What fits a device: ``python -m analysis.plan --net mcunet --budget 4MiB --spectra FILE``.
+
+Which methods and settings fit its RAM, with how many layers and which batch, ranked by predicted gradient fidelity;
+what does not fit, and by how much. Nothing runs: the net is traced on shapes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from analysis.cli import OneLineParser, check_counts, check_writable, one_line
+from analysis.methods import METHODS, chosen_methods
+from analysis.plan_options import (
+    ASSUMED_FRACTION,
+    DEFAULT_BATCHES,
+    DEFAULT_EPSILONS,
+    DEFAULT_PATCHES,
+    DEFAULT_RATIOS,
+    check_lists,
+    options_for,
+    parse_bytes,
+    parse_fraction_of_modes,
+    parse_times,
+)
+
+if TYPE_CHECKING:
+    from analysis.plan_costs import Costs, Device
+    from analysis.plan_search import Plan
+    from analysis.spectra_file import Spectra
+
+
+def parser() -> argparse.ArgumentParser:
+    p = OneLineParser(
+        prog="python -m analysis.plan",
+        description="Which methods and settings fit a device's RAM, with how many layers and which batch, ranked by "
+        "predicted gradient fidelity; what does not fit, and by how much.",
+        allow_abbrev=False,
+    )
+    p.add_argument("--net", required=True, help="name of a built-in net, pkg.module:factory, or a file.onnx")
+    p.add_argument("--budget", required=True, help="of RAM: 256KiB, 1.5MiB, 300000B")
+    p.add_argument("--flops-at-most", help="of backpropagation through the same layers with the same batch: 1.5x")
+    p.add_argument("--spectra", help="file of measured spectra, from python -m analysis.spectra")
+    p.add_argument("--batch", type=int, nargs="+", default=list(DEFAULT_BATCHES), help="batch sizes to try")
+    p.add_argument("--layers", type=int, help="tune at most so many, from the last on (all)")
+    p.add_argument("--method", nargs="+", default=["all"], metavar="METHOD", help=f"{', '.join(METHODS)}, or all")
+    p.add_argument("--epsilon", type=float, nargs="+", help="energy thresholds of ranks from spectra (0.7 0.9 0.99)")
+    p.add_argument(
+        "--ranks",
+        nargs="+",
+        help="fractions of each mode in place of thresholds, or beside --epsilon (without spectra: 0.25)",
+    )
+    p.add_argument("--patch", type=int, nargs="+", default=list(DEFAULT_PATCHES), help="of gradient-filter")
+    p.add_argument("--ratio", type=float, nargs="+", default=list(DEFAULT_RATIOS), help="of sketch")
+    p.add_argument("--micro-batch", type=int, default=1, help="images at a time of micro-batch")
+    p.add_argument("--lora-rank", type=int, default=4, help="of lora's updates")
+    p.add_argument("--segments", type=int, help="of checkpoint (one for each stage that trains, but the last)")
+    p.add_argument(
+        "--count", default="peak", choices=["peak", "kept"],
+        help="peak: the simulated peak of a step; kept: tape, gradients and optimiser state alone",
+    )  # fmt: skip
+    p.add_argument(
+        "--weights", default="flash", choices=["flash", "ram"], help="where weights are that do not train (flash)"
+    )
+    p.add_argument(
+        "--calibration", default="device", choices=["device", "elsewhere"],
+        help="whether lance's Gram matrices have to fit too (device)",
+    )  # fmt: skip
+    p.add_argument("--optimizer", default="sgd", choices=["sgd", "sgd-momentum", "adam"], help="(sgd)")
+    p.add_argument(
+        "--shares", default="layers",
+        help="shares of the gradient's energy: layers (the same for each), parameters, or a JSON file by layer",
+    )  # fmt: skip
+    p.add_argument("--image-size", type=int, help="height and width in pixels")
+    p.add_argument("--input-shape", help="C,H,W or N, without the batch; in place of --image-size")
+    p.add_argument("--num-classes", type=int, default=1000, help="outputs of the classifier (1000)")
+    p.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="(float32)")
+    p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the output (table)")
+    p.add_argument("--output", help="write to this file, whole or not at all")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    p = parser()
+    options = p.parse_args(arguments)
+    try:
+        _run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, LookupError, OSError, MemoryError, OverflowError) as error:
+        p.error(one_line(error))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from analysis.plan_costs import Device
+    from analysis.plan_tables import csv_text, json_text, render, show
+    from analysis.spectra_file import write_atomically
+
+    if options.output is not None:
+        check_writable(options.output)
+    device = Device(options.count, options.weights, options.calibration, options.optimizer)
+    plan = make_plan(options, device)
+    if options.format == "table" and options.output is None:
+        show(plan, device)
+        return
+    texts = {"json": lambda: json_text(plan, device), "csv": lambda: csv_text(plan)}
+    text = texts.get(options.format, lambda: render(plan, device))()
+    if options.output is None:
+        sys.stdout.write(text)
+    else:
+        write_atomically(options.output, text)
+
+
+def make_plan(options: argparse.Namespace, device: Device) -> Plan:
+    """The plan for the options of the command line.
+
+    Raises
+    ------
+    ValueError, TypeError, LookupError, OSError
+        In one line that names what came and what is allowed.
+    """
+    from dataclasses import replace
+
+    from analysis.plan_search import search
+
+    budget = parse_bytes(options.budget)
+    times = None if options.flops_at_most is None else parse_times(options.flops_at_most)
+    methods = chosen_methods(options.method)
+    fractions = [parse_fraction_of_modes(text) for text in options.ranks or []]
+    epsilons = list(DEFAULT_EPSILONS) if options.epsilon is None else options.epsilon
+    check_lists(options.batch, epsilons, options.ratio)
+    check_counts(options, ["layers", "micro_batch", "lora_rank", "segments", "image_size", "num_classes"])
+    if len(set(options.patch)) < len(options.patch) or len(set(fractions)) < len(fractions):
+        raise ValueError("--patch and --ranks take every value once")
+    costs, ranks_from = _costs(options, device)
+    if costs.spectra is None:
+        if options.epsilon is not None:
+            raise ValueError("--epsilon needs spectra: give --spectra with a file from python -m analysis.spectra")
+        epsilons, fractions = [], fractions or [ASSUMED_FRACTION]
+    elif options.ranks and options.epsilon is None:
+        epsilons = []
+    tried = options_for(
+        methods, epsilons, fractions, options.patch, options.ratio, options.micro_batch, options.lora_rank,
+        options.segments,
+    )  # fmt: skip
+    plan = search(costs, tried, options.batch, budget, times, options.shares, options.layers)
+    shares = {"layers": "the same for every layer", "parameters": "in proportion to its weights"}
+    size = "x".join(map(str, costs.input_shape))
+    net = f"{options.net}, input {size}, {options.num_classes} classes, {options.dtype}"
+    return replace(
+        plan, facts={"net": net, "ranks": ranks_from, "shares": shares.get(options.shares, f"from {options.shares}")}
+    )
+
+
+def _costs(options: argparse.Namespace, device: Device) -> tuple[Costs, str]:
+    """The net, with spectra if there are any, and where the ranks come from."""
+    from analysis.nets import build, input_shape_for
+    from analysis.plan_costs import Costs
+    from analysis.ranks import ranks_from_spectra
+
+    given = None if options.input_shape is None else _parse_shape(options.input_shape)
+    shape = input_shape_for(options.net, options.image_size, given)
+    net = build(options.net, options.num_classes, shape, without_weights=True)
+    spectra, where = _spectra(options, shape)
+    costs = Costs(net, options.net, shape, device, options.dtype, spectra)
+    if spectra is None:
+        return costs, where
+    first = next((batch for batch in options.batch if not costs.runs(batch)), options.batch[0])
+    ranks_from_spectra(spectra, costs.shapes(first), 1.0, where)  # looks at every layer and its shape
+    return costs, f"{where}: {spectra.source}"
+
+
+def _spectra(options: argparse.Namespace, input_shape: tuple[int, ...]) -> tuple[Spectra | None, str]:
+    """Those that were given or shipped, and the words for where they come from."""
+    from analysis.ranks import shipped_spectra
+    from analysis.spectra_file import load_spectra
+
+    if options.spectra is not None:
+        return load_spectra(options.spectra), f"--spectra {options.spectra}"
+    shipped = shipped_spectra(options.net, input_shape)
+    if shipped is not None:
+        with resources.as_file(shipped) as path:
+            return load_spectra(path), f"spectra shipped as analysis/data/{path.name}"
+    fractions = "the fractions of --ranks" if options.ranks else f"a quarter of each mode ({ASSUMED_FRACTION})"
+    return None, (
+        f"assumed: {fractions}, for there are no spectra of {options.net} at {'x'.join(map(str, input_shape))}; what "
+        "they keep is not known, so the fidelity of methods with ranks is not predicted. Give --spectra with a file "
+        "from python -m analysis.spectra"
+    )
+
+
+def _parse_shape(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) not in (1, 3) or not all(re.fullmatch(r"\s*[1-9][0-9]{0,8}\s*", n, re.ASCII) for n in parts):
+        raise ValueError(f"--input-shape is {text[:60]!r}, expected C,H,W or N, positive integers")
+    return tuple(int(n) for n in parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

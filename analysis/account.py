@@ -9,20 +9,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from analysis import elementwise_rules, norm_rules, product_rules  # noqa: F401  (they register their rules)
 from analysis.layouts import NUMPY_KEEPS_ORDER, PYTORCH_KEEPS_ORDER, Memory, Storage
 from analysis.op_cost import OpCost, Saved, cost_of
-from analysis.recompute_rules import Executed, cost_inside, cost_outside, executed, inside
+from analysis.recompute_rules import OP, Executed, cost_inside, cost_outside, executed, inside
 from lance_ref.tracing import OpRecord
 
 Ranks = tuple[int | None, ...]
 WEIGHTED = ("conv2d", "linear")
+EXACT = {"name": "exact"}
+"""What the store of plain backpropagation says of itself."""
 
 
-@dataclass(frozen=True)
-class Billed:
+class Billed(NamedTuple):
     """One record with its cost and the bytes billed to it, each storage to the first that keeps it.
 
     ``in_segment``: whether it runs inside a recomputed segment, which stands before it in the list.
@@ -60,10 +61,10 @@ def with_described_stores(records: Sequence[OpRecord], stores: Mapping[str, Mapp
     changed = []
     for record in records:
         if record.op in WEIGHTED:
-            store = stores.get(record.path, {"name": "exact"})
+            store = stores.get(record.path, EXACT)
             if record.attributes["store"] != store:
                 record = replace(record, attributes={**record.attributes, "store": store})
-        elif inside(record):
+        elif record.op == OP:
             within = with_described_stores(inside(record), stores)
             record = replace(record, attributes={**record.attributes, "records": within})
         changed.append(record)
@@ -72,9 +73,9 @@ def with_described_stores(records: Sequence[OpRecord], stores: Mapping[str, Mapp
 
 def is_tuned(record: OpRecord, head: str | None) -> bool:
     """Whether this is a call of a layer that trains, the classifier head left out, or a segment with one inside."""
-    if inside(record):
-        return any(is_tuned(each, head) for each in inside(record))
-    return record.op in WEIGHTED and record.inputs[1].requires_grad and record.path != head
+    if record.op in WEIGHTED:
+        return record.inputs[1].requires_grad and record.path != head
+    return any(is_tuned(each, head) for each in inside(record))
 
 
 @dataclass
@@ -101,17 +102,18 @@ class CostCache:
         if step.segment is not None:
             return cost_inside(step, self.memory), cost_inside(step, self.in_pytorch).pytorch
         key = id(step.record), step.on_tape
-        if key not in self.costs:
-            price = cost_outside if inside(step.record) else _cost_plain
-            cost = price(step, self.memory)
-            saved: list[Saved] = []
-            if cost.pytorch:
-                saved = price(step, self.in_pytorch).pytorch
-            else:
-                self.in_pytorch.follow(step.record)
-            self.costs[key] = step.record, cost, saved
-        _, cost, saved = self.costs[key]
-        return cost, saved
+        found = self.costs.get(key)
+        if found is None:
+            found = self.costs[key] = step.record, *self._priced(step)
+        return found[1:]
+
+    def _priced(self, step: Executed) -> tuple[OpCost, list[Saved]]:
+        """Asked of the rule once, where values live alike in both memories, else for each."""
+        price = cost_outside if step.record.op == OP else _cost_plain
+        cost = price(step, self.memory)
+        if self.in_pytorch.follow_like(step.record, self.memory):
+            return cost, cost.pytorch
+        return cost, price(step, self.in_pytorch).pytorch if cost.pytorch else []
 
 
 def _cost_plain(step: Executed, memory: Memory) -> OpCost:
@@ -152,9 +154,10 @@ def account(
         record = step.record
         cost, saved_in_pytorch = cache.of(step)
         tuned = is_tuned(record, head)
-        first_call = record.path not in with_factors  # a layer that is called twice has its factors once
-        if cost.subspace_bytes:
+        subspace_bytes = 0
+        if cost.subspace_bytes and record.path not in with_factors:  # a layer called twice has its factors once
             with_factors.add(record.path)
+            subspace_bytes = cost.subspace_bytes
         billed.append(
             Billed(
                 record,
@@ -162,9 +165,9 @@ def account(
                 tuned,
                 cost if repeats == 1 else repeated(cost, repeats),
                 paper_bytes=cost.paper_bytes if tuned else 0,
-                pytorch_bytes=_bill(saved_in_pytorch, pytorch_seen),
-                tape_bytes=_bill(cost.tape, tape_seen),
-                subspace_bytes=cost.subspace_bytes if first_call else 0,
+                pytorch_bytes=_bill(saved_in_pytorch, pytorch_seen) if saved_in_pytorch else 0,
+                tape_bytes=_bill(cost.tape, tape_seen) if cost.tape else 0,
+                subspace_bytes=subspace_bytes,
                 in_segment=step.segment is not None,
             )
         )

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,16 +31,17 @@ PYTORCH_KEEPS_ORDER = _ARITHMETIC | {"relu", "relu6", "dropout"}
 """The same in PyTorch."""
 
 
-@dataclass(frozen=True, eq=False)
 class Storage:
     """One block of memory; two storages are never equal, whatever their sizes."""
 
-    nbytes: int
-    is_parameter: bool = False
+    __slots__ = ("is_parameter", "nbytes")
+
+    def __init__(self, nbytes: int, is_parameter: bool = False) -> None:
+        self.nbytes = nbytes
+        self.is_parameter = is_parameter
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Where a value lives: its storage, and its shape and strides (in elements) there."""
 
     storage: Storage
@@ -72,6 +74,11 @@ def packed_strides(shape: Sequence[int], axis_order: Sequence[int] | None = None
     >>> packed_strides((2, 3, 4)), packed_strides((2, 3, 4), (2, 0, 1))
     ((12, 4, 1), (3, 1, 6))
     """
+    return _packed(tuple(shape), None if axis_order is None else tuple(axis_order))
+
+
+@lru_cache(maxsize=4096)
+def _packed(shape: Shape, axis_order: Shape | None) -> Shape:
     strides, step = [0] * len(shape), 1
     for axis in reversed(range(len(shape)) if axis_order is None else axis_order):
         strides[axis] = step
@@ -139,17 +146,19 @@ class Memory:
 
     def of(self, value: Value) -> Layout:
         """The layout of a value; one that no operation made (an input, a parameter) is packed."""
-        if value.id not in self.layouts:
-            self.layouts[value.id] = self._new(value, value.parameter is not None)
-        return self.layouts[value.id]
+        layout = self.layouts.get(value.id)
+        if layout is None:
+            layout = self.layouts[value.id] = self._new(value, value.parameter is not None)
+        return layout
 
     def follow(self, record: OpRecord) -> Layout:
         """Take in one operation; gives the layout of its result."""
         inputs = [self.of(value) for value in record.inputs]
         for inside in record.attributes.get("records", ()):  # of a recomputed segment
             self.follow(inside)
-        if record.output.id in self.layouts:  # the operation returned its input
-            return self.layouts[record.output.id]
+        known = self.layouts.get(record.output.id)
+        if known is not None:  # the operation returned its input, or this record has been followed already
+            return known
         layout: Layout | None = None
         if record.op == "reshape":
             layout = inputs[0].reshaped(record.output.shape)
@@ -159,11 +168,29 @@ class Memory:
             layout = inputs[0].indexed(record.attributes["index"])
         if layout is None:
             layout = self._new(record.output, False)
-            alike = [x for x in inputs if x.shape == layout.shape or record.op == "concatenate"]
-            if alike and record.op in self.keeps_order:
-                layout = Layout(layout.storage, layout.shape, packed_strides(layout.shape, alike[0].axis_order))
+            if record.op in self.keeps_order:
+                alike = [x for x in inputs if x.shape == layout.shape or record.op == "concatenate"]
+                if alike and alike[0].strides != layout.strides:
+                    layout = Layout(layout.storage, layout.shape, packed_strides(layout.shape, alike[0].axis_order))
         self.layouts[record.output.id] = layout
         return layout
+
+    def follow_like(self, record: OpRecord, other: Memory) -> bool:
+        """Take in one operation that ``other`` has taken in already; gives whether all its values live alike there.
+
+        Then the layouts, and with them the storages, are the same objects in both memories.
+        """
+        alike = packed = True
+        for value in record.inputs:
+            theirs = other.of(value)
+            alike = self.layouts.setdefault(value.id, theirs) is theirs and alike
+            packed = packed and theirs.strides == packed_strides(theirs.shape)
+        same_order = packed or (record.op in self.keeps_order) == (record.op in other.keeps_order)
+        if alike and same_order and "records" not in record.attributes:
+            layout = other.of(record.output)
+            return self.layouts.setdefault(record.output.id, layout) is layout
+        self.follow(record)
+        return False
 
     @staticmethod
     def _new(value: Value, is_parameter: bool) -> Layout:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from analysis.layouts import Layout, Memory, Storage
-from lance_ref.tracing import OpRecord
+from lance_ref.tracing import OpRecord, itemsize
 
 
 class MissingRuleError(LookupError):
@@ -106,7 +106,7 @@ class Call:
     @property
     def itemsize(self) -> int:
         """Bytes of one element of the result."""
-        return np.dtype(self.record.output.dtype).itemsize
+        return itemsize(self.record.output.dtype)
 
     def save_input(self, what: str, position: int) -> Saved:
         """An input itself: whatever memory it lives in stays alive."""

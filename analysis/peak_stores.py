@@ -200,7 +200,8 @@ def _papers(call: Call, layer: Layer, ranks: Ranks) -> int:
     if ranks[1] is None:
         return summing * call.itemsize
     Z3, weights = math.prod(narrow), C_out * width * k_h * k_w
-    expanding = Z1 + Z2 + 2 * Z3 + weights  # Z3 packed again, and the product before its axes are put in order
+    packed = Z3 if k_h * k_w > 1 else 0  # channels last, which a kernel of one place is already
+    expanding = Z1 + Z2 + Z3 + packed + weights  # the product, before its axes are put in order
     return max(summing + Z3 - weights, expanding) * call.itemsize
 
 

@@ -11,7 +11,8 @@ gradient checkpointing (Chen et al. 2016, arXiv 1604.06174)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from analysis.layouts import Memory, backward_reaches
 from analysis.op_cost import Call, OpCost, cost_of, rule
@@ -41,11 +42,15 @@ def inside(record: OpRecord) -> list[OpRecord]:
 
 def flatten(records: Sequence[OpRecord]) -> list[OpRecord]:
     """All records, each segment followed by what is inside."""
-    return [every for record in records for every in (record, *flatten(inside(record)))]
+    found: list[OpRecord] = []
+    for record in records:
+        found.append(record)
+        if record.op == OP:
+            found += flatten(inside(record))
+    return found
 
 
-@dataclass(frozen=True)
-class Executed:
+class Executed(NamedTuple):
     """One record with its place in the step.
 
     Attributes
@@ -69,7 +74,8 @@ def executed(records: Sequence[OpRecord]) -> list[Executed]:
     """All records of a step, its loss last, in the order of :func:`flatten`."""
     found: list[Executed] = []
     for record, on_tape in zip(records, backward_reaches(records), strict=True):
-        found += _unfold(Executed(record, on_tape))
+        step = Executed(record, on_tape)
+        found += _unfold(step) if record.op == OP else (step,)
     return found
 
 

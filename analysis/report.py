@@ -5,20 +5,28 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from analysis.account import Billed
 from analysis.calibration_costs import CalibrationCost
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
+
+    from analysis.continual_bill import TaskBill
+    from analysis.peak_memory import Peak
+    from analysis.predict import Prediction
 
 SCHEMA = 1
 ACCOUNTINGS = ("paper", "pytorch", "tape")
 CONVENTIONS = ("flops", "paper")
+OPTIMIZERS = ("sgd", "sgd-momentum", "adam")
 FLOP_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
 
 
@@ -154,6 +162,30 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Continual:
+    """The bill of learning several tasks one after the other.
+
+    Attributes
+    ----------
+    tasks : int
+    protected : float
+        Share of each layer's directions that the last task must leave alone.
+    basis_batches : int
+        Batches from which directions are found.
+    bills : tuple of TaskBill
+        By learner, then by task.
+    """
+
+    tasks: int
+    protected: float
+    basis_batches: int
+    bills: tuple[TaskBill, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "bills": [bill.to_json() for bill in self.bills]}
+
+
+@dataclass(frozen=True)
 class Report:
     """The cost of one training step of one net, by layer and method.
 
@@ -170,6 +202,11 @@ class Report:
         As they turned out, for methods that have settings.
     notes : dict of method to str
         Why a method was left out.
+    continual : Continual or None
+        Where it was asked for.
+    origin : Prediction or None
+        What the report was made from; the peaks of memory and some panels of the figure are computed from it when
+        they are asked for.
     """
 
     net: str
@@ -185,6 +222,8 @@ class Report:
     calibration: dict[str, CalibrationCost] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    continual: Continual | None = None
+    origin: Prediction | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, bills: Mapping[str, Sequence[Billed]], convention: str, **facts: Any) -> Report:
@@ -209,6 +248,18 @@ class Report:
             method: MethodCost.sum([row.methods[method] for row in self.rows if method in row.methods])
             for method in self.methods
         }
+
+    @cached_property
+    def peaks(self) -> dict[str, Peak]:
+        """The peak of memory of one step, by method; empty for a report without its origin."""
+        from analysis.method_peaks import peaks
+
+        return {} if self.origin is None else peaks(self.origin)
+
+    @property
+    def optimizer(self) -> str:
+        """Whose state counts at the peak."""
+        return OPTIMIZERS[0] if self.origin is None else self.origin.asked.optimizer
 
     @property
     def work_unit(self) -> str:
@@ -235,10 +286,14 @@ class Report:
                 "flops": self.work_unit,
                 "elementwise": "operations",
                 "calibration": "multiply-adds",
+                "peak": "bytes",
             },
             "settings": self.settings,
             "calibration": {method: cost.to_json() for method, cost in self.calibration.items()},
             "notes": self.notes,
+            "optimizer": self.optimizer,
+            "peak": {method: _peak_json(peak) for method, peak in self.peaks.items()},
+            "continual": None if self.continual is None else self.continual.to_json(),
         }
 
     def json_text(self) -> str:
@@ -277,6 +332,27 @@ class Report:
 
         return totals_table(self)
 
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        panels: Sequence[str] = ("tape", "macs", "batch", "frontier"),
+        method: str | None = None,
+    ) -> Figure:
+        """Draw the report: see :func:`analysis.plots.draw`.
+
+        Parameters
+        ----------
+        path : str, optional
+            A .png or .svg file to write, whole or not at all.
+        panels : sequence of {"tape", "macs", "batch", "frontier"}
+        method : str, optional
+            Which method stands beside bp; by default lance, or the first that is not bp.
+        """
+        from analysis.plots import draw
+
+        return draw(self, path, panels, method)
+
     def _repr_html_(self) -> str:
         """What a notebook shows: the totals, and the lines above and below them."""
         from analysis.tables import html
@@ -285,6 +361,20 @@ class Report:
 
     def _flat_rows(self) -> list[dict[str, Any]]:
         return [_flatten(row.to_json()) for row in self.rows]
+
+
+def _peak_json(peak: Peak) -> dict[str, Any]:
+    return {
+        "peak_bytes": peak.peak_bytes,
+        "peak_moment": peak.moment,
+        "peak_at": peak.at,
+        "parameters_bytes": peak.parameters_bytes,
+        "gradients_bytes": peak.gradients_bytes,
+        "optimizer_state_bytes": peak.optimizer_state_bytes,
+        "forward_bytes": peak.forward_bytes,
+        "backward_bytes": peak.backward_bytes,
+        "optimizer_bytes": peak.optimizer_bytes,
+    }
 
 
 def _matched(bills: Mapping[str, Sequence[Billed]]) -> list[dict[str, Billed]]:

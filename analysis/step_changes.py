@@ -36,7 +36,7 @@ def retuned(net: Module, **changes: str) -> Iterator[None]:
     """
     tuning = net.tuning
     flags = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
-    frozen = [(module, module.frozen) for module in net.modules() if hasattr(module, "frozen")]
+    frozen = [(module, module.frozen) for module in net.modules() if "frozen" in vars(module)]
     try:
         try:
             lance_ref.tune(net, **{"selection": tuning.selection, **changes})

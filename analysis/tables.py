@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from analysis.methods import METHODS
-from analysis.report import ACCOUNTINGS, FLOP_KINDS, MethodCost, Report, Row
+from analysis.footnotes import footnotes
+from analysis.report import ACCOUNTINGS, FLOP_KINDS, Continual, MethodCost, Report, Row
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +39,7 @@ def render(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> str:
 
 
 def show(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> None:
-    """Print the report: in colour to a terminal, as plain wide text to a pipe."""
+    """Print the report: in colour to a terminal, unless NO_COLOR is set; as plain wide text to a pipe."""
     if sys.stdout.isatty():
         from rich.console import Console
 
@@ -64,6 +64,7 @@ def html(report: Report) -> str:
     _print_heading(report, console)
     console.print(totals_table(report))
     _print_footer(report, console)
+    _print_continual(report, console)
     return f'<pre style="overflow-x: auto; white-space: pre">{escape(text.getvalue())}</pre>'
 
 
@@ -79,6 +80,7 @@ def print_report(report: Report, accountings: Sequence[str], console: Console) -
     console.print(_flops_table(report))
     console.print(totals_table(report, accountings))
     _print_footer(report, console)
+    _print_continual(report, console)
 
 
 def _print_heading(report: Report, console: Console) -> None:
@@ -92,50 +94,24 @@ def _print_heading(report: Report, console: Console) -> None:
 
 
 def _print_footer(report: Report, console: Console) -> None:
-    """Calibrations, settings, what was left out, and what it all means."""
+    """Calibrations, settings, what was left out, the peaks, and what it all means."""
     say = _sayer(console)
-    for sentence in (*_calibrations(report), *_about(report), *explain(report)):
+    for sentence in (*footnotes(report), *explain(report)):
         say(sentence)
 
 
-def _calibrations(report: Report) -> list[str]:
-    """Two lines for each method that is calibrated; in billions of multiply-adds, whatever the convention."""
-    sentences = []
-    for method, cost in report.calibration.items():
-        parts = {
-            "forward passes": cost.forward_macs,
-            "Gram matrices": cost.gram_macs,
-            "the mean's direction": cost.frame_macs,
-            "eigenvectors": cost.eigenvector_macs,
-        }
-        listed = ", ".join(f"{name} {macs / 1e9:,.3f}" for name, macs in parts.items() if macs)
-        steps = cost.steps_to_pay_back
-        back = f"paid back after {steps:,} step{'' if steps == 1 else 's'}" if steps else "never paid back"
-        sentences += [
-            f"Calibration of {method}, once, on {cost.batches} batches: {cost.total_macs / 1e9:,.3f} GMACs ({listed}), "
-            f"and {cost.gram_bytes / 2**20:,.3f} MiB of Gram matrices",
-            f"    against a HOSVD at every step at these ranks, which takes "
-            f"{cost.saved_macs_per_step / 1e9:,.3f} GMACs more a step, it is {back}",
-        ]
-    return sentences
-
-
-def _about(report: Report) -> list[str]:
-    """What the methods are, where there is more than backpropagation and LANCE; and which were left out."""
-    lines = []
-    for method in report.methods:
-        if method not in ("bp", "lance"):
-            shown = {n: v for n, v in report.settings.get(method, {}).items() if n != "calibration_batches"}
-            chosen = "; ".join(f"{name} {_setting(value)}" for name, value in shown.items() if value is not None)
-            lines.append(f"{method}: {METHODS[method].about}{f' ({chosen})' if chosen else ''}")
-    lines += [f"{method}: left out: {why}" for method, why in report.notes.items()]
-    return lines
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _print_continual(report: Report, console: Console) -> None:
+    """A second table, where it was asked for."""
+    continual = report.continual
+    if continual is None:
+        return
+    console.print()
+    console.print(continual_table(continual))
+    _sayer(console)(
+        f"Of the last task, with {continual.protected:g} of each layer's directions protected, found from "
+        f"{continual.basis_batches} batches after each task; beside: GPM's bases, LANCE's factors; flash: the bases "
+        "kept for the next task"
+    )
 
 
 def _sayer(console: Console) -> Any:
@@ -147,7 +123,7 @@ def _table(title: str, columns: Iterable[str], left: int) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold cyan")
     for position, name in enumerate(columns):
         table.add_column(name, justify="left" if position < left else "right", no_wrap=True, overflow="fold")
     return table
@@ -182,7 +158,7 @@ def _memory_table(report: Report, accountings: Sequence[str]) -> Table:
         ranks = next((cost.ranks for cost in row.methods.values() if cost.ranks), None)
         table.add_row(row.name, row.op, _shape(row.output_shape), _ranks(ranks), *numbers(row.methods))
     if skipped:
-        table.add_row(f"({skipped} more, which keep nothing)")
+        table.add_row(f"({skipped} more, which keep nothing)", style="dim")
     table.add_section()
     table.add_row("total", "", "", "", *numbers(report.totals))
     return table
@@ -223,7 +199,7 @@ def _flops_table(report: Report) -> Table:
         table.add_row(row.name, row.op, _shape(row.weight_shape), *numbers(row.methods))
     if folded:
         sums = {method: MethodCost.sum([row.methods[method] for row in folded]) for method in methods}
-        table.add_row(f"({len(folded)} more, forward only)", "", "", *numbers(sums))
+        table.add_row(f"({len(folded)} more, forward only)", "", "", *numbers(sums), style="dim")
     table.add_section()
     table.add_row("total", "", "", *numbers(totals))
     return table
@@ -257,7 +233,32 @@ def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> Ta
         if ratios:
             shown = [_ratio(ratios[name]) for name in accountings] + ["", _ratio(ratios["tape + factors"])]
             shown += [""] * len(kinds) + [_ratio(ratios["flops"])]
-            table.add_row(f"bp / {method}", *shown)
+            table.add_row(f"bp / {method}", *shown, style="green")
+    return table
+
+
+def continual_table(continual: Continual) -> Table:
+    """Every learner's bill of the last task, and of all that lies between the tasks."""
+    mib, giga = 2**20, 1e9
+    title = f"Learning {continual.tasks} tasks one after the other (memory in MiB, multiply-adds in billions)"
+    columns = [
+        "learner",
+        "tape",
+        "beside",
+        "RAM",
+        "flash afterwards",
+        "total",
+        "a step",
+        "between",
+        "between, all tasks",
+    ]
+    table = _table(title, columns, 1)
+    for learner in dict.fromkeys(bill.learner for bill in continual.bills):
+        of = [bill for bill in continual.bills if bill.learner == learner]
+        last = of[-1]
+        memory = (last.tape_bytes, last.beside_bytes, last.ram_bytes, last.flash_bytes, last.total_bytes)
+        work = (last.step_macs, last.between_macs, sum(bill.between_macs for bill in of))
+        table.add_row(learner, *(f"{n / mib:,.3f}" for n in memory), *(f"{n / giga:,.3f}" for n in work))
     return table
 
 

@@ -98,7 +98,7 @@ def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
     report = run_json(capsys, *CASE, "--ranks", "0.25")
     assert list(report) == [
         "schema", "net", "batch", "image_size", "num_classes", "dtype", "convention", "tuned_layers", "ranks_from",
-        "layers", "totals", "units", "settings", "calibration", "notes",
+        "layers", "totals", "units", "settings", "calibration", "notes", "optimizer", "peak", "continual",
     ]  # fmt: skip
     assert report["schema"] == 1
     assert report["units"]["flops"] == "FLOPs"
@@ -263,6 +263,100 @@ def test_head_only_keeps_the_heads_input(capsys: pytest.CaptureFixture[str]) -> 
     assert report["totals"]["bp"]["activation_bytes"]["tape"] == 4 * 512 * 4 + 4 * 10 * 4 + 4
 
 
+# ---- peaks, tasks, colours -----------------------------------------------------------------
+
+
+def test_the_peak_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is alive with each method, by optimiser: gradients of 20-100-100-1000 with biases, and Adam's two copies."""
+    trained = 4 * (20 * 100 + 100 + 100 * 100 + 100 + 100 * 1000 + 1000)
+    arguments = [
+        "--net",
+        "mlp",
+        "--input-shape",
+        "20",
+        "--batch",
+        "8",
+        "--ranks",
+        "0.5",
+        "--method",
+        "bp",
+        "micro-batch",
+    ]
+    plain, adam = (run_json(capsys, *arguments, "--optimizer", name) for name in ("sgd", "adam"))
+    assert (plain["optimizer"], adam["optimizer"]) == ("sgd", "adam")
+    for report, state in ((plain, 0), (adam, 2 * trained)):
+        for peak in report["peak"].values():
+            assert peak["parameters_bytes"] == peak["gradients_bytes"] == trained
+            assert peak["optimizer_state_bytes"] == state
+            assert peak["peak_bytes"] == max(peak[f"{part}_bytes"] for part in ("forward", "backward", "optimizer"))
+            part = peak["peak_moment"].replace("optimiser", "optimizer")
+            assert peak["peak_bytes"] == peak[f"{part}_bytes"]
+            assert peak["peak_at"]
+    # gradients, and the update of the largest parameter; what the parts of a batch come to is the same
+    assert plain["peak"]["bp"]["optimizer_bytes"] >= trained + 4 * 100 * 1000
+    # the second part finds the gradients of the first, the only part of bp finds none
+    assert plain["peak"]["micro-batch"]["forward_bytes"] > trained > plain["peak"]["bp"]["forward_bytes"]
+    assert main([*arguments, "--optimizer", "adam"]) == 0
+    assert re.search(
+        r"Peak memory of a step, bp: [0-9.]+ MiB, in the \w+( pass)? \([a-z.0-9]+\); gradients", capsys.readouterr().out
+    )
+
+
+def test_tasks_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    """--continual: a second table and the bills of every learner and task; without it there is neither."""
+    arguments = ["--net", "mlp", "--input-shape", "20", "--batch", "8", "--tune", "all"]
+    assert run_json(capsys, *arguments)["continual"] is None
+    tasks = ["--continual", "3", "--protected", "0.25", "--basis-batches", "4"]
+    found = run_json(capsys, *arguments, *tasks)["continual"]
+    assert (found["tasks"], found["protected"], found["basis_batches"]) == (3, 0.25, 4)
+    bills = {(bill["learner"], bill["task"]): bill for bill in found["bills"]}
+    assert set(bills) == {(learner, t) for learner in ("finetune", "gpm", "lance") for t in range(3)}
+    last = bills["gpm", 2]
+    assert last["beside_bytes"] == 4 * (20 * 5 + 100 * 25)  # a quarter of 20 and of 100 directions
+    assert main([*arguments, *tasks]) == 0
+    out = capsys.readouterr().out
+    row = next(line.split() for line in out[out.index("Learning 3 tasks") :].splitlines() if line.startswith(" gpm"))
+    sizes = [last[name] for name in ("tape_bytes", "beside_bytes", "ram_bytes", "flash_bytes", "total_bytes")]
+    work = [last["step_macs"], last["between_macs"], sum(bills["gpm", t]["between_macs"] for t in range(3))]
+    assert row[1:] == [f"{n / 2**20:,.3f}" for n in sizes] + [f"{n / 1e9:,.3f}" for n in work]
+
+
+class Terminal(io.StringIO):
+    """A text stream that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [(None, True), ("1", False)])
+def test_colours_in_a_terminal(monkeypatch: pytest.MonkeyPatch, no_color: str | None, coloured: bool) -> None:
+    """Rich tables in a terminal; NO_COLOR takes the colours out and leaves the table."""
+    for name in ("FORCE_COLOR", "COLORTERM", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert main(["--net", "mlp", "--batch", "2"]) == 0
+    text = terminal.getvalue()
+    assert bool(re.search(r"\x1b\[(?:\d;)*(?:3|4|9)\d", text)) is coloured
+    assert "bp / lance" in text
+    assert "─" in text
+
+
+@pytest.mark.parametrize("forced", ["NO_COLOR", "FORCE_COLOR"])
+def test_a_pipe_gets_plain_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, forced: str
+) -> None:
+    """Without a terminal there is no control sequence, whatever the environment says."""
+    monkeypatch.setenv(forced, "1")
+    assert main(["--net", "mlp", "--batch", "2"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
 # ---- measuring and starting ----------------------------------------------------------------
 
 
@@ -316,6 +410,8 @@ def test_help_is_quick() -> None:
         subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.5
-    probe = "import sys, analysis.cost_model as c; c.parser(); print({'numpy', 'lance_ref'} & {*sys.modules})"
+    probe = (
+        "import sys, analysis.cost_model as c; c.parser(); print({'numpy', 'lance_ref', 'matplotlib'} & {*sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

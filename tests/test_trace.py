@@ -189,3 +189,22 @@ def test_what_cannot_be_traced_is_explained(call: Any, error: type[Exception], s
     """With the reason, not with a missing attribute somewhere inside."""
     with pytest.raises(error, match=says):
         call()
+
+
+def test_a_tensor_that_changes_is_told_anew_under_its_number() -> None:
+    """Values are remembered by tensor; what is remembered must not outlive a change."""
+    x = Tensor(np.ones(3, np.float32))
+    with record() as records:
+        F.relu(x)
+        F.relu(x)
+        x.requires_grad_()
+        F.relu(x)
+        x.requires_grad_(False)
+        x.data = np.ones(3)
+        F.relu(x)
+    values = [r.inputs[0] for r in records]
+    assert values[0] is values[1]
+    assert [value.id for value in values] == [0, 0, 0, 0]
+    assert [value.requires_grad for value in values] == [False, False, True, False]
+    assert [value.dtype for value in values] == ["float32", "float32", "float32", "float64"]
+    assert [value.nbytes for value in values] == [12, 12, 12, 24]

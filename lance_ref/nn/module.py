@@ -103,12 +103,16 @@ class Module:
     def named_modules(self, prefix: str = "", _seen: set[int] | None = None) -> Iterator[tuple[str, Module]]:
         """(path, module) for this module and all below it, in order of registration, each once."""
         seen = set() if _seen is None else _seen
-        if id(self) in seen:
-            return
-        seen.add(id(self))
-        yield prefix, self
-        for name, child in self._modules.items():
-            yield from child.named_modules(f"{prefix}.{name}" if prefix else name, seen)
+        waiting: list[tuple[str, Module]] = [(prefix, self)]
+        while waiting:
+            path, module = waiting.pop()
+            if module is not self and type(module).named_modules is not Module.named_modules:
+                yield from module.named_modules(path, seen)  # it wraps another one
+            elif id(module) not in seen:
+                seen.add(id(module))
+                yield path, module
+                below = f"{path}." if path else ""
+                waiting += [(below + name, child) for name, child in reversed(module._modules.items())]
 
     def modules(self) -> Iterator[Module]:
         for _, module in self.named_modules():

@@ -1,0 +1,140 @@
+"""Every prediction beside a measurement: ``python -m analysis.validate``.
+
+A grid of nets, methods, batch sizes and dtypes, at small images. In each cell a real step runs; bytes and
+multiply-adds must be those predicted, layer by layer, the peak of memory within 5 %, and, where PyTorch is installed,
+what its autograd saves and its counter counts must be what the model says of it. The exit code is 1 if anything
+differs. All of it, for a free machine::
+
+    python -m analysis.validate --jobs 2 --folder runs/validate --output analysis/results/validate.json
+
+writes ``validate.md`` beside the JSON file. Run again, it goes on where it was, as long as no source file has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis.cli import OneLineParser, check_counts, check_writable, one_line
+from analysis.methods import METHODS, chosen_methods
+from analysis.validate_cells import cells, code_fingerprint, validate_cell, with_fields
+from analysis.validate_table import judged, markdown, summary
+from lance_ref import models
+
+FORMAT, VERSION = "lance_ref validation", 1
+BATCHES = (1, 2, 4, 8, 64)
+DTYPES = ("float32", "float64")
+QUICK: dict[str, Any] = {"nets": ["convnet", "mlp", "resnet8"], "batch": [1, 2], "dtype": ["float32"]}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = OneLineParser(
+        prog="python -m analysis.validate",
+        description="Predicted beside measured, for every net and method. Exit code 1 if anything differs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--nets", nargs="+", help=f"of {', '.join(models.names())} (all)")
+    p.add_argument("--methods", nargs="+", default=["all"], help=f"of {', '.join(METHODS)}")
+    p.add_argument("--batch", nargs="+", type=int, help=f"images of a step ({' '.join(map(str, BATCHES))})")
+    p.add_argument("--dtype", nargs="+", choices=DTYPES, help="of activations and weights (both)")
+    p.add_argument("--ranks", type=float, default=0.25, help="a fraction of each mode, for the methods that have ranks")
+    p.add_argument("--quick", action="store_true", help="three small nets, batches of 1 and 2, float32, if not given")
+    p.add_argument("--folder", help="of finished cells, so that a run that was stopped goes on (none kept)")
+    p.add_argument("--jobs", type=int, default=1, help="processes; more than one takes --folder")
+    p.add_argument("--output", help="a .json file to write, and the same name with .md")
+    return p
+
+
+def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The cells that were asked for.
+
+    Raises
+    ------
+    ValueError
+        In one line, for whatever is unknown or out of range.
+    """
+    quick = QUICK if options.quick else {}
+    nets = options.nets or quick.get("nets") or models.names()
+    unknown = [net for net in nets if net not in models.names()]
+    if unknown:
+        raise ValueError(f"--nets has {unknown[0]!r}, expected some of {', '.join(models.names())}")
+    batches = options.batch or quick.get("batch") or BATCHES
+    if min(batches) < 1:
+        raise ValueError(f"--batch is {batches}, expected positive integers")
+    if not 0 < options.ranks <= 1:
+        raise ValueError(f"--ranks is {options.ranks}, expected a fraction in (0, 1]")
+    methods = chosen_methods(options.methods)
+    dtypes = options.dtype or quick.get("dtype") or DTYPES
+    return cells(nets, methods, batches, dtypes, options.ranks)
+
+
+def run(work: Sequence[Mapping[str, Any]], folder: str | None, jobs: int) -> list[dict[str, Any]]:
+    """The outcomes of all cells, in order; without a folder they run in this process."""
+    if folder is not None:
+        from analysis.sweep import run_cells
+
+        found = run_cells([dict(cell) for cell in work], "analysis.validate_cells:validate_cell", folder, jobs=jobs)
+        return [with_fields(dict(cell), outcome) for cell, outcome in zip(work, found, strict=True)]
+    if jobs != 1:
+        raise ValueError(f"--jobs is {jobs}, which takes --folder for the cells that are finished")
+    from lance_ref._progress import progress_bar
+
+    outcomes = []
+    with progress_bar("cells", len(work), None) as advance:
+        for cell in work:
+            outcomes.append(with_fields(dict(cell), validate_cell(**cell)))
+            advance(1, f"{cell['net']}, batch {cell['batch']}, {cell['dtype']}")
+    return outcomes
+
+
+def document(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is written as JSON."""
+    from analysis import torch_replay
+    from analysis.provenance import provenance
+
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        **provenance("analysis.validate", 0),
+        "pytorch": torch_replay.version() if torch_replay.available() else None,
+        "code": code_fingerprint(),
+        "summary": summary(outcomes),
+        "cells": list(outcomes),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code: 0 all agree, 1 something differs, 2 cannot run."""
+    p = parser()
+    options = p.parse_args(arguments)
+    try:
+        check_counts(options, ("jobs",))
+        work = grid(options)
+        table = None
+        if options.output:
+            if not options.output.endswith(".json"):
+                raise ValueError(f"--output is {options.output!r}, expected a name that ends in .json")
+            table = Path(options.output).with_suffix(".md")
+            for path in (options.output, str(table)):
+                check_writable(path)
+        outcomes = run(work, options.folder, options.jobs)
+        result = document(outcomes)
+        text = markdown(result)
+        print(text)
+        if table is not None:
+            from analysis.spectra_file import write_atomically
+
+            write_atomically(options.output, json.dumps(result, indent=1) + "\n")
+            write_atomically(str(table), text + "\n")
+    except (ValueError, TypeError, LookupError, OSError, MemoryError, RuntimeError) as error:
+        p.error(one_line(error))
+    return 0 if judged(result["summary"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

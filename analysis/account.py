@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from analysis import elementwise_rules, norm_rules, product_rules  # noqa: F401  (they register their rules)
-from analysis.layouts import NUMPY_KEEPS_ORDER, PYTORCH_KEEPS_ORDER, Memory, Storage
-from analysis.op_cost import OpCost, Saved, cost_of
-from analysis.recompute_rules import OP, Executed, cost_inside, cost_outside, executed, inside
+from analysis.rules import elementwise, norms, products  # noqa: F401  (they register their rules)
+from analysis.rules.layouts import NUMPY_KEEPS_ORDER, PYTORCH_KEEPS_ORDER, Memory, Storage
+from analysis.rules.op_cost import OpCost, Saved, cost_of
+from analysis.rules.recompute import OP, Executed, cost_inside, cost_outside, executed, inside
 from lance_ref.tracing import OpRecord
 
 Ranks = tuple[int | None, ...]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.account import WEIGHTED, Billed
-from analysis.store_rules.tucker import eigenvector_macs
+from analysis.rules.stores.tucker import eigenvector_macs
 from lance_ref.tracing import OpRecord
 
 Ranks = tuple[int | None, ...]

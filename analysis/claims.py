@@ -17,8 +17,8 @@ from functools import lru_cache
 from typing import Any
 
 from analysis.cli import OneLineParser, one_line
-from analysis.evidence import PROVENANCE, VERDICTS, Evidence, MissingEvidenceError, Outcome
-from analysis.yaml_file import DATA, choose, load_entries
+from analysis.ledger.evidence import PROVENANCE, VERDICTS, Evidence, MissingEvidenceError, Outcome
+from analysis.ledger.yaml_file import DATA, choose, load_entries
 
 KINDS = ("claim", "question")
 LIVE = "live"
@@ -42,7 +42,7 @@ class Claim:
     command : str
         That shows it, or makes the result file.
     check : str
-        A function of :mod:`analysis.claims_checks`, :mod:`analysis.claims_results` or :mod:`analysis.claims_tasks`.
+        A function of :mod:`analysis.ledger.checks`, ``from_results`` or ``tasks``.
     evidence : list of str
         Result files, by name or pattern; ``["live"]`` where it is computed anew whenever it is asked for.
     verdict : str or None
@@ -108,10 +108,10 @@ def evaluate(claim: Claim, evidence: Evidence | None = None) -> Finding:
     ValueError
         If there is no such check, it gives a verdict that there is not, or a result file is broken.
     """
-    from analysis import claims_checks, claims_results, claims_tasks
+    from analysis.ledger import checks, from_results, tasks
 
     evidence = Evidence() if evidence is None else evidence
-    check = {**claims_checks.CHECKS, **claims_results.CHECKS, **claims_tasks.CHECKS}.get(claim.check)
+    check = {**checks.CHECKS, **from_results.CHECKS, **tasks.CHECKS}.get(claim.check)
     if check is None:
         raise ValueError(f"claim {claim.id}: there is no check {claim.check!r}")
     provenance: dict[str, dict[str, Any]] = {}

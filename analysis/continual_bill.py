@@ -16,7 +16,7 @@ from typing import Any
 from analysis.account import WEIGHTED
 from analysis.continual_costs import after_macs, before_macs, bill
 from analysis.nets import TracedStep
-from analysis.tucker_costs import Ranks
+from analysis.rules.tucker_costs import Ranks
 from lance_ref.tracing import OpRecord
 
 LEARNERS = ("finetune", "gpm", "lance")

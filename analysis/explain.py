@@ -1,7 +1,7 @@
 """Why a published figure differs from ours: ``python -m analysis.explain --claim mobilenetv2-last2``.
 
 Prints what the cost model computes for the same net under each accounting, and the fewest rules of
-:mod:`analysis.accounting_rules` that give the published number, or the nearest reading where none does.
+:mod:`analysis.ledger.accounting_rules` that give the published number, or the nearest reading where none does.
 Without ``--claim``, one line for every figure of ``data/published.yaml``.
 """
 
@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from analysis.accounting_rules import MIB, OF_COMPRESSION, RULES, Figures, Reading, Work, fits, nearest, readings
 from analysis.cli import OneLineParser, one_line
-from analysis.evidence import Evidence, MissingEvidenceError
-from analysis.published import STATUSES, Published, published
-from analysis.yaml_file import choose
+from analysis.ledger.accounting_rules import MIB, OF_COMPRESSION, RULES, Figures, Reading, Work, fits, nearest, readings
+from analysis.ledger.evidence import Evidence, MissingEvidenceError
+from analysis.ledger.published import STATUSES, Published, published
+from analysis.ledger.yaml_file import choose
 
 if TYPE_CHECKING:
     from analysis.nets import TracedStep

@@ -3,7 +3,7 @@
 Bytes and multiply-adds must be equal; the peak of memory, which Python's own objects have a part in, within 5 %.
 Measured are the live buffers of the tape (:func:`lance_ref.tape`), the multiply-adds of the products
 and loops that ran (:func:`lance_ref.count_macs`), the peak that ``tracemalloc`` sees
-(:func:`analysis.peak_memory.measure_peak`), and, with PyTorch installed, what its autograd saves
+(:func:`analysis.peak.memory.measure_peak`), and, with PyTorch installed, what its autograd saves
 and its counter counts for the same operations (:mod:`analysis.torch_replay`).
 """
 
@@ -24,8 +24,8 @@ import lance_ref
 from analysis import torch_replay
 from analysis.account import Billed
 from analysis.method_runs import running
-from analysis.peak_memory import make_optimizer, measure_peak
-from analysis.recompute_rules import flatten
+from analysis.peak.memory import make_optimizer, measure_peak
+from analysis.rules.recompute import flatten
 from lance_ref import functional as F
 from lance_ref.kernels import numba_enabled
 from lance_ref.nn.module import Module
@@ -203,7 +203,7 @@ def _compare_peaks(comparison: Comparison, prediction: Prediction, images: np.nd
 
 
 def measure_peak_in_parts(net: Module, images: np.ndarray, labels: np.ndarray, parts: int, optimizer: str) -> int:
-    """As :func:`analysis.peak_memory.measure_peak`, of a step that takes its images in parts, one after the other.
+    """As :func:`analysis.peak.memory.measure_peak`, of a step that takes its images in parts, one after the other.
 
     Counted are the images of one part; parameters are put back afterwards.
     """

@@ -11,7 +11,7 @@ import numpy as np
 
 from analysis.methods import METHODS, MethodStep
 from analysis.nets import TracedStep
-from analysis.recompute_rules import flatten
+from analysis.rules.recompute import flatten
 from analysis.step_changes import recomputed, retuned
 from lance_ref.activations import ActivationStore, Asi, GradientFilter, Hosvd, Lance, Quantized, Sketch
 from lance_ref.frame import Frame, feature_mode

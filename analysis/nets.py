@@ -77,7 +77,7 @@ def input_shape_for(name: str, image_size: int | None, given: Sequence[int] | No
     if given is not None:
         return tuple(given)
     if name.endswith(".onnx"):
-        from analysis.onnx_file import input_shape
+        from analysis.onnx.file import input_shape
 
         return input_shape(name, image_size)
     if image_size is not None:
@@ -105,7 +105,7 @@ def build(name: str, num_classes: int, input_shape: tuple[int, ...], without_wei
         In one line: no such net or factory, the factory failed, or what it returned is no Module.
     """
     if name.endswith(".onnx"):
-        from analysis.onnx_net import OnnxNet
+        from analysis.onnx.net import OnnxNet
 
         return OnnxNet(name, with_weights=not without_weights)
     if ":" in name:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from analysis.cli import OneLineParser, check_counts, check_writable, one_line
 from analysis.methods import METHODS, chosen_methods
-from analysis.plan_options import (
+from analysis.planning.options import (
     ASSUMED_FRACTION,
     DEFAULT_BATCHES,
     DEFAULT_EPSILONS,
@@ -30,8 +30,8 @@ from analysis.plan_options import (
 )
 
 if TYPE_CHECKING:
-    from analysis.plan_costs import Costs, Device
-    from analysis.plan_search import Plan
+    from analysis.planning.costs import Costs, Device
+    from analysis.planning.search import Plan
     from analysis.spectra_file import Spectra
 
 
@@ -101,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from analysis.plan_costs import Device
-    from analysis.plan_tables import csv_text, json_text, render, show
+    from analysis.planning.costs import Device
+    from analysis.planning.tables import csv_text, json_text, render, show
     from analysis.spectra_file import write_atomically
 
     if options.output is not None:
@@ -130,7 +130,7 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     """
     from dataclasses import replace
 
-    from analysis.plan_search import search
+    from analysis.planning.search import search
 
     budget = parse_bytes(options.budget)
     times = None if options.flops_at_most is None else parse_times(options.flops_at_most)
@@ -164,7 +164,7 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
 def _costs(options: argparse.Namespace, device: Device) -> tuple[Costs, str]:
     """The net, with spectra if there are any, and where the ranks come from."""
     from analysis.nets import build, input_shape_for
-    from analysis.plan_costs import Costs
+    from analysis.planning.costs import Costs
     from analysis.ranks import ranks_from_spectra
 
     given = None if options.input_shape is None else _parse_shape(options.input_shape)

@@ -14,7 +14,7 @@ from analysis.methods import METHODS, method_step
 from analysis.nets import TracedStep, step_records
 from analysis.predict import Prediction, Ranks, Shapes, predict_step, ranks_of, tuned_inputs
 from analysis.ranks import RankChoice, fraction_of, shipped_spectra
-from analysis.recompute_rules import flatten
+from analysis.rules.recompute import flatten
 from analysis.spectra_file import Spectra, load_spectra
 from analysis.step_changes import retrained
 from analysis.tables import reductions

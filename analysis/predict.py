@@ -340,7 +340,7 @@ def _calibrations(
     """The calibration of every method that has one, with what each step saves against a HOSVD at the same ranks."""
     from analysis.account import account
     from analysis.calibration_costs import calibration_cost, saved_per_step
-    from analysis.recompute_rules import flatten
+    from analysis.rules.recompute import flatten
 
     costs = {}
     for name in bills:
@@ -368,7 +368,7 @@ def _shown(facts: Mapping[str, Any]) -> dict[str, Any]:
 def tuned_inputs(step: TracedStep) -> dict[str, tuple[int, ...]]:
     """Input shape of every tuned layer that is called, batch first."""
     from analysis.account import WEIGHTED
-    from analysis.recompute_rules import flatten
+    from analysis.rules.recompute import flatten
 
     shapes: dict[str, tuple[int, ...]] = {}
     for record in flatten(step.records):

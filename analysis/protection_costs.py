@@ -17,8 +17,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from analysis import tucker_costs
-from analysis.tucker_costs import Ranks
+from analysis.rules import tucker_costs
+from analysis.rules.tucker_costs import Ranks
 
 
 @dataclass(frozen=True)

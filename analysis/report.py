@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from analysis.continual_bill import TaskBill
-    from analysis.peak_memory import Peak
+    from analysis.peak.memory import Peak
     from analysis.predict import Prediction
 
 SCHEMA = 1
@@ -252,7 +252,7 @@ class Report:
     @cached_property
     def peaks(self) -> dict[str, Peak]:
         """The peak of memory of one step, by method; empty for a report without its origin."""
-        from analysis.method_peaks import peaks
+        from analysis.peak.methods import peaks
 
         return {} if self.origin is None else peaks(self.origin)
 
@@ -352,6 +352,9 @@ class Report:
         from analysis.plots import draw
 
         return draw(self, path, panels, method)
+
+    def __repr__(self) -> str:
+        return f"Report({self.net}, batch {self.batch}, {', '.join(self.methods)}: {len(self.rows)} rows)"
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the totals, and the lines above and below them."""

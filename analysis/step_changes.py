@@ -12,7 +12,7 @@ import lance_ref
 from analysis.account import WEIGHTED
 from analysis.methods import MethodStep, NotApplicableError
 from analysis.nets import TracedStep, step_records
-from analysis.recompute_rules import OP, flatten, inside
+from analysis.rules.recompute import OP, flatten, inside
 from lance_ref import nn
 from lance_ref.nn.module import Module
 from lance_ref.tensor import Tensor

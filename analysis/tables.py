@@ -34,7 +34,7 @@ def render(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> str:
     from rich.console import Console
 
     text = io.StringIO()
-    print_report(report, accountings, Console(file=text, width=_width(report), color_system=None))
+    print_report(report, accountings, Console(file=text, width=_width(report), color_system=None, force_jupyter=False))
     return _stripped(text.getvalue())
 
 
@@ -60,7 +60,7 @@ def html(report: Report) -> str:
     from rich.console import Console
 
     text = io.StringIO()
-    console = Console(file=text, width=_width(report), color_system=None)
+    console = Console(file=text, width=_width(report), color_system=None, force_jupyter=False)
     _print_heading(report, console)
     console.print(totals_table(report))
     _print_footer(report, console)

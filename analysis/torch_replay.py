@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.layouts import backward_reaches
+from analysis.rules.layouts import backward_reaches
 from lance_ref.tracing import OpRecord, Value
 
 VIEWS = ("reshape", "permute", "index")

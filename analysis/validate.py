@@ -21,8 +21,8 @@ from typing import Any
 
 from analysis.cli import OneLineParser, check_counts, check_writable, one_line
 from analysis.methods import METHODS, chosen_methods
-from analysis.validate_cells import cells, code_fingerprint, validate_cell, with_fields
-from analysis.validate_table import judged, markdown, summary
+from analysis.validation.cells import cells, code_fingerprint, validate_cell, with_fields
+from analysis.validation.table import judged, markdown, summary
 from lance_ref import models
 
 FORMAT, VERSION = "lance_ref validation", 1
@@ -78,7 +78,7 @@ def run(work: Sequence[Mapping[str, Any]], folder: str | None, jobs: int) -> lis
     if folder is not None:
         from analysis.sweep import run_cells
 
-        found = run_cells([dict(cell) for cell in work], "analysis.validate_cells:validate_cell", folder, jobs=jobs)
+        found = run_cells([dict(cell) for cell in work], "analysis.validation.cells:validate_cell", folder, jobs=jobs)
         return [with_fields(dict(cell), outcome) for cell, outcome in zip(work, found, strict=True)]
     if jobs != 1:
         raise ValueError(f"--jobs is {jobs}, which takes --folder for the cells that are finished")

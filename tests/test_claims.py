@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from cli_case import ROOT
 
-from analysis import claims, claims_checks, claims_results, claims_tasks
+from analysis import claims
 from analysis.claims import LIVE, Claim, Finding, evaluate, ledger, main, text, to_json
-from analysis.evidence import PROVENANCE, RESULTS, VERDICTS, Evidence
+from analysis.ledger import checks as claims_checks
+from analysis.ledger import from_results as claims_results
+from analysis.ledger import tasks as claims_tasks
+from analysis.ledger.evidence import PROVENANCE, RESULTS, VERDICTS, Evidence
 
 SOURCES, CLAIMS = ledger()
 MADE = {"command": "python -m x", "seed": 0, "versions": {"numpy": "2"}, "machine": {"processor": "p"}}

@@ -370,7 +370,7 @@ def test_measure_agrees_and_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_measure_exits_1_on_a_difference(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A prediction that is wrong by one multiply-add must not pass."""
-    from analysis import tucker_costs
+    from analysis.rules import tucker_costs
 
     right = tucker_costs.projection_macs
     monkeypatch.setattr(tucker_costs, "projection_macs", lambda shape, ranks: right(shape, ranks) + 1)

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import arrays, conv_geometries
 
-from analysis import tucker_costs
+from analysis.rules import tucker_costs
 from lance_ref.conformance import Kit, check, definitions, files, load_kit, make_kit, write_kit
 from lance_ref.conformance.__main__ import main
 from lance_ref.conformance.case import EXACT, FORMAT, FUNCTIONS, VERSION

@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.account import account, row_names
-from analysis.layouts import Layout, Memory, Storage, backward_reaches, is_basic_index, packed_strides, reshape_strides
+from analysis.rules.layouts import (
+    Layout,
+    Memory,
+    Storage,
+    backward_reaches,
+    is_basic_index,
+    packed_strides,
+    reshape_strides,
+)
 from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.autograd import Tensor

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from strategies import conv_geometries, ranks_for
 from test_cost_stores import differences, step
 
-from analysis import account, tucker_costs
+from analysis import account
+from analysis.rules import tucker_costs
 from lance_ref import Subspace, geometry, nn, trace
 from lance_ref.continual.patches import PatchLance, patch_shape
 from lance_ref.geometry import ConvGeometry

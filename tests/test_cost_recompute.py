@@ -13,13 +13,14 @@ import recompute_nets
 from hypothesis import given, settings
 
 from analysis import account as fold
-from analysis import recompute_rules, torch_replay
+from analysis import torch_replay
 from analysis.account import account, with_stores
 from analysis.cost_model import cost, main, predict
-from analysis.layouts import Memory
 from analysis.measure import Comparison, compare
-from analysis.op_cost import OpCost
-from analysis.recompute_rules import Executed, executed, flatten
+from analysis.rules import recompute as recompute_rules
+from analysis.rules.layouts import Memory
+from analysis.rules.op_cost import OpCost
+from analysis.rules.recompute import Executed, executed, flatten
 from lance_ref import F, Tensor, count_macs, models, nn, record, tape, tune
 from lance_ref.activations import Hosvd
 from lance_ref.autograd import Node

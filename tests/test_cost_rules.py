@@ -9,7 +9,7 @@ from cost_cases import CASES, run
 
 import lance_ref
 from analysis.account import account
-from analysis.op_cost import RULES, MissingRuleError
+from analysis.rules.op_cost import RULES, MissingRuleError
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from strategies import arrays, conv_geometries, linear_geometries, ranks_for
 
 import lance_ref
-from analysis import account, store_rules
-from analysis.op_cost import OpCost
-from analysis.store_rules import gradient_filter, quantized, sketch, tucker
+from analysis import account
+from analysis.rules import stores as store_rules
+from analysis.rules.op_cost import OpCost
+from analysis.rules.stores import gradient_filter, quantized, sketch, tucker
 from lance_ref import F, Subspace, Tensor, count_macs, nn, tape
 from lance_ref.activations import ActivationStore, GradientFilter, Lance, Quantized, Sketch
 from lance_ref.frame import Frame, feature_mode

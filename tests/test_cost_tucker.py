@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import tucker_costs
-from analysis.tucker_costs import ConvSizes
+from analysis.rules import tucker_costs
+from analysis.rules.tucker_costs import ConvSizes
 
 # input (8, 6, 5, 7), weight (4, 6/2, 3, 2), output (8, 4, 3, 6)
 SIZES = ConvSizes(B=8, C_in=6, H=5, W=7, C_out=4, H_out=3, W_out=6, k_h=3, k_w=2, groups=2)

@@ -14,7 +14,7 @@ from strategies import arrays, conv_geometries, linear_geometries, ranks_for
 import lance_ref
 from analysis.account import Billed, account
 from analysis.measure import MAC_KINDS
-from analysis.store_rules import tucker
+from analysis.rules.stores import tucker
 from lance_ref import nn
 from lance_ref.activations import ActivationStore, Asi, Hosvd
 from lance_ref.geometry import ConvGeometry, LinearGeometry

@@ -13,12 +13,12 @@ from cli_case import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import accounting_rules
-from analysis.accounting_rules import RULES, Figures, Work, fits, readings
-from analysis.evidence import Evidence
 from analysis.explain import explain, line, main, text
-from analysis.published import STATUSES, Published, published
-from analysis.yaml_file import choose, load_entries
+from analysis.ledger import accounting_rules
+from analysis.ledger.accounting_rules import RULES, Figures, Work, fits, readings
+from analysis.ledger.evidence import Evidence
+from analysis.ledger.published import STATUSES, Published, published
+from analysis.ledger.yaml_file import choose, load_entries
 
 ROWS = published()[1]
 COSTS = [row for row in ROWS.values() if row.quantity != "accuracy"]

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 import lance_ref
-from analysis import finetune, finetune_cell, store_rules
+from analysis import finetune, finetune_cell
 from analysis.finetune_cell import Watch, measure_step, run
 from analysis.finetune_methods import METHODS, Setting, prepare
 from analysis.finetune_report import Row, markdown
+from analysis.rules import stores as store_rules
 from lance_ref import models
 from lance_ref.features import Part, frozen_stages, tail
 from lance_ref.nn.module import Module

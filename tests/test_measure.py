@@ -9,10 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import account, elementwise_rules, method_peaks, store_rules, tucker_costs
+from analysis import account
 from analysis.cost_model import predict
 from analysis.measure import PEAK, Comparison, Line, compare
-from analysis.op_cost import Call, Saved
+from analysis.peak import methods as method_peaks
+from analysis.rules import elementwise as elementwise_rules
+from analysis.rules import stores as store_rules
+from analysis.rules import tucker_costs
+from analysis.rules.op_cost import Call, Saved
 from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.kernels import numba_enabled

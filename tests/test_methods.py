@@ -18,8 +18,8 @@ from analysis.cost_model import cost, main, predict
 from analysis.measure import Comparison, compare
 from analysis.methods import METHODS, MethodStep, NotApplicableError, Settings, chosen_methods
 from analysis.nets import build, step_records, trace_step
-from analysis.recompute_rules import flatten
 from analysis.report import MethodCost, Report
+from analysis.rules.recompute import flatten
 from analysis.step_changes import retrained, trained_parameters, with_lora
 from analysis.tables import render
 from lance_ref import functional as F
@@ -323,9 +323,11 @@ def test_method_and_methods_are_one_thing() -> None:
         cost("mlp", pach=3)
 
 
-def test_in_a_notebook() -> None:
-    """table() is a rich table of all methods; the HTML is escaped and has every method's line."""
+def test_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """table() is a rich table of all methods; the HTML is escaped and has every method's line, in a kernel too."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     report: Report = cost("mlp", method=["bp", "lance", "lora"], **MLP)
+    assert repr(report) == f"Report(mlp, batch {report.batch}, bp, lance, lora: {len(report.rows)} rows)"
     assert report.table().row_count == 5  # three methods, two reductions
     html = report._repr_html_()
     assert html.startswith("<pre")

@@ -10,10 +10,10 @@ import pytest
 from helpers import check_live_bytes
 from torch_twins import check_twin, losses, one_thread, perturb
 
-from analysis import elementwise_rules
 from analysis.account import account
 from analysis.cost_model import predict
 from analysis.measure import compare
+from analysis.rules import elementwise as elementwise_rules
 from analysis.torch_replay import flops, saved_bytes
 from lance_ref import F, Tensor, calibrate, compress, models, nn, no_grad, record, tape, trace, tune
 from lance_ref.nn import init

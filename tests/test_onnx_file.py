@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.cost_model import main
-from analysis.onnx_file import MAX_NODES, count_nodes, input_shape, read_graph
-from analysis.onnx_net import OnnxNet
+from analysis.onnx.file import MAX_NODES, count_nodes, input_shape, read_graph
+from analysis.onnx.net import OnnxNet
 from lance_ref import Tensor, no_grad, trace, tune
 
 onnx = pytest.importorskip("onnx")

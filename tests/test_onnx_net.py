@@ -14,7 +14,7 @@ from torch_twins import one_thread
 
 from analysis.cost_model import cost, main, predict
 from analysis.nets import build, input_shape_for
-from analysis.onnx_net import OnnxNet
+from analysis.onnx.net import OnnxNet
 from lance_ref import Tensor, calibrate, compress, no_grad, trace, tune
 from lance_ref.nn.module import Module
 

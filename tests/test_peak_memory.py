@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lance_ref
-from analysis import peak_layers, peak_rules
 from analysis.account import account
-from analysis.layouts import Storage
-from analysis.lifetimes import lifetimes
-from analysis.op_cost import MissingRuleError
-from analysis.peak_memory import Peak, measure_peak, peak
-from analysis.peak_simulation import Ledger
+from analysis.peak import layers as peak_layers
+from analysis.peak import rules as peak_rules
+from analysis.peak.lifetimes import lifetimes
+from analysis.peak.memory import Peak, measure_peak, peak
+from analysis.peak.simulation import Ledger
+from analysis.rules.layouts import Storage
+from analysis.rules.op_cost import MissingRuleError
 from lance_ref import functional as F
 from lance_ref import models, nn, record
 from lance_ref.activations import Asi, GradientFilter, Hosvd, Lance, Quantized
@@ -368,7 +369,7 @@ def test_errors_name_what_came(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_operation_with_a_cost_has_a_peak() -> None:
     """A new operation needs both rules."""
-    from analysis.op_cost import RULES
+    from analysis.rules.op_cost import RULES
 
     missing = set(RULES) - {"recompute"} - (set(peak_rules.FORWARD) & set(peak_rules.BACKWARD))
     assert not missing

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 
 import lance_ref
-from analysis import plan_search
 from analysis.account import account
 from analysis.batch_law import batch_spectrum
-from analysis.lifetimes import lifetimes, lifetimes_from_scopes
 from analysis.method_runs import running
 from analysis.methods import METHODS, method_step
 from analysis.nets import build, trace_step
-from analysis.peak_memory import peak
-from analysis.plan_costs import Costs, Device
-from analysis.plan_options import Option, options_for, parse_bytes
-from analysis.plan_search import Plan, Row, search
+from analysis.peak.lifetimes import lifetimes, lifetimes_from_scopes
+from analysis.peak.memory import peak
+from analysis.planning import search as plan_search
+from analysis.planning.costs import Costs, Device
+from analysis.planning.options import Option, options_for, parse_bytes
+from analysis.planning.search import Plan, Row, search
 from analysis.ranks import mean_free
-from analysis.recompute_rules import flatten
+from analysis.rules.recompute import flatten
 from analysis.spectra_file import LayerSpectra, Spectra
 from lance_ref import Tensor, nn
 from lance_ref.nn.module import Module

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from analysis.plan import main
-from analysis.plan_options import parse_bytes, parse_times
+from analysis.planning.options import parse_bytes, parse_times
 
 NONSENSE = "|nan|NaNKiB|infMiB|-5KiB|0KiB|0.01B|256|256KB|256kib|1e3KiB|٣KiB|1,5MiB|" + "9" * 40 + "B"
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import lance_ref
 from analysis.methods import Settings
-from analysis.plan_fidelity import Fidelity, layer_fidelity, layer_shares, mode_shares, whole_fidelity
-from analysis.plan_options import Option
+from analysis.planning.fidelity import Fidelity, layer_fidelity, layer_shares, mode_shares, whole_fidelity
+from analysis.planning.options import Option
 from analysis.spectra_file import LayerSpectra
 from lance_ref import Tensor, datasets, models
 from lance_ref.activations import Sketch

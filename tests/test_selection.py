@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis import norm_rules, torch_replay
+from analysis import torch_replay
 from analysis.account import account
+from analysis.rules import norms as norm_rules
 from lance_ref import F, Tensor, calibrate, compress, count_macs, models, nn, record, tape, tune
 from lance_ref.models import convnet, mlp, resnet18
 from lance_ref.nn import init

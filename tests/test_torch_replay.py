@@ -65,7 +65,7 @@ def test_a_core_in_place_of_the_input_frees_only_what_nobody_else_keeps() -> Non
 
 def test_a_wrong_pytorch_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: ReLU said to keep its input, as ReLU6 does."""
-    from analysis import elementwise_rules
+    from analysis.rules import elementwise as elementwise_rules
 
     wrong = elementwise_rules.UNARY["relu"]._replace(pytorch="x")
     monkeypatch.setitem(elementwise_rules.UNARY, "relu", wrong)

@@ -10,23 +10,18 @@ from typing import Any
 
 import pytest
 
-from analysis import (
-    layouts,
-    method_peaks,
-    store_rules,
-    sweep,
-    torch_replay,
-    tucker_costs,
-    validate,
-    validate_cells,
-)
+from analysis import sweep, torch_replay, validate
 from analysis.measure import PEAK, compare
 from analysis.methods import METHODS
-from analysis.norm_rules import batch_norm
-from analysis.op_cost import RULES, Call, OpCost
+from analysis.peak import methods as method_peaks
 from analysis.predict import predict
-from analysis.validate_cells import validate_cell
-from analysis.validate_table import judged, summary, verdict
+from analysis.rules import layouts, tucker_costs
+from analysis.rules import stores as store_rules
+from analysis.rules.norms import batch_norm
+from analysis.rules.op_cost import RULES, Call, OpCost
+from analysis.validation import cells as validate_cells
+from analysis.validation.cells import validate_cell
+from analysis.validation.table import judged, summary, verdict
 from lance_ref import F, Tensor, nn
 from lance_ref.tracing import OpRecord
 

@@ -2,7 +2,7 @@
 
 ``nn.Conv2d`` and ``nn.Linear`` know nothing of compression. Each holds an :class:`ActivationStore`
 in ``.store``; swapping :class:`Exact` for :class:`Lance` is an assignment. A new method is one class
-here and one cost rule in ``analysis/store_rules/``.
+here and one cost rule in ``analysis/rules/stores/``.
 """
 
 from lance_ref.activations.asi import Asi

@@ -16,7 +16,7 @@ class ActivationStore(ABC):
     """What to keep of an activation, and how to get a weight gradient out of it.
 
     One instance serves one layer. A new method is one subclass, and one cost rule in
-    ``analysis/store_rules/``.
+    ``analysis/rules/stores/``.
     """
 
     name: str

@@ -1,0 +1,1 @@
+"""Published claims and figures, and the evidence for or against them."""

@@ -1,0 +1,330 @@
+"""An ONNX file as a network of the library: it is traced, tuned, compressed, trained and measured like any other.
+
+``OnnxNet("model.onnx")`` has one module for each convolution, linear layer and normalisation of the file, under
+PyTorch's name where the exporter kept it, and one for each other operation. Its ``forward`` walks the graph. What
+the file computes with shapes alone is evaluated on the way (:mod:`analysis.onnx.host`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from analysis.onnx.file import Graph, Node, read_graph
+from analysis.onnx.host import HOST, MAX_ELEMENTS, evaluate
+from analysis.onnx.layers import LAYERS, Weight, layer_for
+from analysis.onnx.ops import TENSOR_OPS
+from analysis.onnx.patterns import simplify
+from analysis.onnx.tensor import Constant, shown
+from lance_ref import functional as F
+from lance_ref.nn.module import Module
+from lance_ref.tensor import Tensor
+from lance_ref.tracing import record
+
+_EXPECTED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError)
+
+
+class Operation(Module):
+    """One operation without weights of its own."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__()
+        self.node = node
+
+    def forward(self, operands: Sequence[Any]) -> Any:
+        return TENSOR_OPS[self.node.op](self.node, operands)
+
+    def extra_repr(self) -> str:
+        return self.node.op
+
+
+class OnnxNet(Module):
+    """The network in an ONNX file.
+
+    Parameters
+    ----------
+    file : path
+    with_weights : bool
+        False: parameters have shapes alone, which is enough for a trace, and files with the values need not
+        be there.
+
+    Attributes
+    ----------
+    graph : Graph
+
+    Raises
+    ------
+    ValueError
+        In one line: what :func:`analysis.onnx.file.read_graph` refuses, operations without a rule, all of
+        them named, or a node that does not fit.
+
+    Notes
+    -----
+    A layer that stands in the graph twice, with the same weights, is one module that is called twice. The first
+    output of the graph is the network's. Dropout is that of training. A file that is fixed to one batch size runs
+    on others as long as every value grows with the batch; if one does not, that is an error.
+    """
+
+    def __init__(self, file: str | os.PathLike[str], with_weights: bool = True) -> None:
+        super().__init__()
+        graph = read_graph(file)
+        _check_operations(graph)
+        self.graph = graph
+        self._with_weights = with_weights
+        self._constants: dict[str, Any] = {}  # arrays, and weights that are not turned into parameters yet
+        self._steps: list[tuple[Node, Module | None]] = []  # None: shape arithmetic
+        self._fitting = {self._declared_batch}
+        for name, constant in graph.constants.items():
+            self._constants[name] = _weight_or_array(graph, name, constant)
+        self._names: Counter[str] = Counter()
+        layers: dict[Any, Module] = {}
+        self._live = {graph.input}  # values that depend on the input, and not on its shape alone
+        self._tensors = {graph.input}  # those, and what is computed from parameters
+        nodes = [node for node in graph.nodes if not self._fold(node)]
+        for node in simplify(nodes, self._constants, graph.output):
+            with _at(graph, node):
+                self._add(node, layers)
+        if graph.output not in self._live:
+            raise ValueError(f"{shown(graph.file)}: its output {shown(graph.output)} does not depend on its input")
+
+    @property
+    def _declared_batch(self) -> int | None:
+        shape = self.graph.input_shape
+        return shape[0] if shape else None
+
+    # ---- building ----------------------------------------------------------------------
+
+    def _fold(self, node: Node) -> bool:
+        """Whether a node computes with constants alone, and its outputs are now constants as well."""
+        if not all(name in self._constants for name in node.inputs if name):
+            return False
+        with _at(self.graph, node):
+            folded = _folded(node, [self._constants[name] if name else None for name in node.inputs])
+        if folded is not None:
+            self._constants.update(zip(node.outputs, folded, strict=False))
+        return folded is not None
+
+    def _add(self, node: Node, layers: dict[Any, Module]) -> None:
+        """Make a node a step."""
+        of_a_shape = node.op in ("Shape", "Size")
+        names = [] if of_a_shape else [name for name in node.inputs if name]
+        if any(name in self._live for name in names):
+            self._live.update(filter(None, node.outputs))
+        module: Module | None = None
+        if any(name in self._tensors or isinstance(self._constants.get(name), Weight) for name in names):
+            module = self._module(node, layers)
+            self._tensors.update(filter(None, node.outputs))
+        self._steps.append((node, module))
+
+    def _module(self, node: Node, layers: dict[Any, Module]) -> Module:
+        """The layer of a node with weights, made once for the same weights; else its operation."""
+        layer, key, name = layer_for(node, self._constants, self._with_weights, layers)
+        if key is not None and key in layers:
+            return layers[key]
+        if layer is None:
+            if node.op not in TENSOR_OPS:
+                raise ValueError("no cost rule for this operation on weights alone")
+            for value in filter(None, node.inputs):
+                self._value(value)
+            layer = Operation(node)
+        self.add_module(self._name(name or node.scope, node, bool(name)), layer)
+        if key is not None:
+            layers[key] = layer
+        return layer
+
+    def _value(self, name: str) -> Any:
+        """A constant as forward meets it; a weight becomes a parameter, of its own name."""
+        value = self._constants.get(name)
+        if not isinstance(value, Weight):
+            return value
+        if value.parameter is None:
+            value.make_parameter(self._with_weights)
+            self._parameters[self._unique(f"{name}")] = value.parameter
+        return value.parameter
+
+    def _name(self, path: str, node: Node, whole: bool) -> str:
+        if not whole:
+            path = f"{path}.{node.op.lower()}" if path else node.op.lower()
+        return self._unique(path)
+
+    def _unique(self, name: str) -> str:
+        """A name that is fit for a table, unlike those before it and those that every module has."""
+        name = re.sub(r"[^\w.:/-]+", "_", name)[:100].strip(".") or "onnx"
+        if name in self.__dict__ or hasattr(type(self), name):
+            name = f"onnx.{name}"
+        self._names[name] += 1
+        while self._names[name] > 1:
+            name = f"{name}-{self._names[name]}"
+            self._names[name] += 1
+        return name
+
+    def get_submodule(self, path: str) -> Module:
+        """The module of a path, which may have dots in its own name."""
+        return self._modules[path] if path in self._modules else super().get_submodule(path)
+
+    # ---- running -----------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 0 or (self.graph.input_shape is not None and x.ndim != len(self.graph.input_shape)):
+            raise ValueError(f"x has shape {x.shape}, expected {len(self.graph.input_shape or ())} dimensions")
+        declared = self._declared_batch
+        if declared is None or x.shape[0] == declared:
+            return self._walk(x)
+        try:
+            sizes: dict[str, int] | None = {}
+            if x.shape[0] not in self._fitting:
+                with record():  # aside: these operations are not the network's own
+                    self._walk(Tensor.meta((declared, *x.shape[1:]), x.dtype), sizes=sizes, quietly=True)
+            else:
+                sizes = None
+            result = self._walk(x, expected=sizes)
+        except _EXPECTED as error:
+            raise ValueError(
+                f"{error}; the file is made for a batch of {declared}: export it with a dynamic batch, or ask for that"
+            ) from None
+        self._fitting.add(x.shape[0])
+        return result
+
+    def _walk(
+        self,
+        x: Tensor,
+        expected: Mapping[str, int] | None = None,
+        sizes: dict[str, int] | None = None,
+        quietly: bool = False,
+    ) -> Tensor:
+        """Run the graph.
+
+        ``sizes`` takes the number of elements of every value; ``expected`` are those of the batch that the file
+        is made for, which must have grown with the batch. Quietly: past the hooks of the modules.
+        """
+        values: dict[str, Any] = {self.graph.input: x}
+        last_use = self._last_use()
+        for i, (node, module) in enumerate(self._steps):
+            with _at(self.graph, node):
+                plain = module is None or isinstance(module, Operation)  # a layer has its weights
+                operands = [self._operand(name, values) for name in (node.inputs if plain else node.inputs[:1])]
+                operands = self._with_batch(node, operands, x.shape[0])
+                if module is None:
+                    results: Any = evaluate(node, operands)
+                elif isinstance(module, Operation):
+                    results = module.forward(operands) if quietly else module(operands)
+                else:
+                    results = module.forward(operands[0]) if quietly else module(operands[0])
+                for name, value in zip(node.outputs, results if isinstance(results, list) else [results], strict=False):
+                    values[name] = value
+                    self._compare(name, value, x.shape[0], expected, sizes)
+            for name in last_use[i]:
+                values.pop(name, None)
+        result: Tensor = values[self.graph.output]
+        return result
+
+    def _operand(self, name: str, values: Mapping[str, Any]) -> Any:
+        if not name:
+            return None
+        return values[name] if name in values else self._value(name)
+
+    def _last_use(self) -> list[list[str]]:
+        """For each step, the values that no later one reads; found once."""
+        if "_last_uses" not in self.__dict__:
+            last = {name: i for i, (node, _) in enumerate(self._steps) for name in (*node.inputs, *node.outputs)}
+            last.pop(self.graph.output, None)
+            uses: list[list[str]] = [[] for _ in self._steps]
+            for name, i in last.items():
+                uses[i].append(name)
+            self.__dict__["_last_uses"] = uses
+        found: list[list[str]] = self.__dict__["_last_uses"]
+        return found
+
+    def _with_batch(self, node: Node, operands: list[Any], batch: int) -> list[Any]:
+        """Where the file has its own batch written out, that of the input in its place."""
+        declared = self._declared_batch
+        if declared is None or declared == batch:
+            return operands
+        if node.op == "Reshape" and len(operands) > 1 and isinstance(operands[1], np.ndarray) and operands[1].size:
+            shape = operands[1].copy()
+            if node.inputs[0] in self._live and shape[0] == declared and operands[0].shape[0] == batch:
+                shape[0] = batch
+            return [operands[0], shape]
+        if node.op == "Concat" and node.attributes.get("axis", 0) != 0 and declared == 1:
+            return [
+                F.expand(x, (batch, *x.shape[1:]))
+                if isinstance(x, Tensor) and name not in self._live and x.shape[0] == 1
+                else x
+                for x, name in zip(operands, node.inputs, strict=True)
+            ]
+        return operands
+
+    def _compare(
+        self, name: str, value: Any, batch: int, expected: Mapping[str, int] | None, sizes: dict[str, int] | None
+    ) -> None:
+        if name not in self._live or not hasattr(value, "shape"):
+            return
+        size = math.prod(value.shape)
+        if sizes is not None:
+            sizes[name] = size
+        if expected is not None and size * (self._declared_batch or 1) != expected[name] * batch:
+            raise ValueError(f"its result of shape {tuple(value.shape)} has not grown with the batch of {batch}")
+
+
+@contextmanager
+def _at(graph: Graph, node: Node) -> Iterator[None]:
+    """Errors say where."""
+    try:
+        yield
+    except _EXPECTED as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        if text.startswith(shown(graph.file)):
+            raise ValueError(text) from None
+        raise ValueError(f"{shown(graph.file)}: {node}: {text[:500]}") from None
+
+
+def _check_operations(graph: Graph) -> None:
+    """Raise ValueError that names every operation without a rule."""
+    live, missing = {graph.input}, set()
+    for node in graph.nodes:
+        depends = node.op not in ("Shape", "Size") and any(name in live for name in node.inputs)
+        if depends:
+            live.update(filter(None, node.outputs))
+        if node.op not in TENSOR_OPS and node.op not in LAYERS and (depends or node.op not in HOST):
+            missing.add(node.op)
+    if missing:
+        names = ", ".join(" ".join(name.split())[:80] for name in sorted(missing)[:50])
+        raise ValueError(f"{shown(graph.file)}: no cost rule for {names}; there are rules for {known_operations()}")
+
+
+def known_operations() -> str:
+    """Names of the operations that an input may go through."""
+    return ", ".join(sorted({*TENSOR_OPS, *LAYERS}))
+
+
+def _weight_or_array(graph: Graph, name: str, constant: Constant) -> Any:
+    """Floating tensors of several numbers are weights; the rest are arrays, if small."""
+    if constant.size > 1 and (constant.is_floating or constant.size > MAX_ELEMENTS):
+        return Weight(constant, (name,))
+    try:
+        array = constant.load()
+    except OSError as error:
+        raise ValueError(f"{shown(graph.file)}: tensor {shown(name)}: {error.strerror}") from None
+    return array if array.dtype.kind in "iubf" else array.astype(np.float32)
+
+
+def _folded(node: Node, inputs: list[Any]) -> list[Any] | None:
+    """The outputs of a node that has constants alone; None if it must run as an operation on parameters."""
+    if node.op in ("QuantizeLinear", "DequantizeLinear") and isinstance(inputs[0], np.ndarray):
+        inputs = [Weight.of(inputs[0], node.inputs[0]), *inputs[1:]]
+    if node.op == "Constant" and isinstance(node.attributes.get("value"), Constant):
+        constant = node.attributes["value"]
+        if constant.size > 1 and constant.is_floating:
+            return [Weight(constant, (node.outputs[0],))]
+    if any(isinstance(x, Weight) for x in inputs):
+        if node.op in ("Shape", "Size"):
+            return evaluate(node, inputs)
+        return Weight.folded(node, inputs)
+    return evaluate(node, inputs) if node.op in HOST else Weight.folded(node, inputs)

@@ -1,0 +1,201 @@
+"""Groups of ONNX nodes that stand for one operation: joined, so that they cost what the operation costs.
+
+Exporters take apart what the operator set of their time does not have: a linear layer of tokens becomes a product and
+an addition, GELU five nodes around the error function, layer normalisation nine. Each group is replaced only if
+nothing else reads what it computes on the way; whatever is not recognised is costed node by node.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from analysis.onnx.file import Node
+from analysis.onnx.layers import Weight
+
+
+class Uses:
+    """Who makes and who reads a value."""
+
+    def __init__(self, nodes: Sequence[Node], constants: Mapping[str, Any], output: str) -> None:
+        self.constants = constants
+        self.maker = {name: node for node in nodes for name in node.outputs}
+        self.readers: dict[str, list[Node]] = {}
+        self.count: Counter[str] = Counter({output: 1})
+        for node in nodes:
+            for name in node.inputs:
+                self.readers.setdefault(name, []).append(node)
+                self.count[name] += 1
+
+    def reader(self, node: Node, op: str) -> Node | None:
+        """The node of this kind that alone reads the first output of ``node``."""
+        name = node.outputs[0]
+        readers = self.readers.get(name, [])
+        alone = self.count[name] == 1 and len(readers) == 1 and not any(node.outputs[1:])
+        return readers[0] if alone and readers[0].op == op else None
+
+    def made_by(self, name: str, *ops: str) -> Node | None:
+        node = self.maker.get(name)
+        return node if node is not None and node.op in ops else None
+
+    def number(self, name: str) -> float | None:
+        """The value of a constant with one element."""
+        value = self.constants.get(name)
+        return float(value.reshape(())) if isinstance(value, np.ndarray) and value.size == 1 else None
+
+    def times(self, node: Node | None, factor: float) -> str | None:
+        """The operand that a Mul multiplies with ``factor``, or a Div divides by 1 / factor."""
+        if node is None or len(node.inputs) != 2:
+            return None
+        a, b = node.inputs
+        for operand, constant in ((a, b), (b, a)) if node.op == "Mul" else ((a, b),):
+            value = self.number(constant)
+            if value and math.isclose(value if node.op == "Mul" else 1 / value, factor, rel_tol=1e-3):
+                return operand
+        return None
+
+
+Match = tuple[Node, list[Node]]
+"""What takes the place of the last of a list of nodes; the others go."""
+
+
+def simplify(nodes: Sequence[Node], constants: Mapping[str, Any], output: str) -> list[Node]:
+    """The nodes with every recognised group replaced by one node.
+
+    Parameters
+    ----------
+    nodes : sequence of Node
+        Each after those that it reads from, without those that compute with constants alone.
+    constants : mapping
+        Arrays and weights by name.
+    output : str
+        The value that is read from outside.
+    """
+    result = list(nodes)
+    for op, pattern in (("Erf", _gelu), ("Sqrt", _layer_norm), ("MatMul", _linear)):
+        uses = Uses(result, constants, output)
+        result = _replace(result, (_tried(pattern, uses, node) for node in result if node.op == op))
+    return result
+
+
+def _tried(pattern: Callable[[Uses, Node], Match | None], uses: Uses, node: Node) -> Match | None:
+    """A match, if there is one; nodes with too few or too many inputs are none, and refused where they are built."""
+    try:
+        return pattern(uses, node)
+    except (IndexError, ValueError):
+        return None
+
+
+def _replace(nodes: Sequence[Node], matches: Iterable[Match | None]) -> list[Node]:
+    changed: dict[int, Node | None] = {}
+    for match in matches:
+        if match is None or any(id(node) in changed for node in match[1]):
+            continue
+        changed.update((id(node), None) for node in match[1])
+        changed[id(match[1][-1])] = match[0]
+    kept = (changed.get(id(node), node) for node in nodes)
+    return [node for node in kept if node is not None]
+
+
+def _linear(uses: Uses, product: Node) -> Match | None:
+    """x @ W + b, W (in, out) and b (out,) stored."""
+    weight, add = uses.constants.get(product.inputs[1]), uses.reader(product, "Add")
+    if add is None or not isinstance(weight, Weight) or len(weight.shape) != 2:
+        return None
+    (bias_name,) = [name for name in add.inputs if name != product.outputs[0]] or [""]
+    bias = uses.constants.get(bias_name)
+    if not isinstance(bias, Weight) or bias.shape[-1] != bias.constant.size or bias.constant.size != weight.shape[1]:
+        return None
+    joined = replace(product, inputs=(*product.inputs, bias_name), outputs=add.outputs)
+    return joined, [product, add]
+
+
+def _gelu(uses: Uses, erf: Node) -> Match | None:
+    """½·x·(1 + erf(x/√2)), the three factors in any order."""
+    scaled = uses.made_by(erf.inputs[0], "Div", "Mul")
+    x = uses.times(scaled, 1 / math.sqrt(2))
+    add = uses.reader(erf, "Add")
+    if scaled is None or x is None or add is None or uses.count[scaled.outputs[0]] != 1:
+        return None
+    if not any(uses.number(name) == 1 for name in add.inputs):
+        return None
+    first = uses.reader(add, "Mul")
+    if first is None:
+        return None
+    (other,) = [name for name in first.inputs if name != add.outputs[0]] or [""]
+    half = uses.made_by(other, "Mul", "Div")
+    if half is not None and uses.times(half, 0.5) == x and uses.count[other] == 1:
+        group = [scaled, erf, add, half, first]
+    else:
+        second = uses.reader(first, "Mul")
+        if second is None:
+            return None
+        rest = next((name for name in second.inputs if name != first.outputs[0]), "")
+        if {other, rest} != {x, other if uses.number(other) == 0.5 else rest} or 0.5 not in map(
+            uses.number, (other, rest)
+        ):
+            return None
+        group = [scaled, erf, add, first, second]
+    return replace(erf, op="Gelu", inputs=(x,), outputs=group[-1].outputs, attributes={}), group
+
+
+def _layer_norm(uses: Uses, sqrt: Node) -> Match | None:
+    """(x − mean) / √(mean((x − mean)²) + eps) · weight + bias over the last dimension."""
+    add = uses.made_by(sqrt.inputs[0], "Add")
+    divide, eps = uses.reader(sqrt, "Div"), None
+    if add is None or divide is None or divide.inputs[1] != sqrt.outputs[0]:
+        return None
+    for variance_name, eps_name in (add.inputs, add.inputs[::-1]):
+        eps, variance = uses.number(eps_name), uses.made_by(variance_name, "ReduceMean")
+        if eps is not None and variance is not None:
+            break
+    if eps is None or variance is None or not eps > 0:
+        return None
+    square = uses.made_by(variance.inputs[0], "Pow", "Mul")
+    if square is None or not (uses.number(square.inputs[1]) == 2 or square.inputs[0] == square.inputs[1]):
+        return None
+    differences = [uses.made_by(node.inputs[0], "Sub") for node in (square, divide)]
+    means = [uses.made_by(d.inputs[1], "ReduceMean") if d is not None else None for d in differences]
+    scale = uses.reader(divide, "Mul")
+    shift = uses.reader(scale, "Add") if scale is not None else None
+    if scale is None or shift is None or any(m is None for m in means):
+        return None
+    group = [n for n in (*means, *differences, square, variance, add, sqrt, divide, scale, shift) if n is not None]
+    group = list({id(n): n for n in group}.values())
+    x = differences[0].inputs[0] if differences[0] is not None else ""
+    weight, bias = (_weight(uses, node) for node in (scale, shift))
+    if not weight or not bias or uses.constants[weight].shape != uses.constants[bias].shape:
+        return None
+    reductions = [n for n in group if n.op == "ReduceMean"]
+    sources = {n.inputs[0] for n in group if n.op == "Sub"} | {m.inputs[0] for m in means if m is not None}
+    if sources != {x} or not all(_over_the_last(uses, n) for n in reductions) or not _closed(uses, group):
+        return None
+    attributes = {"axis": -1, "epsilon": eps}
+    joined = replace(
+        sqrt, op="LayerNormalization", inputs=(x, weight, bias), outputs=shift.outputs, attributes=attributes
+    )
+    return joined, group
+
+
+def _weight(uses: Uses, node: Node) -> str:
+    """The name of the stored vector that a node multiplies with or adds; "" if there is none."""
+    vectors = (n for n in node.inputs if isinstance(uses.constants.get(n), Weight))
+    return next((n for n in vectors if len(uses.constants[n].shape) == 1), "")
+
+
+def _over_the_last(uses: Uses, node: Node) -> bool:
+    axes: Any = node.attributes.get("axes")
+    if len(node.inputs) > 1:
+        axes = uses.constants.get(node.inputs[1])
+    return axes is not None and list(np.asarray(axes).reshape(-1)) == [-1] and node.attributes.get("keepdims", 1) == 1
+
+
+def _closed(uses: Uses, group: Sequence[Node]) -> bool:
+    """Whether only the group itself reads what it computes, its last node apart."""
+    inside: Callable[[str], int] = Counter(name for node in group for name in node.inputs).__getitem__
+    return all(uses.count[name] == inside(name) for node in group[:-1] for name in node.outputs if name)

@@ -1,0 +1,1 @@
+"""The most bytes that are alive at a time, simulated over the trace and measured."""

@@ -1,0 +1,251 @@
+"""What the products hold at a time: convolutions, linear layers and matrix products.
+
+A layer's forward pass makes its result and then what its activation store keeps; its backward pass makes the
+gradients of input, weight and bias one after the other. A convolution that is neither pointwise nor depthwise lays
+out its patches in blocks of :data:`COLUMNS` bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+from analysis.peak.rules import Backward, backward, forward, like_input, new, packing, reshaping
+from analysis.peak.stores import STORES, Layer
+from analysis.rules.layouts import Layout
+from analysis.rules.op_cost import Call
+
+COLUMNS = 8 * 2**20
+"""Bytes of a block of patches."""
+
+UFUNC_BUFFER = 8192
+"""Elements of a buffer of NumPy's, one for each operand that is not contiguous."""
+
+NARROW_MAP, FEW_CHANNELS = 64, 8
+"""Depthwise maps up to this width, with at least so many channels, are worked on with the channels innermost."""
+
+
+def threads() -> int:
+    """Threads of the compiled loops: ``LANCE_REF_THREADS``, or one per processor."""
+    return int(os.environ.get("LANCE_REF_THREADS") or len(os.sched_getaffinity(0)))
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The sizes of one convolution, and what its three products take beside input, weight and output gradient."""
+
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    out: tuple[int, ...]
+    stride: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    dilation: tuple[int, int]
+    groups: int
+    itemsize: int
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups > 1 and self.weight[1] == 1
+
+    @property
+    def pointwise(self) -> bool:
+        return self.weight[2:] == (1, 1) and self.stride == (1, 1) and not self._padded and self.groups == 1
+
+    @property
+    def _padded(self) -> bool:
+        return any(n for side in self.padding for n in side)
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        """(images, output rows) of a block."""
+        B, _, H_out, W_out = self.out
+        row = self.x[1] * self.weight[2] * self.weight[3] * W_out * self.itemsize
+        images = max(1, min(B, COLUMNS // (row * H_out)))
+        return images, H_out if images > 1 else max(1, min(H_out, COLUMNS // row))
+
+    @property
+    def _columns(self) -> int:
+        """Bytes of a block of patches."""
+        images, rows = self._block
+        return images * rows * self.x[1] * self.weight[2] * self.weight[3] * self.out[3] * self.itemsize
+
+    @property
+    def _window(self) -> int:
+        """Bytes of the padded piece of the input under a block; 0 where nothing is padded."""
+        if not self._padded:
+            return 0
+        images, rows = self._block
+        height = min((rows - 1) * self.stride[0] + (self.weight[2] - 1) * self.dilation[0] + 1, self._height)
+        return images * self.x[1] * height * self._width * self.itemsize
+
+    def _loops(self, parts: int) -> int:
+        """Bytes that the depthwise loops lay out themselves: an image, channels innermost, or a plane, per thread.
+
+        The channels of the weight gradient are shared out instead (``parts`` 1).
+        """
+        C, k_h, k_w = self.x[1], *self.weight[2:]
+        plane = self._height * self._width
+        if not (C == self.weight[0] >= FEW_CHANNELS and self.out[3] <= NARROW_MAP):
+            return min(threads(), self.x[0] * C) * plane * self.itemsize
+        return min(threads(), parts) * (plane + k_h * k_w + 1) * C * self.itemsize
+
+    @property
+    def _height(self) -> int:
+        return self.x[2] + sum(self.padding[0])
+
+    @property
+    def _width(self) -> int:
+        return self.x[3] + sum(self.padding[1])
+
+    @property
+    def _patches_are_views(self) -> bool:
+        return self.weight[2:] == (1, 1) and self.stride == (1, 1) and not self._padded
+
+    def forward_workspace(self, x_copy: int) -> int:
+        """``x_copy``: a packed copy of the input."""
+        if self.depthwise:
+            return x_copy + self._loops(self.x[0])
+        if self.pointwise:
+            return x_copy
+        return self._window + (0 if self._patches_are_views else self._columns)
+
+    def input_workspace(self, g_copy: int) -> int:
+        """Beside the input gradient."""
+        if self.depthwise:
+            return g_copy + self._loops(self.x[0])
+        if self.pointwise:
+            return g_copy
+        padded = self._block[0] * self.x[1] * self._height * self._width * self.itemsize
+        return g_copy + padded + self._columns + 3 * UFUNC_BUFFER * self.itemsize
+
+    def weight_workspace(self, copies: int) -> int:
+        """Beside the weight gradient."""
+        if self.depthwise:
+            return copies + self._loops(1)
+        images, rows = self._block
+        weights = math.prod(self.weight) * self.itemsize
+        columns = 0 if self._patches_are_views and images == 1 else self._columns
+        grad = 0 if images == 1 else images * self.out[1] * rows * self.out[3] * self.itemsize
+        return max(self._window + columns, columns + grad + weights)
+
+
+def convolution(call: Call) -> Convolution:
+    """The sizes of a conv2d record."""
+    (x, weight), a = call.record.inputs[:2], call.record.attributes
+    return Convolution(
+        x.shape, weight.shape, call.record.output.shape, tuple(a["stride"]), a["padding"], tuple(a["dilation"]),
+        a["groups"], call.itemsize,
+    )  # fmt: skip
+
+
+def resized(layer: Convolution, x: tuple[int, ...], weight: tuple[int, ...], out: tuple[int, ...]) -> Convolution:
+    """Another convolution with the strides, padding and dilation of this one."""
+    groups = layer.groups if weight[1] == layer.weight[1] and weight[0] == layer.weight[0] else 1
+    return Convolution(x, weight, out, layer.stride, layer.padding, layer.dilation, groups, layer.itemsize)
+
+
+@forward("conv2d", "linear")
+def weighted(call: Call) -> int:
+    """The result with the workspace of the product, or the result with what the store makes."""
+    result = call.n_out * call.itemsize
+    x, layout = call.record.inputs[0], call.inputs[0]
+    if call.record.op == "conv2d":
+        workspace = convolution(call).forward_workspace(packing(layout, call.itemsize))
+    else:
+        workspace = reshaping(layout, (x.size // x.shape[-1], x.shape[-1]), call.itemsize)
+    saving = STORES[_store(call)].save(call, _layer(call)) if call.needs(1) else 0
+    return result + max(workspace, saving)
+
+
+@backward("conv2d", "linear")
+def weighted_backward(call: Call, g: Layout) -> Backward:
+    """The three gradients one after the other; what is made stays."""
+    item = call.itemsize
+    store, layer = STORES[_store(call)], _layer(call)
+    grads: list[Layout | None] = [None] * len(call.inputs)
+    held = most = 0
+    if call.needs(0):
+        grads[0] = like_input(call)
+        held = call.n_in * item
+        most = store.input_gradient(call, layer, g) if store.input_gradient else held + layer.input_workspace(g)
+    if call.needs(1):
+        grads[1] = like_input(call, 1)
+        weights = call.record.inputs[1].nbytes
+        most = max(most, held + weights + store.weight_gradient(call, layer, g))
+        held += weights
+    if len(call.inputs) > 2 and call.needs(2):
+        grads[2] = like_input(call, 2)
+        rows = call.n_out // call.record.output.shape[-1]
+        copy = reshaping(g, (rows, call.record.output.shape[-1]), item) if call.record.op == "linear" else 0
+        most = max(most, held + call.record.inputs[2].nbytes + copy)
+    return Backward(most, tuple(grads), frozenset({1}) if store.shared(call) else frozenset())
+
+
+def _store(call: Call) -> str:
+    name: str = call.record.attributes["store"]["name"]
+    if call.needs(1) and name not in STORES:
+        raise LookupError(
+            f"no rule of peak memory for the activation store {name!r} of layer {call.record.path!r}; "
+            f"there are {sorted(STORES)}"
+        )
+    return name if name in STORES else "exact"
+
+
+@dataclass(frozen=True)
+class _Convolved(Layer):
+    conv: Convolution
+
+    def input_workspace(self, g: Layout) -> int:
+        return self.conv.input_workspace(packing(g, self.conv.itemsize))
+
+    def weight_workspace(self, g: Layout, x: Layout | None) -> int:
+        copies = packing(g, self.conv.itemsize) + (0 if x is None else packing(x, self.conv.itemsize))
+        return self.conv.weight_workspace(copies)
+
+    def smaller(self, x: tuple[int, ...], weight: tuple[int, ...], out: tuple[int, ...]) -> int:
+        return resized(self.conv, x, weight, out).weight_workspace(0)
+
+
+@dataclass(frozen=True)
+class _Linear(Layer):
+    itemsize: int
+
+    def input_workspace(self, g: Layout) -> int:
+        return reshaping(g, (math.prod(g.shape[:-1]), g.shape[-1]), self.itemsize)
+
+    def weight_workspace(self, g: Layout, x: Layout | None) -> int:
+        both = [g] if x is None else [g, x]
+        return sum(reshaping(a, (math.prod(a.shape[:-1]), a.shape[-1]), self.itemsize) for a in both)
+
+    def smaller(self, x: tuple[int, ...], weight: tuple[int, ...], out: tuple[int, ...]) -> int:
+        return 0
+
+
+def _layer(call: Call) -> Layer:
+    return _Convolved(convolution(call)) if call.record.op == "conv2d" else _Linear(call.itemsize)
+
+
+@forward("matmul")
+def matmul(call: Call) -> int:
+    return call.n_out * call.itemsize
+
+
+@backward("matmul")
+def matmul_backward(call: Call, g: Layout) -> Backward:
+    """One product for each operand that needs it; where broadcasting repeated the operand, it is summed afterwards."""
+    batch = call.record.output.shape[: -2 if min(len(v.shape) for v in call.record.inputs) > 1 else -1]
+    held = most = 0
+    grads: list[Layout | None] = [None, None]
+    for position in (0, 1):
+        if not call.needs(position):
+            continue
+        value = call.record.inputs[position]
+        grads[position] = new(value.shape, call.itemsize)
+        full = value.nbytes
+        if len(value.shape) > 2 or position == 0:
+            full = max(full, math.prod(batch) * math.prod(value.shape[-2:]) * call.itemsize)
+        summed = value.nbytes if full > value.nbytes else 0
+        most = max(most, held + full + summed)
+        held += value.nbytes
+    return Backward(most, tuple(grads), frozenset({0, 1}))

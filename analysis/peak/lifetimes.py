@@ -1,0 +1,116 @@
+"""How long the tensors of a forward pass live.
+
+A tensor is given back when the last Python variable that names it is gone, and these variables are in the
+network's own ``forward`` methods: ``out = self.bn(self.conv(out))`` holds the old ``out`` until the batch norm is
+through. A pass over shapes alone runs these very methods, so its tensors come and go exactly when those of a real
+step do.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from analysis.rules.recompute import OP, flatten
+from lance_ref import functional as F
+from lance_ref._state import state
+from lance_ref.nn.module import Module
+from lance_ref.tensor import Tensor
+from lance_ref.tracing import OpRecord, Recorder, Value
+
+Lifetimes = Mapping[int, int]
+"""By id of a value: after how many operations (segments themselves not counted) it is given back; no entry: never."""
+
+
+class _Watcher(Recorder):
+    """A recorder that notes when the tensors it has seen are given back."""
+
+    def __init__(self, parameter_names: Mapping[int, str]) -> None:
+        super().__init__(parameter_names)
+        self.operations = 0
+        self.ends: dict[int, int] = {}
+        self._watched: dict[int, Any] = {}  # by id of the value
+
+    def value(self, tensor: Tensor) -> Value:
+        value = super().value(tensor)
+        if value.id not in self._watched and value.parameter is None:
+            self._watched[value.id] = weakref.ref(tensor, partial(self._given_back, value.id))
+        return value
+
+    def add(self, op: str, inputs: Sequence[Tensor], attributes: Mapping[str, Any], output: Tensor) -> None:
+        super().add(op, inputs, attributes, output)
+        self.operations += 1
+
+    def _given_back(self, value: int, _: Any) -> None:
+        self.ends[value] = self.operations
+
+
+def lifetimes(net: Module, input_shape: Sequence[int], dtype: Any = np.float32) -> dict[int, int]:
+    """When each tensor of ``F.cross_entropy(net(x), labels)`` is given back, from shapes alone.
+
+    Parameters
+    ----------
+    net : Module
+        In the mode and with the selection of the step; its output is (batch, classes).
+    input_shape : sequence of int
+        Batch first.
+    dtype : numpy dtype
+        Of the input.
+
+    Returns
+    -------
+    dict
+        By id of the value, which is the same in the records of any trace of this net and step: the number of
+        operations after which it is given back. Without an entry it lives on: the input, the labels, the loss.
+    """
+    names = {p.uid: name for name, p in net.named_parameters()}
+    watcher = _Watcher(names)
+    x, labels = Tensor.meta(input_shape, dtype), Tensor.meta((input_shape[0],), np.int64)
+    previous, state.recorder = state.recorder, watcher
+    try:
+        loss = F.cross_entropy(net(x), labels)
+        ends = dict(watcher.ends)  # before x, labels and the loss go
+    finally:
+        state.recorder = previous
+    del loss
+    return ends
+
+
+def lifetimes_from_scopes(records: Sequence[OpRecord]) -> dict[int, int]:
+    """A guess at the same from the records alone: a module's input lives until the module's call is over.
+
+    Variables that a ``forward`` goes on naming are not known, so this may be too short, never too long. Inputs of the
+    whole step, and its loss, live on.
+    """
+    steps = [record for record in flatten(records) if record.op != OP]
+    if not steps:
+        return {}
+    made = {record.output.id: i for i, record in enumerate(steps)}
+    last = {value.id: i for i, record in enumerate(steps) for value in record.inputs if value.id in made}
+    ends = {}
+    for value, i in made.items():
+        if value not in last:
+            ends[value] = i + 1
+            continue
+        ends[value] = _end_of_scope(steps, i, last[value])
+    ends.pop(steps[-1].output.id, None)
+    return ends
+
+
+def _end_of_scope(steps: Sequence[OpRecord], made: int, used: int) -> int:
+    """The end of the outermost module call around step ``used`` that step ``made`` is not a part of."""
+    inner, outer = steps[used].path.split("."), steps[made].path.split(".")
+    common = 0
+    while common < min(len(inner), len(outer)) and inner[common] == outer[common]:
+        common += 1
+    if common == len(inner) or not steps[used].path:
+        return used + 1
+    scope = ".".join(inner[: common + 1])
+    end = used
+    while end < len(steps) and (steps[end].path == scope or steps[end].path.startswith(scope + ".")):
+        end += 1
+    return end

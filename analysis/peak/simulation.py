@@ -1,0 +1,264 @@
+"""A training step, buffer by buffer: what is alive while the records of a trace run forward and back again.
+
+The order is that of the autograd: forward as traced; backward from the newest operation to the oldest, each giving up
+what it kept once its gradients are there; gradients that meet are added into a new array. A recomputed segment
+(:mod:`analysis.rules.recompute`) runs forward once more when backward arrives at it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from analysis.peak import layers, rules  # noqa: F401  (they register their rules)
+from analysis.peak.lifetimes import Lifetimes
+from analysis.peak.rules import BACKWARD, FORWARD, check_rule, new
+from analysis.rules.layouts import Layout, Memory, Storage, backward_reaches
+from analysis.rules.op_cost import Call, Saved, cost_of
+from analysis.rules.recompute import OP as SEGMENT
+from analysis.rules.recompute import flatten, inside
+from lance_ref.tracing import OpRecord, Value
+
+
+@dataclass
+class Ledger:
+    """Bytes that are alive, and the most there have been.
+
+    Attributes
+    ----------
+    live : int
+    moment : {"forward", "backward"}
+        What goes on.
+    most : dict of str to int
+        By moment.
+    at : dict of str to OpRecord
+        During which operation that was.
+    """
+
+    live: int = 0
+    moment: str = "forward"
+    most: dict[str, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})
+    at: dict[str, OpRecord] = field(default_factory=dict)
+    holders: Counter[Storage] = field(default_factory=Counter)
+    outside: set[Storage] = field(default_factory=set)
+
+    def hold(self, storage: Storage) -> None:
+        """One more user of a storage; parameters, and what lies outside of the step, are nobody's."""
+        if storage.is_parameter or storage in self.outside:
+            return
+        if not self.holders[storage]:
+            self.live += storage.nbytes
+        self.holders[storage] += 1
+
+    def drop(self, storage: Storage) -> None:
+        """One user less."""
+        if storage.is_parameter or storage in self.outside:
+            return
+        self.holders[storage] -= 1
+        if not self.holders[storage]:
+            self.live -= storage.nbytes
+            del self.holders[storage]
+
+    def reach(self, extra: int, at: OpRecord) -> None:
+        """During this operation so many bytes are allocated beside what is alive."""
+        if self.live + extra > self.most[self.moment]:
+            self.most[self.moment], self.at[self.moment] = self.live + extra, at
+
+
+@dataclass
+class _Ran:
+    """An operation that has run forward, with what it needs to run back."""
+
+    record: OpRecord
+    call: Call
+    kept: list[Storage]
+    start: int  # operations before it
+
+
+class Simulation:
+    """Run a step; afterwards ``ledger`` has the peak of forward and backward, ``gradients`` those of leaves.
+
+    Parameters
+    ----------
+    records : sequence of OpRecord
+        The loss last.
+    ends : mapping
+        Lifetimes of the values, see :mod:`analysis.peak.lifetimes`.
+    """
+
+    def __init__(self, records: Sequence[OpRecord], ends: Lifetimes) -> None:
+        self.records, self.ends = records, ends
+        self.memory, self.ledger = Memory(), Ledger()
+        self.gradients: dict[int, Storage] = {}  # of leaves, by id of the value
+        self.made = {record.output.id for record in flatten(records)}
+        self.pending: dict[int, Layout] = {}
+        self.values: dict[int, Storage] = {}  # tensors that are alive
+        self.dying: defaultdict[int, list[int]] = defaultdict(list)
+        for value, end in ends.items():
+            self.dying[end].append(value)
+        self._carried = self._carried_over()
+
+    def run(self) -> None:
+        """Forward and backward."""
+        self._take_in_inputs()
+        ran = self._forward(self.records, backward_reaches(self.records), 0)
+        if not self.records or not self.records[-1].output.requires_grad:
+            return
+        self.ledger.moment = "backward"
+        loss = self.records[-1].output
+        self._give(loss.id, new(loss.shape, loss.nbytes // max(loss.size, 1)))
+        self._backward(ran)
+
+    # ---- forward ---------------------------------------------------------------------------
+
+    def _take_in_inputs(self) -> None:
+        """What no operation made: the batch and its labels are there from the start, statistics are the module's."""
+        for record in flatten(self.records):
+            statistics = 0
+            if record.op == "batch_norm":
+                statistics = 3 if record.attributes["affine"] else 1
+            for position, value in enumerate(record.inputs):
+                if value.id in self.made or value.id in self.memory.layouts:
+                    continue
+                storage = self.memory.of(value).storage
+                if statistics and position >= statistics:
+                    self.ledger.outside.add(storage)
+                elif value.id not in self.ends:
+                    self._name(value.id, storage)
+
+    def _forward(self, records: Sequence[OpRecord], reached: Sequence[bool], done: int) -> list[_Ran]:
+        """Run records of which ``reached`` are on the tape; ``done`` operations have run before them."""
+        ran = []
+        for record, on_tape in zip(records, reached, strict=True):
+            start = done
+            if record.op == SEGMENT:
+                inner = inside(record)
+                self._forward(inner, [False] * len(inner), done)
+                done += sum(each.op != SEGMENT for each in flatten(inner))
+                layouts = tuple(self.memory.of(value) for value in record.inputs)
+                call = Call(record, layouts, self.memory.of(record.output), on_tape)
+                kept = [layout.storage for layout in layouts] if on_tape else []
+            else:
+                call, kept = self._operation(record, on_tape)
+                done += 1
+            for storage in kept:
+                self.ledger.hold(storage)
+            self._forget(done)
+            if on_tape:
+                ran.append(_Ran(record, call, kept, start))
+        return ran
+
+    def _operation(self, record: OpRecord, on_tape: bool) -> tuple[Call, list[Storage]]:
+        """One operation: its most, then its result and what it keeps."""
+        check_rule(record.op, record.path)
+        for value in record.inputs:
+            if value.id not in self.values and value.id not in self.made and value.parameter is None:
+                self._name(value.id, self.memory.of(value).storage)
+        inputs = tuple(self.memory.of(value) for value in record.inputs)
+        saved: list[Saved] = cost_of(record, self.memory, on_tape).tape
+        call = Call(record, inputs, self.memory.of(record.output), on_tape)
+        self.ledger.reach(FORWARD[record.op](call), record)
+        self._name(record.output.id, call.output.storage)
+        self._carry_on(record, saved)
+        return call, [item.storage for item in saved]
+
+    def _name(self, value: int, storage: Storage) -> None:
+        if value not in self.values:
+            self.values[value] = storage
+            self.ledger.hold(storage)
+
+    def _forget(self, done: int) -> None:
+        for value in self.dying[done]:
+            storage = self.values.pop(value, None)
+            if storage is not None:
+                self.ledger.drop(storage)
+
+    def _carried_over(self) -> dict[str, Storage]:
+        """Factors of ASI from the step before, which live until this step has found its own."""
+        carried = {}
+        for record in flatten(self.records):
+            store = record.attributes.get("store", {})
+            if store.get("name") == "asi" and record.inputs[1].requires_grad and record.path not in carried:
+                pairs = zip(record.inputs[0].shape, store["ranks"], strict=True)
+                elements = sum(n * r for n, r in pairs if r is not None and r < n)
+                item = record.output.nbytes // max(record.output.size, 1)
+                carried[record.path] = Storage(elements * item)
+                self.ledger.hold(carried[record.path])
+        return carried
+
+    def _carry_on(self, record: OpRecord, saved: Sequence[Saved]) -> None:
+        if record.path in self._carried and any(item.what.startswith("factor") for item in saved):
+            self.ledger.drop(self._carried.pop(record.path))
+            for item in saved:
+                if item.what.startswith("factor"):
+                    self.ledger.hold(item.storage)  # by the store, beside the tape
+
+    # ---- backward --------------------------------------------------------------------------
+
+    def _give(self, value: int, gradient: Layout) -> None:
+        self.pending[value] = gradient
+        self.ledger.hold(gradient.storage)
+
+    def _backward(self, ran: list[_Ran]) -> None:
+        while ran:
+            each = ran.pop()
+            gradient = self.pending.get(each.record.output.id)
+            if gradient is None:  # its own gradient was not needed after all
+                self._release(each)
+                continue
+            if each.record.op == SEGMENT:
+                again = self._second_run(each)
+                self._release(each)
+                self._backward(again)
+                continue
+            del self.pending[each.record.output.id]
+            back = BACKWARD[each.record.op](each.call, gradient)
+            self.ledger.reach(back.most, each.record)
+            made = [grad.storage for grad in back.gradients if grad is not None]
+            for storage in made:
+                self.ledger.hold(storage)
+            self._release(each)
+            for position, (value, grad) in enumerate(zip(each.record.inputs, back.gradients, strict=True)):
+                if grad is not None:
+                    self._accumulate(value, grad, position in back.shared, each.record)
+            for storage in [*made, gradient.storage]:
+                self.ledger.drop(storage)
+
+    def _release(self, each: _Ran) -> None:
+        for storage in each.kept:
+            self.ledger.drop(storage)
+
+    def _accumulate(self, value: Value, grad: Layout, shared: bool, record: OpRecord) -> None:
+        """A leaf keeps a gradient of its own; gradients that meet become a new array."""
+        item = value.nbytes // max(value.size, 1)
+        if value.id not in self.made:
+            previous = self.gradients.get(value.id)
+            if previous is not None or shared:
+                self.ledger.reach(value.nbytes, record)
+                grad = new(value.shape, item)
+            self.ledger.hold(grad.storage)
+            self.gradients[value.id] = grad.storage
+            if previous is not None:
+                self.ledger.drop(previous)
+            return
+        first = self.pending.get(value.id)
+        if first is None:
+            self._give(value.id, grad)
+            return
+        self.ledger.reach(value.nbytes, record)
+        self._give(value.id, new(value.shape, item, first))
+        self.ledger.drop(first.storage)
+
+    def _second_run(self, each: _Ran) -> list[_Ran]:
+        """Run a segment again, on the tape; its tensors are new ones."""
+        records = inside(each.record)
+        for record in flatten(records):
+            self.memory.layouts.pop(record.output.id, None)
+            self.values.pop(record.output.id, None)
+        ran = self._forward(records, backward_reaches(records, each.record.output), each.start)
+        for record in flatten(records):
+            storage = self.values.pop(record.output.id, None)
+            if storage is not None:
+                self.ledger.drop(storage)
+        return ran

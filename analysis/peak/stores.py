@@ -1,0 +1,433 @@
+"""What each activation store holds at a time: while it saves, and while it makes a weight gradient.
+
+Bytes beside the activation, the output gradient, and what was saved; ``save`` includes what it keeps, the weight
+gradient itself is counted by the layer.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, permutations
+
+from analysis.rules import tucker_costs
+from analysis.rules.layouts import Layout
+from analysis.rules.op_cost import Call
+from analysis.rules.stores import conv_sizes
+
+BLOCK_BYTES = 8 * 2**20
+"""Of activations that are worked on a few images at a time."""
+
+UNFOLDED_BYTES = 4 * 2**20
+"""Of a block of an unfolding."""
+
+Ranks = Sequence[int | None]
+
+
+class Layer(ABC):
+    """The exact products of a layer, as far as stores use them."""
+
+    @abstractmethod
+    def input_workspace(self, g: Layout) -> int:
+        """Bytes beside the input gradient."""
+
+    @abstractmethod
+    def weight_workspace(self, g: Layout, x: Layout | None) -> int:
+        """Bytes beside the weight gradient; ``x`` is None for a packed input."""
+
+    @abstractmethod
+    def smaller(self, x: tuple[int, ...], weight: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """The same for the layer on packed arrays of other sizes."""
+
+
+@dataclass(frozen=True)
+class StorePeak:
+    """The rules of one activation store."""
+
+    save: Callable[[Call, Layer], int]
+    weight_gradient: Callable[[Call, Layer, Layout], int]
+    input_gradient: Callable[[Call, Layer, Layout], int] | None = None
+    shared: Callable[[Call], bool] = lambda call: False
+
+
+STORES: dict[str, StorePeak] = {}
+"""One entry per activation store."""
+
+
+# ---- plain backpropagation, sketches, codes, patches -----------------------------------------
+
+
+def _exact_weight(call: Call, layer: Layer, g: Layout) -> int:
+    return layer.weight_workspace(g, call.inputs[0])
+
+
+STORES["exact"] = StorePeak(lambda call, layer: 0, _exact_weight)
+
+
+def _sketch_rows(call: Call) -> int:
+    return max(round(call.record.attributes["store"]["ratio"] * call.record.inputs[0].shape[0]), 1)
+
+
+def _sketch_save(call: Call, layer: Layer) -> int:
+    n, r = call.record.inputs[0].shape[0], _sketch_rows(call)
+    return call.n_in // n * r * call.itemsize + n * r * (call.itemsize + 24)
+
+
+def _sketch_weight(call: Call, layer: Layer, g: Layout) -> int:
+    n, r = call.record.inputs[0].shape[0], _sketch_rows(call)
+    (x, weight), out = (value.shape for value in call.record.inputs[:2]), call.record.output.shape
+    sketched = call.n_out // n * r * call.itemsize
+    return sketched + max(n * r * (call.itemsize + 24), layer.smaller((r, *x[1:]), weight, (r, *out[1:])))
+
+
+STORES["sketch"] = StorePeak(_sketch_save, _sketch_weight)
+
+
+def _row_block(call: Call) -> tuple[int, bool]:
+    """(bytes of the images of a block as floats, whether there are several blocks)."""
+    image = call.n_in // call.record.inputs[0].shape[0] * call.itemsize
+    least = 8 // call.record.attributes["store"]["bits"]
+    images = max(BLOCK_BYTES // image // least * least, least)
+    B = call.record.inputs[0].shape[0]
+    return min(images, B) * image, images < B
+
+
+def _quantized_save(call: Call, layer: Layer) -> int:
+    block, several = _row_block(call)
+    bits = call.record.attributes["store"]["bits"]
+    packing = 0 if bits == 8 else block // call.itemsize * 2
+    return -(-call.n_in * bits // 8) + block * (1 + several) + packing
+
+
+def _quantized_weight(call: Call, layer: Layer, g: Layout) -> int:
+    block, several = _row_block(call)
+    (x, weight), out = (value.shape for value in call.record.inputs[:2]), call.record.output.shape
+    images = max(1, block * x[0] // max(call.n_in * call.itemsize, 1))
+    unpacked = 0 if call.record.attributes["store"]["bits"] == 8 else block // call.itemsize
+    products = layer.smaller((images, *x[1:]), weight, (images, *out[1:])) + call.record.inputs[1].nbytes
+    return max(block * (2 + several) + unpacked, block + products)
+
+
+STORES["quantized"] = StorePeak(_quantized_save, _quantized_weight)
+
+
+# ---- chains of mode products -----------------------------------------------------------------
+
+
+def chain(shape: Sequence[int], ranks: Ranks) -> tuple[int, int]:
+    """Mode products from ``shape`` to ``ranks`` in the cheapest order: (most elements at a time, elements at the end).
+
+    A product's operand lives until its result is there; the tensor that the chain starts from is not counted.
+
+    >>> chain((4, 10), (3, 1)), chain((4, 10), (None, None))  # 4 and 3 at the same time
+    ((7, 3), (0, 0))
+    """
+    targets = [(mode, rank) for mode, rank in enumerate(ranks) if rank is not None]
+    best: tuple[int, list[int]] | None = None
+    for order in permutations(targets):
+        sizes, elements, macs = list(shape), [], 0
+        for mode, rank in order:
+            macs += math.prod(sizes) * rank
+            sizes[mode] = rank
+            elements.append(math.prod(sizes))
+        if best is None or macs < best[0]:
+            best = macs, elements
+    assert best is not None
+    elements = [0, *best[1]]
+    return max((a + b for a, b in pairwise(elements)), default=0), elements[-1]
+
+
+def cheapest_first(shape: Sequence[int], ranks: Ranks) -> list[int]:
+    """The modes in the order of the cheapest chain."""
+    targets = [(mode, rank) for mode, rank in enumerate(ranks) if rank is not None]
+
+    def macs(order: Sequence[tuple[int, int]]) -> int:
+        sizes, total = list(shape), 0
+        for mode, rank in order:
+            total += math.prod(sizes) * rank
+            sizes[mode] = rank
+        return total
+
+    return [mode for mode, _ in min(permutations(targets), key=macs)]
+
+
+def projecting(shape: Sequence[int], ranks: Ranks) -> int:
+    """Elements at a time while the core is made: two small last modes are projected in one pass, and stay."""
+    order = cheapest_first(shape, ranks)
+    if len(shape) == 4 and sorted(order[:2]) == [2, 3] and max(ranks[2] or 0, ranks[3] or 0) <= 8:
+        planes = (*shape[:2], ranks[2] or 0, ranks[3] or 0)
+        rest, _ = chain(planes, (ranks[0], ranks[1], None, None))
+        return math.prod(planes) + (rest or math.prod(planes))
+    return chain(shape, ranks)[0] or math.prod(shape)
+
+
+def core_gradient(call: Call, layer: Layer, ranks: Ranks, order: str = "auto") -> int:
+    """Bytes of making a weight gradient from a core, beside the gradient, which comes last of all."""
+    shape, weight = call.record.inputs[0].shape, call.record.inputs[1].shape
+    item = call.itemsize
+    if call.record.op == "linear":
+        Z, end = chain(call.record.output.shape, (*ranks[:-1], None))
+        early = Z * item - call.record.inputs[1].nbytes
+        if ranks[-1] is None:
+            return max(early, end * item)
+        rows = math.prod(tucker_costs.core_shape(shape, ranks)[:-1])
+        O, I, r = weight[0], shape[-1], ranks[-1]  # noqa: E741
+        narrow = O * r if O * r * (rows + I) <= rows * I * (r + O) else rows * I
+        return max(early, (end + narrow) * item)
+    sizes = conv_sizes(call)
+    if order == "auto":
+        papers, separable = (f(sizes, ranks) for f in (tucker_costs.conv_papers_macs, tucker_costs.conv_separable_macs))
+        order = "papers" if papers <= separable else "separable"
+    return _papers(call, layer, ranks) if order == "papers" else _separable(call, ranks)
+
+
+def _papers(call: Call, layer: Layer, ranks: Ranks) -> int:
+    """Z1; height and width of the core a few slices at a time; their correlation with Z1."""
+    _, _, H, W = call.record.inputs[0].shape
+    C_out, width, k_h, k_w = call.record.inputs[1].shape
+    out = call.record.output.shape
+    r1, c, r3, r4 = tucker_costs.core_shape(call.record.inputs[0].shape, ranks)
+    Z1 = 0 if ranks[0] is None else r1 * math.prod(out[1:])
+    narrow = (C_out, c if ranks[1] is not None else width, k_h, k_w)
+    slices = min(max(1, BLOCK_BYTES // (c * H * W * call.itemsize)), r1)
+    wide = (None, None, None if ranks[2] is None else H, None if ranks[3] is None else W)
+    making, Z2 = chain((slices, c, r3, r4), wide)
+    several = Z2 if slices < r1 else 0
+    product = layer.smaller((slices, c, H, W), narrow, (slices, *out[1:])) // call.itemsize + math.prod(narrow)
+    summing = Z1 + max(making + several, Z2 + product)
+    if ranks[1] is None:
+        return summing * call.itemsize
+    Z3, weights = math.prod(narrow), C_out * width * k_h * k_w
+    packed = Z3 if k_h * k_w > 1 else 0  # channels last, which a kernel of one place is already
+    expanding = Z1 + Z2 + Z3 + packed + weights  # the product, before its axes are put in order
+    return max(summing + Z3 - weights, expanding) * call.itemsize
+
+
+def _separable(call: Call, ranks: Ranks) -> int:
+    """Z, which is laid out once more for the product with the core; the core too."""
+    C_out, width, k_h, k_w = call.record.inputs[1].shape
+    shape = call.record.inputs[0].shape
+    r1, c, r3, r4 = tucker_costs.core_shape(shape, ranks)
+    making, Z = chain(call.record.output.shape, (ranks[0], None, k_h * r3, k_w * r4))
+    core = r1 * c * r3 * r4
+    narrow = C_out * k_h * k_w * (c if ranks[1] is not None else width)
+    weights = C_out * width * k_h * k_w
+    late = Z + core + narrow + (0 if ranks[1] is None else weights)
+    return max(max(making, 2 * Z + core + narrow) - weights, late) * call.itemsize
+
+
+# ---- LANCE -----------------------------------------------------------------------------------
+
+
+def _lance_ranks(call: Call) -> Ranks:
+    store = call.record.attributes["store"]
+    ranks = list(store["ranks"])
+    if store.get("batch_mode") == "sketch":
+        ranks[0] = max(round(store["batch_ratio"] * call.record.inputs[0].shape[0]), 1)
+    return ranks
+
+
+def _lance_save(call: Call, layer: Layer) -> int:
+    store, shape, ranks = call.record.attributes["store"], call.record.inputs[0].shape, _lance_ranks(call)
+    most = projecting(shape, ranks)
+    if "core_bits" in store:
+        most = max(most, 3 * tucker_costs.core_elements(shape, ranks))
+    return (most + (call.n_in if store.get("centred") else 0)) * call.itemsize
+
+
+def _lance_weight(call: Call, layer: Layer, g: Layout) -> int:
+    store, ranks = call.record.attributes["store"], _lance_ranks(call)
+    unpacked = 2 * tucker_costs.core_elements(call.record.inputs[0].shape, ranks) if "core_bits" in store else 0
+    mean = _mean_weight(call) if store.get("centred") else 0
+    gradient = unpacked * call.itemsize + core_gradient(call, layer, ranks, store.get("order", "auto"))
+    return max(gradient, mean)
+
+
+def _mean_weight(call: Call) -> int:
+    """The mean's own weight gradient, beside that from the core: an outer product, and its copy in the weight's order.
+
+    Kernels of one place need no copy; a convolution has the output gradient summed over the batch before.
+    """
+    weight, kernel = call.record.inputs[1], call.record.inputs[1].shape[2:]
+    summed = call.n_out // call.record.inputs[0].shape[0] * call.itemsize if kernel else 0
+    return max((1 if math.prod(kernel) == 1 else 2) * weight.nbytes, summed)
+
+
+STORES["lance"] = StorePeak(_lance_save, _lance_weight)
+
+
+def _patch_save(call: Call, layer: Layer) -> int:
+    shape, ranks = _patches(call)
+    columns = min(BLOCK_BYTES, math.prod(shape) * call.itemsize)
+    return 2 * columns + tucker_costs.core_elements(shape, ranks) * call.itemsize
+
+
+def _patch_weight(call: Call, layer: Layer, g: Layout) -> int:
+    shape, ranks = _patches(call)
+    C_out = call.record.inputs[1].shape[0]
+    most, end = chain((shape[0], C_out, shape[1]), (ranks[0], None, ranks[1]))
+    narrow = 0 if ranks[2] is None else C_out * ranks[2]
+    return (max(most, 2 * end) + narrow) * call.itemsize
+
+
+def _patches(call: Call) -> tuple[tuple[int, int, int], Ranks]:
+    sizes = conv_sizes(call)
+    shape = sizes.B, sizes.H_out * sizes.W_out, sizes.C_in * sizes.k_h * sizes.k_w
+    return shape, call.record.attributes["store"]["ranks"]
+
+
+STORES["patch-lance"] = StorePeak(_patch_save, _patch_weight, shared=lambda call: True)
+
+
+# ---- HOSVD and ASI ---------------------------------------------------------------------------
+
+
+def _own_ranks(call: Call) -> list[int | None]:
+    """Ranks of the store, None for a mode of full rank."""
+    given = call.record.attributes["store"]["ranks"]
+    if given is None:
+        raise ValueError(
+            f"layer {call.record.path or '(root)'!r}: the ranks of its store are chosen at every step; expected the "
+            "records of a real step, or a store with given ranks"
+        )
+    return [None if r == n else r for n, r in zip(call.record.inputs[0].shape, given, strict=True)]
+
+
+def _unfolded(call: Call, mode: int) -> tuple[int, int]:
+    """(bytes of a block of an unfolding, of all blocks that are there at a time); the outer modes are views.
+
+    A new block is laid out while the last is there.
+    """
+    shape = call.record.inputs[0].shape
+    if mode in (0, len(shape) - 1):
+        return 0, 0
+    whole, column = call.n_in * call.itemsize, shape[mode] * call.itemsize
+    block = min(whole, max(UNFOLDED_BYTES // column, 1) * column)
+    return block, min(2 * block, whole)
+
+
+def _hosvd_save(call: Call, layer: Layer) -> int:
+    """Gram and eigenvectors mode by mode, the eigenvectors staying until all factors are chosen; then the core.
+
+    LAPACK's divide and conquer takes a Gram of n², results of n² and 2n² of work.
+    """
+    shape, store, item = call.record.inputs[0].shape, call.record.attributes["store"], call.itemsize
+    ranks = _own_ranks(call)
+    epsilon, selected = store.get("epsilon"), store.get("selected") or (True,) * len(shape)
+    chosen = [
+        r is not None if epsilon is None else epsilon < 1 and n > 1 and yes
+        for n, r, yes in zip(shape, ranks, selected, strict=True)
+    ]
+    held = most = 0
+    vectors = dict.fromkeys(range(len(shape)), 0)
+    for mode in sorted((m for m, yes in enumerate(chosen) if yes), key=lambda m: shape[m]):
+        n, rest = shape[mode], call.n_in // shape[mode]
+        wanted = store["ranks"][mode] if epsilon is None else None
+        if n > rest and (wanted is None or wanted <= rest):
+            held += 0 if len(shape) == 2 else call.n_in * item
+            vectors[mode] = rest * rest * item
+            if not (len(shape) == 2 and all(chosen) and shape[0] != shape[1]):
+                most = max(most, held + 4 * rest * rest * item)
+                held += vectors[mode]
+            continue
+        block, blocks = _unfolded(call, mode)  # the last block is still named while LAPACK works
+        most = max(most, held + block + 4 * n * n * item, held + blocks + 2 * n * n * item)
+        vectors[mode] = n * n * item
+        held += vectors[mode]
+    factors = tucker_costs.factor_elements(shape, ranks) * item
+    widest = max((n * r for n, r in zip(shape, ranks, strict=True) if r is not None), default=0) * item
+    if all(r is None for r in ranks):
+        return max(most, held)
+    last = next((m for m in reversed(range(len(shape))) if chosen[m]), 0)  # a loop variable, still named
+    return max(most, held + factors + 2 * widest, vectors[last] + factors + projecting(shape, ranks) * item)
+
+
+def _asi_save(call: Call, layer: Layer) -> int:
+    """One thin product and one QR decomposition per mode; the factors of the step before stay until then."""
+    shape, ranks, item = call.record.inputs[0].shape, _own_ranks(call), call.itemsize
+    held = most = 0
+    for mode, (n, r) in enumerate(zip(shape, ranks, strict=True)):
+        if r is None:
+            continue
+        columns = min(call.n_in // n, max(UNFOLDED_BYTES // (n * item), 1))
+        block, blocks = _unfolded(call, mode)
+        V = r * columns * (1 + (columns < call.n_in // n))
+        most = max(most, held + blocks + (V + 2 * n * r) * item, held + block + 3 * n * r * item)
+        held += n * r * item
+    if held == 0:
+        return 0
+    return max(most, held + projecting(shape, ranks) * item)
+
+
+def _own_weight(call: Call, layer: Layer, g: Layout) -> int:
+    ranks = _own_ranks(call)
+    return core_gradient(call, layer, ranks)
+
+
+STORES["hosvd"] = StorePeak(_hosvd_save, _own_weight)
+STORES["asi"] = StorePeak(_asi_save, _own_weight)
+
+
+# ---- the gradient filter ---------------------------------------------------------------------
+
+
+def _pooled(call: Call, shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Elements of the sums over windows after each axis that is cut."""
+    patch = call.record.attributes["store"]["patch"]
+    x, out = call.record.inputs[0].shape, call.record.output.shape
+    axes = (2, 3) if len(x) == 4 else (len(x) - 2,) if len(x) > 2 else ()
+    sizes, found = list(shape), []
+    for axis, s in zip(axes, strides, strict=False):
+        if (patch * s, out[axis]) != (1, x[axis]):
+            sizes[axis] = -(-out[axis] // patch)
+            found.append(math.prod(sizes))
+    return found
+
+
+def _strides(call: Call) -> Sequence[int]:
+    return tuple(call.record.attributes["stride"]) if call.record.op == "conv2d" else (1,)
+
+
+def _at_a_time(elements: Sequence[int]) -> int:
+    sizes = [0, *elements]
+    return max((a + b for a, b in pairwise(sizes)), default=0)
+
+
+def _filter_save(call: Call, layer: Layer) -> int:
+    return _at_a_time(_pooled(call, call.record.inputs[0].shape, _strides(call))) * call.itemsize
+
+
+def _filter_weight(call: Call, layer: Layer, g: Layout) -> int:
+    """Means, the product of 1×1, and its repetition over the kernel, which comes last."""
+    x, weight, out = call.record.inputs[0].shape, call.record.inputs[1].shape, call.record.output.shape
+    means, item = _pooled(call, out, _strides(call)), call.itemsize
+    held, weights = means[-1] if means else 0, call.record.inputs[1].nbytes
+    if call.record.op == "linear":
+        return max(_at_a_time(means), held) * item
+    patch = call.record.attributes["store"]["patch"]
+    places = tuple(-(-n // patch) for n in out[2:])
+    point = math.prod(weight[:2]) * item
+    columns = min(math.prod((*x[:2], *places)) * item, BLOCK_BYTES) + min(BLOCK_BYTES, held * item)
+    return max(_at_a_time(means) * item - weights, held * item + columns + 2 * point - weights, held * item + point)
+
+
+def _filter_input(call: Call, layer: Layer, g: Layout) -> int:
+    """Means, the small gradient, and its spreading axis by axis."""
+    x, out = call.record.inputs[0].shape, call.record.output.shape
+    means, small = _pooled(call, out, _strides(call)), _pooled(call, x, _strides(call))
+    if not means:
+        return call.n_in * call.itemsize + layer.input_workspace(g)
+    spreading = [small[-1]]
+    if len(small) == 2:  # the last axis first
+        spreading.append(small[-1] // -(-out[3] // call.record.attributes["store"]["patch"]) * x[3])
+    spreading.append(call.n_in)
+    workspace = min(2 * small[-1], 2 * BLOCK_BYTES // call.itemsize) if len(x) == 4 else 0
+    most = max(_at_a_time(means), means[-1] + small[-1] + workspace, means[-1] + _at_a_time(spreading))
+    return most * call.itemsize
+
+
+STORES["gradient-filter"] = StorePeak(
+    _filter_save, _filter_weight, _filter_input, shared=lambda call: math.prod(call.record.inputs[1].shape[2:]) == 1
+)

@@ -1,0 +1,1 @@
+"""What fits a device: candidates, their memory, their fidelity, the search."""

@@ -1,0 +1,1 @@
+"""What one operation costs: one rule per operation, and per activation store."""

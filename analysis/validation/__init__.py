@@ -1,0 +1,1 @@
+"""The grid of nets, methods, batch sizes and dtypes: cells and table."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(__file__).parents[1] / "results"
 PROVENANCE = ("command", "seed", "versions", "machine")
 VERDICTS = ("reproduced", "bounded", "contradicted", "not testable here")
 

@@ -114,7 +114,7 @@ def test_tuned_rates_are_chosen_on_held_out_training_images(
     assert finetune.main([*arguments, f"--folder={tmp_path}", f"--output={tmp_path / 'r.json'}"]) == 0
     rates = {row["method"]: row["lr"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
     assert rates == {"bp": 0.1, "head-only": 0.2}
-    assert [cell["validation"] for cell in asked] == [True] * 6 + [False] * 2
+    assert [cell["validation"] for cell in asked] == [True] * 7 + [False] * 2  # the grid, then twice its largest
     capsys.readouterr()
 
 

@@ -132,7 +132,7 @@ def test_a_wrong_rule_is_reported(
 def test_a_step_that_fails_is_no_agreement(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The other methods are still compared, and the message is kept."""
 
-    def broken(prediction: Any) -> Any:
+    def broken(prediction: Any, **_: Any) -> Any:
         if "int4" in prediction.bills:
             raise RuntimeError("no such store today")
         return compare(prediction)

@@ -113,7 +113,7 @@ def validate_cell(
 
 def _numbers(prediction: Prediction) -> dict[str, Any]:
     """By quantity: totals predicted and measured, how many numbers were compared, and those that differ."""
-    comparison = compare(prediction)
+    comparison = compare(prediction, peaks=True)
     found: dict[str, Any] = {}
     for line in comparison.lines:
         entry = found.setdefault(

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from analysis.cli import OneLineParser, one_line
+from analysis.cli import OneLineParser, one_line, run_command
 from analysis.ledger.evidence import PROVENANCE, VERDICTS, Evidence, MissingEvidenceError, Outcome
 from analysis.ledger.yaml_file import DATA, choose, load_entries
 
@@ -203,15 +202,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code: 1 if a verdict differs from the one in the ledger."""
-    p = parser()
-    options = p.parse_args(arguments)
-    try:
-        return _run(options)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, TypeError, LookupError, OSError) as error:
-        p.error(one_line(error))
+    return run_command(parser(), arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -226,7 +217,6 @@ def _run(options: argparse.Namespace) -> int:
     differing = [finding.claim.id for finding in findings if not finding.as_recorded]
     if differing and not options.json and not options.run:
         print(f"verdicts that differ from the ledger: {', '.join(differing)}", file=sys.stderr)
-    sys.stdout.flush()  # a reader who has gone away is noticed here, not at exit
     return 1 if differing else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -25,8 +26,8 @@ def one_line(error: BaseException) -> str:
 def run_command(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
-    work: Callable[[argparse.Namespace], None],
-    outputs: Sequence[str],
+    work: Callable[[argparse.Namespace], int | None],
+    outputs: Sequence[str] = (),
 ) -> int:
     """Parse, look whether the outputs can be written, and work; whatever the user did wrong is said in one line.
 
@@ -37,24 +38,29 @@ def run_command(
     arguments : sequence of str, optional
         Those of the process by default.
     work : callable
-        Gets the options.
+        Gets the options; gives the exit code, or None for 0.
     outputs : sequence of str
         Names of the options that name files to write.
 
     Returns
     -------
     int
-        0; errors leave through ``parser.error``, with exit code 2.
+        The exit code; 1 if the reader of the output has gone away. Errors leave through ``parser.error``, with exit
+        code 2.
     """
     options = parser.parse_args(arguments)
     try:
         for name in outputs:
             if getattr(options, name):
                 check_writable(getattr(options, name), f"--{name}")
-        work(options)
-    except (ValueError, TypeError, LookupError, OSError, MemoryError, RuntimeError) as error:
+        code = work(options)
+        sys.stdout.flush()  # a reader who has gone away is noticed here, not at exit
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, LookupError, OSError, MemoryError, OverflowError, RuntimeError) as error:
         parser.error(one_line(error))
-    return 0
+    return code or 0
 
 
 def check_counts(options: argparse.Namespace, names: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.cli import OneLineParser, check_writable, one_line
+from analysis.cli import OneLineParser, check_writable, run_command
 from analysis.methods import METHODS, Settings
 from analysis.predict import (
     DEFAULT_BASIS_BATCHES,
@@ -93,15 +93,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    p = parser()
-    options = p.parse_args(arguments)
-    try:
-        return _run(options)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, TypeError, LookupError, OSError, MemoryError) as error:
-        p.error(one_line(error))
+    return run_command(parser(), arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from analysis.cli import OneLineParser, one_line
+from analysis.cli import OneLineParser, run_command
 from analysis.ledger.accounting_rules import MIB, OF_COMPRESSION, RULES, Figures, Reading, Work, fits, nearest, readings
 from analysis.ledger.evidence import Evidence, MissingEvidenceError
 from analysis.ledger.published import STATUSES, Published, published
@@ -338,16 +337,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    p = parser()
-    options = p.parse_args(arguments)
-    try:
-        _run(options)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, TypeError, LookupError, OSError) as error:
-        p.error(one_line(error))
-    return 0
+    return run_command(parser(), arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -363,7 +353,6 @@ def _run(options: argparse.Namespace) -> None:
             print(line(each))
         counts = {status: sum(each.status == status for each in found) for status in STATUSES}
         print("\n" + ", ".join(f"{count} {status}" for status, count in counts.items() if count))
-    sys.stdout.flush()  # a reader who has gone away is noticed here, not at exit
 
 
 if __name__ == "__main__":

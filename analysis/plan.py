@@ -7,14 +7,13 @@ what does not fit, and by how much. Nothing runs: the net is traced on shapes al
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from analysis.cli import OneLineParser, check_counts, check_writable, one_line
+from analysis.cli import OneLineParser, check_counts, check_writable, run_command
 from analysis.methods import METHODS, chosen_methods
 from analysis.planning.options import (
     ASSUMED_FRACTION,
@@ -87,17 +86,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    p = parser()
-    options = p.parse_args(arguments)
-    try:
-        _run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, TypeError, LookupError, OSError, MemoryError, OverflowError) as error:
-        p.error(one_line(error))
-    return 0
+    return run_command(parser(), arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -9,9 +9,7 @@ they read the trace (:func:`lance_ref.trace`) and nothing else.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from analysis.cost_model import cost
-
-__all__ = ["cost"]
+    from analysis.cost_model import cost as cost
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,15 @@ class Outcome:
     why: str
 
 
+def verdict_of_points(behind: float) -> str:
+    """Of "within a few points": reproduced up to 2 points behind, bounded up to 5.
+
+    >>> [verdict_of_points(points) for points in (-1.0, 2.0, 5.0, 5.1)]
+    ['reproduced', 'reproduced', 'bounded', 'contradicted']
+    """
+    return "reproduced" if behind <= 2 else "bounded" if behind <= 5 else "contradicted"
+
+
 class MissingEvidenceError(LookupError):
     """A result that is not there yet; the message is the command that makes it."""
 

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from analysis.explain import figures_of
-from analysis.ledger.evidence import Evidence, MissingEvidenceError, Outcome
+from analysis.ledger.evidence import Evidence, MissingEvidenceError, Outcome, verdict_of_points
 
 Check = Callable[[Evidence], Outcome]
 CHECKS: dict[str, Check] = {}
@@ -51,7 +51,7 @@ def accuracy_near_bp(evidence: Evidence) -> Outcome:
     bp, lance, head = (_method(evidence, name) for name in ("bp", "lance", "head-only"))
     best = _method(evidence, "lance-planned")
     points = 100 * (bp["accuracy_mean"] - lance["accuracy_mean"])
-    verdict = "reproduced" if points <= 2 else "bounded" if points <= 5 else "contradicted"
+    verdict = verdict_of_points(points)
     return Outcome(
         f"bp {_accuracy(bp)}, LANCE at ε = 0.7 {_accuracy(lance)}, head alone {_accuracy(head)}; "
         f"planned and mean-free {_accuracy(best)}",
@@ -191,7 +191,7 @@ def accuracy_tuned(evidence: Evidence) -> Outcome:
     points = 100 * (bp["accuracy_mean"] - lance["accuracy_mean"])
     return Outcome(
         ", ".join(f"{row['method']} {_accuracy(row)} at lr {row['lr']:g}" for row in (bp, lance, best)),
-        "reproduced" if points <= 2 else "bounded" if points <= 5 else "contradicted",
+        verdict_of_points(points),
         f"each at its own best learning rate: {points:.1f} points below, planned and mean-free "
         f"{100 * (bp['accuracy_mean'] - best['accuracy_mean']):.1f}",
     )
@@ -262,7 +262,7 @@ def second_data_set(evidence: Evidence) -> Outcome:
     lost = 100 * (bp["accuracy"] - lance["accuracy"])
     return Outcome(
         f"EuroSAT: bp {_shown(bp)}, LANCE at ε = 0.7 {_shown(lance)}, head alone {_shown(head)}",
-        "reproduced" if lost <= 2 else "bounded" if lost <= 5 else "contradicted",
+        verdict_of_points(lost),
         f"{lost:.1f} points below backpropagation; one seed",
     )
 

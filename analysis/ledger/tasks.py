@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from analysis.ledger.evidence import Evidence, MissingEvidenceError, Outcome
+from analysis.ledger.evidence import Evidence, MissingEvidenceError, Outcome, verdict_of_points
 
 Check = Callable[[Evidence], Outcome]
 CHECKS: dict[str, Check] = {}
@@ -55,7 +55,7 @@ def competitive_with_gpm(evidence: Evidence) -> Outcome:
     points = 100 * (gpm["acc_mean"] - lance["acc_mean"])
     return Outcome(
         f"Permuted MNIST: GPM {100 * gpm['acc_mean']:.2f} %, LANCE {100 * lance['acc_mean']:.2f} %",
-        "reproduced" if points <= 2 else "bounded" if points <= 5 else "contradicted",
+        verdict_of_points(points),
         f"{points:.1f} points below GPM; the benchmark of the paper is Split CIFAR-100, which has not been run here",
     )
 

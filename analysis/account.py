@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from analysis.rules import elementwise, norms, products  # noqa: F401  (they register their rules)
@@ -100,7 +101,8 @@ class CostCache:
     def of(self, step: Executed) -> tuple[OpCost, list[Saved]]:
         """The cost of one record in its place, and what PyTorch keeps; all records before it must have been asked."""
         if step.segment is not None:
-            return cost_inside(step, self.memory), cost_inside(step, self.in_pytorch).pytorch
+            self.in_pytorch.follow(step.record)
+            return cost_inside(step, self.memory), []
         key = id(step.record), step.on_tape
         found = self.costs.get(key)
         if found is None:
@@ -203,14 +205,19 @@ def row_names(records: Sequence[OpRecord]) -> list[str]:
 
     The last record is the loss.
     """
+    return list(_names(tuple([(record.path, record.op) for record in records])))
+
+
+@lru_cache(maxsize=32)
+def _names(places: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """Of operations by path and kind; most methods run the same."""
     ops: dict[str, set[str]] = {}
-    for record in records[:-1]:
-        ops.setdefault(record.path, set()).add(record.op)
+    for path, op in places[:-1]:
+        ops.setdefault(path, set()).add(op)
     names: list[str] = []
     times: Counter[str] = Counter()
-    for record in records[:-1]:
-        path = record.path or "(root)"
-        name = path if record.path and len(ops[record.path]) == 1 else f"{path}/{record.op}"
+    for path, op in places[:-1]:
+        name = path if path and len(ops[path]) == 1 else f"{path or '(root)'}/{op}"
         times[name] += 1
         names.append(name if times[name] == 1 else f"{name}#{times[name]}")
-    return [*names, "loss"] if records else []
+    return (*names, "loss") if places else ()

@@ -33,6 +33,10 @@ DEFAULT_INPUT = {
 """Shape of one input for nets that are not for 224-pixel images."""
 
 
+class CannotRunError(ValueError):
+    """A net that does not run on an input of the shape that was asked for."""
+
+
 @dataclass(frozen=True)
 class TracedStep:
     """One training step of a net as its op records, the loss last.
@@ -196,15 +200,19 @@ def step_records(
 
     Raises
     ------
+    CannotRunError
+        If the input does not fit the net.
     ValueError
-        If the input does not fit the net, or its output is not (batch, classes).
+        If its output is not (batch, classes).
     """
     with record(net) as records:
         try:
             logits = net(Tensor.meta((batch, *input_shape), dtype))
         except Exception as error:  # a user's forward() may raise anything
             words = str(error) if isinstance(error, (ValueError, TypeError, RuntimeError)) else _one_line(error)
-            raise ValueError(f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {words}") from None
+            raise CannotRunError(
+                f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {words}"
+            ) from None
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch:
             came = f"an output of shape {logits.shape}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise ValueError(f"net {name!r} gives {came}, expected a Tensor of shape ({batch}, classes)")

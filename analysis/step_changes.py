@@ -11,10 +11,11 @@ from typing import Any
 import lance_ref
 from analysis.account import WEIGHTED
 from analysis.methods import MethodStep, NotApplicableError
-from analysis.nets import TracedStep, step_records
+from analysis.nets import CannotRunError, TracedStep, step_records
 from analysis.rules.recompute import OP, flatten, inside
 from lance_ref import nn
 from lance_ref.nn.module import Module
+from lance_ref.selection import choose
 from lance_ref.tensor import Tensor
 from lance_ref.tracing import OpRecord, Value
 
@@ -52,9 +53,19 @@ def retuned(net: Module, **changes: str) -> Iterator[None]:
 
 
 def trained_parameters(step: TracedStep, changes: Mapping[str, str]) -> set[str]:
-    """Names of the parameters that train after :func:`lance_ref.tune` with these arguments."""
-    with retuned(step.net, **changes):
-        return {name for name, parameter in step.net.named_parameters() if parameter.requires_grad}
+    """Names of the parameters that train after :func:`lance_ref.tune` with these arguments.
+
+    Raises
+    ------
+    NotApplicableError
+        If that selection does not fit the net.
+    """
+    net = step.net
+    try:
+        trains = choose(net, **{"selection": net.tuning.selection, **changes}).trains
+    except ValueError as error:
+        raise NotApplicableError(str(error)) from None
+    return {name for name, parameter in net.named_parameters() if id(parameter) in trains}
 
 
 def retrained(records: Sequence[OpRecord], trains: Collection[str]) -> list[OpRecord]:
@@ -266,6 +277,6 @@ def in_micro_batches(step: TracedStep, images: int | None) -> MethodStep:
         return MethodStep(step.records, facts={"micro_batch": images})
     try:
         records, _ = step_records(step.net, step.name, step.input_shape, images, step.dtype)
-    except ValueError as error:
+    except CannotRunError as error:
         raise NotApplicableError(f"in parts of {images}: {error}") from None
     return MethodStep(records, step.batch // images, facts={"micro_batch": images}, own_trace=True)

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lance_ref import nn
 from lance_ref.nn.module import Module
@@ -113,6 +113,39 @@ def tune(
     >>> [name for name, parameter in net.named_parameters() if parameter.requires_grad]
     ['2.bias', '4.weight', '4.bias']
     """
+    choice = choose(net, selection, train_batchnorm, parameters)
+    for parameter in net.parameters():
+        parameter.requires_grad_(id(parameter) in choice.trains)
+    for module, frozen in choice.frozen:
+        module.frozen = frozen
+    net.tuning = choice.tuning
+    return choice.tuning
+
+
+class Choice(NamedTuple):
+    """What :func:`tune` would do to a net.
+
+    Attributes
+    ----------
+    tuning : Tuning
+    trains : set of int
+        Identities of the parameters that train; no other does.
+    frozen : list of (BatchNorm2d, bool)
+        Whether each of the net is frozen.
+    """
+
+    tuning: Tuning
+    trains: set[int]
+    frozen: list[tuple[nn.BatchNorm2d, bool]]
+
+
+def choose(
+    net: Module,
+    selection: str | Sequence[str] = "last:4",
+    train_batchnorm: bool = False,
+    parameters: str = "all",
+) -> Choice:
+    """As :func:`tune`, with the net left as it is."""
     if not isinstance(net, Module):
         raise TypeError(f"net is a {type(net).__name__}, expected a lance_ref.nn.Module")
     if parameters not in PARAMETERS:
@@ -122,24 +155,22 @@ def tune(
         raise ValueError(f"net has no Conv2d or Linear layer to tune, it is a {type(net).__name__}")
     *body, head = modules
     selected = _select(body, head, selection)
-    trains = {path: module.weight for path, module in modules.items()} if parameters == "all" else _biases(net)
-    without = [path for path in selected if trains[path] is None]
+    gradients = {path: module.weight for path, module in modules.items()} if parameters == "all" else _biases(net)
+    without = [path for path in selected if gradients[path] is None]
     if without:
         raise ValueError(
             f"parameters is 'bias', but layer {without[0]!r} has no bias, nor has a BatchNorm2d behind it"
             + (f"; nor have {len(without) - 1} others" if len(without) > 1 else "")
         )
 
-    net.requires_grad_(False)
-    modules[head].requires_grad_()
+    trains = {id(parameter) for parameter in modules[head].parameters()}
     for path in selected:
-        (modules[path] if parameters == "all" else trains[path]).requires_grad_()
-    layers = tuple(path for path in body if getattr(trains[path], "requires_grad", False))
+        trains |= {id(each) for each in modules[path].parameters()} if parameters == "all" else {id(gradients[path])}
+    layers = tuple(path for path in body if id(gradients[path]) in trains)
     first = layers[0] if layers and train_batchnorm else None
-    _freeze_batchnorm(net, first, parameters)
-    tuning = Tuning(layers, head, selection if isinstance(selection, str) else tuple(selection), parameters)
-    net.tuning = tuning
-    return tuning
+    frozen = _choose_batchnorm(net, first, parameters, trains)
+    asked = selection if isinstance(selection, str) else tuple(selection)
+    return Choice(Tuning(layers, head, asked, parameters), trains, frozen)
 
 
 def _biases(net: Module) -> dict[str, Any]:
@@ -157,20 +188,28 @@ def _biases(net: Module) -> dict[str, Any]:
     return biases
 
 
-def _freeze_batchnorm(net: Module, first: str | None, parameters: str) -> None:
-    """Freeze every BatchNorm2d, except those after the layer at path ``first``; of these the bias alone may train."""
+def _choose_batchnorm(
+    net: Module, first: str | None, parameters: str, trains: set[int]
+) -> list[tuple[nn.BatchNorm2d, bool]]:
+    """Every BatchNorm2d is frozen, except those after the layer at path ``first``; of these the bias alone may train.
+
+    What trains of them is put into ``trains``, what does not is taken out.
+    """
+    frozen = []
     below = True
     for path, module in net.named_modules():
         below = below and (first is None or path != first)
         if not isinstance(module, nn.BatchNorm2d):
             continue
         if parameters == "all":
-            module.frozen = below and module.track_running_stats
-            module.requires_grad_(not below)
+            frozen.append((module, below and module.track_running_stats))
+            own = {id(parameter) for parameter in module.parameters()}
+            trains.difference_update(own) if below else trains.update(own)
         else:
-            module.frozen = module.track_running_stats
+            frozen.append((module, module.track_running_stats))
             if not below and module.bias is not None:
-                module.bias.requires_grad_()
+                trains.add(id(module.bias))
+    return frozen
 
 
 def _select(body: list[str], head: str, selection: str | Sequence[str]) -> list[str]:

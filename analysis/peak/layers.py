@@ -20,7 +20,7 @@ COLUMNS = 8 * 2**20
 """Bytes of a block of patches."""
 
 UFUNC_BUFFER = 8192
-"""Elements of a buffer of NumPy's, one for each operand that is not contiguous."""
+"""Elements of a buffer of NumPy's, at most, one for each operand that is not contiguous."""
 
 NARROW_MAP, FEW_CHANNELS = 64, 8
 """Depthwise maps up to this width, with at least so many channels, are worked on with the channels innermost."""
@@ -116,8 +116,10 @@ class Convolution:
             return g_copy + self._loops(self.x[0])
         if self.pointwise:
             return g_copy
-        padded = self._block[0] * self.x[1] * self._height * self._width * self.itemsize
-        return g_copy + padded + self._columns + 3 * UFUNC_BUFFER * self.itemsize
+        images, rows = self._block
+        padded = images * self.x[1] * self._height * self._width * self.itemsize
+        added = images * self.x[1] * rows * self.out[3]  # at each place of the kernel
+        return g_copy + padded + self._columns + 3 * min(UFUNC_BUFFER, added) * self.itemsize
 
     def weight_workspace(self, copies: int) -> int:
         """Beside the weight gradient."""

@@ -96,7 +96,9 @@ def cost_inside(item: Executed, memory: Memory) -> OpCost:
     memory : Memory
         Has followed all records before it.
     """
-    forward, cost = cost_of(item.record, memory, False), cost_of(item.record, memory, item.on_tape)
+    forward = cost = cost_of(item.record, memory, False)
+    if item.on_tape:
+        cost = cost_of(item.record, memory, True)
     return replace(
         cost,
         recompute_macs=item.runs_again * forward.forward_macs,

@@ -17,6 +17,7 @@ import lance_ref
 from analysis.cli import one_line
 from analysis.measure import compare
 from analysis.methods import METHODS, NotApplicableError
+from analysis.nets import CannotRunError
 
 if TYPE_CHECKING:
     from analysis.predict import Prediction
@@ -97,7 +98,13 @@ def validate_cell(
     from analysis.cost_model import predict
 
     shape = SHAPES.get(net, OTHER_SHAPES)
-    plain = predict(net, batch, input_shape=shape, num_classes=CLASSES, methods=["bp"], dtype=dtype, with_weights=True)
+    try:
+        plain = predict(
+            net, batch, input_shape=shape, num_classes=CLASSES, methods=["bp"], dtype=dtype, with_weights=True
+        )
+    except CannotRunError as error:  # batch norm with the statistics of one vector
+        left_out = {method: {"left_out": one_line(error)} for method in methods}
+        return {"input_shape": list(shape), "tuned_layers": [], "methods": left_out}
     outcome: dict[str, Any] = {"input_shape": list(shape), "tuned_layers": list(plain.step.tuned_layers), "methods": {}}
     for method in methods:
         try:

@@ -64,9 +64,9 @@ class MCUBlock(nn.Module):
         self.relu6 = nn.ReLU6()
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.relu6(self.expand(x)) if self.has_expand else x  # (B, hidden, H, W)
-        out = self.project(self.relu6(self.depthwise(hidden)))  # (B, C_out, H/stride, W/stride)
-        return x + out if self.use_res_connect else out
+        # (B, hidden, H, W) twice, without names: each is given back as soon as it has been used
+        out = self.project(self.relu6(self.depthwise(self.relu6(self.expand(x)) if self.has_expand else x)))
+        return x + out if self.use_res_connect else out  # (B, C_out, H/stride, W/stride)
 
 
 class MCUNet(nn.Module):

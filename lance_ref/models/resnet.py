@@ -28,9 +28,11 @@ class BasicBlock(nn.Module):
             self.downsample = nn.Sequential(_conv(C_in, C_out, 1, stride, rng), nn.BatchNorm2d(C_out))
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self._residual(x) + (self.downsample(x) if self.has_downsample else x))
+
+    def _residual(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return self.relu(out + (self.downsample(x) if self.has_downsample else x))
+        return self.bn2(self.conv2(out))
 
 
 class Bottleneck(nn.Module):
@@ -56,10 +58,12 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(_conv(C_in, C_out, 1, stride, rng), nn.BatchNorm2d(C_out))
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self._residual(x) + (self.downsample(x) if self.has_downsample else x))
+
+    def _residual(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))  # (B, width, H, W)
         out = self.relu(self.bn2(self.conv2(out)))  # (B, width, H/stride, W/stride)
-        out = self.bn3(self.conv3(out))  # (B, 4·width, H/stride, W/stride)
-        return self.relu(out + (self.downsample(x) if self.has_downsample else x))
+        return self.bn3(self.conv3(out))  # (B, 4·width, H/stride, W/stride)
 
 
 class ResNet(nn.Module):

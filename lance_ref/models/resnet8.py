@@ -43,9 +43,11 @@ class Stack(nn.Module):
             self.shortcut = _conv(C_in, C_out, 1, stride, rng)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self._residual(x) + (self.shortcut(x) if self.has_shortcut else x))
+
+    def _residual(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return self.relu(out + (self.shortcut(x) if self.has_shortcut else x))
+        return self.bn2(self.conv2(out))
 
 
 class ResNet8(nn.Module):

@@ -58,8 +58,8 @@ class SelfAttention(Module):
         H, D = self.num_heads, C // self.num_heads
         qkv = self.qkv(x).reshape(B, N, 3, H, D).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         q, k, v = qkv[0], qkv[1], qkv[2]
-        scores = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(D))  # (B, H, N, N)
-        mixed = F.softmax(scores, dim=-1) @ v  # (B, H, N, D)
+        # scores and their softmax, (B, H, N, N), without names: each is given back as soon as it has been used
+        mixed = F.softmax((q @ k.transpose(-2, -1)) * (1 / math.sqrt(D)), dim=-1) @ v  # (B, H, N, D)
         return self.proj(mixed.permute(0, 2, 1, 3).reshape(B, N, C))
 
     def extra_repr(self) -> str:

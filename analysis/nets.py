@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from lance_ref.nn.module import Module
 from lance_ref.selection import weighted_layers
 from lance_ref.tensor import Tensor
 from lance_ref.tracing import OpRecord, record
+
+T = TypeVar("T")
 
 DEFAULT_IMAGE_SIZE = 224
 DEFAULT_TUNE_LAYERS = 4
@@ -55,6 +57,8 @@ class TracedStep:
         Layers that train, the head left out.
     head : str or None
         The classifier, which always trains.
+    derived : dict
+        Other traces of the same net that a method needed once, by what they are (:meth:`remember`).
     """
 
     net: Module
@@ -64,6 +68,14 @@ class TracedStep:
     records: list[OpRecord]
     tuned_layers: tuple[str, ...]
     head: str | None
+    derived: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` gave when it was first asked for this."""
+        if key not in self.derived:
+            self.derived[key] = make()
+        found: T = self.derived[key]
+        return found
 
     @property
     def batch(self) -> int:

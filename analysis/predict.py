@@ -275,6 +275,7 @@ def _step(
 ) -> TracedStep:
     """The plain step: the one that was given, or that of a net, traced."""
     from analysis.nets import TracedStep, build, input_shape_for, trace_step
+    from lance_ref import models
 
     if isinstance(net, TracedStep):
         own = {"batch": net.batch, "input_shape": net.input_shape, "dtype": net.dtype, "image_size": None, "tune": None}
@@ -288,10 +289,28 @@ def _step(
             raise ValueError(f"{name} is {number}, expected a positive integer")
     title = net if isinstance(net, str) else type(net).__name__
     shape = input_shape_for(title, image_size, input_shape)
+    if isinstance(net, str) and net in models.names() and not with_weights:
+        asked_tune = tune if tune is None or isinstance(tune, str) else tuple(tune)
+        return _named_step(net, num_classes, shape, batch or DEFAULT_BATCH, asked_tune, dtype or "float32")
     module = build(net, num_classes, shape, not with_weights) if isinstance(net, str) else net
     if dtype is None:
         dtype = "float32" if isinstance(net, str) else str(next((p.dtype for p in net.parameters()), "float32"))
     return trace_step(module, title, shape, DEFAULT_BATCH if batch is None else batch, tune, dtype)
+
+
+@lru_cache(maxsize=16)
+def _named_step(
+    name: str,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    batch: int,
+    tune: str | tuple[str, ...] | None,
+    dtype: str,
+) -> TracedStep:
+    """The plain step of a net of ours, on shapes alone: traced once, the net left alone from then on."""
+    from analysis.nets import build, trace_step
+
+    return trace_step(build(name, num_classes, input_shape, True), name, input_shape, batch, tune, dtype)
 
 
 def _choose_ranks(

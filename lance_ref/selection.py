@@ -203,7 +203,7 @@ def _choose_batchnorm(
             continue
         if parameters == "all":
             frozen.append((module, below and module.track_running_stats))
-            own = {id(parameter) for parameter in module.parameters()}
+            own = {id(parameter) for parameter in (module.weight, module.bias) if parameter is not None}
             trains.difference_update(own) if below else trains.update(own)
         else:
             frozen.append((module, module.track_running_stats))

@@ -101,14 +101,14 @@ class Recorder:
     def value(self, tensor: Tensor) -> Value:
         """The tensor as the trace sees it: the same object at every use, unless the tensor has changed since."""
         known = self._values.get(tensor.uid)
-        dtype = _name_of_dtype(tensor.dtype)
+        dtype = _name_of_dtype(tensor._dtype)
         if known is not None and known.requires_grad == tensor.requires_grad and known.dtype == dtype:
             return known
         number = len(self._values) if known is None else known.id
         name = self._parameter_names.get(tensor.uid)
         if name is None and getattr(tensor, "is_parameter", False):
             name = f"parameter {number}"
-        value = Value(number, tensor.shape, dtype, tensor.requires_grad, name)
+        value = Value(number, tensor._shape, dtype, tensor.requires_grad, name)
         self._values[tensor.uid] = value
         return value
 

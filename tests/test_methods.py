@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -16,7 +17,7 @@ from analysis import step_changes, torch_replay
 from analysis.account import Billed, account
 from analysis.cost_model import cost, main, predict
 from analysis.measure import Comparison, compare
-from analysis.methods import METHODS, MethodStep, NotApplicableError, Settings, chosen_methods
+from analysis.methods import METHODS, MethodStep, NotApplicableError, Settings, chosen_methods, method_step
 from analysis.nets import build, step_records, trace_step
 from analysis.report import MethodCost, Report
 from analysis.rules.recompute import flatten
@@ -410,3 +411,22 @@ def test_planted_wrong_bits(monkeypatch: pytest.MonkeyPatch, differences: Callab
     assert differences("int8") == set()
     monkeypatch.setattr("analysis.method_runs.Quantized", lambda bits: Quantized(4))
     assert "tape bytes" in differences("int8")
+
+
+def test_a_net_of_ours_is_traced_once() -> None:
+    """Asked for by name, on shapes alone; with weights, or at another batch size, it is another one."""
+    first = predict("mlp", 8, methods="all")
+    assert predict("mlp", 8, methods="bp").step is first.step
+    assert predict("mlp", 4, methods="bp").step is not first.step
+    assert predict("mlp", 8, methods="bp", with_weights=True).step is not first.step
+    assert predict("mlp", 8, methods="all").report.to_json() == first.report.to_json()
+
+
+def test_what_a_step_remembers_is_its_own() -> None:
+    """Traces for checkpointing and for parts are made once; a step that trains other layers makes its own."""
+    step = predict("convnet", 8, methods="bp", with_weights=True).step
+    for method in ("checkpoint", "micro-batch"):
+        once, again = (method_step(method, step, Settings(), {}, {}) for _ in range(2))
+        assert all(a is b for a, b in zip(once.records, again.records, strict=True))
+    assert step.derived
+    assert not dataclasses.replace(step, tuned_layers=()).derived

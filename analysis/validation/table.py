@@ -84,8 +84,8 @@ def markdown(document: Mapping[str, Any]) -> str:
         f"differ, {counts['failed']:,} failed**, {counts['left_out']:,} left out. {counts['numbers']:,} numbers "
         f"compared, {counts['numbers_differing']:,} of them differ.",
         "Bytes and multiply-adds are compared layer by layer and must be equal; the peak of memory must be within "
-        f"{PEAK_SHARE:.0%}, or {OBJECT_BYTES // 1024} KiB for each operation (at most {MOST_OBJECT_BYTES // 1024}) where "
-        "that is more, for Python's own objects. Of "
+        f"{PEAK_SHARE:.0%}, or {OBJECT_BYTES // 1024} KiB for each operation (at most {MOST_OBJECT_BYTES // 1024}) "
+        "where that is more, for Python's own objects. Of "
         f"{counts['large_peaks']:,} peaks of 1 MiB or more, {counts['large_peaks_near']:,} are within "
         f"{PEAK_SHARE:.0%}. "
         + (f"PyTorch's columns were measured with PyTorch {version}." if version else "PyTorch is not installed.")

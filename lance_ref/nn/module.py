@@ -73,10 +73,10 @@ class Module:
             super().__setattr__(name, value)  # properties of a subclass included
 
     def __getattr__(self, name: str) -> Any:
+        own = self.__dict__
         for registry in ("_parameters", "_modules", "_buffers"):
-            values = self.__dict__.get(registry, {})
-            if name in values:
-                return values[name]
+            if registry in own and name in own[registry]:
+                return own[registry][name]
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __delattr__(self, name: str) -> None:
@@ -240,15 +240,16 @@ class Module:
         return lambda: self._pre_hooks.remove(hook)
 
     def __call__(self, *inputs: Any) -> Tensor:
-        tensors = tuple(Tensor(x) if isinstance(x, np.ndarray) else x for x in inputs)
+        tensors = tuple([Tensor(x) if isinstance(x, np.ndarray) else x for x in inputs])
         outer_paths, outer_path = state.module_paths, state.path
         if outer_paths is None:
             state.module_paths = self._module_paths()
         paths = state.module_paths or {}
         state.path = paths.get(id(self), outer_path)
         try:
-            for hook in tuple(self._pre_hooks):
-                hook(self, tensors)
+            if self._pre_hooks:
+                for hook in tuple(self._pre_hooks):
+                    hook(self, tensors)
             return self.forward(*tensors)
         finally:
             state.path, state.module_paths = outer_path, outer_paths

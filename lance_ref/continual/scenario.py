@@ -61,7 +61,8 @@ class Samples:
         images = self.images[indices]
         if self.permutation is None:
             return images
-        return images.reshape(len(images), -1)[:, self.permutation]  # (B, pixels)
+        # packed: an index on the second axis alone leaves the images of a batch side by side, pixel by pixel
+        return np.ascontiguousarray(images.reshape(len(images), -1)[:, self.permutation])  # (B, pixels)
 
     def limited(self, count: int | None) -> Samples:
         """At most so many, spread over the classes."""

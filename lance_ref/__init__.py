@@ -6,19 +6,23 @@ from lance_ref.autograd import no_grad
 from lance_ref.calibration import Calibration, calibrate
 from lance_ref.compression import attach, compress, restore
 from lance_ref.counting import count_macs
+from lance_ref.gradient_samples import sample_gradients
 from lance_ref.nn.init import manual_seed
+from lance_ref.planning import plan_ranks
+from lance_ref.recalibration import Recalibrator
 from lance_ref.selection import tune
 from lance_ref.subspace import Subspace
 from lance_ref.tape_report import tape
 from lance_ref.tensor import Tensor
 from lance_ref.tracing import record, trace
-from lance_ref.training import fit
+from lance_ref.training import evaluate, fit
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
     "F",
+    "Recalibrator",
     "Subspace",
     "Tensor",
     "activations",
@@ -28,6 +32,7 @@ __all__ = [
     "compress",
     "count_macs",
     "datasets",
+    "evaluate",
     "fit",
     "functional",
     "manual_seed",
@@ -35,8 +40,10 @@ __all__ = [
     "nn",
     "no_grad",
     "optim",
+    "plan_ranks",
     "record",
     "restore",
+    "sample_gradients",
     "tape",
     "trace",
     "training",

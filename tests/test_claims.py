@@ -250,6 +250,7 @@ def test_sweeps_are_compared_at_equal_bytes(tmp_path: Path) -> None:
         point("no batch 0.7", uniform, 0.72, 200), point("no batch 0.9", uniform, 0.72, 500),
         point("bp", "bp", 0.75, 90, 8), point("head-only", "head-only", 0.69, 8, 8),
         point("planned 50 KiB", "planned", 0.74, 50, 8), point("planned 12.5 KiB", "planned", 0.60, 12.5, 8),
+        point("planned 400 KiB", "planned", 0.76, 400, 8),
     ]  # fmt: skip
     evidence = write(tmp_path, "sweep_cifar10", points=points)
     assert evaluate(CLAIMS["batch-mode-sweep"], evidence).outcome.verdict == "bounded"  # one of two thresholds

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.cli import OneLineParser, check_writable, run_command
+from analysis.cli import NET_HELP, OneLineParser, check_writable, run_command
 from analysis.methods import METHODS, Settings
 from analysis.predict import (
     DEFAULT_BASIS_BATCHES,
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--net", required=True, help="name of a built-in net, pkg.module:factory, or a file.onnx")
+    p.add_argument("--net", required=True, help=NET_HELP)
     p.add_argument("--batch", type=int, default=DEFAULT_BATCH, help="images per step")
     p.add_argument("--image-size", type=int, help="height and width in pixels (224 for most nets)")
     p.add_argument("--input-shape", help="C,H,W or N, without the batch; in place of --image-size")

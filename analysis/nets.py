@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
@@ -33,6 +34,9 @@ DEFAULT_INPUT = {
     "resnet8": (3, 32, 32),
 }
 """Shape of one input for nets that are not for 224-pixel images."""
+WIDTHS = ("mobilenetv2", "mobilenetv3-small")
+"""Nets whose channels can be multiplied by a number, written ``name@0.5``."""
+MAX_WIDTH = 16
 
 
 class CannotRunError(ValueError):
@@ -108,7 +112,7 @@ def build(name: str, num_classes: int, input_shape: tuple[int, ...], without_wei
     ----------
     name : str
         One of ``lance_ref.models.names()``, a file ``*.onnx``, or ``pkg.module:factory``. The factory is called with
-        ``num_classes=`` if it takes that, else with nothing.
+        ``num_classes=`` if it takes that, else with nothing. ``mobilenetv2@0.35`` has 0.35 times the channels.
     num_classes : int
     input_shape : tuple of int
         The small built-in nets are made for it.
@@ -126,10 +130,13 @@ def build(name: str, num_classes: int, input_shape: tuple[int, ...], without_wei
         return OnnxNet(name, with_weights=not without_weights)
     if ":" in name:
         return _call_factory(name, num_classes)
-    if name not in lance_ref.models.names():
+    base, at, width = name.partition("@")
+    if base not in lance_ref.models.names():
         known = ", ".join(lance_ref.models.names())
         raise ValueError(f"unknown net {name!r}, expected one of {known}, pkg.module:factory, or a file.onnx")
     options: dict[str, Any] = {"num_classes": num_classes}
+    if at:
+        options["width"] = _width(name, base, width)
     if name == "mlp":
         options["in_features"] = int(np.prod(input_shape))
     if name == "convnet":
@@ -137,7 +144,19 @@ def build(name: str, num_classes: int, input_shape: tuple[int, ...], without_wei
     if name.startswith("deit-"):
         options["image_size"] = input_shape[-1]
     with shapes_only() if without_weights else nullcontext():
-        return lance_ref.models.create(name, **options)
+        return lance_ref.models.create(base, **options)
+
+
+def _width(name: str, base: str, text: str) -> float:
+    if base not in WIDTHS:
+        raise ValueError(f"net is {name!r}, but only {' and '.join(WIDTHS)} come in several widths")
+    try:
+        width = float(text)
+    except ValueError:
+        width = math.nan
+    if not 0 < width <= MAX_WIDTH:
+        raise ValueError(f"net is {name!r}, expected {base}@WIDTH with a number above 0, up to {MAX_WIDTH}")
+    return width
 
 
 def _call_factory(name: str, num_classes: int) -> Module:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from analysis.cli import OneLineParser, check_counts, check_writable, run_command
+from analysis.cli import NET_HELP, OneLineParser, check_counts, check_writable, run_command
 from analysis.methods import METHODS, chosen_methods
 from analysis.planning.options import (
     ASSUMED_FRACTION,
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         "predicted gradient fidelity; what does not fit, and by how much.",
         allow_abbrev=False,
     )
-    p.add_argument("--net", required=True, help="name of a built-in net, pkg.module:factory, or a file.onnx")
+    p.add_argument("--net", required=True, help=NET_HELP)
     p.add_argument("--budget", required=True, help="of RAM: 256KiB, 1.5MiB, 300000B")
     p.add_argument("--flops-at-most", help="of backpropagation through the same layers with the same batch: 1.5x")
     p.add_argument("--spectra", help="file of measured spectra, from python -m analysis.spectra")

@@ -123,8 +123,8 @@ def cost(
     Parameters
     ----------
     net : str, Module or TracedStep
-        A name of ``lance_ref.models.names()``, ``pkg.module:factory``, or a net, which is tuned in place
-        and left in training mode; or a step that was traced already (:func:`analysis.nets.trace_step`).
+        A name of ``lance_ref.models.names()`` (``mobilenetv2@0.35``: of that width), ``pkg.module:factory``, or a net,
+        which is tuned in place and left in training mode; or a step that was traced already (:func:`analysis.nets.trace_step`).
     batch : int, optional
         Images of a step, 128 by default; a traced step has its own, and its own shapes, dtype and tuning.
     method : str or sequence of str, optional
@@ -289,7 +289,7 @@ def _step(
             raise ValueError(f"{name} is {number}, expected a positive integer")
     title = net if isinstance(net, str) else type(net).__name__
     shape = input_shape_for(title, image_size, input_shape)
-    if isinstance(net, str) and net in models.names() and not with_weights:
+    if isinstance(net, str) and net.partition("@")[0] in models.names() and not with_weights:
         asked_tune = tune if tune is None or isinstance(tune, str) else tuple(tune)
         return _named_step(net, num_classes, shape, batch or DEFAULT_BATCH, asked_tune, dtype or "float32")
     module = build(net, num_classes, shape, not with_weights) if isinstance(net, str) else net

@@ -91,6 +91,11 @@ def test_factories_of_the_current_folder(capsys: pytest.CaptureFixture[str], fol
 BAD = {
     "no net": ([], "--net"),
     "unknown net": (["--net", "vgg"], "mobilenetv2"),
+    "width of a net without": (["--net", "resnet18@0.5"], "mobilenetv2 and mobilenetv3-small"),
+    "width that is no number": (["--net", "mobilenetv2@wide"], "mobilenetv2@WIDTH"),
+    "no width": (["--net", "mobilenetv2@"], "mobilenetv2@WIDTH"),
+    "width of nan": (["--net", "mobilenetv2@nan"], "up to 16"),
+    "enormous width": (["--net", "mobilenetv2@1e6"], "up to 16"),
     "no such module": (["--net", "no_such_package.module:factory"], "no_such_package"),
     "no such factory": (["--net", "own_nets:missing"], "missing"),
     "half a factory": (["--net", "own_nets:"], "pkg.module:factory"),

@@ -432,3 +432,13 @@ def test_what_a_step_remembers_is_its_own() -> None:
         assert all(step.derived[key] is traces[key] for key in traces)
     assert len(step.derived) == 2
     assert not dataclasses.replace(step, tuned_layers=()).derived
+
+
+def test_a_width_goes_with_the_name() -> None:
+    """The net of that width, and no ranks measured on another one."""
+    named = cost("mobilenetv2@0.35", batch=4, image_size=64, num_classes=10)
+    net = models.create("mobilenetv2", num_classes=10, width=0.35)
+    given = cost(net, batch=4, image_size=64)
+    assert named.totals == given.totals
+    assert named.net == "mobilenetv2@0.35"
+    assert "assumed" in cost("mobilenetv2@0.35", batch=4).ranks_from

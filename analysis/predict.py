@@ -124,7 +124,8 @@ def cost(
     ----------
     net : str, Module or TracedStep
         A name of ``lance_ref.models.names()`` (``mobilenetv2@0.35``: of that width), ``pkg.module:factory``, or a net,
-        which is tuned in place and left in training mode; or a step that was traced already (:func:`analysis.nets.trace_step`).
+        which is tuned in place and left in training mode; or a step that was traced already
+        (:func:`analysis.nets.trace_step`).
     batch : int, optional
         Images of a step, 128 by default; a traced step has its own, and its own shapes, dtype and tuning.
     method : str or sequence of str, optional

@@ -22,6 +22,7 @@ import numpy as np
 
 from lance_ref import kernels
 from lance_ref.counting import matmul
+from lance_ref.frame import feature_mode
 from lance_ref.geometry import WORKSPACE_BYTES, ConvGeometry, Geometry, LinearGeometry
 from lance_ref.tensor import Shape
 from lance_ref.tucker import contraction_order, multi_mode_product
@@ -62,6 +63,22 @@ def project(activation: np.ndarray, factors: Factors) -> np.ndarray:
             transposed[2:] = [None, None]
     core = multi_mode_product(activation, transposed)
     return core.copy() if core.base is not None or core is activation else core
+
+
+def project_mean(mean: np.ndarray, factors: Factors, shape: Shape) -> np.ndarray:
+    """The core of an activation of that shape that is ``mean`` (one number per feature) at every place.
+
+    It has rank one: S = (U_1ᵀ1) ∘ (U_2ᵀμ) ∘ (U_3ᵀ1) ∘ (U_4ᵀ1).
+
+    Returns
+    -------
+    Array of the ranks' shape.
+    """
+    core = np.ones((), mean.dtype)
+    for mode, (n, U) in enumerate(zip(shape, factors, strict=True)):
+        vector = mean if mode == feature_mode(shape) else np.ones(n, mean.dtype)
+        core = np.multiply.outer(core, vector if U is None else (U * vector[:, None]).sum(axis=0))
+    return core
 
 
 def papers_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray, geometry: ConvGeometry) -> np.ndarray:

@@ -14,6 +14,7 @@ from strategies import arrays, conv_geometries, linear_geometries, ranks_for
 import lance_ref as lr
 from lance_ref import F, Subspace, nn, projection, tape
 from lance_ref.activations import Lance
+from lance_ref.activations import lance as lance_module
 from lance_ref.activations.quantized import dequantise, quantise
 from lance_ref.activations.sketch import sketch_variance
 from lance_ref.frame import Frame, along, feature_mode
@@ -344,3 +345,20 @@ def test_centring_leaves_the_activation_as_it_was() -> None:
     space = replace(Subspace.random((4, 3), (2, 2), np.random.default_rng(1)), frame=Frame(None, np.ones(3)))
     Lance(space).save(x)
     np.testing.assert_array_equal(x, before)
+
+
+@given(g=layers, data=st.data(), seed=st.integers(0, 99))
+def test_the_core_is_that_of_the_activation_without_its_mean(g: Any, data: Any, seed: int) -> None:
+    """A − μ is not laid out, one image at a time here for its energy; core and share kept are as if it were."""
+    x, _, _ = arrays(g, seed, np.float64)
+    ranks = data.draw(ranks_for(x.shape))
+    mean = np.random.default_rng(seed + 1).standard_normal(x.shape[feature_mode(x.shape)])
+    space = replace(Subspace.random(x.shape, ranks, np.random.default_rng(seed)), frame=Frame(None, mean))
+    store = Lance(space, dtype=np.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lance_module, "WORKSPACE_BYTES", 1)
+        core = store.save(x)["core"]
+    rest = x - along(mean, x.shape)
+    np.testing.assert_allclose(core, projection.project(rest, store.factors), rtol=1e-9, atol=1e-9)
+    expected = np.vdot(core, core) / np.vdot(rest, rest)
+    np.testing.assert_allclose(store.energy_kept, expected, rtol=1e-9)

@@ -231,10 +231,13 @@ def _lance_ranks(call: Call) -> Ranks:
 
 def _lance_save(call: Call, layer: Layer) -> int:
     store, shape, ranks = call.record.attributes["store"], call.record.inputs[0].shape, _lance_ranks(call)
-    most = projecting(shape, ranks)
+    most, core = projecting(shape, ranks), tucker_costs.core_elements(shape, ranks)
     if "core_bits" in store:
-        most = max(most, 3 * tucker_costs.core_elements(shape, ranks))
-    return (most + (call.n_in if store.get("centred") else 0)) * call.itemsize
+        most = max(most, 3 * core)
+    if store.get("centred"):  # the core of the mean; then the activation without it, a few images at a time
+        image = call.n_in // shape[0]
+        most = max(most, 2 * core, core + min(max(BLOCK_BYTES // (image * call.itemsize), 1), shape[0]) * image)
+    return most * call.itemsize
 
 
 def _lance_weight(call: Call, layer: Layer, g: Layout) -> int:

@@ -13,7 +13,7 @@ from lance_ref.activations.base import ActivationStore
 from lance_ref.activations.quantized import checked_bits, dequantise, quantise
 from lance_ref.activations.sketch import BatchSketch
 from lance_ref.frame import along, feature_mode
-from lance_ref.geometry import Geometry, LinearGeometry
+from lance_ref.geometry import WORKSPACE_BYTES, Geometry, LinearGeometry
 from lance_ref.tensor import FLOATS, Shape
 
 if TYPE_CHECKING:
@@ -191,10 +191,13 @@ class Lance(ActivationStore):
             raise TypeError(f"activation has dtype {activation.dtype}, but the factors were made for {self.dtype}")
         self._batch = len(activation)
         seed = {} if self.sketch is None else {"seed": self.sketch.next_seed()}
-        if self.mean is not None:
-            activation = activation - along(self.mean, activation.shape)
-        core = projection.project(activation, self._factors(seed, len(activation)))
-        self.energy_kept = energy_ratio(core, activation)
+        factors = self._factors(seed, len(activation))
+        core = projection.project(activation, factors)
+        if self.mean is None:
+            self.energy_kept = energy_ratio(core, activation)
+        else:  # A − μ is never laid out whole: its core is that of A less that of μ
+            core -= projection.project_mean(self.mean, factors, activation.shape)
+            self.energy_kept = _ratio(core, _energy_around(self.mean, activation))
         return {**self._packed(core), **seed}
 
     def weight_gradient(
@@ -234,8 +237,22 @@ class Lance(ActivationStore):
 
 def energy_ratio(core: np.ndarray, activation: np.ndarray) -> float | None:
     """‖S‖² / ‖A‖², or None for an activation of zeros."""
-    total = float(np.vdot(activation, activation))
+    return _ratio(core, float(np.vdot(activation, activation)))
+
+
+def _ratio(core: np.ndarray, total: float) -> float | None:
     return float(np.vdot(core, core)) / total if total > 0 else None
+
+
+def _energy_around(mean: np.ndarray, activation: np.ndarray) -> float:
+    """‖A − μ‖², a few images at a time."""
+    images = max(1, WORKSPACE_BYTES // max(activation[:1].nbytes, 1))
+    blocks = (activation[start : start + images] for start in range(0, len(activation), images))
+    return sum(_energy(block - along(mean, activation.shape)) for block in blocks)
+
+
+def _energy(array: np.ndarray) -> float:
+    return float(np.vdot(array, array))
 
 
 def _range_mode(core_shape: Shape) -> int | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
+from collections.abc import Sequence
 
 from analysis.rules import tucker_costs
 from analysis.rules.op_cost import Call, Saved, fresh
 from analysis.rules.stores.base import StoreCost, conv_sizes, store_rule
 from analysis.rules.stores.quantized import DEQUANTISE_OPERATIONS, QUANTISE_OPERATIONS, codes
 from analysis.rules.stores.sketch import directions, drawing_elementwise, drawing_macs, seed
+from analysis.rules.tucker_costs import Ranks
 
 
 @store_rule("exact")
@@ -52,6 +56,7 @@ def lance(call: Call, macs: int) -> StoreCost:
     if store.get("centred"):
         mean = shape[1] if len(shape) == 4 else shape[-1]
         mean_macs, mean_elementwise = of_mean(call)
+        mean_elementwise += core_of_mean(shape, ranks)
         grad_weight, paper_grad_weight = grad_weight + mean_macs, paper_grad_weight + mean_macs
     return StoreCost(
         grad_weight_macs=grad_weight,
@@ -83,6 +88,17 @@ def of_mean(call: Call) -> tuple[int, int]:
     C_out, _, k_h, k_w = weight
     H_out, W_out = call.record.output.shape[2:]
     return C_out * H_out * W_out * k_w + C_out * H_out * k_h * k_w + elements, elementwise
+
+
+def core_of_mean(shape: Sequence[int], ranks: Ranks) -> int:
+    """Operations of making the core of the mean, one vector for each mode and their outer product, and taking it off.
+
+    >>> core_of_mean((4, 3), (2, None))  # (4·2 products and sums), 2 + 2·3, and 2·3
+    30
+    """
+    vectors = sum(2 * n * r for n, r in zip(shape, ranks, strict=True) if r is not None)
+    outer = list(itertools.accumulate(tucker_costs.core_shape(shape, ranks), operator.mul))
+    return vectors + sum(outer) + outer[-1]
 
 
 def kept_of_core(call: Call, shape: tuple[int, ...], bits: int | None) -> tuple[Saved, ...]:

@@ -15,6 +15,7 @@ Two orders of contraction give the same result:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -29,6 +30,9 @@ from lance_ref.tucker import contraction_order, multi_mode_product
 
 Factors = Sequence[np.ndarray | None]
 """One (n, r) matrix with orthonormal columns per mode, or None for a mode that is left alone."""
+
+CONTRACTION_BYTES = 32 * 2**20
+"""Of the arrays between an output gradient and the weight gradient of a core."""
 
 SMALL_RANK = 8
 """Up to this rank of height and width, loops that read the activation once beat two matrix products."""
@@ -120,6 +124,9 @@ def separable_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray,
     Z = G ×₁ U_1ᵀ ×₃ [U_3^(p)]ᵀ ×₄ [U_4^(q)]ᵀ  ∈ (r1, C_out, k_h·r3, k_w·r4), in the cheapest order;
     dW[o,:,p,q] = U_2 Σ_{a,i,j} Z[a, o, (p,i), (q,j)] · S[a, :, i, j].
 
+    Output channels do not meet in any of it; where Z and what comes before it would take more than
+    :data:`CONTRACTION_BYTES`, they are worked on a few at a time.
+
     Returns
     -------
     (C_out, C_in/g, k_h, k_w)
@@ -130,22 +137,52 @@ def separable_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray,
     rows = shifted_rows(U_height, geometry, axis=0)  # (H_out, k_h·r3)
     columns = shifted_rows(U_width, geometry, axis=1)  # (W_out, k_w·r4)
     dtype = grad_output.dtype
-    Z = multi_mode_product(
-        grad_output,
-        (
-            None if U_batch is None else U_batch.T,
-            None,
-            rows.T.astype(dtype, copy=False),
-            columns.T.astype(dtype, copy=False),
-        ),
-    )  # (r1, C_out, k_h·r3, k_w·r4)
-    Z = Z.reshape(r1, C_out, k_h, r3, k_w, r4).transpose(1, 2, 4, 0, 3, 5)  # (C_out, k_h, k_w, r1, r3, r4)
+    batch = None if U_batch is None else U_batch.T
+    products = (batch, None, rows.T.astype(dtype, copy=False), columns.T.astype(dtype, copy=False))
     g = 1 if U_channel is not None else geometry.groups
     S = core.reshape(r1, g, c // g, r3, r4).transpose(1, 0, 3, 4, 2).reshape(g, r1 * r3 * r4, c // g)
-    narrow = matmul(Z.reshape(g, -1, r1 * r3 * r4), S).reshape(C_out, k_h, k_w, c // g)
-    if U_channel is None:
-        return np.ascontiguousarray(narrow.transpose(0, 3, 1, 2))
-    return _expand_channels(narrow, U_channel, geometry)
+
+    def contract(channels: slice, groups: slice) -> np.ndarray:
+        Z = multi_mode_product(grad_output[:, channels], products)  # (r1, o, k_h·r3, k_w·r4)
+        o, own = Z.shape[1], S if U_channel is not None else S[groups]
+        Z = Z.reshape(r1, o, k_h, r3, k_w, r4).transpose(1, 2, 4, 0, 3, 5)  # (o, k_h, k_w, r1, r3, r4)
+        narrow = matmul(Z.reshape(len(own), -1, r1 * r3 * r4), own).reshape(o, k_h, k_w, c // g)
+        if U_channel is None:
+            return np.ascontiguousarray(narrow.transpose(0, 3, 1, 2))
+        del Z
+        return _expand_channels(narrow, U_channel, geometry, groups)
+
+    at_a_time = channels_at_a_time(geometry, core.shape, U_batch is not None, dtype.itemsize)
+    if at_a_time == C_out:
+        return contract(slice(None), slice(None))
+    gradient = np.empty(geometry.weight_shape, dtype)
+    for start in range(0, C_out, at_a_time):
+        stop = min(start + at_a_time, C_out)
+        groups = slice(start * geometry.groups // C_out, -(-stop * geometry.groups // C_out))
+        gradient[start:stop] = contract(slice(start, stop), groups)
+    return gradient
+
+
+def channels_at_a_time(geometry: ConvGeometry, core_shape: Shape, batch: bool, itemsize: int) -> int:
+    """Output channels that :func:`separable_order` works on at a time: all, or whole groups in the workspace.
+
+    Parameters
+    ----------
+    batch : bool
+        Whether the batch mode is compressed.
+    """
+    B, C_out, H_out, W_out = geometry.output_shape
+    k_h, k_w = geometry.weight_shape[2:]
+    r1, _, r3, r4 = core_shape
+    ranks = (r1 if batch else None, None, k_h * r3, k_w * r4)
+    sizes, elements = [B, 1, H_out, W_out], [B * H_out * W_out]  # of one channel: its slice of G, then each product
+    for mode in contraction_order(sizes, ranks):
+        sizes[mode] = ranks[mode] or 1
+        elements.append(math.prod(sizes))
+    most = max(*(a + b for a, b in itertools.pairwise(elements)), 2 * elements[-1])  # Z is laid out once more
+    fit = CONTRACTION_BYTES // (most * itemsize)
+    unit = 1 if geometry.groups == 1 else C_out // geometry.groups
+    return C_out if fit >= C_out else max(fit // unit, 1) * unit
 
 
 def shifted_rows(factor: np.ndarray | None, geometry: ConvGeometry, axis: int) -> np.ndarray:
@@ -173,13 +210,17 @@ def shifted_rows(factor: np.ndarray | None, geometry: ConvGeometry, axis: int) -
     return rows.reshape(n_out, -1)
 
 
-def _expand_channels(narrow: np.ndarray, U_channel: np.ndarray, geometry: ConvGeometry) -> np.ndarray:
-    """dW = Z ×₂ U_2, each group with its own rows of U_2: (C_out, k_h, k_w, r2) -> (C_out, C_in/g, k_h, k_w)."""
-    C_out, width, k_h, k_w = geometry.weight_shape
-    g, r2 = geometry.groups, narrow.shape[-1]
-    rows = U_channel.reshape(g, width, r2).transpose(0, 2, 1)  # (g, r2, C_in/g)
-    wide = matmul(narrow.reshape(g, -1, r2), rows)  # (g, C_out/g·k_h·k_w, C_in/g)
-    return np.ascontiguousarray(wide.reshape(C_out, k_h, k_w, width).transpose(0, 3, 1, 2))
+def _expand_channels(
+    narrow: np.ndarray, U_channel: np.ndarray, geometry: ConvGeometry, groups: slice = slice(None)
+) -> np.ndarray:
+    """dW = Z ×₂ U_2, each group with its own rows of U_2: (o, k_h, k_w, r2) -> (o, C_in/g, k_h, k_w).
+
+    ``groups``: those of the o output channels.
+    """
+    (o, k_h, k_w, r2), width = narrow.shape, geometry.weight_shape[1]
+    rows = U_channel.reshape(geometry.groups, width, r2).transpose(0, 2, 1)[groups]  # (groups, r2, C_in/g)
+    wide = matmul(narrow.reshape(len(rows), -1, r2), rows)  # (groups, o/groups·k_h·k_w, C_in/g)
+    return np.ascontiguousarray(wide.reshape(o, k_h, k_w, width).transpose(0, 3, 1, 2))
 
 
 def linear_weight_gradient(

@@ -54,6 +54,37 @@ def test_any_rank_equals_the_gradient_of_the_reconstruction(data: Any, g: Any, s
     np.testing.assert_allclose(gradient(g, store, x, grad_output), expected, rtol=1e-10, atol=1e-10)
 
 
+@given(data=st.data(), g=conv_geometries(), seed=st.integers(0, 99), channels=st.integers(1, 3))
+def test_the_separable_order_a_few_output_channels_at_a_time(data: Any, g: Any, seed: int, channels: int) -> None:
+    """Any geometry and groups: the same gradient, by as many multiply-adds."""
+    ranks = data.draw(ranks_for(g.input_shape))
+    x, _, grad_output = arrays(g, seed)
+    store = random_store(g.input_shape, ranks, "separable", seed)
+    saved = store.save(x)
+    gradients, macs = [], []
+    for at_a_time in (g.weight_shape[0], channels * g.weight_shape[0] // g.groups if g.groups > 1 else channels):
+        with pytest.MonkeyPatch.context() as patch:
+            limited = min(at_a_time, g.weight_shape[0])
+            patch.setattr(projection, "channels_at_a_time", lambda *arguments, limited=limited: limited)
+            with count_macs() as counter:
+                gradients.append(store.weight_gradient(saved, grad_output, g))
+        macs.append(sum(counter.macs.values()))
+    np.testing.assert_allclose(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
+    assert macs[0] == macs[1]
+
+
+def test_output_channels_at_a_time_are_whole_groups() -> None:
+    """Within the workspace, and at least one group; all of them where they fit."""
+    g = ConvGeometry((16, 24, 20, 20), (48, 4, 3, 3), groups=6)
+    core = (8, 12, 5, 5)
+    whole = projection.channels_at_a_time(g, core, True, 4)
+    assert whole == 48
+    with pytest.MonkeyPatch.context() as patch:
+        for limit, expected in ((1, 8), (10**6, 32)):  # a slice of G and the product after it: 5,184 + 2,592 numbers
+            patch.setattr(projection, "CONTRACTION_BYTES", limit)
+            assert projection.channels_at_a_time(g, core, True, 4) == expected
+
+
 @given(data=st.data(), g=layers, seed=st.integers(0, 99))
 def test_a_mode_left_alone_equals_a_full_rank_mode(data: Any, g: Any, seed: int) -> None:
     """None and the full rank differ in cost, never in the gradient."""

@@ -16,13 +16,14 @@ import lance_ref
 from analysis.account import account
 from analysis.peak import layers as peak_layers
 from analysis.peak import rules as peak_rules
+from analysis.peak import stores as peak_stores
 from analysis.peak.lifetimes import lifetimes
 from analysis.peak.memory import Peak, measure_peak, peak
 from analysis.peak.simulation import Ledger
 from analysis.rules.layouts import Storage
 from analysis.rules.op_cost import MissingRuleError
 from lance_ref import functional as F
-from lance_ref import models, nn, record
+from lance_ref import models, nn, projection, record
 from lance_ref.activations import Asi, GradientFilter, Hosvd, Lance, Quantized
 from lance_ref.functional.blocks import BLOCK_ELEMENTS, blockwise
 from lance_ref.kernels import numba_enabled
@@ -183,6 +184,24 @@ def test_every_store(name: str, kind: str) -> None:
     for path, shape in inputs.items():
         net.get_submodule(path).store = stored(kind, shape)
     check(net, images, labels)
+
+
+@compiled
+@pytest.mark.parametrize("groups", [128, 8, 1])
+def test_weight_gradients_of_cores_in_blocks(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few output channels at a time, where their products would not fit the workspace: less at the peak."""
+    middle = nn.Conv2d(128, 128, 5, padding=2, groups=groups, rng=0)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10, rng=0))
+    net = nn.Sequential(nn.Conv2d(3, 128, 1, rng=0), middle, head)
+    lance_ref.tune(net, "1")
+    images, labels = np.random.default_rng(0).standard_normal((16, 3, 16, 16)).astype(np.float32), np.arange(16) % 10
+    middle.store = Lance(Subspace.random((16, 128, 16, 16), (9, 20, 9, 9), np.random.default_rng(1)), "separable")
+    whole = check(net, images, labels)
+    assert whole.at == "1"
+    assert projection.CONTRACTION_BYTES == peak_stores.CONTRACTION_BYTES
+    for module in (projection, peak_stores):
+        monkeypatch.setattr(module, "CONTRACTION_BYTES", 2**20)
+    assert check(net, images, labels).peak_bytes < 0.75 * whole.peak_bytes
 
 
 @compiled

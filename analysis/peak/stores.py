@@ -20,6 +20,9 @@ from analysis.rules.stores import conv_sizes
 BLOCK_BYTES = 8 * 2**20
 """Of activations that are worked on a few images at a time."""
 
+CONTRACTION_BYTES = 32 * 2**20
+"""Of the arrays between an output gradient and the weight gradient of a core."""
+
 UNFOLDED_BYTES = 4 * 2**20
 """Of a block of an unfolding."""
 
@@ -124,19 +127,21 @@ def chain(shape: Sequence[int], ranks: Ranks) -> tuple[int, int]:
     >>> chain((4, 10), (3, 1)), chain((4, 10), (None, None))  # 4 and 3 at the same time
     ((7, 3), (0, 0))
     """
-    targets = [(mode, rank) for mode, rank in enumerate(ranks) if rank is not None]
-    best: tuple[int, list[int]] | None = None
-    for order in permutations(targets):
-        sizes, elements, macs = list(shape), [], 0
-        for mode, rank in order:
-            macs += math.prod(sizes) * rank
-            sizes[mode] = rank
-            elements.append(math.prod(sizes))
-        if best is None or macs < best[0]:
-            best = macs, elements
-    assert best is not None
-    elements = [0, *best[1]]
-    return max((a + b for a, b in pairwise(elements)), default=0), elements[-1]
+    elements = stages(shape, ranks)
+    return _at_a_time(elements), elements[-1] if elements else 0
+
+
+def stages(shape: Sequence[int], ranks: Ranks) -> list[int]:
+    """Elements after each mode product, in the cheapest order.
+
+    >>> stages((4, 10), (3, 1))
+    [4, 3]
+    """
+    sizes, elements = list(shape), []
+    for mode in cheapest_first(shape, ranks):
+        sizes[mode] = ranks[mode] or 0
+        elements.append(math.prod(sizes))
+    return elements
 
 
 def cheapest_first(shape: Sequence[int], ranks: Ranks) -> list[int]:
@@ -210,12 +215,19 @@ def _separable(call: Call, ranks: Ranks) -> int:
     C_out, width, k_h, k_w = call.record.inputs[1].shape
     shape = call.record.inputs[0].shape
     r1, c, r3, r4 = tucker_costs.core_shape(shape, ranks)
-    making, Z = chain(call.record.output.shape, (ranks[0], None, k_h * r3, k_w * r4))
-    core = r1 * c * r3 * r4
-    narrow = C_out * k_h * k_w * (c if ranks[1] is not None else width)
-    weights = C_out * width * k_h * k_w
-    late = Z + core + narrow + (0 if ranks[1] is None else weights)
-    return max(max(making, 2 * Z + core + narrow) - weights, late) * call.itemsize
+    B, _, H_out, W_out = call.record.output.shape
+    groups = conv_sizes(call).groups
+    # of one output channel: its slice of the output gradient, then what each product gives
+    steps = [B * H_out * W_out, *stages((B, 1, H_out, W_out), (ranks[0], None, k_h * r3, k_w * r4))]
+    Z, narrow, wide = steps[-1], k_h * k_w * (width if ranks[1] is None else c), width * k_h * k_w
+    fit = CONTRACTION_BYTES // (max(_at_a_time(steps), 2 * Z) * call.itemsize)
+    late = narrow + (0 if ranks[1] is None else wide)  # and the gradient in the order of the weight
+    if fit >= C_out:
+        working = C_out * max(max(_at_a_time(steps[1:]), 2 * Z + narrow) - wide, late)
+    else:  # a few channels at a time, each with a copy of its slice
+        unit = 1 if groups == 1 else C_out // groups
+        working = max(fit // unit, 1) * unit * max(_at_a_time(steps), 2 * Z + narrow, late + wide)
+    return (r1 * c * r3 * r4 + working) * call.itemsize
 
 
 # ---- LANCE -----------------------------------------------------------------------------------

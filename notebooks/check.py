@@ -76,7 +76,8 @@ def structure_faults(notebook: Notebook) -> list[str]:
     if "You need:" not in source(cells[0]):
         faults.append("the first cell does not say what one needs ('You need: …')")
     first = source(code[0])
-    if not re.search(r'^if importlib\.util\.find_spec\("lance_ref"\) is None:.*\n.*"pip", "install"', first, re.M):
+    install = r'^if importlib\.util\.find_spec\("lance_ref"\) is None:.*\n(?: {4}.*\n)* {4}.*"pip", "install"'
+    if not re.search(install, first, re.M):
         faults.append("the first code cell does not install lance_ref where, and only where, it is missing")
     for number, cell in enumerate(code, 1):
         lines = len(source(cell).splitlines())

@@ -12,15 +12,12 @@ import os
 from dataclasses import dataclass
 
 from analysis.peak.rules import Backward, backward, forward, like_input, new, packing, reshaping
-from analysis.peak.stores import STORES, Layer
+from analysis.peak.stores import STORES, UFUNC_BUFFER, Layer
 from analysis.rules.layouts import Layout
 from analysis.rules.op_cost import Call
 
 COLUMNS = 8 * 2**20
 """Bytes of a block of patches."""
-
-UFUNC_BUFFER = 8192
-"""Elements of a buffer of NumPy's, at most, one for each operand that is not contiguous."""
 
 NARROW_MAP, FEW_CHANNELS = 64, 8
 """Depthwise maps up to this width, with at least so many channels, are worked on with the channels innermost."""
@@ -157,7 +154,8 @@ def weighted(call: Call) -> int:
     else:
         workspace = reshaping(layout, (x.size // x.shape[-1], x.shape[-1]), call.itemsize)
     saving = STORES[_store(call)].save(call, _layer(call)) if call.needs(1) else 0
-    return result + max(workspace, saving)
+    bias = min(UFUNC_BUFFER, call.n_out) * call.itemsize if len(call.inputs) > 2 else 0  # of adding it
+    return result + max(workspace, saving, bias)
 
 
 @backward("conv2d", "linear")

@@ -23,6 +23,9 @@ BLOCK_BYTES = 8 * 2**20
 CONTRACTION_BYTES = 32 * 2**20
 """Of the arrays between an output gradient and the weight gradient of a core."""
 
+UFUNC_BUFFER = 8192
+"""Elements of a buffer of NumPy's, at most, one for each operand that is not contiguous or is repeated."""
+
 UNFOLDED_BYTES = 4 * 2**20
 """Of a block of an unfolding."""
 
@@ -101,7 +104,12 @@ def _quantized_save(call: Call, layer: Layer) -> int:
     block, several = _row_block(call)
     bits = call.record.attributes["store"]["bits"]
     packing = 0 if bits == 8 else block // call.itemsize * 2
-    return -(-call.n_in * bits // 8) + block * (1 + several) + packing
+    return -(-call.n_in * bits // 8) + block * (1 + several) + max(packing, _buffer(call, block))
+
+
+def _buffer(call: Call, block: int) -> int:
+    """Bytes of NumPy's buffer for ranges that are repeated along a block."""
+    return min(UFUNC_BUFFER, block // call.itemsize) * call.itemsize
 
 
 def _quantized_weight(call: Call, layer: Layer, g: Layout) -> int:
@@ -110,7 +118,7 @@ def _quantized_weight(call: Call, layer: Layer, g: Layout) -> int:
     images = max(1, block * x[0] // max(call.n_in * call.itemsize, 1))
     unpacked = 0 if call.record.attributes["store"]["bits"] == 8 else block // call.itemsize
     products = layer.smaller((images, *x[1:]), weight, (images, *out[1:])) + call.record.inputs[1].nbytes
-    return max(block * (2 + several) + unpacked, block + products)
+    return max(block * (2 + several) + unpacked + _buffer(call, block), block + products)
 
 
 STORES["quantized"] = StorePeak(_quantized_save, _quantized_weight)
@@ -310,17 +318,20 @@ def _own_ranks(call: Call) -> list[int | None]:
     return [None if r == n else r for n, r in zip(call.record.inputs[0].shape, given, strict=True)]
 
 
-def _unfolded(call: Call, mode: int) -> tuple[int, int]:
-    """(bytes of a block of an unfolding, of all blocks that are there at a time); the outer modes are views.
+def _unfolded(call: Call, mode: int) -> tuple[int, bool]:
+    """(bytes of the blocks of an unfolding that are there at a time, whether there are several).
 
-    A new block is laid out while the last is there.
+    A new block is laid out while the last is there; those of the outer modes are views.
     """
     shape = call.record.inputs[0].shape
-    if mode in (0, len(shape) - 1):
-        return 0, 0
     whole, column = call.n_in * call.itemsize, shape[mode] * call.itemsize
     block = min(whole, max(UNFOLDED_BYTES // column, 1) * column)
-    return block, min(2 * block, whole)
+    return 0 if _is_outer(shape, mode) else min(2 * block, whole), block < whole
+
+
+def _is_outer(shape: Sequence[int], mode: int) -> bool:
+    """Whether the unfolding in this mode is a view."""
+    return mode in (0, len(shape) - 1)
 
 
 def _hosvd_save(call: Call, layer: Layer) -> int:
@@ -335,20 +346,21 @@ def _hosvd_save(call: Call, layer: Layer) -> int:
         r is not None if epsilon is None else epsilon < 1 and n > 1 and yes
         for n, r, yes in zip(shape, ranks, selected, strict=True)
     ]
-    held = most = 0
+    held = most = small = 0
     vectors = dict.fromkeys(range(len(shape)), 0)
     for mode in sorted((m for m, yes in enumerate(chosen) if yes), key=lambda m: shape[m]):
         n, rest = shape[mode], call.n_in // shape[mode]
         wanted = store["ranks"][mode] if epsilon is None else None
         if n > rest and (wanted is None or wanted <= rest):
-            held += 0 if len(shape) == 2 else call.n_in * item
+            held += 0 if _is_outer(shape, mode) else call.n_in * item
+            small = max(small, (wanted or rest) ** 2 * item)
             vectors[mode] = rest * rest * item
             if not (len(shape) == 2 and all(chosen) and shape[0] != shape[1]):
                 most = max(most, held + 4 * rest * rest * item)
                 held += vectors[mode]
             continue
-        block, blocks = _unfolded(call, mode)  # the last block is still named while LAPACK works
-        most = max(most, held + block + 4 * n * n * item, held + blocks + 2 * n * n * item)
+        blocks, several = _unfolded(call, mode)
+        most = max(most, held + 4 * n * n * item, held + blocks + (1 + several) * n * n * item)
         vectors[mode] = n * n * item
         held += vectors[mode]
     factors = tucker_costs.factor_elements(shape, ranks) * item
@@ -356,7 +368,9 @@ def _hosvd_save(call: Call, layer: Layer) -> int:
     if all(r is None for r in ranks):
         return max(most, held)
     last = next((m for m in reversed(range(len(shape))) if chosen[m]), 0)  # a loop variable, still named
-    return max(most, held + factors + 2 * widest, vectors[last] + factors + projecting(shape, ranks) * item)
+    # factors of tall unfoldings by a QR decomposition, whose R is there until Q is in order
+    choosing = held + factors + 2 * widest + small
+    return max(most, choosing, vectors[last] + factors + projecting(shape, ranks) * item)
 
 
 def _asi_save(call: Call, layer: Layer) -> int:
@@ -367,9 +381,9 @@ def _asi_save(call: Call, layer: Layer) -> int:
         if r is None:
             continue
         columns = min(call.n_in // n, max(UNFOLDED_BYTES // (n * item), 1))
-        block, blocks = _unfolded(call, mode)
-        V = r * columns * (1 + (columns < call.n_in // n))
-        most = max(most, held + blocks + (V + 2 * n * r) * item, held + block + 3 * n * r * item)
+        blocks, several = _unfolded(call, mode)
+        V = r * columns * (1 + several)
+        most = max(most, held + blocks + (V + 2 * n * r) * item, held + (3 * n * r + r * r) * item)
         held += n * r * item
     if held == 0:
         return 0

@@ -88,11 +88,7 @@ class Asi(CoreAndFactors):
     def _iterate(self, activation: np.ndarray, mode: int, rank: int) -> np.ndarray:
         """U = orth(A_(n) A_(n)ᵀ U_prev), block by block of the columns of A_(n)."""
         U_prev = self._start(mode, activation.shape[mode], rank).astype(activation.dtype, copy=False)
-        image = np.zeros_like(U_prev, order="C")
-        with np.errstate(invalid="ignore", over="ignore"):  # reported below, by name
-            for block in unfolded_blocks(activation, mode):  # (n, columns)
-                V = matmul(U_prev.T, block)  # (rank, columns)
-                image += matmul(block, V.T)  # (n, rank)
+        image = _image(activation, mode, U_prev)
         check_finite("Asi", activation, image)
         return orthonormal_basis(image if image.any() else U_prev)
 
@@ -123,3 +119,13 @@ class Asi(CoreAndFactors):
                 raise ValueError(f"Asi: {name} of the state has shape {U.shape}, expected (n, {ranks[name]})")
         modes = {factor_name(mode): mode for mode in range(len(self.ranks))}
         self._factors = {modes[name]: np.array(U, order="C") for name, U in state.items()}
+
+
+def _image(activation: np.ndarray, mode: int, U: np.ndarray) -> np.ndarray:
+    """A_(n) A_(n)ᵀ U, (n, rank), block by block of the columns of A_(n)."""
+    image = np.zeros_like(U, order="C")
+    with np.errstate(invalid="ignore", over="ignore"):  # reported by name, once it is all there
+        for block in unfolded_blocks(activation, mode):  # (n, columns)
+            V = matmul(U.T, block)  # (rank, columns)
+            image += matmul(block, V.T)
+    return image

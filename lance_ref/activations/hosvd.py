@@ -189,16 +189,22 @@ def _eigenbasis(activation: np.ndarray, blocks: Any) -> tuple[np.ndarray, np.nda
     """Energies, descending, and eigenvectors of Σ X Xᵀ over blocks X, in their dtype."""
     from scipy.linalg import eigh
 
-    gram: np.ndarray | None = None
-    with np.errstate(invalid="ignore", over="ignore"):  # reported below, by name
-        for block in blocks:
-            product = matmul(block, block.T)
-            gram = product if gram is None else np.add(gram, product, out=gram)
-    assert gram is not None
+    gram = _gram(blocks)
     check_finite("Hosvd", activation, gram)
     values, vectors = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)
     add(eigh_macs(len(values)))
     return np.maximum(values[::-1], 0), vectors[:, ::-1]
+
+
+def _gram(blocks: Any) -> np.ndarray:
+    """Σ X Xᵀ over blocks X; whether it is finite is for the caller to see."""
+    gram: np.ndarray | None = None
+    with np.errstate(invalid="ignore", over="ignore"):
+        for block in blocks:
+            product = matmul(block, block.T)
+            gram = product if gram is None else np.add(gram, product, out=gram)
+    assert gram is not None
+    return gram
 
 
 def checked_ranks(ranks: Sequence[int | None]) -> Ranks:

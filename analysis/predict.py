@@ -292,7 +292,8 @@ def _step(
     shape = input_shape_for(title, image_size, input_shape)
     if isinstance(net, str) and net.partition("@")[0] in models.names() and not with_weights:
         asked_tune = tune if tune is None or isinstance(tune, str) else tuple(tune)
-        return _named_step(net, num_classes, shape, batch or DEFAULT_BATCH, asked_tune, dtype or "float32")
+        asked_dtype = "float32" if dtype is None else dtype
+        return _named_step(net, num_classes, shape, DEFAULT_BATCH if batch is None else batch, asked_tune, asked_dtype)
     module = build(net, num_classes, shape, not with_weights) if isinstance(net, str) else net
     if dtype is None:
         dtype = "float32" if isinstance(net, str) else str(next((p.dtype for p in net.parameters()), "float32"))

@@ -422,6 +422,13 @@ def test_a_net_of_ours_is_traced_once() -> None:
     assert predict("mlp", 8, methods="all").report.to_json() == first.report.to_json()
 
 
+@pytest.mark.parametrize("dtype", ["", "float16"])
+def test_a_net_by_name_takes_no_other_dtype(dtype: str) -> None:
+    """An empty name is not the default."""
+    with pytest.raises(ValueError, match="expected float32 or float64"):
+        cost("mlp", batch=4, dtype=dtype)
+
+
 def test_what_a_step_remembers_is_its_own() -> None:
     """Traces for checkpointing and for parts are made once; a step that trains other layers makes its own."""
     step = predict("convnet", 8, methods="bp", with_weights=True).step

@@ -237,11 +237,11 @@ class Lance(ActivationStore):
 
 def energy_ratio(core: np.ndarray, activation: np.ndarray) -> float | None:
     """‖S‖² / ‖A‖², or None for an activation of zeros."""
-    return _ratio(core, float(np.vdot(activation, activation)))
+    return _ratio(core, _energy(activation))
 
 
 def _ratio(core: np.ndarray, total: float) -> float | None:
-    return float(np.vdot(core, core)) / total if total > 0 else None
+    return _energy(core) / total if total > 0 else None
 
 
 def _energy_around(mean: np.ndarray, activation: np.ndarray) -> float:

@@ -253,3 +253,12 @@ def test_bad_input_is_one_line(arguments: list[str], says: str, capsys: pytest.C
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_left_out_for_its_batch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One vector has no statistics for batch norm; a net that runs at no batch is not left out in silence."""
+    found = validate_cell("alexnet-cl", 1, "float32", ["bp"])
+    assert "more than one value per channel" in found["methods"]["bp"]["left_out"]
+    monkeypatch.setitem(validate_cells.SHAPES, "alexnet-cl", (3, 2, 2))
+    with pytest.raises(ValueError, match="cannot run on an input of shape"):
+        validate_cell("alexnet-cl", 1, "float32", ["bp"])

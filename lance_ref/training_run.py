@@ -15,7 +15,7 @@ from lance_ref._progress import progress_bar
 from lance_ref.autograd import no_grad
 from lance_ref.datasets import Dataset
 from lance_ref.datasets.dataset import Normalise
-from lance_ref.features import Features, ImageSize, dtype_of, images_of, in_mode, part_digest, stages_of, tail
+from lance_ref.features import Features, ImageSize, dtype_of, images_of, in_mode, mixed_batches, part_digest, stages_of, tail
 from lance_ref.nn.module import Module
 from lance_ref.optim import LRScheduler, Optimizer, clip_grad_norm_
 from lance_ref.tape_report import tape
@@ -118,8 +118,8 @@ def accuracy(net: Module, source: Source, batch_size: int) -> float:
     """Share of right answers, in evaluation mode; the mode is put back."""
     right = 0
     with in_mode(net, training=False), no_grad():
-        for start in range(0, len(source), batch_size):
-            x, y = source.batch(np.arange(start, min(start + batch_size, len(source))))
+        for rows in mixed_batches(len(source), batch_size):
+            x, y = source.batch(rows)
             right += int((source.net(x).data.argmax(axis=1) == y).sum())
     return right / len(source)
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import pytest
 from continual_resume_case import STEPS, learner, norm_net, small, timeless, train
 
 from lance_ref._npz import load_npz
+from lance_ref.autograd import no_grad
 from lance_ref.continual import networks, protocol
 from lance_ref.continual.learners import LEARNERS, Learner
 from lance_ref.continual.protection import leak
 from lance_ref.continual.protocol import accuracy, run
 from lance_ref.continual.scenario import Samples
 from lance_ref.counting import count_macs
+from lance_ref.features import in_mode
 from lance_ref.selection import weighted_layers
 
 SCRIPT = Path(__file__).with_name("continual_resume_case.py")
@@ -81,6 +84,25 @@ def test_accuracy_counts_right_answers() -> None:
         assert accuracy(net, scenario, samples, 1, size) == right / len(samples)
     assert heads.selected == 2
     assert net.training
+
+
+def test_images_may_be_stored_class_by_class() -> None:
+    """Batch norm without running statistics makes batches of one class all look alike: they must be mixed."""
+    scenario = small()
+    task = scenario.tasks[0]
+    rows = np.argsort(task.test.labels, kind="stable")
+    by_class = Samples(task.test.images[rows], task.test.labels[rows])
+    net = norm_net(scenario)
+    made = learner("finetune", replace(scenario, tasks=scenario.tasks[:1], heads=scenario.heads[:1]), net, epochs=3)
+    run(made, progress=False)
+    assert accuracy(net, scenario, by_class, 0, 15) > 0.9
+
+    right, size = 0, np.count_nonzero(by_class.labels == 0)
+    with in_mode(net, training=False), no_grad():
+        for own in (slice(None, size), slice(size, None)):
+            x, y = scenario.convert(by_class.stored(own)), by_class.labels[own]
+            right += int((net(x).data.argmax(axis=1) == y).sum())
+    assert right / len(rows) < 0.8, "one batch for each class: the planted fault"
 
 
 @pytest.mark.parametrize(("name", "kind"), [("split-digits", "gpm"), ("permuted-digits", "lance")])

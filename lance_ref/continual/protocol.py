@@ -23,7 +23,7 @@ from lance_ref.continual.metrics import Metrics, metrics
 from lance_ref.continual.networks import heads_of
 from lance_ref.continual.scenario import Samples, Scenario
 from lance_ref.counting import count_macs
-from lance_ref.features import in_mode
+from lance_ref.features import in_mode, mixed_batches
 from lance_ref.nn.module import Module
 from lance_ref.optim import SGD, clip_grad_norm_
 from lance_ref.tape_report import tape
@@ -357,8 +357,7 @@ class _Run:
 def accuracy(net: Module, scenario: Scenario, samples: Samples, head: int, batch_size: int) -> float:
     """Share of right answers of one head, in evaluation mode; mode and selected head are put back.
 
-    The images are divided into equal batches of at most ``batch_size``, in their order: where batch norm keeps no
-    running statistics, an answer depends on its batch.
+    The batches are those of :func:`lance_ref.features.mixed_batches`, of at most ``batch_size`` images.
     """
     heads = heads_of(net)
     selected = 0 if heads is None else heads.selected
@@ -366,7 +365,7 @@ def accuracy(net: Module, scenario: Scenario, samples: Samples, head: int, batch
     with in_mode(net, training=False), no_grad():
         if heads is not None:
             heads.selected = head
-        for rows in np.array_split(np.arange(len(samples)), -(-len(samples) // batch_size)):
+        for rows in mixed_batches(len(samples), batch_size):
             scores = net(scenario.convert(samples.stored(rows))).data
             right += int((scores.argmax(axis=1) == samples.labels[rows]).sum())
     if heads is not None:

@@ -15,7 +15,17 @@ from lance_ref._progress import progress_bar
 from lance_ref.autograd import no_grad
 from lance_ref.datasets import Dataset
 from lance_ref.datasets.dataset import Normalise
-from lance_ref.features import Features, ImageSize, dtype_of, images_of, in_mode, mixed_batches, part_digest, stages_of, tail
+from lance_ref.features import (
+    Features,
+    ImageSize,
+    dtype_of,
+    images_of,
+    in_mode,
+    mixed_batches,
+    part_digest,
+    stages_of,
+    tail,
+)
 from lance_ref.nn.module import Module
 from lance_ref.optim import LRScheduler, Optimizer, clip_grad_norm_
 from lance_ref.tape_report import tape

@@ -1,4 +1,4 @@
-"""Why a published figure differs from ours: ``python -m analysis.explain --claim mobilenetv2-last2``.
+"""Why a published cost differs from ours: ``python -m analysis.explain --claim mobilenetv2-last2``.
 
 Prints what the cost model computes for the same net under each accounting, and the fewest rules of
 :mod:`analysis.ledger.accounting_rules` that give the published number, or the nearest reading where none does.
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.cli import OneLineParser, run_command
 from analysis.ledger.accounting_rules import MIB, OF_COMPRESSION, RULES, Figures, Reading, Work, fits, nearest, readings
-from analysis.ledger.evidence import Evidence, MissingEvidenceError
 from analysis.ledger.published import STATUSES, Published, published
 from analysis.ledger.yaml_file import choose
 
@@ -35,8 +34,8 @@ class Explanation:
     ----------
     status : str
         One of :data:`STATUSES`.
-    reading : Reading or None
-        That gives the number, or the nearest; none of an accuracy that is not there.
+    reading : Reading
+        That gives the number, or the nearest.
     figures : dict of method to Figures
     tried : int
         Readings.
@@ -47,7 +46,7 @@ class Explanation:
 
     published: Published
     status: str
-    reading: Reading | None
+    reading: Reading
     figures: dict[str, Figures] = field(default_factory=dict)
     tried: int = 0
     also: tuple[tuple[str, ...], ...] = ()
@@ -116,19 +115,15 @@ def _work(method: str, plain: Sequence[Row], papers: Sequence[Row], tuned_only: 
 # ---- the explanation ---------------------------------------------------------------------------
 
 
-def explain(row: Published, threshold: bool = False, evidence: Evidence | None = None) -> Explanation:
-    """Try all rules on our figures; for an accuracy, look into its result file.
+def explain(row: Published, threshold: bool = False) -> Explanation:
+    """Try all rules on our figures.
 
     Parameters
     ----------
     row : Published
     threshold : bool
         For a figure of LANCE that nothing explains, look as well for the ε that would.
-    evidence : Evidence, optional
-        Where the result files are, by default those of this project.
     """
-    if row.quantity == "accuracy":
-        return _accuracy(row, Evidence() if evidence is None else evidence)
     case = dict(row.case)
     method = case.pop("method", "bp")
     figures = figures_of(**case)
@@ -162,7 +157,7 @@ def _by_ranks(row: Published, case: dict[str, Any], value: float) -> tuple[Readi
         return {each.rules: each.value for each in readings(row.quantity, row.unit, figures["lance"], figures["bp"])}
 
     least, most = at(1), at(SHARES)
-    required = set(explain(published()[1][row.like]).reading.rules) if row.like else set()  # type: ignore[union-attr]
+    required = set(explain(published()[1][row.like]).reading.rules) if row.like else set()
     fitting = [
         rules
         for rules in least
@@ -220,24 +215,6 @@ def _kept(case: dict[str, Any], percent: int, factors: bool) -> int:
     return core + more * factors
 
 
-def _accuracy(row: Published, evidence: Evidence) -> Explanation:
-    wanted = row.result
-    try:
-        rows = evidence.results(wanted["file"], wanted["command"])["rows"]
-    except MissingEvidenceError as error:
-        return Explanation(row, "needs a run", None, note=str(error))
-    ours = next((each for each in rows if each["learner"] == wanted["learner"]), None)
-    if ours is None:
-        return Explanation(row, "needs a run", None, note=f"{wanted['file']}.json has no {wanted['learner']}")
-    scale = 100 if row.unit == "%" else 1
-    mean, sd = scale * ours[f"{wanted['metric']}_mean"], scale * ours[f"{wanted['metric']}_sd"]
-    spread = 2 * math.hypot(0.0 if math.isnan(sd) else sd, float(wanted.get("sd", 0)))
-    low, high = row.bounds
-    met = low - spread <= mean <= high + spread
-    note = f"ours is {mean:.2f} ± {sd:.2f}, over {len(ours['seeds'])} seeds; met if within two standard deviations"
-    return Explanation(row, "met" if met else "unexplained", Reading(mean, ()), note=note)
-
-
 # ---- printing ----------------------------------------------------------------------------------
 
 
@@ -279,10 +256,6 @@ def _table(figures: Figures) -> list[str]:
 
 def _conclusion(found: Explanation) -> str:
     row, reading = found.published, found.reading
-    if reading is None:
-        return found.note
-    if row.quantity == "accuracy":
-        return found.note
     ours = f"{_digits(row, reading)} {row.unit}"
     if found.status == "met":
         return f"ours is {ours}, read as it is printed"
@@ -305,10 +278,8 @@ def _digits(row: Published, reading: Reading) -> str:
 def line(found: Explanation) -> str:
     """One line, for the list of all."""
     row, reading = found.published, found.reading
-    printed = f"{row.value} {row.unit}"
-    ours = "" if reading is None else _digits(row, reading)
-    rules = "" if reading is None else " + ".join(reading.rules)
-    return f"{row.id:<34}{printed:>14}{ours:>12}  {found.status:<13}{rules}".rstrip()
+    printed, rules = f"{row.value} {row.unit}", " + ".join(reading.rules)
+    return f"{row.id:<34}{printed:>14}{_digits(row, reading):>12}  {found.status:<13}{rules}".rstrip()
 
 
 def to_json(found: Explanation) -> dict[str, Any]:
@@ -318,8 +289,8 @@ def to_json(found: Explanation) -> dict[str, Any]:
         **asdict(row),
         "source": {**published()[0][row.source], "where": row.where},
         "status": found.status,
-        "figure": None if found.reading is None else found.reading.value,
-        "rules": [] if found.reading is None else list(found.reading.rules),
+        "figure": found.reading.value,
+        "rules": list(found.reading.rules),
         "readings_tried": found.tried,
         "ours": {method: asdict(figures) for method, figures in found.figures.items()},
         "note": found.note,

@@ -9,9 +9,8 @@ from typing import Any
 from analysis.ledger.accounting_rules import RULES, rounding
 from analysis.ledger.yaml_file import DATA, load_entries
 
-COST_QUANTITIES = ("memory", "memory-ratio", "work", "work-ratio", "bases")
-QUANTITIES = (*COST_QUANTITIES, "accuracy")
-STATUSES = ("met", "explained", "within range", "by ranks", "unexplained", "needs a run")
+QUANTITIES = ("memory", "memory-ratio", "work", "work-ratio", "bases")
+STATUSES = ("met", "explained", "within range", "by ranks", "unexplained")
 """By ranks: the figure depends on ranks that the source does not print, and some share of every mode gives it."""
 
 
@@ -31,10 +30,8 @@ class Published:
         A name of the file's sources, and the place there.
     case : dict
         ``net``, ``batch``, ``tune``, ``method`` ("bp" or "lance"), and ``ranks`` or ``epsilon`` where it has ranks.
-    result : dict
-        Of an accuracy: ``file`` of analysis/results, ``learner``, ``metric``, ``command``; ``sd`` as printed.
     status, rules : str, list of str
-        What :func:`explain` must find. None where it waits for a result file.
+        What :func:`explain` must find.
     free : str
         ``"ranks"`` where the figure depends on ranks that are not printed.
     like : str
@@ -50,8 +47,7 @@ class Published:
     source: str
     where: str
     case: dict[str, Any] = field(default_factory=dict)
-    result: dict[str, Any] = field(default_factory=dict)
-    status: str | None = None
+    status: str = ""
     rules: list[str] = field(default_factory=list)
     free: str = ""
     like: str = ""
@@ -72,7 +68,7 @@ def published() -> tuple[dict[str, dict[str, str]], dict[str, Published]]:
     rows = {}
     for entry in entries:
         row = Published(**entry)
-        if row.quantity not in QUANTITIES or row.status not in (None, *STATUSES) or not set(row.rules) <= set(RULES):
+        if row.quantity not in QUANTITIES or row.status not in STATUSES or not set(row.rules) <= set(RULES):
             raise ValueError(f"{path}, {row.id}: quantity, status or rules are not among those that there are")
         if row.free not in ("", "ranks") or (row.like and row.like not in rows):
             raise ValueError(f"{path}, {row.id}: free must be ranks, and like the id of a figure above")

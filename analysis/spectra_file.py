@@ -150,7 +150,7 @@ def _parse_layer(name: str, layer: Any, batch: int) -> LayerSpectra:
     energies = []
     for mode, n in zip(MODE_NAMES[len(shape)], shape, strict=True):
         values = layer[mode]
-        if not isinstance(values, list) or len(values) != n or any(type(x) not in (int, float) for x in values):
+        if not isinstance(values, list) or len(values) != n or not set(map(type, values)) <= {int, float}:
             raise ValueError(f"layer {name!r}, mode {mode}: expected {n} numbers")
         array = np.array(values, dtype=np.float64)
         if not np.isfinite(array).all() or (array < 0).any() or not 0 < array.sum() < math.inf:

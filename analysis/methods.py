@@ -239,15 +239,26 @@ def method_step(
     from dataclasses import replace
 
     from analysis.account import with_described_stores
-    from analysis.step_changes import retrained, trained_parameters
 
     method = METHODS[name]
-    changed = MethodStep(step.records) if method.runs is None else method.runs(step, settings)
-    if method.tune:
-        trains = trained_parameters(step, method.tune) | set(changed.facts.get("parameters", ()))
-        changed = replace(changed, records=retrained(changed.records, trains))
+    changed = MethodStep(step.records)
+    if method.runs is not None or method.tune:
+        changed = step.remember((name, *settings.of(method).values()), lambda: _changed(method, step, settings))
     stores: dict[str, Description] = {}
     if method.store is not None:
         paths = tuned if method.ranks is None else ranks
         stores = {path: method.store(ranks.get(path), settings) for path in paths}
     return replace(changed, records=with_described_stores(changed.records, stores), stores=stores)
+
+
+def _changed(method: Method, step: TracedStep, settings: Settings) -> MethodStep:
+    """What a method runs in place of the plain step, activation stores aside."""
+    from dataclasses import replace
+
+    from analysis.step_changes import retrained, trained_parameters
+
+    changed = MethodStep(step.records) if method.runs is None else method.runs(step, settings)
+    if not method.tune:
+        return changed
+    trains = trained_parameters(step, method.tune) | set(changed.facts.get("parameters", ()))
+    return replace(changed, records=retrained(changed.records, trains))

@@ -62,7 +62,7 @@ class TracedStep:
     head : str or None
         The classifier, which always trains.
     derived : dict
-        Other traces of the same net that a method needed once, by what they are (:meth:`remember`).
+        What methods make of the step, by method and settings: made once (:meth:`remember`).
     """
 
     net: Module

@@ -251,12 +251,8 @@ def checkpointed(step: TracedStep, segments: int | None) -> MethodStep:
     NotApplicableError
         If the net has no stages, or these run other operations than its forward pass.
     """
-
-    def trace() -> tuple[list[OpRecord], int]:
-        with recomputed(step.net, segments) as count:
-            return step_records(step.net, step.name, step.input_shape, step.batch, step.dtype)[0], count
-
-    records, count = step.remember(("checkpoint", segments), trace)
+    with recomputed(step.net, segments) as count:
+        records, _ = step_records(step.net, step.name, step.input_shape, step.batch, step.dtype)
     plain = [(r.op, r.path) for r in flatten(step.records) if r.op != OP]
     if [(r.op, r.path) for r in flatten(records) if r.op != OP] != plain:
         raise NotApplicableError("checkpointing runs the stages() of the net, and these are not its forward()")
@@ -280,10 +276,7 @@ def in_micro_batches(step: TracedStep, images: int | None) -> MethodStep:
     if images == step.batch:
         return MethodStep(step.records, facts={"micro_batch": images})
     try:
-        records = step.remember(
-            ("batch", images),
-            lambda: step_records(step.net, step.name, step.input_shape, images, step.dtype)[0],
-        )
+        records, _ = step_records(step.net, step.name, step.input_shape, images, step.dtype)
     except CannotRunError as error:
         raise NotApplicableError(f"in parts of {images}: {error}") from None
     return MethodStep(records, step.batch // images, facts={"micro_batch": images}, own_trace=True)

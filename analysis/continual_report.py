@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -163,7 +162,7 @@ def results(rows: Sequence[Row], settings: Mapping[str, Any], arguments: Sequenc
             {
                 "learner": row.learner,
                 **{f"{name}_mean": fmean(row.metric(name)) for name in METRICS},
-                **{f"{name}_sd": stdev(row.metric(name)) if len(row.seeds) > 1 else math.nan for name in METRICS},
+                **{f"{name}_sd": stdev(row.metric(name)) if len(row.seeds) > 1 else None for name in METRICS},
                 "predicted_equals_measured": row.agrees,
                 "seeds": [dict(seed) for seed in row.seeds],
             }

@@ -149,7 +149,7 @@ def results(rows: Sequence[Row], settings: Mapping[str, Any], arguments: Sequenc
                 "method": row.method,
                 "lr": row.lr,
                 "accuracy_mean": fmean(row.accuracies),
-                "accuracy_sd": stdev(row.accuracies) if len(row.accuracies) > 1 else math.nan,
+                "accuracy_sd": stdev(row.accuracies) if len(row.accuracies) > 1 else None,
                 "predicted_equals_measured": row.agrees,
                 "seeds": [dict(seed) for seed in row.seeds],
             }

@@ -19,3 +19,13 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
     assert main([*arguments, "--format", "json"]) == 0
     result: dict[str, Any] = json.loads(capsys.readouterr().out)
     return result
+
+
+def strict_json(path: Path) -> dict[str, Any]:
+    """A result file; NaN and infinities, which are no JSON, are refused."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{path} holds {constant}, which is no JSON")
+
+    document: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
+    return document

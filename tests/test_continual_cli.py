@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli_case import strict_json
 
 from analysis import continual, continual_cell, continual_costs, sweep
-from analysis.continual_report import Row, agrees, cells, markdown, spread
+from analysis.continual_report import Row, agrees, cells, markdown, results, spread
 from lance_ref.continual import networks
 from lance_ref.continual import scenario as scenarios
 from lance_ref.continual.learners import LEARNERS
@@ -44,7 +44,14 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
         patch.setenv("LANCE_REF_THREADS", "1")
         patch.setattr(sweep, "_in_processes", lambda tasks, jobs: ((task, sweep.run_cell(task)) for task in tasks))
         assert continual.main([*arguments, *outputs]) == 0
-    return folder, json.loads((folder / "r.json").read_text()), arguments
+    return folder, strict_json(folder / "r.json"), arguments
+
+
+def test_one_seed_has_no_spread(table: tuple[Path, dict[str, Any], list[str]]) -> None:
+    """Where nothing can be said of the spread the file holds null, and no NaN."""
+    seed = table[1]["rows"][0]["seeds"][0]
+    (row,) = results([Row("finetune", (seed,))], {}, [])["rows"]
+    assert {row[name] for name in row if name.endswith("_sd")} == {None}
 
 
 def test_every_learner_has_its_row(table: tuple[Path, dict[str, Any], list[str]]) -> None:

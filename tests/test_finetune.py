@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli_case import strict_json
 from PIL import Image
 
 import lance_ref
@@ -41,7 +42,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     ]
     small = ["--epochs=2", "--train-images=400", "--test-images=100", "--calibration-batches=4"]
     assert finetune.main(["--quick", *small, f"--folder={folder / 'runs'}", *outputs]) == 0
-    return folder, json.loads((folder / "r.json").read_text())
+    return folder, strict_json(folder / "r.json")
 
 
 def test_every_method_has_its_row(table: tuple[Path, dict[str, Any]]) -> None:

@@ -33,7 +33,8 @@ def _method(evidence: Evidence, name: str, recipe: str = "papers") -> dict[str, 
 
 
 def _accuracy(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['accuracy_mean']:.1f} ± {100 * row['accuracy_sd']:.1f} %"
+    spread = "" if row["accuracy_sd"] is None else f" ± {100 * row['accuracy_sd']:.1f}"
+    return f"{100 * row['accuracy_mean']:.1f}{spread} %"
 
 
 def _mean(row: Mapping[str, Any], of: str, when: str) -> float:

@@ -39,8 +39,8 @@ def _task_bytes(row: Mapping[str, Any]) -> int:
 def gpm_accuracy(evidence: Evidence) -> Outcome:
     """Our GPM beside the published one."""
     row = _learner(evidence, "gpm")
-    acc, sd, bwt = 100 * row["acc_mean"], 100 * row["acc_sd"], 100 * row["bwt_mean"]
-    spread = 2 * math.hypot(0.16, 0.0 if math.isnan(sd) else sd)
+    acc, sd, bwt = 100 * row["acc_mean"], 100 * (row["acc_sd"] or 0.0), 100 * row["bwt_mean"]
+    spread = 2 * math.hypot(0.16, sd)
     return Outcome(
         f"ACC {acc:.2f} ± {sd:.2f} %, BWT {bwt:.2f} %, {len(row['seeds'])} seeds; published 93.91 ± 0.16 %, -3 %",
         "reproduced" if abs(acc - 93.91) <= spread else "bounded" if abs(acc - 93.91) <= 2 else "contradicted",

@@ -220,6 +220,11 @@ def test_continual_learning_is_judged_by_its_matrix(
     assert of["saved-85-continual"].verdict == "reproduced"
     assert "88 %" in of["saved-85-continual"].figure  # 1200 of 10000 bytes
     assert of["forward-transfer"].verdict == "bounded"
+    settings = {"epochs": 2}
+    evidence = write(tmp_path, "continual_split100", rows=rows, settings=settings)
+    found = evaluate(CLAIMS["split-cifar100"], evidence).outcome
+    assert found.verdict == ("contradicted" if verdicts[1] == "contradicted" else "bounded"), "never more: other images"
+    assert f"GPM {100 * gpm:.2f} %" in found.figure
 
 
 @pytest.mark.parametrize(("other", "verdict"), [(0.80, "reproduced"), (0.77, "bounded"), (0.60, "contradicted")])

@@ -20,10 +20,14 @@ import numpy as np
 
 from lance_ref import kernels_depthwise
 from lance_ref.counting import matmul
+from lance_ref.kernels_columns import add_columns
 from lance_ref.tensor import Shape
 
 WORKSPACE_BYTES = 8 * 2**20
 """Largest block of columns that a convolution lays out at a time (one output row at the least)."""
+
+MANY_PLACES = 512
+"""Of one image's output: enough columns for a fast matrix product; smaller images are put together."""
 
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
@@ -98,12 +102,17 @@ class ConvGeometry:
         grouped_weight = weight.reshape(g, C_out // g, -1)  # (g, C_out/g, K)
         for images, rows in self._blocks(x.itemsize):
             block = out[images, :, :, rows.start * W_out : rows.stop * W_out]  # (b, g, C_out/g, l)
-            matmul(grouped_weight, self._columns(x[images], rows), out=block)
+            columns = self._columns(x[images], rows)  # (g, K, b·l)
+            if len(block) == 1:
+                matmul(grouped_weight, columns, out=block[0])
+            else:
+                block[:] = matmul(grouped_weight, columns).reshape(g, C_out // g, len(block), -1).transpose(2, 0, 1, 3)
+            del columns  # before the next block is laid out
         return out.reshape(self.output_shape)
 
     def input_gradient(self, weight: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
         """dX: every patch's gradient, Wᵀ G, added back to where the patch was taken from."""
-        B, C_in, H, W = self.input_shape
+        B, C_in = self.input_shape[:2]
         C_out, (H_out, W_out) = self.weight_shape[0], self.output_size
         if self.is_depthwise:
             return kernels_depthwise.depthwise_input_gradient(
@@ -112,30 +121,14 @@ class ConvGeometry:
         if self.is_pointwise:
             columns = grad_output.reshape(B, C_out, H_out * W_out)
             return matmul(weight.reshape(C_out, C_in).T, columns).reshape(self.input_shape)
-        g, (k_h, k_w) = self.groups, self.weight_shape[2:]
-        (top, bottom), (left, right) = self.padding
-        (s_h, s_w), (d_h, d_w) = self.stride, self.dilation
+        g, kernel = self.groups, self.weight_shape[2:]
         transposed_weight = weight.reshape(g, C_out // g, -1).transpose(0, 2, 1)  # (g, K, C_out/g)
-        grouped_grad = grad_output.reshape(B, g, C_out // g, H_out * W_out)
-        grad = np.empty(self.input_shape, grad_output.dtype)
-        padded: np.ndarray = np.empty(0)  # set at the first row block of each image block
+        grad = np.zeros(self.input_shape, grad_output.dtype)
         for images, rows in self._blocks(grad_output.itemsize):
-            b, l_rows = images.stop - images.start, rows.stop - rows.start
-            if rows.start == 0:
-                padded = np.zeros((b, C_in, H + top + bottom, W + left + right), grad.dtype)
-            columns = matmul(transposed_weight, grouped_grad[images, :, :, rows.start * W_out : rows.stop * W_out])
-            patches = columns.reshape(b, C_in, k_h, k_w, l_rows, W_out)
-            for p in range(k_h):
-                h = rows.start * s_h + p * d_h
-                for q in range(k_w):
-                    window = padded[:, :, h : h + s_h * (l_rows - 1) + 1 : s_h, q * d_w :][
-                        ..., : s_w * (W_out - 1) + 1 : s_w
-                    ]
-                    window += patches[:, :, p, q]
-            if rows.stop == H_out:
-                grad[images] = padded[:, :, top : top + H, left : left + W]
-                padded = np.empty(0)
-            del columns, patches, window  # before the next block is laid out
+            columns = matmul(transposed_weight, self._grouped(grad_output[images, :, rows]))  # (g, K, b·l)
+            patches = columns.reshape(C_in, *kernel, images.stop - images.start, rows.stop - rows.start, W_out)
+            add_columns(patches, grad[images], rows, self.stride, self.padding, self.dilation)
+            del columns, patches  # before the next block is laid out
         return grad
 
     def weight_gradient(self, x: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
@@ -148,11 +141,9 @@ class ConvGeometry:
         grad = np.zeros(self.weight_shape, grad_output.dtype)
         by_group = grad.reshape(g, C_out // g, -1)  # (g, C_out/g, K), the same memory
         for images, rows in self._blocks(x.itemsize):
-            columns = self._columns(x[images], rows, batch_last=True)  # (g, K, b·l)
-            block = grad_output[images, :, rows]  # (b, C_out, l/W_out, W_out)
-            grouped = block.transpose(1, 0, 2, 3).reshape(g, C_out // g, -1)  # (g, C_out/g, b·l)
-            by_group += matmul(grouped, columns.transpose(0, 2, 1))
-            del columns, grouped  # before the next block is laid out
+            columns = self._columns(x[images], rows)  # (g, K, b·l)
+            by_group += matmul(self._grouped(grad_output[images, :, rows]), columns.transpose(0, 2, 1))
+            del columns  # before the next block is laid out
         return grad
 
     # ---- columns -------------------------------------------------------------------------
@@ -172,21 +163,29 @@ class ConvGeometry:
         (b, g, K, l) array
             K = (C_in/g)·k_h·k_w in the order of the weight's axes, l = rows·W_out. May share memory with ``x``.
         """
-        return self._columns(x, slice(0, self.output_size[0]) if rows is None else rows)
+        return self._columns(x, slice(0, self.output_size[0]) if rows is None else rows, batch_first=True)
 
     def _blocks(self, itemsize: int) -> Iterator[tuple[slice, slice]]:
-        """(images, output rows) of blocks whose columns fit the workspace; rows run innermost."""
+        """(images, output rows) of blocks whose columns fit the workspace; rows run innermost.
+
+        Images with many places come one by one: their products need no change of layout.
+        """
         B = self.input_shape[0]
         H_out, W_out = self.output_size
         row_bytes = self.groups * math.prod(self.weight_shape[1:]) * W_out * itemsize
-        images = max(1, min(B, WORKSPACE_BYTES // (row_bytes * H_out)))
+        images = 1 if H_out * W_out >= MANY_PLACES else max(1, min(B, WORKSPACE_BYTES // (row_bytes * H_out)))
         rows = H_out if images > 1 else max(1, min(H_out, WORKSPACE_BYTES // row_bytes))
         for b in range(0, B, images):
             for h in range(0, H_out, rows):
                 yield slice(b, min(b + images, B)), slice(h, min(h + rows, H_out))
 
-    def _columns(self, x: np.ndarray, rows: slice, batch_last: bool = False) -> np.ndarray:
-        """The patches under output rows ``rows``: (b, g, K, l), or (g, K, b·l) with ``batch_last``."""
+    def _grouped(self, block: np.ndarray) -> np.ndarray:
+        """Rows of an output gradient, (b, C_out, n, W_out), as they meet the columns: (g, C_out/g, b·n·W_out)."""
+        g, C_out = self.groups, self.weight_shape[0]
+        return block.transpose(1, 0, 2, 3).reshape(g, C_out // g, -1)
+
+    def _columns(self, x: np.ndarray, rows: slice, batch_first: bool = False) -> np.ndarray:
+        """The patches under output rows ``rows``: (g, K, b·l), or (b, g, K, l) with ``batch_first``."""
         b, C_in, H, W = x.shape
         (k_h, k_w), W_out, g = self.weight_shape[2:], self.output_size[1], self.groups
         (top, _), (left, right) = self.padding
@@ -207,9 +206,9 @@ class ConvGeometry:
             (*padded.strides[:2], by * d_h, bx * d_w, by * s_h, bx * s_w),
             writeable=False,
         )
-        if batch_last:
-            return patches.transpose(1, 2, 3, 0, 4, 5).reshape(g, -1, b * n * W_out)
-        return patches.reshape(b, g, -1, n * W_out)
+        if batch_first:
+            return patches.reshape(b, g, -1, n * W_out)
+        return patches.transpose(1, 2, 3, 0, 4, 5).reshape(g, -1, b * n * W_out)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ from analysis.rules.op_cost import Call
 COLUMNS = 8 * 2**20
 """Bytes of a block of patches."""
 
+ONE_BY_ONE = 512
+"""Images with so many places in the output are not put together in a block."""
+
 NARROW_MAP, FEW_CHANNELS = 64, 8
 """Depthwise maps up to this width, with at least so many channels, are worked on with the channels innermost."""
 
@@ -58,7 +61,7 @@ class Convolution:
         """(images, output rows) of a block."""
         B, _, H_out, W_out = self.out
         row = self.x[1] * self.weight[2] * self.weight[3] * W_out * self.itemsize
-        images = max(1, min(B, COLUMNS // (row * H_out)))
+        images = 1 if H_out * W_out >= ONE_BY_ONE else max(1, min(B, COLUMNS // (row * H_out)))
         return images, H_out if images > 1 else max(1, min(H_out, COLUMNS // row))
 
     @property
@@ -66,6 +69,12 @@ class Convolution:
         """Bytes of a block of patches."""
         images, rows = self._block
         return images * rows * self.x[1] * self.weight[2] * self.weight[3] * self.out[3] * self.itemsize
+
+    @property
+    def _outputs(self) -> int:
+        """Bytes of a block of the output, channels first, which one image has already."""
+        images, rows = self._block
+        return 0 if images == 1 else images * self.out[1] * rows * self.out[3] * self.itemsize
 
     @property
     def _window(self) -> int:
@@ -105,7 +114,8 @@ class Convolution:
             return x_copy + self._loops(self.x[0])
         if self.pointwise:
             return x_copy
-        return self._window + (0 if self._patches_are_views else self._columns)
+        columns = 0 if self._patches_are_views and self._block[0] == 1 else self._columns
+        return columns + max(self._window, self._outputs)
 
     def input_workspace(self, g_copy: int) -> int:
         """Beside the input gradient."""
@@ -114,19 +124,16 @@ class Convolution:
         if self.pointwise:
             return g_copy
         images, rows = self._block
-        padded = images * self.x[1] * self._height * self._width * self.itemsize
-        added = images * self.x[1] * rows * self.out[3]  # at each place of the kernel
-        return g_copy + padded + self._columns + 3 * min(UFUNC_BUFFER, added) * self.itemsize
+        copied = images * self.out[1] * rows * self.out[3] * self.itemsize if g_copy else self._outputs
+        return copied + self._columns
 
     def weight_workspace(self, copies: int) -> int:
         """Beside the weight gradient."""
         if self.depthwise:
             return copies + self._loops(1)
-        images, rows = self._block
         weights = math.prod(self.weight) * self.itemsize
-        columns = 0 if self._patches_are_views and images == 1 else self._columns
-        grad = 0 if images == 1 else images * self.out[1] * rows * self.out[3] * self.itemsize
-        return max(self._window + columns, columns + grad + weights)
+        columns = 0 if self._patches_are_views and self._block[0] == 1 else self._columns
+        return columns + max(self._window, self._outputs + weights)
 
 
 def convolution(call: Call) -> Convolution:

@@ -61,6 +61,8 @@ class Lance(ActivationStore):
 
     Attributes
     ----------
+    shape : tuple of int
+        Of the activations that it was calibrated with.
     energy_kept : float or None
         ‖S‖² / ‖A‖² of the last activation saved (of A − μ with a mean), in [0, 1] up to rounding; None before the
         first. Taken before the core becomes codes. With a sketch it is an unbiased estimate of the share that the
@@ -110,7 +112,7 @@ class Lance(ActivationStore):
             raise ValueError(f"batch_mode is {batch_mode!r}, expected one of {BATCH_MODES}")
         if batch_ratio is not None and batch_mode != "sketch":
             raise ValueError(f"batch_ratio is {batch_ratio}, but batch_mode is {batch_mode!r}, expected 'sketch'")
-        self.subspace = subspace
+        self.shape, self.mode_names = subspace.shape, subspace.mode_names  # its float64 factors need not stay alive
         self.order = order
         self.dtype = np.dtype(dtype)
         self.factors = tuple(None if U is None else np.ascontiguousarray(U, dtype=dtype) for U in subspace.factors)
@@ -147,7 +149,7 @@ class Lance(ActivationStore):
         description: dict[str, Any] = {
             "name": self.name,
             "ranks": self.ranks,
-            "shape": self.subspace.shape,
+            "shape": self.shape,
             "order": self.order,
         }
         if self.mean is not None:
@@ -168,7 +170,7 @@ class Lance(ActivationStore):
             self.sketch.load_state(self.name, state)
 
     def check(self, input_shape: Shape) -> None:
-        names, calibrated = self.subspace.mode_names, self.subspace.shape
+        names, calibrated = self.mode_names, self.shape
         if len(input_shape) != len(calibrated):
             raise ValueError(f"activation has shape {input_shape}, but was calibrated with shape {calibrated}")
         for name, n, U in zip(names, input_shape, self.factors, strict=True):

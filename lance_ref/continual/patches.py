@@ -75,7 +75,7 @@ class PatchLance(ActivationStore):
             raise TypeError(f"dtype is {np.dtype(dtype)}, expected float32 or float64")
         if len(subspace.shape) != 3:
             raise ValueError(f"subspace has shape {subspace.shape}, expected (B, L, K): batch, token and feature")
-        self.subspace = subspace
+        self.shape, self.mode_names = subspace.shape, subspace.mode_names  # its float64 factors need not stay alive
         self.dtype = np.dtype(dtype)
         self.factors = tuple(None if U is None else np.ascontiguousarray(U, dtype=dtype) for U in subspace.factors)
 
@@ -90,7 +90,7 @@ class PatchLance(ActivationStore):
         return sum(U.nbytes for U in self.factors if U is not None)
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "ranks": self.ranks, "shape": self.subspace.shape}
+        return {"name": self.name, "ranks": self.ranks, "shape": self.shape}
 
     def check(self, input_shape: Shape) -> None:
         if len(input_shape) != 4:
@@ -129,8 +129,8 @@ class PatchLance(ActivationStore):
         if U is not None and len(U) != n:
             what = ("images", "places of the output", "numbers a patch")[mode]
             raise ValueError(
-                f"activation has shape {input_shape}, which makes {n} {what}, but the {self.subspace.mode_names[mode]} "
-                f"mode was calibrated with {len(U)} (shape {self.subspace.shape})"
+                f"activation has shape {input_shape}, which makes {n} {what}, but the {self.mode_names[mode]} "
+                f"mode was calibrated with {len(U)} (shape {self.shape})"
             )
 
 

@@ -14,56 +14,22 @@ and how the time grows with the number of operations, the batch and the image.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import json
-import os
-import statistics
+import argparse
+import logging
 import subprocess
 import sys
-import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from analysis.cli import OneLineParser, check_counts, check_writable, one_line
 from analysis.predict import predict
-from analysis.provenance import provenance
-from analysis.spectra_file import write_atomically
+from benchmarks.side_by_side import Side, Table, Timing, number, parser, peer, run, timed
 from lance_ref import models, nn
 from lance_ref.nn.init import shapes_only
 
 SIZE, CLASSES = 224, 1000
-STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-"""Of MobileNetV2 (Sandler et al. 2018, table 2): expansion, channels, blocks, stride of the first."""
-CHAIN = (1000, 5000)
-
-
-def pytorch_net(torch: Any, device: str) -> Any:
-    """MobileNetV2 in PyTorch."""
-
-    def conv(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> list[Any]:
-        body = torch.nn.Conv2d(c_in, c_out, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
-        return [body, torch.nn.BatchNorm2d(c_out)]
-
-    class Block(torch.nn.Module):
-        def __init__(self, c_in: int, c_out: int, expansion: int, stride: int) -> None:
-            super().__init__()
-            wide = c_in * expansion
-            layers = [*conv(c_in, wide), torch.nn.ReLU6()] if expansion > 1 else []
-            layers += [*conv(wide, wide, 3, stride, wide), torch.nn.ReLU6(), *conv(wide, c_out)]
-            self.body, self.residual = torch.nn.Sequential(*layers), stride == 1 and c_in == c_out
-
-        def forward(self, x: Any) -> Any:
-            return x + self.body(x) if self.residual else self.body(x)
-
-    with torch.device(device):
-        layers, width = [*conv(3, 32, 3, 2), torch.nn.ReLU6()], 32
-        for expansion, channels, blocks, stride in STAGES:
-            for i in range(blocks):
-                layers.append(Block(width, channels, expansion, stride if i == 0 else 1))
-                width = channels
-        layers += [*conv(width, 1280), torch.nn.ReLU6(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
-        return torch.nn.Sequential(*layers, torch.nn.Linear(1280, CLASSES))
+CHAIN, QUICK_CHAIN = (1000, 5000), (10, 20)
+OWN = "ours, bp"
 
 
 def our_net() -> nn.Module:
@@ -85,14 +51,16 @@ def ours(batch: int, methods: str, size: int = SIZE, tune: str = "all") -> Calla
 
 def peers(batch: int) -> dict[str, Callable[[], int]]:
     """The other counters that are installed."""
-    if importlib.util.find_spec("torch") is None:
+    torch = peer("torch")
+    if torch is None:
         return {}
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    net = pytorch_net(torch, "meta")
-    x = torch.empty(batch, 3, SIZE, SIZE, device="meta")
-    labels = torch.empty(batch, dtype=torch.int64, device="meta")
+    from benchmarks.torch_nets import make_mobilenetv2
+
+    with torch.device("meta"):
+        net = make_mobilenetv2(CLASSES)
+        x, labels = torch.empty(batch, 3, SIZE, SIZE), torch.empty(batch, dtype=torch.int64)
 
     def flop_counter() -> int:
         net.zero_grad()
@@ -101,15 +69,11 @@ def peers(batch: int) -> dict[str, Callable[[], int]]:
         return int(counter.get_total_flops())
 
     found: dict[str, Callable[[], int]] = {"flop counter": flop_counter}
-    if importlib.util.find_spec("fvcore") is not None:
-        import logging
-        import warnings
-
-        from fvcore.nn import FlopCountAnalysis  # type: ignore[import-not-found]
+    if peer("fvcore") is not None:
+        from fvcore.nn import FlopCountAnalysis
 
         logging.getLogger("fvcore").setLevel(logging.ERROR)
-
-        real, image = pytorch_net(torch, "cpu"), torch.zeros(1, 3, SIZE, SIZE)
+        real, image = make_mobilenetv2(CLASSES), torch.zeros(1, 3, SIZE, SIZE)
 
         def fvcore() -> int:
             with warnings.catch_warnings():
@@ -119,27 +83,6 @@ def peers(batch: int) -> dict[str, Callable[[], int]]:
                 return int(analysis.total())
 
         found["fvcore"] = fvcore
-    return found
-
-
-def timed(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-    """Median and fastest seconds of each side, of the processor and of the clock; one turn before does not count."""
-    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        for name, run in sides.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            run()
-            if repeat:
-                spent[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-    found = {}
-    for name, pairs in spent.items():
-        cpus, walls = zip(*pairs, strict=True)
-        found[name] = {
-            "cpu_median": statistics.median(cpus),
-            "cpu_min": min(cpus),
-            "wall_median": statistics.median(walls),
-            "wall_min": min(walls),
-        }
     return found
 
 
@@ -153,70 +96,50 @@ def chain(operations: int) -> Callable[[], Any]:
     return lambda: predict(net, 8, input_shape=(8,), tune="all", methods="bp").report
 
 
-def command_seconds(repeats: int) -> dict[str, float]:
-    """The command line with every method, as a process of its own: fastest, of the clock and of the processor."""
+def command() -> None:
+    """The command line with every method, as a process of its own."""
     words = [sys.executable, "-m", "analysis.cost_model", "--net", "mobilenetv2", "--method", "all"]
-    walls, cpus = [], []
-    for _ in range(repeats):
-        before, start = os.times(), time.perf_counter()
-        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-        after = os.times()
-        walls.append(time.perf_counter() - start)
-        cpus.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    return {"wall_min": min(walls), "cpu_min": min(cpus)}
+    done = subprocess.run(words, check=False, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words[1:])} failed with {done.returncode}")
 
 
-def measure(batch: int, repeats: int) -> dict[str, Any]:
-    """All of it, as it is written."""
-    sides: dict[str, Callable[[], int]] = {"ours, bp": ours(batch, "bp"), "ours, all": ours(batch, "all")}
-    sides |= peers(batch)
-    counts = {name: run() for name, run in sides.items()}
-    seconds = timed(sides, repeats)
-    own = seconds["ours, bp"]["cpu_median"]
-    growth = {f"chain of {n} operations": chain(n) for n in CHAIN}
-    growth |= {f"batch {b}, {s} pixels": ours(b, "bp", s) for b, s in ((1, 64), (1, SIZE), (4096, SIZE))}
-    return {
-        "net": "mobilenetv2",
-        "batch": batch,
-        "image_size": SIZE,
-        "flops": counts,
-        "seconds": seconds,
-        "times_ours": {name: of["cpu_median"] / own for name, of in seconds.items() if not name.startswith("ours")},
-        "growth": timed(growth, max(1, repeats // 2)),
-        "command_line": command_seconds(max(1, repeats // 3)),
+def growth(batch: int, chains: Sequence[int]) -> dict[str, Side]:
+    """Other numbers of operations, and other batches and images of the same net."""
+    sides: dict[str, Side] = {f"chain of {n} operations": chain(n) for n in chains}
+    return sides | {f"batch {b}, {s} pixels": ours(b, "bp", s) for b, s in ((1, 64), (1, SIZE), (32 * batch, SIZE))}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    batch = 2 if options.quick else options.batch
+    sides = {OWN: ours(batch, "bp"), "ours, all": ours(batch, "all"), **peers(batch)}
+    print("milliseconds of the processor, median and fastest")
+    table = Table("counter", "median", "fastest", f"/ {OWN}", first=26)
+
+    def show(timings: dict[str, Timing], own: Timing | None) -> dict[str, dict[str, float]]:
+        for name, timing in timings.items():
+            ratio = None if own is None else timing.cpu_median / own.cpu_median
+            table.row(name, number(1e3 * timing.cpu_median), number(1e3 * min(timing.cpu)), number(ratio))
+        return {name: timing.as_json() for name, timing in timings.items()}
+
+    flops = {name: count() for name, count in sides.items()}
+    seconds = timed(sides, options.repeats)
+    own = seconds[OWN]
+    found = {"net": "mobilenetv2", "batch": batch, "image_size": SIZE, "flops": flops}
+    found["seconds"] = show(seconds, own)
+    found["times_ours"] = {
+        name: of.cpu_median / own.cpu_median for name, of in seconds.items() if not name.startswith("ours")
     }
+    chains = QUICK_CHAIN if options.quick else CHAIN
+    found["growth"] = show(timed(growth(batch, chains), max(1, options.repeats // 2)), None)
+    found["command_line"] = show(timed({"the command": command}, max(1, options.repeats // 3)), None)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = OneLineParser(prog="python -m benchmarks.cost_model", description=(__doc__ or "").split("\n\n")[0])
+    p = parser("benchmarks.cost_model", __doc__, repeats=9)
     p.add_argument("--batch", type=int, default=128, help="images (default: %(default)s)")
-    p.add_argument("--repeats", type=int, default=9, help="counted repeats (default: %(default)s)")
-    p.add_argument("--output", help="also write the figures as JSON")
-    options = p.parse_args(arguments)
-    try:
-        check_counts(options, ("batch", "repeats"))
-        if options.output:
-            check_writable(options.output)
-        found = measure(options.batch, options.repeats)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        p.error(one_line(error))
-    for name, of in (found["seconds"] | found["growth"]).items():
-        ratio = f"{found['times_ours'][name]:.1f} times ours, bp" if name in found["times_ours"] else ""
-        print(f"{name:26} {1e3 * of['cpu_median']:9.1f} ms (fastest {1e3 * of['cpu_min']:.1f})  {ratio}".rstrip())
-    command = found["command_line"]
-    print(f"{'the command, all methods':26} {command['cpu_min']:9.2f} s of the processor, {command['wall_min']:.2f} s")
-    if options.output:
-        peer_versions = {name: _version(name) for name in ("torch", "fvcore")}
-        document = {**provenance("benchmarks.cost_model", 0), "peers": peer_versions, **found}
-        write_atomically(options.output, json.dumps(document, indent=1) + "\n")
-    return 0
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return run(p, arguments, measure, peers=("torch", "fvcore"), counts=("batch",))
 
 
 if __name__ == "__main__":

@@ -1,164 +1,271 @@
 """One training step of single layers, timed side by side: ``python -m benchmarks.layers``.
 
-For each layer: our backpropagation, LANCE (forward, projection, both gradients), and PyTorch's plain forward and
-backward where it is installed. The three are timed in turn, repeat after repeat, so that a machine whose speed drifts
-slows all of them; what to quote is the ratio of the medians.
+For each layer the forward pass and both gradients: our backpropagation, LANCE, HOSVD at every step, ASI, and PyTorch's
+plain convolution or linear layer where it is installed. Then, apart, what LANCE does in place of the weight gradient,
+its projection and the weight gradient from the core, over our own exact weight gradient ("parts"). The second table has
+GFLOP/s, and the share of the roofline: the least time that the machine needs over the time taken
+(:mod:`benchmarks.roofline`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from analysis.cli import OneLineParser, check_writable, one_line
-from analysis.provenance import provenance
-from analysis.spectra_file import write_atomically
-from lance_ref import F, Subspace, Tensor
-from lance_ref.activations import EXACT, ActivationStore, Lance
-from lance_ref.geometry import ConvGeometry
+from benchmarks import roofline
+from benchmarks.roofline import Product, Roofline
+from benchmarks.side_by_side import Side, Table, Target, Timing, number, parser, peer, run, span, timed
+from lance_ref import F, Subspace, Tensor, count_macs
+from lance_ref.activations import EXACT, ActivationStore, Asi, Hosvd, Lance
+from lance_ref.geometry import ConvGeometry, Geometry, LinearGeometry
 
-LAYERS = {  # name: (C_in, H = W, C_out, kernel, stride, groups, ranks at batch 128)
-    "1x1 160-960 at 7": (160, 7, 960, 1, 1, 1, (64, 80, 2, 2)),
-    "1x1 960-320 at 7": (960, 7, 320, 1, 1, 1, (64, 160, 2, 2)),
-    "1x1 320-1280 at 7": (320, 7, 1280, 1, 1, 1, (64, 128, 2, 2)),
-    "depthwise 3x3 960 at 7": (960, 7, 960, 3, 1, 960, (64, 160, 2, 2)),
-    "3x3 512-512 at 7": (512, 7, 512, 3, 1, 1, (64, 128, 2, 2)),
-    "3x3/2 256-512 at 14": (256, 14, 512, 3, 2, 1, (64, 64, 4, 4)),
+BATCH = 128
+SIDES = ("bp", "lance", "hosvd", "asi", "pytorch")
+ALIKE, LARGER_KERNELS = 1.0, 1.3
+"""The most that a LANCE step may take of PyTorch's time: 1×1, depthwise and linear layers; 3×3 and 4×4."""
+SMALL_MAP = 7
+"""Up to this size the projection and LANCE's weight gradient are to be small beside the exact weight gradient."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer and the ranks of its input.
+
+    Attributes
+    ----------
+    input_shape : tuple of int
+        Without the batch: (C_in, H, W), or (tokens, features).
+    weight_shape : tuple of int
+    ranks : tuple of int
+        At batch :data:`BATCH`; that of the batch mode shrinks and grows with the batch.
+    stride, padding, groups : int
+        Of a convolution.
+    limit : float
+        The most that a LANCE step may take of PyTorch's time.
+    """
+
+    input_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+    limit: float = ALIKE
+
+    @property
+    def small_map(self) -> bool:
+        """Whether it is a convolution on a map of at most :data:`SMALL_MAP`."""
+        return len(self.input_shape) == 3 and self.input_shape[1] <= SMALL_MAP
+
+    def geometry(self, batch: int) -> Geometry:
+        shape = (batch, *self.input_shape)
+        if len(self.weight_shape) == 2:
+            return LinearGeometry(shape, self.weight_shape)
+        around = (self.padding, self.padding)
+        return ConvGeometry(shape, self.weight_shape, (self.stride,) * 2, (around, around), groups=self.groups)
+
+    def subspace(self, batch: int) -> Subspace:
+        """Random directions, of which the time does not depend."""
+        ranks = (-(-self.ranks[0] * batch // BATCH), *self.ranks[1:])
+        return Subspace.random((batch, *self.input_shape), ranks, np.random.default_rng(0))
+
+
+LAYERS = {
+    "1x1 160-960 at 7": Layer((160, 7, 7), (960, 160, 1, 1), (64, 80, 2, 2)),
+    "1x1 960-320 at 7": Layer((960, 7, 7), (320, 960, 1, 1), (64, 160, 2, 2)),
+    "1x1 320-1280 at 7": Layer((320, 7, 7), (1280, 320, 1, 1), (64, 128, 2, 2)),
+    "depthwise 3x3 960 at 7": Layer((960, 7, 7), (960, 1, 3, 3), (64, 160, 2, 2), padding=1, groups=960),
+    "3x3 512-512 at 7": Layer((512, 7, 7), (512, 512, 3, 3), (64, 128, 2, 2), padding=1, limit=LARGER_KERNELS),
+    "3x3/2 256-512 at 14": Layer((256, 14, 14), (512, 256, 3, 3), (64, 64, 4, 4), 2, 1, limit=LARGER_KERNELS),
+    "4x4 64-128 at 14": Layer((64, 14, 14), (128, 64, 4, 4), (64, 16, 4, 4), limit=LARGER_KERNELS),
+    "depthwise 7x7 576 at 4": Layer((576, 4, 4), (576, 1, 7, 7), (64, 96, 2, 2), padding=3, groups=576),
+    "linear 768-192, 197 tokens": Layer((197, 768), (192, 768), (64, 49, 128)),
 }
+"""Ranks: half of the images, a sixth (of many) to a half of the channels, 2 rows of 7 and 4 of 14.
+
+They lie near or above what an energy threshold of 0.7 keeps on real pictures (``analysis/data/``): (70, 39, 3, 3)
+before MobileNetV2's layers 160-960, (57, 41, 1, 1) before 320-1280, and at most (6, 9, 1, 1) in its wide layers of 960.
+"""
 
 
-def geometry_of(name: str, batch: int) -> ConvGeometry:
-    """The convolution of that name, with symmetric padding."""
-    C_in, size, C_out, kernel, stride, groups, _ = LAYERS[name]
-    pad = (kernel - 1) // 2
-    return ConvGeometry(
-        (batch, C_in, size, size),
-        (C_out, C_in // groups, kernel, kernel),
-        (stride, stride),
-        ((pad, pad), (pad, pad)),
-        groups=groups,
-    )
+# ---- the sides ---------------------------------------------------------------------------
 
 
-def our_step(geometry: ConvGeometry, store: ActivationStore) -> Callable[[], None]:
-    """Forward and backward of one convolution through the tape."""
-    rng = np.random.default_rng(0)
-    x = Tensor(rng.standard_normal(geometry.input_shape, dtype=np.float32), requires_grad=True)
-    weight = Tensor(rng.standard_normal(geometry.weight_shape, dtype=np.float32), requires_grad=True)
-    grad_output = rng.standard_normal(geometry.output_shape, dtype=np.float32)
+def our_step(geometry: Geometry, store: ActivationStore) -> Side:
+    """Forward and backward of one layer through the tape; gives the gradients of input and weight."""
+    x, weight, grad_output = (Tensor(array, requires_grad=True) for array in arrays(geometry))
 
-    def step() -> None:
+    def step() -> tuple[Any, Any]:
         x.grad = weight.grad = None
-        out = F.conv2d(x, weight, stride=geometry.stride, padding=geometry.padding, groups=geometry.groups, store=store)
-        out.backward(grad_output)
+        if isinstance(geometry, LinearGeometry):
+            out = F.linear(x, weight, store=store)
+        else:
+            stride, padding, dilation = geometry.stride, geometry.padding, geometry.dilation
+            out = F.conv2d(x, weight, None, stride, padding, dilation, geometry.groups, store=store)
+        out.backward(grad_output.data)
+        return x.grad, weight.grad
 
     return step
 
 
-def pytorch_step(geometry: ConvGeometry) -> Callable[[], None] | None:
-    """The same in PyTorch, or None where it is not installed."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    shapes = (geometry.input_shape, geometry.weight_shape, geometry.output_shape)
-    x, weight, grad_output = (torch.randn(shape, generator=generator) for shape in shapes)
+def pytorch_step(geometry: Geometry, torch: Any) -> Side:
+    """The same in PyTorch."""
+    x, weight, grad_output = (torch.from_numpy(array) for array in arrays(geometry))
     x.requires_grad_()
     weight.requires_grad_()
-    (pad, _), _ = geometry.padding
+    functional = torch.nn.functional
 
-    def step() -> None:
+    def step() -> tuple[Any, Any]:
         x.grad = weight.grad = None
-        out = torch.nn.functional.conv2d(x, weight, stride=geometry.stride, padding=pad, groups=geometry.groups)
+        if isinstance(geometry, LinearGeometry):
+            out = functional.linear(x, weight)
+        else:
+            (pad, _), _ = geometry.padding
+            out = functional.conv2d(x, weight, None, geometry.stride, pad, geometry.dilation, geometry.groups)
         out.backward(grad_output)
+        return x.grad, weight.grad
 
     return step
 
 
-def pytorch_version() -> str | None:
-    """Version and number of threads of the peer, None where it is not installed."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    return f"{torch.__version__}, {torch.get_num_threads()} threads"
+def arrays(geometry: Geometry) -> list[np.ndarray]:
+    """Random input, weight and gradient of the output."""
+    rng = np.random.default_rng(0)
+    shapes = (geometry.input_shape, geometry.weight_shape, geometry.output_shape)
+    return [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
 
 
-def timed(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each repeat, the steps taking turns; one repeat before that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def steps(geometry: Geometry, subspace: Subspace, wanted: Sequence[str]) -> dict[str, Side]:
+    """The sides that are wanted, PyTorch's only where it is installed."""
+    stores = {"bp": EXACT, "lance": Lance(subspace), "hosvd": Hosvd(ranks=subspace.ranks), "asi": Asi(subspace.ranks)}
+    sides = {name: our_step(geometry, store) for name, store in stores.items() if name in wanted}
+    if "pytorch" in wanted and peer("torch") is not None:
+        sides["pytorch"] = pytorch_step(geometry, peer("torch"))
+    return sides
 
 
-def measure(name: str, batch: int, repeats: int) -> dict[str, Any]:
-    """Median, fastest and slowest repeat of each side, in seconds."""
-    geometry = geometry_of(name, batch)
-    ranks = (-(-LAYERS[name][-1][0] * batch // 128), *LAYERS[name][-1][1:])
-    subspace = Subspace.random(geometry.input_shape, ranks, np.random.default_rng(0))
-    steps = {"bp": our_step(geometry, EXACT), "lance": our_step(geometry, Lance(subspace))}
-    peer = pytorch_step(geometry)
-    if peer is not None:
-        steps["pytorch"] = peer
-    sides = {
-        side: {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
-        for side, seconds in timed(steps, repeats).items()
+def parts(geometry: Geometry, subspace: Subspace) -> dict[str, Side]:
+    """LANCE's projection, its weight gradient, and the exact one, each alone."""
+    store = Lance(subspace)
+    x, _, grad_output = arrays(geometry)
+    saved = store.save_for(x, geometry)
+    return {
+        "projection": lambda: store.save_for(x, geometry),
+        "grad_weight from the core": lambda: store.weight_gradient(saved, grad_output, geometry),
+        "exact grad_weight": lambda: geometry.weight_gradient(x, grad_output),
     }
-    return {"layer": name, "batch": batch, "ranks": list(ranks), "seconds": sides}
 
 
-def parser() -> argparse.ArgumentParser:
-    parse = OneLineParser(prog="python -m benchmarks.layers", description=(__doc__ or "").split("\n\n")[0])
-    parse.add_argument("--batch", type=int, default=128, help="images (default: %(default)s)")
-    parse.add_argument("--repeats", type=int, default=5, help="counted repeats (default: %(default)s)")
-    parse.add_argument("--layers", nargs="+", choices=list(LAYERS), default=list(LAYERS), help="all by default")
-    parse.add_argument("--output", help="also write the figures as JSON")
-    return parse
+# ---- the figures -------------------------------------------------------------------------
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        for name in ("batch", "repeats"):
-            if getattr(options, name) < 1:
-                raise ValueError(f"--{name} is {getattr(options, name)}, expected a positive integer")
-        if options.output:
-            check_writable(options.output)
-        print(
-            f"{'layer':24}  {'bp ms':>8}  {'lance ms':>8}  {'lance/bp':>8}  {'lance/pytorch':>13}  {'lance range':>15}"
+def products(geometry: Geometry, subspace: Subspace, side: str) -> list[Product]:
+    """The products that a step of that side cannot do without.
+
+    A compressed activation is small beside all else, and counts nothing. PyTorch's step counts as the direct products.
+    """
+    x, weight, out = (math.prod(s) for s in (geometry.input_shape, geometry.weight_shape, geometry.output_shape))
+    if side == "pytorch":
+        macs = dict.fromkeys(("forward", "grad_input", "grad_weight"), out * weight // geometry.weight_shape[0])
+    else:
+        with count_macs() as counter:
+            steps(geometry, subspace, [side])[side]()
+        macs = counter.by_kind()
+    elements = dict.fromkeys(("forward", "grad_input"), x + weight + out)
+    elements["grad_weight"] = weight + out + (x if side in ("bp", "pytorch") else 0)
+    elements |= dict.fromkeys(("projection", "decomposition"), x)
+    return [(2 * macs[kind], 4 * of) for kind, of in elements.items() if macs.get(kind)]
+
+
+def measure_layer(name: str, batch: int, repeats: int, wanted: Sequence[str], machine: Roofline) -> dict[str, Any]:
+    """One row, as it is written."""
+    layer = LAYERS[name]
+    geometry, subspace = layer.geometry(batch), layer.subspace(batch)
+    timings = timed(steps(geometry, subspace, wanted), repeats)
+    of_parts = timed(parts(geometry, subspace), repeats)
+    row: dict[str, Any] = {
+        "layer": name,
+        "batch": batch,
+        "ranks": list(subspace.ranks),
+        "seconds": {side: timing.as_json() for side, timing in timings.items()},
+        "parts": {part: timing.as_json() for part, timing in of_parts.items()},
+        "ratios": _ratios(timings, of_parts),
+        "roofline": {},
+    }
+    for side, timing in timings.items():
+        needed = products(geometry, subspace, side)
+        row["roofline"][side] = {
+            "bound": machine.bound(needed),
+            "gflops": sum(flops for flops, _ in needed) / timing.median / 1e9,
+            "share": machine.seconds(needed) / timing.median,
+        }
+    return row
+
+
+def _ratios(timings: dict[str, Timing], of_parts: dict[str, Timing]) -> dict[str, float]:
+    medians = {side: timing.median for side, timing in timings.items()}
+    pairs = (("lance", "pytorch"), ("lance", "bp"), ("bp", "pytorch"), ("hosvd", "bp"), ("asi", "bp"))
+    found = {f"{a}/{b}": medians[a] / medians[b] for a, b in pairs if a in medians and b in medians}
+    ours = of_parts["projection"].median + of_parts["grad_weight from the core"].median
+    return found | {"parts": ours / of_parts["exact grad_weight"].median}
+
+
+def targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
+    """What was aimed at, for the rows that there are."""
+    against = {row["layer"]: row["ratios"]["lance/pytorch"] for row in rows if "lance/pytorch" in row["ratios"]}
+    own = [row["ratios"]["lance/bp"] for row in rows if "lance/bp" in row["ratios"]]
+    found = [Target(f"LANCE / PyTorch, {name}", ratio, LAYERS[name].limit) for name, ratio in against.items()]
+    if against:
+        found.append(Target("LANCE / PyTorch, geometric mean", statistics.geometric_mean(against.values()), 0.9))
+    if own:
+        found.append(Target("LANCE / own backpropagation, geometric mean", statistics.geometric_mean(own), 0.75))
+    return found + [
+        Target(f"projection and grad_weight / exact grad_weight, {row['layer']}", row["ratios"]["parts"], 0.1)
+        for row in rows
+        if LAYERS[row["layer"]].small_map
+    ]
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    machine = roofline.measure(options.repeats, options.quick)
+    batch = 2 if options.quick else options.batch
+    columns = ("hosvd/bp", "asi/bp", "lance/bp", "lance/pytorch", "parts")
+    print("milliseconds of a step (median), ratios of medians")
+    spans = ("lance min-max", "pytorch min-max")
+    table = Table("layer", *options.sides, *columns, *spans, first=26, width=7)
+    rows = []
+    for name in options.layers:
+        row = measure_layer(name, batch, options.repeats, options.sides, machine)
+        rows.append(row)
+        seconds = row["seconds"]
+        table.row(
+            name,
+            *(number(1e3 * seconds[side]["median"]) if side in seconds else "-" for side in options.sides),
+            *(number(row["ratios"].get(ratio)) for ratio in columns),
+            *(span(seconds.get(side)) for side in ("lance", "pytorch")),
         )
-        rows = []
-        for name in options.layers:
-            row = measure(name, options.batch, options.repeats)
-            rows.append(row)
-            sides = row["seconds"]
-            bp, lance = sides["bp"]["median"], sides["lance"]["median"]
-            peer = f"{lance / sides['pytorch']['median']:.2f}" if "pytorch" in sides else "skipped"
-            spread = f"{1e3 * sides['lance']['min']:.1f}-{1e3 * sides['lance']['max']:.1f}"
-            print(
-                f"{name:24}  {1e3 * bp:8.1f}  {1e3 * lance:8.1f}  {lance / bp:8.2f}  {peer:>13}  {spread:>15}",
-                flush=True,
-            )
-        if options.output:
-            document = {**provenance("benchmarks.layers", 0), "pytorch": pytorch_version(), "rows": rows}
-            write_atomically(options.output, json.dumps(document, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"python -m benchmarks.layers: error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    print("GFLOP/s, share of the roofline, and what a step is bound by (m: memory, a: arithmetic)")
+    table = Table("layer", *options.sides, first=26, width=16)
+    for row in rows:
+        found = [row["roofline"].get(side) for side in options.sides]
+        cells = [f"{number(of['gflops'])} {of['share']:4.0%} {of['bound'][0]}" if of else "-" for of in found]
+        table.row(row["layer"], *cells)
+    return {"roofline": machine.as_json(), "rows": rows, "targets": targets(rows)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    p = parser("benchmarks.layers", __doc__, repeats=5)
+    p.add_argument("--batch", type=int, default=BATCH, help="images (default: %(default)s)")
+    p.add_argument("--layers", nargs="+", choices=list(LAYERS), default=list(LAYERS), help="all by default")
+    p.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="all by default")
+    return run(p, arguments, measure, peers=("torch",), counts=("batch",))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""What the first call of every compiled kernel costs: ``python -m benchmarks.first_call``, a fresh process.
+
+Prints one line of JSON: how many kernels there are and which of them were not reached, and the seconds of loading
+Numba, of the first call of all, and of the second. What is in Numba's cache already is not compiled again: let
+``NUMBA_CACHE_DIR`` name an empty folder. ``LANCE_REF_NUMBA=0`` runs everything without Numba.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import sys
+import time
+
+import numpy as np
+
+import lance_ref
+from lance_ref import F, Subspace, Tensor
+from lance_ref.activations import Lance
+from lance_ref.kernels import Loops, numba_enabled
+
+
+def kernels() -> dict[str, Loops]:
+    """All compiled loops of the library, by module and name."""
+    found = {}
+    for module in pkgutil.iter_modules(lance_ref.__path__):
+        if module.name.startswith("kernels"):
+            for name, value in vars(importlib.import_module(f"lance_ref.{module.name}")).items():
+                if isinstance(value, Loops):
+                    found[f"{module.name}.{name}"] = value
+    return found
+
+
+def run_all() -> None:
+    """Forward and backward of float32 convolutions, plain and depthwise, that together reach every kernel."""
+    rng = np.random.default_rng(0)
+    for C in (3, 16):
+        x = Tensor(rng.standard_normal((4, C, 6, 5), dtype=np.float32), requires_grad=True)
+        weight, dense = (
+            Tensor(rng.standard_normal((C, width, 3, 3), dtype=np.float32), requires_grad=True) for width in (1, C)
+        )
+        for ranks in ((2, 2, 2, 1), (2, 2, 1, 2)):  # either of height and width is projected first
+            store = Lance(Subspace.random(x.shape, ranks, rng))
+            y = F.conv2d(x, weight, padding=1, groups=C, store=store) + F.conv2d(x, weight, padding=1, groups=C)
+            F.max_pool2d(F.dropout(F.relu6(F.conv2d(y, dense, padding=1)), 0.5), 2).sum().backward()
+
+
+def main() -> int:
+    start = time.perf_counter()
+    if numba_enabled():
+        importlib.import_module("numba")
+    loaded = time.perf_counter()
+    run_all()
+    first = time.perf_counter()
+    run_all()
+    second = time.perf_counter()
+    every = kernels()
+    found = {
+        "numba": numba_enabled(),
+        "kernels": len(every),
+        "not_reached": sorted(name for name, loops in every.items() if loops.compiled is None),
+        "loading_numba": loaded - start,
+        "first_call": first - loaded,
+        "second_call": second - first,
+    }
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""Whole training steps, timed side by side, and the memory of the process: ``python -m benchmarks.steps``.
+
+Forward, backward and update (SGD) of our backpropagation, of LANCE, and of the same net in PyTorch, eager
+backpropagation, where it is installed; all from the same weights, with the same layers trained and the same norms
+frozen. LANCE's ranks are those of the cost model: from measured spectra at an energy threshold of 0.7 where they are
+shipped, else a quarter of each mode.
+
+Each side then runs in a process of its own, and what that holds in memory at most is compared: whether LANCE's peak
+lies below backpropagation's by as much as the tapes differ. The cost model says where in the step the peak is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from analysis.method_runs import running
+from analysis.peak.memory import make_optimizer
+from analysis.predict import Prediction, predict
+from benchmarks.resident import Resident, in_own_process, measurable, peak_of
+from benchmarks.side_by_side import Side, Table, Target, Timing, number, parser, peer, pinned, run, span, timed
+from lance_ref import F
+
+SIDES = ("bp", "lance", "pytorch")
+CLASSES = 10
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A net, the layers that train, and the batch.
+
+    Attributes
+    ----------
+    net : str
+        Of ``lance_ref.models``.
+    batch : int
+    tune : str
+        As for :func:`lance_ref.tune`.
+    image_size : int, optional
+        By default what suits the net.
+    limit : float
+        The most that a LANCE step may take of PyTorch's time.
+    """
+
+    net: str
+    batch: int
+    tune: str = "all"
+    image_size: int | None = None
+    limit: float = 1.3
+
+    def predict(self, *methods: str) -> Prediction:
+        """The net with weights, what these methods run, and what they should take."""
+        return predict(
+            self.net,
+            self.batch,
+            self.image_size,
+            num_classes=CLASSES,
+            tune=self.tune,
+            methods=methods,
+            with_weights=True,
+        )
+
+
+CASES = {
+    case.net: case
+    for case in (
+        Case("mobilenetv2", 32, "last:4", 224),
+        Case("mcunet", 128, "last:4", 128),
+        Case("alexnet-cl", 64),
+        Case("mlp", 10, limit=1.5),
+    )
+}
+
+
+# ---- the sides ---------------------------------------------------------------------------
+
+
+@contextmanager
+def side(name: str, case: Case) -> Iterator[Side]:
+    """One side's step, while the ``with`` block lasts: PyTorch's, or that of a method of the cost model."""
+    prediction = case.predict("bp" if name == "pytorch" else name)
+    step = prediction.step
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((step.batch, *step.input_shape), dtype=np.float32)
+    labels = rng.integers(0, CLASSES, step.batch)
+    if name == "pytorch":
+        yield pytorch_step(case.net, prediction, images, labels)
+        return
+    with running(step, name, prediction.steps[name]):
+        optimizer = make_optimizer("sgd", step.net)
+
+        def our_step() -> None:
+            optimizer.zero_grad()
+            F.cross_entropy(step.net(images), labels).backward()
+            optimizer.step()
+
+        yield our_step
+
+
+def pytorch_step(net: str, prediction: Prediction, images: np.ndarray, labels: np.ndarray) -> Side:
+    """The same step in PyTorch."""
+    import torch
+
+    from benchmarks.torch_nets import twin
+
+    theirs = twin(net, prediction.step.net, CLASSES)
+    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=1e-6)
+    x, y = torch.from_numpy(images), torch.from_numpy(labels)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(theirs(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def available(wanted: Sequence[str]) -> list[str]:
+    """The sides whose library is installed."""
+    return [name for name in wanted if name != "pytorch" or peer("torch") is not None]
+
+
+def times(case: Case, wanted: Sequence[str], repeats: int) -> dict[str, Timing]:
+    """Seconds of a step of each side, in turn."""
+    with ExitStack() as stack:
+        return timed({name: stack.enter_context(side(name, case)) for name in available(wanted)}, repeats)
+
+
+def peak(name: str, case: Case, threads: int) -> Resident:
+    """What this process holds at most during a step of that side."""
+    with pinned(threads, ("torch",) if name == "pytorch" else ()), side(name, case) as step:
+        return peak_of(step)
+
+
+# ---- the figures -------------------------------------------------------------------------
+
+
+def measure_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """One net, as it is written."""
+    timings = times(case, options.sides, options.repeats)
+    medians = {name: timing.median for name, timing in timings.items()}
+    pairs = (("lance", "bp"), ("lance", "pytorch"), ("bp", "pytorch"))
+    resident = None
+    if options.memory and measurable():
+        resident = {name: in_own_process(peak, name, case, options.threads)._asdict() for name in timings}
+    return {
+        "net": case.net,
+        "batch": case.batch,
+        "tune": case.tune,
+        "seconds": {name: timing.as_json() for name, timing in timings.items()},
+        "ratios": {f"{a}/{b}": medians[a] / medians[b] for a, b in pairs if {a, b} <= set(medians)},
+        "resident": resident,
+        **predicted(case),
+    }
+
+
+def predicted(case: Case) -> dict[str, Any]:
+    """What the cost model says of the memory of our two sides, and where LANCE's ranks are from."""
+    report = case.predict("bp", "lance").report
+    memory = {
+        name: {
+            "tape_bytes": report.totals[name].activation_bytes["tape"],
+            "factor_bytes": report.totals[name].subspace_bytes,
+            "peak_bytes": of_step.peak_bytes,
+            "peak_at": f"{of_step.moment}, {of_step.at}",
+        }
+        for name, of_step in report.peaks.items()
+    }
+    return {"ranks_from": report.ranks_from, "predicted": memory}
+
+
+def targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
+    """What was aimed at, for the rows that there are."""
+    found = []
+    for row in rows:
+        limits = {"lance/bp": 1.0, "lance/pytorch": CASES[row["net"]].limit}
+        found += [
+            Target(f"time of a step, {name}, {row['net']}", row["ratios"][name], limit)
+            for name, limit in limits.items()
+            if name in row["ratios"]
+        ]
+        lower = lower_by(row)
+        if lower is not None:
+            what = f"MiB by which LANCE's peak is lower, {row['net']}; the limit: by which its tape is"
+            found.append(Target(what, lower[0] / MIB, lower[1] / MIB, at_least=True))
+    return found
+
+
+def lower_by(row: dict[str, Any]) -> tuple[int, int] | None:
+    """Bytes by which LANCE's resident peak is below backpropagation's, and its tape; None if they were not measured."""
+    resident, (bp, lance) = row["resident"], (row["predicted"][name] for name in ("bp", "lance"))
+    if resident is None or not {"bp", "lance"} <= set(resident):
+        return None
+    return resident["bp"]["peak"] - resident["lance"]["peak"], bp["tape_bytes"] - lance["tape_bytes"]
+
+
+# ---- what is printed ---------------------------------------------------------------------
+
+
+def show(row: dict[str, Any], table: Table) -> None:
+    """The rows of one net, and beneath them what is to be known of its memory."""
+    seconds, resident = row["seconds"], row["resident"] or {}
+    for name, of in seconds.items():
+        held = resident.get(name)
+        table.row(
+            row["net"],
+            name,
+            number(1e3 * of["median"]),
+            *(number(of["median"] / seconds[x]["median"] if x in seconds else None) for x in ("bp", "pytorch")),
+            span(of),
+            number(held and held["peak"] / MIB),
+            number(held and (held["peak"] - held["before"]) / MIB),
+        )
+    for name, of in row["predicted"].items():
+        tape, factors, peak = (f"{of[what] / MIB:.2f}" for what in ("tape_bytes", "factor_bytes", "peak_bytes"))
+        print(f"    {name}, predicted MiB: tape {tape}, factors {factors}, peak {peak} in {of['peak_at']}")
+    print(f"    ranks: {row['ranks_from']}", flush=True)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    cases = [CASES[name] for name in options.nets]
+    if options.quick:
+        cases = [replace(case, batch=2, image_size=case.image_size and 32) for case in cases]
+    if options.memory and not measurable():
+        print("this system does not say what a process holds: memory skipped")
+    print("a step: milliseconds (median), ratios; the process: most MiB held, and how many of them in the step alone")
+    table = Table("net", "side", "ms", "/ bp", "/ pytorch", "min-max", "peak MiB", "in the step", first=12, width=10)
+    rows = []
+    for case in cases:
+        rows.append(measure_case(case, options))
+        show(rows[-1], table)
+    return {"rows": rows, "targets": targets(rows)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    p = parser("benchmarks.steps", __doc__, repeats=5)
+    p.add_argument("--nets", nargs="+", choices=list(CASES), default=list(CASES), help="all by default")
+    p.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="all by default")
+    p.add_argument("--no-memory", dest="memory", action="store_false", help="times alone")
+    return run(p, arguments, measure, peers=("torch",))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -43,11 +43,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, default=DEFAULT_BATCH, help="images per step")
     p.add_argument("--image-size", type=int, help="height and width in pixels (224 for most nets)")
     p.add_argument("--input-shape", help="C,H,W or N, without the batch; in place of --image-size")
-    p.add_argument("--num-classes", type=int, default=1000, help="outputs of the classifier")
+    p.add_argument("--num-classes", type=int, help="outputs of the classifier (1000; a factory's own)")
     p.add_argument("--tune", nargs="+", help="last:n, all, head, or globs of layer names (last:4, all if fewer)")
     p.add_argument(
-        "--method", nargs="+", default=list(DEFAULT_METHODS), metavar="METHOD", help=f"{', '.join(METHODS)}, or all"
-    )
+        "--method", "--methods", nargs="+", default=list(DEFAULT_METHODS), metavar="METHOD",
+        help=f"{', '.join(METHODS)}, or all",
+    )  # fmt: skip
     p.add_argument("--epsilon", type=float, default=0.7, help="energy threshold for ranks from spectra")
     p.add_argument("--ranks", help="a fraction for every mode, or layer=r1,r2,r3,r4;layer=... (-: mode left alone)")
     p.add_argument("--segments", type=int, help="of checkpoint (one for each stage that trains, but the last)")
@@ -83,6 +84,10 @@ def parser() -> argparse.ArgumentParser:
         help=f"of --continual: batches from which these directions are found ({DEFAULT_BASIS_BATCHES})",
     )  # fmt: skip
     p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the output")
+    p.add_argument(
+        "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
+        help="the same as --format json",
+    )  # fmt: skip
     p.add_argument("--output", help="write to this file, whole or not at all")
     p.add_argument("--plot", metavar="FILE", help="draw the report into this .png or .svg, whole or not at all")
     p.add_argument("--panels", nargs="+", choices=PANELS, help=f"of --plot ({' '.join(PANELS)})")

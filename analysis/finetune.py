@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", help="a data set by name, or a folder with train/ and test/ (cifar10)")
     p.add_argument("--tune", help="last:n, all, or a glob of layer names (last:4)")
     p.add_argument(
-        "--methods", nargs="+", default=list(METHODS), metavar="METHOD",
+        "--methods", "--method", nargs="+", default=list(METHODS), metavar="METHOD",
         help=f"any of {', '.join(METHODS)}; METHOD@VALUE sets its threshold, KiB, patch or ratio (all)",
     )  # fmt: skip
     p.add_argument("--recipe", nargs="+", choices=["papers", "tuned"], help="one learning rate, or each its own best")

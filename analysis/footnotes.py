@@ -13,8 +13,8 @@ MOMENTS = {"forward": "in the forward pass", "backward": "in the backward pass",
 
 
 def footnotes(report: Report) -> list[str]:
-    """Calibrations, settings, what was left out, and the peak of every method."""
-    return [*_calibrations(report), *_about(report), *_peaks(report)]
+    """Calibrations, settings, what was left out, the peak of every method, and what the net itself lacks."""
+    return [*_calibrations(report), *_about(report), *_peaks(report), *filter(None, [report.remark])]
 
 
 def _calibrations(report: Report) -> list[str]:

@@ -5,25 +5,32 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 import numpy as np
 
 import lance_ref
+from analysis.rules.recompute import flatten
 from lance_ref import functional as F
 from lance_ref.nn.init import shapes_only
 from lance_ref.nn.module import Module
-from lance_ref.selection import weighted_layers
+from lance_ref.selection import not_registered, weighted_layers
 from lance_ref.tensor import Tensor
 from lance_ref.tracing import OpRecord, record
 
 T = TypeVar("T")
 
 DEFAULT_IMAGE_SIZE = 224
+DEFAULT_NUM_CLASSES = 1000
+"""Of built-in nets; a user's factory has a default of its own."""
 DEFAULT_TUNE_LAYERS = 4
 DEFAULT_TUNE = f"last:{DEFAULT_TUNE_LAYERS}"
 DEFAULT_INPUT = {
@@ -37,6 +44,10 @@ DEFAULT_INPUT = {
 WIDTHS = ("mobilenetv2", "mobilenetv3-small")
 """Nets whose channels can be multiplied by a number, written ``name@0.5``."""
 MAX_WIDTH = 16
+_NOT_THE_USERS = (
+    *(f"{folder}{os.sep}" for folder in (*lance_ref.__path__, os.path.dirname(__file__))),
+    sysconfig.get_path("stdlib") + os.sep,
+)
 
 
 class CannotRunError(ValueError):
@@ -105,15 +116,17 @@ def input_shape_for(name: str, image_size: int | None, given: Sequence[int] | No
     return DEFAULT_INPUT.get(name, (3, DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE))
 
 
-def build(name: str, num_classes: int, input_shape: tuple[int, ...], without_weights: bool) -> Module:
+def build(name: str, num_classes: int | None, input_shape: tuple[int, ...], without_weights: bool) -> Module:
     """A built-in net, what ``pkg.module:factory`` returns, or the network in an ONNX file.
 
     Parameters
     ----------
     name : str
         One of ``lance_ref.models.names()``, a file ``*.onnx``, or ``pkg.module:factory``. The factory is called with
-        ``num_classes=`` if it takes that, else with nothing. ``mobilenetv2@0.35`` has 0.35 times the channels.
-    num_classes : int
+        ``num_classes=`` if that is given and it takes it, else with nothing; a Module of that name is taken as it is.
+        ``mobilenetv2@0.35`` has 0.35 times the channels.
+    num_classes : int or None
+        None: :data:`DEFAULT_NUM_CLASSES`, or what the factory makes by itself.
     input_shape : tuple of int
         The small built-in nets are made for it.
     without_weights : bool
@@ -134,7 +147,7 @@ def build(name: str, num_classes: int, input_shape: tuple[int, ...], without_wei
     if base not in lance_ref.models.names():
         known = ", ".join(lance_ref.models.names())
         raise ValueError(f"unknown net {name!r}, expected one of {known}, pkg.module:factory, or a file.onnx")
-    options: dict[str, Any] = {"num_classes": num_classes}
+    options: dict[str, Any] = {"num_classes": DEFAULT_NUM_CLASSES if num_classes is None else num_classes}
     if at:
         options["width"] = _width(name, base, width)
     if name == "mlp":
@@ -159,10 +172,13 @@ def _width(name: str, base: str, text: str) -> float:
     return width
 
 
-def _call_factory(name: str, num_classes: int) -> Module:
+def _call_factory(name: str, num_classes: int | None) -> Module:
     module_name, _, factory_name = name.partition(":")
     if not module_name or not factory_name:
         raise ValueError(f"net is {name!r}, expected pkg.module:factory")
+    if module_name.endswith(".py"):
+        dotted = ".".join(PurePath(module_name).with_suffix("").parts)
+        raise ValueError(f"net is {name!r}, expected the name of a module, not of its file: {dotted}:{factory_name}")
     if "" not in sys.path:
         sys.path.insert(0, "")  # modules of the current folder
     try:
@@ -172,16 +188,23 @@ def _call_factory(name: str, num_classes: int) -> Module:
     except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(f"net {name!r} cannot be imported: {_one_line(error)}") from None
     except (Exception, SystemExit) as error:
-        raise ValueError(f"net {name!r}: importing {module_name} raised {_one_line(error)}") from None
+        raise ValueError(f"net {name!r}: importing {module_name} raised {_one_line(error)}{_place(error)}") from None
+    if isinstance(factory, Module):
+        return factory
     if not callable(factory):
         raise ValueError(f"net {name!r} is a {type(factory).__name__}, expected a function that returns a Module")
     try:
-        net = factory(num_classes=num_classes) if _takes_num_classes(factory) else factory()
+        net = factory() if num_classes is None or not _takes_num_classes(factory) else factory(num_classes=num_classes)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"net {name!r}: the factory raised {_one_line(error)}") from None
+        raise ValueError(f"net {name!r}: the factory raised {_one_line(error)}{_place(error)}") from None
     if not isinstance(net, Module):
         raise ValueError(f"net {name!r}: the factory returned a {type(net).__name__}, expected a lance_ref.nn.Module")
     return net
+
+
+def remark(net: Module) -> str:
+    """What a reader of a table must know of the net itself, in a sentence; empty for most."""
+    return str(getattr(net, "remark", ""))
 
 
 def _takes_num_classes(factory: Any) -> bool:
@@ -197,6 +220,22 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def _place(error: BaseException) -> str:
+    """Where the user's own code was when it raised: the last line outside of the two packages, of Python and others."""
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((*_NOT_THE_USERS, "<")) and "site-packages" not in frame.filename
+    ]
+    return f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
+
+
+def check_classes(name: str, asked: int | None, found: int) -> None:
+    """Raise ValueError if another number of classes was asked for than the net gives."""
+    if asked is not None and asked != found:
+        raise ValueError(f"num_classes is {asked}, but net {name!r} gives {found}, whatever is asked for")
+
+
 def trace_step(
     net: Module, name: str, input_shape: tuple[int, ...], batch: int, tune: str | Sequence[str] | None, dtype: str
 ) -> TracedStep:
@@ -207,7 +246,8 @@ def trace_step(
     Raises
     ------
     ValueError, TypeError
-        If the selection fits nothing, the input does not fit the net, or its output is not (batch, classes).
+        If the selection fits nothing, the input does not fit the net, its output is not (batch, classes), or
+        parameters get gradients that ``net.parameters()`` does not give.
     """
     if dtype not in ("float32", "float64"):
         raise ValueError(f"dtype is {dtype!r}, expected float32 or float64")
@@ -219,9 +259,19 @@ def trace_step(
         tune = DEFAULT_TUNE if len(weighted_layers(net)) > DEFAULT_TUNE_LAYERS else "all"
     tuning = lance_ref.tune(net, tune)
     records, classes = step_records(net, name, input_shape, batch, dtype)
+    _check_registered(net, name, records)
     if not records[-1].output.requires_grad:
         raise ValueError(f"net {name!r}: nothing that the loss depends on is trained by tune {tune!r}")
     return TracedStep(net, name, input_shape, classes, records, tuning.layers, tuning.head)
+
+
+def _check_registered(net: Module, name: str, records: Sequence[OpRecord]) -> None:
+    """Raise ValueError if parameters get gradients and are not the net's: their layers are somewhere it cannot see."""
+    known = {parameter for parameter, _ in net.named_parameters()}
+    used = [value for record in flatten(records) if record.output.requires_grad for value in record.inputs]
+    stray = {v.id: v.shape for v in used if v.parameter is not None and v.requires_grad and v.parameter not in known}
+    if stray:
+        raise ValueError(f"net {name!r} computes with {not_registered(list(stray.values()))}")
 
 
 def step_records(
@@ -242,7 +292,7 @@ def step_records(
         except Exception as error:  # a user's forward() may raise anything
             words = str(error) if isinstance(error, (ValueError, TypeError, RuntimeError)) else _one_line(error)
             raise CannotRunError(
-                f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {words}"
+                f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {words}{_place(error)}"
             ) from None
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch:
             came = f"an output of shape {logits.shape}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"

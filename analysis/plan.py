@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--spectra", help="file of measured spectra, from python -m analysis.spectra")
     p.add_argument("--batch", type=int, nargs="+", default=list(DEFAULT_BATCHES), help="batch sizes to try")
     p.add_argument("--layers", type=int, help="tune at most so many, from the last on (all)")
-    p.add_argument("--method", nargs="+", default=["all"], metavar="METHOD", help=f"{', '.join(METHODS)}, or all")
+    p.add_argument(
+        "--method", "--methods", nargs="+", default=["all"], metavar="METHOD", help=f"{', '.join(METHODS)}, or all"
+    )
     p.add_argument("--epsilon", type=float, nargs="+", help="energy thresholds of ranks from spectra (0.7 0.9 0.99)")
     p.add_argument(
         "--ranks",
@@ -77,9 +79,13 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--image-size", type=int, help="height and width in pixels")
     p.add_argument("--input-shape", help="C,H,W or N, without the batch; in place of --image-size")
-    p.add_argument("--num-classes", type=int, default=1000, help="outputs of the classifier (1000)")
+    p.add_argument("--num-classes", type=int, help="outputs of the classifier (1000; a factory's own)")
     p.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="(float32)")
     p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the output (table)")
+    p.add_argument(
+        "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
+        help="the same as --format json",
+    )  # fmt: skip
     p.add_argument("--output", help="write to this file, whole or not at all")
     return p
 
@@ -119,6 +125,7 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     """
     from dataclasses import replace
 
+    from analysis.nets import remark
     from analysis.planning.search import search
 
     budget = parse_bytes(options.budget)
@@ -144,15 +151,39 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     plan = search(costs, tried, options.batch, budget, times, options.shares, options.layers)
     shares = {"layers": "the same for every layer", "parameters": "in proportion to its weights"}
     size = "x".join(map(str, costs.input_shape))
-    net = f"{options.net}, input {size}, {options.num_classes} classes, {options.dtype}"
-    return replace(
-        plan, facts={"net": net, "ranks": ranks_from, "shares": shares.get(options.shares, f"from {options.shares}")}
-    )
+    classes = costs.whole(_first(options, costs)).num_classes
+    facts = {
+        "net": f"{options.net}, input {size}, {classes} classes, {options.dtype}",
+        "ranks": ranks_from,
+        "shares": shares.get(options.shares, f"from {options.shares}"),
+        "remark": remark(costs.net),
+        "smaller": _smaller(options, plan),
+    }
+    return replace(plan, facts=facts)
+
+
+def _smaller(options: argparse.Namespace, plan: Plan) -> str:
+    """Where nothing fits: the options left at their defaults that make a step smaller."""
+    from analysis.nets import DEFAULT_INPUT
+    from lance_ref import models
+
+    if plan.closest is None or not plan.closest.over_bytes:
+        return ""
+    built_in = options.net.partition("@")[0]
+    of_vectors = len(DEFAULT_INPUT.get(built_in, "CHW")) == 1
+    fixed = of_vectors or options.net.endswith(".onnx")
+    left = {
+        "--image-size": options.image_size is None and options.input_shape is None and not fixed,
+        "--num-classes": options.num_classes is None and built_in in models.names(),
+        "--batch": plan.closest.batch > 1,
+    }
+    names = [name for name, there in left.items() if there]
+    return f"A smaller {' or '.join(names)} may help." if names else ""
 
 
 def _costs(options: argparse.Namespace, device: Device) -> tuple[Costs, str]:
     """The net, with spectra if there are any, and where the ranks come from."""
-    from analysis.nets import build, input_shape_for
+    from analysis.nets import build, check_classes, input_shape_for
     from analysis.planning.costs import Costs
     from analysis.ranks import ranks_from_spectra
 
@@ -161,11 +192,18 @@ def _costs(options: argparse.Namespace, device: Device) -> tuple[Costs, str]:
     net = build(options.net, options.num_classes, shape, without_weights=True)
     spectra, where = _spectra(options, shape)
     costs = Costs(net, options.net, shape, device, options.dtype, spectra)
+    first = _first(options, costs)
+    check_classes(options.net, options.num_classes, costs.whole(first).num_classes)
     if spectra is None:
         return costs, where
-    first = next((batch for batch in options.batch if not costs.runs(batch)), options.batch[0])
     ranks_from_spectra(spectra, costs.shapes(first), 1.0, where)  # looks at every layer and its shape
     return costs, f"{where}: {spectra.source}"
+
+
+def _first(options: argparse.Namespace, costs: Costs) -> int:
+    """The first batch size that the net runs on."""
+    batches: list[int] = options.batch
+    return next((batch for batch in batches if not costs.runs(batch)), batches[0])
 
 
 def _spectra(options: argparse.Namespace, input_shape: tuple[int, ...]) -> tuple[Spectra | None, str]:

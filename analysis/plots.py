@@ -178,9 +178,12 @@ def _tape(axes: Axes, report: Report, method: str) -> None:
     words = " → ".join(f"{m} {_size(totals[m].activation_bytes['tape'])}" for m in shown)
     beside = totals[shown[-1]].subspace_bytes
     axes.set_title(f"Where the tape's bytes sit\n{words}" + (f" (+ {_size(beside)} of factors)" if beside else ""))
-    papers = " → ".join(_size(totals[m].activation_bytes["paper"]) for m in shown)
+    counted = [totals[m].activation_bytes for m in shown]
+    papers = " → ".join(_size(kept["paper"]) for kept in counted)
+    twice = any(kept["paper"] > kept["tape"] for kept in counted)  # then it is no part of the tape
+    label = "what the papers count, a shared input for each of its layers" if twice else "of it, what the papers count"
     handles = [_patch(color) for color in (BEFORE, AFTER)[: len(shown)]] + [_patch(PAPER, PAPERS["hatch"], "0.9")]
-    _legend_below(axes, 3, handles, [*shown, f"of it, what the papers count ({papers})"], across=True)
+    _legend_below(axes, 3, handles, [*shown, f"{label} ({papers})"], across=True)
 
 
 def _beside(report: Report, method: str) -> list[str]:

@@ -104,7 +104,7 @@ def cost(
     method: str | Sequence[str] | None = None,
     image_size: int | None = None,
     input_shape: Sequence[int] | None = None,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     tune: str | Sequence[str] | None = None,
     methods: Sequence[str] | None = None,
     epsilon: float = 0.7,
@@ -132,8 +132,9 @@ def cost(
         Names of :data:`analysis.methods.METHODS`, or ``"all"``; "bp" and "lance" by default. Those at "lance"'s ranks
         are "lance-mean-free" (orthogonal to the mean activation), "lance-center" (of the activation without it),
         "hosvd" and "asi".
-    image_size, num_classes : int
-        ``num_classes`` is for names and factories; a net has its own.
+    image_size : int, optional
+    num_classes : int, optional
+        For names, 1000 by default, and for factories that take it; a net that has another number is an error.
     input_shape : sequence of int, optional
         (C, H, W) or (N,), without the batch; in place of ``image_size``.
     tune : str or sequence of str, optional
@@ -190,7 +191,7 @@ def predict(
     batch: int | None = None,
     image_size: int | None = None,
     input_shape: Sequence[int] | None = None,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     tune: str | Sequence[str] | None = None,
     methods: str | Sequence[str] = DEFAULT_METHODS,
     epsilon: float = 0.7,
@@ -269,16 +270,17 @@ def _step(
     batch: int | None,
     image_size: int | None,
     input_shape: Sequence[int] | None,
-    num_classes: int,
+    num_classes: int | None,
     tune: str | Sequence[str] | None,
     dtype: str | None,
     with_weights: bool,
 ) -> TracedStep:
     """The plain step: the one that was given, or that of a net, traced."""
-    from analysis.nets import TracedStep, build, input_shape_for, trace_step
+    from analysis.nets import DEFAULT_NUM_CLASSES, TracedStep, build, check_classes, input_shape_for, trace_step
     from lance_ref import models
 
     if isinstance(net, TracedStep):
+        check_classes(net.name, num_classes, net.num_classes)
         own = {"batch": net.batch, "input_shape": net.input_shape, "dtype": net.dtype, "image_size": None, "tune": None}
         asked = {"batch": batch, "input_shape": input_shape, "dtype": dtype, "image_size": image_size, "tune": tune}
         for name, value in asked.items():
@@ -293,11 +295,14 @@ def _step(
     if isinstance(net, str) and net.partition("@")[0] in models.names() and not with_weights:
         asked_tune = tune if tune is None or isinstance(tune, str) else tuple(tune)
         asked_dtype = "float32" if dtype is None else dtype
-        return _named_step(net, num_classes, shape, DEFAULT_BATCH if batch is None else batch, asked_tune, asked_dtype)
+        classes = DEFAULT_NUM_CLASSES if num_classes is None else num_classes
+        return _named_step(net, classes, shape, DEFAULT_BATCH if batch is None else batch, asked_tune, asked_dtype)
     module = build(net, num_classes, shape, not with_weights) if isinstance(net, str) else net
     if dtype is None:
         dtype = "float32" if isinstance(net, str) else str(next((p.dtype for p in net.parameters()), "float32"))
-    return trace_step(module, title, shape, DEFAULT_BATCH if batch is None else batch, tune, dtype)
+    step = trace_step(module, title, shape, DEFAULT_BATCH if batch is None else batch, tune, dtype)
+    check_classes(title, num_classes, step.num_classes)
+    return step
 
 
 @lru_cache(maxsize=16)

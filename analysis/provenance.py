@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
 import sys
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import analysis
 import lance_ref
 
 THREAD_SETTINGS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "LANCE_REF_THREADS")
@@ -41,6 +45,18 @@ def provenance(module: str, seed: int) -> dict[str, Any]:
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
         "threads": {name: os.environ.get(name, "default") for name in THREAD_SETTINGS},
     }
+
+
+@cache
+def code_fingerprint() -> str:
+    """SHA-256 of the sources of both packages: what ran on other code may say nothing about this one."""
+    digest = hashlib.sha256()
+    for package in (lance_ref, analysis):
+        folder = Path(package.__path__[0])
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{package.__name__}/{path.relative_to(folder).as_posix()}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _processor() -> str:

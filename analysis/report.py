@@ -262,6 +262,13 @@ class Report:
         return OPTIMIZERS[0] if self.origin is None else self.origin.asked.optimizer
 
     @property
+    def remark(self) -> str:
+        """What must be known of the net itself: see :func:`analysis.nets.remark`."""
+        from analysis.nets import remark
+
+        return "" if self.origin is None else remark(self.origin.step.net)
+
+    @property
     def work_unit(self) -> str:
         """What ``flops`` counts."""
         return "multiply-adds of the tuned layers" if self.convention == "paper" else "FLOPs"
@@ -290,7 +297,7 @@ class Report:
             },
             "settings": self.settings,
             "calibration": {method: cost.to_json() for method, cost in self.calibration.items()},
-            "notes": self.notes,
+            "notes": self.notes | ({"net": self.remark} if self.remark else {}),
             "optimizer": self.optimizer,
             "peak": {method: _peak_json(peak) for method, peak in self.peaks.items()},
             "continual": None if self.continual is None else self.continual.to_json(),

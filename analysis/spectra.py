@@ -120,7 +120,7 @@ def _source(net: str, image_size: int | None) -> _Source:
         normalise = models.preprocessing(net)
         return _Source(models.create(net, pretrained=True), weights.origin, weights.sha256, size, normalise)
     size = image_size or DEFAULT_IMAGE_SIZE
-    module = build(net, 1000, (3, size, size), without_weights=False)
+    module = build(net, None, (3, size, size), without_weights=False)
     digest = hashlib.sha256()
     for array in module.state_dict().values():
         digest.update(array.tobytes())

@@ -117,11 +117,15 @@ def load_spectra(path: str | os.PathLike[str]) -> Spectra:
         If it cannot be read.
     """
     path = Path(path)
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+        content = path.read_bytes() if size <= MAX_FILE_BYTES else b""
+    except OSError as error:
+        raise type(error)(f"spectra file {str(path)!r} (--spectra): {error.strerror}") from None
     if size > MAX_FILE_BYTES:
         raise ValueError(f"spectra file {path}: {size} bytes, expected at most {MAX_FILE_BYTES}")
     try:
-        return _parse(json.loads(path.read_bytes()))
+        return _parse(json.loads(content))
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         message = f"no entry {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"spectra file {path}: {message}") from None

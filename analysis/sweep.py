@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import cache
@@ -102,6 +102,10 @@ def run_cells(
     What a finished cell's file holds is compared with function and cell. A file that is damaged or belongs
     to something else is reported on standard error, and replaced when the cell has run again.
 
+    A finished cell stands whatever became of the code since. How many of the results are from the folder, and how
+    many of these were made by other sources of the two packages, is one line on standard error, unless ``progress``
+    is False.
+
     A worker that is killed takes down no cell but its own. On a cluster that cell is run by another worker
     (Dask gives up after its ``allowed-failures``). In local processes it is run again alone, and fails if
     its process dies then too. A finished cell is run again only if its worker dies before the outcome has
@@ -125,6 +129,8 @@ def run_cells(
                 missing[task.key] = task
             else:
                 outcomes[task.key] = found
+    if outcomes and progress is not False:
+        print(_from_before(outcomes, len(outcomes) + len(missing), folder), file=sys.stderr, flush=True)
     if missing:
         waiting = list(missing.values())
         arriving = _in_processes(waiting, jobs) if scheduler is None else _on_cluster(waiting, scheduler)
@@ -138,23 +144,24 @@ def run_cell(task: Task) -> Outcome:
     # read when lance_ref's first compiled loop runs, which is in this cell or was in an earlier one
     os.environ["LANCE_REF_THREADS"] = "1"
     with _ONE_AT_A_TIME:
-        started = time.perf_counter()
         try:
+            where = _where()  # now: at the end of a long run the sources may be others
+            started = time.perf_counter()
             result = _load(task.function)(**task.cell)
             if not isinstance(result, dict):
                 raise TypeError(f"{task.function} returned {type(result).__name__}, expected a dict that JSON can hold")
             result = json.loads(json.dumps(result))
-            return {"result": result, "seconds": time.perf_counter() - started, "provenance": _where()}
+            return {"result": result, "seconds": time.perf_counter() - started, "provenance": where}
         except (Exception, SystemExit) as error:
             return {"error": f"{type(error).__name__}: {one_line(error)}", "traceback": traceback.format_exc()}
 
 
 def _where() -> dict[str, Any]:
-    """Versions, machine and threads of this process; the command and the seed are the cell's own business."""
-    from analysis.provenance import provenance
+    """Versions, sources, machine and threads of this process; command and seed are the cell's own business."""
+    from analysis.provenance import code_fingerprint, provenance
 
-    whole = provenance("analysis.sweep", 0)
-    return {name: whole[name] for name in ("versions", "machine", "threads")}
+    whole = {**provenance("analysis.sweep", 0), "sources": code_fingerprint()}
+    return {name: whole[name] for name in ("versions", "sources", "machine", "threads")}
 
 
 # ---- cells and their files -----------------------------------------------------------------
@@ -205,6 +212,22 @@ def _read(path: Path, task: Task) -> Outcome | None:
     except (ValueError, RecursionError) as error:
         print(f"sweep: {path}: {one_line(error)}; the cell is run again", file=sys.stderr, flush=True)
         return None
+
+
+def _from_before(found: Mapping[str, Outcome], total: int, folder: Path) -> str:
+    """How many cells had been finished, when, and whether by the sources at hand."""
+    from analysis.provenance import code_fingerprint
+
+    days = {time.strftime("%Y-%m-%d", time.localtime((folder / f"{key}.json").stat().st_mtime)) for key in found}
+    origins = [outcome.get("provenance") for outcome in found.values()]
+    sources = [origin.get("sources") if isinstance(origin, dict) else None for origin in origins]
+    unknown, same = sources.count(None), sources.count(code_fingerprint())
+    unlike = {"other sources than now": len(sources) - unknown - same, "unknown sources": unknown}
+    line = f"sweep: {len(found)} of {total} cells from {folder}, made {' to '.join(sorted({min(days), max(days)}))}"
+    if same < len(found):
+        line += f" ({', '.join(f'{count} by {which}' for which, count in unlike.items() if count)}"
+        line += "; another folder runs them anew)"
+    return line
 
 
 def _write(path: Path, task: Task, outcome: Outcome) -> None:

@@ -123,7 +123,7 @@ def _common_dtype(op: str, inputs: tuple[Tensor, ...]) -> np.dtype:
         elif dtype != common:
             raise TypeError(
                 f"{op}: inputs have dtypes {[str(t.dtype) for t in inputs]}, expected one floating dtype; "
-                "convert explicitly, for instance with module.to(dtype)"
+                "convert explicitly: the data with x.astype(np.float32), or the module with module.to(dtype)"
             )
     if common is None:
         raise TypeError(f"{op}: inputs have dtypes {[str(t.dtype) for t in inputs]}, expected float32 or float64")

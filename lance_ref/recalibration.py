@@ -142,7 +142,7 @@ class Recalibrator:
         collection.stop()
         layer = weighted_layers(info.net)[path]
         store = layer.store
-        ranks = [None if U is None else U.shape[1] for U in store.factors]
+        ranks = tuple([None if U is None else U.shape[1] for U in store.factors])
         fresh = Calibration({path: collection.grams}, {path: 1.0}, {path: ranks})
         sizes = [U.shape[0] for U in fresh[path].factors if U is not None]
         macs = collection.macs + sum(counting.eigh_macs(n) for n in sizes)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lance_ref import nn
-from lance_ref.nn.module import Module
+from lance_ref.nn.module import Module, Parameter
+from lance_ref.tensor import Shape
 
 PARAMETERS = ("all", "bias")
-_SHOWN = 6  # layer names that an error lists
+_SHOWN = 6  # layer names, or shapes, that an error lists
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def tune(
     ------
     ValueError
         If the network has no Conv2d or Linear layer, ``n`` is not a number from 1 to the number of
-        layers, a glob matches nothing, or a selected layer has no bias where only biases are to train.
+        layers, a glob matches nothing, or a selected layer has no bias where only biases are to train; or if it
+        keeps layers that require gradients in a plain list, tuple or dict, which registers none of them.
 
     Notes
     -----
@@ -114,6 +116,7 @@ def tune(
     ['2.bias', '4.weight', '4.bias']
     """
     choice = choose(net, selection, train_batchnorm, parameters)
+    _check_containers(net)
     for parameter in net.parameters():
         parameter.requires_grad_(id(parameter) in choice.trains)
     for module, frozen in choice.frozen:
@@ -152,6 +155,7 @@ def choose(
         raise ValueError(f"parameters is {parameters!r}, expected one of {', '.join(PARAMETERS)}")
     modules = weighted_layers(net)
     if not modules:
+        _check_containers(net)
         raise ValueError(f"net has no Conv2d or Linear layer to tune, it is a {type(net).__name__}")
     *body, head = modules
     selected = _select(body, head, selection)
@@ -171,6 +175,42 @@ def choose(
     frozen = _choose_batchnorm(net, first, parameters, trains)
     asked = selection if isinstance(selection, str) else tuple(selection)
     return Choice(Tuning(layers, head, asked, parameters), trains, frozen)
+
+
+def not_registered(shapes: Sequence[Shape]) -> str:
+    """What an error says of parameters that ``net.parameters()`` does not give, although they require gradients."""
+    listed = ", ".join("x".join(map(str, shape)) or "one number" for shape in shapes[:_SHOWN])
+    more = f" and {len(shapes) - _SHOWN} more" if len(shapes) > _SHOWN else ""
+    count = f"{len(shapes)} parameter{'' if len(shapes) == 1 else 's'}"
+    return (
+        f"{count} ({listed}{more}) that net.parameters() does not give, so that nothing trains them: assign each layer "
+        "to an attribute or put them into nn.Sequential (those that are to stay as they are: requires_grad_(False))"
+    )
+
+
+def _check_containers(net: Module) -> None:
+    """Raise ValueError for layers in a plain list, tuple or dict, unless the net has them, or they are frozen."""
+    known = {id(parameter) for parameter in net.parameters()}
+    for path, module in net.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, (list, tuple, dict)) and name not in _REGISTRIES:
+                stray = {id(p): p.shape for p in _parameters_in(value) if p.requires_grad and id(p) not in known}
+                if stray:
+                    place = f"{path}.{name}" if path else name
+                    words = not_registered(list(stray.values()))
+                    raise ValueError(f"{place} of the {type(net).__name__} is a {type(value).__name__} with {words}")
+
+
+_REGISTRIES = frozenset(vars(Module()))
+"""What every module keeps of its own."""
+
+
+def _parameters_in(container: Any) -> Iterator[Parameter]:
+    for item in container.values() if isinstance(container, dict) else container:
+        if isinstance(item, Module):
+            yield from item.parameters()
+        elif isinstance(item, Parameter):
+            yield item
 
 
 def _biases(net: Module) -> dict[str, Any]:

@@ -63,7 +63,6 @@ class Tensor:
 
     __slots__ = ("__weakref__", "_data", "_dtype", "_node", "_shape", "_version", "grad", "requires_grad", "uid")
     __array_priority__ = 1000
-    __array_ufunc__ = None  # so that `ndarray + Tensor` comes to Tensor.__radd__
 
     def __init__(self, data: Any, requires_grad: bool = False) -> None:
         self._data: np.ndarray | None = _as_array(data)
@@ -238,6 +237,23 @@ class Tensor:
 
     # ---- operators: each is a function of lance_ref.functional -----------------------
 
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **options: Any) -> Tensor:
+        """``array + tensor`` is :meth:`__radd__`; of tensors NumPy's functions compute nothing, and say so."""
+        reflected = _REFLECTED.get(ufunc)
+        in_place = out is not None and out[0] is inputs[0]  # array += tensor
+        if (
+            reflected is None
+            or method != "__call__"
+            or options
+            or isinstance(inputs[0], Tensor)
+            or (out and not in_place)
+        ):
+            name = ufunc.__name__
+            ours = f"lance_ref.functional.{name}" if hasattr(F, name) else "a function of lance_ref.functional"
+            raise TypeError(f"np.{name} takes no Tensor, for NumPy does not differentiate: use {ours}, or tensor.data")
+        result: Tensor = getattr(self, reflected)(inputs[0])
+        return result
+
     def __add__(self, other: Any) -> Tensor:
         return F.add(self, other)
 
@@ -316,6 +332,16 @@ class Tensor:
 
     def relu(self) -> Tensor:
         return F.relu(self)
+
+
+_REFLECTED = {
+    np.add: "__radd__",
+    np.subtract: "__rsub__",
+    np.multiply: "__rmul__",
+    np.divide: "__rtruediv__",
+    np.matmul: "__rmatmul__",
+}
+"""The operator that a tensor has for NumPy's, where an array stands on the left."""
 
 
 def _variadic(arguments: tuple[Any, ...]) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from cli_case import CASE, RANKS, ROOT, run_json
 
-from analysis.cost_model import main
+from analysis.cost_model import cost, main, predict
+from lance_ref import models
 
 # ---- users' nets ---------------------------------------------------------------------------
 
@@ -25,6 +26,36 @@ def with_classes(num_classes):
 
 def without():
     return with_classes(7)
+
+NET = without()
+
+def small(num_classes=5):
+    return with_classes(num_classes)
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)]
+        self.head = nn.Linear(4, 5)
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean((2, 3)))
+
+class Hidden(Listed):
+    def __init__(self):
+        super().__init__()
+        self.layers = [self.layers]
+    def forward(self, x):
+        for layer in self.layers[0]:
+            x = layer(x)
+        return self.head(x.mean((2, 3)))
+
+class Sight(Hidden):
+    def __init__(self):
+        super().__init__()
+        for layer in self.layers[0]:
+            layer.requires_grad_(False)
 
 def fails(num_classes=2):
     raise RuntimeError("out of\\n luck")
@@ -80,10 +111,36 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_factories_of_the_current_folder(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    """Called with num_classes= if it takes it, else with nothing."""
-    arguments = ["--batch", "2", "--image-size", "8", "--num-classes", "5", "--tune", "all"]
-    assert run_json(capsys, "--net", "own_nets:with_classes", *arguments)["num_classes"] == 5
-    assert run_json(capsys, "--net", "own_nets:without", *arguments)["num_classes"] == 7
+    """Called with num_classes= if that was given and it takes it, else with nothing; a Module is taken as it is."""
+    arguments = ["--batch", "2", "--image-size", "8", "--tune", "all", "--net"]
+    assert run_json(capsys, *arguments, "own_nets:with_classes", "--num-classes", "3")["num_classes"] == 3
+    for net, classes in (("small", 5), ("without", 7), ("NET", 7)):
+        assert run_json(capsys, *arguments, f"own_nets:{net}")["num_classes"] == classes
+    assert run_json(capsys, *arguments, "own_nets:without", "--num-classes", "7")["num_classes"] == 7
+
+
+def test_num_classes_in_python(folder: Path) -> None:
+    """The same rules for cost(): 1000 by default for a name, a net's own for a net, and no other."""
+    assert cost("resnet18", batch=1, tune="head", method="bp").num_classes == 1000
+    assert cost("own_nets:small", batch=2, image_size=8, method="bp").num_classes == 5
+    step = predict(models.create("convnet", num_classes=4), 2, methods="bp").step
+    assert cost(step, num_classes=4, method="bp").num_classes == 4
+    for net in (step.net, step):
+        with pytest.raises(ValueError, match=r"num_classes is 9, but net .* gives 4, whatever is asked for"):
+            cost(net, num_classes=9, method="bp")
+
+
+def test_frozen_layers_may_be_anywhere(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    """What does not train need not be registered."""
+    arguments = ["--net", "own_nets:Sight", "--batch", "2", "--image-size", "8", "--tune", "head"]
+    assert run_json(capsys, *arguments)["tuned_layers"] == []
+
+
+def test_both_spellings(capsys: pytest.CaptureFixture[str]) -> None:
+    """--methods is --method, and --json is --format json, as elsewhere."""
+    arguments = ["--net", "mlp", "--batch", "2"]
+    assert main([*arguments, "--methods", "bp", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == run_json(capsys, *arguments, "--method", "bp")
 
 
 # ---- bad input -----------------------------------------------------------------------------
@@ -100,13 +157,20 @@ BAD = {
     "no such factory": (["--net", "own_nets:missing"], "missing"),
     "half a factory": (["--net", "own_nets:"], "pkg.module:factory"),
     "syntax error": (["--net", "broken_nets:net"], "SyntaxError"),
-    "factory raises": (["--net", "own_nets:fails"], "RuntimeError: out of luck"),
+    "classes of its own": (["--net", "own_nets:without", "--image-size", "8", "--num-classes", "9"], "gives 7"),
+    "file for a module": (["--net", "nets/own.py:net"], "not of its file: nets.own:net"),
+    "layers in a list": (["--net", "own_nets:Listed"], "layers of the Listed is a list with 4 parameters (4x3x3x3, 4,"),
+    "layers that nothing finds": (["--net", "own_nets:Hidden"], "own_nets:Hidden' computes with 4 parameters (4x3x3x3"),
+    "factory raises": (["--net", "own_nets:fails"], "RuntimeError: out of luck (own_nets.py, line "),
     "factory exits": (["--net", "own_nets:leaves"], "SystemExit"),
     "factory gives None": (["--net", "own_nets:none"], "NoneType"),
     "factory is a number": (["--net", "own_nets:number"], "int"),
     "net without layers": (["--net", "own_nets:bare"], "no Conv2d or Linear"),
     "net with no logits": (["--net", "own_nets:wide", "--image-size", "8", "--tune", "all"], "(128, classes)"),
-    "forward raises": (["--net", "own_nets:crashes", "--input-shape", "4", "--tune", "all"], "KeyError"),
+    "forward raises": (
+        ["--net", "own_nets:crashes", "--input-shape", "4", "--tune", "all"],
+        "'missing' (own_nets.py, line ",
+    ),
     "forward looks at values": (["--net", "own_nets:looks", "--input-shape", "4", "--tune", "all"], "has no data"),
     "input does not fit": (["--net", "mobilenetv2", "--input-shape", "4,224,224"], "(128, 4, 224, 224)"),
     "image too small": (["--net", "own_nets:without", "--image-size", "2", "--tune", "all"], "empty"),
@@ -152,7 +216,10 @@ BAD = {
     "layer not tuned": ([*CASE, "--ranks", "features.0.0=64,3,2,2"], "features.0.0"),
     "layer twice": ([*CASE, "--ranks", f"{RANKS};features.18.0=1,1,1,1"], "twice"),
     "ranks and spectra": ([*CASE, "--ranks", "0.5", "--spectra", "x.json"], "expected one of them"),
-    "missing spectra": (["--net", "resnet18", "--spectra", "nowhere.json"], "nowhere.json"),
+    "missing spectra": (
+        ["--net", "resnet18", "--spectra", "nowhere.json"],
+        "spectra file 'nowhere.json' (--spectra): No such",
+    ),
     "folder as spectra": (["--net", "resnet18", "--spectra", "."], "'.'"),
     "no json": (["--net", "resnet18", "--spectra", "own_nets.py"], "own_nets.py"),
     "output into nowhere": (["--net", "resnet18", "--tune", "head", "--output", "no/such/x.json"], "no/such"),
@@ -205,7 +272,8 @@ def test_bad_input_of_a_real_process(folder: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
-        "python -m analysis.cost_model: error: net 'own_nets:fails': the factory raised RuntimeError: out of luck"
+        "python -m analysis.cost_model: error: net 'own_nets:fails': the factory raised RuntimeError: out of luck "
+        f"(own_nets.py, line {1 + USER_MODULE.splitlines().index('def fails(num_classes=2):') + 1})"
     ]
 
 

@@ -15,6 +15,7 @@ from torch_twins import one_thread
 from analysis.cost_model import cost, main, predict
 from analysis.nets import build, input_shape_for
 from analysis.onnx.net import OnnxNet
+from analysis.plan import main as plan
 from lance_ref import Tensor, calibrate, compress, no_grad, trace, tune
 from lance_ref.nn.module import Module
 
@@ -132,6 +133,23 @@ def test_a_net_from_a_file_is_calibrated_and_compressed_like_any_other(files: di
     tune(net, "last:1")
     compress(net, calibrate(net, [x], epsilon=0.9))
     assert net.get_submodule("features.5").store.name == "lance"
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [("cnn", True), ("cnn-training", False), ("vit", False), ("vit-13", False)]
+)
+def test_a_file_without_batch_norm_says_so(
+    files: dict[str, Path], name: str, missing: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where an exporter may have folded it into the convolutions, the tape is too small; tables and JSON tell."""
+    words = "no batch norm in this file: exporters fold it into the convolutions"
+    arguments = ["--net", str(files[name]), "--tune", "last:1", "--batch", "2", "--method", "bp"]
+    assert main(arguments) == 0
+    assert (words in capsys.readouterr().out) == missing
+    assert main([*arguments, "--format", "json"]) == 0
+    assert (words in capsys.readouterr().out) == missing
+    assert plan(["--net", str(files[name]), "--budget", "1MiB", "--batch", "2", "--layers", "1", "--method", "bp"]) == 0
+    assert (words in capsys.readouterr().out) == missing
 
 
 def test_layers_have_pytorchs_names(files: dict[str, Path]) -> None:

@@ -98,7 +98,39 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["closest"]["method"] == "head-only"
     assert document["closest"]["over_bytes"] == document["closest"]["total_bytes"] - 4096 > 0
     assert document["answer"].startswith("Nothing fits in 4.0 KiB. Closest: head-only, batch 2: ")
+    assert document["answer"].endswith(" A smaller --batch may help.")
     assert not any(row["fits"] for row in document["rows"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "end"),
+    [
+        (["resnet8"], "). A smaller --image-size or --num-classes may help."),
+        (["resnet8", "--image-size", "16", "--batch", "2"], "). A smaller --num-classes or --batch may help."),
+        (["resnet8", "--image-size", "16", "--num-classes", "3"], ")."),
+        (["mlp"], "). A smaller --num-classes may help."),
+    ],
+)
+def test_what_may_help_where_nothing_fits(arguments: list[str], end: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only options that were left alone; nothing where all were given."""
+    assert main(["--budget", "1KiB", "--method", "head-only", "--net", *arguments]) == 0
+    assert capsys.readouterr().out.endswith(f"{end}\n")
+
+
+def test_the_number_of_classes_is_the_nets_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A factory decides by itself; another number that it was asked for in vain is an error."""
+    (tmp_path / "plans_net.py").write_text(
+        "from lance_ref import nn\ndef net():\n    return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 7))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["--net", "plans_net:net", "--input-shape", "8", "--budget", "1MiB", "--methods", "bp"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("plans_net:net, input 8, 7 classes, float32: ")
+    with pytest.raises(SystemExit):
+        main([*arguments, "--num-classes", "9"])
+    assert "num_classes is 9, but net 'plans_net:net' gives 7" in capsys.readouterr().err
 
 
 def test_terminal_colours_are_a_choice(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from analysis.plot_data import Point, at_batch, energy_frontier, reduction_by_ba
 from analysis.ranks import choose_ranks
 from analysis.report import Report
 from analysis.tables import reductions
-from lance_ref import nn
+from lance_ref import Tensor, nn
 
 CASE: dict[str, Any] = {"batch": 8, "num_classes": 10, "tune": "last:2"}
 
@@ -41,6 +41,32 @@ def test_bars_of_the_tape_add_up(report: Report, monkeypatch: pytest.MonkeyPatch
         assert sum(bars[k].paper for _, bars in rows) == kept["paper"]
     assert rows[0][0] == "conv2 conv2d"
     assert rows[0][1][0] == plots.Bar(8 * 16 * 16 * 16 * 4, 8 * 16 * 16 * 16 * 4)
+
+
+class SharedInput(nn.Module):
+    """Three layers of one input, which is kept once, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(32, 4, rng=i) for i in range(3))
+        self.head = nn.Linear(4, 2, rng=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.a(x) + self.b(x) + self.c(x))
+
+
+def test_what_is_more_than_the_whole_is_not_called_a_part(report: Report) -> None:
+    """Three layers share an input: the papers count it three times, the tape keeps it once."""
+
+    def legend(of: Report) -> str:
+        (axes,) = of.plot(panels=["tape"]).axes
+        return axes.get_legend().get_texts()[-1].get_text()
+
+    shared = cost(SharedInput(), batch=8, input_shape=(32,), tune="all", method="bp")
+    kept = shared.totals["bp"].activation_bytes
+    assert kept["paper"] == 3 * 8 * 32 * 4 > kept["tape"]
+    assert legend(shared) == "what the papers count, a shared input for each of its layers (3.00 KiB)"
+    assert legend(report).startswith("of it, what the papers count (")
 
 
 def test_the_largest_operations_are_the_ones_shown(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:

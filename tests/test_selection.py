@@ -193,6 +193,26 @@ def test_nets_without_layers_are_refused() -> None:
         tune("mobilenetv2", "all")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("container", [list, tuple, lambda layers: dict(enumerate(layers))])
+def test_layers_in_a_plain_container_are_refused(container: Any) -> None:
+    """They would keep their gradients whatever is chosen, and no optimiser would see them; registered ones may stand
+    in a list as well, and frozen ones anywhere."""
+    net = Net()
+    net.layers = container([nn.Linear(4, 3, rng=0), nn.Linear(3, 2, bias=False, rng=1)])
+    with pytest.raises(ValueError, match=r"^layers of the Net is a \w+ with 3 parameters \(3x4, 3, 2x3\)") as caught:
+        tune(net, "all")
+    assert "\n" not in str(caught.value)
+    deeper = nn.Sequential(net, nn.Linear(2, 2, rng=0))
+    with pytest.raises(ValueError, match=r"^0\.layers of the Sequential"):
+        tune(deeper, "all")
+    alone = nn.Module()
+    alone.layers = net.layers
+    with pytest.raises(ValueError, match=r"^layers of the Module"):
+        tune(alone, "all")
+    net.layers = container([net.hidden, nn.Linear(4, 3, rng=0).requires_grad_(False)])
+    assert tune(net, "last:1").layers == ("hidden",)
+
+
 def test_tuning_is_fixed() -> None:
     """A record of what was decided must not change afterwards."""
     tuning = tune(mlp(), "all")

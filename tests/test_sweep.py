@@ -83,8 +83,40 @@ def test_a_finished_cell_says_what_it_is(tmp_path: Path) -> None:
     document = json.loads(path.read_text(encoding="utf-8"))
     assert (document["function"], document["cell"], document["result"]["square"]) == (SQUARE, cell, 16)
     assert document["seconds"] >= 0
-    assert set(document["provenance"]) == {"versions", "machine", "threads"}
+    assert set(document["provenance"]) == {"versions", "sources", "machine", "threads"}
     assert document["provenance"]["threads"]["LANCE_REF_THREADS"] == "1"
+
+
+@pytest.mark.usefixtures("inline")
+def test_what_is_from_the_folder_and_by_which_sources(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results of before are told as such, with the day; those of other sources, or of files without them, apart."""
+    log, folder = tmp_path / "log", tmp_path / "cells"
+    run_cells(squares(log, [0, 1, 2]), SQUARE, folder, progress=False)
+    for path in folder.iterdir():
+        os.utime(path, (0, 43_200))
+    capsys.readouterr()
+
+    def line(xs: Any) -> str:
+        assert run_cells(squares(log, xs), SQUARE, folder) == expected(xs)
+        return capsys.readouterr().err.splitlines()[0]
+
+    assert line([1, 2]) == f"sweep: 2 of 2 cells from {folder}, made 1970-01-01"
+    for x in (0, 1):
+        path = next(path for path in folder.iterdir() if json.loads(path.read_text())["cell"]["x"] == x)
+        document = json.loads(path.read_text())
+        if x == 0:
+            del document["provenance"]["sources"]
+        else:
+            document["provenance"] = {"sources": "others"}
+        path.write_text(json.dumps(document))
+        os.utime(path, (0, 43_200))
+    words = "made 1970-01-01 (1 by other sources than now, 1 by unknown sources; another folder runs them anew)"
+    assert line([0, 1, 2, 3]) == f"sweep: 3 of 4 cells from {folder}, {words}"
+    monkeypatch.setattr("analysis.provenance.code_fingerprint", lambda: "newer")
+    assert "(2 by other sources than now; another folder" in line([2, 3])
+    assert starts(log) == {"0": 1, "1": 1, "2": 1, "3": 1}, "nothing runs again by itself"
 
 
 @pytest.mark.usefixtures("inline")

@@ -57,6 +57,36 @@ def test_replacing_data_keeps_the_shape() -> None:
         weight.data = np.ones((3, 2, 1, 1), np.int64)
 
 
+def test_an_array_on_the_left_of_an_operator() -> None:
+    """NumPy asks the tensor, and the result is on the tape; in place too, and with NumPy's own numbers."""
+    t = Tensor(np.array([1.0, 2.0], np.float32), requires_grad=True)
+    a = np.array([4.0, 6.0], np.float32)
+    for result, values in ((a + t, [5, 8]), (a - t, [3, 4]), (a * t, [4, 12]), (a / t, [4, 3]), (a @ t, 16)):
+        assert isinstance(result, Tensor)
+        assert result.requires_grad
+        assert np.array_equal(result.data, values)
+    scaled = np.float64(3) * t
+    assert (scaled.dtype, scaled.data.tolist()) == (np.float32, [3, 6])
+    a += t  # type: ignore[misc]
+    assert isinstance(a, Tensor)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (np.tanh, "np.tanh takes no Tensor.*use lance_ref.functional.tanh, or tensor.data"),
+        (np.arctan, "np.arctan takes no Tensor.*use a function of lance_ref.functional, or tensor.data"),
+        (np.add.reduce, "np.add takes no Tensor"),
+        (lambda t: np.add(np.ones(2), t, out=np.ones(2)), "np.add takes no Tensor"),
+        (lambda t: np.ones(2) < t, "np.less takes no Tensor"),
+    ],
+)
+def test_functions_of_numpy_are_refused(call: Any, says: str) -> None:
+    """They would leave the tape without a word; the error names what does not."""
+    with pytest.raises(TypeError, match=says):
+        call(Tensor([1.0, 2.0], requires_grad=True))
+
+
 def test_getting_values_out() -> None:
     """numpy, item and detach."""
     x = leaf(1.0, 2.0)

@@ -24,6 +24,7 @@ from analysis.onnx.ops import TENSOR_OPS
 from analysis.onnx.patterns import simplify
 from analysis.onnx.tensor import Constant, shown
 from lance_ref import functional as F
+from lance_ref import nn
 from lance_ref.nn.module import Module
 from lance_ref.tensor import Tensor
 from lance_ref.tracing import record
@@ -58,6 +59,8 @@ class OnnxNet(Module):
     Attributes
     ----------
     graph : Graph
+    remark : str
+        What the cost model says beneath its tables; empty for most.
 
     Raises
     ------
@@ -98,6 +101,18 @@ class OnnxNet(Module):
     def _declared_batch(self) -> int | None:
         shape = self.graph.input_shape
         return shape[0] if shape else None
+
+    @property
+    def remark(self) -> str:
+        """What the file may lack: a convolution with a bias may have had batch norm behind it, if nothing has now."""
+        modules = list(self.modules())
+        biased = any(isinstance(module, nn.Conv2d) and module.bias is not None for module in modules)
+        if not biased or any(isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)) for module in modules):
+            return ""
+        return (
+            "no batch norm in this file: exporters fold it into the convolutions, and leave dropout out, unless told "
+            "otherwise (training=TrainingMode.TRAINING, do_constant_folding=False); what they keep is then missing here"
+        )
 
     # ---- building ----------------------------------------------------------------------
 

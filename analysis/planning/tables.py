@@ -82,7 +82,8 @@ def _notes(plan: Plan) -> list[str]:
         if missing is not None and missing.training <= plan.budget < missing.calibration:
             notes.setdefault("would fit if calibrated elsewhere", {})[row.option.name] = None
     lines = [f"{note}: {', '.join(names)}" for note, names in notes.items()]
-    return [*lines, *(f"{batch} left out: {reason}" for batch, reason in plan.skipped.items())]
+    lines += [f"{batch} left out: {reason}" for batch, reason in plan.skipped.items()]
+    return [*lines, *filter(None, [plan.facts.get("remark", "")])]
 
 
 def conclusion(plan: Plan) -> str:
@@ -102,7 +103,8 @@ def conclusion(plan: Plan) -> str:
     return (
         f"Nothing fits in {_kib(plan.budget)} KiB. Closest: {closest.option.name}, {_what(closest, plan)}: "
         f"{_kib(closest.memory.total)} KiB, {_kib(closest.over_bytes)} KiB too much{_where(closest)}."
-    )
+        f" {plan.facts.get('smaller', '')}"
+    ).rstrip()
 
 
 def _where(candidate: Candidate) -> str:

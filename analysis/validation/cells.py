@@ -6,18 +6,14 @@ layer; the peak of memory, which ``tracemalloc`` measures together with Python's
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import analysis
-import lance_ref
 from analysis.cli import one_line
 from analysis.measure import compare
 from analysis.methods import METHODS, NotApplicableError
 from analysis.nets import CannotRunError
+from analysis.provenance import code_fingerprint
 
 if TYPE_CHECKING:
     from analysis.predict import Prediction
@@ -51,24 +47,12 @@ def cells(
             "dtype": dtype,
             "methods": list(methods),
             "ranks": ranks,
-            "code": code_fingerprint(),
+            "code": code_fingerprint(),  # a cell that ran on other code says nothing about this one
         }
         for net in dict.fromkeys(nets)
         for dtype in dict.fromkeys(dtypes)
         for batch in dict.fromkeys(batches)
     ]
-
-
-@cache
-def code_fingerprint() -> str:
-    """SHA-256 of the sources of both packages: a cell that ran on other code says nothing about this one."""
-    digest = hashlib.sha256()
-    for package in (lance_ref, analysis):
-        folder = Path(package.__path__[0])
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(f"{package.__name__}/{path.relative_to(folder).as_posix()}\n".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def validate_cell(

@@ -48,11 +48,12 @@ VALUE_OF = {
 
 
 def parser() -> argparse.ArgumentParser:
-    from analysis.finetune_methods import METHODS
+    from analysis.finetune_methods import ABOUT, METHODS
 
     p = OneLineParser(
-        prog="python -m analysis.finetune", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
-    )
+        prog="python -m analysis.finetune", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False,
+        epilog="; ".join(f"{name}: {about}" for name, about in ABOUT.items()) + ".",
+    )  # fmt: skip
     p.add_argument("--quick", action="store_true", help="a small net on the digits of the package, within a minute")
     p.add_argument("--net", help="mcunet, mobilenetv2, resnet8, convnet, ... (mcunet)")
     p.add_argument("--data", help="a data set by name, or a folder with train/ and test/ (cifar10)")

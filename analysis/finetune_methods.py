@@ -222,6 +222,32 @@ METHODS: dict[str, Method] = {
 }
 """Every method by its name on the command line."""
 
+ABOUT = {
+    "head-only": "the classifier alone trains",
+    "bias-only": "the biases of the layers and the classifier",
+    "bp": "plain backpropagation",
+    "lance": "one threshold for all layers and modes",
+    "lance-mean-free": "channel directions orthogonal to the mean activation, as many in each layer, in the budget",
+    "lance-planned": "mean-free, the budget shared out over layers and modes by sampled gradients",
+    "lance-sketch": "lance, the batch mode projected on directions drawn at every step",
+    "lance-int8": "lance, its cores as 8-bit codes",
+    "lance-mean-free-epsilon": "lance, orthogonal to the mean activation",
+    "lance-uniform": "the largest single threshold in the budget",
+    "lance-channels": "lance-mean-free with the mean",
+    "lance-center": "lance-mean-free, the mean's own gradient added exactly",
+    "lance-planned-channels": "lance-planned over layers and channels alone",
+    "lance-planned-modes": "lance-planned over all modes, with the mean",
+    "hosvd": "a fresh HOSVD at every step, at the threshold",
+    "asi": "one subspace iteration a step, ranks chosen in the budget",
+    "gradient-filter": "sums over patches of activation and gradient",
+    "sketch": "random combinations of the images of a batch",
+    "int8": "activations as 8-bit codes",
+    "int4": "activations as 4-bit codes",
+    "checkpoint": "segments keep their input and run twice",
+    "micro-batch": "the batch in parts, one after the other",
+}
+"""What each method is, in a few words."""
+
 
 def prepare(net: Module, selection: str, method: str) -> Tuning:
     """Choose what trains for this method, and mark the segments that are run again."""

@@ -15,7 +15,7 @@ from PIL import Image
 import lance_ref
 from analysis import finetune, finetune_cell
 from analysis.finetune_cell import Watch, measure_step, run
-from analysis.finetune_methods import METHODS, Setting, prepare
+from analysis.finetune_methods import ABOUT, METHODS, Setting, prepare
 from analysis.finetune_report import Row, markdown, results
 from analysis.rules import stores as store_rules
 from lance_ref import models
@@ -240,6 +240,14 @@ def test_own_pictures_of_one_class(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         finetune.main(["--quick", f"--data={tmp_path}", "--batch=4", f"--folder={tmp_path / 'runs'}"])
     assert "class" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_help_says_what_each_method_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that the table prints must be explained somewhere."""
+    assert list(ABOUT) == list(METHODS)
+    with pytest.raises(SystemExit):
+        finetune.main(["--help"])
+    assert "lance-center: lance-mean-free, the mean's own gradient" in " ".join(capsys.readouterr().out.split())
 
 
 def test_spread_of_one_seed_is_not_invented() -> None:

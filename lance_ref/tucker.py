@@ -1,8 +1,9 @@
 """Tucker decomposition: unfoldings, mode products, and the (one-shot) higher-order SVD.
 
-Modes count from 0, and an unfolding keeps the remaining modes in C order (the last varies
-fastest), as in TensorLy. Kolda and Bader (2009) let the *first* remaining mode vary fastest:
-their columns are the same, in another order. Gram matrices, factors and cores do not depend on it.
+Formulas count modes from 1, arguments from 0: A ×_n M is ``mode_product(A, M, n - 1)``. An unfolding
+keeps the remaining modes in C order (the last varies fastest), as in TensorLy. Kolda and Bader (2009)
+let the *first* remaining mode vary fastest: their columns are the same, in another order. Gram
+matrices, factors and cores do not depend on it.
 
 Singular vectors come from Gram matrices, K_n = A_(n) A_(n)ᵀ, accumulated in float64: their
 eigenvalues are the *energies* (squared singular values) of the unfolding, and Grams of several
@@ -24,11 +25,11 @@ GRAM_WORKSPACE_BYTES = 4 * 2**20
 
 
 class Tucker(NamedTuple):
-    """A tensor as core and factors: A ≈ S ×_0 U_0 ×_1 U_1 …, unpacks as ``core, factors``.
+    """A tensor as core and factors: A ≈ S ×_1 U_1 ×_2 U_2 …, unpacks as ``core, factors``.
 
     Attributes
     ----------
-    core : (r_0, r_1, …) array
+    core : (r_1, r_2, …) array
     factors : tuple
         One (n, r) array with orthonormal columns per mode, None for a mode that is left alone.
     """
@@ -45,7 +46,7 @@ def unfold(tensor: np.ndarray, mode: int) -> np.ndarray:
 
     Parameters
     ----------
-    tensor : array of shape (n_0, n_1, …)
+    tensor : array of shape (n_1, n_2, …)
     mode : int
         From 0 to ``tensor.ndim - 1``.
 
@@ -133,17 +134,17 @@ def mode_product(tensor: np.ndarray, matrix: np.ndarray, mode: int) -> np.ndarra
 
 
 def multi_mode_product(tensor: np.ndarray, matrices: Sequence[np.ndarray | None]) -> np.ndarray:
-    """A ×_0 M_0 ×_1 M_1 …, in the order of fewest multiply-adds (:func:`contraction_order`).
+    """A ×_1 M_1 ×_2 M_2 …, in the order of fewest multiply-adds (:func:`contraction_order`).
 
     Parameters
     ----------
-    tensor : array of shape (n_0, n_1, …)
+    tensor : array of shape (n_1, n_2, …)
     matrices : sequence
         One (J, n) array per mode, or None to leave that mode alone, at no cost.
 
     Returns
     -------
-    Array of shape (J_0, J_1, …); ``tensor`` itself if every matrix is None.
+    Array of shape (J_1, J_2, …); ``tensor`` itself if every matrix is None.
 
     Raises
     ------
@@ -215,7 +216,7 @@ def _contraction_order(shape: tuple[int, ...], ranks: tuple[int | None, ...]) ->
 
 
 def tucker_to_tensor(core: np.ndarray, factors: Sequence[np.ndarray | None]) -> np.ndarray:
-    """The full tensor S ×_0 U_0 ×_1 U_1 …; a factor of None stands for the identity."""
+    """The full tensor S ×_1 U_1 ×_2 U_2 …; a factor of None stands for the identity."""
     return multi_mode_product(core, factors)
 
 

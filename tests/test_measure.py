@@ -323,6 +323,20 @@ def test_without_pytorch_the_measurement_says_so(monkeypatch: pytest.MonkeyPatch
     assert not any("pytorch" in line.what for line in comparison.lines)
 
 
+def test_an_operation_that_pytorch_has_not_leaves_its_column_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own operation must not stop the comparison of all the rest."""
+    pytest.importorskip("torch")
+    from analysis import torch_replay
+
+    monkeypatch.delitem(torch_replay.OPS, "relu")
+    net = nn.Sequential(nn.Linear(6, 5, rng=0), nn.ReLU(), nn.Linear(5, 3, rng=0))
+    comparison = measure(net, (6,), methods=["bp"])
+    assert comparison.agrees
+    assert "bp: not replayed: no PyTorch counterpart for operation 'relu'" in str(comparison)
+    assert {line.what for line in comparison.lines} >= {"tape bytes", "forward multiply-adds"}
+    assert not any("pytorch" in line.what for line in comparison.lines)
+
+
 def test_a_difference_is_shown_and_denied() -> None:
     """The printed table marks the number that differs, and the verdict is not "no difference"."""
     comparison = Comparison()

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +69,28 @@ def test_every_file_in_the_map_exists() -> None:
         assert any((ROOT / folder / name).exists() for folder in folders), name
     modules = {p.name for folder in folders[1:4] for p in (ROOT / folder).glob("[!_]*.py")}
     assert modules <= named, modules - named
+
+
+def test_what_is_written_of_own_networks_runs(tmp_path: Path) -> None:
+    """Every block of docs/own_networks.md, one after the other in one folder; the export where PyTorch is installed."""
+    text = (ROOT / "docs" / "own_networks.md").read_text(encoding="utf-8")
+    can_export = all(importlib.util.find_spec(name) is not None for name in ("torch", "onnx"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    namespace = tmp_path / "blocks.py"
+    ran: list[str] = []
+    for language, code in re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.M | re.S):
+        file = re.match(r"# (\w+\.py)\n", code)
+        if not can_export and ("torch.onnx" in code or "model.onnx" in code):
+            continue
+        if file is not None:
+            (tmp_path / file[1]).write_text(code, encoding="utf-8")
+            continue
+        if language == "python":
+            ran.append(code)  # those before it as well: they share their names
+            namespace.write_text("\n".join(ran), encoding="utf-8")
+            words = [sys.executable, namespace.name]
+        else:
+            words = [sys.executable, *shlex.split(code)[1:]]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{code}\n{done.stderr}"
+    assert len(ran) == 3 + can_export

@@ -23,7 +23,6 @@ from lance_ref.activations import ActivationStore
 from lance_ref.nn.module import Module
 from lance_ref.optim import LRScheduler, Optimizer
 from lance_ref.selection import weighted_layers
-from lance_ref.subspace import Subspace
 
 FORMAT = 1
 VARYING = ("ranks", "shape", "selected")  # in what a store says of itself after a step
@@ -173,9 +172,8 @@ def _store_settings(store: ActivationStore) -> list[Any]:
     settings |= {name: getattr(store, name) for name in ("given", "modes", "seed") if hasattr(store, name)}
     if getattr(store, "sketch", None) is not None:
         settings["seed"] = store.sketch.seed  # type: ignore[attr-defined]
-    if isinstance(subspace := getattr(store, "subspace", None), Subspace):  # fixed directions; others vary
-        fixed = {str(mode): U for mode, U in enumerate(subspace.factors)} | {"mean": subspace.frame.mean}
-        settings["factors"] = digest({name: array for name, array in fixed.items() if array is not None})
+    if fixed := store.fixed():
+        settings["factors"] = digest(fixed)
     return [f"{name}: {value}" for name, value in settings.items()]
 
 

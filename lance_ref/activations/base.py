@@ -59,6 +59,10 @@ class ActivationStore(ABC):
         """Bytes that must be at hand during training beside the tape."""
         return 0
 
+    def fixed(self) -> dict[str, np.ndarray]:
+        """Arrays that never change and that every step depends on: a checkpoint compares them, and keeps none."""
+        return {}
+
     def state(self) -> dict[str, np.ndarray]:
         """What the next step depends on beside the layer's input (random state, warm starts), for checkpoints."""
         return {}

@@ -89,6 +89,9 @@ class PatchLance(ActivationStore):
         """Bytes of the fixed factors: not on the tape, but in memory all through training."""
         return sum(U.nbytes for U in self.factors if U is not None)
 
+    def fixed(self) -> dict[str, np.ndarray]:
+        return {f"factor_{mode}": U for mode, U in enumerate(self.factors) if U is not None}
+
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "ranks": self.ranks, "shape": self.shape}
 

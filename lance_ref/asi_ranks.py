@@ -16,7 +16,7 @@ import numpy as np
 
 from lance_ref import projection
 from lance_ref.activations import Asi
-from lance_ref.activations.core_and_factors import check_activation, weight_gradient
+from lance_ref.activations.core_and_factors import check_activation
 from lance_ref.activations.hosvd import Directions, Ranks, all_directions
 from lance_ref.counting import spending_on
 from lance_ref.gradient_samples import LayerSample
@@ -200,7 +200,7 @@ def _perplexities(sample: LayerSample, directions: Mapping[int, Directions], ran
     for chosen in ranks:
         factors = tuple(None if r is None else directions[mode].leading(r) for mode, r in enumerate(chosen))
         core = projection.project(sample.activation, factors)
-        errors.append(exact - weight_gradient(core, factors, sample.grad_output, sample.geometry))
+        errors.append(exact - projection.weight_gradient(core, factors, sample.grad_output, sample.geometry))
     return np.array([float(np.linalg.norm(error)) for error in errors])
 
 

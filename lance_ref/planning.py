@@ -219,7 +219,8 @@ def gradient_errors(
                 continue
             part = core[tuple(slice(r) for r in ranks)]
             factors = [None if U is None else U[:, :r] for U, r in zip(U_all, ranks, strict=True)]
-            errors[i] += _energy(target - _contract(np.ascontiguousarray(part), factors, sample))
+            ours = projection.weight_gradient(np.ascontiguousarray(part), factors, sample.grad_output, sample.geometry)
+            errors[i] += _energy(target - ours)
     return [float(error) for error in errors / len(samples)]
 
 
@@ -242,15 +243,6 @@ def _rank(ranks: Ranks, mode: int) -> int:
     r = ranks[mode]
     assert r is not None
     return r
-
-
-def _contract(core: np.ndarray, factors: projection.Factors, sample: LayerSample) -> np.ndarray:
-    """The weight gradient from a core."""
-    if isinstance(sample.geometry, LinearGeometry):
-        return projection.linear_weight_gradient(core, factors, sample.grad_output, sample.geometry)
-    order = projection.cheaper_order(core.shape, factors, sample.geometry)
-    contract = projection.papers_order if order == "papers" else projection.separable_order
-    return contract(core, factors, sample.grad_output, sample.geometry)
 
 
 def _energy(array: np.ndarray) -> float:

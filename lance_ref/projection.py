@@ -10,7 +10,10 @@ Two orders of contraction give the same result:
 * :func:`papers_order` (Nguyen et al. 2024, Apolinario & Roy 2025) re-expands height and width of the
   core and correlates it with the projected G;
 * :func:`separable_order` contracts G with shifted rows of U_3 and U_4, so that no spatial map is formed
-  and every step is a matrix product.
+  and every step is a matrix product. It may first put the core's batch and channels back to full size, which
+  are then no longer contracted with G: cheaper where these ranks are small beside what G still has of other modes.
+
+:func:`weight_gradient` is the doorway: any layer, by default in the order of fewest multiply-adds.
 """
 
 from __future__ import annotations
@@ -33,6 +36,12 @@ Factors = Sequence[np.ndarray | None]
 
 CONTRACTION_BYTES = 32 * 2**20
 """Of the arrays between an output gradient and the weight gradient of a core."""
+
+EXPANSIONS = ((), (0,), (1,), (0, 1))
+"""Modes of a convolution's core that :func:`separable_order` may put back to full size first: batch, channels."""
+
+EXPANDED_ELEMENTS = 2**22
+"""At most, of a core put back to full size in some modes; and never more than a quarter of the activation."""
 
 SMALL_RANK = 8
 """Up to this rank of height and width, loops that read the activation once beat two matrix products."""
@@ -85,6 +94,34 @@ def project_mean(mean: np.ndarray, factors: Factors, shape: Shape) -> np.ndarray
     return core
 
 
+def weight_gradient(
+    core: np.ndarray, factors: Factors, grad_output: np.ndarray, geometry: Geometry, order: str = "auto"
+) -> np.ndarray:
+    """The weight gradient of Ã = S ×₁U_1 ×₂U_2 ….
+
+    Parameters
+    ----------
+    core : array of the ranks' shape
+    factors : sequence of (n, r) arrays or None, one per mode
+    grad_output : array of ``geometry.output_shape``
+    geometry : ConvGeometry or LinearGeometry
+    order : {"auto", "papers", "separable"}
+        Of a convolution; ``"auto"`` is :func:`cheapest_order`. A linear layer has one order only.
+
+    Returns
+    -------
+    Array of ``geometry.weight_shape``.
+    """
+    if isinstance(geometry, LinearGeometry):
+        return linear_weight_gradient(core, factors, grad_output, geometry)
+    expanded: Sequence[int] = ()
+    if order == "auto":
+        order, expanded = cheapest_order(core.shape, factors, geometry)
+    if order == "papers":
+        return papers_order(core, factors, grad_output, geometry)
+    return separable_order(core, factors, grad_output, geometry, expanded)
+
+
 def papers_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray, geometry: ConvGeometry) -> np.ndarray:
     """Weight gradient in the papers' order.
 
@@ -116,13 +153,22 @@ def papers_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray, ge
     return _expand_channels(Z3.transpose(0, 2, 3, 1), U_channel, geometry)
 
 
-def separable_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray, geometry: ConvGeometry) -> np.ndarray:
+def separable_order(
+    core: np.ndarray,
+    factors: Factors,
+    grad_output: np.ndarray,
+    geometry: ConvGeometry,
+    expanded: Sequence[int] = (),
+) -> np.ndarray:
     """Weight gradient in the separable order.
 
     With U_3^(p)[h'] = U_3[s·h' + d·p − top] (zero outside) for each kernel row p, and U_4^(q) likewise:
 
     Z = G ×₁ U_1ᵀ ×₃ [U_3^(p)]ᵀ ×₄ [U_4^(q)]ᵀ  ∈ (r1, C_out, k_h·r3, k_w·r4), in the cheapest order;
     dW[o,:,p,q] = U_2 Σ_{a,i,j} Z[a, o, (p,i), (q,j)] · S[a, :, i, j].
+
+    Modes in ``expanded`` (0 the batch, 1 the channels) are first put back, S ×_n U_n, and count as left alone from then
+    on: no U_1ᵀ on G, no U_2 in the end, and channels of other groups than an output's own no longer enter.
 
     Output channels do not meet in any of it; where Z and what comes before it would take more than
     :data:`CONTRACTION_BYTES`, they are worked on a few at a time.
@@ -131,9 +177,12 @@ def separable_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray,
     -------
     (C_out, C_in/g, k_h, k_w)
     """
+    if expanded:
+        core = multi_mode_product(core, [U if mode in expanded else None for mode, U in enumerate(factors)])
+        factors = [None if mode in expanded else U for mode, U in enumerate(factors)]
     U_batch, U_channel, U_height, U_width = factors
     C_out, _, k_h, k_w = geometry.weight_shape
-    r1, c, r3, r4 = core.shape
+    r1, c, r3, r4 = core_shape = core.shape
     rows = shifted_rows(U_height, geometry, axis=0)  # (H_out, k_h·r3)
     columns = shifted_rows(U_width, geometry, axis=1)  # (W_out, k_w·r4)
     dtype = grad_output.dtype
@@ -141,6 +190,7 @@ def separable_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray,
     products = (batch, None, rows.T.astype(dtype, copy=False), columns.T.astype(dtype, copy=False))
     g = 1 if U_channel is not None else geometry.groups
     S = core.reshape(r1, g, c // g, r3, r4).transpose(1, 0, 3, 4, 2).reshape(g, r1 * r3 * r4, c // g)
+    del core  # what was put back is in S now
 
     def contract(channels: slice, groups: slice) -> np.ndarray:
         Z = multi_mode_product(grad_output[:, channels], products)  # (r1, o, k_h·r3, k_w·r4)
@@ -152,7 +202,7 @@ def separable_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray,
         del Z
         return _expand_channels(narrow, U_channel, geometry, groups)
 
-    at_a_time = channels_at_a_time(geometry, core.shape, U_batch is not None, dtype.itemsize)
+    at_a_time = channels_at_a_time(geometry, core_shape, U_batch is not None, dtype.itemsize)
     if at_a_time == C_out:
         return contract(slice(None), slice(None))
     gradient = np.empty(geometry.weight_shape, dtype)
@@ -283,24 +333,54 @@ def mean_weight_gradient(mean: np.ndarray, grad_output: np.ndarray, geometry: Ge
     return np.ascontiguousarray(wide.reshape(C_out, k_h, k_w, width).transpose(0, 3, 1, 2))
 
 
-def cheaper_order(core_shape: Shape, factors: Factors, geometry: ConvGeometry) -> str:
-    """``"papers"`` or ``"separable"``, whichever takes fewer multiply-adds."""
+def cheapest_order(core_shape: Shape, factors: Factors, geometry: ConvGeometry) -> tuple[str, tuple[int, ...]]:
+    """The order of fewest multiply-adds: ``"papers"``, or ``"separable"`` and the modes to put back first."""
+    best: tuple[str, tuple[int, ...]] = "papers", ()
+    fewest = _papers_macs(core_shape, factors, geometry)
+    for expanded in EXPANSIONS:
+        if any(factors[mode] is None for mode in expanded):
+            continue
+        shape = tuple(
+            n if mode in expanded else r
+            for mode, (n, r) in enumerate(zip(geometry.input_shape, core_shape, strict=True))
+        )
+        if expanded and math.prod(shape) > min(EXPANDED_ELEMENTS, math.prod(geometry.input_shape) // 4):
+            continue
+        left = [None if mode in expanded else U for mode, U in enumerate(factors)]
+        macs = _chain_macs(core_shape, [n if mode in expanded else None for mode, n in enumerate(shape)])
+        macs += _separable_macs(shape, left, geometry)
+        if macs < fewest:
+            best, fewest = ("separable", expanded), macs
+    return best
+
+
+def _papers_macs(core_shape: Shape, factors: Factors, geometry: ConvGeometry) -> int:
+    """Multiply-adds of :func:`papers_order`."""
     B, _, H, W = geometry.input_shape
     _, C_out, H_out, W_out = geometry.output_shape
-    _, width, k_h, k_w = geometry.weight_shape
     r1, c, r3, r4 = core_shape
-    U_batch, U_channel, U_height, U_width = factors
-    depth = c if U_channel is not None else width  # channels that each output correlates with
+    U_batch, _, U_height, U_width = factors
+    narrow, last = _channel_macs(c, factors, geometry)
+    first = B * r1 * C_out * H_out * W_out if U_batch is not None else 0
+    wide = (None, None, None if U_height is None else H, None if U_width is None else W)
+    return first + _chain_macs((r1, c, r3, r4), wide) + r1 * H_out * W_out * narrow + last
 
-    papers = r1 * C_out * depth * k_h * k_w * H_out * W_out
-    papers += B * r1 * C_out * H_out * W_out if U_batch is not None else 0
-    wide = (None if U_height is None else H, None if U_width is None else W)
-    papers += _chain_macs((r1, c, r3, r4), (None, None, *wide))
 
-    separable = C_out * k_h * k_w * depth * r1 * r3 * r4
-    narrow = None if U_batch is None else r1
-    separable += _chain_macs((B, C_out, H_out, W_out), (narrow, None, k_h * r3, k_w * r4))
-    return "papers" if papers <= separable else "separable"
+def _separable_macs(core_shape: Shape, factors: Factors, geometry: ConvGeometry) -> int:
+    """Multiply-adds of :func:`separable_order` with nothing to put back."""
+    r1, c, r3, r4 = core_shape
+    k_h, k_w = geometry.weight_shape[2:]
+    narrow, last = _channel_macs(c, factors, geometry)
+    ranks = (None if factors[0] is None else r1, None, k_h * r3, k_w * r4)
+    return _chain_macs(geometry.output_shape, ranks) + r1 * r3 * r4 * narrow + last
+
+
+def _channel_macs(c: int, factors: Factors, geometry: ConvGeometry) -> tuple[int, int]:
+    """Numbers of (the gradient with c or with its group's channels, as each meets the core; the product ×₂ U_2)."""
+    C_out, width, k_h, k_w = geometry.weight_shape
+    if factors[1] is None:
+        return C_out * width * k_h * k_w, 0
+    return C_out * c * k_h * k_w, C_out * k_h * k_w * c * width
 
 
 def _chain_macs(shape: Shape, ranks: Sequence[int | None]) -> int:

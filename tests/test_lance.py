@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from strategies import arrays, conv_geometries, linear_geometries, ranks_for
 
 import lance_ref as lr
+from analysis.rules import tucker_costs
 from lance_ref import F, Subspace, Tensor, count_macs, nn, projection, tape
 from lance_ref.activations import EXACT, Lance
 from lance_ref.geometry import ConvGeometry, LinearGeometry
@@ -174,22 +175,60 @@ def test_multiply_adds_of_a_lance_layer_by_hand() -> None:
     papers = 8 * 10 * 9 * 2 + widened + 2 * 10 * 3 * 6 * 9 + 10 * 6 * 3 * 6
     # G: batch 8 -> 2 first, then height 3 -> 3·1, then width 3 -> 2·2; core; ×₂ U_2
     separable = 8 * 10 * 9 * 2 + 2 * 10 * 9 * 3 + 2 * 10 * 3 * 3 * 4 + 10 * 6 * 3 * (2 * 1 * 2) + 10 * 6 * 3 * 6
-    assert counts == {"papers": papers, "separable": separable, "auto": min(papers, separable)}
+    # channels 3 -> 6 in the core first: one product more there, and no ×₂ U_2
+    put_back = 2 * 3 * 1 * 2 * 6 + separable - 10 * 6 * 3 * (2 * 1 * 2) - 10 * 6 * 3 * 6 + 10 * 6 * 6 * (2 * 1 * 2)
+    assert counts == {"papers": papers, "separable": separable, "auto": put_back}
+
+
+@given(data=st.data(), g=conv_geometries(), seed=st.integers(0, 99), expanded=st.sampled_from(projection.EXPANSIONS))
+def test_modes_put_back_first_change_the_work_alone(
+    data: Any, g: ConvGeometry, seed: int, expanded: tuple[int, ...]
+) -> None:
+    """Any geometry, groups and ranks: the same gradient, by as many multiply-adds as the closed form says."""
+    ranks = [r or n for r, n in zip(data.draw(ranks_for(g.input_shape)), g.input_shape, strict=True)]
+    x, _, grad_output = arrays(g, seed)
+    store = random_store(g.input_shape, tuple(ranks), "separable", seed)
+    core = store.save(x)["core"]
+    expected = projection.separable_order(core, store.factors, grad_output, g)
+    with count_macs() as counter:
+        found = projection.separable_order(core, store.factors, grad_output, g, expanded)
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
+    assert sum(counter.macs.values()) == tucker_costs.conv_separable_macs(sizes_of(g), ranks, expanded)
 
 
 @given(data=st.data(), g=conv_geometries(), seed=st.integers(0, 9))
-def test_auto_runs_the_cheaper_order(data: Any, g: ConvGeometry, seed: int) -> None:
-    """``auto`` executes min(papers, separable) multiply-adds, whatever the geometry and ranks."""
+def test_auto_runs_the_cheapest_order(data: Any, g: ConvGeometry, seed: int) -> None:
+    """``auto`` executes the fewest multiply-adds of all orders whose core put back is small enough."""
     ranks = data.draw(ranks_for(g.input_shape))
     x, _, grad_output = arrays(g, seed)
+    saved = random_store(g.input_shape, ranks).save(x)
     counts = {}
     for order in ("papers", "separable", "auto"):
-        store = random_store(g.input_shape, ranks, order)
-        saved = store.save(x)
         with count_macs() as counter:
-            store.weight_gradient(saved, grad_output, g)
+            random_store(g.input_shape, ranks, order).weight_gradient(saved, grad_output, g)
         counts[order] = sum(counter.macs.values())
-    assert counts["auto"] == min(counts["papers"], counts["separable"])
+    for expanded in projection.EXPANSIONS[1:]:
+        left = [None if mode in expanded else r for mode, r in enumerate(ranks)]
+        small = tucker_costs.core_elements(g.input_shape, left) <= np.prod(g.input_shape) // 4
+        if small and all(ranks[mode] is not None for mode in expanded):
+            counts[str(expanded)] = tucker_costs.conv_separable_macs(sizes_of(g), ranks, expanded)
+    assert counts["auto"] == min(counts.values())
+
+
+def test_a_depthwise_layer_at_quarter_ranks_puts_batch_and_channels_back() -> None:
+    """Its outputs see one channel each: contracting all r_2 with every output took four times as much."""
+    g = ConvGeometry((128, 960, 7, 7), (960, 1, 3, 3), padding=((1, 1), (1, 1)), groups=960)
+    ranks, full = (32, 240, 2, 2), (32, 240, 7, 7)
+    factors = Subspace.random(g.input_shape, ranks, np.random.default_rng(0)).factors
+    assert projection.cheapest_order(ranks, factors, g) == ("separable", (0, 1))
+    assert projection.cheapest_order(full, factors, g)[1] != (0, 1), "that would be the activation"
+    macs, *order = tucker_costs.conv_cheapest(sizes_of(g), ranks)
+    assert order == ["separable", (0, 1)]
+    assert 4 * macs < tucker_costs.conv_separable_macs(sizes_of(g), ranks)
+
+
+def sizes_of(g: ConvGeometry) -> tucker_costs.ConvSizes:
+    return tucker_costs.ConvSizes(*g.input_shape, *g.output_shape[1:], *g.weight_shape[2:], g.groups)
 
 
 def test_papers_order_never_holds_the_whole_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,11 +189,17 @@ def core_gradient(call: Call, layer: Layer, ranks: Ranks, order: str = "auto") -
         O, I, r = weight[0], shape[-1], ranks[-1]  # noqa: E741
         narrow = O * r if O * r * (rows + I) <= rows * I * (r + O) else rows * I
         return max(early, (end + narrow) * item)
-    sizes = conv_sizes(call)
+    expanded: tuple[int, ...] = ()
     if order == "auto":
-        papers, separable = (f(sizes, ranks) for f in (tucker_costs.conv_papers_macs, tucker_costs.conv_separable_macs))
-        order = "papers" if papers <= separable else "separable"
-    return _papers(call, layer, ranks) if order == "papers" else _separable(call, ranks)
+        _, order, expanded = tucker_costs.conv_cheapest(conv_sizes(call), ranks)
+    if order == "papers":
+        return _papers(call, layer, ranks)
+    if not expanded:
+        return _separable(call, ranks)
+    full = [n if mode in expanded else None for mode, n in enumerate(shape)]
+    making, core = chain(tucker_costs.core_shape(shape, ranks), full)
+    left = [None if mode in expanded else r for mode, r in enumerate(ranks)]
+    return max(max(making, 2 * core) * item - call.record.inputs[1].nbytes, _separable(call, left))
 
 
 def _papers(call: Call, layer: Layer, ranks: Ranks) -> int:

@@ -130,16 +130,25 @@ def conv_papers_macs(sizes: ConvSizes, ranks: Ranks) -> int:
     return Z1 + Z2 + Z3 + dW
 
 
-def conv_separable_macs(sizes: ConvSizes, ranks: Ranks) -> int:
+def conv_separable_macs(sizes: ConvSizes, ranks: Ranks, expanded: Sequence[int] = ()) -> int:
     """Multiply-adds of the weight gradient in the separable order.
 
     Z = G ×₁U_1ᵀ ×₃[U_3^(p)]ᵀ ×₄[U_4^(q)]ᵀ   cheapest order; the stacked shifted rows have k_h·r3 (k_w·r4) columns
     Y = Z contracted with S over (r1, r3, r4)  C_out·k_h·k_w·r2·r1·r3·r4
     dW = Y ×₂U_2                               C_out·k_h·k_w·r2·C_in/g
 
-    A height or width that is left alone has the identity for its factor, r = n.
+    A height or width that is left alone has the identity for its factor, r = n. Modes in ``expanded`` (0 the batch,
+    1 the channels) are put back to full size in the core first, in the cheaper order, and are left alone after that.
+
+    >>> sizes = ConvSizes(8, 6, 5, 7, C_out=4, H_out=3, W_out=6, k_h=3, k_w=2, groups=2)
+    >>> conv_separable_macs(sizes, (3, 5, 2, 4), expanded=(1,))  # 120·6, 5184, 24·(6/2)·24
+    7632
     """
     s = sizes
+    if expanded:
+        full = [n if mode in expanded else None for mode, n in enumerate(s.input_shape)]
+        left = [None if mode in expanded else r for mode, r in enumerate(ranks)]
+        return mode_products_macs(core_shape(s.input_shape, ranks), full) + conv_separable_macs(s, left)
     r1, _, r3, r4 = core_shape(s.input_shape, ranks)
     Z = mode_products_macs((s.B, s.C_out, s.H_out, s.W_out), (ranks[0], None, s.k_h * r3, s.k_w * r4))
     depth, dW = _channel_depth(s, ranks)
@@ -160,14 +169,35 @@ def _channel_depth(sizes: ConvSizes, ranks: Ranks) -> tuple[int, int]:
     return r2, s.C_out * s.k_h * s.k_w * r2 * width
 
 
+EXPANDED_ELEMENTS = 2**22
+"""Of a core with modes put back to full size, at most; nor may it have more than a quarter of the activation's."""
+
+
+def conv_cheapest(sizes: ConvSizes, ranks: Ranks) -> tuple[int, str, tuple[int, ...]]:
+    """The order that runs by default: (multiply-adds, ``"papers"`` or ``"separable"``, modes put back first).
+
+    >>> sizes = ConvSizes(8, 6, 5, 7, C_out=4, H_out=3, W_out=6, k_h=3, k_w=2, groups=2)
+    >>> conv_cheapest(sizes, (3, 5, 2, 4))
+    (7632, 'separable', (1,))
+    """
+    found: list[tuple[int, str, tuple[int, ...]]] = [(conv_papers_macs(sizes, ranks), "papers", ())]
+    most = min(EXPANDED_ELEMENTS, math.prod(sizes.input_shape) // 4)
+    for expanded in ((), (0,), (1,), (0, 1)):
+        left = [None if mode in expanded else r for mode, r in enumerate(ranks)]
+        fits = not expanded or core_elements(sizes.input_shape, left) <= most
+        if fits and all(ranks[mode] is not None for mode in expanded):
+            found.append((conv_separable_macs(sizes, ranks, expanded), "separable", expanded))
+    return min(found, key=lambda each: each[0])  # the first of several
+
+
 def conv_weight_gradient_macs(sizes: ConvSizes, ranks: Ranks, order: str = "auto") -> int:
-    """Multiply-adds of the weight gradient; ``order`` is ``"papers"``, ``"separable"`` or ``"auto"`` (the cheaper)."""
+    """Multiply-adds of the weight gradient; ``order`` is ``"papers"``, ``"separable"`` or ``"auto"`` (the cheapest)."""
     if order == "papers":
         return conv_papers_macs(sizes, ranks)
     if order == "separable":
         return conv_separable_macs(sizes, ranks)
     if order == "auto":
-        return min(conv_papers_macs(sizes, ranks), conv_separable_macs(sizes, ranks))
+        return conv_cheapest(sizes, ranks)[0]
     raise ValueError(f"order is {order!r}, expected 'papers', 'separable' or 'auto'")
 
 

@@ -11,7 +11,7 @@ from lance_ref import projection
 from lance_ref.activations.base import ActivationStore
 from lance_ref.activations.lance import energy_ratio
 from lance_ref.counting import add, qr_macs
-from lance_ref.geometry import Geometry, LinearGeometry
+from lance_ref.geometry import Geometry
 from lance_ref.tensor import FLOATS
 from lance_ref.tucker import GRAM_WORKSPACE_BYTES
 
@@ -44,18 +44,7 @@ class CoreAndFactors(ActivationStore):
     ) -> np.ndarray:
         core = saved["core"]
         factors = tuple(saved.get(factor_name(mode)) for mode in range(core.ndim))
-        return weight_gradient(core, factors, grad_output, geometry)
-
-
-def weight_gradient(
-    core: np.ndarray, factors: projection.Factors, grad_output: np.ndarray, geometry: Geometry
-) -> np.ndarray:
-    """The weight gradient of S ×₁U_1 ×₂U_2 …, a convolution's in the order of fewer multiply-adds."""
-    if isinstance(geometry, LinearGeometry):
-        return projection.linear_weight_gradient(core, factors, grad_output, geometry)
-    order = projection.cheaper_order(core.shape, factors, geometry)
-    contract = projection.papers_order if order == "papers" else projection.separable_order
-    return contract(core, factors, grad_output, geometry)
+        return projection.weight_gradient(core, factors, grad_output, geometry)
 
 
 def factor_name(mode: int) -> str:

@@ -13,7 +13,7 @@ from lance_ref.activations.base import ActivationStore
 from lance_ref.activations.quantized import checked_bits, dequantise, quantise
 from lance_ref.activations.sketch import BatchSketch
 from lance_ref.frame import along, feature_mode
-from lance_ref.geometry import WORKSPACE_BYTES, Geometry, LinearGeometry
+from lance_ref.geometry import WORKSPACE_BYTES, Geometry
 from lance_ref.tensor import FLOATS, Shape
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class Lance(ActivationStore):
     subspace : Subspace
         One factor (n, r) per mode of the activation, None for a mode left alone.
     order : {"auto", "papers", "separable"}
-        Order of contraction of a convolution's weight gradient; ``"auto"`` takes the one with fewer
-        multiply-adds. A linear layer has one order only.
+        Order of contraction of a convolution's weight gradient; ``"auto"`` takes that of fewest multiply-adds
+        (:func:`~lance_ref.projection.cheapest_order`). A linear layer has one order only.
     dtype : numpy dtype
         float32 or float64: the dtype of the activations, to which the factors are converted.
     core_bits : {None, 8, 4}
@@ -211,12 +211,7 @@ class Lance(ActivationStore):
     ) -> np.ndarray:
         factors = self._factors(saved, len(grad_output))
         core = self._unpacked(saved, geometry.input_shape, factors)
-        if isinstance(geometry, LinearGeometry):
-            gradient = projection.linear_weight_gradient(core, factors, grad_output, geometry)
-        else:
-            order = projection.cheaper_order(core.shape, factors, geometry) if self.order == "auto" else self.order
-            contract = projection.papers_order if order == "papers" else projection.separable_order
-            gradient = contract(core, factors, grad_output, geometry)
+        gradient = projection.weight_gradient(core, factors, grad_output, geometry, self.order)
         if self.mean is not None:
             gradient += projection.mean_weight_gradient(self.mean, grad_output, geometry)
         return gradient

@@ -120,7 +120,9 @@ class ConvGeometry:
             )
         if self.is_pointwise:
             columns = grad_output.reshape(B, C_out, H_out * W_out)
-            return matmul(weight.reshape(C_out, C_in).T, columns).reshape(self.input_shape)
+            grad = np.empty(self.input_shape, grad_output.dtype)  # no view: a leaf then need not copy it
+            matmul(weight.reshape(C_out, C_in).T, columns, out=grad.reshape(B, C_in, H_out * W_out))
+            return grad
         g, kernel = self.groups, self.weight_shape[2:]
         transposed_weight = weight.reshape(g, C_out // g, -1).transpose(0, 2, 1)  # (g, K, C_out/g)
         grad = np.zeros(self.input_shape, grad_output.dtype)
@@ -228,7 +230,9 @@ class LinearGeometry:
 
     def input_gradient(self, weight: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
         """dX = G W"""
-        return matmul(grad_output.reshape(-1, grad_output.shape[-1]), weight).reshape(self.input_shape)
+        grad = np.empty(self.input_shape, grad_output.dtype)  # not a view of the product: a leaf then need not copy it
+        matmul(grad_output.reshape(-1, grad_output.shape[-1]), weight, out=grad.reshape(-1, weight.shape[1]))
+        return grad
 
     def weight_gradient(self, x: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
         """dW = Gᵀ X, summed over all leading axes."""

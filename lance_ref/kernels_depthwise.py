@@ -7,6 +7,8 @@ Two kinds of loops, which give the same result:
 * rows: the innermost loop runs along a row of the map; elsewhere.
 
 Both run over the zero-padded map, so that they execute B·C_out·H_out·W_out·k_h·k_w multiply-adds.
+
+:func:`depthwise_core_gradient` is the weight gradient of an input known by its core, along the channels too.
 """
 
 from __future__ import annotations
@@ -18,9 +20,14 @@ import numpy as np
 from lance_ref import counting
 from lance_ref.kernels import Loops, Padding, Pair, numba_enabled
 from lance_ref.tensor import Shape
+from lance_ref.tucker import contraction_order
 
 NARROW, FEW = 64, 8
 """Maps of at most this width and at least so many channels (one output channel each) run along the channels."""
+
+
+LANES, SMALL_MAP = 64, 256
+"""Channels at a time of :func:`depthwise_core_gradient`, and the places of the largest map where it is faster."""
 
 
 def _along_channels(C_in: int, C_out: int, W_out: int) -> bool:
@@ -255,6 +262,99 @@ def _weight_gradient_channels(start, stop, x, grad_output, grad, s_h, s_w, top, 
         for p in range(k_h):
             for q in range(k_w):
                 grad[start + c, 0, p, q] = total[p, q, c]
+
+
+def depthwise_core_gradient(
+    core: np.ndarray, grad_output: np.ndarray, rows: np.ndarray, columns: np.ndarray, kernel: Pair
+) -> np.ndarray:
+    """Weight gradient of a depthwise convolution whose input has height and width compressed alone.
+
+    Z = G ×₃ rowsᵀ ×₄ columnsᵀ in the cheaper order, and dW[o,0,p,q] = Σ_{b,i,j} Z[b, o, (p,i), (q,j)] · S[b, c, i, j]
+    with c = o // (C_out/C_in), in one pass over G. The plain code that it equals is that of
+    :func:`lance_ref.projection.separable_order`, which also runs where there is no Numba.
+
+    Parameters
+    ----------
+    core : (B, C_in, r3, r4)
+        S.
+    grad_output : (B, C_out, H_out, W_out)
+        G.
+    rows, columns : (H_out, k_h·r3), (W_out, k_w·r4)
+        As :func:`lance_ref.projection.shifted_rows` makes them.
+    kernel : (k_h, k_w)
+
+    Returns
+    -------
+    (C_out, 1, k_h, k_w)
+    """
+    (B, C_out, H_out, W_out), (k_h, k_w), (r3, r4) = grad_output.shape, kernel, core.shape[2:]
+    height_first = contraction_order((H_out, W_out), (k_h * r3, k_w * r4))[0] == 0
+    half = W_out * k_h * r3 if height_first else H_out * k_w * r4  # elements of G's plane after the first product
+    along = H_out if height_first else W_out
+    counting.add(B * C_out * (half * along + k_h * r3 * k_w * r4 * (W_out if height_first else H_out)))
+    counting.add(C_out * k_h * k_w * B * r3 * r4)
+    grad = np.empty((C_out, 1, k_h, k_w), grad_output.dtype)
+    first, second = (rows, columns) if height_first else (columns, rows)
+    arguments = [np.ascontiguousarray(array, grad_output.dtype) for array in (core, grad_output, first, second)]
+    work = grad_output.size * max(k_h * r3, k_w * r4)
+    _core_gradient_channels.run(C_out, work, *arguments, grad, height_first, LANES)
+    return grad
+
+
+@Loops
+def _core_gradient_channels(start, stop, core, grad_output, first, second, grad, height_first, lanes):  # type: ignore[no-untyped-def]
+    B, _, H_out, W_out = grad_output.shape
+    multiplier = grad_output.shape[1] // core.shape[1]
+    k_h, k_w = grad.shape[2], grad.shape[3]
+    r3, r4 = core.shape[2], core.shape[3]
+    near, far = (H_out, W_out) if height_first else (W_out, H_out)  # summed first, and second
+    plane = np.zeros((far, near, lanes), grad.dtype)
+    half = np.empty((far, first.shape[1], lanes), grad.dtype)
+    S = np.zeros((r3, r4, lanes), grad.dtype)
+    total = np.empty((k_h, k_w, lanes), grad.dtype)
+    z = np.empty(lanes, grad.dtype)
+    for o in range(start, stop, lanes):
+        many = min(lanes, stop - o)
+        total[:] = 0
+        for b in range(B):
+            for c in range(many):
+                if height_first:
+                    for h in range(H_out):
+                        for w in range(W_out):
+                            plane[w, h, c] = grad_output[b, o + c, h, w]
+                else:
+                    for h in range(H_out):
+                        for w in range(W_out):
+                            plane[h, w, c] = grad_output[b, o + c, h, w]
+                for i in range(r3):
+                    for j in range(r4):
+                        S[i, j, c] = core[b, (o + c) // multiplier, i, j]
+            for m in range(far):
+                for x in range(first.shape[1]):
+                    target = half[m, x]
+                    target[:] = 0
+                    for n in range(near):
+                        factor = first[n, x]
+                        source = plane[m, n]
+                        for c in range(lanes):
+                            target[c] += factor * source[c]
+            for x in range(first.shape[1]):
+                for y in range(second.shape[1]):
+                    z[:] = 0
+                    for m in range(far):
+                        factor = second[m, y]
+                        source = half[m, x]
+                        for c in range(lanes):
+                            z[c] += factor * source[c]
+                    row, column = (x, y) if height_first else (y, x)
+                    target = total[row // r3, column // r4]
+                    values = S[row % r3, column % r4]
+                    for c in range(lanes):
+                        target[c] += z[c] * values[c]
+        for p in range(k_h):
+            for q in range(k_w):
+                for c in range(many):
+                    grad[o + c, 0, p, q] = total[p, q, c]
 
 
 def depthwise_forward_numpy(

@@ -28,6 +28,7 @@ from lance_ref import kernels
 from lance_ref.counting import matmul
 from lance_ref.frame import feature_mode
 from lance_ref.geometry import WORKSPACE_BYTES, ConvGeometry, Geometry, LinearGeometry
+from lance_ref.kernels_depthwise import SMALL_MAP, depthwise_core_gradient
 from lance_ref.tensor import Shape
 from lance_ref.tucker import contraction_order, multi_mode_product
 
@@ -186,6 +187,8 @@ def separable_order(
     rows = shifted_rows(U_height, geometry, axis=0)  # (H_out, k_h·r3)
     columns = shifted_rows(U_width, geometry, axis=1)  # (W_out, k_w·r4)
     dtype = grad_output.dtype
+    if U_batch is None and U_channel is None and depthwise_in_one_pass(geometry):
+        return depthwise_core_gradient(core, grad_output, rows, columns, (k_h, k_w))  # what follows, in one pass
     batch = None if U_batch is None else U_batch.T
     products = (batch, None, rows.T.astype(dtype, copy=False), columns.T.astype(dtype, copy=False))
     g = 1 if U_channel is not None else geometry.groups
@@ -211,6 +214,11 @@ def separable_order(
         groups = slice(start * geometry.groups // C_out, -(-stop * geometry.groups // C_out))
         gradient[start:stop] = contract(slice(start, stop), groups)
     return gradient
+
+
+def depthwise_in_one_pass(geometry: ConvGeometry) -> bool:
+    """Whether :func:`separable_order` takes the compiled loops for a core with batch and channels at full size."""
+    return geometry.is_depthwise and math.prod(geometry.output_size) <= SMALL_MAP and kernels.numba_enabled()
 
 
 def channels_at_a_time(geometry: ConvGeometry, core_shape: Shape, batch: bool, itemsize: int) -> int:

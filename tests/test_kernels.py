@@ -12,8 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import arrays, conv_geometries
 
-from lance_ref import kernels, kernels_depthwise
+from lance_ref import Subspace, count_macs, kernels, kernels_depthwise, projection
 from lance_ref import kernels_elementwise as elementwise
+from lance_ref.activations import Lance
 from lance_ref.geometry import ConvGeometry
 
 needs_numba = pytest.mark.skipif(not kernels.numba_enabled(), reason="Numba is switched off or not installed")
@@ -180,3 +181,42 @@ def test_max_pool_kernels_equal_their_twins(size: Any, kernel: Any, stride: Any,
     grad, twin = both(lambda: elementwise.max_pool_backward(argmax, grad_output, x.shape, kernel, stride, padding))
     np.testing.assert_allclose(grad, twin, rtol=1e-12, atol=1e-12)
     assert grad.sum() == pytest.approx(grad_output.sum(), abs=1e-9)
+
+
+@needs_numba
+@given(
+    data=st.data(),
+    g=conv_geometries(depthwise=True),
+    seed=st.integers(0, 99),
+    double=st.booleans(),
+    lanes=st.sampled_from([1, 2, 64]),
+)
+def test_a_depthwise_core_in_one_pass_equals_the_products(
+    data: Any, g: ConvGeometry, seed: int, double: bool, lanes: int
+) -> None:
+    """Height and width of any rank, batch and channels put back or never compressed: gradient and multiply-adds."""
+    dtype = np.float64 if double else np.float32
+    x, _, grad_output = arrays(g, seed, dtype)
+    compressed = data.draw(st.booleans())  # whether batch and channels have factors, to be put back
+    ranks = [data.draw(st.integers(1, n)) if mode > 1 or compressed else None for mode, n in enumerate(g.input_shape)]
+    store = Lance(Subspace.random(g.input_shape, ranks, np.random.default_rng(seed)), dtype=dtype)
+    core, expanded = store.save(x)["core"], (0, 1) if compressed else ()
+    found, macs = {}, {}
+    for enabled in (True, False):
+        with pytest.MonkeyPatch.context() as patch, count_macs() as counter:
+            patch.setattr(projection.kernels, "numba_enabled", lambda enabled=enabled: enabled)
+            patch.setattr(kernels_depthwise, "LANES", lanes)
+            found[enabled] = projection.separable_order(core, store.factors, grad_output, g, expanded)
+        macs[enabled] = sum(counter.macs.values())
+    assert macs[True] == macs[False]
+    assert found[True].dtype == dtype
+    scale = max(1.0, float(np.abs(found[False]).max()))
+    np.testing.assert_allclose(found[True], found[False], rtol=0, atol=(1e-12 if double else 3e-5) * scale)
+
+
+def test_large_maps_keep_to_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = (ConvGeometry((2, 4, n, n), (4, 1, 1, 1), groups=4) for n in (16, 17))
+    monkeypatch.setattr(projection.kernels, "numba_enabled", lambda: True)
+    assert projection.depthwise_in_one_pass(small)
+    assert not projection.depthwise_in_one_pass(large)
+    assert not projection.depthwise_in_one_pass(ConvGeometry((2, 4, 5, 5), (4, 4, 1, 1)))

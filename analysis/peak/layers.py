@@ -8,11 +8,10 @@ out its patches in blocks of :data:`COLUMNS` bytes.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
 from analysis.peak.rules import Backward, backward, forward, like_input, new, packing, reshaping
-from analysis.peak.stores import STORES, UFUNC_BUFFER, Layer
+from analysis.peak.stores import STORES, UFUNC_BUFFER, Layer, threads
 from analysis.rules.layouts import Layout
 from analysis.rules.op_cost import Call
 
@@ -24,11 +23,6 @@ ONE_BY_ONE = 512
 
 NARROW_MAP, FEW_CHANNELS = 64, 8
 """Depthwise maps up to this width, with at least so many channels, are worked on with the channels innermost."""
-
-
-def threads() -> int:
-    """Threads of the compiled loops: ``LANCE_REF_THREADS``, or one per processor."""
-    return int(os.environ.get("LANCE_REF_THREADS") or len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True)

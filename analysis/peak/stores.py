@@ -7,6 +7,7 @@ gradient itself is counted by the layer.
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,16 @@ from analysis.rules import tucker_costs
 from analysis.rules.layouts import Layout
 from analysis.rules.op_cost import Call
 from analysis.rules.stores import conv_sizes
+from lance_ref.kernels import numba_enabled
 
 BLOCK_BYTES = 8 * 2**20
 """Of activations that are worked on a few images at a time."""
 
 CONTRACTION_BYTES = 32 * 2**20
 """Of the arrays between an output gradient and the weight gradient of a core."""
+
+LANES, SMALL_MAP = 64, 256
+"""Channels at a time of the loops for depthwise cores, and the places of the largest map where they run."""
 
 UFUNC_BUFFER = 8192
 """Elements of a buffer of NumPy's, at most, one for each operand that is not contiguous or is repeated."""
@@ -194,12 +199,36 @@ def core_gradient(call: Call, layer: Layer, ranks: Ranks, order: str = "auto") -
         _, order, expanded = tucker_costs.conv_cheapest(conv_sizes(call), ranks)
     if order == "papers":
         return _papers(call, layer, ranks)
+    left = [None if mode in expanded else r for mode, r in enumerate(ranks)]
+    one_pass = left[0] is None and left[1] is None and _in_one_pass(call)
+    contracting = _loops(call, left) if one_pass else _separable(call, left)
     if not expanded:
-        return _separable(call, ranks)
+        return contracting
     full = [n if mode in expanded else None for mode, n in enumerate(shape)]
     making, core = chain(tucker_costs.core_shape(shape, ranks), full)
-    left = [None if mode in expanded else r for mode, r in enumerate(ranks)]
-    return max(max(making, 2 * core) * item - call.record.inputs[1].nbytes, _separable(call, left))
+    if one_pass:
+        return max(making * item - call.record.inputs[1].nbytes, core * item + contracting)
+    return max(max(making, 2 * core) * item - call.record.inputs[1].nbytes, contracting)
+
+
+def _in_one_pass(call: Call) -> bool:
+    """Whether compiled loops make the weight gradient of a core with batch and channels at full size."""
+    (_, width, _, _), (_, _, H_out, W_out) = call.record.inputs[1].shape, call.record.output.shape
+    return width == 1 and conv_sizes(call).groups > 1 and H_out * W_out <= SMALL_MAP and numba_enabled()
+
+
+def _loops(call: Call, ranks: Ranks) -> int:
+    """What these loops lay out: some channels' plane, whole and after its first product, in each thread."""
+    (C_out, _, k_h, k_w), (_, _, H_out, W_out) = call.record.inputs[1].shape, call.record.output.shape
+    r3, r4 = tucker_costs.core_shape(call.record.inputs[0].shape, ranks)[2:]
+    half, _ = stages((H_out, W_out), (k_h * r3, k_w * r4))
+    elements = H_out * W_out + half + r3 * r4 + k_h * k_w + 1
+    return min(threads(), C_out) * LANES * elements * call.itemsize
+
+
+def threads() -> int:
+    """Threads of the compiled loops: ``LANCE_REF_THREADS``, or one per processor."""
+    return int(os.environ.get("LANCE_REF_THREADS") or len(os.sched_getaffinity(0)))
 
 
 def _papers(call: Call, layer: Layer, ranks: Ranks) -> int:

@@ -23,9 +23,10 @@ from analysis.peak.simulation import Ledger
 from analysis.rules.layouts import Storage
 from analysis.rules.op_cost import MissingRuleError
 from lance_ref import functional as F
-from lance_ref import models, nn, projection, record
+from lance_ref import kernels_depthwise, models, nn, projection, record
 from lance_ref.activations import Asi, GradientFilter, Hosvd, Lance, Quantized
 from lance_ref.functional.blocks import BLOCK_ELEMENTS, blockwise
+from lance_ref.geometry import ConvGeometry
 from lance_ref.kernels import numba_enabled
 from lance_ref.nn.module import Module
 from lance_ref.subspace import Subspace
@@ -202,6 +203,25 @@ def test_weight_gradients_of_cores_in_blocks(groups: int, monkeypatch: pytest.Mo
     for module in (projection, peak_stores):
         monkeypatch.setattr(module, "CONTRACTION_BYTES", 2**20)
     assert check(net, images, labels).peak_bytes < 0.75 * whole.peak_bytes
+
+
+@compiled
+@compiled
+@pytest.mark.parametrize("ranks", [(64, 100, 2, 2), (None, None, 1, 2)])
+def test_weight_gradients_of_depthwise_cores_in_one_pass(ranks: tuple[int | None, ...]) -> None:
+    """Batch and channels put back, or never compressed: the core, and some channels' planes in each thread."""
+    middle = nn.Conv2d(320, 320, 3, padding=1, groups=320, rng=0)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(320, 10, rng=0))
+    net = nn.Sequential(nn.Conv2d(3, 320, 1, rng=0), middle, head)
+    lance_ref.tune(net, "1")
+    shape = (128, 320, 7, 7)
+    middle.store = Lance(Subspace.random(shape, ranks, np.random.default_rng(1)))
+    geometry = ConvGeometry(shape, middle.weight.shape, padding=((1, 1), (1, 1)), groups=320)
+    core_shape = [n if r is None else r for n, r in zip(shape, ranks, strict=True)]
+    expanded = (0, 1) if ranks[0] else ()
+    assert projection.cheapest_order(tuple(core_shape), middle.store.factors, geometry) == ("separable", expanded)
+    assert (kernels_depthwise.LANES, kernels_depthwise.SMALL_MAP) == (peak_stores.LANES, peak_stores.SMALL_MAP)
+    assert check(net, np.ones((128, 3, 7, 7), np.float32), np.arange(128) % 10).at == "1"
 
 
 @compiled

@@ -22,7 +22,7 @@ from lance_ref.kernels import Loops, Padding, Pair, numba_enabled
 from lance_ref.tensor import Shape
 from lance_ref.tucker import contraction_order
 
-NARROW, FEW = 64, 8
+NARROW, FEW = 28, 8
 """Maps of at most this width and at least so many channels (one output channel each) run along the channels."""
 
 
@@ -111,15 +111,24 @@ def _depthwise_forward(start, stop, x, weight, out, s_h, s_w, top, bottom, left,
             row = out[b, o, h]
             row[:] = 0
             for p in range(k_h):
-                source = padded[h * s_h + p * d_h]
-                for q in range(k_w):
-                    value = weight[o, 0, p, q]
+                line, values = padded[h * s_h + p * d_h], weight[o, 0, p]
+                for q in range(0, k_w - k_w % 3, 3):  # three positions at a time: a third of the reads and writes
+                    first, second, third = line[q * d_w :], line[(q + 1) * d_w :], line[(q + 2) * d_w :]
+                    v_1, v_2, v_3 = values[q], values[q + 1], values[q + 2]
                     if s_w == 1:
                         for w in range(W_out):
-                            row[w] += value * source[q * d_w + w]
+                            row[w] += v_1 * first[w] + v_2 * second[w] + v_3 * third[w]
                     else:
                         for w in range(W_out):
-                            row[w] += value * source[q * d_w + w * s_w]
+                            row[w] += v_1 * first[w * s_w] + v_2 * second[w * s_w] + v_3 * third[w * s_w]
+                for q in range(k_w - k_w % 3, k_w):
+                    first, v_1 = line[q * d_w :], values[q]
+                    if s_w == 1:
+                        for w in range(W_out):
+                            row[w] += v_1 * first[w]
+                    else:
+                        for w in range(W_out):
+                            row[w] += v_1 * first[w * s_w]
 
 
 @Loops
@@ -138,13 +147,13 @@ def _depthwise_input_gradient(start, stop, weight, grad_output, grad, s_h, s_w, 
                 for p in range(k_h):
                     row = padded[h * s_h + p * d_h]
                     for q in range(k_w):
-                        value = weight[o, 0, p, q]
+                        target, value = row[q * d_w :], weight[o, 0, p, q]
                         if s_w == 1:
                             for w in range(W_out):
-                                row[q * d_w + w] += value * source[w]
+                                target[w] += value * source[w]
                         else:
                             for w in range(W_out):
-                                row[q * d_w + w * s_w] += value * source[w]
+                                target[w * s_w] += value * source[w]
         grad[b, c] = padded[top : top + H, left : left + W]
 
 
@@ -163,14 +172,14 @@ def _depthwise_weight_gradient(start, stop, x, grad_output, grad, s_h, s_w, top,
                     for q in range(k_w):
                         total = grad[o, 0, p, q]
                         for h in range(H_out):
-                            source = padded[h * s_h + p * d_h]
+                            source = padded[h * s_h + p * d_h, q * d_w :]
                             row = grad_output[b, o, h]
                             if s_w == 1:
                                 for w in range(W_out):
-                                    total += row[w] * source[q * d_w + w]
+                                    total += row[w] * source[w]
                             else:
                                 for w in range(W_out):
-                                    total += row[w] * source[q * d_w + w * s_w]
+                                    total += row[w] * source[w * s_w]
                         grad[o, 0, p, q] = total
 
 

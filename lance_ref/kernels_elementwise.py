@@ -1,17 +1,21 @@
-"""Compiled loops for bit masks and max-pooling, in the manner of :mod:`lance_ref.kernels`.
+"""Compiled loops for bit masks, frozen batch norm and max-pooling, in the manner of :mod:`lance_ref.kernels`.
 
-No multiply-adds here: these loops move and compare. Masks are packed as ``numpy.packbits``
-packs them, eight elements to a byte, the first in the highest bit.
+None of it counts as multiply-adds of products: these loops move, compare and scale. Masks are packed as
+``numpy.packbits`` packs them, eight elements to a byte, the first in the highest bit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 
 from lance_ref.kernels import Loops, Pair, numba_enabled
 from lance_ref.tensor import Shape
+
+SHORT_PLANE = 8
+"""Planes of fewer elements are left to NumPy's own loops, which then run along the channels."""
 
 PACKED_TOGETHER = 1 << 16
 """Elements whose bits are packed at a time, a multiple of 8."""
@@ -86,6 +90,35 @@ def _apply_mask(start, stop, mask, array, out, scale):  # type: ignore[no-untype
             for j in range(array.size - first):
                 value = array[first + j] * scale
                 out[first + j] = value if bits & (128 >> j) else zero
+
+
+def scale_and_shift(x: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """x·scale + shift for each channel, (B, C, ...) with (C,) each; the compiled loops read x once."""
+    if not numba_enabled() or math.prod(x.shape[2:]) < SHORT_PLANE or not x.flags.c_contiguous:
+        return scale_and_shift_numpy(x, scale, shift)
+    out = np.empty(x.shape, x.dtype)
+    N = x.shape[0] * x.shape[1]
+    numbers = [np.ascontiguousarray(values, x.dtype) for values in (scale, shift)]
+    _scale_and_shift.run(N, x.size, x.reshape(N, -1), out.reshape(N, -1), *numbers)
+    return out
+
+
+def scale_and_shift_numpy(x: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """NumPy twin of :func:`scale_and_shift`."""
+    channels = (-1, *[1] * (x.ndim - 2))
+    out = x * scale.reshape(channels)
+    out += shift.reshape(channels)
+    return out
+
+
+@Loops
+def _scale_and_shift(start, stop, x, out, scale, shift):  # type: ignore[no-untyped-def]
+    C = scale.size
+    for n in range(start, stop):
+        factor, summand = scale[n % C], shift[n % C]
+        source, target = x[n], out[n]
+        for i in range(source.size):
+            target[i] = source[i] * factor + summand
 
 
 def max_pool_forward(x: np.ndarray, kernel: Pair, stride: Pair, padding: Pair) -> tuple[np.ndarray, np.ndarray]:

@@ -220,3 +220,18 @@ def test_large_maps_keep_to_products(monkeypatch: pytest.MonkeyPatch) -> None:
     assert projection.depthwise_in_one_pass(small)
     assert not projection.depthwise_in_one_pass(large)
     assert not projection.depthwise_in_one_pass(ConvGeometry((2, 4, 5, 5), (4, 4, 1, 1)))
+
+
+@needs_numba
+@given(shape=st.lists(st.integers(1, 6), min_size=2, max_size=4), double=st.booleans(), swapped=st.booleans())
+def test_scale_and_shift_equals_its_twin(shape: list[int], double: bool, swapped: bool) -> None:
+    """Planes long and short, two to four dimensions, laid out in any order; NaN stays where it was."""
+    rng = np.random.default_rng(len(shape))
+    x = rng.standard_normal(shape).astype(np.float64 if double else np.float32)
+    if swapped:
+        x = x.swapaxes(0, -1)
+    x.flat[0] = np.nan
+    scale, shift = rng.standard_normal((2, x.shape[1])).astype(x.dtype)
+    compiled, twin = both(lambda: elementwise.scale_and_shift(x, scale, shift))
+    assert compiled.dtype == twin.dtype == x.dtype
+    np.testing.assert_allclose(compiled, twin, rtol=1e-5, atol=1e-6)

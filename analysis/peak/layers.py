@@ -21,7 +21,7 @@ COLUMNS = 8 * 2**20
 ONE_BY_ONE = 512
 """Images with so many places in the output are not put together in a block."""
 
-NARROW_MAP, FEW_CHANNELS = 64, 8
+NARROW_MAP, FEW_CHANNELS = 28, 8
 """Depthwise maps up to this width, with at least so many channels, are worked on with the channels innermost."""
 
 

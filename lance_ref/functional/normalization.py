@@ -21,6 +21,7 @@ import numpy as np
 from lance_ref.autograd import Function
 from lance_ref.functional.arguments import Context, Gradients, require_floating, unbroadcast_product
 from lance_ref.functional.blocks import blockwise, pieces
+from lance_ref.kernels_elementwise import scale_and_shift
 from lance_ref.tensor import Shape, Tensor, as_tensor
 
 
@@ -71,8 +72,7 @@ class BatchNorm(Function):
             mean, inv_std = running[0].copy(), 1 / np.sqrt(running[1] + x.dtype.type(eps))
             scale = inv_std if weight is None else weight * inv_std
             shift = -mean * scale if bias is None else bias - mean * scale
-            out = x * _channels(scale, x)
-            out += _channels(shift, x)
+            out = scale_and_shift(x, scale, shift)
             if ctx.needs_input_grad[0]:
                 ctx.save_for_backward(scale=scale)
         needs_x, needs_weight = ctx.needs_input_grad[0], affine and ctx.needs_input_grad[1]

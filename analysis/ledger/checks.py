@@ -246,22 +246,6 @@ def bp_never_blank(evidence: Evidence) -> Outcome:
     )  # fmt: skip
 
 
-@check
-def continual_work(evidence: Evidence) -> Outcome:
-    """Multiply-adds of a step of one layer, protected by GPM and by LANCE."""
-    from analysis.protection_costs import gpm_bill, lance_bill
-
-    shape, C_out, m = (64, 1024), 2048, 512
-    gpm, ours = gpm_bill(shape, 64 * 1024, C_out, m), lance_bill(shape, (16, 256), C_out, m)
-    verdict = "reproduced" if ours.step_macs < gpm.step_macs else "contradicted"
-    return Outcome(
-        f"AlexNet's fc1, batch 64, 512 of 1024 directions protected: weight gradient and projection "
-        f"{2 * gpm.step_macs / 1e6:,.0f} MFLOPs a step with GPM, {2 * ours.step_macs / 1e6:,.0f} with LANCE",
-        verdict,
-        f"GPM projects a gradient of {C_out * 1024:,} entries; the command counts the work between tasks as well",
-    )
-
-
 # ---- mathematics ---------------------------------------------------------------------------
 
 

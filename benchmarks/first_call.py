@@ -33,7 +33,7 @@ def kernels() -> dict[str, Loops]:
 
 
 def run_all() -> None:
-    """Forward and backward of float32 convolutions, plain and depthwise, that together reach every kernel."""
+    """Forward and backward of float32 convolutions, plain and depthwise, and of what follows them: every kernel."""
     rng = np.random.default_rng(0)
     for C in (3, 16):
         x = Tensor(rng.standard_normal((4, C, 6, 5), dtype=np.float32), requires_grad=True)
@@ -43,7 +43,10 @@ def run_all() -> None:
         for ranks in ((2, 2, 2, 1), (2, 2, 1, 2)):  # either of height and width is projected first
             store = Lance(Subspace.random(x.shape, ranks, rng))
             y = F.conv2d(x, weight, padding=1, groups=C, store=store) + F.conv2d(x, weight, padding=1, groups=C)
+            y = F.batch_norm(y, np.zeros(C, np.float32), np.ones(C, np.float32))  # frozen
             F.max_pool2d(F.dropout(F.relu6(F.conv2d(y, dense, padding=1)), 0.5), 2).sum().backward()
+        planes = Lance(Subspace.random(x.shape, (None, None, 1, 2), rng), "separable")  # height and width alone
+        F.conv2d(x, weight, padding=1, groups=C, store=planes).sum().backward()
 
 
 def main() -> int:

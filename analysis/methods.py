@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from analysis.nets import TracedStep
+    from analysis.peak.lifetimes import Lifetimes
     from lance_ref.tracing import OpRecord
 
 Ranks = tuple[int | None, ...]
@@ -82,15 +83,21 @@ class MethodStep:
         Of the layers whose store is not the exact one.
     facts : mapping
         Settings as they turned out, for instance the number of images in a micro-batch.
-    own_trace : bool
-        Whether the numbers of the values are those of a trace of its own.
+    own_lifetimes : Lifetimes, optional
+        Of a step with a trace of its own, whose values have other numbers than those of the plain step: when its
+        tensors are given back.
     """
 
     records: list[OpRecord]
     repeats: int = 1
     stores: Mapping[str, Description] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
-    own_trace: bool = False
+    own_lifetimes: Lifetimes | None = None
+
+    @property
+    def own_trace(self) -> bool:
+        """Whether the numbers of the values are those of a trace of its own."""
+        return self.own_lifetimes is not None
 
 
 @dataclass(frozen=True)

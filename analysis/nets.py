@@ -13,18 +13,19 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 import lance_ref
+from analysis.peak.lifetimes import Lifetimes, watched
 from analysis.rules.recompute import flatten
 from lance_ref import functional as F
 from lance_ref.nn.init import shapes_only
 from lance_ref.nn.module import Module
 from lance_ref.selection import not_registered, weighted_layers
 from lance_ref.tensor import Tensor
-from lance_ref.tracing import OpRecord, record
+from lance_ref.tracing import OpRecord
 
 T = TypeVar("T")
 
@@ -72,6 +73,8 @@ class TracedStep:
         Layers that train, the head left out.
     head : str or None
         The classifier, which always trains.
+    lifetimes : Lifetimes
+        When the tensors of the forward pass are given back: the same for every batch size and selection.
     derived : dict
         What methods make of the step, by method and settings: made once (:meth:`remember`).
     """
@@ -83,6 +86,7 @@ class TracedStep:
     records: list[OpRecord]
     tuned_layers: tuple[str, ...]
     head: str | None
+    lifetimes: Lifetimes
     derived: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -258,11 +262,11 @@ def trace_step(
     if tune is None:
         tune = DEFAULT_TUNE if len(weighted_layers(net)) > DEFAULT_TUNE_LAYERS else "all"
     tuning = lance_ref.tune(net, tune)
-    records, classes = step_records(net, name, input_shape, batch, dtype)
+    records, classes, ends = step_records(net, name, input_shape, batch, dtype)
     _check_registered(net, name, records)
     if not records[-1].output.requires_grad:
         raise ValueError(f"net {name!r}: nothing that the loss depends on is trained by tune {tune!r}")
-    return TracedStep(net, name, input_shape, classes, records, tuning.layers, tuning.head)
+    return TracedStep(net, name, input_shape, classes, records, tuning.layers, tuning.head, ends)
 
 
 def _check_registered(net: Module, name: str, records: Sequence[OpRecord]) -> None:
@@ -274,10 +278,16 @@ def _check_registered(net: Module, name: str, records: Sequence[OpRecord]) -> No
         raise ValueError(f"net {name!r} computes with {not_registered(list(stray.values()))}")
 
 
-def step_records(
-    net: Module, name: str, input_shape: tuple[int, ...], batch: int, dtype: str
-) -> tuple[list[OpRecord], int]:
-    """The records of a forward pass and its cross-entropy, on shapes alone, and the number of classes.
+class Traced(NamedTuple):
+    """A forward pass and its cross-entropy: the records, the number of classes, and when tensors are given back."""
+
+    records: list[OpRecord]
+    classes: int
+    lifetimes: Lifetimes
+
+
+def step_records(net: Module, name: str, input_shape: tuple[int, ...], batch: int, dtype: str) -> Traced:
+    """Trace a forward pass and its cross-entropy, on shapes alone.
 
     Raises
     ------
@@ -286,9 +296,10 @@ def step_records(
     ValueError
         If its output is not (batch, classes).
     """
-    with record(net) as records:
+    x, labels = Tensor.meta((batch, *input_shape), dtype), Tensor.meta((batch,), np.int64)
+    with watched(net) as watcher:
         try:
-            logits = net(Tensor.meta((batch, *input_shape), dtype))
+            logits = net(x)
         except Exception as error:  # a user's forward() may raise anything
             words = str(error) if isinstance(error, (ValueError, TypeError, RuntimeError)) else _one_line(error)
             raise CannotRunError(
@@ -297,5 +308,9 @@ def step_records(
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch:
             came = f"an output of shape {logits.shape}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise ValueError(f"net {name!r} gives {came}, expected a Tensor of shape ({batch}, classes)")
-        F.cross_entropy(logits, Tensor.meta((batch,), np.int64))
-    return list(records), logits.shape[1]
+        classes: int = logits.shape[1]
+        loss = F.cross_entropy(logits, labels)
+        del logits
+        ends = dict(watcher.ends)  # before the input, the labels and the loss go
+    del loss
+    return Traced(watcher.records, classes, ends)

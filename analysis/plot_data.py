@@ -37,7 +37,7 @@ def at_batch(step: TracedStep, batch: int) -> TracedStep:
     training = [(module, module.training) for module in step.net.modules()]
     step.net.train()
     try:
-        records, _ = step_records(step.net, step.name, step.input_shape, batch, step.dtype)
+        records = step_records(step.net, step.name, step.input_shape, batch, step.dtype).records
     finally:
         for module, was in training:
             module.training = was

@@ -252,11 +252,11 @@ def checkpointed(step: TracedStep, segments: int | None) -> MethodStep:
         If the net has no stages, or these run other operations than its forward pass.
     """
     with recomputed(step.net, segments) as count:
-        records, _ = step_records(step.net, step.name, step.input_shape, step.batch, step.dtype)
+        records, _, ends = step_records(step.net, step.name, step.input_shape, step.batch, step.dtype)
     plain = [(r.op, r.path) for r in flatten(step.records) if r.op != OP]
     if [(r.op, r.path) for r in flatten(records) if r.op != OP] != plain:
         raise NotApplicableError("checkpointing runs the stages() of the net, and these are not its forward()")
-    return MethodStep(records, facts={"segments": count, "asked": segments}, own_trace=True)
+    return MethodStep(records, facts={"segments": count, "asked": segments}, own_lifetimes=ends)
 
 
 def in_micro_batches(step: TracedStep, images: int | None) -> MethodStep:
@@ -276,7 +276,7 @@ def in_micro_batches(step: TracedStep, images: int | None) -> MethodStep:
     if images == step.batch:
         return MethodStep(step.records, facts={"micro_batch": images})
     try:
-        records, _ = step_records(step.net, step.name, step.input_shape, images, step.dtype)
+        records, _, ends = step_records(step.net, step.name, step.input_shape, images, step.dtype)
     except CannotRunError as error:
         raise NotApplicableError(f"in parts of {images}: {error}") from None
-    return MethodStep(records, step.batch // images, facts={"micro_batch": images}, own_trace=True)
+    return MethodStep(records, step.batch // images, facts={"micro_batch": images}, own_lifetimes=ends)

@@ -90,6 +90,12 @@ class Tensor:
         self._node, self._version, self.grad = None, Version(), None
         self.requires_grad, self.uid = False, next(_uid)
 
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        """What ``copy`` and ``pickle`` make is a tensor of its own, with a number of its own."""
+        for name, value in state[1].items():
+            setattr(self, name, value)
+        self.uid = next(_uid)
+
     # ---- values ----------------------------------------------------------------------
 
     @property

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lance_ref import Tensor, nn
+from lance_ref import Tensor, nn, trace
 
 
 class Net(nn.Module):
@@ -167,3 +170,26 @@ def test_forward_must_be_defined() -> None:
 
     with pytest.raises(NotImplementedError, match="Empty does not define forward"):
         Empty()(np.ones(1, np.float32))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
+def test_a_copy_is_a_net_of_its_own(copied: Callable[[nn.Module], nn.Module]) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    before = [(r.op, r.path) for r in trace(net, (2, 3))]  # the net knows its paths from now on
+    twin = copied(net)
+    assert [(r.op, r.path) for r in trace(twin, (2, 3))] == before
+    both = nn.Sequential(net, twin)
+    weights = [r.inputs[1] for r in trace(both, (2, 3)) if r.op == "linear"]
+    assert [value.parameter for value in weights] == ["0.0.weight", "1.0.weight"]
+    assert weights[0].id != weights[1].id
+
+
+def test_a_walk_sees_every_change() -> None:
+    inner = nn.Sequential(nn.Linear(2, 2))
+    net = nn.Sequential(inner, nn.ReLU())
+    assert [path for path, _ in net.named_modules()] == ["", "0", "0.0", "1"]
+    inner.add_module("1", nn.ReLU())
+    assert [path for path, _ in net.named_modules()] == ["", "0", "0.0", "0.1", "1"]
+    delattr(inner, "0")
+    assert [path for path, _ in net.named_modules()] == ["", "0", "0.1", "1"]
+    assert [path for path, _ in net.named_modules("net")] == ["net", "net.0", "net.0.1", "net.1"]

@@ -9,7 +9,8 @@ step do.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,8 +27,14 @@ Lifetimes = Mapping[int, int]
 """By id of a value: after how many operations (segments themselves not counted) it is given back; no entry: never."""
 
 
-class _Watcher(Recorder):
-    """A recorder that notes when the tensors it has seen are given back."""
+class Watcher(Recorder):
+    """A recorder that notes when the tensors it has seen are given back.
+
+    Attributes
+    ----------
+    ends : dict
+        By id of the value: after how many operations that was.
+    """
 
     def __init__(self, parameter_names: Mapping[int, str]) -> None:
         super().__init__(parameter_names)
@@ -49,6 +56,17 @@ class _Watcher(Recorder):
         self.ends[value] = self.operations
 
 
+@contextmanager
+def watched(net: Module) -> Iterator[Watcher]:
+    """As :func:`lance_ref.tracing.record`, by a recorder that watches the tensors."""
+    watcher = Watcher({p.uid: name for name, p in net.named_parameters()})
+    previous, state.recorder = state.recorder, watcher
+    try:
+        yield watcher
+    finally:
+        state.recorder = previous
+
+
 def lifetimes(net: Module, input_shape: Sequence[int], dtype: Any = np.float32) -> dict[int, int]:
     """When each tensor of ``F.cross_entropy(net(x), labels)`` is given back, from shapes alone.
 
@@ -67,15 +85,10 @@ def lifetimes(net: Module, input_shape: Sequence[int], dtype: Any = np.float32) 
         By id of the value, which is the same in the records of any trace of this net and step: the number of
         operations after which it is given back. Without an entry it lives on: the input, the labels, the loss.
     """
-    names = {p.uid: name for name, p in net.named_parameters()}
-    watcher = _Watcher(names)
     x, labels = Tensor.meta(input_shape, dtype), Tensor.meta((input_shape[0],), np.int64)
-    previous, state.recorder = state.recorder, watcher
-    try:
+    with watched(net) as watcher:
         loss = F.cross_entropy(net(x), labels)
         ends = dict(watcher.ends)  # before x, labels and the loss go
-    finally:
-        state.recorder = previous
     del loss
     return ends
 

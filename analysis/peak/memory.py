@@ -133,13 +133,30 @@ def peak(
     >>> found.gradients_bytes, found.parameters_bytes  # 24 + 4 + 8 + 2 numbers
     (152, 152)
     """
-    if optimizer not in STATE_COPIES:
-        raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(STATE_COPIES)}")
-    records = _records(step)
+    records = records_of(step)
     if not records:
         raise ValueError("the step is empty, expected the records of a forward pass and its loss")
     simulation = Simulation(records, lifetimes_from_scopes(records) if lifetimes is None else lifetimes)
     simulation.run()
+    return peak_of(simulation, optimizer, None if parameters is None else parameters_bytes(parameters))
+
+
+def parameters_bytes(parameters: Iterable[Tensor]) -> int:
+    """Bytes of these parameters."""
+    return sum(p.size * p.dtype.itemsize for p in parameters)
+
+
+def peak_of(simulation: Simulation, optimizer: str, parameters: int | None) -> Peak:
+    """The peak of a step that was simulated; ``parameters``: bytes of all of the net, else those that the step reads.
+
+    Raises
+    ------
+    ValueError
+        If there is no such optimiser.
+    """
+    if optimizer not in STATE_COPIES:
+        raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(STATE_COPIES)}")
+    records = simulation.records
     everything = flatten(records)
     read = {v.id: v for record in everything for v in record.inputs if v.parameter is not None}
     trained = {v: storage.nbytes for v, storage in simulation.gradients.items() if v in read}
@@ -153,7 +170,6 @@ def peak(
         ends["optimiser"] += updating(optimizer, trained[largest])
         where["optimiser"] = str(read[largest].parameter)
     moment = max(ends, key=lambda moment: ends[moment])
-    whole = read.values() if parameters is None else parameters
     return Peak(
         peak_bytes=ends[moment],
         moment=moment,
@@ -161,13 +177,13 @@ def peak(
         forward_bytes=ends["forward"],
         backward_bytes=ends["backward"],
         optimizer_bytes=ends["optimiser"],
-        parameters_bytes=sum(p.size * np.dtype(p.dtype).itemsize for p in whole),
+        parameters_bytes=sum(value.nbytes for value in read.values()) if parameters is None else parameters,
         gradients_bytes=sum(trained.values()),
         optimizer_state_bytes=state,
     )
 
 
-def _records(step: Sequence[OpRecord] | Sequence[Billed]) -> list[OpRecord]:
+def records_of(step: Sequence[OpRecord] | Sequence[Billed]) -> list[OpRecord]:
     """The records, those inside of segments within these."""
     return [
         item.record if isinstance(item, Billed) else item

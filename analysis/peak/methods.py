@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from analysis.account import row_names
 from analysis.method_runs import running
-from analysis.methods import METHODS
-from analysis.nets import step_records
-from analysis.peak.lifetimes import Lifetimes, lifetimes
-from analysis.peak.memory import Peak, peak
+from analysis.methods import METHODS, MethodStep
+from analysis.nets import TracedStep, step_records
+from analysis.peak.lifetimes import Lifetimes
+from analysis.peak.memory import Peak, parameters_bytes, peak_of
 from analysis.peak.simulation import Simulation
-from analysis.rules.layouts import Storage
+from analysis.rules.layouts import Storage, backward_reaches
+from analysis.rules.recompute import OP as SEGMENT
 from analysis.rules.recompute import flatten
 from lance_ref.tracing import OpRecord
 
@@ -41,40 +38,58 @@ def peaks(prediction: Prediction, methods: Sequence[str] | None = None) -> dict[
     Tensors live as long as the net's own ``forward`` names them; where a method runs other operations, as long as in
     that method's forward pass.
     """
-    step = prediction.step
-    plain = lifetimes(step.net, (step.batch, *step.input_shape), np.dtype(step.dtype))
+    step, optimizer = prediction.step, prediction.asked.optimizer
+    names = list(prediction.bills if methods is None else methods)
+    parameters = parameters_bytes(step.net.parameters())
+    alike = [prediction.steps[name].records for name in names if METHODS[name].runs is None]
+    start = _common_start(alike, step.lifetimes) if alike else None
     found = {}
-    for method in prediction.bills if methods is None else methods:
-        bills, changed, ends = prediction.bills[method], prediction.steps[method], plain
-        if METHODS[method].runs is not None:
-            with running(step, method, changed):
-                batch = step.batch // changed.repeats
-                ends = lifetimes(step.net, (batch, *step.input_shape), np.dtype(step.dtype))
-                if not changed.own_trace:
-                    ends = _renumbered(
-                        ends, step_records(step.net, step.name, step.input_shape, batch, step.dtype)[0], changed.records
-                    )
-        one = peak(bills, optimizer=prediction.asked.optimizer, parameters=step.net.parameters(), lifetimes=ends)
-        found[method] = one if changed.repeats == 1 else _of_second_part(one, changed.records, ends)
+    for name in names:
+        changed = prediction.steps[name]
+        if start is not None and METHODS[name].runs is None:
+            simulation = start.continued(changed.records)
+        else:
+            simulation = Simulation(changed.records, _lifetimes(step, name, changed))
+        if changed.repeats > 1:
+            simulation.gradients_before(_gradients(changed.records))
+        simulation.run()
+        found[name] = peak_of(simulation, optimizer, parameters)
     return found
 
 
-def _of_second_part(first: Peak, records: Sequence[OpRecord], ends: Lifetimes) -> Peak:
-    """The peak of a step in parts, from that of its first part: later ones add to gradients that are there."""
-    everything = flatten(records)
-    trained = {v.id: v for record in everything for v in record.inputs if v.parameter is not None and v.requires_grad}
-    simulation = Simulation(records, ends)
-    for value in trained.values():
-        simulation.gradients[value.id] = Storage(value.nbytes)
-        simulation.ledger.hold(simulation.gradients[value.id])
-    simulation.run()
-    most = {part: count + first.optimizer_state_bytes for part, count in simulation.ledger.most.items()}
-    moment = max(most, key=lambda part: most[part])
-    changes: dict[str, Any] = {"forward_bytes": most["forward"], "backward_bytes": most["backward"]}
-    if most[moment] > first.optimizer_bytes:
-        names = dict(zip(map(id, everything), row_names(everything), strict=True))
-        changes |= {"peak_bytes": most[moment], "moment": moment, "at": names[id(simulation.ledger.at[moment])]}
-    return replace(first, **changes)
+def _common_start(steps: Sequence[list[OpRecord]], ends: Lifetimes) -> Simulation:
+    """A simulation of the operations before the first that is on the tape of one of these steps, or differs in them.
+
+    Those are the frozen layers of a net, the same under every method.
+    """
+    first = steps[0]
+    count = min(_frozen_start(first, records) for records in steps)
+    simulation = Simulation(first, ends)
+    simulation.begin(count)
+    return simulation
+
+
+def _frozen_start(first: Sequence[OpRecord], records: Sequence[OpRecord]) -> int:
+    """With how many operations that are on nobody's tape both steps begin."""
+    for i, (one, other, on_tape) in enumerate(zip(first, records, backward_reaches(records), strict=True)):
+        if one is not other or on_tape or one.op == SEGMENT:
+            return i
+    return len(records)
+
+
+def _gradients(records: Sequence[OpRecord]) -> dict[int, Storage]:
+    """Of everything that trains, as backward comes to it, by id of the value: what is there from the parts before."""
+    values = (value for record in reversed(flatten(records)) for value in record.inputs)
+    return {v.id: Storage(v.nbytes) for v in values if v.parameter is not None and v.requires_grad}
+
+
+def _lifetimes(step: TracedStep, method: str, changed: MethodStep) -> Lifetimes:
+    """When the tensors of a step that runs other operations than the plain one are given back."""
+    if changed.own_lifetimes is not None:
+        return changed.own_lifetimes
+    with running(step, method, changed):
+        traced = step_records(step.net, step.name, step.input_shape, step.batch, step.dtype)
+    return _renumbered(traced.lifetimes, traced.records, changed.records)
 
 
 def _renumbered(ends: Lifetimes, traced: Sequence[OpRecord], records: Sequence[OpRecord]) -> dict[int, int]:

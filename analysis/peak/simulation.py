@@ -7,9 +7,10 @@ what it kept once its gradients are there; gradients that meet are added into a 
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from analysis.peak import layers, rules  # noqa: F401  (they register their rules)
 from analysis.peak.lifetimes import Lifetimes
@@ -51,6 +52,13 @@ class Ledger:
             self.live += storage.nbytes
         self.holders[storage] += 1
 
+    def hold_from_the_start(self, storages: Iterable[Storage]) -> None:
+        """What was there before the first operation, some of which may have run already."""
+        before = self.live
+        for storage in storages:
+            self.hold(storage)
+        self.most["forward"] += self.live - before
+
     def drop(self, storage: Storage) -> None:
         """One user less."""
         if storage.is_parameter or storage in self.outside:
@@ -59,6 +67,12 @@ class Ledger:
         if not self.holders[storage]:
             self.live -= storage.nbytes
             del self.holders[storage]
+
+    def copied(self) -> Ledger:
+        """The same bytes, alive for themselves."""
+        return replace(
+            self, most=dict(self.most), at=dict(self.at), holders=self.holders.copy(), outside=set(self.outside)
+        )
 
     def reach(self, extra: int, at: OpRecord) -> None:
         """During this operation so many bytes are allocated beside what is alive."""
@@ -97,12 +111,32 @@ class Simulation:
         self.dying: defaultdict[int, list[int]] = defaultdict(list)
         for value, end in ends.items():
             self.dying[end].append(value)
-        self._carried = self._carried_over()
+        self.begun = 0  # operations that have run
+        self._carried: dict[str, Storage] = {}
+        self._take_in_inputs()
+
+    def begin(self, count: int) -> None:
+        """Run the first operations, of which none is a segment or on the tape."""
+        self._forward(self.records[:count], [False] * count, 0)
+        self.begun = count
+
+    def continued(self, records: Sequence[OpRecord]) -> Simulation:
+        """A simulation that goes on from here with other records, of which those that have run are the same."""
+        other = copy.copy(self)
+        other.records, other.memory, other.ledger = records, self.memory.copied(), self.ledger.copied()
+        other.values, other.gradients, other.pending, other._carried = dict(self.values), {}, {}, {}
+        return other
+
+    def gradients_before(self, gradients: Mapping[int, Storage]) -> None:
+        """Gradients of leaves, by id of the value, that are there before the step, which adds to them."""
+        self.gradients.update(gradients)
+        self.ledger.hold_from_the_start(gradients.values())
 
     def run(self) -> None:
         """Forward and backward."""
-        self._take_in_inputs()
-        ran = self._forward(self.records, backward_reaches(self.records), 0)
+        self._carry_over()
+        reached = backward_reaches(self.records)
+        ran = self._forward(self.records[self.begun :], reached[self.begun :], self.begun)
         if not self.records or not self.records[-1].output.requires_grad:
             return
         self.ledger.moment = "backward"
@@ -169,23 +203,21 @@ class Simulation:
             self.ledger.hold(storage)
 
     def _forget(self, done: int) -> None:
-        for value in self.dying[done]:
+        for value in self.dying.get(done, ()):
             storage = self.values.pop(value, None)
             if storage is not None:
                 self.ledger.drop(storage)
 
-    def _carried_over(self) -> dict[str, Storage]:
-        """Factors of ASI from the step before, which live until this step has found its own."""
-        carried = {}
+    def _carry_over(self) -> None:
+        """Factors of ASI from the step before: there from the start, until this step has found its own."""
         for record in flatten(self.records):
             store = record.attributes.get("store", {})
-            if store.get("name") == "asi" and record.inputs[1].requires_grad and record.path not in carried:
+            if store.get("name") == "asi" and record.inputs[1].requires_grad and record.path not in self._carried:
                 pairs = zip(record.inputs[0].shape, store["ranks"], strict=True)
                 elements = sum(n * r for n, r in pairs if r is not None and r < n)
                 item = record.output.nbytes // max(record.output.size, 1)
-                carried[record.path] = Storage(elements * item)
-                self.ledger.hold(carried[record.path])
-        return carried
+                self._carried[record.path] = Storage(elements * item)
+        self.ledger.hold_from_the_start(self._carried.values())
 
     def _carry_on(self, record: OpRecord, saved: Sequence[Saved]) -> None:
         if record.path in self._carried and any(item.what.startswith("factor") for item in saved):

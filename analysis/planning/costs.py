@@ -17,10 +17,9 @@ import numpy as np
 import lance_ref
 from analysis.account import WEIGHTED, account
 from analysis.calibration_costs import calibration_cost
-from analysis.method_runs import running
 from analysis.methods import METHODS, MethodStep, method_step
 from analysis.nets import TracedStep, trace_step
-from analysis.peak.lifetimes import Lifetimes, lifetimes, lifetimes_from_scopes
+from analysis.peak.lifetimes import Lifetimes, lifetimes_from_scopes
 from analysis.peak.memory import STATE_COPIES, peak
 from analysis.planning.options import WITHOUT_LAYERS, Option
 from analysis.ranks import fraction_of, mean_free
@@ -141,7 +140,6 @@ class Costs:
         self.forward_macs = lru_cache(maxsize=None)(self._forward_macs)
         self.trains = lru_cache(maxsize=None)(self._trains)
         self.runs = lru_cache(maxsize=None)(self._runs)
-        self._ends: Lifetimes | None = None
         self._last: tuple[Any, MethodStep] | None = None
 
     # ---- the step ----------------------------------------------------------------------------
@@ -230,7 +228,7 @@ class Costs:
         gradients = sum(trained.values())
         state = STATE_COPIES[self.device.optimizer] * gradients
         if self.device.count == "peak":
-            step, at = self._peak(option, layers, batch, changed)
+            step, at = self._peak(option, batch, changed)
             factors = self._factors(changed)
         else:
             bills = account(changed.records, None)
@@ -240,8 +238,8 @@ class Costs:
         calibration = self._calibration(option, layers, batch)
         return Memory(step, factors, weights, gradients, state, calibration, at)
 
-    def _peak(self, option: Option, layers: int, batch: int, changed: MethodStep) -> tuple[int, str]:
-        ends = self._lifetimes(option, layers, batch, changed)
+    def _peak(self, option: Option, batch: int, changed: MethodStep) -> tuple[int, str]:
+        ends = self._lifetimes(option, batch, changed)
         found = peak(changed.records, optimizer=self.device.optimizer, lifetimes=ends)
         at = f"{found.moment}, {found.at}"
         if changed.repeats == 1:
@@ -265,21 +263,11 @@ class Costs:
         read = {v.parameter: v.nbytes for r in flatten(records) for v in r.inputs if v.parameter}
         return sum((read | own).values()) + sum(array.nbytes for _, array in self.net.named_buffers())
 
-    def _plain_lifetimes(self, batch: int) -> Lifetimes:
-        """When tensors are given back: counted in operations, so the same for every batch size and selection."""
-        if self._ends is None:
-            self._ends = lifetimes(self.net, (batch, *self.input_shape), np.dtype(self.dtype))
-        return self._ends
-
-    def _lifetimes(self, option: Option, layers: int, batch: int, changed: MethodStep) -> Lifetimes:
+    def _lifetimes(self, option: Option, batch: int, changed: MethodStep) -> Lifetimes:
+        """When the tensors of a candidate's step are given back."""
         if option.method == "lora":
             return lifetimes_from_scopes(changed.records)
-        if option.method != "checkpoint":
-            return self._plain_lifetimes(batch)
-        step = self.step(layers, batch)
-        self.tuned(layers)
-        with running(step, option.method, changed):
-            return lifetimes(self.net, (batch, *self.input_shape), np.dtype(self.dtype))
+        return self.whole(batch).lifetimes if changed.own_lifetimes is None else changed.own_lifetimes
 
     def _calibration(self, option: Option, layers: int, batch: int) -> int:
         """Bytes while the subspaces are found: Gram matrices, the activations in flight, and the weights."""
@@ -296,7 +284,7 @@ class Costs:
     def _in_flight(self, batch: int) -> int:
         """The peak of a forward pass in which nothing trains: no candidate that runs the whole batch takes less."""
         records = retrained(self.whole(batch).records, ())
-        return peak(records, lifetimes=self._plain_lifetimes(batch)).forward_bytes
+        return peak(records, lifetimes=self.whole(batch).lifetimes).forward_bytes
 
     # ---- work --------------------------------------------------------------------------------
 

@@ -144,6 +144,10 @@ class Memory:
     keeps_order: frozenset[str] = NUMPY_KEEPS_ORDER
     layouts: dict[int, Layout] = field(default_factory=dict)
 
+    def copied(self) -> Memory:
+        """A memory that knows the same values."""
+        return Memory(self.keeps_order, dict(self.layouts))
+
     def of(self, value: Value) -> Layout:
         """The layout of a value; one that no operation made (an input, a parameter) is packed."""
         layout = self.layouts.get(value.id)

@@ -17,6 +17,31 @@ _structure = itertools.count(1)
 _latest_structure = 0  # changes whenever any module gains or loses a child
 
 
+class _Walked:
+    """What a walk through a module found, remembered until any module gains or loses a child.
+
+    Attributes
+    ----------
+    structure : int
+        The number of the structure that was walked through.
+    below : list of (path, module)
+        Every module below this one, each once.
+    paths : dict of identity to path
+        Of this module and those below.
+    """
+
+    __slots__ = ("below", "paths", "structure")
+
+    def __init__(self) -> None:
+        self.structure = 0
+        self.below: list[tuple[str, Module]] = []
+        self.paths: dict[int, str] = {}
+
+    def __reduce__(self) -> tuple[type[_Walked], tuple[()]]:
+        """A copy of a module has other modules below it: it has to walk for itself."""
+        return _Walked, ()
+
+
 class Parameter(Tensor):
     """A tensor that a module owns: requires gradients, and is counted apart from the tape."""
 
@@ -47,7 +72,7 @@ class Module:
         self.__dict__["_modules"] = OrderedDict()
         self.__dict__["_buffers"] = OrderedDict()
         self.__dict__["_pre_hooks"] = []
-        self.__dict__["_paths"] = (0, {})
+        self.__dict__["_walked"] = _Walked()
         self.training = True
 
     # ---- registration ----------------------------------------------------------------
@@ -102,6 +127,10 @@ class Module:
 
     def named_modules(self, prefix: str = "", _seen: set[int] | None = None) -> Iterator[tuple[str, Module]]:
         """(path, module) for this module and all below it, in order of registration, each once."""
+        if not prefix and _seen is None:
+            yield "", self
+            yield from self._known_modules().below
+            return
         seen = set() if _seen is None else _seen
         waiting: list[tuple[str, Module]] = [(prefix, self)]
         while waiting:
@@ -243,7 +272,7 @@ class Module:
         tensors = tuple([Tensor(x) if isinstance(x, np.ndarray) else x for x in inputs])
         outer_paths, outer_path = state.module_paths, state.path
         if outer_paths is None:
-            state.module_paths = self._module_paths()
+            state.module_paths = self._known_modules().paths
         paths = state.module_paths or {}
         state.path = paths.get(id(self), outer_path)
         try:
@@ -254,13 +283,15 @@ class Module:
         finally:
             state.path, state.module_paths = outer_path, outer_paths
 
-    def _module_paths(self) -> dict[int, str]:
-        """Path of every module below this one, by identity; remembered until any module changes."""
-        structure, paths = self._paths
-        if structure != _latest_structure:
-            paths = {id(module): path for path, module in self.named_modules()}
-            self.__dict__["_paths"] = (_latest_structure, paths)
-        return paths
+    def _known_modules(self) -> _Walked:
+        """The modules below this one, and their paths."""
+        walked = self._walked
+        if walked.structure != _latest_structure:
+            found = list(self.named_modules(_seen=set()))
+            walked.below = [(path, module) for path, module in found if module is not self]
+            walked.paths = {id(module): path for path, module in found}
+            walked.structure = _latest_structure
+        return walked
 
     # ---- printing --------------------------------------------------------------------
 

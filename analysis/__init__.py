@@ -13,9 +13,14 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """``analysis.cost`` is imported when it is asked for: command lines must start without the numerical libraries."""
+    """``analysis.cost`` is imported when it is asked for: command lines must start without the numerical libraries.
+
+    With it comes all that it runs, so that the first call is as fast as the others.
+    """
     if name == "cost":
+        from analysis import calibration_costs, peak, ranks, report, step_changes, tables  # noqa: F401
         from analysis.cost_model import cost
+        from analysis.peak import methods  # noqa: F401
 
         return cost
     raise AttributeError(f"module 'analysis' has no attribute {name!r}")

@@ -110,25 +110,21 @@ class CostCache:
     costs: dict[tuple[int, bool], tuple[OpRecord, OpCost, list[Saved]]] = field(default_factory=dict)
     first: _Accounted | None = None
 
-    def same_start(self, steps: Sequence[Executed], names: Sequence[str], head: str | None) -> list[Billed]:
-        """The bills of those operations with which a step begins like the first one.
+    def frozen_start(self, steps: Sequence[Executed], names: Sequence[str], head: str | None) -> list[Billed]:
+        """The bills of those operations off the tape with which a step begins like the first one: the same again.
 
-        They are the same, as an operation's bill depends on those before it alone: most methods begin to differ
-        where the first layer trains.
+        Frozen layers leave nothing behind under any method, so what comes after them is billed as if they were not.
         """
         if self.first is None or self.first.head != head:
             return []
         alike = 0
         for mine, theirs, name, called in zip(steps, self.first.steps, names, self.first.names, strict=False):
-            same = mine.record is theirs.record and mine.on_tape == theirs.on_tape and name == called
-            if not same or mine.segment is not None or mine.record.op == OP:
+            if mine.record is not theirs.record or mine.on_tape or theirs.on_tape or name != called:
+                break
+            if mine.record.op == OP:
                 break
             alike += 1
         return self.first.bills[:alike]
-
-    def in_pytorch_of(self, step: Executed) -> list[Saved]:
-        """What PyTorch keeps of a record whose cost was asked for before."""
-        return self.costs[id(step.record), step.on_tape][2]
 
     def of(self, step: Executed) -> tuple[OpCost, list[Saved]]:
         """The cost of one record in its place, and what PyTorch keeps; all records before it must have been asked."""
@@ -184,13 +180,8 @@ def account(
     with_factors: set[str] = set()
     steps = executed(records)
     names = row_names([step.record for step in steps])
-    billed = cache.same_start(steps, names, head) if repeats == 1 else []
+    billed = cache.frozen_start(steps, names, head) if repeats == 1 else []
     begun = len(billed)
-    for step, bill in zip(steps, billed, strict=False):
-        tape_seen.update(item.storage for item in bill.cost.tape)
-        pytorch_seen.update(item.storage for item in cache.in_pytorch_of(step))
-        if bill.subspace_bytes:
-            with_factors.add(bill.record.path)
     for step, name in zip(steps[begun:], names[begun:], strict=True):
         record = step.record
         cost, saved_in_pytorch = cache.of(step)
@@ -204,7 +195,7 @@ def account(
                 record,
                 name,
                 tuned,
-                cost if repeats == 1 else repeated(cost, repeats),
+                cost if repeats == 1 else cost.repeated(repeats),
                 paper_bytes=cost.paper_bytes if tuned else 0,
                 pytorch_bytes=_bill(saved_in_pytorch, pytorch_seen) if saved_in_pytorch else 0,
                 tape_bytes=_bill(cost.tape, tape_seen) if cost.tape else 0,
@@ -215,20 +206,6 @@ def account(
     if cache.first is None and repeats == 1:
         cache.first = _Accounted(steps, names, head, billed)
     return billed
-
-
-COUNTS = (
-    *(f"{kind}_macs" for kind in ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")),
-    "paper_projection_macs",
-    "paper_grad_weight_macs",
-    "elementwise",
-)
-"""The attributes of an OpCost that count operations, not bytes."""
-
-
-def repeated(cost: OpCost, times: int) -> OpCost:
-    """The cost of an operation that runs several times, one tape after the other."""
-    return replace(cost, **{name: times * getattr(cost, name) for name in COUNTS})
 
 
 def _bill(saved: Iterable[Saved], seen: set[Storage]) -> int:

@@ -83,21 +83,18 @@ class MethodStep:
         Of the layers whose store is not the exact one.
     facts : mapping
         Settings as they turned out, for instance the number of images in a micro-batch.
-    own_lifetimes : Lifetimes, optional
-        Of a step with a trace of its own, whose values have other numbers than those of the plain step: when its
-        tensors are given back.
+    own_trace : bool
+        Whether the numbers of the values are those of a trace of its own.
+    lifetimes : Lifetimes, optional
+        When its tensors are given back, where that is known and not as in the plain step.
     """
 
     records: list[OpRecord]
     repeats: int = 1
     stores: Mapping[str, Description] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
-    own_lifetimes: Lifetimes | None = None
-
-    @property
-    def own_trace(self) -> bool:
-        """Whether the numbers of the values are those of a trace of its own."""
-        return self.own_lifetimes is not None
+    own_trace: bool = False
+    lifetimes: Lifetimes | None = None
 
 
 @dataclass(frozen=True)

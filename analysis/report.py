@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from analysis.account import Billed
@@ -27,6 +27,7 @@ SCHEMA = 1
 ACCOUNTINGS = ("paper", "pytorch", "tape")
 CONVENTIONS = ("flops", "paper")
 OPTIMIZERS = ("sgd", "sgd-momentum", "adam")
+_Place = tuple[str, str, int]
 FLOP_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
 
 
@@ -230,8 +231,16 @@ class Report:
         """Fold the bills of all methods into rows; ``facts`` are the report's other attributes."""
         seen: dict[tuple[Any, ...], MethodCost] = {}
 
+        of_bill: dict[int, MethodCost] = {}
+
         def cost(bill: Billed) -> MethodCost:
             """The same object for bills that say the same."""
+            known = of_bill.get(id(bill))
+            if known is None:
+                known = of_bill[id(bill)] = priced(bill)
+            return known
+
+        def priced(bill: Billed) -> MethodCost:
             bytes_ = (bill.paper_bytes, bill.pytorch_bytes, bill.tape_bytes, bill.subspace_bytes)
             key = (id(bill.cost), bill.tuned, *bytes_)
             if key not in seen:
@@ -392,23 +401,30 @@ def _matched(bills: Mapping[str, Sequence[Billed]]) -> list[dict[str, Billed]]:
 
     An operation that the first method does not run stands behind the last one before it that an earlier method runs.
     """
-    rows: dict[tuple[str, str, int], dict[str, Billed]] = {}
+    rows: dict[_Place, dict[str, Billed]] = {}
     for method, listed in bills.items():
-        times: Counter[tuple[str, str]] = Counter()
-        behind: dict[Any, list[tuple[str, str, int]]] = {}
-        last: Any = None
-        for bill in listed:
-            place = bill.record.path, bill.record.op
-            times[place] += 1
-            key = (*place, times[place])
-            if key in rows:
-                rows[key][method], last = bill, key
+        behind: dict[_Place | None, list[_Place]] = {}
+        last: _Place | None = None
+        for place, bill in zip(_places(tuple([(b.record.path, b.record.op) for b in listed])), listed, strict=True):
+            if place in rows:
+                rows[place][method], last = bill, place
                 continue
-            behind.setdefault(last, []).append(key)
-            rows[key] = {method: bill}
+            behind.setdefault(last, []).append(place)
+            rows[place] = {method: bill}
         if behind:
-            rows = {key: rows[key] for key in _in_order(rows, behind)}
+            rows = {place: rows[place] for place in _in_order(rows, behind)}
     return list(rows.values())
+
+
+@lru_cache(maxsize=32)
+def _places(operations: tuple[tuple[str, str], ...]) -> tuple[_Place, ...]:
+    """Layer and operation with its how-manieth call; most methods run the same."""
+    times: Counter[tuple[str, str]] = Counter()
+    places = []
+    for operation in operations:
+        times[operation] += 1
+        places.append((*operation, times[operation]))
+    return tuple(places)
 
 
 def _in_order(rows: Iterable[Any], behind: Mapping[Any, list[Any]]) -> list[Any]:

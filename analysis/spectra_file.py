@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +126,16 @@ def load_spectra(path: str | os.PathLike[str]) -> Spectra:
     if size > MAX_FILE_BYTES:
         raise ValueError(f"spectra file {path}: {size} bytes, expected at most {MAX_FILE_BYTES}")
     try:
-        return _parse(json.loads(content))
+        return _spectra_in(content)
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         message = f"no entry {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"spectra file {path}: {message}") from None
 
 
-def _parse(document: Any) -> Spectra:
+@lru_cache(maxsize=4)
+def _spectra_in(content: bytes) -> Spectra:
+    """What a file with this content says; read again and again, it is understood once."""
+    document = json.loads(content)
     if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
         raise ValueError(f'not a file of spectra, expected an object with "format": "{FORMAT}", "version": {VERSION}')
     provenance = document["provenance"]
@@ -157,9 +161,11 @@ def _parse_layer(name: str, layer: Any, batch: int) -> LayerSpectra:
         if not isinstance(values, list) or len(values) != n or not set(map(type, values)) <= {int, float}:
             raise ValueError(f"layer {name!r}, mode {mode}: expected {n} numbers")
         array = np.array(values, dtype=np.float64)
-        if not np.isfinite(array).all() or (array < 0).any() or not 0 < array.sum() < math.inf:
+        if not (array.min() >= 0 and 0 < array.sum() < math.inf):  # neither holds where one is NaN
             raise ValueError(f"layer {name!r}, mode {mode}: energies must be finite, not negative, and not all zero")
-        energies.append(np.sort(array)[::-1])
+        array = np.sort(array)[::-1]
+        array.flags.writeable = False  # whoever reads the same file gets the same arrays
+        energies.append(array)
     return LayerSpectra(shape, tuple(energies))
 
 

@@ -12,6 +12,7 @@ import lance_ref
 from analysis.account import WEIGHTED
 from analysis.methods import MethodStep, NotApplicableError
 from analysis.nets import CannotRunError, TracedStep, step_records
+from analysis.peak.lifetimes import renumbered
 from analysis.rules.recompute import OP, flatten, inside
 from lance_ref import nn
 from lance_ref.nn.module import Module
@@ -253,10 +254,45 @@ def checkpointed(step: TracedStep, segments: int | None) -> MethodStep:
     """
     with recomputed(step.net, segments) as count:
         records, _, ends = step_records(step.net, step.name, step.input_shape, step.batch, step.dtype)
-    plain = [(r.op, r.path) for r in flatten(step.records) if r.op != OP]
-    if [(r.op, r.path) for r in flatten(records) if r.op != OP] != plain:
+    facts = {"segments": count, "asked": segments}
+    plain, ours = ([r for r in flatten(each) if r.op != OP] for each in (step.records, records))
+    if [(r.op, r.path) for r in ours] != [(r.op, r.path) for r in plain]:
         raise NotApplicableError("checkpointing runs the stages() of the net, and these are not its forward()")
-    return MethodStep(records, facts={"segments": count, "asked": segments}, own_lifetimes=ends)
+    as_plain = numbers(ours, plain)
+    if any(r.op == OP for r in step.records) or not all(map(_same_but_numbers, ours, plain)):
+        return MethodStep(records, facts=facts, own_trace=True, lifetimes=ends)
+    return MethodStep(_in_segments(records, iter(plain), as_plain), facts=facts, lifetimes=renumbered(ends, as_plain))
+
+
+def numbers(records: Sequence[OpRecord], others: Sequence[OpRecord]) -> dict[int, int]:
+    """By number of each value in one trace: its number in another of the same operations."""
+    found: dict[int, int] = {}
+    for one, other in zip(flatten(records), flatten(others), strict=True):
+        for mine, theirs in zip((*one.inputs, one.output), (*other.inputs, other.output), strict=True):
+            found[mine.id] = theirs.id
+    return found
+
+
+def _same_but_numbers(one: OpRecord, other: OpRecord) -> bool:
+    pairs = zip((*one.inputs, one.output), (*other.inputs, other.output), strict=True)
+    return one.attributes == other.attributes and all(
+        a.shape == b.shape and a.requires_grad == b.requires_grad and a.parameter == b.parameter and a.dtype == b.dtype
+        for a, b in pairs
+    )
+
+
+def _in_segments(records: Sequence[OpRecord], plain: Iterator[OpRecord], as_plain: Mapping[int, int]) -> list[OpRecord]:
+    """The plain step's own records, put into the segments of a trace of the same operations."""
+    found = []
+    for record in records:
+        if record.op != OP:
+            found.append(next(plain))
+            continue
+        within = _in_segments(inside(record), plain, as_plain)
+        inputs = tuple(replace(value, id=as_plain[value.id]) for value in record.inputs)
+        output = replace(record.output, id=as_plain[record.output.id])
+        found.append(replace(record, inputs=inputs, output=output, attributes={**record.attributes, "records": within}))
+    return found
 
 
 def in_micro_batches(step: TracedStep, images: int | None) -> MethodStep:
@@ -279,4 +315,4 @@ def in_micro_batches(step: TracedStep, images: int | None) -> MethodStep:
         records, _, ends = step_records(step.net, step.name, step.input_shape, images, step.dtype)
     except CannotRunError as error:
         raise NotApplicableError(f"in parts of {images}: {error}") from None
-    return MethodStep(records, step.batch // images, facts={"micro_batch": images}, own_lifetimes=ends)
+    return MethodStep(records, step.batch // images, facts={"micro_batch": images}, own_trace=True, lifetimes=ends)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class ConvGeometry:
     dilation: Pair = (1, 1)
     groups: int = 1
 
-    @property
+    @cached_property
     def output_size(self) -> Pair:
         """(H_out, W_out): floor((n + before + after − dilation·(k − 1) − 1) / stride) + 1."""
         sizes = [

@@ -106,7 +106,9 @@ def _depthwise_forward(start, stop, x, weight, out, s_h, s_w, top, bottom, left,
     padded = np.zeros((H + top + bottom, W + left + right), x.dtype)
     for plane in range(start, stop):
         b, o = plane // C_out, plane % C_out
-        padded[top : top + H, left : left + W] = x[b, o // (C_out // C_in)]
+        for h in range(H):
+            for w in range(W):
+                padded[top + h, left + w] = x[b, o // (C_out // C_in), h, w]
         for h in range(H_out):
             row = out[b, o, h]
             row[:] = 0
@@ -154,7 +156,9 @@ def _depthwise_input_gradient(start, stop, weight, grad_output, grad, s_h, s_w, 
                         else:
                             for w in range(W_out):
                                 target[w * s_w] += value * source[w]
-        grad[b, c] = padded[top : top + H, left : left + W]
+        for h in range(H):
+            for w in range(W):
+                grad[b, c, h, w] = padded[top + h, left + w]
 
 
 @Loops
@@ -166,7 +170,9 @@ def _depthwise_weight_gradient(start, stop, x, grad_output, grad, s_h, s_w, top,
     padded = np.zeros((H + top + bottom, W + left + right), x.dtype)
     for c in range(start, stop):
         for b in range(B):
-            padded[top : top + H, left : left + W] = x[b, c]
+            for h in range(H):
+                for w in range(W):
+                    padded[top + h, left + w] = x[b, c, h, w]
             for o in range(c * multiplier, (c + 1) * multiplier):
                 for p in range(k_h):
                     for q in range(k_w):

@@ -63,6 +63,7 @@ class Tensor:
 
     __slots__ = ("__weakref__", "_data", "_dtype", "_node", "_shape", "_version", "grad", "requires_grad", "uid")
     __array_priority__ = 1000
+    is_parameter = False
 
     def __init__(self, data: Any, requires_grad: bool = False) -> None:
         self._data: np.ndarray | None = _as_array(data)

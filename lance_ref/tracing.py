@@ -100,17 +100,22 @@ class Recorder:
 
     def value(self, tensor: Tensor) -> Value:
         """The tensor as the trace sees it: the same object at every use, unless the tensor has changed since."""
-        known = self._values.get(tensor.uid)
+        uid = tensor.uid
+        known = self._values.get(uid)
         dtype = _name_of_dtype(tensor._dtype)
         if known is not None and known.requires_grad == tensor.requires_grad and known.dtype == dtype:
             return known
         number = len(self._values) if known is None else known.id
-        name = self._parameter_names.get(tensor.uid)
-        if name is None and getattr(tensor, "is_parameter", False):
+        name = self._parameter_names.get(uid)
+        if name is None and tensor.is_parameter:
             name = f"parameter {number}"
-        value = Value(number, tensor._shape, dtype, tensor.requires_grad, name)
-        self._values[tensor.uid] = value
+        value = self._values[uid] = Value(number, tensor._shape, dtype, tensor.requires_grad, name)
+        if known is None:
+            self.first_seen(tensor, value)
         return value
+
+    def first_seen(self, tensor: Tensor, value: Value) -> None:
+        """Called once for every tensor; here it does nothing."""
 
     def add(self, op: str, inputs: Sequence[Tensor], attributes: Mapping[str, Any], output: Tensor) -> None:
         described = {k: v.describe() if hasattr(v, "describe") else v for k, v in attributes.items()}

@@ -18,10 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lance_ref.counting import matmul
+from lance_ref.counting import add, matmul
 
-GRAM_WORKSPACE_BYTES = 4 * 2**20
-"""Largest float64 copy of a part of a tensor that :func:`gram` makes at a time."""
+GRAM_WORKSPACE_BYTES = 2 * 2**20
+"""Largest float64 copy of a part of a tensor that :func:`gram` makes at a time, unless fibres are very long."""
+
+GRAM_FIBRES = 1024
+"""So many of them are multiplied at a time at the least: fewer would make slow products."""
 
 
 class Tucker(NamedTuple):
@@ -226,8 +229,9 @@ def tucker_to_tensor(core: np.ndarray, factors: Sequence[np.ndarray | None]) -> 
 def gram(tensor: np.ndarray, mode: int) -> np.ndarray:
     """The Gram matrix A_(n) A_(n)ᵀ of the mode-n unfolding, in float64.
 
-    Takes ``tensor.size · n`` multiply-adds; never more than :data:`GRAM_WORKSPACE_BYTES` (or one
-    fibre) of ``tensor`` is converted or rearranged at a time, and a contiguous ``tensor`` is not copied.
+    Takes ``tensor.size · n`` multiply-adds by the plain formula (BLAS computes one triangle); never more than
+    :data:`GRAM_WORKSPACE_BYTES` (or :data:`GRAM_FIBRES`) of ``tensor`` is converted or rearranged at a time, and a
+    contiguous ``tensor`` is not copied.
 
     Returns
     -------
@@ -236,23 +240,35 @@ def gram(tensor: np.ndarray, mode: int) -> np.ndarray:
     _check_mode("gram", tensor.shape, mode)
     n = tensor.shape[mode]
     pre, post = math.prod(tensor.shape[:mode]), math.prod(tensor.shape[mode + 1 :])
-    fibres = max(1, GRAM_WORKSPACE_BYTES // (8 * n))
-    total = np.zeros((n, n))
+    fibres = max(GRAM_FIBRES, GRAM_WORKSPACE_BYTES // (8 * n))
+    total = np.zeros((n, n), order="F")
     if post == 1:
         rows = tensor.reshape(pre, n)
         for start in range(0, pre, fibres):
             block = rows[start : start + fibres]  # (fibres, n); lets go of the last block's copy
-            block = block.astype(np.float64, copy=False)
-            total += matmul(block.T, block)
-        return total
-    slabs = tensor.reshape(pre, n, post)
-    width, depth = min(post, fibres), max(1, fibres // post)
-    for first in range(0, pre, depth):
-        for start in range(0, post, width):
-            block = slabs[first : first + depth, :, start : start + width].transpose(1, 0, 2)  # (n, depth, width)
-            block = block.astype(np.float64, order="C", copy=False).reshape(n, -1)  # (n, depth·width)
-            total += matmul(block, block.T)
-    return total
+            block = block.astype(np.float64, order="C", copy=False)
+            total = _with_product(total, block.T)
+    else:
+        slabs = tensor.reshape(pre, n, post)
+        width, depth = min(post, fibres), max(1, fibres // post)
+        for first in range(0, pre, depth):
+            for start in range(0, post, width):
+                block = slabs[first : first + depth, :, start : start + width].transpose(1, 0, 2)  # (n, depth, width)
+                block = block.astype(np.float64, order="C", copy=False).reshape(n, -1)  # (n, depth·width)
+                total = _with_product(total, block)
+    for i in range(n):
+        total[i + 1 :, i] = total[i, i + 1 :]
+    return total.T
+
+
+def _with_product(total: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """``total + block @ block.T`` in the upper triangle, in the memory of ``total``, which is in Fortran order."""
+    from scipy.linalg import blas
+
+    a, trans = (block.T, 1) if block.flags.c_contiguous else (block, 0)  # without a copy
+    add(block.size * len(block))
+    result: np.ndarray = blas.dsyrk(1.0, a, beta=1.0, c=total, trans=trans, overwrite_c=1)
+    return result
 
 
 def eigenbasis(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

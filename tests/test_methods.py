@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +18,16 @@ from analysis import step_changes, torch_replay
 from analysis.account import Billed, account
 from analysis.cost_model import cost, main, predict
 from analysis.measure import Comparison, compare
+from analysis.method_runs import running
 from analysis.methods import METHODS, MethodStep, NotApplicableError, Settings, chosen_methods, method_step
 from analysis.nets import build, step_records, trace_step
+from analysis.peak.lifetimes import renumbered
+from analysis.peak.memory import peak
+from analysis.peak.methods import peaks
 from analysis.report import MethodCost, Report
+from analysis.rules.op_cost import OpCost
 from analysis.rules.recompute import flatten
-from analysis.step_changes import retrained, trained_parameters, with_lora
+from analysis.step_changes import numbers, retrained, trained_parameters, with_lora
 from analysis.tables import render
 from lance_ref import functional as F
 from lance_ref import models, nn
@@ -183,6 +189,43 @@ def test_shared_costs_are_those_of_each_method_alone() -> None:
     for method, bills in prediction.bills.items():
         changed = prediction.steps[method]
         assert numbers(account(changed.records, prediction.step.head, changed.repeats)) == numbers(bills), method
+
+
+@pytest.mark.parametrize("tune", ["last:3", "all", "head"])
+def test_shared_peaks_are_those_of_each_method_alone(tune: str) -> None:
+    """The simulation that methods have in common ends where the first of them keeps something."""
+    prediction = predict("mcunet", 4, 64, tune=tune, methods="all", ranks="0.2", num_classes=7)
+    together = peaks(prediction)
+    assert list(together) == list(prediction.bills)
+    for method, changed in prediction.steps.items():
+        assert peaks(prediction, [method])[method] == together[method], method
+        if METHODS[method].runs is None:
+            ends, parameters = prediction.step.lifetimes, prediction.step.net.parameters()
+            assert peak(changed.records, lifetimes=ends, parameters=parameters) == together[method], method
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2", "mcunet", "deit-tiny", "alexnet-cl"])
+def test_checkpointing_runs_the_very_operations_of_the_plain_step(name: str) -> None:
+    """So that their costs are shared; the tensors live as long as in a trace of the checkpointed net."""
+    size = 32 if name == "alexnet-cl" else 64
+    prediction = predict(name, 4, size, tune="last:3", methods=["bp", "checkpoint"], num_classes=7)
+    step, changed = prediction.step, prediction.steps["checkpoint"]
+    assert not changed.own_trace
+    plain = [record for record in flatten(changed.records) if record.op != "recompute"]
+    assert all(a is b for a, b in zip(plain, step.records, strict=True))
+    with running(step, "checkpoint", changed):
+        traced = step_records(step.net, name, step.input_shape, 4, "float32")
+    assert changed.lifetimes == renumbered(traced.lifetimes, numbers(traced.records, changed.records))
+
+
+def test_the_first_call_imports_nothing_of_ours() -> None:
+    """``from analysis import cost`` has loaded what the call needs, so that it is not timed."""
+    code = (
+        "import sys; from analysis import cost; before = set(sys.modules); cost('mlp', method='all').to_json(); "
+        "print([m for m in set(sys.modules) - before if m.startswith(('analysis', 'lance_ref', 'scipy', 'numpy'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 # ---- by hand -------------------------------------------------------------------------------
@@ -402,7 +445,7 @@ def test_planted_one_micro_batch_for_all(
 ) -> None:
     """The operations of one part billed for the whole step."""
     assert differences("micro-batch") == set()
-    monkeypatch.setattr("analysis.account.repeated", lambda bill, times: bill)
+    monkeypatch.setattr(OpCost, "repeated", lambda cost, times: cost)
     assert "forward multiply-adds" in differences("micro-batch")
 
 

@@ -40,13 +40,11 @@ class Watcher(Recorder):
         super().__init__(parameter_names)
         self.operations = 0
         self.ends: dict[int, int] = {}
-        self._watched: dict[int, Any] = {}  # by id of the value
+        self._watched: list[Any] = []
 
-    def value(self, tensor: Tensor) -> Value:
-        value = super().value(tensor)
-        if value.id not in self._watched and value.parameter is None:
-            self._watched[value.id] = weakref.ref(tensor, partial(self._given_back, value.id))
-        return value
+    def first_seen(self, tensor: Tensor, value: Value) -> None:
+        if value.parameter is None:
+            self._watched.append(weakref.ref(tensor, partial(self._given_back, value.id)))
 
     def add(self, op: str, inputs: Sequence[Tensor], attributes: Mapping[str, Any], output: Tensor) -> None:
         super().add(op, inputs, attributes, output)
@@ -91,6 +89,11 @@ def lifetimes(net: Module, input_shape: Sequence[int], dtype: Any = np.float32) 
         ends = dict(watcher.ends)  # before x, labels and the loss go
     del loss
     return ends
+
+
+def renumbered(ends: Lifetimes, numbers: Mapping[int, int]) -> dict[int, int]:
+    """The same lifetimes where the values have other numbers; those that have none are left out."""
+    return {numbers[value]: end for value, end in ends.items() if value in numbers}
 
 
 def lifetimes_from_scopes(records: Sequence[OpRecord]) -> dict[int, int]:

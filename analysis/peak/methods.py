@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from analysis.method_runs import running
 from analysis.methods import METHODS, MethodStep
 from analysis.nets import TracedStep, step_records
-from analysis.peak.lifetimes import Lifetimes
+from analysis.peak.lifetimes import Lifetimes, renumbered
 from analysis.peak.memory import Peak, parameters_bytes, peak_of
 from analysis.peak.simulation import Simulation
 from analysis.rules.layouts import Storage, backward_reaches
 from analysis.rules.recompute import OP as SEGMENT
 from analysis.rules.recompute import flatten
+from analysis.step_changes import numbers
 from lance_ref.tracing import OpRecord
 
 if TYPE_CHECKING:
@@ -85,17 +86,8 @@ def _gradients(records: Sequence[OpRecord]) -> dict[int, Storage]:
 
 def _lifetimes(step: TracedStep, method: str, changed: MethodStep) -> Lifetimes:
     """When the tensors of a step that runs other operations than the plain one are given back."""
-    if changed.own_lifetimes is not None:
-        return changed.own_lifetimes
+    if changed.lifetimes is not None:
+        return changed.lifetimes
     with running(step, method, changed):
         traced = step_records(step.net, step.name, step.input_shape, step.batch, step.dtype)
-    return _renumbered(traced.lifetimes, traced.records, changed.records)
-
-
-def _renumbered(ends: Lifetimes, traced: Sequence[OpRecord], records: Sequence[OpRecord]) -> dict[int, int]:
-    """Lifetimes of the values of one trace for those of the same operations under other numbers."""
-    numbers: dict[int, int] = {}
-    for ours, theirs in zip(flatten(traced), flatten(records), strict=True):
-        for a, b in zip((*ours.inputs, ours.output), (*theirs.inputs, theirs.output), strict=True):
-            numbers[a.id] = b.id
-    return {numbers[value]: end for value, end in ends.items() if value in numbers}
+    return renumbered(traced.lifetimes, numbers(traced.records, changed.records))

@@ -267,7 +267,7 @@ class Costs:
         """When the tensors of a candidate's step are given back."""
         if option.method == "lora":
             return lifetimes_from_scopes(changed.records)
-        return self.whole(batch).lifetimes if changed.own_lifetimes is None else changed.own_lifetimes
+        return self.whole(batch).lifetimes if changed.lifetimes is None else changed.lifetimes
 
     def _calibration(self, option: Option, layers: int, batch: int) -> int:
         """Bytes while the subspaces are found: Gram matrices, the activations in flight, and the weights."""

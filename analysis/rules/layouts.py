@@ -155,9 +155,10 @@ class Memory:
             layout = self.layouts[value.id] = self._new(value, value.parameter is not None)
         return layout
 
-    def follow(self, record: OpRecord) -> Layout:
-        """Take in one operation; gives the layout of its result."""
-        inputs = [self.of(value) for value in record.inputs]
+    def follow(self, record: OpRecord, inputs: Sequence[Layout] | None = None) -> Layout:
+        """Take in one operation; gives the layout of its result. ``inputs``: those of its inputs, if they are known."""
+        if inputs is None:
+            inputs = [self.of(value) for value in record.inputs]
         for inside in record.attributes.get("records", ()):  # of a recomputed segment
             self.follow(inside)
         known = self.layouts.get(record.output.id)

@@ -70,6 +70,20 @@ class OpCost:
     ranks: tuple[int | None, ...] | None = None
     second_tape_bytes: int = 0
 
+    def repeated(self, times: int) -> OpCost:
+        """The cost of the operation if it runs several times, one tape after the other."""
+        numbers = vars(self)
+        return OpCost(**{**numbers, **{name: times * numbers[name] for name in COUNTS if numbers[name]}})
+
+
+COUNTS = (
+    *(f"{kind}_macs" for kind in ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")),
+    "paper_projection_macs",
+    "paper_grad_weight_macs",
+    "elementwise",
+)
+"""The attributes of an OpCost that count operations, not bytes."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -168,5 +182,5 @@ def cost_of(record: OpRecord, memory: Memory, on_tape: bool) -> OpCost:
             f"no cost rule for operation {record.op!r} in layer {record.path or '(root)'!r}; "
             f"there are rules for {', '.join(sorted(RULES))}"
         )
-    inputs = tuple(memory.of(value) for value in record.inputs)
-    return RULES[record.op](Call(record, inputs, memory.follow(record), on_tape))
+    inputs = tuple([memory.of(value) for value in record.inputs])
+    return RULES[record.op](Call(record, inputs, memory.follow(record, inputs), on_tape))

@@ -13,7 +13,9 @@ from lance_ref.activations.lance import energy_ratio
 from lance_ref.counting import add, qr_macs
 from lance_ref.geometry import Geometry
 from lance_ref.tensor import FLOATS
-from lance_ref.tucker import GRAM_WORKSPACE_BYTES
+
+UNFOLDED_BYTES = 4 * 2**20
+"""Largest block of columns of an unfolding."""
 
 
 class CoreAndFactors(ActivationStore):
@@ -65,12 +67,12 @@ def unfolded_blocks(tensor: np.ndarray, mode: int) -> Iterator[np.ndarray]:
 
     Yields
     ------
-    (n_mode, columns) arrays of at most :data:`~lance_ref.tucker.GRAM_WORKSPACE_BYTES` (or one column),
+    (n_mode, columns) arrays of at most :data:`UNFOLDED_BYTES` (or one column),
     each column of the unfolding in exactly one of them.
     """
     n = tensor.shape[mode]
     pre, post = math.prod(tensor.shape[:mode]), math.prod(tensor.shape[mode + 1 :])
-    columns = max(1, GRAM_WORKSPACE_BYTES // (tensor.itemsize * n))
+    columns = max(1, UNFOLDED_BYTES // (tensor.itemsize * n))
     if post == 1:
         rows = tensor.reshape(pre, n)
         for start in range(0, pre, columns):

@@ -49,6 +49,8 @@ def require_images(op: str, x: Tensor) -> None:
 def broadcast_shape(op: str, a: Tensor, b: Tensor) -> Shape:
     """The shape of an element-wise operation on ``a`` and ``b``; checks their dtypes too."""
     require_floating(op, a=a, b=b)
+    if a._shape == b._shape:
+        return a._shape
     try:
         return np.broadcast_shapes(a.shape, b.shape)
     except ValueError:
@@ -73,6 +75,8 @@ def unbroadcast(grad: Any, shape: Shape) -> np.ndarray:
 
 def unbroadcast_product(a: np.ndarray, b: np.ndarray, shape: Shape) -> np.ndarray:
     """``unbroadcast(a * b, shape)``, of whose product only pieces are made where it has to be summed."""
+    if a.shape == b.shape == shape:
+        return np.asarray(a * b)
     full = np.broadcast_shapes(a.shape, b.shape)
     repeated = [i for i in range(len(full)) if i < len(full) - len(shape) or shape[i - len(full)] != full[i]]
     if full == shape or 0 in full or len(repeated) == len(full):

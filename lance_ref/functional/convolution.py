@@ -8,6 +8,7 @@ kept for it, and it is exact under every store that does not say otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -205,7 +206,7 @@ def conv2d(
         )
     size, kernel = (x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3])
     pads = resolve_padding(padding, size, kernel, strides, dilations)
-    geometry = ConvGeometry(x.shape, weight.shape, strides, pads, dilations, int(groups))
+    geometry = _geometry(x.shape, weight.shape, strides, pads, dilations, int(groups))
     if min(geometry.output_shape) < 1:
         raise ValueError(
             f"conv2d: the output would be empty, {geometry.output_shape}: x has shape {x.shape}, "
@@ -217,6 +218,8 @@ def conv2d(
 
 def pair(name: str, value: int | Sequence[int], smallest: int) -> Pair:
     """``3`` and ``(3, 3)`` mean the same; checks that both are integers and large enough."""
+    if type(value) is int and value >= smallest:
+        return value, value
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(values) != 2 or any(not isinstance(v, (int, np.integer)) or v < smallest for v in values):
         raise ValueError(f"{name} is {value!r}, expected an integer of at least {smallest} or a pair of them")
@@ -246,7 +249,14 @@ def resolve_padding(padding: Any, size: Pair, kernel: Pair, stride: Pair, dilati
 
 
 def _conv_geometry(x: Shape, weight: Shape, attributes: dict[str, Any]) -> ConvGeometry:
-    return ConvGeometry(x, weight, *(attributes[name] for name in ("stride", "padding", "dilation", "groups")))
+    a = attributes
+    return _geometry(x, weight, a["stride"], a["padding"], a["dilation"], a["groups"])
+
+
+@lru_cache(maxsize=1024)
+def _geometry(x: Shape, weight: Shape, stride: Pair, padding: Padding, dilation: Pair, groups: int) -> ConvGeometry:
+    """The sizes of a call, worked out once: a net calls with the same ones at every step."""
+    return ConvGeometry(x, weight, stride, padding, dilation, groups)
 
 
 def _check_store(store: ActivationStore, x: Tensor, weight: Tensor) -> None:

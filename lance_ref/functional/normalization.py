@@ -24,6 +24,9 @@ from lance_ref.functional.blocks import blockwise, pieces
 from lance_ref.kernels_elementwise import scale_and_shift
 from lance_ref.tensor import Shape, Tensor, as_tensor
 
+_STATISTICS = ("running_mean", "running_var")
+_WITH_AFFINE = ("weight", "bias", *_STATISTICS)
+
 
 class BatchNorm(Function):
     """Inputs: x[, weight, bias][, running_mean, running_var]."""
@@ -32,8 +35,7 @@ class BatchNorm(Function):
 
     @staticmethod
     def output_shape(x: Tensor, *others: Tensor, training: bool, affine: bool, eps: float, momentum: float) -> Shape:
-        names = (["weight", "bias"] if affine else []) + ["running_mean", "running_var"]
-        named = dict(zip(names, others, strict=False))
+        named = dict(zip(_WITH_AFFINE if affine else _STATISTICS, others, strict=False))
         require_floating("batch_norm", x=x, **named)
         if x.ndim < 2:
             raise ValueError(f"batch_norm: x has shape {x.shape}, expected at least 2 dimensions (B, C, ...)")
@@ -237,7 +239,7 @@ def batch_norm(
         raise ValueError("batch_norm: running_mean and running_var go together, and are needed when training is False")
     inputs = [x, *_affine("batch_norm", weight, bias)]
     running = [] if running_mean is None else [as_tensor(running_mean), as_tensor(running_var)]
-    for name, tensor in zip(("running_mean", "running_var"), running, strict=False):
+    for name, tensor in zip(_STATISTICS, running, strict=False):
         if tensor.requires_grad:
             raise ValueError(f"batch_norm: {name} requires gradients, expected plain statistics")
     if not 0 <= momentum <= 1:

@@ -81,9 +81,13 @@ class Module:
         registries = self.__dict__
         if "_modules" not in registries:
             raise AttributeError(f"call super().__init__() before setting {name!r} on a {type(self).__name__}")
-        if name in self._buffers and not isinstance(value, (Parameter, Module)):
-            self._buffers[name] = np.asarray(value)
-            return
+        if not isinstance(value, (Parameter, Module)):
+            if name in registries["_buffers"]:
+                registries["_buffers"][name] = np.asarray(value)
+                return
+            if name not in registries["_parameters"] and name not in registries["_modules"]:
+                super().__setattr__(name, value)  # properties of a subclass included
+                return
         own = "_parameters" if isinstance(value, Parameter) else "_modules" if isinstance(value, Module) else None
         for registry in ("_parameters", "_modules", "_buffers"):  # one that takes another's name takes its place too
             if registry != own and registries[registry].pop(name, None) is not None and registry == "_modules":
@@ -95,7 +99,7 @@ class Module:
             self._modules[name] = value
             _structure_changed()
         else:
-            super().__setattr__(name, value)  # properties of a subclass included
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__

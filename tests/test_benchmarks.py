@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from analysis.spectra_file import load_spectra
 from benchmarks import (
     autograd_overhead,
     calibration,
@@ -221,10 +222,22 @@ def test_both_sides_do_the_same(name: str) -> None:
 
 def test_bytes_and_operations_by_hand() -> None:
     """x (1, 3, 2, 2), w (5, 3, 1, 1), y (1, 5, 2, 2): 12, 15 and 20 numbers, 60 multiply-adds a product."""
-    layer = layers.Layer((3, 2, 2), (5, 3, 1, 1), (128, 3, 2, 2))
+    layer = layers.Layer((3, 2, 2), (5, 3, 1, 1), (128, 3, 2, 2), (128, 3, 2, 2))
     flops, nbytes = zip(*layers.products(layer.geometry(1), layer.subspace(1), "bp"), strict=True)
     assert flops == (120, 120, 120)
     assert nbytes == (4 * 47, 4 * 47, 4 * 47)
+
+
+@pytest.mark.parametrize("name", layers.MEASURED)
+def test_ranks_are_those_of_the_spectra(name: str) -> None:
+    """The largest of each mode at an energy threshold of 0.7; layers of the very sizes that are timed."""
+    file, paths = layers.MEASURED[name]
+    spectra = load_spectra(Path(__file__).parents[1] / "analysis" / "data" / f"{file}.json")
+    found = [spectra.layers[path] for path in paths]
+    assert {layer.shape[1:] for layer in found} == {layers.LAYERS[name].input_shape}
+    assert tuple(map(max, zip(*(layer.ranks(0.7, layers.BATCH) for layer in found), strict=True))) == (
+        layers.LAYERS[name].ranks
+    )
 
 
 def test_targets_of_layers() -> None:

@@ -2,8 +2,8 @@
 
 For each layer the forward pass and both gradients: our backpropagation, LANCE, HOSVD at every step, ASI, and PyTorch's
 plain convolution or linear layer where it is installed. Then, apart, what LANCE does in place of the weight gradient,
-its projection and the weight gradient from the core, over our own exact weight gradient ("parts"). Ranks are those of an
-energy threshold of 0.7; ``--ranks larger`` shows what a subspace that keeps more would take. The second table has
+its projection and the weight gradient from the core, over our own exact weight gradient ("parts"). Ranks are those of
+an energy threshold of 0.7; ``--ranks larger`` shows what a subspace that keeps more would take. The second table has
 GFLOP/s, and the share of the roofline: the least time that the machine needs over the time taken
 (:mod:`benchmarks.roofline`).
 """
@@ -96,9 +96,9 @@ LAYERS = {
     "depthwise 7x7 576 at 4": Layer((576, 4, 4), (576, 1, 7, 7), (2, 2, 1, 1), (64, 96, 2, 2), padding=3, groups=576),
     "linear 768-192, 197 tokens": Layer((197, 768), (192, 768), (64, 49, 128), (96, 99, 256)),
 }
-"""Those of MobileNetV2 and MCUNet have the largest ranks of such layers in the spectra that come with the package, at an
-energy threshold of 0.7 (:data:`MEASURED`); of the others, with no spectra, half of the images, an eighth to a quarter of
-the channels, 2 rows of 7 and 4 of 14."""
+"""Those of MobileNetV2 and MCUNet have the largest ranks of such layers in the spectra that come with the package, at
+an energy threshold of 0.7 (:data:`MEASURED`); the others, with no spectra, half of the images, an eighth to a quarter
+of the channels, 2 rows of 7 and 4 of 14."""
 
 MEASURED = {
     "1x1 160-960 at 7": ("mobilenetv2_224", [f"features.{i}.conv.0.0" for i in (15, 16, 17)]),

@@ -146,7 +146,7 @@ def test_fused_projection_of_small_maps_counts_and_computes_the_same(
     store = random_store(shape, ranks)
     with count_macs() as fused:
         core = projection.project(x, store.factors)
-    monkeypatch.setattr(projection, "SMALL_RANK", 0)
+    monkeypatch.setattr(projection, "SMALL_RANKS", (0, 0))
     with count_macs() as plain:
         expected = projection.project(x, store.factors)
     np.testing.assert_allclose(core, expected, rtol=1e-12, atol=1e-12)

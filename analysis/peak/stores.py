@@ -173,12 +173,19 @@ def cheapest_first(shape: Sequence[int], ranks: Ranks) -> list[int]:
 
 def projecting(shape: Sequence[int], ranks: Ranks) -> int:
     """Elements at a time while the core is made: two small last modes are projected in one pass, and stay."""
-    order = cheapest_first(shape, ranks)
-    if len(shape) == 4 and sorted(order[:2]) == [2, 3] and max(ranks[2] or 0, ranks[3] or 0) <= 8:
+    if planes_at_once(shape, ranks):
         planes = (*shape[:2], ranks[2] or 0, ranks[3] or 0)
         rest, _ = chain(planes, (ranks[0], ranks[1], None, None))
         return math.prod(planes) + (rest or math.prod(planes))
     return chain(shape, ranks)[0] or math.prod(shape)
+
+
+def planes_at_once(shape: Sequence[int], ranks: Ranks) -> bool:
+    """Whether height and width are taken in one pass: up to rank 2, and up to rank 4 on maps of up to 64 places."""
+    if len(shape) != 4 or ranks[2] is None or ranks[3] is None:
+        return False
+    most = 4 if shape[2] * shape[3] <= 64 else 2
+    return max(ranks[2], ranks[3]) <= most and sorted(cheapest_first(shape, ranks)[:2]) == [2, 3]
 
 
 def core_gradient(call: Call, layer: Layer, ranks: Ranks, order: str = "auto") -> int:
@@ -261,7 +268,9 @@ def _separable(call: Call, ranks: Ranks) -> int:
     B, _, H_out, W_out = call.record.output.shape
     groups = conv_sizes(call).groups
     # of one output channel: its slice of the output gradient, then what each product gives
-    steps = [B * H_out * W_out, *stages((B, 1, H_out, W_out), (ranks[0], None, k_h * r3, k_w * r4))]
+    slices, wanted = (B, 1, H_out, W_out), (ranks[0], None, k_h * r3, k_w * r4)
+    after = stages(slices, wanted)
+    steps = [B * H_out * W_out, *(after[1:] if planes_at_once(slices, wanted) else after)]
     Z, narrow, wide = steps[-1], k_h * k_w * (width if ranks[1] is None else c), width * k_h * k_w
     fit = CONTRACTION_BYTES // (max(_at_a_time(steps), 2 * Z) * call.itemsize)
     late = narrow + (0 if ranks[1] is None else wide)  # and the gradient in the order of the weight

@@ -8,13 +8,16 @@ ours, all         the same for every method of the cost model
 flop counter      PyTorch's FlopCounterMode over forward and backward, tensors on the meta device
 fvcore            fvcore's FlopCountAnalysis, forward alone (it has no backward), of one image (it runs the net)
 
-What to quote is the ratio of the medians of the processor's time of one run. The rest: the command line as a process,
-and how the time grows with the number of operations, the batch and the image.
+What to quote is the ratio of the medians of the processor's time of one run. The rest: the report of the main case,
+every method and four layers, as ``analysis.cost`` gives it (again; for a batch that it has not seen; with every peak of
+memory, as JSON); the command line as a process; and how the time grows with the number of operations, the batch and the
+image.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import subprocess
 import sys
@@ -22,14 +25,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from analysis import cost
 from analysis.predict import predict
-from benchmarks.side_by_side import Side, Table, Timing, number, parser, peer, run, timed
+from benchmarks.side_by_side import Side, Table, Target, Timing, number, parser, peer, run, timed
 from lance_ref import models, nn
 from lance_ref.nn.init import shapes_only
 
 SIZE, CLASSES = 224, 1000
 CHAIN, QUICK_CHAIN = (1000, 5000), (10, 20)
 OWN = "ours, bp"
+AGAIN = "a report of every method"
+COMMAND = "the command, every method"
 
 
 def our_net() -> nn.Module:
@@ -96,9 +102,23 @@ def chain(operations: int) -> Callable[[], Any]:
     return lambda: predict(net, 8, input_shape=(8,), tune="all", methods="bp").report
 
 
-def command() -> None:
-    """The command line with every method, as a process of its own."""
-    words = [sys.executable, "-m", "analysis.cost_model", "--net", "mobilenetv2", "--method", "all"]
+def reports(size: int = SIZE) -> dict[str, Side]:
+    """The main case, every method: what was asked for before, what was not, and all that a report says."""
+    unseen = itertools.count(1)
+
+    def report(batch: int = 128) -> Any:
+        return cost("mobilenetv2", method="all", batch=batch, image_size=size)
+
+    return {
+        AGAIN: report,
+        "a report of another batch": lambda: report(128 + 4 * next(unseen)),
+        "and its peaks, as JSON": lambda: report().to_json(),
+    }
+
+
+def command(*more: str) -> None:
+    """The command line, as a process of its own."""
+    words = [sys.executable, "-m", "analysis.cost_model", "--net", "mobilenetv2", *more]
     done = subprocess.run(words, check=False, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words[1:])} failed with {done.returncode}")
@@ -125,15 +145,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     flops = {name: count() for name, count in sides.items()}
     seconds = timed(sides, options.repeats)
     own = seconds[OWN]
-    found = {"net": "mobilenetv2", "batch": batch, "image_size": SIZE, "flops": flops}
+    found: dict[str, Any] = {"net": "mobilenetv2", "batch": batch, "image_size": SIZE, "flops": flops}
     found["seconds"] = show(seconds, own)
     found["times_ours"] = {
         name: of.cpu_median / own.cpu_median for name, of in seconds.items() if not name.startswith("ours")
     }
     chains = QUICK_CHAIN if options.quick else CHAIN
     found["growth"] = show(timed(growth(batch, chains), max(1, options.repeats // 2)), None)
-    found["command_line"] = show(timed({"the command": command}, max(1, options.repeats // 3)), None)
-    return found
+    report = timed(reports(32 if options.quick else SIZE), options.repeats)
+    found["reports"] = show(report, None)
+    commands = timed(
+        {"the command": command, COMMAND: lambda: command("--method", "all")}, max(1, options.repeats // 3)
+    )
+    found["command_line"] = show(commands, None)
+    faster = [Target(f"times faster than {name}", ratio, 10, True) for name, ratio in found["times_ours"].items()]
+    return found | {
+        "targets": [
+            *faster,
+            Target("milliseconds of a report of every method", 1e3 * report[AGAIN].median, 50),
+            Target("seconds of the command with every method", commands[COMMAND].median, 1),
+        ]
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -457,14 +457,15 @@ def test_the_cost_model_writes_its_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every side has its seconds and its count, and the ratio is that of the medians of the processor's time."""
-    monkeypatch.setattr(cost_model, "command", lambda: sum(range(10**5)))
+    monkeypatch.setattr(cost_model, "command", lambda *more: sum(range(10**5)))
     monkeypatch.setattr(cost_model, "peers", lambda batch: {"another": lambda: sum(range(10**6))})
     document, _ = run_quick(cost_model, tmp_path, capsys)
     medians = {name: of["cpu_median"] for name, of in document["seconds"].items()}
     assert document["times_ours"] == {"another": medians["another"] / medians["ours, bp"]}
     assert document["flops"]["ours, bp"] == document["flops"]["ours, all"] > 0
     assert {"chain of 10 operations", "batch 64, 224 pixels"} <= set(document["growth"])
-    check_seconds(document["command_line"])
+    check_seconds(document["command_line"] | document["reports"])
+    assert cost_model.AGAIN in document["reports"]
 
 
 def test_the_cost_grows_as_the_operations_do() -> None:

@@ -92,10 +92,10 @@ def _batch_norm_keeps_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _half_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = method_peaks.peak
+    right = method_peaks.peak_of
     monkeypatch.setattr(
         method_peaks,
-        "peak",
+        "peak_of",
         lambda *a, **k: replace(right(*a, **k), peak_bytes=right(*a, **k).peak_bytes // 2),
     )
 

@@ -91,11 +91,20 @@ class Tensor:
         self._node, self._version, self.grad = None, Version(), None
         self.requires_grad, self.uid = False, next(_uid)
 
-    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
-        """What ``copy`` and ``pickle`` make is a tensor of its own, with a number of its own."""
-        for name, value in state[1].items():
-            setattr(self, name, value)
+    def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
+        """What ``copy.deepcopy`` and ``pickle`` make is a tensor of its own, with a number of its own."""
+        for part in state:
+            for name, value in (part or {}).items():
+                setattr(self, name, value)
         self.uid = next(_uid)
+
+    def __copy__(self) -> Tensor:
+        """The same array at the same place of the tape, and so with the same number."""
+        other = type(self).__new__(type(self))
+        state: Any = self.__getstate__()
+        other.__setstate__(state)
+        other.uid = self.uid
+        return other
 
     # ---- values ----------------------------------------------------------------------
 

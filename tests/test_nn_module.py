@@ -184,6 +184,24 @@ def test_a_copy_is_a_net_of_its_own(copied: Callable[[nn.Module], nn.Module]) ->
     assert weights[0].id != weights[1].id
 
 
+def test_a_shallow_copy_is_the_same_value() -> None:
+    """Its array and its node are those of the original: a trace goes on through it, and so does a backward pass."""
+
+    class Copies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3, rng=0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return copy.copy(self.layer(x)).relu()
+
+    net = Copies()
+    linear, relu = trace(net, (2, 3))
+    assert relu.inputs[0].id == linear.output.id
+    net(Tensor(np.ones((2, 3), np.float32))).sum().backward()
+    assert net.layer.weight.grad is not None
+
+
 def test_a_walk_sees_every_change() -> None:
     inner = nn.Sequential(nn.Linear(2, 2))
     net = nn.Sequential(inner, nn.ReLU())

@@ -76,14 +76,16 @@ def peers(batch: int) -> dict[str, Callable[[], int]]:
 
     found: dict[str, Callable[[], int]] = {"flop counter": flop_counter}
     if peer("fvcore") is not None:
-        from fvcore.nn import FlopCountAnalysis
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch deprecates what fvcore is built on
+            from fvcore.nn import FlopCountAnalysis
 
         logging.getLogger("fvcore").setLevel(logging.ERROR)
         real, image = make_mobilenetv2(CLASSES), torch.zeros(1, 3, SIZE, SIZE)
 
         def fvcore() -> int:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PyTorch deprecates the tracing that fvcore is built on
+                warnings.simplefilter("ignore")
                 analysis = FlopCountAnalysis(real, image)
                 analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
                 return int(analysis.total())

@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref import counting
-
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
 
@@ -78,77 +76,44 @@ class Loops:
             future.result()
 
 
-# ---- projection of height and width ----------------------------------------------------
+# ---- the projected output gradient -----------------------------------------------------
 
 
-def project_planes(planes: np.ndarray, U_height: np.ndarray, U_width: np.ndarray, width_first: bool) -> np.ndarray:
-    """U_heightᵀ · plane · U_width for every plane, the planes being read once.
+def offsets_first(Z: np.ndarray) -> np.ndarray:
+    """The projected output gradient with the offsets of the kernel before what is summed over.
+
+    A copy of ``Z.transpose(1, 2, 4, 0, 3, 5)``, which NumPy makes in inner loops of a few numbers; here output channels
+    are shared out, whose part of Z stays in the cache. With nothing to sum over but the first mode it is a view.
 
     Parameters
     ----------
-    planes : (N, H, W)
-    U_height, U_width : (H, r_h), (W, r_w)
-    width_first : bool
-        Order of the two products: H·W·r_w + H·r_h·r_w multiply-adds a plane if True,
-        H·W·r_h + W·r_h·r_w otherwise.
+    Z : (r1, o, k_h, r3, k_w, r4)
 
     Returns
     -------
-    (N, r_h, r_w)
+    (o, k_h, k_w, r1, r3, r4)
     """
-    N, H, W = planes.shape
-    r_h, r_w = U_height.shape[1], U_width.shape[1]
-    counting.add(N * (H * W * r_w + H * r_h * r_w if width_first else H * W * r_h + W * r_h * r_w))
-    arguments = (np.ascontiguousarray(planes), np.ascontiguousarray(U_height.T), np.ascontiguousarray(U_width.T))
-    if not numba_enabled():
-        return project_planes_numpy(planes, U_height, U_width, width_first)
-    out = np.empty((N, r_h, r_w), planes.dtype)
-    loops = _project_width_first if width_first else _project_height_first
-    loops.run(N, planes.size * max(r_h, r_w), *arguments, out)
+    r1, o, k_h, r3, k_w, r4 = Z.shape
+    if r3 * r4 == 1 or not numba_enabled():
+        return offsets_first_numpy(Z)
+    out = np.empty((o, k_h, k_w, r1, r3, r4), Z.dtype)
+    _offsets_first.run(o, Z.size, np.ascontiguousarray(Z), out)
     return out
 
 
 @Loops
-def _project_width_first(start, stop, planes, height_rows, width_rows, out):  # type: ignore[no-untyped-def]
-    _, H, W = planes.shape
-    r_h, r_w = height_rows.shape[0], width_rows.shape[0]
-    for n in range(start, stop):
-        result = out[n]
-        result[:] = 0
-        for h in range(H):
-            row = planes[n, h]
-            for j in range(r_w):
-                total = width_rows[j, 0] * row[0]
-                for w in range(1, W):
-                    total += width_rows[j, w] * row[w]
-                for i in range(r_h):
-                    result[i, j] += height_rows[i, h] * total
+def _offsets_first(start, stop, Z, out):  # type: ignore[no-untyped-def]
+    r1, _, k_h, r3, k_w, r4 = Z.shape
+    for o in range(start, stop):
+        for p in range(k_h):
+            for q in range(k_w):
+                target = out[o, p, q]
+                for a in range(r1):
+                    for i in range(r3):
+                        for j in range(r4):
+                            target[a, i, j] = Z[a, o, p, i, q, j]
 
 
-@Loops
-def _project_height_first(start, stop, planes, height_rows, width_rows, out):  # type: ignore[no-untyped-def]
-    _, H, W = planes.shape
-    r_h, r_w = height_rows.shape[0], width_rows.shape[0]
-    line = np.empty(W, planes.dtype)
-    for n in range(start, stop):
-        for i in range(r_h):
-            line[:] = 0
-            for h in range(H):
-                value = height_rows[i, h]
-                row = planes[n, h]
-                for w in range(W):
-                    line[w] += value * row[w]
-            for j in range(r_w):
-                total = width_rows[j, 0] * line[0]
-                for w in range(1, W):
-                    total += width_rows[j, w] * line[w]
-                out[n, i, j] = total
-
-
-def project_planes_numpy(
-    planes: np.ndarray, U_height: np.ndarray, U_width: np.ndarray, width_first: bool
-) -> np.ndarray:
-    """NumPy twin of :func:`project_planes`."""
-    if width_first:
-        return U_height.T @ (planes @ U_width)
-    return (U_height.T @ planes) @ U_width
+def offsets_first_numpy(Z: np.ndarray) -> np.ndarray:
+    """NumPy twin of :func:`offsets_first`: a view, copied when it is reshaped."""
+    return Z.transpose(1, 2, 4, 0, 3, 5)

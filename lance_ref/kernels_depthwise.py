@@ -26,7 +26,7 @@ NARROW, FEW = 28, 8
 """Maps of at most this width and at least so many channels (one output channel each) run along the channels."""
 
 
-LANES, SMALL_MAP = 64, 256
+LANES, MOST_PLACES = 64, 256
 """Channels at a time of :func:`depthwise_core_gradient`, and the places of the largest map where it is faster."""
 
 

@@ -149,8 +149,8 @@ def test_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert lance["ranks"] == [1, 80, 1, 1]
     assert lance["activation_bytes"] == {"paper": 320, "pytorch": 320, "tape": 320}
     assert lance["subspace_bytes"] == (2 + 160 * 80 + 2 + 2) * 4
-    # batch, height and width to 1 each (1280·1, 640·1, 320·1), then 160·80
-    assert lance["flops"]["projection"] == 2 * (1280 + 640 + 320 + 12_800)
+    # the map of four places to 1 and the batch to 1 (1280·1, 320·1), then 160·80
+    assert lance["flops"]["projection"] == 2 * (1280 + 320 + 12_800)
     assert lance["elementwise"] == 2 * (1280 + 80)  # squares, for the share of energy kept
 
 
@@ -373,7 +373,7 @@ def test_measure_exits_1_on_a_difference(capsys: pytest.CaptureFixture[str], mon
     from analysis.rules import tucker_costs
 
     right = tucker_costs.projection_macs
-    monkeypatch.setattr(tucker_costs, "projection_macs", lambda shape, ranks: right(shape, ranks) + 1)
+    monkeypatch.setattr(tucker_costs, "projection_macs", lambda shape, ranks, *order: right(shape, ranks) + 1)
     assert main(["--net", "convnet", "--batch", "4", "--tune", "last:1", "--ranks", "0.5", "--measure"]) == 1
     assert "DIFFERS" in capsys.readouterr().out
 

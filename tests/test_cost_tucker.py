@@ -37,7 +37,12 @@ def test_a_mode_left_alone_has_no_factor_and_keeps_its_size() -> None:
 
 def test_projection_takes_the_cheapest_order() -> None:
     """Height 1680·2, batch 672·3, width 252·4, channel 144·5; the order 0..3 would take 10,080."""
-    assert tucker_costs.projection_macs(SHAPE, (3, 5, 2, 4)) == 3360 + 2016 + 1008 + 720
+    assert tucker_costs.projection_macs(SHAPE, (3, 5, 2, 4), "separable") == 3360 + 2016 + 1008 + 720
+
+
+def test_projection_of_small_maps_takes_height_and_width_as_one() -> None:
+    """The map of 35 places to 8: batch 1680·3, map 630·8, channel 144·5 (1/3 − 1/8, 1/8 − 1/35, 1/5 − 1/6)."""
+    assert tucker_costs.projection_macs(SHAPE, (3, 5, 2, 4)) == 5040 + 5040 + 720
 
 
 def test_projection_as_the_paper_bills_it() -> None:
@@ -68,7 +73,17 @@ def test_both_orders_of_the_weight_gradient(ranks: tuple[int | None, ...], paper
         separable = 8064 + 20_160 + 33_600 + 360
     assert tucker_costs.conv_weight_gradient_macs(SIZES, ranks, "papers") == papers
     assert tucker_costs.conv_weight_gradient_macs(SIZES, ranks, "separable") == separable
-    assert tucker_costs.conv_weight_gradient_macs(SIZES, ranks) <= min(papers, separable)
+    in_one = tucker_costs.conv_separable_macs(SIZES, ranks, one_product=True)
+    assert tucker_costs.conv_weight_gradient_macs(SIZES, ranks) <= min(papers, in_one)
+
+
+def test_one_product_for_the_map_of_an_output_gradient() -> None:
+    """Batch 576·3, then 18 places to 6·8 = 48: 216·48; 24·5·24; 24·5·3. Not with 9·10 numbers, or in loops."""
+    assert tucker_costs.conv_separable_macs(SIZES, (3, 5, 2, 4), one_product=True) == 1728 + 10_368 + 2880 + 360
+    assert tucker_costs.contraction(SIZES, (3, 5, 3, 5), True) == ((8, 4, 3, 6), (3, None, 9, 10))
+    depthwise = ConvSizes(B=8, C_in=6, H=5, W=7, C_out=6, H_out=3, W_out=4, k_h=3, k_w=2, groups=6)
+    assert tucker_costs.contraction(depthwise, (None, None, 1, 2), True)[0] == (8, 6, 3, 4)
+    assert tucker_costs.contraction(depthwise, (None, 5, 1, 2), True)[0] == (8, 6, 12)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +100,9 @@ def test_both_orders_of_the_weight_gradient(ranks: tuple[int | None, ...], paper
 def test_modes_put_back_in_the_core(expanded: tuple[int, ...], macs: int) -> None:
     """By hand; of these 1,680 / 4 = 420 elements may be put back, 3·6·2·4 = 144 and 8·6·2·4 = 384 among them."""
     assert tucker_costs.conv_separable_macs(SIZES, (3, 5, 2, 4), expanded) == macs
-    assert tucker_costs.conv_cheapest(SIZES, (3, 5, 2, 4)) == (720 + 5184 + 1728, "separable", (1,))
-    assert tucker_costs.conv_cheapest(SIZES, (3, None, 2, 4)) == (5184 + 1728, "separable", ())
+    # the map of G as one mode, 18 to 48; the papers' order takes 7884 where channels are left alone
+    assert tucker_costs.conv_cheapest(SIZES, (3, 5, 1, 2)) == (180 + 1728 + 2592 + 432, "separable", (1,))
+    assert tucker_costs.conv_cheapest(SIZES, (3, None, 1, 2)) == (1728 + 2592 + 432, "separable", ())
 
 
 def test_a_core_put_back_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:

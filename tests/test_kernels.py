@@ -53,26 +53,13 @@ def check_depthwise(g: ConvGeometry, seed: int, double: bool) -> None:
 
 
 @needs_numba
-@given(
-    sizes=st.tuples(*[st.integers(1, 9)] * 3),
-    ranks=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    width_first=st.booleans(),
-)
-def test_projection_kernel_equals_its_twin(
-    sizes: tuple[int, int, int], ranks: tuple[int, int], width_first: bool
-) -> None:
-    """U_hᵀ · plane · U_w, whichever product comes first."""
-    rng = np.random.default_rng(0)
-    _, H, W = sizes
-    planes, U_h, U_w = (
-        rng.standard_normal(sizes),
-        rng.standard_normal((H, ranks[0])),
-        rng.standard_normal((W, ranks[1])),
-    )
-    compiled, twin = both(lambda: kernels.project_planes(planes, U_h, U_w, width_first))
-    expected = np.einsum("nhw,hi,wj->nij", planes, U_h, U_w)
-    np.testing.assert_allclose(compiled, expected, rtol=1e-10, atol=1e-10)
-    np.testing.assert_allclose(twin, expected, rtol=1e-10, atol=1e-10)
+@given(shape=st.tuples(*[st.integers(1, 4)] * 6), dtype=st.sampled_from(["float32", "float64"]))
+def test_the_layout_of_projected_gradients_equals_its_twin(shape: tuple[int, ...], dtype: str) -> None:
+    """(r1, o, k_h, r3, k_w, r4) -> (o, k_h, k_w, r1, r3, r4), each number at its place."""
+    Z = np.arange(np.prod(shape), dtype=dtype).reshape(shape)
+    compiled, twin = both(lambda: kernels.offsets_first(Z))
+    np.testing.assert_array_equal(compiled, twin)
+    np.testing.assert_array_equal(compiled, np.einsum("aopiqj->opqaij", Z))
 
 
 @needs_numba
@@ -202,11 +189,12 @@ def test_a_depthwise_core_in_one_pass_equals_the_products(
     store = Lance(Subspace.random(g.input_shape, ranks, np.random.default_rng(seed)), dtype=dtype)
     core, expanded = store.save(x)["core"], (0, 1) if compressed else ()
     found, macs = {}, {}
+    one_product = data.draw(st.booleans())  # which these layers do not take
     for enabled in (True, False):
         with pytest.MonkeyPatch.context() as patch, count_macs() as counter:
             patch.setattr(projection.kernels, "numba_enabled", lambda enabled=enabled: enabled)
             patch.setattr(kernels_depthwise, "LANES", lanes)
-            found[enabled] = projection.separable_order(core, store.factors, grad_output, g, expanded)
+            found[enabled] = projection.separable_order(core, store.factors, grad_output, g, expanded, one_product)
         macs[enabled] = sum(counter.macs.values())
     assert macs[True] == macs[False]
     assert found[True].dtype == dtype
@@ -214,12 +202,15 @@ def test_a_depthwise_core_in_one_pass_equals_the_products(
     np.testing.assert_allclose(found[True], found[False], rtol=0, atol=(1e-12 if double else 3e-5) * scale)
 
 
-def test_large_maps_keep_to_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_cores_go_to_the_loops() -> None:
+    """Depthwise, maps of up to 256 places, batch and channels at full size."""
     small, large = (ConvGeometry((2, 4, n, n), (4, 1, 1, 1), groups=4) for n in (16, 17))
-    monkeypatch.setattr(projection.kernels, "numba_enabled", lambda: True)
-    assert projection.depthwise_in_one_pass(small)
-    assert not projection.depthwise_in_one_pass(large)
-    assert not projection.depthwise_in_one_pass(ConvGeometry((2, 4, 5, 5), (4, 4, 1, 1)))
+    U = np.eye(2)
+    assert projection.depthwise_alone((None, None, U, U), small)
+    assert not projection.depthwise_alone((None, None, U, U), large)
+    assert not projection.depthwise_alone((U, None, U, U), small)
+    assert not projection.depthwise_alone((None, U, U, U), small)
+    assert not projection.depthwise_alone((None, None, U, U), ConvGeometry((2, 4, 5, 5), (4, 4, 1, 1)))
 
 
 @needs_numba

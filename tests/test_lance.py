@@ -45,9 +45,9 @@ def test_full_rank_equals_backpropagation(g: Any, seed: int, order: str) -> None
     )
 
 
-@given(data=st.data(), g=layers, seed=st.integers(0, 99), order=st.sampled_from(["papers", "separable"]))
+@given(data=st.data(), g=layers, seed=st.integers(0, 99), order=st.sampled_from(["auto", "papers", "separable"]))
 def test_any_rank_equals_the_gradient_of_the_reconstruction(data: Any, g: Any, seed: int, order: str) -> None:
-    """Both orders, any ranks, any modes left alone: dW is the exact weight gradient of Ã."""
+    """All orders, any ranks, any modes left alone: dW is the exact weight gradient of Ã."""
     ranks = data.draw(ranks_for(g.input_shape))
     x, _, grad_output = arrays(g, seed)
     store = random_store(g.input_shape, ranks, order, seed)
@@ -55,20 +55,24 @@ def test_any_rank_equals_the_gradient_of_the_reconstruction(data: Any, g: Any, s
     np.testing.assert_allclose(gradient(g, store, x, grad_output), expected, rtol=1e-10, atol=1e-10)
 
 
-@given(data=st.data(), g=conv_geometries(), seed=st.integers(0, 99), channels=st.integers(1, 3))
-def test_the_separable_order_a_few_output_channels_at_a_time(data: Any, g: Any, seed: int, channels: int) -> None:
+@given(
+    data=st.data(), g=conv_geometries(), seed=st.integers(0, 99), channels=st.integers(1, 3), one_product=st.booleans()
+)
+def test_the_separable_order_a_few_output_channels_at_a_time(
+    data: Any, g: Any, seed: int, channels: int, one_product: bool
+) -> None:
     """Any geometry and groups: the same gradient, by as many multiply-adds."""
     ranks = data.draw(ranks_for(g.input_shape))
     x, _, grad_output = arrays(g, seed)
     store = random_store(g.input_shape, ranks, "separable", seed)
-    saved = store.save(x)
+    core = store.save(x)["core"]
     gradients, macs = [], []
     for at_a_time in (g.weight_shape[0], channels * g.weight_shape[0] // g.groups if g.groups > 1 else channels):
         with pytest.MonkeyPatch.context() as patch:
             limited = min(at_a_time, g.weight_shape[0])
             patch.setattr(projection, "channels_at_a_time", lambda *arguments, limited=limited: limited)
             with count_macs() as counter:
-                gradients.append(store.weight_gradient(saved, grad_output, g))
+                gradients.append(projection.separable_order(core, store.factors, grad_output, g, (), one_product))
         macs.append(sum(counter.macs.values()))
     np.testing.assert_allclose(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
     assert macs[0] == macs[1]
@@ -77,13 +81,13 @@ def test_the_separable_order_a_few_output_channels_at_a_time(data: Any, g: Any, 
 def test_output_channels_at_a_time_are_whole_groups() -> None:
     """Within the workspace, and at least one group; all of them where they fit."""
     g = ConvGeometry((16, 24, 20, 20), (48, 4, 3, 3), groups=6)
-    core = (8, 12, 5, 5)
-    whole = projection.channels_at_a_time(g, core, True, 4)
+    ranks = (8, None, 15, 15)
+    whole = projection.channels_at_a_time(g, g.output_shape, ranks, 4)
     assert whole == 48
     with pytest.MonkeyPatch.context() as patch:
         for limit, expected in ((1, 8), (10**6, 32)):  # a slice of G and the product after it: 5,184 + 2,592 numbers
             patch.setattr(projection, "CONTRACTION_BYTES", limit)
-            assert projection.channels_at_a_time(g, core, True, 4) == expected
+            assert projection.channels_at_a_time(g, g.output_shape, ranks, 4) == expected
 
 
 @given(data=st.data(), g=layers, seed=st.integers(0, 99))
@@ -123,44 +127,72 @@ def test_input_gradient_is_exact_at_any_rank(data: Any, g: Any, seed: int) -> No
 
 @given(data=st.data(), g=layers, seed=st.integers(0, 9))
 def test_the_core_is_all_that_is_kept_and_all_it_costs(data: Any, g: Any, seed: int) -> None:
-    """The core has the ranks' shape, owns its buffer, and ‖S‖²/‖A‖² is the energy kept."""
+    """The core has the ranks' shape and a buffer of its own, no larger, and ‖S‖²/‖A‖² is the energy kept."""
     ranks = data.draw(ranks_for(g.input_shape))
     x, _, _ = arrays(g, seed)
     store = random_store(g.input_shape, ranks, seed=seed)
     core = store.save(x)["core"]
     assert core.shape == tuple(n if r is None else r for n, r in zip(g.input_shape, ranks, strict=True))
-    assert core.base is None
-    assert core is not x
+    assert core.base is None or core.base.nbytes == core.nbytes
+    assert not np.shares_memory(core, x)
     assert store.energy_kept == pytest.approx(np.sum(core**2) / np.sum(x**2), rel=1e-12)
     assert store.energy_kept <= 1 + 1e-12
     assert store.factor_bytes == sum(8 * n * r for n, r in zip(g.input_shape, ranks, strict=True) if r is not None)
 
 
-@pytest.mark.parametrize("height_first", [False, True])
-def test_fused_projection_of_small_maps_counts_and_computes_the_same(
-    height_first: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernel for height and width changes neither the core nor the multiply-adds."""
-    shape, ranks = ((6, 10, 7, 5), (4, 8, 1, 3)) if height_first else ((6, 10, 5, 7), (4, 8, 3, 1))
-    x = np.random.default_rng(1).standard_normal(shape)
-    store = random_store(shape, ranks)
-    with count_macs() as fused:
-        core = projection.project(x, store.factors)
-    monkeypatch.setattr(projection, "SMALL_RANKS", (0, 0))
-    with count_macs() as plain:
-        expected = projection.project(x, store.factors)
-    np.testing.assert_allclose(core, expected, rtol=1e-12, atol=1e-12)
-    assert fused.macs == plain.macs
+@given(data=st.data(), g=conv_geometries(), seed=st.integers(0, 99))
+def test_height_and_width_in_one_product_give_the_same(data: Any, g: ConvGeometry, seed: int) -> None:
+    """Core and weight gradient of any geometry, by as many multiply-adds as the closed forms say."""
+    ranks = data.draw(ranks_for(g.input_shape))
+    x, _, grad_output = arrays(g, seed)
+    store = random_store(g.input_shape, ranks, seed=seed)
+    cores, gradients = [], []
+    for one_product in (False, True):
+        with count_macs() as counter:
+            cores.append(projection.project(x, store.factors, "auto" if one_product else "separable"))
+        expected = tucker_costs.projection_macs(g.input_shape, ranks, "auto" if one_product else "separable")
+        assert sum(counter.macs.values()) == expected
+        with count_macs() as counter:
+            gradients.append(projection.separable_order(cores[0], store.factors, grad_output, g, (), one_product))
+        expected = tucker_costs.conv_separable_macs(sizes_of(g), ranks, one_product=one_product)
+        assert sum(counter.macs.values()) == expected
+    np.testing.assert_allclose(cores[1], cores[0], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(gradients[1], gradients[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "one"),
+    [
+        ((8, 16), (8, 8), True),
+        ((8, 16), (13, 5), False),  # 65 numbers
+        ((3, 43), (1, 2), False),  # 129 places
+        ((112, 112), (1, 1), True),
+        ((7, 7), (None, 2), False),
+        ((7, 7), (2, None), False),
+    ],
+)
+def test_which_maps_are_taken_in_one_product(size: tuple[int, int], ranks: tuple[Any, Any], one: bool) -> None:
+    """Up to 128 places and 64 numbers, and rank one, where it takes fewer multiply-adds; the closed form agrees."""
+    assert projection.in_one_product(size, ranks) is one
+    assert (len(tucker_costs.map_as_one((2, 3, *size), (1, None, *ranks))[0]) == 3) is one
 
 
 def test_multiply_adds_of_a_lance_layer_by_hand() -> None:
-    """(B, C, H, W) = (8, 6, 5, 4), 3×2 kernel, C_out = 10, ranks (2, 3, 1, 2): each product worked out."""
+    """(B, C, H, W) = (8, 6, 5, 4), 3×2 kernel, C_out = 10, ranks (2, 3, 1, 2): each product worked out.
+
+    By default with height and width as one mode, 20 to 2 in A and 9 to 3·4 in G.
+    """
     g = ConvGeometry((8, 6, 5, 4), (10, 6, 3, 2))
     assert g.output_shape == (8, 10, 3, 3)
     x, _, grad_output = arrays(g, 0)
     store = random_store(g.input_shape, (2, 3, 1, 2))
     with count_macs() as counter:
         saved = store.save(x)
+    # the map 20 -> 2 (1/2 − 1/20), batch 8 -> 2 (1/2 − 1/8), channel 6 -> 3 (1/3 − 1/6)
+    by_map = 8 * 6 * 20 * 2 + 8 * 6 * 2 * 2 + 2 * 6 * 2 * 3
+    assert sum(counter.macs.values()) == by_map == 1920 + 192 + 72
+    with count_macs() as counter:
+        projection.project(x, store.factors, "separable")
     # height 5 -> 1, batch 8 -> 2, width 4 -> 2, channel 6 -> 3
     by_height = 8 * 6 * 5 * 4 * 1 + 8 * 6 * 1 * 4 * 2 + 2 * 6 * 1 * 4 * 2 + 2 * 6 * 1 * 2 * 3
     assert sum(counter.macs.values()) == by_height == 960 + 384 + 96 + 72
@@ -175,8 +207,8 @@ def test_multiply_adds_of_a_lance_layer_by_hand() -> None:
     papers = 8 * 10 * 9 * 2 + widened + 2 * 10 * 3 * 6 * 9 + 10 * 6 * 3 * 6
     # G: batch 8 -> 2 first, then height 3 -> 3·1, then width 3 -> 2·2; core; ×₂ U_2
     separable = 8 * 10 * 9 * 2 + 2 * 10 * 9 * 3 + 2 * 10 * 3 * 3 * 4 + 10 * 6 * 3 * (2 * 1 * 2) + 10 * 6 * 3 * 6
-    # channels 3 -> 6 in the core first: one product more there, and no ×₂ U_2
-    put_back = 2 * 3 * 1 * 2 * 6 + separable - 10 * 6 * 3 * (2 * 1 * 2) - 10 * 6 * 3 * 6 + 10 * 6 * 6 * (2 * 1 * 2)
+    # channels 3 -> 6 in the core first: one product more there, and no ×₂ U_2; G: batch 8 -> 2, map 9 -> 12
+    put_back = 2 * 3 * 1 * 2 * 6 + 8 * 10 * 9 * 2 + 2 * 10 * 9 * 12 + 10 * 6 * 6 * (2 * 1 * 2)
     assert counts == {"papers": papers, "separable": separable, "auto": put_back}
 
 
@@ -198,20 +230,20 @@ def test_modes_put_back_first_change_the_work_alone(
 
 @given(data=st.data(), g=conv_geometries(), seed=st.integers(0, 9))
 def test_auto_runs_the_cheapest_order(data: Any, g: ConvGeometry, seed: int) -> None:
-    """``auto`` executes the fewest multiply-adds of all orders whose core put back is small enough."""
+    """Of all orders whose core put back is small enough, with small maps as one, ``auto`` has the fewest."""
     ranks = data.draw(ranks_for(g.input_shape))
     x, _, grad_output = arrays(g, seed)
     saved = random_store(g.input_shape, ranks).save(x)
     counts = {}
-    for order in ("papers", "separable", "auto"):
+    for order in ("papers", "auto"):
         with count_macs() as counter:
             random_store(g.input_shape, ranks, order).weight_gradient(saved, grad_output, g)
         counts[order] = sum(counter.macs.values())
-    for expanded in projection.EXPANSIONS[1:]:
+    for expanded in projection.EXPANSIONS:
         left = [None if mode in expanded else r for mode, r in enumerate(ranks)]
-        small = tucker_costs.core_elements(g.input_shape, left) <= np.prod(g.input_shape) // 4
+        small = not expanded or tucker_costs.core_elements(g.input_shape, left) <= np.prod(g.input_shape) // 4
         if small and all(ranks[mode] is not None for mode in expanded):
-            counts[str(expanded)] = tucker_costs.conv_separable_macs(sizes_of(g), ranks, expanded)
+            counts[str(expanded)] = tucker_costs.conv_separable_macs(sizes_of(g), ranks, expanded, one_product=True)
     assert counts["auto"] == min(counts.values())
 
 

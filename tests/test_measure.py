@@ -255,8 +255,8 @@ def test_planted_forgotten_factor(
     """The width factor left out of the projection and of the factors' bytes."""
     right = tucker_costs.factor_elements
     monkeypatch.setattr(tucker_costs, "factor_elements", lambda shape, ranks: right(shape[:3], ranks[:3]))
-    projection = tucker_costs.projection_macs
-    monkeypatch.setattr(tucker_costs, "projection_macs", lambda shape, ranks: projection(shape, (*ranks[:3], None)))
+    macs = tucker_costs.projection_macs
+    monkeypatch.setattr(tucker_costs, "projection_macs", lambda shape, ranks, *order: macs(shape, (*ranks[:3], None)))
     assert {("lance", "factor bytes"), ("lance", "projection multiply-adds")} <= differences()
 
 

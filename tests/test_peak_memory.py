@@ -220,7 +220,7 @@ def test_weight_gradients_of_depthwise_cores_in_one_pass(ranks: tuple[int | None
     core_shape = [n if r is None else r for n, r in zip(shape, ranks, strict=True)]
     expanded = (0, 1) if ranks[0] else ()
     assert projection.cheapest_order(tuple(core_shape), middle.store.factors, geometry) == ("separable", expanded)
-    assert (kernels_depthwise.LANES, kernels_depthwise.SMALL_MAP) == (peak_stores.LANES, peak_stores.SMALL_MAP)
+    assert (kernels_depthwise.LANES, kernels_depthwise.MOST_PLACES) == (peak_stores.LANES, peak_stores.MOST_PLACES)
     assert check(net, np.ones((128, 3, 7, 7), np.float32), np.arange(128) % 10).at == "1"
 
 

@@ -76,7 +76,7 @@ def test_pytorch_is_asked_too() -> None:
 
 def _no_width(monkeypatch: pytest.MonkeyPatch) -> None:
     right = tucker_costs.projection_macs
-    monkeypatch.setattr(tucker_costs, "projection_macs", lambda shape, ranks: right(shape, (*ranks[:3], None)))
+    monkeypatch.setattr(tucker_costs, "projection_macs", lambda shape, ranks, *order: right(shape, (*ranks[:3], None)))
 
 
 def _a_byte_for_a_code(monkeypatch: pytest.MonkeyPatch) -> None:

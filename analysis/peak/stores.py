@@ -25,7 +25,7 @@ BLOCK_BYTES = 8 * 2**20
 CONTRACTION_BYTES = 32 * 2**20
 """Of the arrays between an output gradient and the weight gradient of a core."""
 
-LANES, SMALL_MAP = 64, 256
+LANES, MOST_PLACES = 64, 256
 """Channels at a time of the loops for depthwise cores, and the places of the largest map where they run."""
 
 UFUNC_BUFFER = 8192
@@ -171,21 +171,11 @@ def cheapest_first(shape: Sequence[int], ranks: Ranks) -> list[int]:
     return [mode for mode, _ in min(permutations(targets), key=macs)]
 
 
-def projecting(shape: Sequence[int], ranks: Ranks) -> int:
-    """Elements at a time while the core is made: two small last modes are projected in one pass, and stay."""
-    if planes_at_once(shape, ranks):
-        planes = (*shape[:2], ranks[2] or 0, ranks[3] or 0)
-        rest, _ = chain(planes, (ranks[0], ranks[1], None, None))
-        return math.prod(planes) + (rest or math.prod(planes))
-    return chain(shape, ranks)[0] or math.prod(shape)
-
-
-def planes_at_once(shape: Sequence[int], ranks: Ranks) -> bool:
-    """Whether height and width are taken in one pass: up to rank 2, and up to rank 4 on maps of up to 64 places."""
-    if len(shape) != 4 or ranks[2] is None or ranks[3] is None:
-        return False
-    most = 4 if shape[2] * shape[3] <= 64 else 2
-    return max(ranks[2], ranks[3]) <= most and sorted(cheapest_first(shape, ranks)[:2]) == [2, 3]
+def projecting(shape: Sequence[int], ranks: Ranks, order: str = "auto") -> int:
+    """Elements at a time while the core is made, with the factor of both where height and width are one mode."""
+    sizes, taken = tucker_costs.map_as_one(shape, ranks) if order == "auto" else (shape, ranks)
+    of_both = sizes[2] * (taken[2] or 0) if len(sizes) < len(shape) else 0
+    return (chain(sizes, taken)[0] or math.prod(shape)) + of_both
 
 
 def core_gradient(call: Call, layer: Layer, ranks: Ranks, order: str = "auto") -> int:
@@ -202,13 +192,14 @@ def core_gradient(call: Call, layer: Layer, ranks: Ranks, order: str = "auto") -
         narrow = O * r if O * r * (rows + I) <= rows * I * (r + O) else rows * I
         return max(early, (end + narrow) * item)
     expanded: tuple[int, ...] = ()
+    cheapest = order
     if order == "auto":
-        _, order, expanded = tucker_costs.conv_cheapest(conv_sizes(call), ranks)
-    if order == "papers":
+        _, cheapest, expanded = tucker_costs.conv_cheapest(conv_sizes(call), ranks)
+    if cheapest == "papers":
         return _papers(call, layer, ranks)
     left = [None if mode in expanded else r for mode, r in enumerate(ranks)]
     one_pass = left[0] is None and left[1] is None and _in_one_pass(call)
-    contracting = _loops(call, left) if one_pass else _separable(call, left)
+    contracting = _loops(call, left) if one_pass else _separable(call, left, order == "auto")
     if not expanded:
         return contracting
     full = [n if mode in expanded else None for mode, n in enumerate(shape)]
@@ -221,7 +212,7 @@ def core_gradient(call: Call, layer: Layer, ranks: Ranks, order: str = "auto") -
 def _in_one_pass(call: Call) -> bool:
     """Whether compiled loops make the weight gradient of a core with batch and channels at full size."""
     (_, width, _, _), (_, _, H_out, W_out) = call.record.inputs[1].shape, call.record.output.shape
-    return width == 1 and conv_sizes(call).groups > 1 and H_out * W_out <= SMALL_MAP and numba_enabled()
+    return width == 1 and conv_sizes(call).groups > 1 and H_out * W_out <= MOST_PLACES and numba_enabled()
 
 
 def _loops(call: Call, ranks: Ranks) -> int:
@@ -260,17 +251,17 @@ def _papers(call: Call, layer: Layer, ranks: Ranks) -> int:
     return max(summing + Z3 - weights, expanding) * call.itemsize
 
 
-def _separable(call: Call, ranks: Ranks) -> int:
+def _separable(call: Call, ranks: Ranks, one_product: bool) -> int:
     """Z, which is laid out once more for the product with the core; the core too."""
     C_out, width, k_h, k_w = call.record.inputs[1].shape
     shape = call.record.inputs[0].shape
     r1, c, r3, r4 = tucker_costs.core_shape(shape, ranks)
-    B, _, H_out, W_out = call.record.output.shape
     groups = conv_sizes(call).groups
     # of one output channel: its slice of the output gradient, then what each product gives
-    slices, wanted = (B, 1, H_out, W_out), (ranks[0], None, k_h * r3, k_w * r4)
-    after = stages(slices, wanted)
-    steps = [B * H_out * W_out, *(after[1:] if planes_at_once(slices, wanted) else after)]
+    (B, _, *places), wanted = tucker_costs.contraction(conv_sizes(call), ranks, one_product)
+    slices = (B, 1, *places)
+    steps = [math.prod(slices), *stages(slices, wanted)]
+    of_both = places[0] * (wanted[2] or 0) if len(places) == 1 else 0
     Z, narrow, wide = steps[-1], k_h * k_w * (width if ranks[1] is None else c), width * k_h * k_w
     fit = CONTRACTION_BYTES // (max(_at_a_time(steps), 2 * Z) * call.itemsize)
     late = narrow + (0 if ranks[1] is None else wide)  # and the gradient in the order of the weight
@@ -279,7 +270,7 @@ def _separable(call: Call, ranks: Ranks) -> int:
     else:  # a few channels at a time, each with a copy of its slice
         unit = 1 if groups == 1 else C_out // groups
         working = max(fit // unit, 1) * unit * max(_at_a_time(steps), 2 * Z + narrow, late + wide)
-    return (r1 * c * r3 * r4 + working) * call.itemsize
+    return (r1 * c * r3 * r4 + working + of_both) * call.itemsize
 
 
 # ---- LANCE -----------------------------------------------------------------------------------
@@ -295,7 +286,8 @@ def _lance_ranks(call: Call) -> Ranks:
 
 def _lance_save(call: Call, layer: Layer) -> int:
     store, shape, ranks = call.record.attributes["store"], call.record.inputs[0].shape, _lance_ranks(call)
-    most, core = projecting(shape, ranks), tucker_costs.core_elements(shape, ranks)
+    most = projecting(shape, ranks, store.get("order", "auto"))
+    core = tucker_costs.core_elements(shape, ranks)
     if "core_bits" in store:
         most = max(most, 3 * core)
     if store.get("centred"):  # the core of the mean; then the activation without it, a few images at a time

@@ -70,9 +70,37 @@ def mode_products_macs(shape: Sequence[int], ranks: Ranks) -> int:
     return cheapest
 
 
-def projection_macs(shape: Sequence[int], ranks: Ranks) -> int:
-    """Multiply-adds of the projection S = A ×₁U_1ᵀ ×₂U_2ᵀ … of one activation."""
-    return mode_products_macs(shape, ranks)
+def projection_macs(shape: Sequence[int], ranks: Ranks, order: str = "auto") -> int:
+    """Multiply-adds of the projection S = A ×₁U_1ᵀ ×₂U_2ᵀ … of one activation.
+
+    By default with height and width of a small map as one mode; mode by mode in the other orders.
+
+    >>> projection_macs((2, 3, 4, 5), (None, None, 2, 2)), projection_macs((2, 3, 4, 5), (None, None, 2, 2), "papers")
+    (480, 336)
+    """
+    return mode_products_macs(*map_as_one(shape, ranks)) if order == "auto" else mode_products_macs(shape, ranks)
+
+
+SMALL_MAP, SMALL_CORE = 128, 64
+"""Places of the largest map, and numbers of its largest core, whose height and width are taken in one product."""
+
+
+def map_as_one(shape: Sequence[int], ranks: Ranks) -> tuple[Sequence[int], Ranks]:
+    """Shape and ranks of the products that run: height and width of a small map, and of rank one, are one mode.
+
+    Not where one of them is left alone.
+
+    >>> map_as_one((8, 6, 7, 7), (3, None, 2, 3))
+    ((8, 6, 49), (3, None, 6))
+    >>> map_as_one((8, 6, 14, 14), (3, None, 2, 3))
+    ((8, 6, 14, 14), (3, None, 2, 3))
+    """
+    if len(shape) != 4 or len(ranks) != 4 or ranks[2] is None or ranks[3] is None:
+        return shape, ranks
+    (B, C, H, W), core = shape, ranks[2] * ranks[3]
+    if core > 1 and (H * W > SMALL_MAP or core > SMALL_CORE):
+        return shape, ranks
+    return (B, C, H * W), (ranks[0], ranks[1], core)
 
 
 def paper_projection_macs(shape: Sequence[int], ranks: Ranks) -> int:
@@ -107,6 +135,11 @@ class ConvSizes:
         return self.B, self.C_in, self.H, self.W
 
     @property
+    def small_depthwise(self) -> bool:
+        """Whether loops contract height and width of a core whose batch and channels are at full size."""
+        return self.groups > 1 and self.C_in == self.groups and self.H_out * self.W_out <= 256
+
+    @property
     def macs(self) -> int:
         """B·C_out·H_out·W_out·(C_in/g)·k_h·k_w: of forward, of grad_input, and of the exact grad_weight."""
         return self.B * self.C_out * self.H_out * self.W_out * (self.C_in // self.groups) * self.k_h * self.k_w
@@ -130,7 +163,7 @@ def conv_papers_macs(sizes: ConvSizes, ranks: Ranks) -> int:
     return Z1 + Z2 + Z3 + dW
 
 
-def conv_separable_macs(sizes: ConvSizes, ranks: Ranks, expanded: Sequence[int] = ()) -> int:
+def conv_separable_macs(sizes: ConvSizes, ranks: Ranks, expanded: Sequence[int] = (), one_product: bool = False) -> int:
     """Multiply-adds of the weight gradient in the separable order.
 
     Z = G ×₁U_1ᵀ ×₃[U_3^(p)]ᵀ ×₄[U_4^(q)]ᵀ   cheapest order; the stacked shifted rows have k_h·r3 (k_w·r4) columns
@@ -139,6 +172,7 @@ def conv_separable_macs(sizes: ConvSizes, ranks: Ranks, expanded: Sequence[int] 
 
     A height or width that is left alone has the identity for its factor, r = n. Modes in ``expanded`` (0 the batch,
     1 the channels) are put back to full size in the core first, in the cheaper order, and are left alone after that.
+    With ``one_product`` height and width of a small map of Z are one mode, but not in the loops of depthwise layers.
 
     >>> sizes = ConvSizes(8, 6, 5, 7, C_out=4, H_out=3, W_out=6, k_h=3, k_w=2, groups=2)
     >>> conv_separable_macs(sizes, (3, 5, 2, 4), expanded=(1,))  # 120·6, 5184, 24·(6/2)·24
@@ -148,12 +182,21 @@ def conv_separable_macs(sizes: ConvSizes, ranks: Ranks, expanded: Sequence[int] 
     if expanded:
         full = [n if mode in expanded else None for mode, n in enumerate(s.input_shape)]
         left = [None if mode in expanded else r for mode, r in enumerate(ranks)]
-        return mode_products_macs(core_shape(s.input_shape, ranks), full) + conv_separable_macs(s, left)
+        back = mode_products_macs(core_shape(s.input_shape, ranks), full)
+        return back + conv_separable_macs(s, left, one_product=one_product)
     r1, _, r3, r4 = core_shape(s.input_shape, ranks)
-    Z = mode_products_macs((s.B, s.C_out, s.H_out, s.W_out), (ranks[0], None, s.k_h * r3, s.k_w * r4))
+    Z = mode_products_macs(*contraction(s, ranks, one_product))
     depth, dW = _channel_depth(s, ranks)
     Y = s.C_out * s.k_h * s.k_w * depth * r1 * r3 * r4
     return Z + Y + dW
+
+
+def contraction(sizes: ConvSizes, ranks: Ranks, one_product: bool) -> tuple[Sequence[int], Ranks]:
+    """Shapes of the output gradient and of Z, as they are multiplied; None for a mode without a product."""
+    s, (_, _, r3, r4) = sizes, core_shape(sizes.input_shape, ranks)
+    chain = (s.B, s.C_out, s.H_out, s.W_out), (ranks[0], None, s.k_h * r3, s.k_w * r4)
+    loops = s.small_depthwise and ranks[0] is None and ranks[1] is None
+    return map_as_one(*chain) if one_product and not loops else chain
 
 
 def _channel_depth(sizes: ConvSizes, ranks: Ranks) -> tuple[int, int]:
@@ -177,8 +220,8 @@ def conv_cheapest(sizes: ConvSizes, ranks: Ranks) -> tuple[int, str, tuple[int, 
     """The order that runs by default: (multiply-adds, ``"papers"`` or ``"separable"``, modes put back first).
 
     >>> sizes = ConvSizes(8, 6, 5, 7, C_out=4, H_out=3, W_out=6, k_h=3, k_w=2, groups=2)
-    >>> conv_cheapest(sizes, (3, 5, 2, 4))
-    (7632, 'separable', (1,))
+    >>> conv_cheapest(sizes, (3, 5, 1, 2))
+    (4932, 'separable', (1,))
     """
     found: list[tuple[int, str, tuple[int, ...]]] = [(conv_papers_macs(sizes, ranks), "papers", ())]
     most = min(EXPANDED_ELEMENTS, math.prod(sizes.input_shape) // 4)
@@ -186,7 +229,7 @@ def conv_cheapest(sizes: ConvSizes, ranks: Ranks) -> tuple[int, str, tuple[int, 
         left = [None if mode in expanded else r for mode, r in enumerate(ranks)]
         fits = not expanded or core_elements(sizes.input_shape, left) <= most
         if fits and all(ranks[mode] is not None for mode in expanded):
-            found.append((conv_separable_macs(sizes, ranks, expanded), "separable", expanded))
+            found.append((conv_separable_macs(sizes, ranks, expanded, one_product=True), "separable", expanded))
     return min(found, key=lambda each: each[0])  # the first of several
 
 

@@ -38,7 +38,9 @@ class Lance(ActivationStore):
         One factor (n, r) per mode of the activation, None for a mode left alone.
     order : {"auto", "papers", "separable"}
         Order of contraction of a convolution's weight gradient; ``"auto"`` takes that of fewest multiply-adds
-        (:func:`~lance_ref.projection.cheapest_order`). A linear layer has one order only.
+        (:func:`~lance_ref.projection.cheapest_order`), and height and width of a small map in one product, here and in
+        the projection: more multiply-adds, less time (:func:`~lance_ref.projection.product_of_modes`). A linear layer
+        has one order only.
     dtype : numpy dtype
         float32 or float64: the dtype of the activations, to which the factors are converted.
     core_bits : {None, 8, 4}
@@ -198,7 +200,7 @@ class Lance(ActivationStore):
         self._batch = len(activation)
         seed = {} if self.sketch is None else {"seed": self.sketch.next_seed()}
         factors = self._factors(seed, len(activation))
-        core = projection.project(activation, factors)
+        core = projection.project(activation, factors, self.order)
         if self.mean is None:
             self.energy_kept = energy_ratio(core, activation)
         else:  # A − μ is never laid out whole: its core is that of A less that of μ

@@ -61,7 +61,7 @@ def lance(call: Call, macs: int) -> StoreCost:
     return StoreCost(
         grad_weight_macs=grad_weight,
         paper_grad_weight_macs=paper_grad_weight,
-        projection_macs=tucker_costs.projection_macs(shape, ranks),
+        projection_macs=tucker_costs.projection_macs(shape, ranks, store.get("order", "auto")),
         paper_projection_macs=tucker_costs.paper_projection_macs(shape, ranks),
         decomposition_macs=decomposition,
         kept_bytes=sum(saved.storage.nbytes for saved in kept),

@@ -225,9 +225,9 @@ def separable_order(
     rows = shifted_rows(U_height, geometry, axis=0)  # (H_out, k_h·r3)
     columns = shifted_rows(U_width, geometry, axis=1)  # (W_out, k_w·r4)
     dtype = grad_output.dtype
-    if depthwise_alone(factors, geometry) and kernels.numba_enabled():
-        return depthwise_core_gradient(core, grad_output, rows, columns, (k_h, k_w))  # what follows, in one pass
     shape, ranks = chain_of(core.shape, factors, geometry, one_product)
+    if len(shape) == 4 and depthwise_alone(factors, geometry) and kernels.numba_enabled():
+        return depthwise_core_gradient(core, grad_output, rows, columns, (k_h, k_w))  # what follows, in one pass
     if len(shape) == 3:
         by_row, by_column = rows.reshape(-1, 1, k_h, 1, r3, 1), columns.reshape(-1, 1, k_w, 1, r4)
         of_map = [(by_row * by_column).reshape(-1, k_h * k_w * r3 * r4)]  # (H_out·W_out, k_h·k_w·r3·r4)
@@ -268,13 +268,11 @@ def chain_of(
     r1, _, r3, r4 = core_shape
     k_h, k_w = geometry.weight_shape[2:]
     ranks = (None if factors[0] is None else r1, None, k_h * r3, k_w * r4)
-    if not one_product or depthwise_alone(factors, geometry):
-        return geometry.output_shape, ranks
-    return _as_multiplied(geometry.output_shape, ranks)
+    return _as_multiplied(geometry.output_shape, ranks) if one_product else (geometry.output_shape, ranks)
 
 
 def depthwise_alone(factors: Factors, geometry: ConvGeometry) -> bool:
-    """Whether compiled loops are as fast as one product: depthwise, small, and height and width compressed alone."""
+    """Whether compiled loops are faster than two products: depthwise, small, and height and width compressed alone."""
     small = math.prod(geometry.output_size) <= MOST_PLACES
     return geometry.is_depthwise and small and factors[0] is None and factors[1] is None
 

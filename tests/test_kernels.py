@@ -189,12 +189,11 @@ def test_a_depthwise_core_in_one_pass_equals_the_products(
     store = Lance(Subspace.random(g.input_shape, ranks, np.random.default_rng(seed)), dtype=dtype)
     core, expanded = store.save(x)["core"], (0, 1) if compressed else ()
     found, macs = {}, {}
-    one_product = data.draw(st.booleans())  # which these layers do not take
     for enabled in (True, False):
         with pytest.MonkeyPatch.context() as patch, count_macs() as counter:
             patch.setattr(projection.kernels, "numba_enabled", lambda enabled=enabled: enabled)
             patch.setattr(kernels_depthwise, "LANES", lanes)
-            found[enabled] = projection.separable_order(core, store.factors, grad_output, g, expanded, one_product)
+            found[enabled] = projection.separable_order(core, store.factors, grad_output, g, expanded)
         macs[enabled] = sum(counter.macs.values())
     assert macs[True] == macs[False]
     assert found[True].dtype == dtype

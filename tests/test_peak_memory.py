@@ -207,21 +207,23 @@ def test_weight_gradients_of_cores_in_blocks(groups: int, monkeypatch: pytest.Mo
 
 @compiled
 @compiled
-@pytest.mark.parametrize("ranks", [(64, 100, 2, 2), (None, None, 1, 2)])
+@pytest.mark.parametrize("ranks", [(16, 40, 3, 3), (None, None, 1, 2)])
 def test_weight_gradients_of_depthwise_cores_in_one_pass(ranks: tuple[int | None, ...]) -> None:
     """Batch and channels put back, or never compressed: the core, and some channels' planes in each thread."""
-    middle = nn.Conv2d(320, 320, 3, padding=1, groups=320, rng=0)
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(320, 10, rng=0))
-    net = nn.Sequential(nn.Conv2d(3, 320, 1, rng=0), middle, head)
+    middle = nn.Conv2d(160, 160, 3, padding=1, groups=160, rng=0)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(160, 10, rng=0))
+    net = nn.Sequential(nn.Conv2d(3, 160, 1, rng=0), middle, head)
     lance_ref.tune(net, "1")
-    shape = (128, 320, 7, 7)
+    shape = (64, 160, 14, 14)
     middle.store = Lance(Subspace.random(shape, ranks, np.random.default_rng(1)))
-    geometry = ConvGeometry(shape, middle.weight.shape, padding=((1, 1), (1, 1)), groups=320)
+    geometry = ConvGeometry(shape, middle.weight.shape, padding=((1, 1), (1, 1)), groups=160)
     core_shape = [n if r is None else r for n, r in zip(shape, ranks, strict=True)]
     expanded = (0, 1) if ranks[0] else ()
     assert projection.cheapest_order(tuple(core_shape), middle.store.factors, geometry) == ("separable", expanded)
     assert (kernels_depthwise.LANES, kernels_depthwise.MOST_PLACES) == (peak_stores.LANES, peak_stores.MOST_PLACES)
-    assert check(net, np.ones((128, 3, 7, 7), np.float32), np.arange(128) % 10).at == "1"
+    assert projection.depthwise_alone((None, None, *middle.store.factors[2:]), geometry)
+    assert not projection.in_one_product((14, 14), (3 * (ranks[2] or 0), 3 * (ranks[3] or 0)))
+    assert check(net, np.ones((64, 3, 14, 14), np.float32), np.arange(64) % 10).at == "1"
 
 
 @compiled

@@ -198,7 +198,7 @@ def core_gradient(call: Call, layer: Layer, ranks: Ranks, order: str = "auto") -
     if cheapest == "papers":
         return _papers(call, layer, ranks)
     left = [None if mode in expanded else r for mode, r in enumerate(ranks)]
-    one_pass = left[0] is None and left[1] is None and _in_one_pass(call)
+    one_pass = left[0] is None and left[1] is None and _in_one_pass(call, left, order == "auto")
     contracting = _loops(call, left) if one_pass else _separable(call, left, order == "auto")
     if not expanded:
         return contracting
@@ -209,10 +209,12 @@ def core_gradient(call: Call, layer: Layer, ranks: Ranks, order: str = "auto") -
     return max(max(making, 2 * core) * item - call.record.inputs[1].nbytes, contracting)
 
 
-def _in_one_pass(call: Call) -> bool:
+def _in_one_pass(call: Call, ranks: Ranks, one_product: bool) -> bool:
     """Whether compiled loops make the weight gradient of a core with batch and channels at full size."""
-    (_, width, _, _), (_, _, H_out, W_out) = call.record.inputs[1].shape, call.record.output.shape
-    return width == 1 and conv_sizes(call).groups > 1 and H_out * W_out <= MOST_PLACES and numba_enabled()
+    sizes = conv_sizes(call)
+    depthwise = sizes.groups > 1 and call.record.inputs[1].shape[1] == 1
+    two_modes = len(tucker_costs.contraction(sizes, ranks, one_product)[0]) == 4
+    return depthwise and two_modes and sizes.H_out * sizes.W_out <= MOST_PLACES and numba_enabled()
 
 
 def _loops(call: Call, ranks: Ranks) -> int:

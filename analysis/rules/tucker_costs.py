@@ -135,11 +135,6 @@ class ConvSizes:
         return self.B, self.C_in, self.H, self.W
 
     @property
-    def small_depthwise(self) -> bool:
-        """Whether loops contract height and width of a core whose batch and channels are at full size."""
-        return self.groups > 1 and self.C_in == self.groups and self.H_out * self.W_out <= 256
-
-    @property
     def macs(self) -> int:
         """B·C_out·H_out·W_out·(C_in/g)·k_h·k_w: of forward, of grad_input, and of the exact grad_weight."""
         return self.B * self.C_out * self.H_out * self.W_out * (self.C_in // self.groups) * self.k_h * self.k_w
@@ -172,7 +167,7 @@ def conv_separable_macs(sizes: ConvSizes, ranks: Ranks, expanded: Sequence[int] 
 
     A height or width that is left alone has the identity for its factor, r = n. Modes in ``expanded`` (0 the batch,
     1 the channels) are put back to full size in the core first, in the cheaper order, and are left alone after that.
-    With ``one_product`` height and width of a small map of Z are one mode, but not in the loops of depthwise layers.
+    With ``one_product`` height and width of a small map of Z are one mode.
 
     >>> sizes = ConvSizes(8, 6, 5, 7, C_out=4, H_out=3, W_out=6, k_h=3, k_w=2, groups=2)
     >>> conv_separable_macs(sizes, (3, 5, 2, 4), expanded=(1,))  # 120·6, 5184, 24·(6/2)·24
@@ -195,8 +190,7 @@ def contraction(sizes: ConvSizes, ranks: Ranks, one_product: bool) -> tuple[Sequ
     """Shapes of the output gradient and of Z, as they are multiplied; None for a mode without a product."""
     s, (_, _, r3, r4) = sizes, core_shape(sizes.input_shape, ranks)
     chain = (s.B, s.C_out, s.H_out, s.W_out), (ranks[0], None, s.k_h * r3, s.k_w * r4)
-    loops = s.small_depthwise and ranks[0] is None and ranks[1] is None
-    return map_as_one(*chain) if one_product and not loops else chain
+    return map_as_one(*chain) if one_product else chain
 
 
 def _channel_depth(sizes: ConvSizes, ranks: Ranks) -> tuple[int, int]:

@@ -266,6 +266,7 @@ def test_steps_write_their_figures(tmp_path: Path, capsys: pytest.CaptureFixture
     assert row["ratios"]["lance/bp"] == row["seconds"]["lance"]["median"] / row["seconds"]["bp"]["median"]
     if resident.measurable():
         assert all(of["peak"] >= of["before"] > 2**20 for of in row["resident"].values())
+    assert row["resident_on_features"] is None  # nothing is frozen
     assert row["predicted"]["lance"]["tape_bytes"] < row["predicted"]["bp"]["tape_bytes"]
     assert row["ranks_from"] in printed
 
@@ -275,7 +276,8 @@ def test_targets_of_steps() -> None:
     row = {
         "net": "mlp",
         "ratios": {"lance/bp": 1.1, "lance/pytorch": 1.4},
-        "resident": {"bp": {"peak": 9 * steps.MIB}, "lance": {"peak": 6 * steps.MIB}},
+        "resident": {"bp": {"before": 1, "peak": 9 * steps.MIB + 1}, "lance": {"before": 2, "peak": 6 * steps.MIB + 2}},
+        "resident_on_features": {"bp": {"before": 0, "peak": steps.MIB}, "lance": {"before": 0, "peak": 0}},
         "predicted": {"bp": {"tape_bytes": 3 * steps.MIB}, "lance": {"tape_bytes": steps.MIB}},
     }
     found = steps.targets([row])
@@ -283,7 +285,26 @@ def test_targets_of_steps() -> None:
         (1.1, 1, False),
         (1.4, 1.5, True),
         (3, 2, True),
+        (1, 2, False),
     ]
+
+
+def test_a_step_on_features_is_the_same_step() -> None:
+    """The frozen stages run beforehand, two images at a time: the same gradients of what trains."""
+    case, found = Case("mcunet", 3, "last:4", 64), {}
+    assert steps.has_frozen_part(case)
+    assert not steps.has_frozen_part(Case("mlp", 2))
+    step = case.predict("bp").step
+    images = np.random.default_rng(0).standard_normal((3, *step.input_shape), dtype=np.float32)
+    features, rest = steps.features_of(step.net, images)
+    assert len(features) == 3
+    for inputs, net in ((images, step.net), (features, rest)):
+        net.zero_grad()
+        F.cross_entropy(net(inputs), np.arange(3)).backward()
+        found[net is rest] = [p.grad.copy() for p in step.net.parameters() if p.grad is not None]
+    assert len(found[True]) == len(found[False]) > 5
+    for ours, expected in zip(found[True], found[False], strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("case", [Case("mobilenetv2", 2, "last:4", 32), Case("mcunet", 2, "last:4", 32),

@@ -227,14 +227,10 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
 
 
 def lower_by(resident: dict[str, dict[str, int]] | None) -> int | None:
-    """Bytes that a step of LANCE takes less than one of backpropagation; None if they were not measured.
-
-    Of the step alone: what both hold before it, interpreter and libraries, differs by some MiB from run to run.
-    """
+    """Bytes by which LANCE's resident peak is below backpropagation's; None if they were not measured."""
     if resident is None or not {"bp", "lance"} <= set(resident):
         return None
-    bp, lance = (resident[name]["peak"] - resident[name]["before"] for name in ("bp", "lance"))
-    return bp - lance
+    return resident["bp"]["peak"] - resident["lance"]["peak"]
 
 
 # ---- what is printed ---------------------------------------------------------------------
@@ -258,9 +254,11 @@ def show(row: dict[str, Any], table: Table) -> None:
         tape, factors, peak = (f"{of[what] / MIB:.2f}" for what in ("tape_bytes", "factor_bytes", "peak_bytes"))
         print(f"    {name}, predicted MiB: tape {tape}, factors {factors}, peak {peak} in {of['peak_at']}")
     if row["resident_on_features"]:
-        taken = {name: (of["peak"] - of["before"]) / MIB for name, of in row["resident_on_features"].items()}
-        listed = ", ".join(f"{name} {mib:.2f}" for name, mib in taken.items())
-        print(f"    on features of the frozen stages, MiB in the step: {listed}")
+        listed = ", ".join(
+            f"{name} {of['peak'] / MIB:.1f} ({(of['peak'] - of['before']) / MIB:.1f} in the step)"
+            for name, of in row["resident_on_features"].items()
+        )
+        print(f"    on features of the frozen stages, peak MiB: {listed}")
     print(f"    ranks: {row['ranks_from']}", flush=True)
 
 

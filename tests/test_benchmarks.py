@@ -276,8 +276,8 @@ def test_targets_of_steps() -> None:
     row = {
         "net": "mlp",
         "ratios": {"lance/bp": 1.1, "lance/pytorch": 1.4},
-        "resident": {"bp": {"before": 1, "peak": 9 * steps.MIB + 1}, "lance": {"before": 2, "peak": 6 * steps.MIB + 2}},
-        "resident_on_features": {"bp": {"before": 0, "peak": steps.MIB}, "lance": {"before": 0, "peak": 0}},
+        "resident": {"bp": {"peak": 9 * steps.MIB}, "lance": {"peak": 6 * steps.MIB}},
+        "resident_on_features": {"bp": {"peak": 2 * steps.MIB}, "lance": {"peak": steps.MIB}},
         "predicted": {"bp": {"tape_bytes": 3 * steps.MIB}, "lance": {"tape_bytes": steps.MIB}},
     }
     found = steps.targets([row])

@@ -206,7 +206,6 @@ def test_weight_gradients_of_cores_in_blocks(groups: int, monkeypatch: pytest.Mo
 
 
 @compiled
-@compiled
 @pytest.mark.parametrize("ranks", [(16, 40, 3, 3), (None, None, 1, 2)])
 def test_weight_gradients_of_depthwise_cores_in_one_pass(ranks: tuple[int | None, ...]) -> None:
     """Batch and channels put back, or never compressed: the core, and some channels' planes in each thread."""

@@ -46,8 +46,8 @@ EXPANDED_ELEMENTS = 2**22
 """At most, of a core put back to full size in some modes; and never more than a quarter of the activation."""
 
 SMALL_MAP, SMALL_CORE = 128, 64
-"""Places of the largest map, and numbers of its largest core, whose height and width are taken in one product. On square
-maps with r_h = r_w that is up to 4.6 times the multiply-adds of two, and more where they are lopsided, but less time."""
+"""Places of the largest map, and numbers of its largest core, whose height and width are taken in one product. On
+square maps with r_h = r_w that is up to 4.6 times the multiply-adds of two, more on lopsided ones, but less time."""
 
 
 def project(activation: np.ndarray, factors: Factors, order: str = "auto") -> np.ndarray:
@@ -102,7 +102,7 @@ def in_one_product(size: Shape, ranks: Sequence[int | None]) -> bool:
 
 def _as_multiplied(shape: Shape, ranks: Sequence[int | None]) -> tuple[Shape, Sequence[int | None]]:
     """The sizes and ranks that :func:`product_of_modes` gives to the chain: height and width perhaps as one."""
-    (r_h, r_w) = ranks[2:]
+    r_h, r_w = ranks[2:]
     if not in_one_product(shape[2:], (r_h, r_w)):
         return shape, ranks
     assert r_h is not None
@@ -147,14 +147,13 @@ def weight_gradient(
     """
     if isinstance(geometry, LinearGeometry):
         return linear_weight_gradient(core, factors, grad_output, geometry)
-    if order == "separable":
-        return separable_order(core, factors, grad_output, geometry)
     expanded: Sequence[int] = ()
+    one_product = order == "auto"
     if order == "auto":
         order, expanded = cheapest_order(core.shape, factors, geometry)
     if order == "papers":
         return papers_order(core, factors, grad_output, geometry)
-    return separable_order(core, factors, grad_output, geometry, expanded, one_product=True)
+    return separable_order(core, factors, grad_output, geometry, expanded, one_product)
 
 
 def papers_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray, geometry: ConvGeometry) -> np.ndarray:

@@ -18,9 +18,16 @@ def __getattr__(name: str) -> Any:
     With it comes all that it runs, so that the first call is as fast as the others.
     """
     if name == "cost":
-        from analysis import calibration_costs, peak, ranks, report, step_changes, tables  # noqa: F401
+        from analysis import peak
         from analysis.cost_model import cost
-        from analysis.peak import methods  # noqa: F401
+        from analysis.ranks import choose as ranks
+        from analysis.reports import (
+            report,
+            tables,  # noqa: F401
+        )
+        from analysis.rules import calibration_costs
+        from analysis.steps import changes as step_changes
+        from analysis.steps import peaks as methods  # noqa: F401
 
         return cost
     raise AttributeError(f"module 'analysis' has no attribute {name!r}")

@@ -13,9 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.cli import NET_HELP, OneLineParser, check_writable, run_command
-from analysis.methods import METHODS, Settings
-from analysis.predict import (
+from analysis.commands.cli import NET_HELP, OneLineParser, check_writable, run_command
+from analysis.reports.predict import (
     DEFAULT_BASIS_BATCHES,
     DEFAULT_BATCH,
     DEFAULT_METHODS,
@@ -24,6 +23,7 @@ from analysis.predict import (
     cost,
     predict,
 )
+from analysis.steps.methods import METHODS, Settings
 
 __all__ = ["Prediction", "cost", "main", "parser", "predict"]
 
@@ -108,7 +108,7 @@ def _run(options: argparse.Namespace) -> int:
         prediction.report.plot(options.plot, panels=options.panels or PANELS)
     comparison = None
     if options.measure:
-        from analysis.measure import compare
+        from analysis.check.measure import compare
 
         comparison = compare(prediction, options.data, peaks=True)
     _write(options, prediction)
@@ -155,8 +155,8 @@ def _predict(options: argparse.Namespace) -> Prediction:
 
 def _write(options: argparse.Namespace, prediction: Prediction) -> None:
     """The report, to the terminal, a pipe or a file."""
-    from analysis.spectra_file import write_atomically
-    from analysis.tables import render, show
+    from analysis.ranks.spectra_file import write_atomically
+    from analysis.reports.tables import render, show
 
     report = prediction.report
     if options.format == "table" and options.output is None:

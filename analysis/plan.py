@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from analysis.cli import NET_HELP, OneLineParser, check_counts, check_writable, run_command
-from analysis.methods import METHODS, chosen_methods
-from analysis.planning.options import (
+from analysis.commands.cli import NET_HELP, OneLineParser, check_counts, check_writable, run_command
+from analysis.planner.options import (
     ASSUMED_FRACTION,
     DEFAULT_BATCHES,
     DEFAULT_EPSILONS,
@@ -27,11 +26,12 @@ from analysis.planning.options import (
     parse_fraction_of_modes,
     parse_times,
 )
+from analysis.steps.methods import METHODS, chosen_methods
 
 if TYPE_CHECKING:
-    from analysis.planning.costs import Costs, Device
-    from analysis.planning.search import Plan
-    from analysis.spectra_file import Spectra
+    from analysis.planner.costs import Costs, Device
+    from analysis.planner.search import Plan
+    from analysis.ranks.spectra_file import Spectra
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,9 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from analysis.planning.costs import Device
-    from analysis.planning.tables import csv_text, json_text, render, show
-    from analysis.spectra_file import write_atomically
+    from analysis.planner.costs import Device
+    from analysis.planner.tables import csv_text, json_text, render, show
+    from analysis.ranks.spectra_file import write_atomically
 
     if options.output is not None:
         check_writable(options.output)
@@ -125,8 +125,8 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     """
     from dataclasses import replace
 
-    from analysis.nets import remark
-    from analysis.planning.search import search
+    from analysis.planner.search import search
+    from analysis.steps.nets import remark
 
     budget = parse_bytes(options.budget)
     times = None if options.flops_at_most is None else parse_times(options.flops_at_most)
@@ -164,7 +164,7 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
 
 def _smaller(options: argparse.Namespace, plan: Plan) -> str:
     """Where nothing fits: the options left at their defaults that make a step smaller."""
-    from analysis.nets import DEFAULT_INPUT
+    from analysis.steps.nets import DEFAULT_INPUT
     from lance_ref import models
 
     if plan.closest is None or not plan.closest.over_bytes:
@@ -183,9 +183,9 @@ def _smaller(options: argparse.Namespace, plan: Plan) -> str:
 
 def _costs(options: argparse.Namespace, device: Device) -> tuple[Costs, str]:
     """The net, with spectra if there are any, and where the ranks come from."""
-    from analysis.nets import build, check_classes, input_shape_for
-    from analysis.planning.costs import Costs
-    from analysis.ranks import ranks_from_spectra
+    from analysis.planner.costs import Costs
+    from analysis.ranks.choose import ranks_from_spectra
+    from analysis.steps.nets import build, check_classes, input_shape_for
 
     given = None if options.input_shape is None else _parse_shape(options.input_shape)
     shape = input_shape_for(options.net, options.image_size, given)
@@ -208,8 +208,8 @@ def _first(options: argparse.Namespace, costs: Costs) -> int:
 
 def _spectra(options: argparse.Namespace, input_shape: tuple[int, ...]) -> tuple[Spectra | None, str]:
     """Those that were given or shipped, and the words for where they come from."""
-    from analysis.ranks import shipped_spectra
-    from analysis.spectra_file import load_spectra
+    from analysis.ranks.choose import shipped_spectra
+    from analysis.ranks.spectra_file import load_spectra
 
     if options.spectra is not None:
         return load_spectra(options.spectra), f"--spectra {options.spectra}"

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.cli import OneLineParser, check_writable, one_line
+from analysis.commands.cli import OneLineParser, check_writable, one_line
 
 if TYPE_CHECKING:
-    from analysis.spectra_file import Spectra
+    from analysis.ranks.spectra_file import Spectra
     from lance_ref.datasets import Dataset
     from lance_ref.nn.module import Module
 
@@ -78,7 +78,7 @@ def measure(
     import scipy
 
     import lance_ref
-    from analysis.spectra_file import LayerSpectra, Spectra
+    from analysis.ranks.spectra_file import LayerSpectra, Spectra
 
     for name, number in (("batch", batch), ("batches", batches), ("image size", image_size)):
         if number is not None and number < 1:
@@ -111,7 +111,7 @@ def measure(
 
 
 def _source(net: str, image_size: int | None) -> _Source:
-    from analysis.nets import DEFAULT_IMAGE_SIZE, build
+    from analysis.steps.nets import DEFAULT_IMAGE_SIZE, build
     from lance_ref import models
 
     if net in models.PRETRAINED:

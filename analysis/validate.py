@@ -5,7 +5,7 @@ multiply-adds must be those predicted, layer by layer, the peak of memory within
 what its autograd saves and its counter counts must be what the model says of it. The exit code is 1 if anything
 differs. All of it, for a free machine::
 
-    python -m analysis.validate --jobs 2 --folder runs/validate --output analysis/results/validate.json
+    python -m analysis.validate --jobs 2 --folder runs/validate --output experiments/results/validate.json
 
 writes ``validate.md`` beside the JSON file. Run again, it goes on where it was, as long as no source file has changed.
 """
@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.cli import OneLineParser, check_counts, check_writable, one_line
-from analysis.methods import METHODS, chosen_methods
-from analysis.validation.cells import cells, code_fingerprint, validate_cell, with_fields
-from analysis.validation.table import judged, markdown, summary
+from analysis.check.cells import cells, code_fingerprint, validate_cell, with_fields
+from analysis.check.table import judged, markdown, summary
+from analysis.commands.cli import OneLineParser, check_counts, check_writable, one_line
+from analysis.steps.methods import METHODS, chosen_methods
 from lance_ref import models
 
 FORMAT, VERSION = "lance_ref validation", 1
@@ -76,13 +76,13 @@ def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
 def run(work: Sequence[Mapping[str, Any]], folder: str | None, jobs: int) -> list[dict[str, Any]]:
     """The outcomes of all cells, in order; without a folder they run in this process."""
     if folder is not None:
-        from analysis.sweep import run_cells
+        from analysis.commands.sweep import run_cells
 
-        found = run_cells([dict(cell) for cell in work], "analysis.validation.cells:validate_cell", folder, jobs=jobs)
+        found = run_cells([dict(cell) for cell in work], "analysis.check.cells:validate_cell", folder, jobs=jobs)
         return [with_fields(dict(cell), outcome) for cell, outcome in zip(work, found, strict=True)]
     if jobs != 1:
         raise ValueError(f"--jobs is {jobs}, which takes --folder for the cells that are finished")
-    from lance_ref._progress import progress_bar
+    from lance_ref.io.progress import progress_bar
 
     outcomes = []
     with progress_bar("cells", len(work), None) as advance:
@@ -94,8 +94,8 @@ def run(work: Sequence[Mapping[str, Any]], folder: str | None, jobs: int) -> lis
 
 def document(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What is written as JSON."""
-    from analysis import torch_replay
-    from analysis.provenance import provenance
+    from analysis.check import torch_replay
+    from analysis.commands.provenance import provenance
 
     return {
         "format": FORMAT,
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = markdown(result)
         print(text)
         if table is not None:
-            from analysis.spectra_file import write_atomically
+            from analysis.ranks.spectra_file import write_atomically
 
             write_atomically(options.output, json.dumps(result, indent=1) + "\n")
             write_atomically(str(table), text + "\n")

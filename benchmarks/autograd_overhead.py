@@ -27,9 +27,9 @@ import numpy as np
 from benchmarks import steps
 from benchmarks.side_by_side import Side, Table, Target, number, parser, peer, run, span, timed
 from lance_ref import F, Tensor
-from lance_ref.autograd import Function, Node
-from lance_ref.kernels import numba_enabled
-from lance_ref.tensor import Shape
+from lance_ref.algebra.kernels.threads import numba_enabled
+from lance_ref.engine.autograd import Function, Node
+from lance_ref.engine.tensor import Shape
 
 CHAIN, QUICK_CHAIN = 100, 3
 MLP = "mlp"

@@ -24,9 +24,9 @@ from scipy.linalg import blas
 
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, once, parser, peer, run, span, timed
 from lance_ref import Tensor, calibrate, models, no_grad, tune
-from lance_ref.grams import LayerGrams
-from lance_ref.tensor import Shape
-from lance_ref.tucker import unfold
+from lance_ref.algebra.grams import LayerGrams
+from lance_ref.algebra.tucker import unfold
+from lance_ref.engine.tensor import Shape
 
 SHAPE, QUICK_SHAPE = (128, 960, 7, 7), (4, 12, 3, 3)
 RANKS, QUICK_RANKS = (60, 100, 2, 2), (2, 3, 2, 2)

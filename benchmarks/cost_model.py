@@ -3,7 +3,7 @@
 MobileNetV2, 224 pixels, batch 128, shapes alone where a counter can. Timed in turn, repeat after repeat, each from a
 net that is built to its counts:
 
-ours, bp          analysis.predict: FLOPs forward and backward, and bytes under three accountings, by layer
+ours, bp          analysis.reports.predict: FLOPs forward and backward, and bytes under three accountings, by layer
 ours, all         the same for every method of the cost model
 flop counter      PyTorch's FlopCounterMode over forward and backward, tensors on the meta device
 fvcore            fvcore's FlopCountAnalysis, forward alone (it has no backward), of one image (it runs the net)
@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from analysis import cost
-from analysis.predict import predict
+from analysis.reports.predict import predict
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, parser, peer, run, timed
 from lance_ref import models, nn
 from lance_ref.nn.init import shapes_only

@@ -15,14 +15,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.cli import OneLineParser, run_command
-from analysis.provenance import provenance
-from analysis.spectra_file import write_atomically
+from analysis.commands.cli import OneLineParser, run_command
+from analysis.commands.provenance import provenance
+from analysis.ranks.spectra_file import write_atomically
 from benchmarks.buffers import count_buffers
 from benchmarks.side_by_side import Table
 from benchmarks.steps import Case, side
 from lance_ref import count_macs
-from lance_ref.kernels import numba_enabled
+from lance_ref.algebra.kernels.threads import numba_enabled
 
 CASES = (
     Case("mlp", 10),

@@ -17,8 +17,8 @@ import numpy as np
 
 import lance_ref
 from lance_ref import F, Subspace, Tensor
-from lance_ref.activations import Lance
-from lance_ref.kernels import Loops, numba_enabled
+from lance_ref.algebra.kernels.threads import Loops, numba_enabled
+from lance_ref.stores import Lance
 
 
 def kernels() -> dict[str, Loops]:

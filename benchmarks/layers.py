@@ -24,8 +24,8 @@ from benchmarks import roofline
 from benchmarks.roofline import Product, Roofline
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, parser, peer, run, span, timed
 from lance_ref import F, Subspace, Tensor, count_macs
-from lance_ref.activations import EXACT, ActivationStore, Asi, Hosvd, Lance
-from lance_ref.geometry import ConvGeometry, Geometry, LinearGeometry
+from lance_ref.algebra.geometry import ConvGeometry, Geometry, LinearGeometry
+from lance_ref.stores import EXACT, ActivationStore, Asi, Hosvd, Lance
 
 Row = dict[str, Any]
 BATCH = 128

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.side_by_side import Side, peer, timed
-from lance_ref.kernels import Loops, numba_enabled
+from lance_ref.algebra.kernels.threads import Loops, numba_enabled
 
 GEMM_SIZE, QUICK_GEMM_SIZE = 2048, 128
 STREAM_ELEMENTS, QUICK_STREAM_ELEMENTS = 1 << 24, 1 << 12

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.account import account
-from analysis.figures import save_figure
-from analysis.plots import check_path
+from analysis.reports.figures import save_figure
+from analysis.reports.plots import check_path
+from analysis.rules.account import account
 from benchmarks.layers import parts, steps
 from benchmarks.side_by_side import Table, number, parser, run, timed
 from lance_ref import F, Subspace, Tensor, record, tape
-from lance_ref.activations import EXACT, ActivationStore, Lance
-from lance_ref.geometry import ConvGeometry
+from lance_ref.algebra.geometry import ConvGeometry
 from lance_ref.nn.module import Parameter
+from lance_ref.stores import EXACT, ActivationStore, Lance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

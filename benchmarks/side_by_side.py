@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from analysis.cli import OneLineParser, check_counts, run_command
-from analysis.provenance import provenance
-from analysis.spectra_file import write_atomically
-from lance_ref import kernels
+from analysis.commands.cli import OneLineParser, check_counts, run_command
+from analysis.commands.provenance import provenance
+from analysis.ranks.spectra_file import write_atomically
+from lance_ref.algebra.kernels import threads as kernels
 
 Side = Callable[[], Any]
 

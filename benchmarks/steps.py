@@ -8,7 +8,7 @@ shipped, else a quarter of each mode.
 Each side then runs in a process of its own, and what that holds in memory at most is compared: whether LANCE's peak
 lies below backpropagation's by as much as the tapes differ. The cost model says where in the step the peak is. Where
 the first stages are frozen, it is in them; their output can be made once, a few images at a time
-(:mod:`lance_ref.features`), and the memory of our two sides is compared once more in steps on such features.
+(:mod:`lance_ref.train.features`), and the memory of our two sides is compared once more in steps on such features.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from analysis.method_runs import running
 from analysis.peak.memory import make_optimizer
-from analysis.predict import Prediction, predict
+from analysis.reports.predict import Prediction, predict
+from analysis.steps.runs import running
 from benchmarks.resident import Resident, in_own_process, measurable, peak_of
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, parser, peer, pinned, run, span, timed
 from lance_ref import F, no_grad
-from lance_ref.features import Part, frozen_stages, stages_of, tail
 from lance_ref.nn import Module
+from lance_ref.train.features import Part, frozen_stages, stages_of, tail
 
 SIDES = ("bp", "lance", "pytorch")
 CLASSES = 10

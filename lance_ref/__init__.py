@@ -1,21 +1,24 @@
 """lance_ref: low-rank activation compression for on-device training, every byte and multiply-add accounted for."""
 
-from lance_ref import activations, checkpoint, datasets, functional, models, nn, optim, training, tucker
+from lance_ref import datasets, functional, models, nn, optim
 from lance_ref import functional as F
-from lance_ref.autograd import no_grad
-from lance_ref.calibration import Calibration, calibrate
-from lance_ref.compression import attach, compress, restore
-from lance_ref.counting import count_macs
-from lance_ref.gradient_samples import sample_gradients
+from lance_ref import stores as activations
+from lance_ref.algebra import tucker
+from lance_ref.algebra.subspace import Subspace
+from lance_ref.engine.autograd import no_grad
+from lance_ref.engine.counting import count_macs
+from lance_ref.engine.tape_report import tape
+from lance_ref.engine.tensor import Tensor
+from lance_ref.lance.calibration import Calibration, calibrate
+from lance_ref.lance.compression import attach, compress, restore
+from lance_ref.lance.gradient_samples import sample_gradients
+from lance_ref.lance.planning import plan_ranks
+from lance_ref.lance.recalibration import Recalibrator
 from lance_ref.nn.init import manual_seed
-from lance_ref.planning import plan_ranks
-from lance_ref.recalibration import Recalibrator
-from lance_ref.selection import tune
-from lance_ref.subspace import Subspace
-from lance_ref.tape_report import tape
-from lance_ref.tensor import Tensor
-from lance_ref.tracing import record, trace
-from lance_ref.training import evaluate, fit
+from lance_ref.nn.selection import tune
+from lance_ref.nn.tracing import record, trace
+from lance_ref.train import checkpoint, training
+from lance_ref.train.training import evaluate, fit
 
 __version__ = "0.1.0"
 

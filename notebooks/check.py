@@ -264,7 +264,7 @@ def check(path: Path) -> tuple[list[str], float]:
 
 def write(path: Path) -> tuple[list[str], float]:
     """Run a notebook and put the fresh outputs in its place, whole or not at all; structure faults and seconds."""
-    from analysis.spectra_file import write_atomically
+    from analysis.ranks.spectra_file import write_atomically
 
     try:
         fresh, faults, seconds = execute(read(path), path.parent)

@@ -25,9 +25,9 @@ from analysis.onnx.patterns import simplify
 from analysis.onnx.tensor import Constant, shown
 from lance_ref import functional as F
 from lance_ref import nn
+from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
-from lance_ref.tensor import Tensor
-from lance_ref.tracing import record
+from lance_ref.nn.tracing import record
 
 _EXPECTED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError)
 

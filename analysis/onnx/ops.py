@@ -16,8 +16,8 @@ import numpy as np
 from analysis.onnx.file import Node
 from analysis.onnx.host import argument, axes_of, integers, new_shape, pieces, slices
 from lance_ref import functional as F
-from lance_ref.geometry import Pair
-from lance_ref.tensor import Tensor
+from lance_ref.algebra.geometry import Pair
+from lance_ref.engine.tensor import Tensor
 
 Inputs = Sequence[Any]
 TensorOp = Callable[[Node, Inputs], Any]

@@ -18,10 +18,10 @@ import numpy as np
 
 from analysis.rules.recompute import OP, flatten
 from lance_ref import functional as F
-from lance_ref._state import state
+from lance_ref.engine.state import state
+from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
-from lance_ref.tensor import Tensor
-from lance_ref.tracing import OpRecord, Recorder, Value
+from lance_ref.nn.tracing import OpRecord, Recorder, Value
 
 Lifetimes = Mapping[int, int]
 """By id of a value: after how many operations (segments themselves not counted) it is given back; no entry: never."""
@@ -56,7 +56,7 @@ class Watcher(Recorder):
 
 @contextmanager
 def watched(net: Module) -> Iterator[Watcher]:
-    """As :func:`lance_ref.tracing.record`, by a recorder that watches the tensors."""
+    """As :func:`lance_ref.nn.tracing.record`, by a recorder that watches the tensors."""
     watcher = Watcher({p.uid: name for name, p in net.named_parameters()})
     previous, state.recorder = state.recorder, watcher
     try:

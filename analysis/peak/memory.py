@@ -15,18 +15,18 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from analysis.account import Billed, row_names
 from analysis.peak.lifetimes import Lifetimes, lifetimes_from_scopes
 from analysis.peak.simulation import Simulation
+from analysis.rules.account import Billed, row_names
 from analysis.rules.recompute import flatten
 from lance_ref import functional as F
 from lance_ref import optim
-from lance_ref.activations import ActivationStore
-from lance_ref.kernels import numba_enabled
+from lance_ref.algebra.kernels.threads import numba_enabled
+from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
+from lance_ref.nn.tracing import OpRecord
 from lance_ref.optim import Optimizer
-from lance_ref.tensor import Tensor
-from lance_ref.tracing import OpRecord
+from lance_ref.stores import ActivationStore
 
 STATE_COPIES = {"sgd": 0, "sgd-momentum": 1, "adam": 2}
 """By optimiser: arrays of a parameter's size that it remembers from step to step."""
@@ -127,7 +127,7 @@ def peak(
     --------
     >>> from lance_ref import nn
     >>> from analysis.peak.lifetimes import lifetimes
-    >>> from analysis.nets import trace_step
+    >>> from analysis.steps.nets import trace_step
     >>> step = trace_step(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), "net", (6,), 8, "all", "float32")
     >>> found = peak(step.records, lifetimes=lifetimes(step.net, (8, 6)))
     >>> found.gradients_bytes, found.parameters_bytes  # 24 + 4 + 8 + 2 numbers

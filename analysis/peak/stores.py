@@ -17,7 +17,7 @@ from analysis.rules import tucker_costs
 from analysis.rules.layouts import Layout
 from analysis.rules.op_cost import Call
 from analysis.rules.stores import conv_sizes
-from lance_ref.kernels import numba_enabled
+from lance_ref.algebra.kernels.threads import numba_enabled
 
 BLOCK_BYTES = 8 * 2**20
 """Of activations that are worked on a few images at a time."""

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lance_ref._npz import load_npz, save_npz
 from lance_ref.conformance.case import FORMAT, FUNCTIONS, SEED, TOLERANCES, VERSION, Case, Check
 from lance_ref.conformance.layer_cases import layer_cases
 from lance_ref.conformance.subspace_cases import subspace_cases
+from lance_ref.io.npz import load_npz, save_npz
 
 INDEX = "cases.json"
 MAX_INDEX_BYTES = 16 * 2**20

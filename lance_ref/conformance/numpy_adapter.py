@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 import lance_ref
-from lance_ref import F, Tensor, nn, tucker
-from lance_ref.activations import Lance
+from lance_ref import F, Tensor, nn
+from lance_ref.algebra import tucker
+from lance_ref.algebra.geometry import ConvGeometry, LinearGeometry
+from lance_ref.algebra.subspace import Subspace, mode_names
 from lance_ref.continual import bases
 from lance_ref.continual.gpm import GPM
 from lance_ref.continual.metrics import metrics as continual_metrics
-from lance_ref.geometry import ConvGeometry, LinearGeometry
-from lance_ref.subspace import Subspace, mode_names
+from lance_ref.stores import Lance
 
 Factors = Sequence[np.ndarray | None]
 Geometry = Mapping[str, Any]

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref import counting
-from lance_ref.compression import chosen_layers
-from lance_ref.continual.patches import check_one_group, geometry_of, patch_tokens
-from lance_ref.counting import matmul, spending_on
-from lance_ref.frame import ORTHONORMAL_TOLERANCE
-from lance_ref.listening import run_over
+from lance_ref.algebra.frame import ORTHONORMAL_TOLERANCE
+from lance_ref.algebra.tucker import check_epsilon, eigenbasis, energy_rank, gram
+from lance_ref.engine import counting
+from lance_ref.engine.counting import matmul, spending_on
+from lance_ref.engine.tensor import FLOATS
+from lance_ref.lance.compression import chosen_layers
+from lance_ref.lance.listening import run_over
+from lance_ref.lance.patches import check_one_group, geometry_of, patch_tokens
 from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
-from lance_ref.selection import weighted_layers
-from lance_ref.tensor import FLOATS
-from lance_ref.tucker import check_epsilon, eigenbasis, energy_rank, gram
+from lance_ref.nn.selection import weighted_layers
 
 WEIGHTINGS = ("exact", "first-batch-heavy")
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lance_ref._state import state
 from lance_ref.continual.bases import checked_bases
-from lance_ref.counting import matmul, spending_on
+from lance_ref.engine.counting import matmul, spending_on
+from lance_ref.engine.state import state
 from lance_ref.nn.module import Module
-from lance_ref.selection import weighted_layers
+from lance_ref.nn.selection import weighted_layers
 
 
 class GPM:

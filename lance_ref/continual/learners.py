@@ -11,7 +11,7 @@ from lance_ref.continual.networks import heads_of
 from lance_ref.continual.protecting import Gpm, LanceLearner, LanceNoBatch, Protecting
 from lance_ref.continual.replay import Joint, Replay
 from lance_ref.continual.scenario import Samples
-from lance_ref.selection import weighted_layers
+from lance_ref.nn.selection import weighted_layers
 
 
 class HeadOnly(Learner):

@@ -11,10 +11,10 @@ import numpy as np
 from lance_ref import datasets, models, nn
 from lance_ref.continual import scenario as scenarios
 from lance_ref.continual.scenario import Scenario
-from lance_ref.features import extract, frozen_stages, tail
 from lance_ref.models.alexnet_cl import Heads
 from lance_ref.nn.module import Module
-from lance_ref.selection import weighted_layers
+from lance_ref.nn.selection import weighted_layers
+from lance_ref.train.features import extract, frozen_stages, tail
 
 NETWORKS = ("mlp", "convnet", "alexnet-cl")
 """What :func:`make` can give heads to."""

@@ -7,18 +7,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lance_ref import counting
-from lance_ref.compression import restore
+from lance_ref.algebra.subspace import Subspace
 from lance_ref.continual.bases import feature_gram, update_protected
 from lance_ref.continual.gpm import GPM
 from lance_ref.continual.learner import Learner, Recipe
 from lance_ref.continual.networks import heads_of
 from lance_ref.continual.protection import check_optimizer, compress_for_task
 from lance_ref.continual.scenario import Samples, Scenario
+from lance_ref.engine import counting
+from lance_ref.lance.compression import restore
 from lance_ref.nn.module import Module
+from lance_ref.nn.selection import weighted_layers
 from lance_ref.optim import Optimizer
-from lance_ref.selection import weighted_layers
-from lance_ref.subspace import Subspace
 
 
 class Protecting(Learner):
@@ -141,7 +141,7 @@ def basis_macs(subspace: Subspace, m: int) -> int:
     """Nominal multiply-adds of finding the factors of one layer's Gram matrices, which calibration does not count.
 
     Of the feature mode, of which m directions are protected: Q of the protected basis, NᵀKN, its eigenvectors V and
-    N V (:meth:`lance_ref.grams.LayerGrams.basis`).
+    N V (:meth:`lance_ref.algebra.grams.LayerGrams.basis`).
     """
     *others, n = [U.shape[0] if U is not None else 0 for U in subspace.factors]
     total = sum(counting.eigh_macs(size) for size in others) + counting.eigh_macs(n - m)

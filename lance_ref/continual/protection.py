@@ -15,22 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.activations import EXACT, ActivationStore, Lance
-from lance_ref.compression import match_layers
+from lance_ref.algebra.frame import FeatureMean, Frame, with_direction
+from lance_ref.algebra.grams import LayerGrams, select_modes
+from lance_ref.algebra.subspace import Subspace, shape_text
+from lance_ref.algebra.tucker import check_epsilon
 from lance_ref.continual.bases import NOTHING, checked_bases
-from lance_ref.continual.patches import PatchGrams, PatchLance, geometry_of, patch_tokens
-from lance_ref.frame import FeatureMean, Frame, with_direction
-from lance_ref.grams import LayerGrams, select_modes
-from lance_ref.listening import run_over
+from lance_ref.engine.tensor import Tensor
+from lance_ref.lance.compression import match_layers
+from lance_ref.lance.listening import run_over
+from lance_ref.lance.patches import PatchGrams, PatchLance, geometry_of, patch_tokens
 from lance_ref.models.alexnet_cl import Heads
 from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
+from lance_ref.nn.selection import weighted_layers
 from lance_ref.optim.optimizer import Optimizer
 from lance_ref.optim.sgd import SGD
-from lance_ref.selection import weighted_layers
-from lance_ref.subspace import Subspace, shape_text
-from lance_ref.tensor import Tensor
-from lance_ref.tucker import check_epsilon
+from lance_ref.stores import EXACT, ActivationStore, Lance
 
 MODES = ("batch", "token", "feature")
 
@@ -102,8 +102,8 @@ def compress_for_task(
     ----------
     net : Module
         Changed in place. ``layer.store`` of the layers named in ``protected`` becomes a
-        :class:`~lance_ref.activations.Lance`, or, of convolutions, a
-        :class:`~lance_ref.continual.patches.PatchLance`, and their weights train. Layers with nothing left to
+        :class:`~lance_ref.stores.Lance`, or, of convolutions, a
+        :class:`~lance_ref.lance.patches.PatchLance`, and their weights train. Layers with nothing left to
         learn in get ``weight.requires_grad = False`` and the exact store, which then keeps nothing. Biases and all
         other layers are as they were: see :func:`check_optimizer`.
     batches : iterable of arrays, Tensors, or (inputs, labels) tuples

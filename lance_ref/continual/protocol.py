@@ -14,21 +14,21 @@ from typing import Any
 import numpy as np
 
 from lance_ref import functional as F
-from lance_ref._npz import load_npz, save_npz
-from lance_ref._progress import Advance, progress_bar
-from lance_ref.autograd import no_grad
-from lance_ref.checkpoint import _compare, _plain, _unplain, generators, remove_partial
 from lance_ref.continual.learners import Learner, Pass
 from lance_ref.continual.metrics import Metrics, metrics
 from lance_ref.continual.networks import heads_of
 from lance_ref.continual.scenario import Samples, Scenario
-from lance_ref.counting import count_macs
-from lance_ref.features import in_mode, mixed_batches
+from lance_ref.engine.autograd import no_grad
+from lance_ref.engine.counting import count_macs
+from lance_ref.engine.tape_report import tape
+from lance_ref.engine.tensor import Tensor
+from lance_ref.io.npz import load_npz, save_npz
+from lance_ref.io.progress import Advance, progress_bar
 from lance_ref.nn.module import Module
+from lance_ref.nn.tracing import OpRecord, record
 from lance_ref.optim import SGD, clip_grad_norm_
-from lance_ref.tape_report import tape
-from lance_ref.tensor import Tensor
-from lance_ref.tracing import OpRecord, record
+from lance_ref.train.checkpoint import _compare, _plain, _unplain, generators, remove_partial
+from lance_ref.train.features import in_mode, mixed_batches
 
 FORMAT = 1
 Bill = Callable[[Sequence[Sequence[OpRecord]]], Mapping[str, Any]]
@@ -357,7 +357,7 @@ class _Run:
 def accuracy(net: Module, scenario: Scenario, samples: Samples, head: int, batch_size: int) -> float:
     """Share of right answers of one head, in evaluation mode; mode and selected head are put back.
 
-    The batches are those of :func:`lance_ref.features.mixed_batches`, of at most ``batch_size`` images.
+    The batches are those of :func:`lance_ref.train.features.mixed_batches`, of at most ``batch_size`` images.
     """
     heads = heads_of(net)
     selected = 0 if heads is None else heads.selected

@@ -10,7 +10,7 @@ import numpy as np
 from lance_ref import datasets
 from lance_ref.datasets import Dataset
 from lance_ref.datasets.dataset import spread
-from lance_ref.features import Features
+from lance_ref.train.features import Features
 
 Channels = tuple[float, ...]
 
@@ -243,7 +243,7 @@ def domains(name: str, features: Sequence[tuple[Features, Features]], classes: S
     ----------
     name : str
     features : sequence of (train, test)
-        Of :func:`lance_ref.features.extract`.
+        Of :func:`lance_ref.train.features.extract`.
     classes : sequence of int
         Number of classes of each data set.
     """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lance_ref._random import as_generator
+from lance_ref.engine.random import as_generator
 
 MAX_BYTES = 2 * 1024**3
 """Most bytes of pixels that one data set may take in memory."""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lance_ref._npz import load_npz
 from lance_ref.datasets.dataset import Dataset, resize, spread, to_channels
+from lance_ref.io.npz import load_npz
 
 TEST_IMAGES = 360
 SOURCE = "Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, CC BY 4.0"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lance_ref._npz import load_npz
 from lance_ref.datasets.dataset import Dataset, check_memory, resize, size_pair, spread, to_channels
 from lance_ref.datasets.digits import load_digits
 from lance_ref.datasets.files import read_zip
 from lance_ref.datasets.locate import find_files
 from lance_ref.datasets.published import PUBLISHED, Published
+from lance_ref.io.npz import load_npz
 
 MAX_NPZ_BYTES = 256 * 1024**2
 """Most bytes, decompressed, that an archive of arrays may hold."""

@@ -4,7 +4,7 @@ Operands may be Tensors, NumPy arrays or Python numbers; a number takes the dtyp
 operand, and float32 is never mixed with float64. Every function also runs on tensors without
 data, from shapes alone (:func:`lance_ref.trace`).
 
-Each operation is one :class:`~lance_ref.autograd.Function`: ``output_shape`` checks the arguments,
+Each operation is one :class:`~lance_ref.engine.autograd.Function`: ``output_shape`` checks the arguments,
 ``forward`` computes and names what it keeps for backward, ``backward`` stands below it.
 """
 

@@ -1,7 +1,7 @@
 """The two layers with weights: linear and 2-D convolution.
 
 Both leave it to an activation store to decide what is kept of the input for the weight
-gradient (:mod:`lance_ref.activations`). The input gradient needs the weight alone, so nothing is
+gradient (:mod:`lance_ref.stores`). The input gradient needs the weight alone, so nothing is
 kept for it, and it is exact under every store that does not say otherwise.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref._state import state
-from lance_ref.activations import EXACT, ActivationStore
-from lance_ref.autograd import Function, Node
-from lance_ref.counting import spending_on
-from lance_ref.geometry import ConvGeometry, Geometry, LinearGeometry, Padding, Pair
-from lance_ref.tensor import FLOATS, Shape, Tensor, as_tensor
+from lance_ref.algebra.geometry import ConvGeometry, Geometry, LinearGeometry, Padding, Pair
+from lance_ref.engine.autograd import Function, Node
+from lance_ref.engine.counting import spending_on
+from lance_ref.engine.state import state
+from lance_ref.engine.tensor import FLOATS, Shape, Tensor, as_tensor
+from lance_ref.stores import EXACT, ActivationStore
 
 
 class _Weighted(Function):

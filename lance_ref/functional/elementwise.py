@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.autograd import Function
-from lance_ref.functional.arguments import (
+from lance_ref.engine.arguments import (
     NUMBERS,
     Context,
     Gradients,
@@ -21,8 +20,9 @@ from lance_ref.functional.arguments import (
     unbroadcast,
     unbroadcast_product,
 )
-from lance_ref.functional.blocks import blockwise
-from lance_ref.tensor import Shape, Tensor, as_tensor
+from lance_ref.engine.autograd import Function
+from lance_ref.engine.blocks import blockwise
+from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 
 
 class Unary(Function):

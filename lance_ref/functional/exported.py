@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.autograd import Function
-from lance_ref.functional.arguments import NUMBERS, Context, Gradients, unbroadcast
+from lance_ref.algebra.kernels.elementwise import apply_mask
+from lance_ref.engine.arguments import NUMBERS, Context, Gradients, unbroadcast
+from lance_ref.engine.autograd import Function
+from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 from lance_ref.functional.elementwise import Unary
-from lance_ref.kernels_elementwise import apply_mask
-from lance_ref.tensor import Shape, Tensor, as_tensor
 
 TANH_SCALE, TANH_CUBE = math.sqrt(2 / math.pi), 0.044715
 """GELU by tanh: Φ(x) ≈ (1 + tanh(√(2/π)·(x + 0.044715·x³))) / 2."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.autograd import Function
-from lance_ref.functional.arguments import Context, Gradients, smallest_unsigned
-from lance_ref.tensor import Shape, Tensor, as_tensor
+from lance_ref.engine.arguments import Context, Gradients, smallest_unsigned
+from lance_ref.engine.autograd import Function
+from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 
 
 class _Index:

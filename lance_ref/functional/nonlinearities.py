@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref._random import as_generator, will_draw
-from lance_ref.autograd import Function
-from lance_ref.functional.arguments import NUMBERS, Context, Gradients, one_dim
-from lance_ref.functional.blocks import BLOCK_ELEMENTS, blockwise, pieces
+from lance_ref.algebra.kernels.elementwise import apply_mask, clamp_and_pack, pack_blocks
+from lance_ref.engine.arguments import NUMBERS, Context, Gradients, one_dim
+from lance_ref.engine.autograd import Function
+from lance_ref.engine.blocks import BLOCK_ELEMENTS, blockwise, pieces
+from lance_ref.engine.random import as_generator, will_draw
+from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 from lance_ref.functional.elementwise import Unary
-from lance_ref.kernels_elementwise import apply_mask, clamp_and_pack, pack_blocks
-from lance_ref.tensor import Shape, Tensor, as_tensor
 
 
 class Tanh(Unary):

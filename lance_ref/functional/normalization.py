@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.autograd import Function
-from lance_ref.functional.arguments import Context, Gradients, require_floating, unbroadcast_product
-from lance_ref.functional.blocks import blockwise, pieces
-from lance_ref.kernels_elementwise import scale_and_shift
-from lance_ref.tensor import Shape, Tensor, as_tensor
+from lance_ref.algebra.kernels.elementwise import scale_and_shift
+from lance_ref.engine.arguments import Context, Gradients, require_floating, unbroadcast_product
+from lance_ref.engine.autograd import Function
+from lance_ref.engine.blocks import blockwise, pieces
+from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 
 _STATISTICS = ("running_mean", "running_var")
 _WITH_AFFINE = ("weight", "bias", *_STATISTICS)

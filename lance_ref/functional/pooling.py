@@ -2,7 +2,7 @@
 
 The mean handles one window position ("tap") at a time for all windows at once, on the strided part
 of the image that it sees; positions that fall into the padding are left out, so nothing is padded.
-The loops of the maximum are in :mod:`lance_ref.kernels_elementwise`.
+The loops of the maximum are in :mod:`lance_ref.algebra.kernels.elementwise`.
 """
 # mypy: disable-error-code="override"
 
@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.autograd import Function
-from lance_ref.functional.arguments import Context, Gradients, require_images
+from lance_ref.algebra.kernels.elementwise import max_pool_backward, max_pool_forward
+from lance_ref.engine.arguments import Context, Gradients, require_images
+from lance_ref.engine.autograd import Function
+from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 from lance_ref.functional.convolution import pair
-from lance_ref.kernels_elementwise import max_pool_backward, max_pool_forward
-from lance_ref.tensor import Shape, Tensor, as_tensor
 
 Pair = tuple[int, int]
 

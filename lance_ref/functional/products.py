@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref import counting
-from lance_ref.autograd import Function
-from lance_ref.functional.arguments import Context, Gradients, operands, require_floating, unbroadcast
-from lance_ref.tensor import Shape, Tensor
+from lance_ref.engine import counting
+from lance_ref.engine.arguments import Context, Gradients, operands, require_floating, unbroadcast
+from lance_ref.engine.autograd import Function
+from lance_ref.engine.tensor import Shape, Tensor
 
 
 class Matmul(Function):

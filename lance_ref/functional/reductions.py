@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.autograd import Function
-from lance_ref.functional.arguments import (
+from lance_ref.engine.arguments import (
     Context,
     Gradients,
     many_dims,
     one_dim,
     smallest_unsigned,
 )
-from lance_ref.tensor import Shape, Tensor, as_tensor
+from lance_ref.engine.autograd import Function
+from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 
 Dims = tuple[int, ...] | None
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.autograd import Function
-from lance_ref.functional.arguments import NUMBERS, Context, Gradients, one_dim, require_floating
-from lance_ref.tensor import Shape, Tensor, as_tensor
+from lance_ref.engine.arguments import NUMBERS, Context, Gradients, one_dim, require_floating
+from lance_ref.engine.autograd import Function
+from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 
 
 class Reshape(Function):

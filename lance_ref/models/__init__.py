@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lance_ref.datasets.pixels import PREPROCESSING, preprocess, scale_to_one
 from lance_ref.models.alexnet_cl import AlexNetCL, alexnet_cl
 from lance_ref.models.convnet import ConvNet, convnet
 from lance_ref.models.deit import DeiT, deit_small, deit_tiny
@@ -14,7 +15,6 @@ from lance_ref.models.mcunet import MCUNet, mcunet
 from lance_ref.models.mlp import MLP, mlp
 from lance_ref.models.mobilenetv2 import MobileNetV2, mobilenetv2
 from lance_ref.models.mobilenetv3 import MobileNetV3, mobilenetv3_small
-from lance_ref.models.pixels import PREPROCESSING, preprocess, scale_to_one
 from lance_ref.models.pretrained import PRETRAINED, Weights
 from lance_ref.models.resnet import ResNet, resnet18, resnet34, resnet50
 from lance_ref.models.resnet8 import ResNet8, resnet8

@@ -13,8 +13,8 @@ import numpy as np
 
 from lance_ref import functional as F
 from lance_ref import nn
+from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive_int, source
-from lance_ref.tensor import Tensor
 
 CONVOLUTIONS = ((64, 4), (128, 3), (256, 2))
 """Channels and kernel size; each is followed by 2x2 max-pooling: maps of 32, 29, 14, 12, 6, 5, 2 pixels."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lance_ref import functional as F
 from lance_ref import nn
+from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive_int, source
-from lance_ref.tensor import Tensor
 
 
 class ConvNet(nn.Module):

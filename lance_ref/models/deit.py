@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from lance_ref import functional as F
 from lance_ref import nn
+from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive_int, normal_weight, source
 from lance_ref.nn.init import normal_parameter
 from lance_ref.nn.module import Parameter
-from lance_ref.tensor import Tensor
 
 PATCH = 16
 DEPTH = 12

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Sequence
 
 from lance_ref import nn
+from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive_int, source
-from lance_ref.tensor import Tensor
 
 
 class MLP(nn.Module):

@@ -6,9 +6,9 @@ import os
 
 from lance_ref import functional as F
 from lance_ref import nn
+from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive, check_positive_int, kaiming_fan_out, source
 from lance_ref.models.pretrained import load_mobilenetv2
-from lance_ref.tensor import Tensor
 
 STAGES = (
     # expansion t, channels c, blocks n, stride s of the first block (Table 2)

@@ -8,9 +8,9 @@ import numpy as np
 
 from lance_ref import functional as F
 from lance_ref import nn
+from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive, check_positive_int, kaiming_fan_out, normal_weight, source
 from lance_ref.models.mobilenetv2 import divisible
-from lance_ref.tensor import Tensor
 
 EPS, MOMENTUM = 1e-3, 0.01
 """Of every batch norm; TensorFlow's choices, which torchvision took over."""

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from lance_ref import nn
-from lance_ref._npz import load_npz
-from lance_ref._state import state
 from lance_ref.datasets.locate import data_file
+from lance_ref.engine.state import state
+from lance_ref.io.npz import load_npz
 from lance_ref.nn.module import Module
 
 IMAGENET_OUTPUTS = 1001

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from lance_ref import functional as F
 from lance_ref import nn
+from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive_int, kaiming_fan_out, source
-from lance_ref.tensor import Tensor
 
 
 class BasicBlock(nn.Module):

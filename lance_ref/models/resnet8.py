@@ -6,9 +6,9 @@ import os
 
 from lance_ref import functional as F
 from lance_ref import nn
+from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive_int, kaiming_fan_out, source
 from lance_ref.models.pretrained import load_plain
-from lance_ref.tensor import Tensor
 
 CHANNELS = (16, 32, 64)
 EPS = 1e-3

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from lance_ref import functional as F
+from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.layers import Linear, Rng, positive_integers
 from lance_ref.nn.module import Module
-from lance_ref.tensor import Tensor
 
 
 class SelfAttention(Module):

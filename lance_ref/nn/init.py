@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref._random import as_generator, manual_seed
-from lance_ref._state import state
+from lance_ref.engine.random import as_generator, manual_seed
+from lance_ref.engine.state import state
+from lance_ref.engine.tensor import Shape
 from lance_ref.nn.module import Parameter
-from lance_ref.tensor import Shape
 
 __all__ = [
     "as_generator",

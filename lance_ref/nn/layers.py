@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from lance_ref import functional as F
-from lance_ref.activations import EXACT, ActivationStore
+from lance_ref.engine.tensor import Tensor
 from lance_ref.functional.convolution import pair, resolve_padding
 from lance_ref.nn.init import as_generator, default_bound, uniform_parameter
 from lance_ref.nn.module import Module
-from lance_ref.tensor import Tensor
+from lance_ref.stores import EXACT, ActivationStore
 
 Rng = np.random.Generator | int | None
 Size = int | Sequence[int]

@@ -21,11 +21,11 @@ from contextlib import nullcontext
 
 import numpy as np
 
-from lance_ref.counting import matmul
+from lance_ref.engine.counting import matmul
+from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.init import as_generator, constant_parameter, shapes_only
 from lance_ref.nn.layers import Conv2d, Linear, Rng, positive_integers
 from lance_ref.nn.module import Module, Parameter, _structure_changed
-from lance_ref.tensor import Tensor
 
 
 class Sum(Module):

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lance_ref._state import state
-from lance_ref.tensor import FLOATS, Shape, Tensor
+from lance_ref.engine.state import state
+from lance_ref.engine.tensor import FLOATS, Shape, Tensor
 
 Self = TypeVar("Self", bound="Module")
 _structure = itertools.count(1)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from lance_ref import functional as F
+from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.init import constant_parameter
 from lance_ref.nn.layers import positive_integers
 from lance_ref.nn.module import Module
-from lance_ref.tensor import Tensor
 
 
 class BatchNorm2d(Module):

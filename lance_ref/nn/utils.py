@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lance_ref.tensor import Tensor
+from lance_ref.engine.tensor import Tensor
 
 
 def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> float:

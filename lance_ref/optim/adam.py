@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from lance_ref.engine.tensor import Tensor
 from lance_ref.optim.optimizer import Optimizer, at_least
-from lance_ref.tensor import Tensor
 
 
 class Adam(Optimizer):

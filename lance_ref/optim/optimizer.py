@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lance_ref.tensor import Tensor
+from lance_ref.engine.tensor import Tensor
 
 
 class Optimizer:

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from lance_ref.engine.tensor import Tensor
 from lance_ref.optim.optimizer import Optimizer
-from lance_ref.tensor import Tensor
 
 
 class SGD(Optimizer):

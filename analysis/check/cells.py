@@ -1,0 +1,126 @@
+"""One cell of the validation: a net, a batch size and a dtype, with every method predicted and run.
+
+What agrees is for :mod:`analysis.check.measure` to say: what is counted, bytes and multiply-adds, must be equal in every
+layer; the peak of memory, which ``tracemalloc`` measures together with Python's own objects, must be near.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from analysis.check.measure import compare
+from analysis.commands.cli import one_line
+from analysis.commands.provenance import code_fingerprint
+from analysis.steps.methods import METHODS, NotApplicableError
+from analysis.steps.nets import CannotRunError
+
+if TYPE_CHECKING:
+    from analysis.reports.predict import Prediction
+
+SHAPES = {
+    "mlp": (64,),
+    "convnet": (3, 12, 16),
+    "resnet8": (3, 24, 32),
+    "alexnet-cl": (3, 32, 32),
+    "deit-tiny": (3, 48, 48),
+    "deit-small": (3, 48, 48),
+}
+"""Shape of one input: small, and where the net allows it not square, so that height and width are told apart."""
+OTHER_SHAPES = (3, 36, 72)
+"""Of nets for 224 pixels; leaves the last layers a map of 2 x 3 places."""
+CLASSES = 10
+SHOWN_DIFFERENCES = 10
+"""Of one method and one quantity; all are counted."""
+
+Cell = dict[str, Any]
+
+
+def cells(
+    nets: Sequence[str], methods: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], ranks: float
+) -> list[Cell]:
+    """The grid, as arguments of :func:`validate_cell`."""
+    return [
+        {
+            "net": net,
+            "batch": batch,
+            "dtype": dtype,
+            "methods": list(methods),
+            "ranks": ranks,
+            "code": code_fingerprint(),  # a cell that ran on other code says nothing about this one
+        }
+        for net in dict.fromkeys(nets)
+        for dtype in dict.fromkeys(dtypes)
+        for batch in dict.fromkeys(batches)
+    ]
+
+
+def validate_cell(
+    net: str, batch: int, dtype: str, methods: Sequence[str], ranks: float = 0.25, code: str = ""
+) -> dict[str, Any]:
+    """Predict and run one step of every method.
+
+    Parameters
+    ----------
+    net : str
+        A name of ``lance_ref.models.names()``.
+    batch : int
+    dtype : {"float32", "float64"}
+    methods : sequence of str
+        Of :data:`analysis.steps.methods.METHODS`.
+    ranks : float
+        A fraction of each mode, for the methods that have ranks.
+    code : str
+        Tells cells of other sources apart (:func:`code_fingerprint`).
+
+    Returns
+    -------
+    dict
+        For JSON: what was run, and for each method what :func:`_numbers` gives, ``{"left_out": why}``, or
+        ``{"failed": message}``.
+    """
+    from analysis.cost_model import predict
+
+    shape = SHAPES.get(net, OTHER_SHAPES)
+    try:
+        plain = predict(
+            net, batch, input_shape=shape, num_classes=CLASSES, methods=["bp"], dtype=dtype, with_weights=True
+        )
+    except CannotRunError as error:  # batch norm with the statistics of one vector
+        predict(net, batch + 1, input_shape=shape, num_classes=CLASSES, methods=["bp"])  # raises if not for the batch
+        left_out = {method: {"left_out": one_line(error)} for method in methods}
+        return {"input_shape": list(shape), "tuned_layers": [], "methods": left_out}
+    outcome: dict[str, Any] = {"input_shape": list(shape), "tuned_layers": list(plain.step.tuned_layers), "methods": {}}
+    for method in methods:
+        try:
+            prediction = predict(plain.step, methods=[method], ranks=str(ranks) if METHODS[method].ranks else None)
+            outcome["methods"][method] = _numbers(prediction)
+        except Exception as error:  # a cell that fails is a disagreement, and the others run on
+            if isinstance(error.__context__, NotApplicableError):
+                outcome["methods"][method] = {"left_out": one_line(error.__context__)}
+            else:
+                outcome["methods"][method] = {"failed": f"{type(error).__name__}: {one_line(error)}"}
+    return outcome
+
+
+def _numbers(prediction: Prediction) -> dict[str, Any]:
+    """By quantity: totals predicted and measured, how many numbers were compared, and those that differ."""
+    comparison = compare(prediction, peaks=True)
+    found: dict[str, Any] = {}
+    for line in comparison.lines:
+        entry = found.setdefault(
+            line.what, {"predicted": 0, "measured": 0, "numbers": 0, "differing": 0, "differences": []}
+        )
+        entry["predicted"] += line.predicted
+        entry["measured"] += line.measured
+        entry["numbers"] += 1
+        if not line.agrees:
+            entry["differing"] += 1
+            if len(entry["differences"]) < SHOWN_DIFFERENCES:
+                entry["differences"].append([line.layer, line.predicted, line.measured])
+    return {"quantities": found, "notes": comparison.notes}
+
+
+def with_fields(cell: Cell, outcome: dict[str, Any]) -> dict[str, Any]:
+    """What ran and what came of it, as one entry of the results file; the fingerprint is said once for all."""
+    return {**{name: cell[name] for name in ("net", "batch", "dtype")}, **outcome}

@@ -1,0 +1,1 @@
+"""What all commands share: checks of options, provenance of results, and runs of many cells."""

@@ -1,0 +1,71 @@
+"""Where a results file comes from: command, versions, seed, machine, threads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import analysis
+import lance_ref
+
+THREAD_SETTINGS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "LANCE_REF_THREADS")
+"""Environment variables that decide how many threads the arithmetic uses."""
+
+
+def provenance(module: str, seed: int) -> dict[str, Any]:
+    """What every results file carries.
+
+    Parameters
+    ----------
+    module : str
+        The module that was run, e.g. ``"experiments.adapt"``; its arguments are the process's own.
+    seed : int
+        The seed that fixed everything.
+    """
+    import numba
+    import numpy
+    import scipy
+
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "seed": seed,
+        "versions": {
+            "lance_ref": lance_ref.__version__,
+            "python": platform.python_version(),
+            "numpy": numpy.__version__,
+            "scipy": scipy.__version__,
+            "numba": numba.__version__,
+        },
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
+        "threads": {name: os.environ.get(name, "default") for name in THREAD_SETTINGS},
+    }
+
+
+@cache
+def code_fingerprint() -> str:
+    """SHA-256 of the sources of both packages: what ran on other code may say nothing about this one."""
+    digest = hashlib.sha256()
+    for package in (lance_ref, analysis):
+        folder = Path(package.__path__[0])
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{package.__name__}/{path.relative_to(folder).as_posix()}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _processor() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()

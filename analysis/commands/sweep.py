@@ -1,0 +1,368 @@
+"""Many independent runs, each run once: cells of an experiment, in local processes or on a Dask cluster.
+
+A cell is a dict of keyword arguments for one function. Its outcome is a file named after both, so that a
+sweep that was stopped, by whatever, goes on where it was, and one that grew runs what is new. Only the
+process that called :func:`run_cells` writes files; each appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from analysis.commands.cli import one_line
+from analysis.ranks.spectra_file import write_atomically
+from lance_ref.io.progress import progress_bar
+
+FORMAT = "lance_ref sweep cell"
+VERSION = 1
+CONNECT_SECONDS = 8.0
+"""How long a scheduler may take to answer."""
+
+Outcome = dict[str, Any]
+"""Of a cell that finished: result, seconds, provenance. Of one that failed: error and traceback."""
+
+_ONE_AT_A_TIME = threading.Lock()  # a Dask worker may have several threads, but NumPy's settings are the process's
+
+
+@dataclass(frozen=True)
+class Task:
+    """One cell to run: ``key`` names its file, ``cell`` is as JSON gives it back, ``differs`` tells it from others."""
+
+    key: str
+    function: str
+    cell: dict[str, Any]
+    differs: frozenset[str] | None = None
+
+    def __str__(self) -> str:
+        shown = [name for name in self.cell if self.differs is None or name in self.differs]
+        return " ".join(f"{name}={json.dumps(self.cell[name])}" for name in shown) or "(no arguments)"
+
+
+def run_cells(
+    cells: Sequence[dict[str, Any]],
+    function: str,
+    folder: str | os.PathLike[str],
+    *,
+    jobs: int = 2,
+    scheduler: str | None = None,
+    progress: bool | None = None,
+) -> list[dict[str, Any]]:
+    """Run ``function(**cell)`` for every cell that has not been run before, and return all results.
+
+    Parameters
+    ----------
+    cells : sequence of dicts
+        Keyword arguments that JSON can express; the function gets them as JSON gives them back, tuples as
+        lists. Equal cells are run once.
+    function : str
+        ``"package.module:name"``, importable where the cells run; returns a dict that JSON can express (NaN
+        and infinity pass as Python writes and reads them).
+    folder : path
+        Of the finished cells, ``<key>.json`` each; made if need be. ``key`` is the SHA-256 of function and
+        cell, so that one folder can serve any number of sweeps.
+    jobs : int
+        Processes on this machine, each with one thread for its arithmetic. Not used with ``scheduler``.
+    scheduler : str, optional
+        Address of a Dask scheduler, ``"tcp://host:8786"``, whose workers can import the function. A worker
+        runs one cell at a time, whatever its number of threads.
+    progress : bool, optional
+        True: a bar on standard error; False: nothing; by default a bar if that is a terminal, and
+        otherwise a line for each cell that ends.
+
+    Returns
+    -------
+    list of dicts
+        The function's results, in the order of ``cells``, always as JSON gives them back.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is out of range, or a cell is not JSON; nothing has run then.
+    ImportError, ConnectionError
+        If Dask is not installed, or the scheduler does not answer or goes away.
+    RuntimeError
+        If cells failed, when all others have finished: how many, and the first one's cell and message (its
+        traceback as a note). They run again next time.
+
+    Notes
+    -----
+    What a finished cell's file holds is compared with function and cell. A file that is damaged or belongs
+    to something else is reported on standard error, and replaced when the cell has run again.
+
+    A finished cell stands whatever became of the code since. How many of the results are from the folder, and how
+    many of these were made by other sources of the two packages, is one line on standard error, unless ``progress``
+    is False.
+
+    A worker that is killed takes down no cell but its own. On a cluster that cell is run by another worker
+    (Dask gives up after its ``allowed-failures``). In local processes it is run again alone, and fails if
+    its process dies then too. A finished cell is run again only if its worker dies before the outcome has
+    arrived here.
+
+    Two processes may sweep into one folder at the same time. At worst both run a cell; the file is one or the
+    other's. Within a process one sweep runs at a time, as they would share a pool.
+    """
+    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
+        raise ValueError(f"jobs is {jobs!r}, expected a positive integer")
+    _load(function)
+    tasks = _told_apart([_task(position, cell, function) for position, cell in enumerate(cells)])
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes: dict[str, Outcome] = {}
+    missing: dict[str, Task] = {}
+    for task in tasks:
+        if task.key not in outcomes and task.key not in missing:
+            found = _read(folder / f"{task.key}.json", task)
+            if found is None:
+                missing[task.key] = task
+            else:
+                outcomes[task.key] = found
+    if outcomes and progress is not False:
+        print(_from_before(outcomes, len(outcomes) + len(missing), folder), file=sys.stderr, flush=True)
+    if missing:
+        waiting = list(missing.values())
+        arriving = _in_processes(waiting, jobs) if scheduler is None else _on_cluster(waiting, scheduler)
+        _collect(arriving, outcomes, folder, len(outcomes) + len(missing), progress)
+    _raise_failures([outcomes[key] for key in missing], list(missing.values()))
+    return [outcomes[task.key]["result"] for task in tasks]
+
+
+def run_cell(task: Task) -> Outcome:
+    """Run one cell in this process; whatever it raises becomes part of the outcome."""
+    # read when lance_ref's first compiled loop runs, which is in this cell or was in an earlier one
+    os.environ["LANCE_REF_THREADS"] = "1"
+    with _ONE_AT_A_TIME:
+        try:
+            where = _where()  # now: at the end of a long run the sources may be others
+            started = time.perf_counter()
+            result = _load(task.function)(**task.cell)
+            if not isinstance(result, dict):
+                raise TypeError(f"{task.function} returned {type(result).__name__}, expected a dict that JSON can hold")
+            result = json.loads(json.dumps(result))
+            return {"result": result, "seconds": time.perf_counter() - started, "provenance": where}
+        except (Exception, SystemExit) as error:
+            return {"error": f"{type(error).__name__}: {one_line(error)}", "traceback": traceback.format_exc()}
+
+
+def _where() -> dict[str, Any]:
+    """Versions, sources, machine and threads of this process; command and seed are the cell's own business."""
+    from analysis.commands.provenance import code_fingerprint, provenance
+
+    whole = {**provenance("analysis.commands.sweep", 0), "sources": code_fingerprint()}
+    return {name: whole[name] for name in ("versions", "sources", "machine", "threads")}
+
+
+# ---- cells and their files -----------------------------------------------------------------
+
+
+def _load(function: str) -> Callable[..., Any]:
+    """The function that ``"package.module:name"`` names."""
+    module, colon, name = function.partition(":") if isinstance(function, str) else ("", "", "")
+    if not (colon and module and name) or module == "__main__":
+        raise ValueError(f"function is {function!r}, expected 'package.module:name' of a module that can be imported")
+    found = getattr(importlib.import_module(module), name, None)
+    if not callable(found):
+        raise ValueError(f"function is {function!r}, but {module} has no function {name!r}")
+    return found
+
+
+def _task(position: int, cell: Any, function: str) -> Task:
+    if not isinstance(cell, dict) or any(not isinstance(name, str) for name in cell):
+        raise TypeError(f"cell {position} is {cell!r}, expected a dict of keyword arguments")
+    try:
+        text = json.dumps([function, cell], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"cell {position} is {cell!r}, which JSON cannot express: {one_line(error)}") from None
+    return Task(hashlib.sha256(text.encode()).hexdigest(), function, json.loads(json.dumps(cell)))
+
+
+def _told_apart(tasks: list[Task]) -> list[Task]:
+    """The tasks, each knowing by which arguments the cells differ; where they are all equal, all arguments tell."""
+    names = {name for task in tasks for name in task.cell}
+    values = {name: {json.dumps(task.cell.get(name), sort_keys=True) for task in tasks} for name in names}
+    differing = frozenset(name for name in names if len(values[name]) > 1) or None
+    return [replace(task, differs=differing) for task in tasks]
+
+
+def _read(path: Path, task: Task) -> Outcome | None:
+    """A finished cell's file, or None if there is none; of one that cannot be trusted standard error tells."""
+    try:
+        document = json.loads(path.read_bytes())
+        if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (FORMAT, VERSION):
+            raise ValueError(f"is no finished cell of version {VERSION}")
+        if (document.get("function"), document.get("cell")) != (task.function, task.cell):
+            raise ValueError("belongs to another cell")
+        if not isinstance(document.get("result"), dict):
+            raise ValueError("holds no result")
+        return document
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        print(f"sweep: {path}: {one_line(error)}; the cell is run again", file=sys.stderr, flush=True)
+        return None
+
+
+def _from_before(found: Mapping[str, Outcome], total: int, folder: Path) -> str:
+    """How many cells had been finished, when, and whether by the sources at hand."""
+    from analysis.commands.provenance import code_fingerprint
+
+    days = {time.strftime("%Y-%m-%d", time.localtime((folder / f"{key}.json").stat().st_mtime)) for key in found}
+    origins = [outcome.get("provenance") for outcome in found.values()]
+    sources = [origin.get("sources") if isinstance(origin, dict) else None for origin in origins]
+    unknown, same = sources.count(None), sources.count(code_fingerprint())
+    unlike = {"other sources than now": len(sources) - unknown - same, "unknown sources": unknown}
+    line = f"sweep: {len(found)} of {total} cells from {folder}, made {' to '.join(sorted({min(days), max(days)}))}"
+    if same < len(found):
+        line += f" ({', '.join(f'{count} by {which}' for which, count in unlike.items() if count)}"
+        line += "; another folder runs them anew)"
+    return line
+
+
+def _write(path: Path, task: Task, outcome: Outcome) -> None:
+    document = {"format": FORMAT, "version": VERSION, "function": task.function, "cell": task.cell, **outcome}
+    write_atomically(path, json.dumps(document, indent=1) + "\n")
+
+
+def _collect(
+    arriving: Iterator[tuple[Task, Outcome]],
+    outcomes: dict[str, Outcome],
+    folder: Path,
+    total: int,
+    progress: bool | None,
+) -> None:
+    """Store each outcome as it comes, and say so."""
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    lines = progress is None and not terminal
+    with progress_bar("cells", total, progress, done=len(outcomes)) as advance:
+        for task, outcome in arriving:
+            if "error" not in outcome:
+                _write(folder / f"{task.key}.json", task, outcome)
+            outcomes[task.key] = outcome
+            how = f"failed, {outcome['error']}" if "error" in outcome else f"{outcome['seconds']:.1f} s"
+            advance(1, how.partition(",")[0])
+            if lines:
+                print(f"[{len(outcomes)}/{total}] {task}: {how}", file=sys.stderr, flush=True)
+
+
+def _raise_failures(outcomes: Sequence[Outcome], tasks: Sequence[Task]) -> None:
+    failed = [(task, outcome) for task, outcome in zip(tasks, outcomes, strict=True) if "error" in outcome]
+    if failed:
+        task, outcome = failed[0]
+        error = RuntimeError(
+            f"{len(failed)} of the {len(tasks)} cells that ran failed, the first with {task}: {outcome['error']}"
+        )
+        if outcome["traceback"]:
+            error.add_note(outcome["traceback"])
+        raise error
+
+
+# ---- where cells run -------------------------------------------------------------------------
+
+
+def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Outcome]]:
+    """Outcomes from local processes, as they come.
+
+    When a process dies its pool dies with it. The cells that were under way are then run one at a time,
+    so that the one that kills its process is found and the others finish.
+    """
+    from joblib.externals.loky import get_reusable_executor
+
+    waiting, suspects = list(tasks), list[Task]()
+    try:
+        while waiting or suspects:
+            alone = bool(suspects)
+            batch = [suspects.pop(0)] if alone else waiting
+            taken: list[Task] = []
+            done: set[str] = set()
+            lost: list[Task] = []
+            try:
+                for task, outcome in _pool(batch, 1 if alone else jobs, taken):
+                    done.add(task.key)
+                    yield task, outcome
+            except BrokenProcessPool as error:
+                lost = [task for task in taken if task.key not in done]
+                if alone and lost:
+                    yield lost.pop(), {"error": f"its process died: {_first_sentence(error)}", "traceback": ""}
+            suspects += lost
+            if not alone:
+                away = done | {task.key for task in lost}
+                waiting = [task for task in waiting if task.key not in away]
+    finally:
+        get_reusable_executor().shutdown(wait=True)  # else idle processes hold their memory for minutes
+
+
+def _pool(tasks: Sequence[Task], jobs: int, taken: list[Task]) -> Iterator[tuple[Task, Outcome]]:
+    """One pool of processes; notes in ``taken`` what it has been given."""
+    from joblib import Parallel, delayed, parallel_config
+
+    def feed() -> Iterator[Any]:
+        for task in tasks:
+            taken.append(task)
+            yield delayed(_run_here)(task, os.getpid())
+
+    # With one job joblib would run cells in this process, and a cell that dies would take the sweep along;
+    # so there are two processes at least, and pre_dispatch decides how many have something to do.
+    with parallel_config("loky", inner_max_num_threads=1):
+        pool = Parallel(max(2, jobs), return_as="generator_unordered", pre_dispatch=jobs, batch_size=1, max_nbytes=None)
+        yield from pool(feed())
+
+
+def _run_here(task: Task, parent: int) -> tuple[Task, Outcome]:
+    _end_with(parent)
+    return task, run_cell(task)
+
+
+@cache
+def _end_with(parent: int) -> None:
+    """Have this process end with the one that started it: were that killed, nobody would wait for the cell."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _on_cluster(tasks: Sequence[Task], scheduler: str) -> Iterator[tuple[Task, Outcome]]:
+    """Outcomes from the workers of a Dask scheduler, as they come."""
+    try:
+        from distributed import Client, as_completed
+    except ImportError:
+        raise ImportError(
+            "a scheduler needs dask.distributed: python -m pip install 'lance-ref[distributed]'"
+        ) from None
+    try:
+        client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConnectionError(f"scheduler {scheduler!r} does not answer: {one_line(error)}") from None
+    with client:
+        if not client.scheduler_info()["workers"]:
+            print(f"sweep: {scheduler} has no workers yet; waiting for one", file=sys.stderr, flush=True)
+        # the same cell of two sweeps at the same time is one task of the scheduler's
+        futures = {client.submit(run_cell, task, key=f"lance_ref-sweep-{task.key}"): task for task in tasks}
+        for future in as_completed(list(futures), loop=client.loop):
+            task = futures.pop(future)
+            if future.status == "finished":
+                yield task, future.result()
+            elif future.status == "error":  # run_cell raises nothing: the workers died, or cannot import it
+                reason = future.exception()
+                yield task, {"error": f"{type(reason).__name__}: {_first_sentence(reason)}", "traceback": ""}
+            else:
+                raise ConnectionError(f"scheduler {scheduler!r} went away; finished cells are kept in the folder")
+
+
+def _first_sentence(error: BaseException | None) -> str:
+    return one_line(error).partition(". ")[0] if error is not None else "no reason given"

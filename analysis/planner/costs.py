@@ -1,0 +1,317 @@
+"""What one candidate costs: memory on the device, and multiply-adds beside backpropagation's.
+
+The net is traced once for every batch size, with every layer training; for fewer layers the flags of the records are
+changed (:func:`analysis.steps.changes.retrained`), which is cheaper than another trace and gives the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+import lance_ref
+from analysis.peak.lifetimes import Lifetimes, lifetimes_from_scopes
+from analysis.peak.memory import STATE_COPIES, peak
+from analysis.planner.options import WITHOUT_LAYERS, Option
+from analysis.ranks.choose import fraction_of, mean_free
+from analysis.ranks.spectra_file import Spectra
+from analysis.rules.account import WEIGHTED, account
+from analysis.rules.calibration_costs import calibration_cost
+from analysis.rules.layouts import Memory as Layouts
+from analysis.rules.op_cost import cost_of
+from analysis.rules.recompute import flatten
+from analysis.steps.changes import retrained
+from analysis.steps.methods import METHODS, MethodStep, method_step
+from analysis.steps.nets import TracedStep, trace_step
+from lance_ref.nn.module import Module
+from lance_ref.nn.tracing import OpRecord
+
+Ranks = tuple[int | None, ...]
+COUNTS = ("peak", "kept")
+MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
+
+
+@dataclass(frozen=True)
+class Device:
+    """How memory is counted.
+
+    Attributes
+    ----------
+    count : {"peak", "kept"}
+        "peak": the simulated peak of a step (:mod:`analysis.peak.memory`): batch, activations in flight, tape,
+        gradients, optimiser state, workspaces. "kept": tape, gradients and optimiser state as if all of
+        them were there at once, without activations in flight and workspaces, which another engine may do without.
+    weights : {"flash", "ram"}
+        "flash": of the parameters only those that train are in RAM; "ram": all of them, and the module buffers.
+    calibration : {"device", "elsewhere"}
+        "device": the Gram matrices have to fit too, beside the activations in flight of a forward pass.
+    optimizer : {"sgd", "sgd-momentum", "adam"}
+    """
+
+    count: str = "peak"
+    weights: str = "flash"
+    calibration: str = "device"
+    optimizer: str = "sgd"
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "count": COUNTS,
+            "weights": ("flash", "ram"),
+            "calibration": ("device", "elsewhere"),
+            "optimizer": tuple(STATE_COPIES),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(values)}")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device; ``step`` is the peak or what is kept, see :class:`Device`.
+
+    ``gradients`` and ``optimizer_state`` are in ``step``. ``calibration`` is all that is there while a calibration
+    runs, weights included; it is over before the first step, so the larger of the two has to fit.
+    """
+
+    step: int
+    factors: int
+    weights: int
+    gradients: int
+    optimizer_state: int
+    calibration: int = 0
+    at: str = ""
+
+    @property
+    def training(self) -> int:
+        """While a step runs."""
+        return self.step + self.factors + self.weights
+
+    @property
+    def total(self) -> int:
+        """What the device must have."""
+        return max(self.training, self.calibration)
+
+
+class Costs:
+    """Costs of all candidates of one net, those asked for before remembered.
+
+    Parameters
+    ----------
+    net : Module
+        Is tuned again and again.
+    name : str
+    input_shape : tuple of int
+        Without the batch.
+    device : Device
+    dtype : {"float32", "float64"}
+    spectra : Spectra, optional
+        Of every layer.
+
+    Attributes
+    ----------
+    layers : tuple of str
+        All that could be tuned, the classifier left out, in module order.
+    """
+
+    def __init__(
+        self,
+        net: Module,
+        name: str,
+        input_shape: tuple[int, ...],
+        device: Device,
+        dtype: str = "float32",
+        spectra: Spectra | None = None,
+    ) -> None:
+        self.net, self.name, self.input_shape = net, name, input_shape
+        self.device, self.dtype, self.spectra = device, dtype, spectra
+        self.layers = lance_ref.tune(net, "all").layers
+        self.whole = lru_cache(maxsize=None)(self._whole)
+        self.step = lru_cache(maxsize=4)(self._step)
+        self.shapes = lru_cache(maxsize=None)(self._shapes)
+        self.ranks = lru_cache(maxsize=None)(self._ranks)
+        self.memory = lru_cache(maxsize=None)(self._memory)
+        self.macs = lru_cache(maxsize=None)(self._macs)
+        self.in_flight = lru_cache(maxsize=None)(self._in_flight)
+        self.forward_macs = lru_cache(maxsize=None)(self._forward_macs)
+        self.trains = lru_cache(maxsize=None)(self._trains)
+        self.runs = lru_cache(maxsize=None)(self._runs)
+        self._last: tuple[Any, MethodStep] | None = None
+
+    # ---- the step ----------------------------------------------------------------------------
+
+    def _whole(self, batch: int) -> TracedStep:
+        """Backpropagation through all layers."""
+        return trace_step(self.net, self.name, self.input_shape, batch, "all", self.dtype)
+
+    def _runs(self, batch: int) -> str:
+        """Why the net cannot run on such a batch; empty if it can."""
+        try:
+            self.whole(batch)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def tuned(self, layers: int) -> tuple[str, ...]:
+        """Tune the net to so many layers; their paths."""
+        selection = f"last:{layers}" if layers else "head"
+        if self.net.tuning.selection != selection:
+            lance_ref.tune(self.net, selection)
+        return tuple(self.net.tuning.layers)
+
+    def _trains(self, layers: int) -> tuple[tuple[str, ...], frozenset[str]]:
+        """Paths of so many layers from the last on, and the names of all parameters that train with them."""
+        paths = self.tuned(layers)
+        return paths, frozenset(name for name, parameter in self.net.named_parameters() if parameter.requires_grad)
+
+    def _step(self, layers: int, batch: int) -> TracedStep:
+        """Backpropagation through so many layers, from the last on."""
+        whole = self.whole(batch)
+        paths, trains = self.trains(layers)
+        return replace(whole, records=retrained(whole.records, trains), tuned_layers=paths)
+
+    def _shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """Input shape of every layer that could be tuned."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for record in flatten(self.whole(batch).records):
+            if record.op in WEIGHTED and record.path in self.layers:
+                shape = record.inputs[0].shape
+                if shapes.setdefault(record.path, shape) != shape:
+                    raise ValueError(f"layer {record.path!r} is called with inputs of several shapes")
+        return shapes
+
+    def _ranks(self, option: Option, batch: int) -> dict[str, Ranks]:
+        """Ranks of every layer that could be tuned, as the cost model chooses them; empty for methods without."""
+        if METHODS[option.method].ranks is None:
+            return {}
+        shapes = self.shapes(batch)
+        ranks: dict[str, Ranks]
+        if option.fraction is not None:
+            ranks = {path: fraction_of(option.fraction, shape) for path, shape in shapes.items()}
+        elif self.spectra is not None and option.epsilon is not None:
+            ranks = {path: self.spectra.layers[path].ranks(option.epsilon, batch) for path in shapes}
+        else:
+            raise ValueError(f"{option.name} takes spectra, or a fraction of each mode")
+        return ranks
+
+    def changed(self, option: Option, layers: int, batch: int) -> MethodStep:
+        """The step of a candidate.
+
+        Raises
+        ------
+        ValueError
+            If the method does not fit the net with so many layers, or this batch.
+        """
+        key = (option, layers, batch)
+        if self._last is None or self._last[0] != key:
+            step = self.step(layers, batch)
+            tuned = self.tuned(layers)
+            ranks = {path: of for path, of in self.ranks(option, batch).items() if path in tuned}
+            shapes = {path: self.shapes(batch)[path] for path in tuned}
+            if METHODS[option.method].ranks == "mean-free":
+                ranks = mean_free(ranks, shapes)
+            self._last = key, method_step(option.method, step, option.settings, ranks, shapes)
+        return self._last[1]
+
+    # ---- memory ------------------------------------------------------------------------------
+
+    def _memory(self, option: Option, layers: int, batch: int) -> Memory:
+        """Memory of a candidate; ValueError as for :meth:`changed`."""
+        changed = self.changed(option, layers, batch)
+        trained = {
+            v.id: v.nbytes for r in flatten(changed.records) for v in r.inputs if v.parameter and v.requires_grad
+        }
+        gradients = sum(trained.values())
+        state = STATE_COPIES[self.device.optimizer] * gradients
+        if self.device.count == "peak":
+            step, at = self._peak(option, batch, changed)
+            factors = self._factors(changed)
+        else:
+            bills = account(changed.records, None)
+            factors = sum(bill.subspace_bytes for bill in bills)
+            step, at = sum(bill.tape_bytes for bill in bills) + gradients + state, ""
+        weights = gradients if self.device.weights == "flash" else self._all_weights(changed.records)
+        calibration = self._calibration(option, layers, batch)
+        return Memory(step, factors, weights, gradients, state, calibration, at)
+
+    def _peak(self, option: Option, batch: int, changed: MethodStep) -> tuple[int, str]:
+        ends = self._lifetimes(option, batch, changed)
+        found = peak(changed.records, optimizer=self.device.optimizer, lifetimes=ends)
+        at = f"{found.moment}, {found.at}"
+        if changed.repeats == 1:
+            return found.peak_bytes, at
+        before = found.gradients_bytes  # those of the micro-batches before are there from the start
+        most = max(found.forward_bytes, found.backward_bytes) + before
+        return max(most, found.optimizer_bytes), at
+
+    def _factors(self, changed: MethodStep) -> int:
+        """The fixed factors of every layer that has some; those of a layer that is called twice once."""
+        with_factors = {path for path, store in changed.stores.items() if store["name"] == "lance"}
+        factors = {}
+        for record in flatten(changed.records):
+            if record.path in with_factors and record.op in WEIGHTED:
+                factors[record.path] = cost_of(record, Layouts(), True).subspace_bytes
+        return sum(factors.values())
+
+    def _all_weights(self, records: list[OpRecord]) -> int:
+        """Parameters, those that a method adds included, and buffers."""
+        own = {name: p.size * np.dtype(p.dtype).itemsize for name, p in self.net.named_parameters()}
+        read = {v.parameter: v.nbytes for r in flatten(records) for v in r.inputs if v.parameter}
+        return sum((read | own).values()) + sum(array.nbytes for _, array in self.net.named_buffers())
+
+    def _lifetimes(self, option: Option, batch: int, changed: MethodStep) -> Lifetimes:
+        """When the tensors of a candidate's step are given back."""
+        if option.method == "lora":
+            return lifetimes_from_scopes(changed.records)
+        return self.whole(batch).lifetimes if changed.lifetimes is None else changed.lifetimes
+
+    def _calibration(self, option: Option, layers: int, batch: int) -> int:
+        """Bytes while the subspaces are found: Gram matrices, the activations in flight, and the weights."""
+        kind = METHODS[option.method].calibration
+        if kind is None or self.device.calibration == "elsewhere":
+            return 0
+        tuned = self.trains(layers)[0]
+        ranks = {path: of for path, of in self.ranks(option, batch).items() if path in tuned}
+        records = flatten(self.whole(batch).records)
+        grams = calibration_cost(records, 0, ranks, 1, kind).gram_bytes
+        weights = self._all_weights(records) if self.device.weights == "ram" else 0
+        return grams + weights + (self.in_flight(batch) if self.device.count == "peak" else 0)
+
+    def _in_flight(self, batch: int) -> int:
+        """The peak of a forward pass in which nothing trains: no candidate that runs the whole batch takes less."""
+        records = retrained(self.whole(batch).records, ())
+        return peak(records, lifetimes=self.whole(batch).lifetimes).forward_bytes
+
+    # ---- work --------------------------------------------------------------------------------
+
+    def _macs(self, option: Option, layers: int, batch: int) -> int:
+        """Multiply-adds of a step of a candidate, nominal ones of decompositions included."""
+        changed = self.changed(option, layers, batch)
+        bills = account(changed.records, None, changed.repeats)
+        return sum(getattr(bill.cost, f"{kind}_macs") for bill in bills for kind in MAC_KINDS)
+
+    def _forward_macs(self, batch: int) -> int:
+        return sum(bill.cost.forward_macs for bill in account(self.whole(batch).records, None))
+
+    def times_bp(self, option: Option, layers: int, batch: int) -> Fraction:
+        """Multiply-adds of a step relative to plain backpropagation through the same layers, with the same batch."""
+        return Fraction(self.macs(option, layers, batch), self.macs(Option("bp"), layers, batch))
+
+    def exact_statistics(self, batch: int) -> bool:
+        """Whether no batch norm uses the statistics of the batch, so that micro-batches give the same gradient."""
+        return not any(r.op == "batch_norm" and r.attributes["training"] for r in flatten(self.whole(batch).records))
+
+
+def layers_of(option: Option) -> Callable[[int], int]:
+    """How many layers a step of this option tunes when n were chosen."""
+    return (lambda n: 0) if option.method in WITHOUT_LAYERS else (lambda n: n)
+
+
+def weights_by_layer(records: list[OpRecord], layers: tuple[str, ...]) -> Mapping[str, int]:
+    """Number of weights of each layer."""
+    sizes = {r.path: r.inputs[1].size for r in flatten(records) if r.op in WEIGHTED}
+    return {path: sizes[path] for path in layers}

@@ -1,0 +1,166 @@
+"""What the planner can choose from, and how its limits are written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from analysis.steps.methods import METHODS, Settings
+
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+EXACT = ("bp", "checkpoint", "micro-batch")
+"""Methods whose weight gradients are those of plain backpropagation."""
+
+WITHOUT_LAYERS = ("head-only",)
+"""Methods for which it does not matter how many layers are tuned."""
+
+DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32)
+DEFAULT_EPSILONS = (0.7, 0.9, 0.99)
+DEFAULT_PATCHES = (2, 4)
+DEFAULT_RATIOS = (1 / 8, 1 / 2)
+ASSUMED_FRACTION = Fraction(1, 4)
+"""Of each mode, where there are no spectra: what the cost model assumes."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One method with its settings, for any number of layers and any batch.
+
+    Attributes
+    ----------
+    method : str
+        One of :data:`analysis.steps.methods.METHODS`.
+    settings : Settings
+    epsilon : float, optional
+        Energy threshold of the ranks, for methods that have ranks.
+    fraction : Fraction, optional
+        Of each mode, in place of ``epsilon``.
+    """
+
+    method: str
+    settings: Settings = field(default_factory=Settings)
+    epsilon: float | None = None
+    fraction: Fraction | None = None
+
+    @property
+    def setting(self) -> str:
+        """The settings in a few words; empty for a method without any.
+
+        >>> Option("lance", epsilon=0.9).setting, Option("gradient-filter").setting, Option("bp").setting
+        ('epsilon 0.9', 'patch 2', '')
+        """
+        if self.epsilon is not None:
+            return f"epsilon {self.epsilon:g}"
+        if self.fraction is not None:
+            return f"ranks {float(self.fraction):g}"
+        shown = {
+            "gradient-filter": f"patch {self.settings.patch}",
+            "sketch": f"ratio {self.settings.ratio:g}",
+            "lora": f"rank {self.settings.lora_rank}",
+            "micro-batch": f"parts of {self.settings.micro_batch}",
+            "checkpoint": f"{self.settings.segments} segments" if self.settings.segments else "",
+        }
+        return shown.get(self.method, "")
+
+    @property
+    def name(self) -> str:
+        """Method and settings."""
+        return f"{self.method} {self.setting}".rstrip()
+
+
+def options_for(
+    methods: Sequence[str],
+    epsilons: Sequence[float],
+    fractions: Sequence[Fraction],
+    patches: Sequence[int] = DEFAULT_PATCHES,
+    ratios: Sequence[float] = DEFAULT_RATIOS,
+    micro_batch: int = 1,
+    lora_rank: int = 4,
+    segments: int | None = None,
+) -> list[Option]:
+    """Every method with every one of its settings, in the order of the register.
+
+    >>> [option.name for option in options_for(["int8", "lance"], [0.7], [Fraction(1, 2)])]
+    ['int8', 'lance epsilon 0.7', 'lance ranks 0.5']
+    """
+    options: list[Option] = []
+    for method in methods:
+        if METHODS[method].ranks is not None:
+            options += [Option(method, epsilon=epsilon) for epsilon in epsilons]
+            options += [Option(method, fraction=fraction) for fraction in fractions]
+        elif method == "gradient-filter":
+            options += [Option(method, Settings(patch=patch)) for patch in patches]
+        elif method == "sketch":
+            options += [Option(method, Settings(ratio=ratio)) for ratio in ratios]
+        elif method in ("micro-batch", "lora", "checkpoint"):
+            given = Settings(micro_batch=micro_batch, lora_rank=lora_rank, segments=segments)
+            options.append(Option(method, given))
+        else:
+            options.append(Option(method))
+    return options
+
+
+def parse_bytes(text: str) -> int:
+    """A budget: a number and a unit, ``B``, ``KiB``, ``MiB`` or ``GiB``; parts of a byte are dropped.
+
+    Raises
+    ------
+    ValueError
+        For anything else: signs, exponents, NaN, decimal units, no unit, nothing at all.
+
+    >>> parse_bytes("256KiB"), parse_bytes("0.5 MiB")
+    (262144, 524288)
+    """
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(B|KiB|MiB|GiB)", text, re.ASCII)
+    nbytes = int(Fraction(match[1]) * UNITS[match[2]]) if match else 0
+    if nbytes < 1:
+        raise ValueError(
+            f"--budget is {text[:60]!r}, expected a positive number and a unit, like 256KiB, 1.5MiB or 300000B "
+            "(1 KiB = 1024 bytes)"
+        )
+    return nbytes
+
+
+def parse_times(text: str) -> Fraction:
+    """A limit relative to backpropagation: ``1.5x`` or ``1.5``.
+
+    Raises
+    ------
+    ValueError
+        For anything that is no positive number.
+
+    >>> parse_times("1.5x")
+    Fraction(3, 2)
+    """
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)x?", text, re.ASCII)
+    if match is None or not Fraction(match[1]):
+        raise ValueError(f"--flops-at-most is {text[:60]!r}, expected a positive number of times, like 1.5x")
+    return Fraction(match[1])
+
+
+def parse_fraction_of_modes(text: str) -> Fraction:
+    """A fraction of each mode, in (0, 1].
+
+    >>> parse_fraction_of_modes("0.25")
+    Fraction(1, 4)
+    """
+    match = re.fullmatch(r"[0-9](?:\.[0-9]{1,9})?", text, re.ASCII)
+    if match is None or not 0 < Fraction(text) <= 1:
+        raise ValueError(f"--ranks is {text[:60]!r}, expected fractions of each mode in (0, 1], like 0.25")
+    return Fraction(text)
+
+
+def check_lists(batches: Sequence[int], epsilons: Sequence[float], ratios: Sequence[float]) -> None:
+    """Raise ValueError unless these are batch sizes, energy thresholds and ratios, each once."""
+    for batch in batches:
+        if isinstance(batch, bool) or not isinstance(batch, int) or not 0 < batch < 2**20:
+            raise ValueError(f"--batch is {batch}, expected integers from 1 to {2**20 - 1}")
+    for name, values in (("--epsilon", epsilons), ("--ratio", ratios)):
+        for value in values:
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} is {value}, expected numbers in (0, 1]")
+    for name, given in (("--batch", batches), ("--epsilon", epsilons), ("--ratio", ratios)):
+        if not given or len(set(given)) < len(given):
+            raise ValueError(f"{name} is {list(given)}, expected at least one value, each once")

@@ -1,0 +1,309 @@
+"""The search: for every method, setting and batch size, the most layers that fit.
+
+More layers never have a lower fidelity, and for one option and one batch they never take less memory: everything that
+is alive with n layers is alive with n + 1 as well. So the largest number that fits in memory is found by bisection.
+Multiply-adds relative to backpropagation do neither rise nor fall with the layers; under that limit every number below
+is tried, from the largest on. The tests compare with all candidates, one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from analysis.planner.costs import Costs, Memory, layers_of, weights_by_layer
+from analysis.planner.fidelity import Fidelity, layer_fidelity, layer_shares, whole_fidelity, why_not
+from analysis.planner.options import WITHOUT_LAYERS, Option
+
+DIGITS = 4
+"""Of fidelities, that have to differ for one to be better; of equals the larger batch is."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One option with so many layers and such a batch, and what it takes.
+
+    Attributes
+    ----------
+    fidelity : Fidelity or None
+        None: not predicted.
+    over_bytes : int
+        Beyond the budget; 0 if it fits.
+    """
+
+    option: Option
+    layers: int
+    batch: int
+    fidelity: Fidelity | None
+    memory: Memory
+    times_bp: Fraction
+    over_bytes: int
+    too_much_work: bool
+
+    @property
+    def fits(self) -> bool:
+        """Memory and multiply-adds."""
+        return not self.over_bytes and not self.too_much_work
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found for one option.
+
+    Attributes
+    ----------
+    best : Candidate or None
+        The most faithful that fits (the one with most layers, where that is not predicted), of equals the one with the
+        largest batch.
+    layers : dict of batch to int or None
+        The most layers that fit; None if not even one does (of a method for which layers do not matter: if it does
+        not fit).
+    next : Candidate or None
+        The one that does not fit and comes first: one layer more than ``best``; if nothing fits, the one that takes
+        least. None where all layers fit.
+    note : str
+        Why it could not be tried, or why its fidelity is not predicted.
+    """
+
+    option: Option
+    best: Candidate | None
+    layers: Mapping[int, int | None]
+    next: Candidate | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer; see :func:`search`.
+
+    Attributes
+    ----------
+    rows : tuple of Row
+        Those that fit, the most faithful first, those whose fidelity is not predicted last; then those that do not, by
+        what is missing.
+    paths : tuple of str
+        The layers that could be tuned.
+    tried : int
+        Candidates whose memory was worked out.
+    skipped : mapping
+        Batch sizes that the net cannot run on, and why.
+    facts : mapping
+        For the heading.
+    """
+
+    rows: tuple[Row, ...]
+    budget: int
+    flops_at_most: Fraction | None
+    paths: tuple[str, ...]
+    tried: int = 0
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def fitting(self) -> tuple[Row, ...]:
+        """Rows with something that fits."""
+        return tuple(row for row in self.rows if row.best is not None)
+
+    @property
+    def closest(self) -> Candidate | None:
+        """Where nothing fits: the candidate that is the least over the budget, of those not too much work if any."""
+        if self.fitting:
+            return None
+        return min((row.next for row in self.rows if row.next), key=_excess, default=None)
+
+
+def search(
+    costs: Costs,
+    options: Sequence[Option],
+    batches: Sequence[int],
+    budget: int,
+    flops_at_most: Fraction | None = None,
+    shares: str = "layers",
+    most_layers: int | None = None,
+) -> Plan:
+    """Which options fit, with how many layers and which batch, ranked by predicted gradient fidelity.
+
+    Parameters
+    ----------
+    costs : Costs
+    options : sequence of Option
+    batches : sequence of int
+    budget : int
+        Bytes of RAM.
+    flops_at_most : Fraction, optional
+        Multiply-adds relative to backpropagation through the same layers with the same batch.
+    shares : str
+        See :func:`analysis.planner.fidelity.layer_shares`.
+    most_layers : int, optional
+        To try; all by default. Fidelity is about all layers in any case.
+
+    Raises
+    ------
+    ValueError
+        If ``most_layers`` is not a number of layers of the net.
+    """
+    count = len(costs.layers)
+    if not count:
+        raise ValueError(f"net {costs.name!r} has no layer to tune besides its head")
+    if most_layers is not None and not 1 <= most_layers <= count:
+        raise ValueError(f"--layers is {most_layers}, expected 1 to {count}, the layers of the net besides the head")
+    runs = [batch for batch in batches if not costs.runs(batch)]
+    if not runs:
+        raise ValueError(costs.runs(batches[0]))
+    weights = weights_by_layer(costs.whole(runs[0]).records, costs.layers)
+    finder = _Finder(costs, budget, flops_at_most, layer_shares(shares, weights), most_layers or count, runs[0])
+    rows = [finder.row(option, sorted(batches)) for option in options]
+    order = sorted(range(len(rows)), key=lambda i: (*_rank(rows[i]), i))
+    tried = costs.memory.cache_info().currsize
+    skipped = {f"batch {batch}": costs.runs(batch) for batch in batches if costs.runs(batch)}
+    return Plan(tuple(rows[i] for i in order), budget, flops_at_most, costs.layers, tried, skipped)
+
+
+def _rank(row: Row) -> tuple[int, float, float, float]:
+    """The order of the rows: fits, predicted, fidelity, batch, memory; then what is missing."""
+    best = row.best
+    if best is None:
+        return (3, 0, 0, 0) if row.next is None else (2, *_excess(row.next), 0)
+    return (0 if best.fidelity else 1), *_order(best.fidelity, best.layers, best.batch), best.memory.total
+
+
+def _order(fidelity: Fidelity | None, layers: int, batch: int) -> tuple[float, int]:
+    """The best first: by fidelity, or by layers where that is not predicted; of equals the larger batch."""
+    return (-layers if fidelity is None else -round(fidelity.estimate, DIGITS)), -batch
+
+
+def _excess(candidate: Candidate) -> tuple[int, float]:
+    """In memory first: a candidate within the budget is only too much work."""
+    return candidate.over_bytes, float(candidate.times_bp) if candidate.too_much_work else 0.0
+
+
+class _Finder:
+    """The search for one option after the other."""
+
+    def __init__(
+        self,
+        costs: Costs,
+        budget: int,
+        flops_at_most: Fraction | None,
+        shares: Mapping[str, float],
+        most_layers: int,
+        runs: int,
+    ) -> None:
+        self.costs, self.budget, self.flops_at_most = costs, budget, flops_at_most
+        self.shares, self.most_layers = shares, most_layers
+        self.runs = runs  # a batch size that the net runs on
+        self.reason = ""  # why the option at hand could not be had
+
+    def row(self, option: Option, batches: Sequence[int]) -> Row:
+        """The best of one option, over all batches and numbers of layers."""
+        note = why_not(option, self.costs.spectra is not None) or ""
+        layers: dict[int, int | None] = {}
+        found: list[tuple[tuple[float, int], int, int]] = []  # (order, layers, batch)
+        if option.method == "micro-batch" and not self.costs.exact_statistics(self.runs):
+            note = "batch norm takes the statistics of each part"
+        most = 1 if option.method in WITHOUT_LAYERS else self.most_layers
+        guess, self.reason = most, ""
+        for batch in batches:
+            n = 0 if self.costs.runs(batch) else self._most_layers(option, batch, most, guess)
+            layers[batch] = layers_of(option)(n) if n else None
+            if n:
+                guess = n
+                of = None if note else self._fidelity(option, layers_of(option)(n), batch)
+                found.append((_order(of, n, batch), n, batch))
+        if not found:
+            least = self._least(option, batches, most)
+            return Row(option, None, layers, least, note if least else self.reason)
+        _, n, batch = min(found)
+        best = self.candidate(option, n, batch, predict=not note)
+        after = None
+        if option.method not in WITHOUT_LAYERS and best.layers < self.most_layers:
+            after = self._try(option, best.layers + 1, best.batch)
+        return Row(option, best, layers, after, note)
+
+    def candidate(self, option: Option, layers: int, batch: int, predict: bool = True) -> Candidate:
+        """All about one candidate; ValueError if the method does not fit."""
+        n = layers_of(option)(layers)
+        memory = self.costs.memory(option, n, batch)
+        times = self.costs.times_bp(option, n, batch)
+        return Candidate(
+            option, n, batch, self._fidelity(option, n, batch) if predict else None, memory, times,
+            max(0, memory.total - self.budget), self.flops_at_most is not None and times > self.flops_at_most,
+        )  # fmt: skip
+
+    def _fidelity(self, option: Option, layers: int, batch: int) -> Fidelity | None:
+        kept, ranks, shapes = {}, self.costs.ranks(option, batch), self.costs.shapes(batch)
+        for path in self.costs.trains(layers)[0]:
+            spectra = self.costs.spectra.layers[path] if self.costs.spectra else None
+            of = layer_fidelity(option, shapes[path], ranks.get(path), spectra)
+            if of is None:
+                return None
+            kept[path] = of
+        return whole_fidelity(self.shares, kept)
+
+    # ---- one option, one batch -----------------------------------------------------------------
+
+    def _most_layers(self, option: Option, batch: int, most: int, guess: int) -> int:
+        """The largest number of layers that fits, 0 if none does; ``guess`` is tried before bisection."""
+        if self._hopeless(option, batch):
+            return 0
+        try:
+            n = self._bisect(option, batch, most, guess)
+        except ValueError as error:  # some numbers of layers cannot be had, others may
+            self.reason = str(error)
+            return next((n for n in range(most, 0, -1) if self._fits_somehow(option, n, batch)), 0)
+        if self.flops_at_most is not None:
+            n = next((k for k in range(n, 0, -1) if self._cheap_enough(option, k, batch)), 0)
+        return n
+
+    def _hopeless(self, option: Option, batch: int) -> bool:
+        """Whether not even the forward pass of the whole batch fits."""
+        whole_batch = option.method != "micro-batch" and self.costs.device.count == "peak"
+        return whole_batch and self.costs.in_flight(batch) > self.budget
+
+    def _bisect(self, option: Option, batch: int, most: int, guess: int) -> int:
+        low, high = 0, most + 1  # low fits (nothing does), high does not
+        for n in (1, guess, guess + 1):
+            if low < n < high:
+                low, high = (n, high) if self._fits_in_memory(option, n, batch) else (low, n)
+        while high - low > 1:
+            n = (low + high) // 2
+            low, high = (n, high) if self._fits_in_memory(option, n, batch) else (low, n)
+        return low
+
+    def _fits_in_memory(self, option: Option, layers: int, batch: int) -> bool:
+        return self.costs.memory(option, layers_of(option)(layers), batch).total <= self.budget
+
+    def _cheap_enough(self, option: Option, layers: int, batch: int) -> bool:
+        times = self.costs.times_bp(option, layers_of(option)(layers), batch)
+        return self.flops_at_most is None or times <= self.flops_at_most
+
+    def _fits_somehow(self, option: Option, layers: int, batch: int) -> bool:
+        candidate = self._try(option, layers, batch)
+        return candidate is not None and candidate.fits
+
+    def _try(self, option: Option, layers: int, batch: int) -> Candidate | None:
+        try:
+            return self.candidate(option, layers, batch)
+        except ValueError:
+            return None
+
+    def _least(self, option: Option, batches: Sequence[int], most: int) -> Candidate | None:
+        """Where nothing fits: the fewest layers that can be had with the smallest batch.
+
+        If these fit in memory they are too much work, and so is all else that fits: then the one with the least work.
+        """
+        first = next(self._existing(option, batches, most), None)
+        if first is None or first.over_bytes:
+            return first
+        within = [c for c in self._existing(option, batches, most) if not c.over_bytes]
+        return min(within, key=lambda c: c.times_bp)
+
+    def _existing(self, option: Option, batches: Sequence[int], most: int) -> Iterator[Candidate]:
+        for batch in batches:
+            for n in range(1, most + 1):
+                candidate = self._try(option, n, batch)
+                if candidate is not None:
+                    yield candidate
+                    if candidate.over_bytes:
+                        break

@@ -1,0 +1,277 @@
+"""A plan as text, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from analysis.planner.costs import Device
+from analysis.planner.search import Candidate, Plan, Row
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+SCHEMA = 1
+WIDTH = 200
+KIB = 2**10
+MEANING = (
+    "fidelity: an estimate of the largest cos² between the method's weight gradient and backpropagation's that steps "
+    "scaled layer by layer can reach, over all {count} layers besides the head; a layer that does not train counts 0, "
+    "one that trains exactly its share ({shares}), one that is compressed the share of the energy that its activation "
+    "keeps. 'at least': what is certain of that energy on the images measured. It is about one step's gradient, "
+    "not about accuracy."
+)
+COUNTED = {
+    "peak": "memory: the simulated peak of a step (batch, activations in flight, tape, gradients, optimiser state, "
+    "workspaces)",
+    "kept": "memory: what is kept (tape, gradients and optimiser state, all at once), without activations in flight "
+    "and workspaces",
+}
+
+
+def render(plan: Plan, device: Device) -> str:
+    """The whole plan as plain wide text, rules in ASCII."""
+    from rich.console import Console
+
+    text = io.StringIO()
+    print_plan(plan, device, Console(file=text, width=WIDTH, color_system=None, force_jupyter=False))
+    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().replace("─", "-").splitlines())
+
+
+def show(plan: Plan, device: Device) -> None:
+    """Print the plan: in colour to a terminal unless ``NO_COLOR`` is set, as plain text to a pipe."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        print_plan(plan, device, Console(width=WIDTH))
+    else:
+        sys.stdout.write(render(plan, device))
+
+
+def print_plan(plan: Plan, device: Device, console: Console) -> None:
+    """Print all of it to a rich console."""
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    limit = "" if plan.flops_at_most is None else f", at most {float(plan.flops_at_most):g}x backpropagation's FLOPs"
+    say(f"{plan.facts.get('net', '')}: {_kib(plan.budget)} KiB of RAM{limit}")
+    say(f"ranks from: {plan.facts.get('ranks', '')}")
+    say(f"{COUNTED[device.count]}; optimiser {device.optimizer}; {_weights(device)}; {_calibrated(device)}")
+    say(MEANING.format(count=len(plan.paths), shares=plan.facts.get("shares", "")))
+    if plan.fitting:
+        console.print(_fitting(plan, device))
+    if any(row.best is None for row in plan.rows):
+        console.print(_others(plan, device))
+    for line in (*_notes(plan), conclusion(plan)):
+        say(line)
+
+
+def _notes(plan: Plan) -> list[str]:
+    """Why fidelities are missing, why methods are, and which of them only their calibration keeps out."""
+    notes: dict[str, dict[str, None]] = {}
+    for row in plan.rows:
+        if row.note:
+            kind = "not to be had" if row.best is None and row.next is None else "fidelity not predicted"
+            notes.setdefault(f"{kind} ({row.note})", {})[row.option.name] = None
+        missing = row.next.memory if row.best is None and row.next is not None else None
+        if missing is not None and missing.training <= plan.budget < missing.calibration:
+            notes.setdefault("would fit if calibrated elsewhere", {})[row.option.name] = None
+    lines = [f"{note}: {', '.join(names)}" for note, names in notes.items()]
+    lines += [f"{batch} left out: {reason}" for batch, reason in plan.skipped.items()]
+    return [*lines, *filter(None, [plan.facts.get("remark", "")])]
+
+
+def conclusion(plan: Plan) -> str:
+    """The answer in a sentence."""
+    if plan.fitting:
+        best = plan.fitting[0].best
+        assert best is not None
+        of = "not predicted" if best.fidelity is None else f"{best.fidelity.estimate:.3f}"
+        total = f"{_kib(best.memory.total)} of {_kib(plan.budget)} KiB"
+        return f"First: {best.option.name}, {_what(best, plan)}: fidelity {of}, {total}."
+    closest = plan.closest
+    if closest is None:
+        return "Nothing fits, and there was nothing that could be tried."
+    if not closest.over_bytes:
+        much = f"{float(closest.times_bp):.3f}x backpropagation's FLOPs, too much work"
+        return f"Nothing fits. Closest: {closest.option.name}, {_what(closest, plan)}: {much}."
+    return (
+        f"Nothing fits in {_kib(plan.budget)} KiB. Closest: {closest.option.name}, {_what(closest, plan)}: "
+        f"{_kib(closest.memory.total)} KiB, {_kib(closest.over_bytes)} KiB too much{_where(closest)}."
+        f" {plan.facts.get('smaller', '')}"
+    ).rstrip()
+
+
+def _where(candidate: Candidate) -> str:
+    if candidate.memory.calibration > candidate.memory.training:
+        return " while it is calibrated"
+    return f" ({candidate.memory.at})" if candidate.memory.at else ""
+
+
+def _what(candidate: Candidate, plan: Plan) -> str:
+    which = "" if not candidate.layers else f"the last {candidate.layers} of {len(plan.paths)} layers, "
+    return f"{which}batch {candidate.batch}"
+
+
+def _weights(device: Device) -> str:
+    return "weights that do not train in flash" if device.weights == "flash" else "all weights and buffers in RAM"
+
+
+def _calibrated(device: Device) -> str:
+    return "calibrated on the device" if device.calibration == "device" else "calibrated elsewhere"
+
+
+# ---- tables ----------------------------------------------------------------------------------
+
+
+def _table(title: str, columns: list[str], words: int) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < words else "right", no_wrap=True)
+    return table
+
+
+def _fitting(plan: Plan, device: Device) -> Table:
+    batches = list(plan.rows[0].layers)
+    columns = ["method", "setting", "fidelity", "at least", "layers", "batch", device.count, "factors", "weights"]
+    columns += ["calibration", "total", "FLOPs/bp", "+1 layer", "most layers at batch " + ", ".join(map(str, batches))]
+    table = _table("What fits (memory in KiB)", columns, 2)
+    for row in plan.fitting:
+        best = row.best
+        assert best is not None
+        memory, of = best.memory, best.fidelity
+        fidelity = ("-", "-") if of is None else (f"{of.estimate:.3f}", f"{of.least:.3f}")
+        parts = (memory.step, memory.factors, memory.weights, memory.calibration, memory.total)
+        most = ", ".join("-" if row.layers.get(batch) is None else str(row.layers[batch]) for batch in batches)
+        table.add_row(
+            row.option.method, row.option.setting, *fidelity, str(best.layers), str(best.batch), *map(_kib, parts),
+            f"{float(best.times_bp):.3f}", _missing(row.next), most,
+            style="green" if row is plan.rows[0] else None if of else "dim",
+        )  # fmt: skip
+    return table
+
+
+def _others(plan: Plan, device: Device) -> Table:
+    columns = ["method", "setting", "layers", "batch", device.count, "factors", "weights", "calibration", "total"]
+    columns += ["too much by", "FLOPs/bp"]
+    table = _table("What does not fit: the least of each (memory in KiB)", columns, 2)
+    for row in plan.rows:
+        if row.best is not None:
+            continue
+        c = row.next
+        if c is None:
+            table.add_row(row.option.method, row.option.setting, *["-"] * 9)
+            continue
+        m = c.memory
+        parts = map(_kib, (m.step, m.factors, m.weights, m.calibration, m.total))
+        where = (str(c.layers), str(c.batch))
+        table.add_row(row.option.method, row.option.setting, *where, *parts, _missing(c), f"{float(c.times_bp):.3f}")
+    return table
+
+
+def _missing(candidate: Candidate | None) -> str:
+    """What the candidate lacks: bytes, or work."""
+    if candidate is None:
+        return "-"
+    if candidate.over_bytes:
+        return f"{_kib(candidate.over_bytes)} KiB"
+    return f"{float(candidate.times_bp):.2f}x FLOPs" if candidate.too_much_work else "-"
+
+
+def _kib(nbytes: int) -> str:
+    """In KiB with one digit, rounded up, so that what does not fit is never shown as fitting."""
+    tenths = -(-10 * nbytes // KIB)
+    return f"{tenths // 10:,}.{tenths % 10}"
+
+
+# ---- JSON and CSV ----------------------------------------------------------------------------
+
+
+def to_json(plan: Plan, device: Device) -> dict[str, Any]:
+    """Everything, for machines; sizes in bytes."""
+    return {
+        "schema": SCHEMA,
+        "net": plan.facts.get("net", ""),
+        "ranks_from": plan.facts.get("ranks", ""),
+        "fidelity": MEANING.format(count=len(plan.paths), shares=plan.facts.get("shares", "")),
+        "memory": COUNTED[device.count],
+        "device": {
+            "budget_bytes": plan.budget,
+            "count": device.count,
+            "weights": device.weights,
+            "calibration": device.calibration,
+            "optimizer": device.optimizer,
+        },
+        "flops_at_most": None if plan.flops_at_most is None else float(plan.flops_at_most),
+        "layers": list(plan.paths),
+        "answer": conclusion(plan),
+        "skipped": dict(plan.skipped),
+        "rows": [_row_json(row) for row in plan.rows],
+        "closest": None if plan.closest is None else _candidate_json(plan.closest),
+    }
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    return {
+        "method": row.option.method,
+        "setting": row.option.setting,
+        "fits": row.best is not None,
+        "best": None if row.best is None else _candidate_json(row.best),
+        "most_layers": {str(batch): n for batch, n in row.layers.items()},
+        "next": None if row.next is None else _candidate_json(row.next),
+        "note": row.note,
+    }
+
+
+def _candidate_json(c: Candidate) -> dict[str, Any]:
+    m, of = c.memory, c.fidelity
+    return {
+        "method": c.option.method,
+        "setting": c.option.setting,
+        "layers": c.layers,
+        "batch": c.batch,
+        "fidelity": None if of is None else of.estimate,
+        "fidelity_at_least": None if of is None else of.least,
+        "fidelity_at_most": None if of is None else of.most,
+        "step_bytes": m.step,
+        "gradients_bytes": m.gradients,
+        "optimizer_state_bytes": m.optimizer_state,
+        "factors_bytes": m.factors,
+        "weights_bytes": m.weights,
+        "calibration_bytes": m.calibration,
+        "total_bytes": m.total,
+        "over_bytes": c.over_bytes,
+        "flops_over_bp": float(c.times_bp),
+        "too_much_work": c.too_much_work,
+        "peak_at": m.at,
+    }
+
+
+def json_text(plan: Plan, device: Device) -> str:
+    """:func:`to_json` as text."""
+    return json.dumps(to_json(plan, device), indent=1) + "\n"
+
+
+def csv_text(plan: Plan) -> str:
+    """One line for each row: the best that fits or the least that does not, and whether it fits."""
+    shown = [(row, row.best or row.next) for row in plan.rows]
+    lines = [
+        {"fits": row.best is not None, **_candidate_json(c), "note": row.note} if c else {
+            "fits": False, "method": row.option.method, "setting": row.option.setting, "note": row.note
+        }
+        for row, c in shown
+    ]  # fmt: skip
+    text = io.StringIO()
+    names = dict.fromkeys(name for line in lines for name in line if name != "note")
+    writer = csv.DictWriter(text, [*names, "note"], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()

@@ -1,0 +1,1 @@
+"""Ranks of the tuned layers: from spectra, at any batch size."""

@@ -1,0 +1,1 @@
+"""The report of the cost model, and its tables and figures."""

@@ -1,0 +1,408 @@
+"""What one training step keeps and computes, as a value: :func:`cost`, and :func:`predict`, which says how it came.
+
+Nothing runs: the net is traced on shapes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from analysis.steps.methods import METHODS, NotApplicableError, Settings, chosen_methods, method_step
+
+if TYPE_CHECKING:
+    from analysis.ranks.choose import RankChoice
+    from analysis.reports.report import Continual, Report
+    from analysis.rules.account import Billed, CostCache
+    from analysis.rules.calibration_costs import CalibrationCost
+    from analysis.steps.methods import MethodStep
+    from analysis.steps.nets import TracedStep
+    from lance_ref.nn.module import Module
+
+DEFAULT_METHODS = ("bp", "lance")
+DEFAULT_BATCH = 128
+DEFAULT_PROTECTED = 0.5
+DEFAULT_BASIS_BATCHES = 10
+Shapes = dict[str, tuple[int, ...]]
+Ranks = dict[str, tuple[int | None, ...]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for, beside the net: the arguments of :func:`predict` that another batch size heeds as well."""
+
+    epsilon: float = 0.7
+    ranks: str | None = None
+    spectra: str | None = None
+    convention: str = "flops"
+    optimizer: str = "sgd"
+    settings: Settings = field(default_factory=Settings)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a report is made from.
+
+    Attributes
+    ----------
+    asked : Asked
+    step : TracedStep
+        Of plain backpropagation.
+    choice : RankChoice or None
+        Where LANCE's ranks come from; None if no method has ranks.
+    bills : dict of method to list of Billed
+    ranks : dict of method to ranks by layer
+        Empty for methods that have none.
+    steps : dict of method to MethodStep
+        What each method runs.
+    calibration : dict of method to CalibrationCost
+    notes : dict of method to str
+        Why a method was left out.
+    continual : Continual or None
+    """
+
+    asked: Asked
+    step: TracedStep
+    choice: RankChoice | None
+    bills: dict[str, list[Billed]]
+    ranks: dict[str, Ranks]
+    steps: dict[str, MethodStep]
+    calibration: dict[str, CalibrationCost]
+    notes: dict[str, str]
+    continual: Continual | None = None
+
+    @cached_property
+    def report(self) -> Report:
+        """The answer, as it is printed and written."""
+        from analysis.reports.report import Report
+
+        step, shape, settings = self.step, self.step.input_shape, self.asked.settings
+        return Report.of(
+            self.bills,
+            self.asked.convention,
+            net=step.name,
+            batch=step.batch,
+            image_size=shape[1] if len(shape) == 3 and shape[1] == shape[2] else None,
+            num_classes=step.num_classes,
+            dtype=step.dtype,
+            tuned_layers=step.tuned_layers,
+            ranks_from=self.choice.source if self.choice else "not needed: no method compresses",
+            calibration=self.calibration,
+            settings={name: {**settings.of(METHODS[name]), **_shown(self.steps[name].facts)} for name in self.bills},
+            notes=self.notes,
+            continual=self.continual,
+            origin=self,
+        )
+
+
+def cost(
+    net: str | Module | TracedStep,
+    *,
+    batch: int | None = None,
+    method: str | Sequence[str] | None = None,
+    image_size: int | None = None,
+    input_shape: Sequence[int] | None = None,
+    num_classes: int | None = None,
+    tune: str | Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    epsilon: float = 0.7,
+    ranks: str | None = None,
+    spectra: str | None = None,
+    convention: str = "flops",
+    dtype: str | None = None,
+    continual: int | None = None,
+    protected: float = DEFAULT_PROTECTED,
+    basis_batches: int = DEFAULT_BASIS_BATCHES,
+    optimizer: str = "sgd",
+    **settings: Any,
+) -> Report:
+    """The cost of one training step: what ``python -m analysis.cost_model`` prints, as a value.
+
+    Parameters
+    ----------
+    net : str, Module or TracedStep
+        A name of ``lance_ref.models.names()`` (``mobilenetv2@0.35``: of that width), ``pkg.module:factory``, or a net,
+        which is tuned in place and left in training mode; or a step that was traced already
+        (:func:`analysis.steps.nets.trace_step`).
+    batch : int, optional
+        Images of a step, 128 by default; a traced step has its own, and its own shapes, dtype and tuning.
+    method : str or sequence of str, optional
+        Names of :data:`analysis.steps.methods.METHODS`, or ``"all"``; "bp" and "lance" by default. Those at "lance"'s ranks
+        are "lance-mean-free" (orthogonal to the mean activation), "lance-center" (of the activation without it),
+        "hosvd" and "asi".
+    image_size : int, optional
+    num_classes : int, optional
+        For names, 1000 by default, and for factories that take it; a net that has another number is an error.
+    input_shape : sequence of int, optional
+        (C, H, W) or (N,), without the batch; in place of ``image_size``.
+    tune : str or sequence of str, optional
+        As for :func:`lance_ref.tune`; by default the last four layers, or all of a net that has fewer.
+    methods : sequence of str, optional
+        The same as ``method``.
+    epsilon : float
+        Energy threshold in (0, 1], for ranks from spectra.
+    ranks, spectra : str, optional
+        A fraction or ``"layer=r1,r2,r3,r4;layer=…"``, or a file of spectra; see :mod:`analysis.ranks.choose`.
+    convention : {"flops", "paper"}
+        "paper": multiply-adds of forward and weight gradient of the tuned layers alone, the head left
+        out, the projection billed B·C·H·W·Σr, the weight gradient in the papers' order.
+    dtype : {"float32", "float64"}, optional
+        A net is converted to it, in place; by default a net's own, and float32 for names.
+    continual : int, optional
+        T, at least 2: also bill learning T tasks one after the other (:mod:`analysis.reports.continual_bill`).
+    protected : float
+        Share in [0, 1) of each layer's directions that is protected while the last task is learned.
+    basis_batches : int
+        Batches from which protected directions are found.
+    optimizer : {"sgd", "sgd-momentum", "adam"}
+        Whose state and temporaries count at the peak of memory.
+    **settings
+        Of the methods: the attributes of :class:`analysis.steps.methods.Settings`.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    ValueError, TypeError, LookupError, OSError
+        In one line that names what came and what is allowed.
+
+    Examples
+    --------
+    >>> report = cost("mobilenetv2", batch=64, tune="last:2", method="bp")
+    >>> report.totals["bp"].activation_bytes["paper"]
+    16056320
+    """
+    if method is not None and methods is not None:
+        raise ValueError(f"method is {method!r} and methods are {methods!r}, expected one of them")
+    asked = next((given for given in (method, methods) if given is not None), DEFAULT_METHODS)
+    return predict(
+        net, batch, image_size, input_shape, num_classes, tune, asked, epsilon, ranks, spectra, convention, dtype,
+        settings=Settings(**settings), continual=continual, protected=protected, basis_batches=basis_batches,
+        optimizer=optimizer,
+    ).report  # fmt: skip
+
+
+def predict(
+    net: str | Module | TracedStep,
+    batch: int | None = None,
+    image_size: int | None = None,
+    input_shape: Sequence[int] | None = None,
+    num_classes: int | None = None,
+    tune: str | Sequence[str] | None = None,
+    methods: str | Sequence[str] = DEFAULT_METHODS,
+    epsilon: float = 0.7,
+    ranks: str | None = None,
+    spectra: str | None = None,
+    convention: str = "flops",
+    dtype: str | None = None,
+    with_weights: bool = False,
+    settings: Settings | None = None,
+    continual: int | None = None,
+    protected: float = DEFAULT_PROTECTED,
+    basis_batches: int = DEFAULT_BASIS_BATCHES,
+    optimizer: str = "sgd",
+) -> Prediction:
+    """As :func:`cost`, with what a measurement and the figures need beside the report."""
+    asked = Asked(epsilon, ranks, spectra, convention, optimizer, Settings() if settings is None else settings)
+    names = chosen_methods(methods if isinstance(methods, str) else list(methods))
+    _check(asked)
+    step = _step(net, batch, image_size, input_shape, num_classes, tune, dtype, with_weights)
+    return predict_step(step, names, asked, _bill_tasks(step, continual, protected, basis_batches))
+
+
+def predict_step(
+    step: TracedStep, names: Sequence[str], asked: Asked, continual: Continual | None = None
+) -> Prediction:
+    """The prediction for a step that was traced, by methods of these names."""
+    from analysis.rules.account import CostCache, account
+
+    tuned, choice = {}, None
+    if any(METHODS[name].store is not None for name in names):
+        tuned = tuned_inputs(step)
+    if any(METHODS[name].ranks is not None for name in names):
+        choice = _choose_ranks(step, tuned, asked.epsilon, asked.ranks, asked.spectra)
+    cache, steps, given, bills, notes = CostCache(), {}, {}, {}, {}
+    for name in names:
+        try:
+            given[name] = ranks_of(name, choice, tuned)
+            steps[name] = method_step(name, step, asked.settings, given[name], tuned)
+        except NotApplicableError as error:
+            if list(names) != list(METHODS):
+                raise ValueError(f"method {name!r} does not fit net {step.name!r}: {error}") from None
+            notes[name] = str(error)
+            given.pop(name, None)
+            continue
+        of_step = steps[name]
+        bills[name] = account(of_step.records, step.head, of_step.repeats, None if of_step.own_trace else cache)
+    calibration = _calibrations(step, bills, given, tuned, asked.settings, cache)
+    return Prediction(asked, step, choice, bills, given, steps, calibration, notes, continual)
+
+
+def _check(asked: Asked) -> None:
+    """Raise ValueError for what no net can have, before it is traced."""
+    from analysis.reports.report import CONVENTIONS, OPTIMIZERS
+
+    if asked.convention not in CONVENTIONS:
+        raise ValueError(f"convention is {asked.convention!r}, expected one of {', '.join(CONVENTIONS)}")
+    if not 0 < asked.epsilon <= 1:
+        raise ValueError(f"epsilon is {asked.epsilon}, expected a number in (0, 1]")
+    if asked.optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer is {asked.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
+
+
+def _bill_tasks(step: TracedStep, tasks: int | None, protected: float, basis_batches: int) -> Continual | None:
+    """The bill of that many tasks, if there are any."""
+    if tasks is None:
+        return None
+    from analysis.reports.continual_bill import bills
+    from analysis.reports.report import Continual
+
+    found = bills(step, tasks, protected, basis_batches=basis_batches)
+    return Continual(tasks, protected, basis_batches, tuple(found))
+
+
+def _step(
+    net: str | Module | TracedStep,
+    batch: int | None,
+    image_size: int | None,
+    input_shape: Sequence[int] | None,
+    num_classes: int | None,
+    tune: str | Sequence[str] | None,
+    dtype: str | None,
+    with_weights: bool,
+) -> TracedStep:
+    """The plain step: the one that was given, or that of a net, traced."""
+    from analysis.steps.nets import DEFAULT_NUM_CLASSES, TracedStep, build, check_classes, input_shape_for, trace_step
+    from lance_ref import models
+
+    if isinstance(net, TracedStep):
+        check_classes(net.name, num_classes, net.num_classes)
+        own = {"batch": net.batch, "input_shape": net.input_shape, "dtype": net.dtype, "image_size": None, "tune": None}
+        asked = {"batch": batch, "input_shape": input_shape, "dtype": dtype, "image_size": image_size, "tune": tune}
+        for name, value in asked.items():
+            if value is not None and (tuple(value) if name == "input_shape" else value) != own[name]:  # type: ignore[arg-type]
+                raise ValueError(f"{name} is {value!r}, but the step of net {net.name!r} was traced already")
+        return net
+    for name, number in (("batch", batch), ("num_classes", num_classes), ("image_size", image_size)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}, expected a positive integer")
+    title = net if isinstance(net, str) else type(net).__name__
+    shape = input_shape_for(title, image_size, input_shape)
+    if isinstance(net, str) and net.partition("@")[0] in models.names() and not with_weights:
+        asked_tune = tune if tune is None or isinstance(tune, str) else tuple(tune)
+        asked_dtype = "float32" if dtype is None else dtype
+        classes = DEFAULT_NUM_CLASSES if num_classes is None else num_classes
+        return _named_step(net, classes, shape, DEFAULT_BATCH if batch is None else batch, asked_tune, asked_dtype)
+    module = build(net, num_classes, shape, not with_weights) if isinstance(net, str) else net
+    if dtype is None:
+        dtype = "float32" if isinstance(net, str) else str(next((p.dtype for p in net.parameters()), "float32"))
+    step = trace_step(module, title, shape, DEFAULT_BATCH if batch is None else batch, tune, dtype)
+    check_classes(title, num_classes, step.num_classes)
+    return step
+
+
+@lru_cache(maxsize=16)
+def _named_step(
+    name: str,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    batch: int,
+    tune: str | tuple[str, ...] | None,
+    dtype: str,
+) -> TracedStep:
+    """The plain step of a net of ours, on shapes alone: traced once, the net left alone from then on."""
+    from analysis.steps.nets import build, trace_step
+
+    return trace_step(build(name, num_classes, input_shape, True), name, input_shape, batch, tune, dtype)
+
+
+def _choose_ranks(
+    step: TracedStep, tuned: Shapes, epsilon: float, ranks: str | None, spectra: str | None
+) -> RankChoice:
+    """The ranks; those of shipped spectra are read from their file once."""
+    from analysis.ranks.choose import choose_ranks
+
+    if ranks is not None or spectra is not None:
+        return choose_ranks(tuned, step.name, step.input_shape, epsilon, ranks, spectra)
+    return _shipped_ranks(tuple(tuned.items()), step.name, step.input_shape, epsilon)
+
+
+@lru_cache(maxsize=64)
+def _shipped_ranks(
+    tuned: tuple[tuple[str, tuple[int, ...]], ...], net: str, input_shape: tuple[int, ...], epsilon: float
+) -> RankChoice:
+    from analysis.ranks.choose import choose_ranks
+
+    return choose_ranks(dict(tuned), net, input_shape, epsilon, None, None)
+
+
+def ranks_of(name: str, choice: RankChoice | None, tuned: Shapes) -> Ranks:
+    """The ranks of a method, by layer; none for a method without ranks."""
+    from analysis.ranks.choose import mean_free
+
+    kind = METHODS[name].ranks
+    if kind is None or choice is None:
+        return {}
+    if kind == "given":
+        return dict(choice.ranks)
+    try:
+        return mean_free(choice.ranks, tuned)
+    except ValueError as error:
+        raise NotApplicableError(str(error)) from None
+
+
+def _calibrations(
+    step: TracedStep,
+    bills: dict[str, list[Billed]],
+    given: dict[str, Ranks],
+    tuned: Shapes,
+    settings: Settings,
+    cache: CostCache,
+) -> dict[str, CalibrationCost]:
+    """The calibration of every method that has one, with what each step saves against a HOSVD at the same ranks."""
+    from analysis.rules.account import account
+    from analysis.rules.calibration_costs import calibration_cost, saved_per_step
+    from analysis.rules.recompute import flatten
+
+    costs = {}
+    for name in bills:
+        kind = METHODS[name].calibration
+        if kind is None:
+            continue
+        if "hosvd" in bills and given["hosvd"] == given[name]:
+            hosvd = bills["hosvd"]
+        else:
+            records = method_step("hosvd", step, settings, given[name], tuned).records
+            hosvd = account(records, step.head, cache=cache)
+        saved = saved_per_step(bills[name], hosvd)
+        forward = sum(bill.cost.forward_macs for bill in bills[name])
+        costs[name] = calibration_cost(
+            flatten(step.records), forward, given[name], settings.calibration_batches, kind, saved
+        )
+    return costs
+
+
+def _shown(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that a reader wants to see, without those that only a real run needs."""
+    return {name: value for name, value in facts.items() if name not in ("parameters", "asked", "rank")}
+
+
+def tuned_inputs(step: TracedStep) -> dict[str, tuple[int, ...]]:
+    """Input shape of every tuned layer that is called, batch first."""
+    from analysis.rules.account import WEIGHTED
+    from analysis.rules.recompute import flatten
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for record in flatten(step.records):
+        if record.path in step.tuned_layers and record.op in WEIGHTED:
+            shape = record.inputs[0].shape
+            if shapes.setdefault(record.path, shape) != shape:
+                raise ValueError(
+                    f"layer {record.path!r} is called with inputs of shapes {shapes[record.path]} and {shape}, "
+                    "LANCE's factors fit one shape"
+                )
+    return shapes

@@ -1,0 +1,453 @@
+"""The cost model's answer as a value: rows, totals that are their sums, JSON, CSV, pandas and HTML."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from analysis.rules.account import Billed
+from analysis.rules.calibration_costs import CalibrationCost
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+    from analysis.peak.memory import Peak
+    from analysis.reports.continual_bill import TaskBill
+    from analysis.reports.predict import Prediction
+
+SCHEMA = 1
+ACCOUNTINGS = ("paper", "pytorch", "tape")
+CONVENTIONS = ("flops", "paper")
+OPTIMIZERS = ("sgd", "sgd-momentum", "adam")
+_Place = tuple[str, str, int]
+FLOP_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
+
+
+@dataclass(frozen=True)
+class MethodCost:
+    """What one method costs, in one layer or in total.
+
+    Attributes
+    ----------
+    ranks : tuple or None
+        Rank of each mode (None: left alone) of a compressed layer.
+    activation_bytes : dict
+        Bytes under each of :data:`ACCOUNTINGS`.
+    subspace_bytes : int
+        Fixed factors, in memory beside the tape.
+    flops : dict
+        One entry for each of :data:`FLOP_KINDS`, and their sum, ``"total"``. Under the convention
+        ``"paper"`` these are multiply-adds of the tuned layers alone.
+    elementwise : int
+        Scalar operations outside of products.
+    """
+
+    ranks: tuple[int | None, ...] | None
+    activation_bytes: dict[str, int]
+    subspace_bytes: int
+    flops: dict[str, int]
+    elementwise: int
+
+    @classmethod
+    def of(cls, billed: Billed, convention: str) -> MethodCost:
+        cost, paper = billed.cost, convention == "paper"
+        counts = dict.fromkeys(FLOP_KINDS, 0)
+        if not paper:
+            counts = {
+                "forward": 2 * cost.forward_macs,
+                "grad_input": 2 * cost.grad_input_macs,
+                "grad_weight": 2 * cost.grad_weight_macs,
+                "projection": 2 * cost.projection_macs,
+                "decomposition": 2 * cost.decomposition_macs,
+                "recompute": 2 * cost.recompute_macs,
+            }
+        elif billed.tuned:
+            counts["forward"] = cost.forward_macs
+            counts["grad_weight"] = cost.paper_grad_weight_macs
+            counts["projection"] = cost.paper_projection_macs
+            counts["recompute"] = cost.recompute_macs
+        return cls(
+            cost.ranks,
+            {"paper": billed.paper_bytes, "pytorch": billed.pytorch_bytes, "tape": billed.tape_bytes},
+            billed.subspace_bytes,
+            {**counts, "total": sum(counts.values())},
+            cost.elementwise,
+        )
+
+    @classmethod
+    def sum(cls, costs: Sequence[MethodCost]) -> MethodCost:
+        """The totals: every number is the sum over the rows; ranks have none."""
+        return cls(
+            None,
+            {name: sum(c.activation_bytes[name] for c in costs) for name in ACCOUNTINGS},
+            sum(c.subspace_bytes for c in costs),
+            {kind: sum(c.flops[kind] for c in costs) for kind in (*FLOP_KINDS, "total")},
+            sum(c.elementwise for c in costs),
+        )
+
+    @property
+    def tape_and_factors(self) -> int:
+        """Bytes of the tape and of the fixed factors together."""
+        return self.activation_bytes["tape"] + self.subspace_bytes
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing is kept and nothing computed."""
+        return not (any(self.activation_bytes.values()) or any(self.flops.values()) or self.elementwise)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ranks": None if self.ranks is None else list(self.ranks),
+            "activation_bytes": self.activation_bytes,
+            "subspace_bytes": self.subspace_bytes,
+            "flops": self.flops,
+            "elementwise": self.elementwise,
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One executed operation. ``path`` is its layer, ``name`` is unique in the report.
+
+    ``methods`` has the cost under every method that runs the operation; shapes are those of the first of them.
+    """
+
+    name: str
+    op: str
+    path: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...] | None
+    parameters: int
+    tuned: bool
+    methods: dict[str, MethodCost]
+
+    @classmethod
+    def of(cls, billed: Mapping[str, Billed], costs: Mapping[str, MethodCost]) -> Row:
+        """One row out of the same operation's bill and cost under every method that runs it."""
+        first = next(iter(billed.values()))
+        record = first.record
+        weights = [value for value in record.inputs if value.parameter is not None]
+        has_weight = len(record.inputs) > 1 and record.inputs[1].parameter is not None
+        return cls(
+            first.name,
+            record.op,
+            record.path,
+            record.inputs[0].shape,
+            record.output.shape,
+            record.inputs[1].shape if has_weight else None,
+            sum(value.size for value in weights),
+            first.tuned,
+            dict(costs),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "op": self.op,
+            "input_shape": list(self.input_shape),
+            "output_shape": list(self.output_shape),
+            "weight_shape": None if self.weight_shape is None else list(self.weight_shape),
+            "parameters": self.parameters,
+            "tuned": self.tuned,
+            "methods": {method: cost.to_json() for method, cost in self.methods.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Continual:
+    """The bill of learning several tasks one after the other.
+
+    Attributes
+    ----------
+    tasks : int
+    protected : float
+        Share of each layer's directions that the last task must leave alone.
+    basis_batches : int
+        Batches from which directions are found.
+    bills : tuple of TaskBill
+        By learner, then by task.
+    """
+
+    tasks: int
+    protected: float
+    basis_batches: int
+    bills: tuple[TaskBill, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "bills": [bill.to_json() for bill in self.bills]}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The cost of one training step of one net, by layer and method.
+
+    Attributes
+    ----------
+    methods : tuple of str
+    rows : tuple of Row
+        Every operation that keeps a byte or costs an operation, in order of execution. Operations of different
+        methods are the same if layer, operation and its how-manieth call are; one that a method does not run has no
+        cost under it.
+    calibration : dict of method to CalibrationCost
+        What is done once, before the first step, for methods with calibrated subspaces.
+    settings : dict of method to dict
+        As they turned out, for methods that have settings.
+    notes : dict of method to str
+        Why a method was left out.
+    continual : Continual or None
+        Where it was asked for.
+    origin : Prediction or None
+        What the report was made from; the peaks of memory and some panels of the figure are computed from it when
+        they are asked for.
+    """
+
+    net: str
+    batch: int
+    image_size: int | None
+    num_classes: int
+    dtype: str
+    convention: str
+    tuned_layers: tuple[str, ...]
+    ranks_from: str
+    methods: tuple[str, ...]
+    rows: tuple[Row, ...]
+    calibration: dict[str, CalibrationCost] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    continual: Continual | None = None
+    origin: Prediction | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, bills: Mapping[str, Sequence[Billed]], convention: str, **facts: Any) -> Report:
+        """Fold the bills of all methods into rows; ``facts`` are the report's other attributes."""
+        seen: dict[tuple[Any, ...], MethodCost] = {}
+
+        of_bill: dict[int, MethodCost] = {}
+
+        def cost(bill: Billed) -> MethodCost:
+            """The same object for bills that say the same."""
+            known = of_bill.get(id(bill))
+            if known is None:
+                known = of_bill[id(bill)] = priced(bill)
+            return known
+
+        def priced(bill: Billed) -> MethodCost:
+            bytes_ = (bill.paper_bytes, bill.pytorch_bytes, bill.tape_bytes, bill.subspace_bytes)
+            key = (id(bill.cost), bill.tuned, *bytes_)
+            if key not in seen:
+                seen[key] = MethodCost.of(bill, convention)
+            return seen[key]
+
+        rows = (Row.of(same, {method: cost(bill) for method, bill in same.items()}) for same in _matched(bills))
+        listed = tuple(row for row in rows if not all(cost.is_free for cost in row.methods.values()))
+        return cls(convention=convention, methods=tuple(bills), rows=listed, **facts)
+
+    @property
+    def totals(self) -> dict[str, MethodCost]:
+        return {
+            method: MethodCost.sum([row.methods[method] for row in self.rows if method in row.methods])
+            for method in self.methods
+        }
+
+    @cached_property
+    def peaks(self) -> dict[str, Peak]:
+        """The peak of memory of one step, by method; empty for a report without its origin."""
+        from analysis.steps.peaks import peaks
+
+        return {} if self.origin is None else peaks(self.origin)
+
+    @property
+    def optimizer(self) -> str:
+        """Whose state counts at the peak."""
+        return OPTIMIZERS[0] if self.origin is None else self.origin.asked.optimizer
+
+    @property
+    def remark(self) -> str:
+        """What must be known of the net itself: see :func:`analysis.steps.nets.remark`."""
+        from analysis.steps.nets import remark
+
+        return "" if self.origin is None else remark(self.origin.step.net)
+
+    @property
+    def work_unit(self) -> str:
+        """What ``flops`` counts."""
+        return "multiply-adds of the tuned layers" if self.convention == "paper" else "FLOPs"
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of schema 1."""
+        return {
+            "schema": SCHEMA,
+            "net": self.net,
+            "batch": self.batch,
+            "image_size": self.image_size,
+            "num_classes": self.num_classes,
+            "dtype": self.dtype,
+            "convention": self.convention,
+            "tuned_layers": list(self.tuned_layers),
+            "ranks_from": self.ranks_from,
+            "layers": [row.to_json() for row in self.rows],
+            "totals": {method: cost.to_json() for method, cost in self.totals.items()},
+            "units": {
+                "activation_bytes": "bytes",
+                "subspace_bytes": "bytes",
+                "flops": self.work_unit,
+                "elementwise": "operations",
+                "calibration": "multiply-adds",
+                "peak": "bytes",
+            },
+            "settings": self.settings,
+            "calibration": {method: cost.to_json() for method, cost in self.calibration.items()},
+            "notes": self.notes | ({"net": self.remark} if self.remark else {}),
+            "optimizer": self.optimizer,
+            "peak": {method: _peak_json(peak) for method, peak in self.peaks.items()},
+            "continual": None if self.continual is None else self.continual.to_json(),
+        }
+
+    def json_text(self) -> str:
+        return json.dumps(self.to_json(), indent=1) + "\n"
+
+    def csv_text(self) -> str:
+        """The same rows flat: nested names joined by dots, shapes and ranks by ``x`` (``-``: left alone).
+
+        Nothing stands where a method does not run the operation.
+        """
+        flat = self._flat_rows()
+        text = io.StringIO()
+        writer = csv.DictWriter(text, _names(flat) or ["name"], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+        return text.getvalue()
+
+    def to_pandas(self) -> Any:
+        """The rows as a ``pandas.DataFrame``, the columns named as in :meth:`csv_text`; missing where not run.
+
+        Raises
+        ------
+        ImportError
+            If pandas is not installed.
+        """
+        try:
+            import pandas  # type: ignore[import-untyped]
+        except ImportError:
+            raise ImportError("Report.to_pandas() needs pandas, which is not installed: pip install pandas") from None
+        flat = self._flat_rows()
+        return pandas.DataFrame(flat, columns=_names(flat))
+
+    def table(self) -> Table:
+        """The totals of all methods as a rich table; ``analysis.reports.tables.show`` prints everything."""
+        from analysis.reports.tables import totals_table
+
+        return totals_table(self)
+
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        panels: Sequence[str] = ("tape", "macs", "batch", "frontier"),
+        method: str | None = None,
+    ) -> Figure:
+        """Draw the report: see :func:`analysis.reports.plots.draw`.
+
+        Parameters
+        ----------
+        path : str, optional
+            A .png or .svg file to write, whole or not at all.
+        panels : sequence of {"tape", "macs", "batch", "frontier"}
+        method : str, optional
+            Which method stands beside bp; by default lance, or the first that is not bp.
+        """
+        from analysis.reports.plots import draw
+
+        return draw(self, path, panels, method)
+
+    def __repr__(self) -> str:
+        return f"Report({self.net}, batch {self.batch}, {', '.join(self.methods)}: {len(self.rows)} rows)"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the totals, and the lines above and below them."""
+        from analysis.reports.tables import html
+
+        return html(self)
+
+    def _flat_rows(self) -> list[dict[str, Any]]:
+        return [_flatten(row.to_json()) for row in self.rows]
+
+
+def _peak_json(peak: Peak) -> dict[str, Any]:
+    return {
+        "peak_bytes": peak.peak_bytes,
+        "peak_moment": peak.moment,
+        "peak_at": peak.at,
+        "parameters_bytes": peak.parameters_bytes,
+        "gradients_bytes": peak.gradients_bytes,
+        "optimizer_state_bytes": peak.optimizer_state_bytes,
+        "forward_bytes": peak.forward_bytes,
+        "backward_bytes": peak.backward_bytes,
+        "optimizer_bytes": peak.optimizer_bytes,
+    }
+
+
+def _matched(bills: Mapping[str, Sequence[Billed]]) -> list[dict[str, Billed]]:
+    """The bills of the same operation under every method that runs it, in order of execution.
+
+    An operation that the first method does not run stands behind the last one before it that an earlier method runs.
+    """
+    rows: dict[_Place, dict[str, Billed]] = {}
+    for method, listed in bills.items():
+        behind: dict[_Place | None, list[_Place]] = {}
+        last: _Place | None = None
+        for place, bill in zip(_places(tuple([(b.record.path, b.record.op) for b in listed])), listed, strict=True):
+            if place in rows:
+                rows[place][method], last = bill, place
+                continue
+            behind.setdefault(last, []).append(place)
+            rows[place] = {method: bill}
+        if behind:
+            rows = {place: rows[place] for place in _in_order(rows, behind)}
+    return list(rows.values())
+
+
+@lru_cache(maxsize=32)
+def _places(operations: tuple[tuple[str, str], ...]) -> tuple[_Place, ...]:
+    """Layer and operation with its how-manieth call; most methods run the same."""
+    times: Counter[tuple[str, str]] = Counter()
+    places = []
+    for operation in operations:
+        times[operation] += 1
+        places.append((*operation, times[operation]))
+    return tuple(places)
+
+
+def _in_order(rows: Iterable[Any], behind: Mapping[Any, list[Any]]) -> list[Any]:
+    """All keys, the new ones behind those that they follow (None: at the start)."""
+    new = {key for keys in behind.values() for key in keys}
+    order = list(behind.get(None, ()))
+    for key in rows:
+        if key not in new:
+            order += [key, *behind.get(key, ())]
+    return order
+
+
+def _names(flat: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All columns, in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in flat for name in row))
+
+
+def _flatten(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        flat: dict[str, Any] = {}
+        for key, inner in value.items():
+            flat.update(_flatten(inner, f"{name}.{key}" if name else key))
+        return flat
+    if isinstance(value, list):
+        return {name: "x".join("-" if n is None else str(n) for n in value)}
+    return {name: "" if value is None else value}

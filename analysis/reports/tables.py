@@ -1,0 +1,325 @@
+"""The printed report: per-layer tables, totals, reductions, and what they mean."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from analysis.reports.footnotes import footnotes
+from analysis.reports.report import ACCOUNTINGS, FLOP_KINDS, Continual, MethodCost, Report, Row
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+PIPED_WIDTH = 240
+WIDE = 480
+"""Of a report with so many methods that the tables of layers do not fit otherwise."""
+
+FEW = 4
+"""Methods of which every layer is shown under every accounting; of more, one column each."""
+
+
+def render(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> str:
+    """The whole report as plain wide text.
+
+    Parameters
+    ----------
+    report : Report
+    accountings : sequence of str
+        Which columns of activation memory to show.
+    """
+    from rich.console import Console
+
+    text = io.StringIO()
+    print_report(report, accountings, Console(file=text, width=_width(report), color_system=None, force_jupyter=False))
+    return _stripped(text.getvalue())
+
+
+def show(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> None:
+    """Print the report: in colour to a terminal, unless NO_COLOR is set; as plain wide text to a pipe."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        # a terminal folds lines that are too long for it; rich would cut numbers off
+        print_report(report, accountings, Console(width=_width(report)))
+    else:
+        sys.stdout.write(render(report, accountings))
+
+
+def _width(report: Report) -> int:
+    return PIPED_WIDTH if len(report.methods) <= FEW else WIDE
+
+
+def html(report: Report) -> str:
+    """The totals with what stands above and below them, as HTML without scripts."""
+    from html import escape
+
+    from rich.console import Console
+
+    text = io.StringIO()
+    console = Console(file=text, width=_width(report), color_system=None, force_jupyter=False)
+    _print_heading(report, console)
+    console.print(totals_table(report))
+    _print_footer(report, console)
+    _print_continual(report, console)
+    return f'<pre style="overflow-x: auto; white-space: pre">{escape(text.getvalue())}</pre>'
+
+
+def _stripped(text: str) -> str:
+    """Without spaces at the ends of lines; rules in ASCII, since a pipe's encoding is anybody's guess."""
+    return "".join(f"{line.rstrip()}\n" for line in text.replace("─", "-").splitlines())
+
+
+def print_report(report: Report, accountings: Sequence[str], console: Console) -> None:
+    """Print all of it to a rich console."""
+    _print_heading(report, console)
+    console.print(_memory_table(report, accountings))
+    console.print(_flops_table(report))
+    console.print(totals_table(report, accountings))
+    _print_footer(report, console)
+    _print_continual(report, console)
+
+
+def _print_heading(report: Report, console: Console) -> None:
+    say = _sayer(console)
+    size = "" if report.image_size is None else f", {report.image_size} pixels"
+    say(f"{report.net}, batch {report.batch}{size}, {report.num_classes} classes, {report.dtype}")
+    count = len(report.tuned_layers)
+    say(f"tuned: {count} layer{'' if count == 1 else 's'} and the classifier head")
+    if any(cost.ranks for row in report.rows for cost in row.methods.values()):
+        say(f"ranks from: {report.ranks_from}")
+
+
+def _print_footer(report: Report, console: Console) -> None:
+    """Calibrations, settings, what was left out, the peaks, and what it all means."""
+    say = _sayer(console)
+    for sentence in (*footnotes(report), *explain(report)):
+        say(sentence)
+
+
+def _print_continual(report: Report, console: Console) -> None:
+    """A second table, where it was asked for."""
+    continual = report.continual
+    if continual is None:
+        return
+    console.print()
+    console.print(continual_table(continual))
+    _sayer(console)(
+        f"Of the last task, with {continual.protected:g} of each layer's directions protected, found from "
+        f"{continual.basis_batches} batches after each task; beside: GPM's bases, LANCE's factors; flash: the bases "
+        "kept for the next task"
+    )
+
+
+def _sayer(console: Console) -> Any:
+    return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(title: str, columns: Iterable[str], left: int) -> Table:
+    """An empty table whose first ``left`` columns are text and the others numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold cyan")
+    for position, name in enumerate(columns):
+        table.add_column(name, justify="left" if position < left else "right", no_wrap=True, overflow="fold")
+    return table
+
+
+# ---- per layer ---------------------------------------------------------------------------
+
+
+def _memory_table(report: Report, accountings: Sequence[str]) -> Table:
+    methods = report.methods
+    accountings = accountings if len(methods) <= FEW else accountings[-1:]
+    with_factors = [m for m in methods if report.totals[m].subspace_bytes]
+    columns = ["layer", "op", "output", "ranks"]
+    columns += [f"{method} {name}" for method in methods for name in accountings]
+    columns += [f"{method} factors" for method in with_factors]
+    table = _table("Kept for the backward pass (bytes; each buffer billed once)", columns, 4)
+
+    def numbers(costs: dict[str, MethodCost]) -> list[str]:
+        kept = [
+            costs[method].activation_bytes[name] if method in costs else None
+            for method in methods
+            for name in accountings
+        ]
+        factors = [costs[method].subspace_bytes if method in costs else None for method in with_factors]
+        return [_count(n) for n in kept + factors]
+
+    skipped = 0
+    for row in report.rows:
+        if not any(any(cost.activation_bytes.values()) or cost.subspace_bytes for cost in row.methods.values()):
+            skipped += 1
+            continue
+        ranks = next((cost.ranks for cost in row.methods.values() if cost.ranks), None)
+        table.add_row(row.name, row.op, _shape(row.output_shape), _ranks(ranks), *numbers(row.methods))
+    if skipped:
+        table.add_row(f"({skipped} more, which keep nothing)", style="dim")
+    table.add_section()
+    table.add_row("total", "", "", "", *numbers(report.totals))
+    return table
+
+
+def _flops_table(report: Report) -> Table:
+    """FLOPs by kind; a kind that all methods agree on in every row has one column, one that is always 0 none.
+
+    Of many methods the sums alone, with one column of the forward pass.
+    """
+    totals, methods = report.totals, report.methods
+    shared = [kind for kind in FLOP_KINDS if _agreed(report, kind)]
+    own = [(method, kind) for method in methods for kind in FLOP_KINDS if kind not in shared]
+    if len(methods) > FEW:
+        shared, own = [kind for kind in shared if kind == "forward"], []
+    shared = [kind for kind in shared if totals[methods[0]].flops[kind]]
+    own = [(method, kind) for method, kind in own if totals[method].flops[kind]]
+    unit = "millions of multiply-adds of the tuned layers" if report.convention == "paper" else "MFLOPs"
+    columns = ["layer", "op", "weight", *shared, *(f"{method} {kind}" for method, kind in own)]
+    columns += [f"{method} total" for method in methods]
+    table = _table(f"Products of one step ({unit})", columns, 3)
+
+    def numbers(costs: dict[str, MethodCost]) -> list[str]:
+        one = next(iter(costs.values()))
+        values: list[int | None] = [one.flops[kind] for kind in shared]
+        values += [costs[method].flops[kind] if method in costs else None for method, kind in own]
+        values += [costs[method].flops["total"] if method in costs else None for method in methods]
+        return [_millions(n) for n in values]
+
+    folded: list[Row] = []
+    for row in report.rows:
+        if not any(cost.flops["total"] for cost in row.methods.values()):
+            continue
+        everywhere = len(row.methods) == len(methods)
+        if everywhere and all(cost.flops["total"] == cost.flops["forward"] for cost in row.methods.values()):
+            folded.append(row)
+            continue
+        table.add_row(row.name, row.op, _shape(row.weight_shape), *numbers(row.methods))
+    if folded:
+        sums = {method: MethodCost.sum([row.methods[method] for row in folded]) for method in methods}
+        table.add_row(f"({len(folded)} more, forward only)", "", "", *numbers(sums), style="dim")
+    table.add_section()
+    table.add_row("total", "", "", *numbers(totals))
+    return table
+
+
+def _agreed(report: Report, kind: str) -> bool:
+    """Whether every method runs every operation, and all of them spend the same on this kind."""
+    return all(
+        len(row.methods) == len(report.methods) and len({cost.flops[kind] for cost in row.methods.values()}) == 1
+        for row in report.rows
+    )
+
+
+# ---- totals ------------------------------------------------------------------------------
+
+
+def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> Table:
+    """Memory, work and, where bp is among the methods, how many times less each of the others takes."""
+    work = "multiply-adds" if report.convention == "paper" else "FLOPs"
+    rare = ("decomposition", "recompute")
+    kinds = [k for k in FLOP_KINDS if k not in rare or any(c.flops[k] for c in report.totals.values())]
+    columns = ["", *accountings, "factors", "tape + factors", *kinds, f"{work}, all", "elementwise"]
+    table = _table(f"Totals (memory in MiB, {work} in billions, element-wise operations in billions)", columns, 1)
+    totals = report.totals
+    for method, cost in totals.items():
+        memory = [cost.activation_bytes[name] for name in accountings] + [cost.subspace_bytes, cost.tape_and_factors]
+        giga = [cost.flops[kind] / 1e9 for kind in (*kinds, "total")] + [cost.elementwise / 1e9]
+        table.add_row(method, *(f"{n / 2**20:,.3f}" for n in memory), *(f"{n:,.3f}" for n in giga))
+    for method in [name for name in totals if name != "bp"]:
+        ratios = reductions(totals["bp"], totals[method]) if "bp" in totals else {}
+        if ratios:
+            shown = [_ratio(ratios[name]) for name in accountings] + ["", _ratio(ratios["tape + factors"])]
+            shown += [""] * len(kinds) + [_ratio(ratios["flops"])]
+            table.add_row(f"bp / {method}", *shown, style="green")
+    return table
+
+
+def continual_table(continual: Continual) -> Table:
+    """Every learner's bill of the last task, and of all that lies between the tasks."""
+    mib, giga = 2**20, 1e9
+    title = f"Learning {continual.tasks} tasks one after the other (memory in MiB, multiply-adds in billions)"
+    columns = [
+        "learner",
+        "tape",
+        "beside",
+        "RAM",
+        "flash afterwards",
+        "total",
+        "a step",
+        "between",
+        "between, all tasks",
+    ]
+    table = _table(title, columns, 1)
+    for learner in dict.fromkeys(bill.learner for bill in continual.bills):
+        of = [bill for bill in continual.bills if bill.learner == learner]
+        last = of[-1]
+        memory = (last.tape_bytes, last.beside_bytes, last.ram_bytes, last.flash_bytes, last.total_bytes)
+        work = (last.step_macs, last.between_macs, sum(bill.between_macs for bill in of))
+        table.add_row(learner, *(f"{n / mib:,.3f}" for n in memory), *(f"{n / giga:,.3f}" for n in work))
+    return table
+
+
+def reductions(bp: MethodCost, other: MethodCost) -> dict[str, float | None]:
+    """How many times less the other method takes, by accounting; None where it takes nothing.
+
+    Factors count for the other method only: ``"tape + factors"`` compares bp's tape with both.
+    """
+    ratios = {name: _over(bp.activation_bytes[name], other.activation_bytes[name]) for name in ACCOUNTINGS}
+    ratios["tape + factors"] = _over(bp.tape_and_factors, other.tape_and_factors)
+    ratios["bp pytorch / tape"] = _over(bp.activation_bytes["pytorch"], other.activation_bytes["tape"])
+    ratios["bp pytorch / tape + factors"] = _over(bp.activation_bytes["pytorch"], other.tape_and_factors)
+    ratios["flops"] = _over(bp.flops["total"], other.flops["total"])
+    return ratios
+
+
+def _over(a: int, b: int) -> float | None:
+    return a / b if b else None
+
+
+def explain(report: Report) -> list[str]:
+    """What the reductions mean, one sentence per method beside bp; and which layers keep next to nothing."""
+    totals = report.totals
+    if "bp" not in totals:
+        return []
+    sentences: list[str] = []
+    for method in [name for name in totals if name.startswith("lance")]:
+        r = {name: _ratio(value) for name, value in reductions(totals["bp"], totals[method]).items()}
+        sentences.append(
+            f"What it means: the papers count the inputs of the tuned layers alone, and would claim {r['paper']} for "
+            f"{method}; PyTorch, which also keeps what batch norm and activation functions save, would shrink by "
+            f"{r['pytorch']}; this lean tape shrinks by {r['tape']} ({r['tape + factors']} with the fixed factors, "
+            f"which stay in memory beside it), and is {r['bp pytorch / tape']} smaller than PyTorch's tape of bp "
+            f"({r['bp pytorch / tape + factors']} with the factors)."
+        )
+        rows = [row for row in report.rows if method in row.methods]
+        single = [row.name for row in rows if set(row.methods[method].ranks or (0,)) == {1}]
+        if single:
+            sentences.append(
+                f"Mind the ranks: {', '.join(single)} would keep one number, rank 1 in every mode: little more than "
+                "the mean activation, which holds most of the energy. A larger --epsilon, or --ranks, keeps more."
+            )
+    return list(dict.fromkeys(sentences))
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _count(n: int | None) -> str:
+    """``-``: the method does not run the operation."""
+    return "-" if n is None else f"{n:,}"
+
+
+def _millions(n: int | None) -> str:
+    return "-" if n is None else f"{n / 1e6:,.3f}" if n else "0"
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "" if shape is None else "x".join(map(str, shape))
+
+
+def _ranks(ranks: Sequence[int | None] | None) -> str:
+    return "" if ranks is None else ",".join("-" if r is None else str(r) for r in ranks)

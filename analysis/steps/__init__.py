@@ -1,0 +1,1 @@
+"""The traced training step, and what each method makes of it."""

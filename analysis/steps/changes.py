@@ -1,0 +1,318 @@
+"""What a method makes of the records of a plain training step: other gradients, other operations, another batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import lance_ref
+from analysis.peak.lifetimes import renumbered
+from analysis.rules.account import WEIGHTED
+from analysis.rules.recompute import OP, flatten, inside
+from analysis.steps.methods import MethodStep, NotApplicableError
+from analysis.steps.nets import CannotRunError, TracedStep, step_records
+from lance_ref import nn
+from lance_ref.engine.tensor import Tensor
+from lance_ref.nn.module import Module
+from lance_ref.nn.selection import choose
+from lance_ref.nn.tracing import OpRecord, Value
+
+MICRO_BATCHES = 4
+"""Of a step, at least, where nobody says otherwise."""
+
+
+# ---- what trains ---------------------------------------------------------------------------
+
+
+@contextmanager
+def retuned(net: Module, **changes: str) -> Iterator[None]:
+    """Inside the ``with`` block the net is tuned with other arguments of :func:`lance_ref.tune`.
+
+    Raises
+    ------
+    NotApplicableError
+        If that selection does not fit the net.
+    """
+    tuning = net.tuning
+    flags = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
+    frozen = [(module, module.frozen) for module in net.modules() if "frozen" in vars(module)]
+    try:
+        try:
+            lance_ref.tune(net, **{"selection": tuning.selection, **changes})
+        except ValueError as error:
+            raise NotApplicableError(str(error)) from None
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, was in frozen:
+            module.frozen = was
+        net.tuning = tuning
+
+
+def trained_parameters(step: TracedStep, changes: Mapping[str, str]) -> set[str]:
+    """Names of the parameters that train after :func:`lance_ref.tune` with these arguments.
+
+    Raises
+    ------
+    NotApplicableError
+        If that selection does not fit the net.
+    """
+    net = step.net
+    try:
+        trains = choose(net, **{"selection": net.tuning.selection, **changes}).trains
+    except ValueError as error:
+        raise NotApplicableError(str(error)) from None
+    return {name for name, parameter in net.named_parameters() if id(parameter) in trains}
+
+
+def retrained(records: Sequence[OpRecord], trains: Collection[str]) -> list[OpRecord]:
+    """The same operations with gradients for these parameters, and for what depends on them.
+
+    An operation that has no gradient although an input needs one (under ``no_grad()``) gets none. A record
+    that does not change stays the same object.
+    """
+    return _retrained(records, trains, {})
+
+
+def _retrained(records: Sequence[OpRecord], trains: Collection[str], needs: dict[int, bool]) -> list[OpRecord]:
+    """``needs`` says of the values made so far whether they need gradients now; is added to."""
+    changed = []
+    for record in records:
+        within = _retrained(inside(record), trains, needs)
+        inputs = tuple(_flagged(value, _needs(value, trains, needs)) for value in record.inputs)
+        if within:
+            needed = needs[record.output.id]
+            record = replace(record, attributes={**record.attributes, "records": within})
+        else:
+            cut = any(value.requires_grad for value in record.inputs) and not record.output.requires_grad
+            needed = not cut and any(value.requires_grad for value in inputs)
+        needs[record.output.id] = needed
+        output = _flagged(record.output, needed)
+        same = output is record.output and all(a is b for a, b in zip(inputs, record.inputs, strict=True))
+        changed.append(record if same else replace(record, inputs=inputs, output=output))
+    return changed
+
+
+def _needs(value: Value, trains: Collection[str], needs: Mapping[int, bool]) -> bool:
+    return value.parameter in trains if value.parameter is not None else needs.get(value.id, value.requires_grad)
+
+
+def _flagged(value: Value, requires_grad: bool) -> Value:
+    return value if value.requires_grad == requires_grad else replace(value, requires_grad=requires_grad)
+
+
+# ---- LoRA ----------------------------------------------------------------------------------
+
+
+def with_lora(step: TracedStep, rank: int) -> MethodStep:
+    """Beside each tuned linear layer and 1x1 convolution of one group: down to ``rank``, up again, and the sum.
+
+    y = Wx + b becomes base = Wx + b, low = Ax, update = B·low, y = base + update, with records of the paths
+    ``layer``, ``layer.down``, ``layer.up`` and ``layer.sum``. Which parameters are new is said in the step's facts.
+
+    Raises
+    ------
+    NotApplicableError
+        If no tuned layer can be adapted.
+    """
+    layers = sorted({r.path for r in flatten(step.records) if r.path in step.tuned_layers and _can_adapt(r)})
+    if not layers:
+        raise NotApplicableError("none of the tuned layers is a linear layer or a 1x1 convolution of one group")
+    values = (value.id for r in flatten(step.records) for value in (*r.inputs, r.output))
+    fresh = itertools.count(1 + max(values))
+    parameters: dict[str, Value] = {}
+
+    def parameter(name: str, shape: tuple[int, ...], dtype: str) -> Value:
+        return parameters.setdefault(name, Value(next(fresh), shape, dtype, True, name))
+
+    def expand(record: OpRecord) -> list[OpRecord]:
+        if record.path not in layers or record.op not in WEIGHTED:
+            return [record]
+        x, weight = record.inputs[:2]
+        y, kernel = record.output, weight.shape[2:]
+        A = parameter(f"{record.path}.down.weight", (rank, weight.shape[1], *kernel), weight.dtype)
+        B = parameter(f"{record.path}.up.weight", (weight.shape[0], rank, *kernel), weight.dtype)
+        low_shape = (*y.shape[:-1], rank) if record.op == "linear" else (y.shape[0], rank, *y.shape[2:])
+        base, update = (Value(next(fresh), y.shape, y.dtype, True) for _ in range(2))
+        low = Value(next(fresh), low_shape, y.dtype, True)
+        exact: dict[str, Any] = {**record.attributes, "store": {"name": "exact"}}
+        plain = exact if record.op == "linear" else {**exact, **_POINTWISE}
+        return [
+            replace(record, output=base),
+            OpRecord(record.op, f"{record.path}.down", (x, A), low, exact),
+            OpRecord(record.op, f"{record.path}.up", (low, B), update, plain),
+            OpRecord("add", f"{record.path}.sum", (base, update), replace(y, requires_grad=True), {}),
+        ]
+
+    records = _expanded(step.records, expand)
+    return MethodStep(records, facts={"layers": layers, "rank": rank, "parameters": sorted(parameters)})
+
+
+_POINTWISE = {"stride": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1)}
+
+
+def _can_adapt(record: OpRecord) -> bool:
+    pointwise = record.op == "conv2d" and record.inputs[1].shape[2:] == (1, 1) and record.attributes["groups"] == 1
+    return record.op == "linear" or pointwise
+
+
+def _expanded(records: Sequence[OpRecord], expand: Callable[[OpRecord], list[OpRecord]]) -> list[OpRecord]:
+    changed: list[OpRecord] = []
+    for record in records:
+        if inside(record):
+            within = _expanded(inside(record), expand)
+            record = replace(record, attributes={**record.attributes, "records": within})
+        changed += expand(record)
+    return changed
+
+
+# ---- checkpointing and micro-batches -------------------------------------------------------
+
+
+@contextmanager
+def recomputed(net: Module, segments: int | None) -> Iterator[int]:
+    """Inside the ``with`` block stages of the net run again in the backward pass.
+
+    Parameters
+    ----------
+    net : Module
+        With ``stages()``, whose composition is its ``forward()``.
+    segments : int, optional
+        The stages from the first that trains to the last but one are put together into so many segments, the first
+        ones longer where it does not come out even; by default each of them with parameters that train is one.
+
+    Yields
+    ------
+    int
+        How many segments there are.
+
+    Raises
+    ------
+    NotApplicableError
+        If the net has no stages.
+    ValueError
+        If there are fewer such stages than segments.
+    """
+    if not hasattr(net, "stages"):
+        raise NotApplicableError(f"checkpointing takes a net with stages(), a {type(net).__name__} has none")
+    *body, last = net.stages()
+    trains = [any(parameter.requires_grad for parameter in stage.parameters()) for stage in body]
+    first = trains.index(True) if True in trains else len(body)
+    stretch = body[first:]
+    if segments is not None and segments > len(stretch):
+        raise ValueError(
+            f"segments is {segments}, expected at most {len(stretch)}, the stages from the first that trains to the "
+            "last but one"
+        )
+    if segments is None:
+        again = [nn.Recompute(stage) if yes else stage for stage, yes in zip(stretch, trains[first:], strict=True)]
+        count = sum(trains)
+    else:
+        again = [nn.Recompute(_together(stages)) for stages in _stretches(stretch, segments)]
+        count = segments
+    parts = [*body[:first], *again, last]
+
+    def forward(x: Tensor) -> Tensor:
+        for part in parts:
+            x = part(x)
+        return x
+
+    before = net.__dict__.get("forward")
+    net.__dict__["forward"] = forward
+    try:
+        yield count
+    finally:
+        del net.__dict__["forward"]
+        if before is not None:
+            net.__dict__["forward"] = before
+
+
+def _stretches(stages: list[Module], count: int) -> Iterator[list[Module]]:
+    length, longer = divmod(len(stages), count)
+    start = 0
+    for i in range(count):
+        stop = start + length + (i < longer)
+        yield stages[start:stop]
+        start = stop
+
+
+def _together(stages: list[Module]) -> Module:
+    return stages[0] if len(stages) == 1 else nn.Sequential(*stages)
+
+
+def checkpointed(step: TracedStep, segments: int | None) -> MethodStep:
+    """The step with its stages recomputed (:func:`recomputed`), traced anew.
+
+    Raises
+    ------
+    NotApplicableError
+        If the net has no stages, or these run other operations than its forward pass.
+    """
+    with recomputed(step.net, segments) as count:
+        records, _, ends = step_records(step.net, step.name, step.input_shape, step.batch, step.dtype)
+    facts = {"segments": count, "asked": segments}
+    plain, ours = ([r for r in flatten(each) if r.op != OP] for each in (step.records, records))
+    if [(r.op, r.path) for r in ours] != [(r.op, r.path) for r in plain]:
+        raise NotApplicableError("checkpointing runs the stages() of the net, and these are not its forward()")
+    as_plain = numbers(ours, plain)
+    if any(r.op == OP for r in step.records) or not all(map(_same_but_numbers, ours, plain)):
+        return MethodStep(records, facts=facts, own_trace=True, lifetimes=ends)
+    return MethodStep(_in_segments(records, iter(plain), as_plain), facts=facts, lifetimes=renumbered(ends, as_plain))
+
+
+def numbers(records: Sequence[OpRecord], others: Sequence[OpRecord]) -> dict[int, int]:
+    """By number of each value in one trace: its number in another of the same operations."""
+    found: dict[int, int] = {}
+    for one, other in zip(flatten(records), flatten(others), strict=True):
+        for mine, theirs in zip((*one.inputs, one.output), (*other.inputs, other.output), strict=True):
+            found[mine.id] = theirs.id
+    return found
+
+
+def _same_but_numbers(one: OpRecord, other: OpRecord) -> bool:
+    pairs = zip((*one.inputs, one.output), (*other.inputs, other.output), strict=True)
+    return one.attributes == other.attributes and all(
+        a.shape == b.shape and a.requires_grad == b.requires_grad and a.parameter == b.parameter and a.dtype == b.dtype
+        for a, b in pairs
+    )
+
+
+def _in_segments(records: Sequence[OpRecord], plain: Iterator[OpRecord], as_plain: Mapping[int, int]) -> list[OpRecord]:
+    """The plain step's own records, put into the segments of a trace of the same operations."""
+    found = []
+    for record in records:
+        if record.op != OP:
+            found.append(next(plain))
+            continue
+        within = _in_segments(inside(record), plain, as_plain)
+        inputs = tuple(replace(value, id=as_plain[value.id]) for value in record.inputs)
+        output = replace(record.output, id=as_plain[record.output.id])
+        found.append(replace(record, inputs=inputs, output=output, attributes={**record.attributes, "records": within}))
+    return found
+
+
+def in_micro_batches(step: TracedStep, images: int | None) -> MethodStep:
+    """The step in parts of so many images, traced anew.
+
+    Raises
+    ------
+    ValueError
+        If that is no divisor of the batch.
+    NotApplicableError
+        If the net does not run on so few: batch norm with the statistics of one vector.
+    """
+    if images is None:
+        images = next(k for k in range(max(step.batch // MICRO_BATCHES, 1), 0, -1) if step.batch % k == 0)
+    if step.batch % images:
+        raise ValueError(f"micro_batch is {images}, expected a divisor of batch = {step.batch}")
+    if images == step.batch:
+        return MethodStep(step.records, facts={"micro_batch": images})
+    try:
+        records, _, ends = step_records(step.net, step.name, step.input_shape, images, step.dtype)
+    except CannotRunError as error:
+        raise NotApplicableError(f"in parts of {images}: {error}") from None
+    return MethodStep(records, step.batch // images, facts={"micro_batch": images}, own_trace=True, lifetimes=ends)

@@ -1,0 +1,316 @@
+"""From a name on the command line to a net, and to the op records of one training step."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+import lance_ref
+from analysis.peak.lifetimes import Lifetimes, watched
+from analysis.rules.recompute import flatten
+from lance_ref import functional as F
+from lance_ref.engine.tensor import Tensor
+from lance_ref.nn.init import shapes_only
+from lance_ref.nn.module import Module
+from lance_ref.nn.selection import not_registered, weighted_layers
+from lance_ref.nn.tracing import OpRecord
+
+T = TypeVar("T")
+
+DEFAULT_IMAGE_SIZE = 224
+DEFAULT_NUM_CLASSES = 1000
+"""Of built-in nets; a user's factory has a default of its own."""
+DEFAULT_TUNE_LAYERS = 4
+DEFAULT_TUNE = f"last:{DEFAULT_TUNE_LAYERS}"
+DEFAULT_INPUT = {
+    "mlp": (784,),
+    "alexnet-cl": (3, 32, 32),
+    "convnet": (3, 32, 32),
+    "mcunet": (3, 128, 128),
+    "resnet8": (3, 32, 32),
+}
+"""Shape of one input for nets that are not for 224-pixel images."""
+WIDTHS = ("mobilenetv2", "mobilenetv3-small")
+"""Nets whose channels can be multiplied by a number, written ``name@0.5``."""
+MAX_WIDTH = 16
+_NOT_THE_USERS = (
+    *(f"{folder}{os.sep}" for folder in (*lance_ref.__path__, os.path.dirname(__file__))),
+    sysconfig.get_path("stdlib") + os.sep,
+)
+
+
+class CannotRunError(ValueError):
+    """A net that does not run on an input of the shape that was asked for."""
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """One training step of a net as its op records, the loss last.
+
+    Attributes
+    ----------
+    net : Module
+        Tuned as asked for.
+    name : str
+    input_shape : tuple of int
+        Without the batch.
+    num_classes : int
+        Outputs of the net.
+    records : list of OpRecord
+    tuned_layers : tuple of str
+        Layers that train, the head left out.
+    head : str or None
+        The classifier, which always trains.
+    lifetimes : Lifetimes
+        When the tensors of the forward pass are given back: the same for every batch size and selection.
+    derived : dict
+        What methods make of the step, by method and settings: made once (:meth:`remember`).
+    """
+
+    net: Module
+    name: str
+    input_shape: tuple[int, ...]
+    num_classes: int
+    records: list[OpRecord]
+    tuned_layers: tuple[str, ...]
+    head: str | None
+    lifetimes: Lifetimes
+    derived: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` gave when it was first asked for this."""
+        if key not in self.derived:
+            self.derived[key] = make()
+        found: T = self.derived[key]
+        return found
+
+    @property
+    def batch(self) -> int:
+        """Images of the step."""
+        return self.records[-1].inputs[0].shape[0]
+
+    @property
+    def dtype(self) -> str:
+        """Of the activations."""
+        return self.records[-1].inputs[0].dtype
+
+
+def input_shape_for(name: str, image_size: int | None, given: Sequence[int] | None) -> tuple[int, ...]:
+    """Shape of one input: what was given, else RGB of the image size, else what suits the net."""
+    if given is not None:
+        return tuple(given)
+    if name.endswith(".onnx"):
+        from analysis.onnx.file import input_shape
+
+        return input_shape(name, image_size)
+    if image_size is not None:
+        return (3, image_size, image_size)
+    return DEFAULT_INPUT.get(name, (3, DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE))
+
+
+def build(name: str, num_classes: int | None, input_shape: tuple[int, ...], without_weights: bool) -> Module:
+    """A built-in net, what ``pkg.module:factory`` returns, or the network in an ONNX file.
+
+    Parameters
+    ----------
+    name : str
+        One of ``lance_ref.models.names()``, a file ``*.onnx``, or ``pkg.module:factory``. The factory is called with
+        ``num_classes=`` if that is given and it takes it, else with nothing; a Module of that name is taken as it is.
+        ``mobilenetv2@0.35`` has 0.35 times the channels.
+    num_classes : int or None
+        None: :data:`DEFAULT_NUM_CLASSES`, or what the factory makes by itself.
+    input_shape : tuple of int
+        The small built-in nets are made for it.
+    without_weights : bool
+        Built-in nets get parameters that have shapes only.
+
+    Raises
+    ------
+    ValueError
+        In one line: no such net or factory, the factory failed, or what it returned is no Module.
+    """
+    if name.endswith(".onnx"):
+        from analysis.onnx.net import OnnxNet
+
+        return OnnxNet(name, with_weights=not without_weights)
+    if ":" in name:
+        return _call_factory(name, num_classes)
+    base, at, width = name.partition("@")
+    if base not in lance_ref.models.names():
+        known = ", ".join(lance_ref.models.names())
+        raise ValueError(f"unknown net {name!r}, expected one of {known}, pkg.module:factory, or a file.onnx")
+    options: dict[str, Any] = {"num_classes": DEFAULT_NUM_CLASSES if num_classes is None else num_classes}
+    if at:
+        options["width"] = _width(name, base, width)
+    if name == "mlp":
+        options["in_features"] = int(np.prod(input_shape))
+    if name == "convnet":
+        options["in_channels"] = input_shape[0]
+    if name.startswith("deit-"):
+        options["image_size"] = input_shape[-1]
+    with shapes_only() if without_weights else nullcontext():
+        return lance_ref.models.create(base, **options)
+
+
+def _width(name: str, base: str, text: str) -> float:
+    if base not in WIDTHS:
+        raise ValueError(f"net is {name!r}, but only {' and '.join(WIDTHS)} come in several widths")
+    try:
+        width = float(text)
+    except ValueError:
+        width = math.nan
+    if not 0 < width <= MAX_WIDTH:
+        raise ValueError(f"net is {name!r}, expected {base}@WIDTH with a number above 0, up to {MAX_WIDTH}")
+    return width
+
+
+def _call_factory(name: str, num_classes: int | None) -> Module:
+    module_name, _, factory_name = name.partition(":")
+    if not module_name or not factory_name:
+        raise ValueError(f"net is {name!r}, expected pkg.module:factory")
+    if module_name.endswith(".py"):
+        dotted = ".".join(PurePath(module_name).with_suffix("").parts)
+        raise ValueError(f"net is {name!r}, expected the name of a module, not of its file: {dotted}:{factory_name}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # modules of the current folder
+    try:
+        factory: Any = importlib.import_module(module_name)
+        for part in factory_name.split("."):
+            factory = getattr(factory, part)
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise ValueError(f"net {name!r} cannot be imported: {_one_line(error)}") from None
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"net {name!r}: importing {module_name} raised {_one_line(error)}{_place(error)}") from None
+    if isinstance(factory, Module):
+        return factory
+    if not callable(factory):
+        raise ValueError(f"net {name!r} is a {type(factory).__name__}, expected a function that returns a Module")
+    try:
+        net = factory() if num_classes is None or not _takes_num_classes(factory) else factory(num_classes=num_classes)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"net {name!r}: the factory raised {_one_line(error)}{_place(error)}") from None
+    if not isinstance(net, Module):
+        raise ValueError(f"net {name!r}: the factory returned a {type(net).__name__}, expected a lance_ref.nn.Module")
+    return net
+
+
+def remark(net: Module) -> str:
+    """What a reader of a table must know of the net itself, in a sentence; empty for most."""
+    return str(getattr(net, "remark", ""))
+
+
+def _takes_num_classes(factory: Any) -> bool:
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return False
+    return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _place(error: BaseException) -> str:
+    """Where the user's own code was when it raised: the last line outside of the two packages, of Python and others."""
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((*_NOT_THE_USERS, "<")) and "site-packages" not in frame.filename
+    ]
+    return f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
+
+
+def check_classes(name: str, asked: int | None, found: int) -> None:
+    """Raise ValueError if another number of classes was asked for than the net gives."""
+    if asked is not None and asked != found:
+        raise ValueError(f"num_classes is {asked}, but net {name!r} gives {found}, whatever is asked for")
+
+
+def trace_step(
+    net: Module, name: str, input_shape: tuple[int, ...], batch: int, tune: str | Sequence[str] | None, dtype: str
+) -> TracedStep:
+    """Tune a net and trace its forward pass and cross-entropy, on shapes alone.
+
+    Without a ``tune``, the last four layers train, or all of a net that has fewer.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the selection fits nothing, the input does not fit the net, its output is not (batch, classes), or
+        parameters get gradients that ``net.parameters()`` does not give.
+    """
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"dtype is {dtype!r}, expected float32 or float64")
+    if batch < 1 or not input_shape or min(input_shape) < 1:
+        raise ValueError(f"batch is {batch} and input shape {input_shape}, expected positive integers")
+    net.to(dtype)
+    net.train()
+    if tune is None:
+        tune = DEFAULT_TUNE if len(weighted_layers(net)) > DEFAULT_TUNE_LAYERS else "all"
+    tuning = lance_ref.tune(net, tune)
+    records, classes, ends = step_records(net, name, input_shape, batch, dtype)
+    _check_registered(net, name, records)
+    if not records[-1].output.requires_grad:
+        raise ValueError(f"net {name!r}: nothing that the loss depends on is trained by tune {tune!r}")
+    return TracedStep(net, name, input_shape, classes, records, tuning.layers, tuning.head, ends)
+
+
+def _check_registered(net: Module, name: str, records: Sequence[OpRecord]) -> None:
+    """Raise ValueError if parameters get gradients and are not the net's: their layers are somewhere it cannot see."""
+    known = {parameter for parameter, _ in net.named_parameters()}
+    used = [value for record in flatten(records) if record.output.requires_grad for value in record.inputs]
+    stray = {v.id: v.shape for v in used if v.parameter is not None and v.requires_grad and v.parameter not in known}
+    if stray:
+        raise ValueError(f"net {name!r} computes with {not_registered(list(stray.values()))}")
+
+
+class Traced(NamedTuple):
+    """A forward pass and its cross-entropy: the records, the number of classes, and when tensors are given back."""
+
+    records: list[OpRecord]
+    classes: int
+    lifetimes: Lifetimes
+
+
+def step_records(net: Module, name: str, input_shape: tuple[int, ...], batch: int, dtype: str) -> Traced:
+    """Trace a forward pass and its cross-entropy, on shapes alone.
+
+    Raises
+    ------
+    CannotRunError
+        If the input does not fit the net.
+    ValueError
+        If its output is not (batch, classes).
+    """
+    x, labels = Tensor.meta((batch, *input_shape), dtype), Tensor.meta((batch,), np.int64)
+    with watched(net) as watcher:
+        try:
+            logits = net(x)
+        except Exception as error:  # a user's forward() may raise anything
+            words = str(error) if isinstance(error, (ValueError, TypeError, RuntimeError)) else _one_line(error)
+            raise CannotRunError(
+                f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {words}{_place(error)}"
+            ) from None
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch:
+            came = f"an output of shape {logits.shape}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise ValueError(f"net {name!r} gives {came}, expected a Tensor of shape ({batch}, classes)")
+        classes: int = logits.shape[1]
+        loss = F.cross_entropy(logits, labels)
+        del logits
+        ends = dict(watcher.ends)  # before the input, the labels and the loss go
+    del loss
+    return Traced(watcher.records, classes, ends)

@@ -1,0 +1,93 @@
+"""The peak of memory of every method of a prediction; :mod:`analysis.peak.memory` has the peak of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from analysis.peak.lifetimes import Lifetimes, renumbered
+from analysis.peak.memory import Peak, parameters_bytes, peak_of
+from analysis.peak.simulation import Simulation
+from analysis.rules.layouts import Storage, backward_reaches
+from analysis.rules.recompute import OP as SEGMENT
+from analysis.rules.recompute import flatten
+from analysis.steps.changes import numbers
+from analysis.steps.methods import METHODS, MethodStep
+from analysis.steps.nets import TracedStep, step_records
+from analysis.steps.runs import running
+from lance_ref.nn.tracing import OpRecord
+
+if TYPE_CHECKING:
+    from analysis.reports.predict import Prediction
+
+
+def peaks(prediction: Prediction, methods: Sequence[str] | None = None) -> dict[str, Peak]:
+    """The peak of one step, by method.
+
+    Parameters
+    ----------
+    prediction : Prediction
+        Its net as it was traced.
+    methods : sequence of str, optional
+        All of the prediction by default.
+
+    Notes
+    -----
+    Of a step in parts, the peak is that of the second part, when the gradients of the first are there; the images of
+    the other parts are not counted.
+
+    Tensors live as long as the net's own ``forward`` names them; where a method runs other operations, as long as in
+    that method's forward pass.
+    """
+    step, optimizer = prediction.step, prediction.asked.optimizer
+    names = list(prediction.bills if methods is None else methods)
+    parameters = parameters_bytes(step.net.parameters())
+    alike = [prediction.steps[name].records for name in names if METHODS[name].runs is None]
+    start = _common_start(alike, step.lifetimes) if alike else None
+    found = {}
+    for name in names:
+        changed = prediction.steps[name]
+        if start is not None and METHODS[name].runs is None:
+            simulation = start.continued(changed.records)
+        else:
+            simulation = Simulation(changed.records, _lifetimes(step, name, changed))
+        if changed.repeats > 1:
+            simulation.gradients_before(_gradients(changed.records))
+        simulation.run()
+        found[name] = peak_of(simulation, optimizer, parameters)
+    return found
+
+
+def _common_start(steps: Sequence[list[OpRecord]], ends: Lifetimes) -> Simulation:
+    """A simulation of the operations before the first that is on the tape of one of these steps, or differs in them.
+
+    Those are the frozen layers of a net, the same under every method.
+    """
+    first = steps[0]
+    count = min(_frozen_start(first, records) for records in steps)
+    simulation = Simulation(first, ends)
+    simulation.begin(count)
+    return simulation
+
+
+def _frozen_start(first: Sequence[OpRecord], records: Sequence[OpRecord]) -> int:
+    """With how many operations that are on nobody's tape both steps begin."""
+    for i, (one, other, on_tape) in enumerate(zip(first, records, backward_reaches(records), strict=True)):
+        if one is not other or on_tape or one.op == SEGMENT:
+            return i
+    return len(records)
+
+
+def _gradients(records: Sequence[OpRecord]) -> dict[int, Storage]:
+    """Of everything that trains, as backward comes to it, by id of the value: what is there from the parts before."""
+    values = (value for record in reversed(flatten(records)) for value in record.inputs)
+    return {v.id: Storage(v.nbytes) for v in values if v.parameter is not None and v.requires_grad}
+
+
+def _lifetimes(step: TracedStep, method: str, changed: MethodStep) -> Lifetimes:
+    """When the tensors of a step that runs other operations than the plain one are given back."""
+    if changed.lifetimes is not None:
+        return changed.lifetimes
+    with running(step, method, changed):
+        traced = step_records(step.net, step.name, step.input_shape, step.batch, step.dtype)
+    return renumbered(traced.lifetimes, numbers(traced.records, changed.records))

@@ -1,0 +1,1 @@
+"""Sequences of tasks: accuracy, forgetting and memory of every learner."""

@@ -1,0 +1,209 @@
+"""Learn one task after the other with every learner: ``python -m experiments.continual --scenario split-digits --quick``.
+
+For each learner: accuracy at the end, forgetting and transfer over seeds, RAM and flash bytes predicted and measured,
+multiply-adds of steps and between tasks. All learners start from the same weights and see the same batches.
+
+A finished run of one learner and seed is kept in --folder and never run again; one that was stopped goes on where it
+was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from analysis.commands.cli import OneLineParser, check_counts, run_command
+
+CELL = "experiments.continual.cell:run"
+MLP = {
+    "epochs": 5, "batch": 10, "lr": 0.01, "basis_samples": 300, "threshold": [0.95, 0.99, 0.99], "threshold_step": 0.0,
+    "epsilon": 0.95, "memory": 200, "eval_batch": 500, "clip": None,
+}  # fmt: skip
+"""The recipe of GPM's authors for their MLP (Saha et al., ICLR 2021)."""
+
+IMAGES = {
+    **MLP, "epochs": 10, "batch": 64, "lr": 0.01, "basis_samples": 320, "threshold": [0.97], "threshold_step": 0.003,
+    "eval_batch": 64,
+}  # fmt: skip
+DIGITS = {**MLP, "lr": 0.05, "memory": 50}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "split-digits": {**DIGITS, "threshold": [0.95]},
+    "permuted-digits": {**DIGITS, "threshold": [0.95]},
+    "split-mnist": {**MLP, "threshold": [0.95, 0.99], "epochs": 1},
+    "permuted-mnist": MLP,
+    "split-cifar10": IMAGES,
+    "split100": IMAGES,
+    "split-cifar100": IMAGES,
+    "domains": {
+        **IMAGES,
+        "batch": 32,
+        "lr": 0.05,
+        "clip": 2.0,
+        "threshold": [0.95],
+        "threshold_step": 0.0,
+        "basis_samples": 256,
+    },
+}
+"""By scenario, where an option is not given."""
+
+QUICK = {"seeds": 1, "train_images": 150, "test_images": 60, "epochs": 5}
+
+
+def parser() -> argparse.ArgumentParser:
+    from lance_ref.continual.learners import LEARNERS
+    from lance_ref.continual.metrics import DEFINITIONS
+    from lance_ref.continual.networks import NETWORKS
+
+    p = OneLineParser(
+        prog="python -m experiments.continual", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False,
+        epilog="R[t, i]: accuracy on task i after task t, of T tasks. " + ". ".join(DEFINITIONS.values()) + ".",
+    )  # fmt: skip
+    p.add_argument("--scenario", default="split-digits", help=f"one of {', '.join(DEFAULTS)} (%(default)s)")
+    p.add_argument("--quick", action="store_true", help="few images of each task and one seed, within a minute")
+    p.add_argument(
+        "--learners", nargs="+", default=list(LEARNERS), metavar="LEARNER", help=f"of {', '.join(LEARNERS)} (all)"
+    )
+    p.add_argument("--net", help=f"of {', '.join(NETWORKS)} (mlp for digits and mnist, else alexnet-cl)")
+    p.add_argument("--seeds", type=int, help="runs of each learner, seeds 0, 1, ... (5)")
+    p.add_argument("--tasks", type=int, help="the first so many (all)")
+    p.add_argument("--epochs", type=int, help="per task (the scenario's)")
+    p.add_argument("--batch", type=int, help="images a step (the scenario's)")
+    p.add_argument("--lr", type=float, help="learning rate (the scenario's)")
+    p.add_argument("--momentum", type=float, default=0.0, help="of SGD (0)")
+    p.add_argument("--clip", type=float, help="largest norm of the gradient (none; domains 2)")
+    p.add_argument("--train-images", type=int, help="at most so many of each task, spread over its classes (all)")
+    p.add_argument("--test-images", type=int, help="(all)")
+    p.add_argument("--threshold", type=float, nargs="+", help="energy protected: one, or one for each layer")
+    p.add_argument("--threshold-step", type=float, help="added to it with each task")
+    p.add_argument("--epsilon", type=float, help="energy threshold of LANCE's subspaces (0.95)")
+    p.add_argument("--basis-samples", type=int, help="images for subspaces and protected directions")
+    p.add_argument("--memory", type=int, help="images that er keeps, of all tasks")
+    p.add_argument("--eval-batch", type=int, help="images at a time in evaluation")
+    p.add_argument("--folder", default="runs/continual", help="of finished and stopped runs (%(default)s)")
+    p.add_argument("--jobs", type=int, default=2, help="processes, one thread each (2)")
+    p.add_argument("--scheduler", help="address of a Dask scheduler, in place of processes of this machine")
+    p.add_argument("--output", help="write the results as JSON")
+    p.add_argument("--table", help="write the table as Markdown")
+    p.add_argument("--figure", help="draw matrices of accuracy and the first task over time, .png or .svg")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return run_command(parser(), given, lambda options: _run(fill_in(options), given), ("output", "table", "figure"))
+
+
+def fill_in(options: argparse.Namespace) -> argparse.Namespace:
+    """Defaults of the scenario, and everything checked that can be before anything runs."""
+    from lance_ref.continual.learners import LEARNERS
+    from lance_ref.continual.networks import DEFAULT_NETWORK
+
+    if options.scenario not in DEFAULTS:
+        raise ValueError(f"--scenario is {options.scenario!r}, expected one of {', '.join(DEFAULTS)}")
+    defaults = {"net": DEFAULT_NETWORK[options.scenario], "seeds": 5, **DEFAULTS[options.scenario]}
+    for name, value in {**defaults, **(QUICK if options.quick else {})}.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.tasks is not None and options.tasks < 2:
+        raise ValueError(f"--tasks is {options.tasks}, expected at least 2")
+    counts = (
+        "seeds",
+        "epochs",
+        "batch",
+        "train_images",
+        "test_images",
+        "basis_samples",
+        "memory",
+        "eval_batch",
+        "jobs",
+    )
+    check_counts(options, counts)
+    if not options.lr > 0:
+        raise ValueError(f"--lr is {options.lr}, expected a positive number")
+    if options.clip is not None and not options.clip > 0:
+        raise ValueError(f"--clip is {options.clip}, expected a positive number")
+    if not 0 <= options.momentum < 1:
+        raise ValueError(f"--momentum is {options.momentum}, expected a number in [0, 1)")
+    for name in ("epsilon", "threshold"):
+        value = getattr(options, name)
+        if not all(0 < each <= 1 for each in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"--{name} is {value}, expected numbers in (0, 1]")
+    if not 0 <= options.threshold_step < 1:
+        raise ValueError(f"--threshold-step is {options.threshold_step}, expected a number in [0, 1)")
+    for learner in options.learners:
+        if learner not in LEARNERS:
+            raise ValueError(f"unknown learner {learner!r}, expected some of {', '.join(LEARNERS)}")
+    if len(set(options.learners)) < len(options.learners):
+        raise ValueError(f"--learners are {options.learners}, expected each once")
+    return options
+
+
+def cell(options: argparse.Namespace, learner: str, seed: int) -> dict[str, Any]:
+    """The arguments of one run."""
+    names = (
+        "scenario", "net", "tasks", "train_images", "test_images", "epochs", "batch", "lr", "momentum", "clip",
+        "epsilon", "threshold_step", "basis_samples", "memory", "eval_batch",
+    )  # fmt: skip
+    return {
+        **{name: getattr(options, name) for name in names},
+        "thresholds": options.threshold,
+        "learner": learner,
+        "seed": seed,
+        "folder": f"{options.folder}/running",
+    }
+
+
+def _run(options: argparse.Namespace, arguments: list[str]) -> None:
+    from analysis.commands.sweep import run_cells
+    from analysis.ranks.spectra_file import write_atomically
+    from experiments.continual.report import Row, draw, markdown, results, show
+
+    cells = [cell(options, learner, seed) for learner in options.learners for seed in range(options.seeds)]
+    title = f"{options.scenario}: {_check(cells[0])}. {_recipe(options)}"
+    outcomes = run_cells(cells, CELL, options.folder, jobs=options.jobs, scheduler=options.scheduler)
+    rows = [
+        Row(learner, tuple(outcomes[i * options.seeds : (i + 1) * options.seeds]))
+        for i, learner in enumerate(options.learners)
+    ]
+    show(rows, title)
+    if options.output:
+        write_atomically(options.output, json.dumps(results(rows, vars(options), arguments), indent=1) + "\n")
+    if options.table:
+        write_atomically(options.table, markdown(rows, title, arguments))
+    if options.figure:
+        draw(rows, options.figure, f"{options.scenario}, {options.net}, {options.seeds} seed(s)")
+
+
+def _check(arguments: dict[str, Any]) -> str:
+    """Open the data once here, so that what is wrong with it is said once, in one line; what the scenario is."""
+    from experiments.continual.cell import prepare
+    from lance_ref.continual.networks import body_layers
+
+    names = ("scenario", "net", "seed", "tasks", "train_images", "test_images", "folder")
+    net, scenario = prepare(**{name: arguments[name] for name in names})
+    layers, given = body_layers(net), arguments["thresholds"]
+    if len(given) not in (1, len(layers)):
+        raise ValueError(f"--threshold has {len(given)} numbers, expected 1 or {len(layers)}: {', '.join(layers)}")
+    smallest = min(len(task.train) for task in scenario.tasks)
+    if arguments["batch"] > smallest:
+        raise ValueError(f"--batch is {arguments['batch']}, but a task has {smallest} training images")
+    if len(scenario) < 2:
+        raise ValueError(f"{arguments['scenario']} has {len(scenario)} task(s), expected at least 2")
+    return scenario.about
+
+
+def _recipe(options: argparse.Namespace) -> str:
+    return (
+        f"{options.net}, {options.epochs} epoch(s) a task, batch {options.batch}, SGD with lr {options.lr:g} and "
+        f"momentum {options.momentum:g}; thresholds {' '.join(f'{value:g}' for value in options.threshold)} "
+        f"(+{options.threshold_step:g} a task), epsilon {options.epsilon:g}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

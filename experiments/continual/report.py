@@ -1,0 +1,213 @@
+"""The table, figure and result file of the experiment of continual learning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from analysis.commands.provenance import provenance
+from analysis.reports.continual_costs import MAC_KINDS
+from lance_ref.continual.metrics import DEFINITIONS
+
+METRICS = ("acc", "bwt", "fwt", "forgetting", "learning_accuracy")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One learner, all seeds.
+
+    Attributes
+    ----------
+    learner : str
+    seeds : tuple of dict
+        What :func:`experiments.continual.cell.run` returned, one for each seed.
+    """
+
+    learner: str
+    seeds: tuple[Mapping[str, Any], ...]
+
+    def metric(self, name: str) -> list[float]:
+        """Of each seed, as a share."""
+        return [float(seed["metrics"][name]) for seed in self.seeds]
+
+    def largest(self, name: str, predicted: bool = False) -> float:
+        """Bytes of the task that takes most, mean over the seeds."""
+        return fmean(
+            max(task["predicted"][name] if predicted else task[name] for task in seed["tasks"]) for seed in self.seeds
+        )
+
+    @property
+    def flash(self) -> float:
+        """Bytes kept after the last task, mean over the seeds."""
+        return fmean(seed["tasks"][-1]["flash_bytes"] for seed in self.seeds)
+
+    @property
+    def ram(self) -> tuple[float, float]:
+        """Bytes beside and with the tape, of the task that takes most; means over the seeds."""
+        both = [max(task["ram_bytes"] + task["tape_bytes"] for task in seed["tasks"]) for seed in self.seeds]
+        return self.largest("ram_bytes"), fmean(both)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every predicted number equals the measured one, for every task and seed."""
+        return all(agrees(task) for seed in self.seeds for task in seed["tasks"])
+
+    def macs(self, part: str) -> float:
+        """Multiply-adds: of a ``step`` of the last task, ``between`` tasks, or of the ``whole`` run."""
+        return fmean(_macs(seed["tasks"], part) for seed in self.seeds)
+
+    @property
+    def R(self) -> np.ndarray:  # noqa: N802  (as in the formulas)
+        """(T, T), mean over the seeds."""
+        return np.mean([seed["accuracy"] for seed in self.seeds], axis=0)
+
+
+def agrees(task: Mapping[str, Any]) -> bool:
+    """Whether bytes (tape, RAM, flash) and multiply-adds, of a step and between tasks, are as predicted."""
+    foretold = task["predicted"]
+    return all(task[name] == foretold[name] for name in ("tape_bytes", "ram_bytes", "flash_bytes")) and all(
+        task[part].get(kind, 0) == foretold[part].get(kind, 0)
+        for part in ("step_macs", "before_macs", "after_macs")
+        for kind in (*MAC_KINDS, "calibration")
+    )
+
+
+def _macs(tasks: Sequence[Mapping[str, Any]], part: str) -> int:
+    if part == "step":
+        return sum(tasks[-1]["step_macs"].values())
+    if part == "between":
+        return sum(sum(task["before_macs"].values()) + sum(task["after_macs"].values()) for task in tasks)
+    return sum(task["macs"] for task in tasks)
+
+
+COLUMNS = (
+    "learner", "ACC %", "BWT %", "FWT %", "forgetting %", "learning acc. %", "tape KiB", "beside KiB", "RAM KiB",
+    "flash KiB", "predicted", "M mult-adds a step", "between tasks", "whole run", "seconds",
+)  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    """One row of the table, in the order of :data:`COLUMNS`."""
+    beside, ram = row.ram
+    return [
+        row.learner,
+        *(spread([100 * value for value in row.metric(name)]) for name in METRICS),
+        *(f"{value / 1024:,.1f}" for value in (row.largest("tape_bytes"), beside, ram, row.flash)),
+        "equal" if row.agrees else "DIFFERS",
+        *(f"{row.macs(part) / 1e6:,.{digits}f}" for part, digits in (("step", 3), ("between", 0), ("whole", 0))),
+        f"{fmean(sum(task['seconds'] for task in seed['tasks']) for seed in row.seeds):,.1f}",
+    ]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation; the mean alone of one value.
+
+    >>> spread([1.0, 2.0, 3.0]), spread([5.0])
+    ('2.00 ± 1.00', '5.00')
+    """
+    text = f"{fmean(values):.2f}".replace("-0.00", "0.00")
+    return f"{text} ± {stdev(values):.2f}" if len(values) > 1 else text
+
+
+NOTES = (
+    "R[t, i]: accuracy on task i after task t, of T tasks. " + ". ".join(DEFINITIONS.values()) + ". "
+    "All in percent, mean ± standard deviation over seeds. "
+    "tape: kept between forward and backward pass, largest of a step's passes. beside: what training needs in memory "
+    "beside network and tape (LANCE's factors, GPM's bases, replayed images). RAM: both. Each of the task that takes "
+    "most. flash: kept from task to task beside the network (bases, images), after the last. predicted: whether bytes "
+    "and multiply-adds of every task equal the cost model's. Multiply-adds in millions as executed: of a step "
+    "of the last task; between tasks: calibration and protected directions, all tasks; whole run: all steps and "
+    "these. seconds: of training. head-only: the first task trains all, the others their heads. joint: images of all "
+    "tasks so far. er: a small memory of earlier images."
+)
+
+
+def show(rows: Sequence[Row], title: str) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if os.isatty(1) else 200)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*cells(row))
+    console.print(table)
+    console.print(NOTES, markup=False)
+
+
+def markdown(rows: Sequence[Row], title: str, arguments: Sequence[str]) -> str:
+    """The same table in Markdown, with the command that made it."""
+    lines = [
+        f"`python -m experiments.continual {' '.join(arguments)}`",
+        "",
+        title,
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+    ]
+    lines += ["|" + "|".join(["---"] + ["---:"] * (len(COLUMNS) - 1)) + "|"]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    return "\n".join([*lines, "", NOTES, ""])
+
+
+def results(rows: Sequence[Row], settings: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """Everything, as it goes into the result file."""
+    return {
+        **provenance("experiments.continual", 0),
+        "arguments": list(arguments),
+        "settings": dict(settings),
+        "definitions": DEFINITIONS,
+        "rows": [
+            {
+                "learner": row.learner,
+                **{f"{name}_mean": fmean(row.metric(name)) for name in METRICS},
+                **{f"{name}_sd": stdev(row.metric(name)) if len(row.seeds) > 1 else None for name in METRICS},
+                "predicted_equals_measured": row.agrees,
+                "seeds": [dict(seed) for seed in row.seeds],
+            }
+            for row in rows
+        ],
+    }
+
+
+def draw(rows: Sequence[Row], path: str, title: str) -> None:
+    """The matrix of accuracies of each learner as a map of heat, and the accuracy of the first task over time."""
+    from matplotlib.figure import Figure
+
+    across = min(4, len(rows) + 1)
+    down = -(-(len(rows) + 1) // across)
+    figure = Figure(figsize=(3.4 * across, 3.2 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for panel, row in zip(panels, rows, strict=False):
+        _matrix(panel, row)
+    line = panels[len(rows)]
+    for i, row in enumerate(rows):
+        line.plot(np.arange(1, len(row.R) + 1), 100 * row.R[:, 0], marker="os^vDPX"[i % 7], ms=4, label=row.learner)
+    line.set(title="first task", xlabel="after task", ylabel="accuracy, %")
+    line.set_xticks(np.arange(1, len(rows[0].R) + 1))
+    line.legend(fontsize=6)
+    for panel in panels[len(rows) + 1 :]:
+        panel.set_axis_off()
+    figure.suptitle(title, fontsize=9)
+    temporary = Path(path).with_name(f".{Path(path).name}.partial{Path(path).suffix}")
+    figure.savefig(temporary, dpi=140)
+    os.replace(temporary, path)
+
+
+def _matrix(panel: Any, row: Row) -> None:
+    """R[t, i] with tasks across and time downwards; numbers where there is room."""
+    R, T = 100 * row.R, len(row.R)
+    panel.imshow(R, vmin=0, vmax=100, cmap="cividis")
+    panel.set(title=f"{row.learner}, ACC {100 * fmean(row.metric('acc')):.1f} %", xlabel="on task", ylabel="after task")
+    panel.set_xticks(range(T), [str(t + 1) for t in range(T)])
+    panel.set_yticks(range(T), [str(t + 1) for t in range(T)])
+    if T <= 10:
+        for t, i in np.ndindex(T, T):
+            panel.text(i, t, f"{R[t, i]:.0f}", ha="center", va="center", fontsize=6, color="w" if R[t, i] < 60 else "k")

@@ -1,0 +1,1 @@
+"""Is the compressed gradient a descent direction?"""

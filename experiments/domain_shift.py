@@ -1,0 +1,224 @@
+"""Calibrated on one data set, trained on another: ``python -m experiments.domain_shift --quick``.
+
+LANCE calibrates once and assumes that training looks alike. Three runs from the same weights and with the same
+batches: calibrated on images of the training set; on images of another set; and on those, but with every
+layer calibrated again when it keeps too little (:class:`lance_ref.lance.recalibration.Recalibrator`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+import lance_ref
+from analysis.commands.cli import OneLineParser, check_counts, run_command
+from analysis.reports.figures import save_figure
+from experiments.finetune.command import IMAGE_SIZES
+from lance_ref import datasets, models
+from lance_ref.datasets import Dataset
+from lance_ref.lance.recalibration import Recalibrator, measure_energy
+from lance_ref.nn.module import Module
+from lance_ref.nn.selection import Tuning, weighted_layers
+from lance_ref.stores import Lance
+from lance_ref.train.features import frozen_stages, tail
+from lance_ref.train.training import Features, StepInfo, evaluate, extract, fit
+
+VARIANTS = ("same domain", "other domain", "other domain, recalibrated")
+QUICK = {
+    "net": "convnet", "data": "digits", "calibrate_on": "negatives", "tune": "last:2", "epochs": 6, "batch": 32,
+    "lr": 0.2,
+}  # fmt: skip
+NEGATIVES = "negatives"
+"""In place of another data set: the training images with black and white exchanged."""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = OneLineParser(
+        prog="python -m experiments.domain_shift", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
+    )
+    p.add_argument("--quick", action="store_true", help="a small net on the digits of the package and their negatives")
+    p.add_argument("--net", default="mcunet", help="(%(default)s)")
+    p.add_argument("--data", default="cifar10", help="to train on (%(default)s)")
+    p.add_argument("--calibrate-on", default="eurosat", help=f"another data set, or {NEGATIVES} (%(default)s)")
+    p.add_argument("--tune", default="last:4", help="layers that train (%(default)s)")
+    p.add_argument("--modes", nargs="+", default=["channel", "height", "width"], help="modes that LANCE compresses")
+    p.add_argument("--epsilon", type=float, default=0.8, help="energy threshold (%(default)s)")
+    p.add_argument(
+        "--share", type=float, default=0.9, help="of the calibrated energy that raises the alarm (%(default)s)"
+    )
+    p.add_argument("--train-images", type=int, default=4000, help="at most so many (%(default)s)")
+    p.add_argument("--test-images", type=int, default=2000, help="at most so many (%(default)s)")
+    p.add_argument("--calibration-batches", type=int, default=8, help="(%(default)s)")
+    p.add_argument("--epochs", type=int, default=4, help="(%(default)s)")
+    p.add_argument("--batch", type=int, default=128, help="(%(default)s)")
+    p.add_argument("--lr", type=float, default=0.05, help="(%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    p.add_argument("--output", help="write the results as JSON")
+    p.add_argument("--figure", help="draw the energy kept at every step, .png or .svg")
+    return p
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All variants; one dict of numbers for each."""
+    size = None if options.quick else IMAGE_SIZES.get(options.net)
+    train = datasets.load(options.data, "train", limit=options.train_images)
+    test = datasets.load(options.data, "test", limit=options.test_images)
+    other = _other(options, train)
+    module, _ = _network(options, train)
+    sources = [_features(module, each, options.net, size) for each in (train, test, other)]
+    results = []
+    for variant in VARIANTS:
+        module, tuning = _network(options, train)
+        net = tail(module, sources[0].stage) if isinstance(sources[0], Features) else module
+        seen = _batches(sources[0] if variant == VARIANTS[0] else sources[2], options, size)
+        calibration = lance_ref.calibrate(net, seen, epsilon=options.epsilon, modes=options.modes)
+        lance_ref.compress(net, calibration)
+        reference = measure_energy(net, seen)
+        watch = Recalibrator(calibration, reference, options.share) if variant == VARIANTS[2] else None
+        log = Log(tuning, watch)
+        fitted = fit(
+            module, sources[0], epochs=options.epochs, batch_size=options.batch, lr=options.lr, seed=options.seed,
+            on_step=log, progress=False, normalise=models.preprocessing(options.net), image_size=size,
+        )  # fmt: skip
+        accuracy = evaluate(module, sources[1], normalise=models.preprocessing(options.net), image_size=size)
+        results.append(
+            {
+                "variant": variant,
+                "accuracy": accuracy,
+                "loss": [epoch["loss"] for epoch in fitted.history],
+                "tape_bytes": fitted.history[0]["tape_bytes"],
+                "reference": reference,
+                "energy_kept": log.energies,
+                "events": [dataclasses.asdict(event) for event in watch.events] if watch else [],
+            }
+        )
+    return results
+
+
+class Log:
+    """What each compressed layer kept at each step; hands every step on to the one who watches."""
+
+    def __init__(self, tuning: Tuning, watch: Recalibrator | None) -> None:
+        self.watch = watch
+        self.energies: dict[str, list[float]] = {path: [] for path in tuning.layers}
+
+    def __call__(self, info: StepInfo) -> None:
+        layers = weighted_layers(info.net)
+        for path, kept in self.energies.items():
+            store = layers[path].store
+            if info.step and isinstance(store, Lance) and store.energy_kept is not None:
+                kept.append(store.energy_kept)
+        if self.watch is not None:
+            self.watch(info)
+
+
+def _other(options: argparse.Namespace, train: Dataset) -> Dataset:
+    if options.calibrate_on == NEGATIVES:
+        return dataclasses.replace(train, name=f"negatives of {train.name}", images=255 - train.images)
+    channels = train.images.shape[3]
+    limit = options.batch * options.calibration_batches
+    return datasets.load(options.calibrate_on, "train", limit=limit, channels=channels)
+
+
+def _network(options: argparse.Namespace, train: Dataset) -> tuple[Module, Tuning]:
+    more: dict[str, Any] = {"pretrained": True} if options.net in models.PRETRAINED else {}
+    if options.net == "convnet":
+        more = {"in_channels": train.images.shape[3]}
+    module = models.create(options.net, num_classes=train.num_classes, rng=options.seed, **more)
+    module.train()
+    return module, lance_ref.tune(module, options.tune)
+
+
+def _features(module: Module, data: Dataset, net: str, size: int | None) -> Dataset | Features:
+    if not frozen_stages(module)[0]:
+        return data
+    return extract(module, data, normalise=models.preprocessing(net), image_size=size, progress=False)
+
+
+def _batches(data: Dataset | Features, options: argparse.Namespace, size: int | None) -> list[np.ndarray]:
+    """Calibration batches, in an order of their own."""
+    count = min(options.calibration_batches, len(data) // options.batch)
+    if not count:
+        raise ValueError(f"{data!r} has {len(data)} images, fewer than one batch of {options.batch} to calibrate on")
+    order = np.random.default_rng((options.seed, 1)).permutation(len(data))[: count * options.batch]
+    rows = np.split(order, count)
+    if isinstance(data, Features):
+        return [data.arrays[each] for each in rows]
+    prepare = models.preprocessing(options.net)
+    return [
+        next(datasets.batches(data.subset(each), len(each), shuffle=False, normalise=prepare, image_size=size))[0]
+        for each in rows
+    ]
+
+
+def draw(results: Sequence[dict[str, Any]], path: str, title: str) -> None:
+    """One panel a layer: the share of the energy kept at every step, one line a variant, a mark at each renewal."""
+    from matplotlib.figure import Figure
+
+    layers = list(results[0]["energy_kept"])
+    figure = Figure(figsize=(3.6 * len(layers), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
+    styles = dict(zip(VARIANTS, (("-", "0.6"), (":", "0.0"), ("-", "0.0")), strict=True))
+    for panel, layer in zip(panels, layers, strict=True):
+        for result in results:
+            style, grey = styles[result["variant"]]
+            label = f"{result['variant']}: {100 * result['accuracy']:.1f} %"
+            panel.plot(result["energy_kept"][layer], style, color=grey, lw=1.2, label=label)
+            for event in result["events"]:
+                if event["layer"] == layer:
+                    panel.axvline(event["step"], color="0.8", lw=1, zorder=0)
+        panel.set(xlabel="step", title=layer, ylim=(0, 1))
+    panels[0].set_ylabel("‖S‖² / ‖A‖²")
+    panels[-1].legend(frameon=False, fontsize=8, title=title, title_fontsize=8)
+    save_figure(figure, path)
+
+
+def show(results: Sequence[dict[str, Any]]) -> None:
+    """Accuracy, the energy kept at start and end, and what was calibrated again."""
+    for result in results:
+        kept = [values for values in result["energy_kept"].values() if values]
+        start, end = (np.mean([values[i] for values in kept]) for i in (0, -1))
+        print(
+            f"{result['variant']:<28} accuracy {100 * result['accuracy']:5.1f} %   "
+            f"tape {result['tape_bytes']:,} bytes   energy kept {start:.3f} at the start, {end:.3f} at the end"
+        )
+        for event in result["events"]:
+            print(
+                f"  step {event['step']}: {event['layer']} kept {event['energy_before']:.3f} of "
+                f"{event['reference']:.3f}; calibrated again on {event['batches']} batches, "
+                f"{event['macs'] / 1e6:,.1f} M multiply-adds"
+            )
+
+
+def work(options: argparse.Namespace) -> None:
+    """Check, run, show and write."""
+    if options.quick:
+        for name, value in QUICK.items():
+            if getattr(options, name) == parser().get_default(name):
+                setattr(options, name, value)
+    check_counts(options, ("epochs", "batch", "train_images", "test_images", "calibration_batches"))
+    results = run(options)
+    show(results)
+    if options.output:
+        from analysis.commands.provenance import provenance
+        from analysis.ranks.spectra_file import write_atomically
+
+        document = {**provenance("experiments.domain_shift", options.seed), "runs": results}
+        write_atomically(options.output, json.dumps(document, indent=1) + "\n")
+    if options.figure:
+        draw(results, options.figure, f"trained on {options.data},\nother: {options.calibrate_on}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    return run_command(parser(), arguments, work, ("output", "figure"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

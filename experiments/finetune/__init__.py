@@ -1,0 +1,1 @@
+"""Fine-tuning under every method: accuracy against bytes."""

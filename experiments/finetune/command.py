@@ -1,0 +1,234 @@
+"""Fine-tune one network with every method, on the same batches: ``python -m experiments.finetune --quick``.
+
+For each method: accuracy over seeds, tape bytes predicted and measured, what the papers would count,
+multiply-adds by kind, time against backpropagation, and how well its weight gradients point. Two recipes:
+``papers`` uses one learning rate for all; ``tuned`` gives each method its own best of a grid, chosen on a
+tenth of the training images.
+
+A finished run of one method and seed is kept in --folder and never run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from analysis.commands.cli import OneLineParser, check_counts, run_command
+
+CELL = "experiments.finetune.cell:run"
+PAPERS_LR = 0.05
+QUICK = {
+    "net": "convnet", "data": "digits", "tune": "last:2", "epochs": 8, "batch": 32, "image_size": None,
+    "calibration_batches": 20, "lr": 0.2, "seeds": 1, "budget_kib": 8.0, "recipe": ["papers"],
+}  # fmt: skip
+"""What --quick stands for, where an option is not given."""
+
+DEFAULTS = {
+    "net": "mcunet", "data": "cifar10", "tune": "last:4", "epochs": 15, "batch": 128, "image_size": None,
+    "calibration_batches": 100, "lr": PAPERS_LR, "seeds": 3, "budget_kib": 200.0, "recipe": ["papers"],
+}  # fmt: skip
+IMAGE_SIZES = {"mcunet": 128, "mobilenetv2": 224, "resnet8": 32}
+SETTINGS = {"epsilon": float, "budget_kib": float, "patch": int, "ratio": float}
+"""What ``method@value`` may set, and its type."""
+
+VALUE_OF = {
+    **dict.fromkeys(("lance", "lance-sketch", "lance-int8", "lance-mean-free-epsilon", "hosvd"), "epsilon"),
+    **dict.fromkeys(
+        ("lance-mean-free", "lance-planned", "lance-uniform", "lance-channels", "lance-center",
+         "lance-planned-channels", "lance-planned-modes", "asi"),
+        "budget_kib",
+    ),
+    "gradient-filter": "patch",
+    "sketch": "ratio",
+}  # fmt: skip
+"""Which setting the value after ``@`` is, by method."""
+
+
+def parser() -> argparse.ArgumentParser:
+    from experiments.finetune.methods import ABOUT, METHODS
+
+    p = OneLineParser(
+        prog="python -m experiments.finetune", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False,
+        epilog="; ".join(f"{name}: {about}" for name, about in ABOUT.items()) + ".",
+    )  # fmt: skip
+    p.add_argument("--quick", action="store_true", help="a small net on the digits of the package, within a minute")
+    p.add_argument("--net", help="mcunet, mobilenetv2, resnet8, convnet, ... (mcunet)")
+    p.add_argument("--data", help="a data set by name, or a folder with train/ and test/ (cifar10)")
+    p.add_argument("--tune", help="last:n, all, or a glob of layer names (last:4)")
+    p.add_argument(
+        "--methods", "--method", nargs="+", default=list(METHODS), metavar="METHOD",
+        help=f"any of {', '.join(METHODS)}; METHOD@VALUE sets its threshold, KiB, patch or ratio (all)",
+    )  # fmt: skip
+    p.add_argument("--recipe", nargs="+", choices=["papers", "tuned"], help="one learning rate, or each its own best")
+    p.add_argument("--epsilon", type=float, default=0.7, help="energy threshold (0.7)")
+    p.add_argument(
+        "--modes", nargs="+", default=["batch", "channel", "height", "width"], metavar="MODE",
+        help="modes that LANCE compresses (all four)",
+    )  # fmt: skip
+    p.add_argument("--budget-kib", type=float, help="KiB of cores, for methods with a budget (200)")
+    p.add_argument("--patch", type=int, default=2, help="of the gradient filter (2)")
+    p.add_argument("--ratio", type=float, default=0.125, help="of random sketches of the batch (0.125)")
+    p.add_argument("--seeds", type=int, help="runs of each method, seeds 0, 1, ... (3)")
+    p.add_argument("--epochs", type=int, help="(15)")
+    p.add_argument("--batch", type=int, help="images a step (128)")
+    p.add_argument("--lr", type=float, help="of the papers' recipe (0.05)")
+    p.add_argument(
+        "--lr-grid", type=float, nargs="+", default=[0.05, 0.1, 0.2],
+        help="of the tuned recipe (0.05 0.1 0.2); where the largest is best, twice as much is tried too",
+    )  # fmt: skip
+    p.add_argument("--tuning-epochs", type=int, default=5, help="epochs of a run that compares learning rates (5)")
+    p.add_argument("--clip", type=float, default=2.0, help="largest norm of the gradient (2.0)")
+    p.add_argument("--calibration-batches", type=int, help="or all there are, if fewer (100)")
+    p.add_argument("--image-size", type=int, help="pixels (what the net was trained with)")
+    p.add_argument("--train-images", type=int, help="at most so many, spread over the classes (all)")
+    p.add_argument("--test-images", type=int, help="(all)")
+    p.add_argument("--folder", default="runs/finetune", help="of finished runs (%(default)s)")
+    p.add_argument("--jobs", type=int, default=2, help="processes, one thread each (2)")
+    p.add_argument("--scheduler", help="address of a Dask scheduler, in place of processes of this machine")
+    p.add_argument("--output", help="write the results as JSON")
+    p.add_argument("--table", help="write the table as Markdown")
+    p.add_argument("--figure", help="draw accuracy against bytes, .png or .svg")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return run_command(parser(), given, lambda options: _run(fill_in(options), given), ("output", "table", "figure"))
+
+
+def fill_in(options: argparse.Namespace) -> argparse.Namespace:
+    """Defaults of the chosen size, and everything checked that can be before anything runs."""
+    for name, value in (QUICK if options.quick else DEFAULTS).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.image_size is None:
+        options.image_size = IMAGE_SIZES.get(options.net)
+    counts = ("seeds", "epochs", "batch", "tuning_epochs", "calibration_batches", "jobs", "patch", "image_size")
+    check_counts(options, (*counts, "train_images", "test_images"))
+    for name in ("lr", "clip", "budget_kib"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected a positive number")
+    for name in ("epsilon", "ratio"):
+        if not 0 < getattr(options, name) <= 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}, expected a number in (0, 1]")
+    if not all(lr > 0 for lr in options.lr_grid):
+        raise ValueError(f"--lr-grid is {options.lr_grid}, expected positive numbers")
+    for spec in options.methods:
+        own_settings(spec)
+    if len(set(options.methods)) < len(options.methods):
+        raise ValueError(f"--methods are {options.methods}, expected each once")
+    return options
+
+
+def own_settings(spec: str) -> dict[str, Any]:
+    """``lance@0.8`` as ``{"method": "lance", "epsilon": 0.8}``.
+
+    >>> own_settings("asi@50")
+    {'method': 'asi', 'budget_kib': 50.0}
+    """
+    from experiments.finetune.methods import METHODS
+
+    method, at, value = spec.partition("@")
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}, expected some of {', '.join(METHODS)}")
+    if not at:
+        return {"method": method}
+    if method not in VALUE_OF:
+        raise ValueError(f"method {spec!r}: {method} takes no value; these do: {', '.join(VALUE_OF)}")
+    name = VALUE_OF[method]
+    try:
+        number = SETTINGS[name](value)
+    except ValueError:
+        number = -1
+    if not (number > 0 and (number <= 1 or name in ("budget_kib", "patch"))):
+        allowed = {"budget_kib": "a positive number of KiB", "patch": "a positive integer"}.get(name, "in (0, 1]")
+        raise ValueError(f"method {spec!r}: {name} is {value!r}, expected {allowed}")
+    return {"method": method, name: number}
+
+
+def cell(options: argparse.Namespace, spec: str, seed: int, lr: float, validation: bool = False) -> dict[str, Any]:
+    """The arguments of one run."""
+    return {
+        "net": options.net,
+        "data": options.data,
+        "tune": options.tune,
+        "lr": lr,
+        "seed": seed,
+        "epochs": options.tuning_epochs if validation else options.epochs,
+        "batch": options.batch,
+        "image_size": options.image_size,
+        "train_images": options.train_images,
+        "test_images": options.test_images,
+        "calibration_batches": options.calibration_batches,
+        "clip": options.clip,
+        "epsilon": options.epsilon,
+        "modes": list(options.modes),
+        "budget_kib": options.budget_kib,
+        "patch": options.patch,
+        "ratio": options.ratio,
+        "validation": validation,
+        "folder": f"{options.folder}/frozen",
+        **own_settings(spec),
+    }
+
+
+def _run(options: argparse.Namespace, arguments: list[str]) -> None:
+    from analysis.ranks.spectra_file import write_atomically
+    from experiments.finetune.report import Row, draw, markdown, results, show
+
+    _warm_up(options)
+    rows: list[Row] = []
+    for recipe in options.recipe:
+        rates = best_rates(options) if recipe == "tuned" else dict.fromkeys(options.methods, options.lr)
+        cells = [cell(options, spec, seed, rates[spec]) for spec in options.methods for seed in range(options.seeds)]
+        outcomes = _cells(options, cells)
+        for i, spec in enumerate(options.methods):
+            seeds = outcomes[i * options.seeds : (i + 1) * options.seeds]
+            rows.append(Row(recipe, spec, rates[spec], tuple(seeds)))
+    show(rows)
+    if options.output:
+        document = results(rows, vars(options), arguments)
+        write_atomically(options.output, json.dumps(document, indent=1) + "\n")
+    if options.table:
+        write_atomically(options.table, markdown(rows, arguments))
+    if options.figure:
+        draw(rows, options.figure, f"{options.net} on {options.data}, {options.tune}")
+
+
+def best_rates(options: argparse.Namespace) -> dict[str, float]:
+    """For each method the learning rate that does best on held-out training images, seed 0; ties go to the smaller.
+
+    All of the grid is tried; a method that does best at its largest rate is tried at twice that, until it does not.
+    """
+    found: dict[str, dict[float, float]] = {spec: {} for spec in options.methods}
+    trials = [(spec, lr) for spec in options.methods for lr in sorted(options.lr_grid)]
+    best: dict[str, float] = {}
+    while trials:
+        outcomes = _cells(options, [cell(options, spec, 0, lr, validation=True) for spec, lr in trials])
+        for (spec, lr), outcome in zip(trials, outcomes, strict=True):
+            found[spec][lr] = outcome["accuracy"]
+        best = {spec: max(sorted(tried), key=tried.__getitem__) for spec, tried in found.items()}
+        trials = [(spec, 2 * lr) for spec, lr in best.items() if lr == max(found[spec])]
+    return best
+
+
+def _cells(options: argparse.Namespace, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from analysis.commands.sweep import run_cells
+
+    return run_cells(cells, CELL, options.folder, jobs=options.jobs, scheduler=options.scheduler)
+
+
+def _warm_up(options: argparse.Namespace) -> None:
+    """Open the data once here, so that what is wrong with it is said once, in one line; keep the frozen outputs."""
+    from experiments.finetune.cell import prepare_data
+
+    for validation in {recipe == "tuned" for recipe in options.recipe} | {False}:
+        prepare_data(cell(options, options.methods[0], 0, options.lr, validation))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""The fine-tuning experiment's table, figure and result file."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from analysis.commands.provenance import provenance
+from analysis.reports.figures import save_figure
+
+KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
+WHEN = ("start", "middle", "end")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method under one recipe, all seeds.
+
+    Attributes
+    ----------
+    recipe, method : str
+    lr : float
+    seeds : tuple of dict
+        What :func:`experiments.finetune.cell.run` returned, one for each seed.
+    """
+
+    recipe: str
+    method: str
+    lr: float
+    seeds: tuple[Mapping[str, Any], ...]
+
+    @property
+    def accuracies(self) -> list[float]:
+        return [float(seed["accuracy"]) for seed in self.seeds]
+
+    def mean(self, name: str) -> float:
+        """Of a number over the seeds (ranks by energy differ a little with the calibration batches)."""
+        return fmean(float(seed[name]) for seed in self.seeds)
+
+    @property
+    def core_bytes(self) -> float:
+        """What the stores of the tuned layers keep, mean over the seeds."""
+        return fmean(sum(seed["layer_bytes"].values()) for seed in self.seeds)
+
+    @property
+    def macs(self) -> dict[str, float]:
+        return {kind: fmean(seed["macs"].get(kind, 0) for seed in self.seeds) for kind in KINDS}
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every predicted number equals the measured one, for every seed."""
+        return all(
+            seed["tape_bytes"] == seed["predicted_tape_bytes"]
+            and all(seed["macs"].get(kind, 0) == seed["predicted_macs"][kind] for kind in KINDS)
+            for seed in self.seeds
+        )
+
+    def cosine(self, when: str) -> float | None:
+        """Mean over layers and seeds; None for methods whose gradients are exact."""
+        values = [value for seed in self.seeds for value in seed["cosines"].get(when, {}).values()]
+        return fmean(values) if values else None
+
+    def energy(self, when: str) -> float | None:
+        """Mean share of the energy kept over layers and seeds; None where a method does not say."""
+        values = [value for seed in self.seeds for value in seed["energy_kept"].get(when, {}).values()]
+        return fmean(values) if values else None
+
+
+COLUMNS = (
+    "method", "accuracy %", "lr", "tape KiB", "predicted", "of stores", "paper KiB", "factors KiB", "fwd",
+    "d input", "d weight", "proj", "decomp", "again", "time / bp", "cos start", "mid", "end", "energy start", "end",
+)  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    """One row of the table, in the order of :data:`COLUMNS`."""
+    spread = f" ± {100 * stdev(row.accuracies):.1f}" if len(row.accuracies) > 1 else ""
+    macs = row.macs
+    return [
+        row.method,
+        f"{100 * fmean(row.accuracies):.1f}{spread}",
+        f"{row.lr:g}",
+        f"{row.mean('tape_bytes') / 1024:,.1f}",
+        "equal" if row.agrees else "DIFFERS",
+        f"{row.core_bytes / 1024:,.1f}",
+        f"{row.mean('paper_bytes') / 1024:,.1f}",
+        f"{row.mean('factor_bytes') / 1024:,.1f}",
+        *(f"{macs[kind] / 1e6:,.1f}" if macs[kind] else "-" for kind in KINDS),
+        f"{row.mean('time_ratio'):.2f}",
+        *(_number(row.cosine(when)) for when in WHEN),
+        *(_number(row.energy(when)) for when in ("start", "end")),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+NOTES = (
+    "accuracy: mean ± standard deviation over seeds. tape: all that is kept between forward and backward, "
+    "measured; predicted: whether the cost model's bytes and multiply-adds are equal to it. of stores: what the tuned "
+    "layers keep of their inputs. paper: what published tables count. Multiply-adds in millions per step, as "
+    "executed; again: segments run a second time. time / bp: median step over one of plain backpropagation of the "
+    "same layers, in turns. cos: of dW and its approximation, mean over layers. energy: share of the activation kept."
+)
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print one table for each recipe."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if os.isatty(1) else 200)
+    for recipe, of in itertools.groupby(rows, key=lambda row: row.recipe):
+        table = Table(title=f"Recipe: {recipe}", title_justify="left", box=None, pad_edge=False)
+        for i, column in enumerate(COLUMNS):
+            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        for row in of:
+            table.add_row(*cells(row))
+        console.print(table)
+    console.print(NOTES)
+
+
+def markdown(rows: Sequence[Row], arguments: Sequence[str]) -> str:
+    """The same tables in Markdown, with the command that made them."""
+    lines = [f"`python -m experiments.finetune {' '.join(arguments)}`", ""]
+    for recipe, of in itertools.groupby(rows, key=lambda row: row.recipe):
+        lines += [f"### Recipe: {recipe}", "", "| " + " | ".join(COLUMNS) + " |"]
+        lines += ["|" + "|".join(["---"] + ["---:"] * (len(COLUMNS) - 1)) + "|"]
+        lines += ["| " + " | ".join(cells(row)) + " |" for row in of]
+        lines.append("")
+    return "\n".join([*lines, NOTES, ""])
+
+
+def results(rows: Sequence[Row], settings: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """Everything, as it goes into the result file."""
+    return {
+        **provenance("experiments.finetune", 0),
+        "arguments": list(arguments),
+        "settings": dict(settings),
+        "rows": [
+            {
+                "recipe": row.recipe,
+                "method": row.method,
+                "lr": row.lr,
+                "accuracy_mean": fmean(row.accuracies),
+                "accuracy_sd": stdev(row.accuracies) if len(row.accuracies) > 1 else None,
+                "predicted_equals_measured": row.agrees,
+                "seeds": [dict(seed) for seed in row.seeds],
+            }
+            for row in rows
+        ],
+    }
+
+
+def draw(rows: Sequence[Row], path: str, title: str) -> None:
+    """Accuracy against the bytes of the tape, one panel for each recipe, the Pareto front as a line."""
+    from matplotlib.figure import Figure
+
+    recipes = list(dict.fromkeys(row.recipe for row in rows))
+    figure = Figure(figsize=(7.6 * len(recipes), 5.4), layout="constrained")
+    panels = figure.subplots(1, len(recipes), squeeze=False, sharey=True)[0]
+    for panel, recipe in zip(panels, recipes, strict=True):
+        of = [row for row in rows if row.recipe == recipe]
+        points = [(row.mean("tape_bytes") / 1024, 100 * fmean(row.accuracies), row) for row in of]
+        for x, y, row in points:
+            error = 100 * stdev(row.accuracies) if len(row.accuracies) > 1 else 0
+            shape = "s" if row.method.startswith("lance") else "o"
+            panel.errorbar(x, y, yerr=error, fmt=shape, color="0.1", ms=4, elinewidth=0.8, capsize=2)
+        front = pareto([(x, y) for x, y, _ in points])
+        panel.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0, drawstyle="steps-post")
+        panel.set(xlabel="tape, KiB (log)", title=f"{title}\nrecipe: {recipe}")
+        kibibyte_axis(panel, [x for x, _, _ in points])
+        _label(panel, points)
+    panels[0].set_ylabel("accuracy on the test set, %")
+    save_figure(figure, path)
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other beats in both fewer bytes and higher accuracy, by bytes.
+
+    >>> pareto([(2, 5), (1, 3), (3, 4), (3, 6)])
+    [(1, 3), (2, 5), (3, 6)]
+    """
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def kibibyte_axis(panel: Any, sizes: Sequence[float]) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten, and some room on both sides."""
+    panel.set_xscale("log")
+    panel.set_xlim(min(sizes) / 1.3, max(sizes) * 1.3)
+    decades = range(math.floor(math.log10(min(sizes) / 1.3)), math.ceil(math.log10(max(sizes) * 1.3)) + 1)
+    low, high = panel.get_xlim()
+    ticks = [n * 10.0**decade for decade in decades for n in (1, 2, 5) if low <= n * 10.0**decade <= high]
+    panel.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+    panel.minorticks_off()
+
+
+def _label(panel: Any, points: Sequence[tuple[float, float, Row]]) -> None:
+    """Names in a column to the right, in the order of accuracy, each with a thin line to its point."""
+    low, high = panel.get_ylim()
+    gap = (high - low) / max(len(points), 28)
+    points = sorted(points, key=lambda point: point[1])
+    heights: list[float] = []
+    for _, y, _ in points:  # upwards, none nearer than the gap to the one below
+        heights.append(max(y, heights[-1] + gap) if heights else y)
+    ceiling = high
+    for i in reversed(range(len(heights))):  # and back down, where that went over the top
+        heights[i] = min(heights[i], ceiling)
+        ceiling = heights[i] - gap
+    for (x, y, row), height in zip(points, heights, strict=True):
+        panel.annotate(
+            row.method,
+            (x, y),
+            (1.02, (height - low) / (high - low)),
+            textcoords="axes fraction",
+            fontsize=7.5,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "0.85", "lw": 0.6, "shrinkA": 1, "shrinkB": 3},
+        )

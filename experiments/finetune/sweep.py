@@ -1,0 +1,210 @@
+"""What to keep, and where: ``python -m experiments.finetune.sweep`` trains one network with many ways of compressing.
+
+Energy thresholds, subsets of modes, with and without the mean, which layers train, and budgets that are
+planned or spent by one threshold: accuracy against the bytes of the whole tape, and of tape and factors.
+One learning rate for all; a finished run is kept in --folder and never run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from analysis.commands.cli import OneLineParser, check_counts, run_command
+from analysis.reports.figures import save_figure
+from experiments.finetune.command import CELL, IMAGE_SIZES, PAPERS_LR
+
+ALL = ("batch", "channel", "height", "width")
+MODE_SETS = {"all modes": ALL, "no batch": ALL[1:], "channel": ("channel",)}
+EPSILONS = (0.5, 0.7, 0.9, 0.99)
+BUDGETS_KIB = (12.5, 25.0, 50.0, 100.0, 200.0, 400.0)
+SELECTIONS = ("last:1", "last:2", "last:3")
+"""Beside the selection of --tune."""
+
+STYLES = {
+    "uniform threshold": ("o", "0.75"), "uniform, mean-free": ("^", "0.55"), "uniform in a budget": ("s", "0.35"),
+    "planned": ("*", "0.0"), "fewer layers": ("x", "0.45"), "fewer layers, exact": ("+", "0.45"),
+    "head-only": ("v", "0.0"), "bp": ("D", "0.0"),
+}  # fmt: skip
+"""Marker and grey of each family."""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = OneLineParser(
+        prog="python -m experiments.finetune.sweep", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
+    )
+    p.add_argument("--quick", action="store_true", help="a few settings of a small net on the digits of the package")
+    p.add_argument("--net", default="mcunet", help="(%(default)s)")
+    p.add_argument("--data", default="cifar10", help="a data set by name, or a folder (%(default)s)")
+    p.add_argument("--tune", default="last:4", help="layers that train (%(default)s)")
+    p.add_argument("--batch", type=int, nargs="+", default=[128, 8], help="images a step, each a sweep (128 8)")
+    p.add_argument("--epochs", type=int, default=4, help="(%(default)s)")
+    p.add_argument("--train-images", type=int, default=4000, help="at most so many (%(default)s)")
+    p.add_argument("--test-images", type=int, default=2000, help="at most so many (%(default)s)")
+    p.add_argument("--lr", type=float, default=PAPERS_LR, help="(%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    p.add_argument("--folder", default="runs/finetune", help="of finished runs (%(default)s)")
+    p.add_argument("--jobs", type=int, default=2, help="processes, one thread each (2)")
+    p.add_argument("--scheduler", help="address of a Dask scheduler, in place of processes of this machine")
+    p.add_argument("--output", help="write the results as JSON")
+    p.add_argument("--figure", help="draw accuracy against bytes, .png or .svg")
+    return p
+
+
+def settings(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every setting of the sweep: family, label, and what differs from the default cell."""
+    epsilons: Sequence[float] = EPSILONS
+    budgets: Sequence[float] = BUDGETS_KIB
+    mode_sets: Mapping[str, Sequence[str]] = MODE_SETS
+    if options.quick:
+        epsilons, budgets, mode_sets = (0.7, 0.95), (4.0, 8.0), {"all modes": ALL, "channel": ("channel",)}
+    found = [_setting("bp", "bp", method="bp"), _setting("head-only", "head-only", method="head-only")]
+    for name, modes in mode_sets.items():
+        for epsilon in epsilons:
+            changes = {"epsilon": epsilon, "modes": list(modes)}
+            found.append(_setting("uniform threshold", f"{name} {epsilon:g}", method="lance", **changes))
+            label = f"{name} {epsilon:g}, mean-free"
+            found.append(_setting("uniform, mean-free", label, method="lance-mean-free-epsilon", **changes))
+    for kib in budgets:
+        found.append(_setting("uniform in a budget", f"uniform {kib:g} KiB", method="lance-uniform", budget_kib=kib))
+        found.append(_setting("planned", f"planned {kib:g} KiB", method="lance-planned", budget_kib=kib))
+    for selection in () if options.quick else SELECTIONS:
+        found.append(_setting("fewer layers, exact", f"{selection} exact", method="bp", tune=selection))
+        changes = {"tune": selection, "epsilon": 0.9, "modes": list(ALL[1:])}
+        found.append(_setting("fewer layers", f"{selection} mean-free", method="lance-mean-free-epsilon", **changes))
+    return found
+
+
+def _setting(family: str, label: str, **changes: Any) -> dict[str, Any]:
+    return {"family": family, "label": label, "changes": changes}
+
+
+def cell(options: argparse.Namespace, batch: int, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of one run."""
+    net = {"net": options.net, "data": options.data, "tune": options.tune, "lr": options.lr}
+    size = {"image_size": IMAGE_SIZES.get(options.net)}
+    if options.quick:
+        net |= {"net": "convnet", "data": "digits", "tune": "last:2", "lr": 0.2}
+        size = {"image_size": None}
+    return {
+        **net,
+        **size,
+        "seed": options.seed,
+        "epochs": options.epochs,
+        "batch": batch,
+        "train_images": options.train_images,
+        "test_images": options.test_images,
+        "calibration_batches": 100,
+        "clip": 2.0,
+        "epsilon": 0.7,
+        "modes": list(ALL),
+        "budget_kib": 200.0,
+        "patch": 2,
+        "ratio": 0.125,
+        "validation": False,
+        "folder": f"{options.folder}/frozen",
+        **changes,
+    }
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All cells of all batch sizes; one dict of numbers for each."""
+    from analysis.commands.sweep import run_cells
+    from experiments.finetune.cell import prepare_data
+
+    swept = settings(options)
+    batches = [32] if options.quick else options.batch
+    cells = [cell(options, batch, setting["changes"]) for batch in batches for setting in swept]
+    prepare_data(cells[0])
+    outcomes = run_cells(cells, CELL, options.folder, jobs=options.jobs, scheduler=options.scheduler)
+    return [
+        {
+            "batch": one["batch"],
+            "family": setting["family"],
+            "label": setting["label"],
+            "cell": one,
+            "accuracy": outcome["accuracy"],
+            "tape_bytes": outcome["tape_bytes"],
+            "factor_bytes": outcome["factor_bytes"],
+            "core_bytes": sum(outcome["layer_bytes"].values()),
+            "predicted_equals_measured": outcome["tape_bytes"] == outcome["predicted_tape_bytes"],
+            "ranks": outcome["notes"].get("ranks"),
+        }
+        for one, setting, outcome in zip(cells, swept * len(batches), outcomes, strict=True)
+    ]
+
+
+def draw(points: Sequence[Mapping[str, Any]], path: str, title: str) -> None:
+    """One row for each batch size: accuracy against the tape, and against tape and factors."""
+    from matplotlib.figure import Figure
+
+    from experiments.finetune.report import kibibyte_axis, pareto
+
+    batches = list(dict.fromkeys(point["batch"] for point in points))
+    figure = Figure(figsize=(11, 4.4 * len(batches)), layout="constrained")
+    rows = figure.subplots(len(batches), 2, squeeze=False, sharey="row")
+    for panels, batch in zip(rows, batches, strict=True):
+        for panel, factors in zip(panels, (False, True), strict=True):
+            of = [point for point in points if point["batch"] == batch]
+            places = {
+                point["label"]: (
+                    (point["tape_bytes"] + factors * point["factor_bytes"]) / 1024,
+                    100 * point["accuracy"],
+                )
+                for point in of
+            }
+            for family, (marker, grey) in STYLES.items():
+                own = [places[point["label"]] for point in of if point["family"] == family]
+                if own:
+                    panel.plot(*zip(*own, strict=True), marker, color=grey, ms=6, label=family)
+            front = pareto(list(places.values()))
+            panel.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0, drawstyle="steps-post")
+            what = "tape and factors" if factors else "tape"
+            panel.set(xlabel=f"{what}, KiB (log)", title=f"{title}, batch {batch}")
+            kibibyte_axis(panel, [size for size, _ in places.values()])
+        panels[0].set_ylabel("accuracy, %")
+    rows[0][1].legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def show(points: Sequence[Mapping[str, Any]]) -> None:
+    """The settings that no other beats in both tape and accuracy, by batch size."""
+    from experiments.finetune.report import pareto
+
+    for batch in dict.fromkeys(point["batch"] for point in points):
+        of = [point for point in points if point["batch"] == batch]
+        front = pareto([(point["tape_bytes"], point["accuracy"]) for point in of])
+        print(f"Batch {batch}: {len(of)} settings, of which none beats these in both tape and accuracy")
+        for point in sorted(of, key=lambda point: point["tape_bytes"]):
+            if (point["tape_bytes"], point["accuracy"]) in front:
+                sizes = f"{point['tape_bytes'] / 1024:10,.1f} KiB {100 * point['accuracy']:6.1f} %"
+                print(f"  {sizes}  {point['family']}: {point['label']}")
+
+
+def work(options: argparse.Namespace) -> None:
+    """Check, run, show and write."""
+    check_counts(options, ("epochs", "train_images", "test_images", "jobs"))
+    if min(options.batch) < 1:
+        raise ValueError(f"--batch is {options.batch}, expected positive integers")
+    points = run(options)
+    show(points)
+    if options.output:
+        from analysis.commands.provenance import provenance
+        from analysis.ranks.spectra_file import write_atomically
+
+        document = {**provenance("experiments.finetune.sweep", options.seed), "points": points}
+        write_atomically(options.output, json.dumps(document, indent=1) + "\n")
+    if options.figure:
+        draw(points, options.figure, "digits" if options.quick else f"{options.net} on {options.data}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    return run_command(parser(), arguments, work, ("output", "figure"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

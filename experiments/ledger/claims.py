@@ -1,0 +1,224 @@
+"""The ledger of claims: ``python -m experiments.ledger.claims`` says what came of everything that the papers claim.
+
+For each claim, and for each question that reviewers asked in public: where it stands, our command, our figure, and one
+of four verdicts with a line of why. ``--run ID`` computes it again; what takes long is read from its committed
+result file, which carries command, seed, versions and machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from analysis.commands.cli import OneLineParser, one_line, run_command
+from experiments.ledger.evidence import PROVENANCE, VERDICTS, Evidence, MissingEvidenceError, Outcome
+from experiments.ledger.yaml_file import DATA, choose, load_entries
+
+KINDS = ("claim", "question")
+LIVE = "live"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One line of the ledger.
+
+    Attributes
+    ----------
+    id : str
+    kind : {"claim", "question"}
+        A question's verdict is about what it doubts; ``claim`` says what that is.
+    claim : str
+        In our words.
+    source, where : str
+        A name of the file's sources, and the place there.
+    quote : str
+        At most one short phrase.
+    command : str
+        That shows it, or makes the result file.
+    check : str
+        A function of :mod:`experiments.ledger.checks`, ``from_results`` or ``tasks``.
+    evidence : list of str
+        Result files, by name or pattern; ``["live"]`` where it is computed anew whenever it is asked for.
+    verdict : str or None
+        What the check must say; None while the result file is still to come.
+    """
+
+    id: str
+    kind: str
+    claim: str
+    source: str
+    where: str
+    command: str
+    check: str
+    evidence: list[str]
+    quote: str = ""
+    verdict: str | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim and what came of it.
+
+    Attributes
+    ----------
+    provenance : dict
+        By result file: command, seed, versions, machine.
+    missing : bool
+        Whether the evidence is not there yet; the outcome then says which command makes it.
+    """
+
+    claim: Claim
+    outcome: Outcome
+    provenance: dict[str, dict[str, Any]]
+    missing: bool = False
+
+    @property
+    def as_recorded(self) -> bool:
+        """Whether the ledger has this verdict, or none yet; without evidence there is nothing to compare."""
+        return self.missing or self.claim.verdict in (None, self.outcome.verdict)
+
+
+@lru_cache(maxsize=1)
+def ledger() -> tuple[dict[str, dict[str, str]], dict[str, Claim]]:
+    """Sources, and all claims by id."""
+    path = DATA / "claims.yaml"
+    sources, entries = load_entries(path, Claim)
+    claims = {entry["id"]: Claim(**entry) for entry in entries}
+    for claim in claims.values():
+        if claim.kind not in KINDS or claim.verdict not in (None, *VERDICTS):
+            raise ValueError(f"{path}, {claim.id}: kind or verdict is not among those that there are")
+        if not isinstance(claim.evidence, list) or not claim.evidence:
+            raise ValueError(f"{path}, {claim.id}: evidence must be a list of result files, or of {LIVE!r}")
+        if (claim.evidence == [LIVE]) and claim.verdict is None:
+            raise ValueError(f"{path}, {claim.id}: what is computed anew has a verdict")
+    return sources, claims
+
+
+def evaluate(claim: Claim, evidence: Evidence | None = None) -> Finding:
+    """Run the check of a claim; evidence that is not there yet is said to be missing.
+
+    Raises
+    ------
+    ValueError
+        If there is no such check, it gives a verdict that there is not, or a result file is broken.
+    """
+    from experiments.ledger import checks, from_results, tasks
+
+    evidence = Evidence() if evidence is None else evidence
+    check = {**checks.CHECKS, **from_results.CHECKS, **tasks.CHECKS}.get(claim.check)
+    if check is None:
+        raise ValueError(f"claim {claim.id}: there is no check {claim.check!r}")
+    provenance: dict[str, dict[str, Any]] = {}
+    try:
+        for pattern in claim.evidence:
+            for name in (evidence.names(pattern) or [pattern]) if pattern != LIVE else ():
+                document = evidence.results(name, claim.command)
+                provenance[name] = {key: document[key] for key in PROVENANCE}
+        outcome = check(evidence)
+    except MissingEvidenceError as error:
+        return Finding(claim, Outcome("none yet", "not testable here", str(error)), {}, missing=True)
+    except (KeyError, StopIteration) as error:
+        files = ", ".join(claim.evidence)
+        raise ValueError(f"claim {claim.id}: {files} lacks {one_line(error) or 'a row'}") from None
+    if outcome.verdict not in VERDICTS:
+        raise ValueError(f"claim {claim.id}: the check says {outcome.verdict!r}, expected one of {VERDICTS}")
+    return Finding(claim, outcome, provenance)
+
+
+# ---- printing ----------------------------------------------------------------------------------
+
+
+def text(finding: Finding, detail: bool = False) -> str:
+    """One claim, for a terminal or a file; ``detail`` adds where the evidence comes from."""
+    claim, outcome = finding.claim, finding.outcome
+    source = ledger()[0][claim.source]
+    quote = f", “{claim.quote}”" if claim.quote else ""
+    verdict = outcome.verdict + (f": {outcome.why}" if finding.missing else "")
+    lines = [
+        claim.id,
+        f"  {claim.kind:<9}{claim.claim}",
+        f"  source   {source['paper']}, {claim.where}{quote}",
+        f"  command  {claim.command}",
+        f"  figure   {outcome.figure}",
+        f"  verdict  {verdict}",
+    ]
+    if not finding.missing:
+        lines.append(f"  why      {outcome.why}")
+    if detail:
+        lines.append(f"  url      {source['url']}")
+        for name, made in finding.provenance.items():
+            versions = ", ".join(f"{package} {version}" for package, version in made["versions"].items())
+            lines += [
+                f"  from     experiments/results/{name}.json, seed {made['seed']}, {made['machine'].get('processor')}",
+                f"           {versions}",
+                f"           made by: {made['command']}",
+            ]
+        if claim.evidence == [LIVE] and not finding.missing:
+            lines.append("  from     computed just now")
+        if not finding.as_recorded:
+            lines.append(f"  DIFFERS  the ledger says {claim.verdict!r}")
+    return "\n".join(lines) + "\n"
+
+
+def to_json(finding: Finding) -> dict[str, Any]:
+    """Everything, for machines."""
+    claim, outcome = finding.claim, finding.outcome
+    return {
+        "id": claim.id,
+        "kind": claim.kind,
+        "claim": claim.claim,
+        "source": {**ledger()[0][claim.source], "where": claim.where, "quote": claim.quote},
+        "command": claim.command,
+        "figure": outcome.figure,
+        "verdict": outcome.verdict,
+        "why": outcome.why,
+        "missing": finding.missing,
+        "evidence": claim.evidence,
+        "provenance": finding.provenance,
+        "as_recorded": finding.as_recorded,
+    }
+
+
+def counts(findings: Sequence[Finding]) -> str:
+    """How many of each verdict."""
+    found = [finding.outcome.verdict for finding in findings]
+    parts = ", ".join(f"{found.count(verdict)} {verdict}" for verdict in VERDICTS)
+    return f"{len(findings)} claims and questions: {parts}"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = OneLineParser(
+        prog="python -m experiments.ledger.claims", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
+    )
+    p.add_argument("--run", nargs="+", default=[], metavar="ID", help="compute these again, and say where from (all)")
+    p.add_argument("--json", action="store_true", help="as JSON")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code: 1 if a verdict differs from the one in the ledger."""
+    return run_command(parser(), arguments, _run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    evidence = Evidence()
+    findings = [evaluate(claim, evidence) for claim in choose("claim", options.run, ledger()[1])]
+    if options.json:
+        print(json.dumps([to_json(finding) for finding in findings], indent=1, ensure_ascii=False))
+    else:
+        print("\n".join(text(finding, detail=bool(options.run)) for finding in findings), end="")
+        if not options.run:
+            print("\n" + counts(findings))
+    differing = [finding.claim.id for finding in findings if not finding.as_recorded]
+    if differing and not options.json and not options.run:
+        print(f"verdicts that differ from the ledger: {', '.join(differing)}", file=sys.stderr)
+    return 1 if differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

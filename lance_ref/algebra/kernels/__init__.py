@@ -1,0 +1,1 @@
+"""Loops that NumPy cannot run well, compiled by Numba, each beside the NumPy it must equal."""

@@ -1,0 +1,1 @@
+"""Tensors, the tape and its counters: what every operation is built on."""

@@ -1,0 +1,1 @@
+"""LANCE: calibration, compression, rank planning and recalibration of a network's layers."""

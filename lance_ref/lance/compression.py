@@ -1,0 +1,209 @@
+"""Putting LANCE on the layers of a network, and taking it off again."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from lance_ref.algebra.subspace import Subspace
+from lance_ref.engine.tensor import Shape
+from lance_ref.nn import Conv2d
+from lance_ref.nn.module import Module
+from lance_ref.nn.selection import weighted_layers
+from lance_ref.stores import EXACT, ActivationStore, Lance
+
+_SHOWN = 6  # layer paths that an error lists
+
+
+def compress(
+    net: Module,
+    calibration: Mapping[str, Subspace],
+    order: str = "auto",
+    layers: str | Sequence[str] | None = None,
+    *,
+    core_bits: int | None = None,
+    batch_mode: str = "calibrated",
+    batch_ratio: float | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Have calibrated layers keep the core of their input in place of the input.
+
+    From the next forward pass on, each of these layers saves the projection of its activation on its
+    subspace, and computes its weight gradient from that. Output and input gradient stay exact.
+
+    Parameters
+    ----------
+    net : Module
+        ``layer.store`` becomes a :class:`~lance_ref.stores.Lance`, in the dtype of the layer's weight.
+    calibration : Calibration, or mapping of layer path to Subspace
+    order : {"auto", "papers", "separable"}
+        Order of contraction of a convolution's weight gradient.
+    layers : glob or sequence of globs, optional
+        Which of the calibrated layers; all of them by default.
+    core_bits, batch_mode, batch_ratio
+        As :class:`~lance_ref.stores.Lance` takes them: cores as codes, and a random sketch of the batch.
+    seed : int
+        Of the sketches; each layer's is drawn independently of the others'.
+
+    Returns
+    -------
+    list of str
+        Paths of the layers that are compressed now.
+
+    Raises
+    ------
+    ValueError
+        If a glob matches no calibrated layer, or a layer is missing from the network or takes another
+        number of channels or features than was calibrated; names the layer and both shapes. Nothing has
+        been changed then.
+    """
+    paths = list(calibration) if layers is None else match_layers(layers, list(calibration), "calibrated layer")
+    subspaces = {path: calibration[path] for path in paths}
+    check_shapes(net, {path: subspace.shape for path, subspace in subspaces.items()})
+    modules = weighted_layers(net)
+    seeds = np.random.SeedSequence(seed).generate_state(len(paths))
+    stores = {
+        path: Lance(subspace, order, modules[path].weight.dtype, core_bits, batch_mode, batch_ratio, int(own))
+        for own, (path, subspace) in zip(seeds, subspaces.items(), strict=True)
+    }
+    for path, store in stores.items():
+        modules[path].store = store
+    return paths
+
+
+def restore(net: Module) -> list[str]:
+    """Have every Conv2d and Linear of ``net`` keep its whole input again; the paths of those that did not."""
+    changed = [path for path, layer in weighted_layers(net).items() if layer.store is not EXACT]
+    for layer in weighted_layers(net).values():
+        layer.store = EXACT
+    return changed
+
+
+def attach(
+    net: Module, make: Callable[[str, Module], ActivationStore], layers: str | Sequence[str] | None = None
+) -> list[str]:
+    """Give every chosen layer an activation store of its own.
+
+    Parameters
+    ----------
+    net : Module
+    make : callable
+        ``make(path, layer)`` is the store of that layer; a new one each time, as stores remember things.
+    layers : glob or sequence of globs, optional
+        By default the layers that ``tune`` selected (without the head), or, for a network that was not tuned, all
+        whose weight requires gradients.
+
+    Returns
+    -------
+    list of str
+        Paths of these layers.
+
+    Raises
+    ------
+    ValueError
+        If no layer is chosen, or a glob matches none, or two layers were given the same store. Nothing has been
+        changed then.
+
+    Examples
+    --------
+    >>> from lance_ref import nn
+    >>> from lance_ref.stores import Quantized
+    >>> attach(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), lambda path, layer: Quantized(8))
+    ['0', '1']
+    """
+    modules = weighted_layers(net)
+    stores = {path: make(path, modules[path]) for path in chosen_layers(net, layers)}
+    for path, store in stores.items():
+        if not isinstance(store, ActivationStore):
+            raise TypeError(f"make returned a {type(store).__name__} for layer {path!r}, expected an ActivationStore")
+    if len({id(store) for store in stores.values() if store is not EXACT}) < sum(
+        s is not EXACT for s in stores.values()
+    ):
+        raise ValueError(f"make returned one store for several layers of {list(stores)}, expected a new one for each")
+    for path, store in stores.items():
+        modules[path].store = store
+    return list(stores)
+
+
+def chosen_layers(net: Module, layers: str | Sequence[str] | None) -> list[str]:
+    """Paths of the layers to compress: those named, else those that train without the head, in module order."""
+    available = weighted_layers(net)
+    if layers is not None:
+        return match_layers(layers, list(available), "Conv2d or Linear layer")
+    tuning = getattr(net, "tuning", None)
+    if tuning is not None:
+        chosen = [path for path in available if path in tuning.layers and available[path].weight.requires_grad]
+        if tuning.layers and not chosen:
+            raise ValueError(
+                "no weight of the tuned layers trains, only biases, so there is no activation to compress; name layers "
+                "with layers=..."
+            )
+    else:
+        chosen = [path for path, layer in available.items() if layer.weight.requires_grad]
+    if not chosen:
+        raise ValueError("net has no Conv2d or Linear layer that trains (its head aside); name them with layers=...")
+    return chosen
+
+
+def match_layers(layers: str | Sequence[str], available: Sequence[str], what: str) -> list[str]:
+    """The paths among ``available`` that a glob matches, in their own order.
+
+    Parameters
+    ----------
+    layers : glob or sequence of globs
+        Matched against whole dotted paths; ``*`` also matches dots.
+    available : sequence of str
+    what : str
+        What ``available`` holds, for the error.
+
+    Raises
+    ------
+    ValueError
+        If ``layers`` is empty or one of the globs matches nothing.
+    """
+    globs = [layers] if isinstance(layers, str) else list(layers)
+    if not globs:
+        raise ValueError(f"layers is empty, expected globs of a {what}")
+    selected: set[str] = set()
+    for glob in globs:
+        matches = [path for path in available if path == glob or fnmatch.fnmatchcase(path, glob)]
+        if not matches:
+            raise ValueError(f"layers: {glob!r} matches no {what}, expected one of {_listed(available)}")
+        selected.update(matches)
+    return [path for path in available if path in selected]
+
+
+def check_shapes(net: Module, shapes: Mapping[str, Shape]) -> None:
+    """Raise ValueError unless ``net`` has layers at these paths that take activations of these shapes.
+
+    Only what the weight tells is checked: the kind of the layer, and its number of channels or features.
+    Batch, height and width are checked when the layer runs.
+    """
+    modules = weighted_layers(net)
+    for path, shape in shapes.items():
+        if path not in modules:
+            raise ValueError(
+                f"net has no Conv2d or Linear layer {path!r}, which was calibrated with shape {shape}; "
+                f"it has {_listed(list(modules))}"
+            )
+        layer, weight = modules[path], modules[path].weight.shape
+        if isinstance(layer, Conv2d):
+            expected: tuple[int | str, ...] = ("B", weight[1] * layer.groups, "H", "W")
+            fits = len(shape) == 4 and shape[1] == expected[1]
+        else:
+            expected = ("B", weight[1]) if len(shape) != 3 else ("B", "L", weight[1])
+            fits = len(shape) in (2, 3) and shape[-1] == weight[1]
+        if not fits:
+            raise ValueError(
+                f"layer {path!r} was calibrated with activations of shape {shape}, but this net's "
+                f"{type(layer).__name__} with a weight of shape {weight} takes ({', '.join(map(str, expected))})"
+            )
+
+
+def _listed(paths: Iterable[str]) -> str:
+    """The first few paths, and how many more there are."""
+    paths = list(paths)
+    text = ", ".join(map(repr, paths[:_SHOWN])) or "none"
+    return text if len(paths) <= _SHOWN else f"{text} and {len(paths) - _SHOWN} more"

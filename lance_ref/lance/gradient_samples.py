@@ -1,0 +1,180 @@
+"""What the layers of a network take in, and the gradients of what they give out, on real batches.
+
+Choosing ranks or directions by what they do to the weight gradient needs both. They are caught at the
+seam: for the time of the sampling each layer's activation store is one that writes down what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lance_ref.algebra.geometry import Geometry
+from lance_ref.engine.counting import spending_on
+from lance_ref.engine.state import state
+from lance_ref.engine.tensor import Tensor
+from lance_ref.functional import cross_entropy
+from lance_ref.lance.compression import chosen_layers
+from lance_ref.nn.module import Module
+from lance_ref.nn.selection import weighted_layers
+from lance_ref.stores import EXACT, ActivationStore
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSample:
+    """One call of a layer in a forward and backward pass.
+
+    Attributes
+    ----------
+    activation : array of shape ``geometry.input_shape``
+        What the layer took in.
+    grad_output : array of shape ``geometry.output_shape``
+        The gradient of the loss with respect to what it gave out.
+    geometry : ConvGeometry or LinearGeometry
+        The sizes of the call; ``geometry.weight_gradient(activation, grad_output)`` is its weight gradient.
+    call : int
+        0 for the layer's first call in that forward pass, 1 for the second, … (Where a segment is recomputed
+        in the backward pass, in the order in which it runs again.)
+    """
+
+    activation: np.ndarray
+    grad_output: np.ndarray
+    geometry: Geometry
+    call: int = 0
+
+
+def sample_gradients(
+    net: Module,
+    batches: Iterable[Any],
+    layers: str | Sequence[str] | None = None,
+    loss: Loss = cross_entropy,
+) -> dict[str, list[LayerSample]]:
+    """Run the network forward and backward, and write down what each chosen layer saw.
+
+    In evaluation mode (no dropout, running statistics as they are) and without compression. The network
+    is left as it was found, also after an error: modes, stores, gradients, which parameters train.
+
+    Parameters
+    ----------
+    net : Module
+    batches : iterable of (inputs, targets) pairs
+        Arrays or Tensors. Two copies of every sampled activation's size stay in memory: use few batches.
+    layers : glob or sequence of globs, optional
+        Paths of Conv2d and Linear layers, whether they train or not. By default the layers that ``tune``
+        selected (without the head), or, for a network that was not tuned, all whose weight requires gradients.
+    loss : callable
+        ``loss(net(inputs), targets)`` is the scalar Tensor to differentiate.
+
+    Returns
+    -------
+    dict of layer path to list of LayerSample
+        In the order of the batches and, within a batch, of the calls; a call that the loss does not depend
+        on has no sample.
+
+    Raises
+    ------
+    ValueError
+        If there are no batches, a glob matches no layer, or the loss never depends on a chosen layer.
+    TypeError
+        If a batch is not a pair.
+    """
+    if not isinstance(net, Module):
+        raise TypeError(f"net is a {type(net).__name__}, expected a lance_ref.nn.Module")
+    paths = chosen_layers(net, layers)
+    samples: dict[str, list[LayerSample]] = {path: [] for path in paths}
+    count = 0
+    with _as_found(net):
+        for batch in batches:
+            inputs, targets = _pair(batch, count)
+            notebooks = _write_down(net, paths)
+            with spending_on("calibration"):
+                value = loss(net(inputs), targets)
+            if value.requires_grad:
+                value.backward()
+            for path, notebook in notebooks.items():
+                samples[path] += notebook.samples()
+            count += 1
+    if not count:
+        raise ValueError("batches is empty, expected at least one pair of inputs and targets")
+    missed = [path for path, found in samples.items() if not found]
+    if missed:
+        raise ValueError(f"the loss does not depend on layers {missed}; leave them out of layers")
+    return samples
+
+
+class _Notebook(ActivationStore):
+    """A store that writes down what it is given, and computes no weight gradient."""
+
+    name = "exact"
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.found: list[LayerSample] = []
+
+    def save(self, activation: np.ndarray) -> dict[str, np.ndarray]:
+        call = np.asarray(self.calls)
+        self.calls += 1
+        return {"activation": activation, "call": call}
+
+    def weight_gradient(
+        self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry
+    ) -> np.ndarray:
+        # copies: the caller's batch, and buffers of the backward pass, may be written to again
+        activation, gradient = saved["activation"].copy(), grad_output.copy()
+        self.found.append(LayerSample(activation, gradient, geometry, int(saved["call"])))
+        return np.zeros(geometry.weight_shape, grad_output.dtype)
+
+    def samples(self) -> list[LayerSample]:
+        """All calls that the backward pass came through, in the order of the forward pass."""
+        return sorted(self.found, key=lambda sample: sample.call)
+
+
+def _write_down(net: Module, paths: Sequence[str]) -> dict[str, _Notebook]:
+    """A new notebook on every chosen layer, whose weight alone asks for gradients."""
+    modules = weighted_layers(net)
+    notebooks = {path: _Notebook() for path in paths}
+    for path, notebook in notebooks.items():
+        modules[path].store = notebook
+        modules[path].weight.requires_grad_()
+        modules[path].weight.grad = None
+    return notebooks
+
+
+@contextmanager
+def _as_found(net: Module) -> Iterator[None]:
+    """Evaluation mode, nothing compressed, no parameter that trains, gradients on; all put back at the end."""
+    training = [(module, module.training) for module in net.modules()]
+    stores = [(layer, layer.store) for layer in weighted_layers(net).values()]
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in net.parameters()]
+    grad_enabled = state.grad_enabled
+    try:
+        net.eval()
+        state.grad_enabled = True
+        for layer, _ in stores:
+            layer.store = EXACT
+        for parameter, _, _ in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        state.grad_enabled = grad_enabled
+        for module, mode in training:
+            module.training = mode
+        for layer, store in stores:
+            layer.store = store
+        for parameter, requires_grad, grad in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+
+def _pair(batch: Any, index: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets as Tensors."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(f"batch {index} is a {type(batch).__name__}, expected a pair (inputs, targets)")
+    inputs, targets = (x if isinstance(x, Tensor) else Tensor(x) for x in batch)
+    return inputs, targets

@@ -1,0 +1,91 @@
+"""The seam: what a layer with weights keeps of its input for the backward pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lance_ref.algebra.geometry import Geometry
+from lance_ref.engine.tensor import Shape
+
+
+class ActivationStore(ABC):
+    """What to keep of an activation, and how to get a weight gradient out of it.
+
+    One instance serves one layer. A new method is one subclass, and one cost rule in
+    ``analysis/rules/stores/``.
+    """
+
+    name: str
+
+    @abstractmethod
+    def save(self, activation: np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays to keep on the tape, by name. Everything else of ``activation`` is let go.
+
+        An array that is ``activation`` itself is kept as it is; a look at part of its memory would
+        keep all of it.
+        """
+
+    def save_for(self, activation: np.ndarray, geometry: Geometry) -> dict[str, np.ndarray]:
+        """:meth:`save` as a layer calls it, for stores that also need the geometry of the call."""
+        return self.save(activation)
+
+    @abstractmethod
+    def weight_gradient(
+        self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry
+    ) -> np.ndarray:
+        """The weight gradient, of the weight's shape, from what :meth:`save` returned."""
+
+    def input_gradient(self, weight: np.ndarray, grad_output: np.ndarray, geometry: Geometry) -> np.ndarray:
+        """The input gradient, of the input's shape. It needs nothing of the input, and is exact by default."""
+        return geometry.input_gradient(weight, grad_output)
+
+    def check(self, input_shape: Shape) -> None:  # noqa: B027  (most stores take any shape)
+        """Raise ValueError if this store cannot take an activation of that shape."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a trace says about this store; at least its name.
+
+        Called after :meth:`save` where a step really runs, so that what varies from step to step (ranks)
+        is that of this step.
+        """
+        return {"name": self.name}
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes that must be at hand during training beside the tape."""
+        return 0
+
+    def fixed(self) -> dict[str, np.ndarray]:
+        """Arrays that never change and that every step depends on: a checkpoint compares them, and keeps none."""
+        return {}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What the next step depends on beside the layer's input (random state, warm starts), for checkpoints."""
+        return {}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from what :meth:`state` returned."""
+        if state:
+            raise ValueError(f"store {self.name!r} has no state, but the checkpoint holds {sorted(state)}")
+
+
+class Exact(ActivationStore):
+    """Plain backpropagation: keep the activation itself."""
+
+    name = "exact"
+
+    def save(self, activation: np.ndarray) -> dict[str, np.ndarray]:
+        return {"activation": activation}
+
+    def weight_gradient(
+        self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry
+    ) -> np.ndarray:
+        return geometry.weight_gradient(saved["activation"], grad_output)
+
+
+EXACT = Exact()
+"""The default store of every layer; it has no state and is shared."""

@@ -1,0 +1,115 @@
+"""What the Tucker stores that find their directions anew at every step share: a core and its factors on the tape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from lance_ref.algebra import projection
+from lance_ref.algebra.geometry import Geometry
+from lance_ref.engine.counting import add, qr_macs
+from lance_ref.engine.tensor import FLOATS
+from lance_ref.stores.base import ActivationStore
+from lance_ref.stores.lance import energy_ratio
+
+UNFOLDED_BYTES = 4 * 2**20
+"""Largest block of columns of an unfolding."""
+
+
+class CoreAndFactors(ActivationStore):
+    """Keep S and U_n of A ≈ S ×₁U_1 ×₂U_2 …, both on the tape, in the dtype of A.
+
+    A mode of full rank is left alone: its factor would be a change of basis that loses nothing, costs
+    n² elements and two products. If that holds for every mode, the activation itself is kept.
+
+    Attributes
+    ----------
+    energy_kept : float or None
+        ‖S‖² / ‖A‖² of the last activation saved, in [0, 1] up to rounding; None before the first, and
+        for an activation of zeros.
+    """
+
+    def __init__(self) -> None:
+        self.energy_kept: float | None = None
+
+    def keep(self, activation: np.ndarray, factors: Sequence[np.ndarray | None]) -> dict[str, np.ndarray]:
+        """Project on the factors, and name what goes on the tape: ``core``, and ``factor_n`` of mode n."""
+        untouched = all(U is None for U in factors)
+        core = activation if untouched else projection.project(activation, factors)
+        self.energy_kept = energy_ratio(core, activation)
+        return {"core": core, **{factor_name(mode): U for mode, U in enumerate(factors) if U is not None}}
+
+    def weight_gradient(
+        self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry
+    ) -> np.ndarray:
+        core = saved["core"]
+        factors = tuple(saved.get(factor_name(mode)) for mode in range(core.ndim))
+        return projection.weight_gradient(core, factors, grad_output, geometry)
+
+
+def factor_name(mode: int) -> str:
+    """The name of a mode's factor on the tape and in a checkpoint."""
+    return f"factor_{mode}"
+
+
+def unfolded_blocks(tensor: np.ndarray, mode: int) -> Iterator[np.ndarray]:
+    """The columns of the mode-n unfolding, a block of them at a time, in the tensor's own dtype.
+
+    Two products with a block in the cache beat two passes over the tensor, and no unfolding of the
+    whole tensor is ever laid out. The first and the last mode of a contiguous tensor are not copied.
+
+    Parameters
+    ----------
+    tensor : array of shape (n_0, n_1, …)
+    mode : int
+
+    Yields
+    ------
+    (n_mode, columns) arrays of at most :data:`UNFOLDED_BYTES` (or one column),
+    each column of the unfolding in exactly one of them.
+    """
+    n = tensor.shape[mode]
+    pre, post = math.prod(tensor.shape[:mode]), math.prod(tensor.shape[mode + 1 :])
+    columns = max(1, UNFOLDED_BYTES // (tensor.itemsize * n))
+    if post == 1:
+        rows = tensor.reshape(pre, n)
+        for start in range(0, pre, columns):
+            yield rows[start : start + columns].T  # (n, columns)
+        return
+    slabs = tensor.reshape(pre, n, post)
+    width, depth = min(post, columns), max(1, columns // post)
+    for first in range(0, pre, depth):
+        for start in range(0, post, width):
+            block = slabs[first : first + depth, :, start : start + width]  # (depth, n, width)
+            yield block[0] if len(block) == 1 else block.transpose(1, 0, 2).reshape(n, -1)  # (n, depth·width)
+
+
+def orthonormal_basis(matrix: np.ndarray) -> np.ndarray:
+    """Q of the thin QR decomposition of an (n, r) matrix, n ≥ r: orthonormal columns whatever the matrix.
+
+    Householder reflections: columns that depend on others, or are zero, are completed to a basis.
+    """
+    from scipy.linalg import qr
+
+    Q, _ = qr(matrix, mode="economic", check_finite=False)
+    add(qr_macs(*matrix.shape))
+    return np.array(Q, matrix.dtype, order="C")  # a buffer of its own
+
+
+def check_activation(name: str, activation: np.ndarray) -> None:
+    """Raise TypeError or ValueError unless there is something to decompose, in float32 or float64."""
+    if activation.dtype not in FLOATS:
+        raise TypeError(f"{name}: activation has dtype {activation.dtype}, expected float32 or float64")
+    if not activation.size:
+        raise ValueError(f"{name}: activation has shape {activation.shape}, which is empty")
+
+
+def check_finite(name: str, activation: np.ndarray, products: np.ndarray) -> None:
+    """Raise ValueError if products of the activation with itself are not finite, for then it is not either."""
+    if not np.isfinite(products).all():
+        raise ValueError(
+            f"{name}: an activation of shape {activation.shape} contains NaN or infinity (or values whose squares "
+            "overflow), expected finite numbers"
+        )

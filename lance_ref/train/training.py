@@ -1,0 +1,305 @@
+"""Training: ``fit(net, train, test, epochs=…, batch_size=…)``, restarted at will, with the frozen part run once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from lance_ref.datasets import Dataset
+from lance_ref.datasets.dataset import Normalise
+from lance_ref.engine.tensor import Tensor
+from lance_ref.nn.module import Module
+from lance_ref.optim import SGD, CosineAnnealingLR, LRScheduler, Optimizer, StepLR
+from lance_ref.train import checkpoint as checkpoints
+from lance_ref.train.cache import MAX_FEATURE_BYTES, cache, cache_decision
+from lance_ref.train.features import Features, ImageSize, data_digest, extract, sample_of
+from lance_ref.train.run import Recipe, Run, Source, StepInfo, accuracy
+
+__all__ = ["MAX_FEATURE_BYTES", "Features", "FitResult", "StepInfo", "evaluate", "extract", "fit"]
+
+SCHEDULES = ("cosine", "constant")
+
+MakeOptimizer = Callable[[Sequence[Tensor]], Optimizer]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What :func:`fit` returns.
+
+    Attributes
+    ----------
+    history : list of dict
+        For each epoch ``epoch`` (from 0), ``loss`` (mean over its batches, nats), ``train_accuracy`` (of its
+        batches, as they were trained on), ``test_accuracy`` (after it, or None), ``tape_bytes`` (of its first
+        step), ``learning_rate`` (likewise) and ``seconds`` (of training).
+    test_accuracy : float or None
+        After the last epoch.
+    steps : int
+    cached : bool
+        Whether the frozen part ran once and not at every step.
+    cache_note : str
+        A sentence on that for reports, with the reason.
+    seconds : dict
+        ``training``, ``evaluation`` and ``frozen`` (running the frozen part once), summed over restarts.
+    """
+
+    history: list[dict[str, Any]]
+    test_accuracy: float | None
+    steps: int
+    cached: bool
+    cache_note: str
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as lists, mappings, numbers and text."""
+        return asdict(self)
+
+
+def fit(
+    net: Module,
+    train: Dataset | Features,
+    test: Dataset | Features | None = None,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float = 0.05,
+    optimizer: MakeOptimizer | None = None,
+    schedule: str = "cosine",
+    clip_norm: float | None = 2.0,
+    seed: int = 0,
+    normalise: Normalise = None,
+    image_size: ImageSize = None,
+    micro_batch: int | None = None,
+    cache_frozen: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every_steps: int | None = None,
+    on_step: Callable[[StepInfo], Any] | None = None,
+    progress: bool | None = None,
+    eval_batch_size: int = 100,
+) -> FitResult:
+    """Train what requires gradients, by LANCE's recipe (arXiv 2509.21617) unless told otherwise.
+
+    Cross-entropy; stochastic gradient descent without momentum; the learning rate falls from ``lr`` to 0 along a
+    half cosine over all steps; the gradient's norm is clipped. Each epoch has an order of its own, drawn from
+    (``seed``, epoch) alone; an incomplete last batch is left out.
+
+    Parameters
+    ----------
+    net : Module
+        Changed in place. Runs in training mode; afterwards every module is in the mode in which it was found.
+    train, test : Dataset or Features
+        ``test`` is evaluated after each epoch. Features of the frozen part, made by :func:`extract`, stand
+        for the images they were made of.
+    epochs, batch_size : int
+    lr : float
+        Of the default optimiser.
+    optimizer : callable, optional
+        From a list of parameters to an :class:`~lance_ref.optim.Optimizer`, whose rate is the one to start
+        from: ``lambda parameters: optim.Adam(parameters, lr=1e-3)``.
+    schedule : {"cosine", "constant"}
+    clip_norm : float or None
+        Largest 2-norm of the whole gradient; None does not clip.
+    seed : int
+        Of the order of the images. Dropout draws from the generators that the network holds.
+    normalise, image_size
+        As for :func:`lance_ref.datasets.batches`.
+    micro_batch : int, optional
+        A divisor of ``batch_size``: so many images at a time go forward and backward, and their gradients are
+        added up. The gradient is that of the whole batch to rounding, unless a layer mixes the images of a batch
+        (batch norm with the statistics of the batch) or draws random numbers.
+    cache_frozen : bool, optional
+        Run the leading stages that do not train once over all images, and train on their outputs. By default
+        this is done where it changes nothing (see :func:`lance_ref.train.features.frozen_stages`; ``normalise`` must
+        give the same at each call) and takes at most :data:`MAX_FEATURE_BYTES`. True makes it an error where
+        that is not so; False never does it.
+    checkpoint : path, optional
+        Written after each epoch. If it exists already, the run goes on from there and ends bit by bit as it
+        would have without the interruption; if that run was complete, its result is returned. Everything else
+        must be as it was when the run started, ``net`` newly made included. For one process at a time.
+    checkpoint_every_steps : int, optional
+        Write it that often within an epoch, too.
+    on_step : callable, optional
+        Gets a :class:`StepInfo` before each step. Whatever it changes, gradients, modes, stores and random
+        generators included, it has to put back. It is not called for the steps that a checkpoint has behind it.
+    progress : bool, optional
+        Show a bar; by default if standard error is a terminal.
+    eval_batch_size : int
+        Images at a time in evaluation and in running the frozen part.
+
+    Returns
+    -------
+    FitResult
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is out of range; nothing trains; a data set is empty, smaller than a batch, of one class
+        alone, or does not fit the network; or the checkpoint belongs to another run. Nothing has been changed.
+    FloatingPointError
+        If the loss, a gradient or a parameter becomes NaN or infinite. The message names epoch and step; an
+        earlier checkpoint is intact.
+    OSError
+        If the checkpoint cannot be written; an earlier one is intact.
+
+    Examples
+    --------
+    >>> import lance_ref
+    >>> from lance_ref import datasets, models
+    >>> net = models.create("convnet", in_channels=1, channels=8, rng=0)
+    >>> tuning = lance_ref.tune(net, "last:1")
+    >>> digits = [datasets.load("digits", split) for split in ("train", "test")]
+    >>> result = fit(net, *digits, epochs=2, batch_size=64, normalise=(0.3, 0.05))
+    >>> result.steps, result.test_accuracy > 0.5
+    (44, True)
+    >>> print(result.cache_note)
+    The first 2 of 4 stages are frozen and ran once over all images (460,032 bytes of outputs).
+    """
+    _check_arguments(net, epochs, batch_size, schedule, clip_norm, seed, micro_batch, eval_batch_size)
+    _positive("checkpoint_every_steps", 1 if checkpoint_every_steps is None else checkpoint_every_steps)
+    sources = [Source("train", net, train, normalise, image_size)]
+    sources += [] if test is None else [Source("test", net, test, normalise, image_size)]
+    _check_training_data(train, batch_size)
+    made = _optimizer(net, optimizer, lr)
+    scheduler = _schedule(schedule, made, epochs * (len(train) // batch_size))
+    data = (sources[0], None if test is None else sources[1])
+    recipe = Recipe(epochs, batch_size, micro_batch or batch_size, clip_norm, seed, eval_batch_size)
+    run = Run(net, *data, made, scheduler, recipe)
+    cached, cache_note = cache_decision(net, sources, cache_frozen)
+    path = None if checkpoint is None else _checked_path(checkpoint)
+    settings = {} if path is None else _settings(run, schedule, cached, sources)
+    if path is not None and path.exists():
+        run.load_state(checkpoints.load(path, net, made, scheduler, settings=settings))
+    if cached and run.step < run.steps:
+        began = perf_counter()
+        run.train = cache(run.train, net, eval_batch_size, progress)
+        run.test = None if run.test is None else cache(run.test, net, eval_batch_size, progress)
+        run.seconds["frozen"] += perf_counter() - began
+
+    def save() -> None:
+        if path is not None:
+            checkpoints.save(path, net, made, scheduler, meta=run.state(), settings=settings)
+
+    run.go(on_step, progress, save, checkpoint_every_steps)
+    once = cached or isinstance(train, Features)
+    return FitResult(run.history, run.history[-1]["test_accuracy"], run.steps, once, cache_note, run.seconds)
+
+
+def evaluate(
+    net: Module,
+    data: Dataset | Features,
+    batch_size: int = 100,
+    normalise: Normalise = None,
+    image_size: ImageSize = None,
+) -> float:
+    """Share of right answers, in evaluation mode and without a tape.
+
+    Parameters
+    ----------
+    net : Module
+        Left as it was found.
+    data : Dataset or Features
+    batch_size : int
+        Images at a time.
+    normalise, image_size
+        As for :func:`lance_ref.datasets.batches`.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+
+    Raises
+    ------
+    ValueError, TypeError
+        If there are no images, or they or their labels do not fit the network.
+    """
+    return accuracy(net, Source("data", net, data, normalise, image_size), _positive("batch_size", batch_size))
+
+
+# ---- arguments -----------------------------------------------------------------------------
+
+
+def _optimizer(net: Module, make: MakeOptimizer | None, lr: float) -> Optimizer:
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    if make is None:
+        return SGD(parameters, lr=lr)
+    if not callable(make):
+        raise TypeError(f"optimizer is a {type(make).__name__}, expected a function from parameters to an Optimizer")
+    made = make(parameters)
+    if not isinstance(made, Optimizer):
+        raise TypeError(f"optimizer returned a {type(made).__name__}, expected an Optimizer")
+    return made
+
+
+def _schedule(name: str, optimizer: Optimizer, steps: int) -> LRScheduler:
+    return CosineAnnealingLR(optimizer, T_max=steps) if name == "cosine" else StepLR(optimizer, steps, gamma=1.0)
+
+
+def _settings(run: Run, schedule: str, cached: bool, sources: Sequence[Source]) -> dict[str, Any]:
+    """What must be the same when the run is taken up again, beside the network."""
+    settings: dict[str, Any] = {**asdict(run.recipe), "schedule": schedule}
+    settings["frozen part run once"] = cached
+    settings |= {f"optimiser's {name}": float(getattr(run.optimizer, name)) for name in run.optimizer.settings}
+    for source, name in zip(sources, ("train", "test"), strict=False):
+        data = source.data
+        settings[name] = repr(data)
+        if isinstance(data, Features):
+            settings[f"features of {name}"] = data.fingerprint
+        else:
+            sample = sample_of(data, source.normalise, source.image_size)
+            settings[f"pixels and labels of {name}"] = data_digest(data)
+            settings[f"{name} after image_size and normalise"] = checkpoints.digest({"x": sample})
+    return settings
+
+
+def _checked_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a checkpoint, cleared of what a killed process left beside it."""
+    checked = Path(path)
+    if checked.is_dir() or not checked.parent.is_dir():
+        what = "is a folder" if checked.is_dir() else "its folder does not exist"
+        raise ValueError(f"checkpoint is {str(path)!r}, expected a file in an existing folder; {what}")
+    checkpoints.remove_partial(checked)
+    return checked
+
+
+def _check_arguments(
+    net: Module,
+    epochs: int,
+    batch_size: int,
+    schedule: str,
+    clip_norm: float | None,
+    seed: int,
+    micro_batch: int | None,
+    eval_batch_size: int,
+) -> None:
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+        _positive(name, value)
+    _positive("seed", seed, smallest=0)
+    if micro_batch is not None and batch_size % _positive("micro_batch", micro_batch):
+        raise ValueError(f"micro_batch is {micro_batch}, expected a divisor of batch_size = {batch_size}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}, expected one of {SCHEDULES}")
+    if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):
+        raise ValueError(f"clip_norm is {clip_norm!r}, expected a positive number or None")
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise ValueError(f"no parameter of {type(net).__name__} requires gradients: there is nothing to train")
+
+
+def _check_training_data(train: Dataset | Features, batch_size: int) -> None:
+    what = f"{train.name} ({train.split})"
+    if batch_size > len(train):
+        raise ValueError(f"batch_size is {batch_size}, but {what} has {len(train)} images: no full batch")
+    if train.labels.min() == train.labels.max():
+        raise ValueError(f"train has images of one class only, {train.labels[0]}: {what} teaches nothing")
+
+
+def _positive(name: str, value: int, smallest: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < smallest:
+        raise ValueError(f"{name} is {value!r}, expected an integer of at least {smallest}")
+    return int(value)

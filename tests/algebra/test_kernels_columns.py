@@ -1,0 +1,69 @@
+"""The loops that add columns back: equal to their NumPy twin, and the transpose of laying columns out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import arrays, conv_geometries
+
+from lance_ref.algebra import geometry
+from lance_ref.algebra.geometry import ConvGeometry
+from lance_ref.algebra.kernels import columns as kernels_columns
+from lance_ref.algebra.kernels.columns import add_columns, add_columns_numpy
+
+GEOMETRIES = conv_geometries()
+
+
+def columns_like(g: ConvGeometry, rows: slice, seed: int) -> np.ndarray:
+    B, C_in = g.input_shape[:2]
+    shape = (C_in, *g.weight_shape[2:], B, rows.stop - rows.start, g.output_size[1])
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+@given(g=GEOMETRIES, seed=st.integers(0, 99), data=st.data())
+def test_loops_equal_their_twin(g: ConvGeometry, seed: int, data: st.DataObject) -> None:
+    """Any stride, padding, dilation and part of the rows: the same sums in the same order, on top of what is there."""
+    first = data.draw(st.integers(0, g.output_size[0] - 1))
+    rows = slice(first, data.draw(st.integers(first + 1, g.output_size[0])))
+    columns = columns_like(g, rows, seed)
+    there = np.random.default_rng(seed + 1).standard_normal(g.input_shape)
+    found, expected = there.copy(), there.copy()
+    add_columns(columns, found, rows, g.stride, g.padding, g.dilation)
+    add_columns_numpy(columns, expected, rows, g.stride, g.padding, g.dilation)
+    np.testing.assert_array_equal(found, expected)
+
+
+@given(g=GEOMETRIES, seed=st.integers(0, 99))
+def test_it_is_the_transpose_of_laying_columns_out(g: ConvGeometry, seed: int) -> None:
+    """⟨columns(x), Y⟩ = ⟨x, add(Y)⟩ for all x and Y: a patch that were added elsewhere would show."""
+    x, _, _ = arrays(g, seed)
+    rows = slice(0, g.output_size[0])
+    Y, back = columns_like(g, rows, seed), np.zeros(g.input_shape)
+    add_columns(Y, back, rows, g.stride, g.padding, g.dilation)
+    laid_out = g.patches(x)  # (B, g, K, L)
+    by_image = Y.reshape(g.groups, -1, len(x), laid_out.shape[-1]).transpose(2, 0, 1, 3)
+    assert float((laid_out * by_image).sum()) == pytest.approx(float((x * back).sum()), rel=1e-9, abs=1e-9)
+
+
+@given(g=GEOMETRIES, seed=st.integers(0, 9), bytes_=st.integers(1, 4000), places=st.sampled_from([1, 8, 512]))
+def test_blocks_of_any_size_give_the_same_products(g: ConvGeometry, seed: int, bytes_: int, places: int) -> None:
+    """Images together, one by one, or row by row: the same three products up to the order of sums."""
+    x, weight, grad_output = arrays(g, seed)
+    expected = g.forward(x, weight), g.input_gradient(weight, grad_output), g.weight_gradient(x, grad_output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(geometry, "WORKSPACE_BYTES", bytes_)
+        patch.setattr(geometry, "MANY_PLACES", places)
+        found = g.forward(x, weight), g.input_gradient(weight, grad_output), g.weight_gradient(x, grad_output)
+    for ours, whole in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, whole, rtol=1e-10, atol=1e-10)
+
+
+def test_without_numba_the_twin_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Numba is switched off the input gradient is the same."""
+    g = ConvGeometry((3, 4, 6, 5), (6, 2, 3, 2), (2, 1), ((1, 0), (0, 2)), groups=2)
+    _, weight, grad_output = arrays(g, 0)
+    expected = g.input_gradient(weight, grad_output)
+    monkeypatch.setattr(kernels_columns, "numba_enabled", lambda: False)
+    np.testing.assert_allclose(g.input_gradient(weight, grad_output), expected, rtol=1e-12, atol=1e-12)

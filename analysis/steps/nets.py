@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+import analysis
 import lance_ref
 from analysis.peak.lifetimes import Lifetimes, watched
 from analysis.rules.recompute import flatten
@@ -46,7 +47,7 @@ WIDTHS = ("mobilenetv2", "mobilenetv3-small")
 """Nets whose channels can be multiplied by a number, written ``name@0.5``."""
 MAX_WIDTH = 16
 _NOT_THE_USERS = (
-    *(f"{folder}{os.sep}" for folder in (*lance_ref.__path__, os.path.dirname(__file__))),
+    *(f"{folder}{os.sep}" for folder in (*lance_ref.__path__, *analysis.__path__)),
     sysconfig.get_path("stdlib") + os.sep,
 )
 

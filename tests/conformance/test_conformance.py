@@ -26,7 +26,7 @@ from lance_ref.conformance.__main__ import main
 from lance_ref.conformance.case import EXACT, FORMAT, FUNCTIONS, VERSION
 from lance_ref.conformance.numpy_adapter import NumpyAdapter, adapter
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DIGEST = "1d7df117511d86b92e75204f17851642e4bc04136a269676c52815b09b0556fe"
 """Of the kit's arrays and checks. If it changes without VERSION, kits of one version differ."""
 

@@ -26,7 +26,7 @@ from lance_ref.io.npz import load_npz
 from lance_ref.nn.selection import weighted_layers
 from lance_ref.train.features import in_mode
 
-SCRIPT = Path(__file__).with_name("continual_resume_case.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "continual_resume_case.py"
 
 
 class Stopped(Exception):  # noqa: N818  (it is no error)

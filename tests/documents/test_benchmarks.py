@@ -233,7 +233,7 @@ def test_bytes_and_operations_by_hand() -> None:
 def test_ranks_are_those_of_the_spectra(name: str) -> None:
     """The largest of each mode at an energy threshold of 0.7; layers of the very sizes that are timed."""
     file, paths = layers.MEASURED[name]
-    spectra = load_spectra(Path(__file__).parents[1] / "analysis" / "data" / f"{file}.json")
+    spectra = load_spectra(Path(__file__).parents[2] / "analysis" / "data" / f"{file}.json")
     found = [spectra.layers[path] for path in paths]
     assert {layer.shape[1:] for layer in found} == {layers.LAYERS[name].input_shape}
     assert tuple(map(max, zip(*(layer.ranks(0.7, layers.BATCH) for layer in found), strict=True))) == (

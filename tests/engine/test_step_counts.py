@@ -14,7 +14,7 @@ from benchmarks import buffers, counts
 from benchmarks.steps import Case
 from lance_ref.algebra import geometry
 
-FILE = Path(__file__).with_name("data") / "step_counts.json"
+FILE = Path(__file__).parents[1] / "data" / "step_counts.json"
 COMMAND = "python -m benchmarks.counts --output tests/data/step_counts.json"
 
 

@@ -285,7 +285,7 @@ def test_a_quick_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
 
 def test_the_committed_figures_are_of_this_code() -> None:
     """The committed file has this code's examples and methods, and says what the documentation takes from it."""
-    path = Path(descent.__file__).parent / "results" / "descent.json"
+    path = Path(descent.__file__).parents[1] / "results" / "descent.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     assert result["examples"] == descent.examples()
     assert [(row["method"], row["modes"]) for row in result["training"]] == list(descent.METHODS)

@@ -10,7 +10,7 @@ import pytest
 
 from analysis.cost_model import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RANKS = "features.17.conv.2=64,160,2,2;features.18.0=64,128,2,2"
 CASE = ["--net", "mobilenetv2", "--batch", "128", "--num-classes", "10", "--tune", "last:2"]
 

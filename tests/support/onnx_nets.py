@@ -171,7 +171,7 @@ def export(
     return stream.getvalue()
 
 
-NEWER = Path(__file__).parent / "data" / "vit.onnx"
+NEWER = Path(__file__).parents[1] / "data" / "vit.onnx"
 """What :func:`export_anew` made of :func:`torch_vit` with PyTorch 2.13: the newer exporter takes a while."""
 
 

@@ -19,7 +19,7 @@ from lance_ref.engine.random import as_generator
 from lance_ref.io.npz import load_npz
 from lance_ref.train.training import StepInfo
 
-SCRIPT = Path(__file__).with_name("resume_case.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "resume_case.py"
 
 
 class Killed(Exception):  # noqa: N818  (it is no error)

@@ -21,7 +21,7 @@ from sweep_cells import read_log
 from analysis.commands import sweep
 from analysis.commands.sweep import run_cells
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[2] / "support"
 SQUARE, AWKWARD = "sweep_cells:square", "sweep_cells:awkward"
 
 

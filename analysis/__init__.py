@@ -21,13 +21,13 @@ def __getattr__(name: str) -> Any:
         from analysis import peak
         from analysis.cost_model import cost
         from analysis.ranks import choose as ranks
+        from analysis.reports import peaks as methods  # noqa: F401
         from analysis.reports import (
             report,
             tables,  # noqa: F401
         )
         from analysis.rules import calibration_costs
         from analysis.steps import changes as step_changes
-        from analysis.steps import peaks as methods  # noqa: F401
 
         return cost
     raise AttributeError(f"module 'analysis' has no attribute {name!r}")

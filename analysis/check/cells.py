@@ -79,7 +79,7 @@ def validate_cell(
         For JSON: what was run, and for each method what :func:`_numbers` gives, ``{"left_out": why}``, or
         ``{"failed": message}``.
     """
-    from analysis.cost_model import predict
+    from analysis.reports.predict import predict
 
     shape = SHAPES.get(net, OTHER_SHAPES)
     try:

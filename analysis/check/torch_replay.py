@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.rules.layouts import backward_reaches
-from lance_ref.nn.tracing import OpRecord, Value
+from lance_ref.engine.recording import OpRecord, Value
 
 VIEWS = ("reshape", "permute", "index")
 

@@ -8,12 +8,13 @@ import platform
 import shlex
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import analysis
 import lance_ref
 
+PACKAGES = ("lance_ref", "analysis", "experiments")
 THREAD_SETTINGS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "LANCE_REF_THREADS")
 """Environment variables that decide how many threads the arithmetic uses."""
 
@@ -49,12 +50,14 @@ def provenance(module: str, seed: int) -> dict[str, Any]:
 
 @cache
 def code_fingerprint() -> str:
-    """SHA-256 of the sources of both packages: what ran on other code may say nothing about this one."""
+    """SHA-256 of the sources of all packages: what ran on other code may say nothing about this one."""
     digest = hashlib.sha256()
-    for package in (lance_ref, analysis):
-        folder = Path(package.__path__[0])
+    for package in PACKAGES:
+        found = find_spec(package)
+        assert found is not None and found.origin is not None, f"{package} is not installed"
+        folder = Path(found.origin).parent
         for path in sorted(folder.rglob("*.py")):
-            digest.update(f"{package.__name__}/{path.relative_to(folder).as_posix()}\n".encode())
+            digest.update(f"{package}/{path.relative_to(folder).as_posix()}\n".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -18,10 +18,10 @@ import numpy as np
 
 from analysis.rules.recompute import OP, flatten
 from lance_ref import functional as F
+from lance_ref.engine.recording import OpRecord, Recorder, Value
 from lance_ref.engine.state import state
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
-from lance_ref.nn.tracing import OpRecord, Recorder, Value
 
 Lifetimes = Mapping[int, int]
 """By id of a value: after how many operations (segments themselves not counted) it is given back; no entry: never."""

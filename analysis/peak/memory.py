@@ -22,9 +22,9 @@ from analysis.rules.recompute import flatten
 from lance_ref import functional as F
 from lance_ref import optim
 from lance_ref.algebra.kernels.threads import numba_enabled
+from lance_ref.engine.recording import OpRecord
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
-from lance_ref.nn.tracing import OpRecord
 from lance_ref.optim import Optimizer
 from lance_ref.stores import ActivationStore
 

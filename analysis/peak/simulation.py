@@ -19,7 +19,7 @@ from analysis.rules.layouts import Layout, Memory, Storage, backward_reaches
 from analysis.rules.op_cost import Call, Saved, cost_of
 from analysis.rules.recompute import OP as SEGMENT
 from analysis.rules.recompute import flatten, inside
-from lance_ref.nn.tracing import OpRecord, Value
+from lance_ref.engine.recording import OpRecord, Value
 
 
 @dataclass

@@ -28,8 +28,8 @@ from analysis.rules.recompute import flatten
 from analysis.steps.changes import retrained
 from analysis.steps.methods import METHODS, MethodStep, method_step
 from analysis.steps.nets import TracedStep, trace_step
+from lance_ref.engine.recording import OpRecord
 from lance_ref.nn.module import Module
-from lance_ref.nn.tracing import OpRecord
 
 Ranks = tuple[int | None, ...]
 COUNTS = ("peak", "kept")

@@ -17,7 +17,7 @@ from analysis.reports.continual_costs import after_macs, before_macs, bill
 from analysis.rules.account import WEIGHTED
 from analysis.rules.tucker_costs import Ranks
 from analysis.steps.nets import TracedStep
-from lance_ref.nn.tracing import OpRecord
+from lance_ref.engine.recording import OpRecord
 
 LEARNERS = ("finetune", "gpm", "lance")
 

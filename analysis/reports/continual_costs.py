@@ -14,7 +14,7 @@ from analysis.rules.account import WEIGHTED, account
 from analysis.rules.protection_costs import calibration_macs, gram_macs, update_macs
 from lance_ref.continual.learners import Recipe
 from lance_ref.continual.scenario import Scenario
-from lance_ref.nn.tracing import OpRecord
+from lance_ref.engine.recording import OpRecord
 
 MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
 LABEL_BYTES = 2

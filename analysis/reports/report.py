@@ -261,7 +261,7 @@ class Report:
     @cached_property
     def peaks(self) -> dict[str, Peak]:
         """The peak of memory of one step, by method; empty for a report without its origin."""
-        from analysis.steps.peaks import peaks
+        from analysis.reports.peaks import peaks
 
         return {} if self.origin is None else peaks(self.origin)
 

@@ -16,7 +16,7 @@ from analysis.rules import elementwise, norms, products  # noqa: F401  (they reg
 from analysis.rules.layouts import NUMPY_KEEPS_ORDER, PYTORCH_KEEPS_ORDER, Memory, Storage
 from analysis.rules.op_cost import OpCost, Saved, cost_of
 from analysis.rules.recompute import OP, Executed, cost_inside, cost_outside, executed, inside
-from lance_ref.nn.tracing import OpRecord
+from lance_ref.engine.recording import OpRecord
 
 Ranks = tuple[int | None, ...]
 WEIGHTED = ("conv2d", "linear")

@@ -19,7 +19,7 @@ from typing import Any
 
 from analysis.rules.account import WEIGHTED, Billed
 from analysis.rules.stores.tucker import eigenvector_macs
-from lance_ref.nn.tracing import OpRecord
+from lance_ref.engine.recording import OpRecord
 
 Ranks = tuple[int | None, ...]
 MODE_NAMES = {2: ("batch", "feature"), 3: ("batch", "token", "feature"), 4: ("batch", "channel", "height", "width")}

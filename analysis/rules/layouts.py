@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lance_ref.nn.tracing import OpRecord, Value
+from lance_ref.engine.recording import OpRecord, Value
 
 Shape = tuple[int, ...]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from analysis.rules.layouts import Layout, Memory, Storage
-from lance_ref.nn.tracing import OpRecord, itemsize
+from lance_ref.engine.recording import OpRecord, itemsize
 
 
 class MissingRuleError(LookupError):

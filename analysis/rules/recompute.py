@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from analysis.rules.layouts import Memory, backward_reaches
 from analysis.rules.op_cost import Call, OpCost, cost_of, rule
-from lance_ref.nn.tracing import OpRecord
+from lance_ref.engine.recording import OpRecord
 
 OP = "recompute"
 

@@ -15,10 +15,10 @@ from analysis.rules.recompute import OP, flatten, inside
 from analysis.steps.methods import MethodStep, NotApplicableError
 from analysis.steps.nets import CannotRunError, TracedStep, step_records
 from lance_ref import nn
+from lance_ref.engine.recording import OpRecord, Value
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
 from lance_ref.nn.selection import choose
-from lance_ref.nn.tracing import OpRecord, Value
 
 MICRO_BATCHES = 4
 """Of a step, at least, where nobody says otherwise."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from analysis.peak.lifetimes import Lifetimes
     from analysis.steps.nets import TracedStep
-    from lance_ref.nn.tracing import OpRecord
+    from lance_ref.engine.recording import OpRecord
 
 Ranks = tuple[int | None, ...]
 Description = dict[str, Any]

@@ -17,16 +17,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-import analysis
 import lance_ref
 from analysis.peak.lifetimes import Lifetimes, watched
 from analysis.rules.recompute import flatten
 from lance_ref import functional as F
+from lance_ref.engine.recording import OpRecord
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.init import shapes_only
 from lance_ref.nn.module import Module
 from lance_ref.nn.selection import not_registered, weighted_layers
-from lance_ref.nn.tracing import OpRecord
 
 T = TypeVar("T")
 
@@ -47,7 +46,7 @@ WIDTHS = ("mobilenetv2", "mobilenetv3-small")
 """Nets whose channels can be multiplied by a number, written ``name@0.5``."""
 MAX_WIDTH = 16
 _NOT_THE_USERS = (
-    *(f"{folder}{os.sep}" for folder in (*lance_ref.__path__, *analysis.__path__)),
+    *(f"{folder}{os.sep}" for folder in (*lance_ref.__path__, os.path.dirname(os.path.dirname(__file__)))),
     sysconfig.get_path("stdlib") + os.sep,
 )
 

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 
-import lance_ref
-from lance_ref import F, Tensor, nn
+from lance_ref import functional as F
+from lance_ref import nn
 from lance_ref.algebra import tucker
 from lance_ref.algebra.geometry import ConvGeometry, LinearGeometry
 from lance_ref.algebra.subspace import Subspace, mode_names
 from lance_ref.continual import bases
 from lance_ref.continual.gpm import GPM
 from lance_ref.continual.metrics import metrics as continual_metrics
+from lance_ref.engine.counting import count_macs
+from lance_ref.engine.tensor import Tensor
+from lance_ref.lance.calibration import calibrate
 from lance_ref.stores import Lance
 
 Factors = Sequence[np.ndarray | None]
@@ -64,7 +67,7 @@ class NumpyAdapter:
         return sum(array.nbytes for array in saved.values())
 
     def projection_macs(self, activation: np.ndarray, factors: Factors) -> int:
-        with lance_ref.count_macs() as counter:  # one mode after the other, as the specification bills it
+        with count_macs() as counter:  # one mode after the other, as the specification bills it
             self._store(activation.shape, factors, activation.dtype, "separable").save(activation)
         return sum(counter.macs.values())
 
@@ -72,7 +75,7 @@ class NumpyAdapter:
         self, core: np.ndarray, factors: Factors, grad_output: np.ndarray, geometry: Geometry, order: str | None
     ) -> int:
         store = self._store(tuple(geometry["input_shape"]), factors, core.dtype, order)
-        with lance_ref.count_macs() as counter:
+        with count_macs() as counter:
             store.weight_gradient({"core": core}, grad_output, _geometry(geometry))
         return sum(counter.macs.values())
 
@@ -108,7 +111,7 @@ class NumpyAdapter:
         layer = nn.Conv2d(A.shape[1], 1, 1) if A.ndim == 4 else nn.Linear(A.shape[-1], 1)
         net = nn.Sequential(layer).to(A.dtype)
         names = [name for name, compressed in zip(mode_names(A.shape), modes, strict=True) if compressed]
-        calibration = lance_ref.calibrate(
+        calibration = calibrate(
             net, activations, "0", epsilon, names, False, protected={"0": protected}, mean_free=mean_free
         )
         return list(calibration["0"].factors)

@@ -20,12 +20,13 @@ from lance_ref.continual.networks import heads_of
 from lance_ref.continual.scenario import Samples, Scenario
 from lance_ref.engine.autograd import no_grad
 from lance_ref.engine.counting import count_macs
+from lance_ref.engine.recording import OpRecord
 from lance_ref.engine.tape_report import tape
 from lance_ref.engine.tensor import Tensor
 from lance_ref.io.npz import load_npz, save_npz
 from lance_ref.io.progress import Advance, progress_bar
 from lance_ref.nn.module import Module
-from lance_ref.nn.tracing import OpRecord, record
+from lance_ref.nn.tracing import record
 from lance_ref.optim import SGD, clip_grad_norm_
 from lance_ref.train.checkpoint import _compare, _plain, _unplain, generators, remove_partial
 from lance_ref.train.features import in_mode, mixed_batches

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ class MacCounter:
     """
 
     def __init__(self) -> None:
-        self.macs: defaultdict[tuple[str, str], int] = defaultdict(int)
+        self.macs: MutableMapping[tuple[str, str], int] = defaultdict(int)
 
     def by_kind(self) -> dict[str, int]:
         """Multiply-adds summed over layers, one entry for each of :data:`KINDS`."""
@@ -57,9 +57,10 @@ def count_macs() -> Iterator[MacCounter]:
     >>> counter.by_kind()["forward"]
     30
     """
-    previous, state.counter = state.counter, MacCounter()
+    counter = MacCounter()
+    previous, state.counter = state.counter, counter
     try:
-        yield state.counter
+        yield counter
     finally:
         state.counter = previous
 

@@ -1,23 +1,50 @@
-"""What the current thread is doing: gradients on or off, who listens, and which layer runs."""
+"""What the current thread is doing: gradients on or off, who listens, and which layer runs.
+
+Everything in ``engine`` reads this module, so it imports none of them: who listens is described by what it can do.
+"""
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from lance_ref.engine.autograd import Segment
-    from lance_ref.engine.counting import MacCounter
-    from lance_ref.nn.tracing import Recorder
+
+class Listener(Protocol):
+    """Takes note of every executed operation; see :class:`lance_ref.engine.recording.Recorder`."""
+
+    records: list[Any]
+
+    def value(self, tensor: Any) -> Any: ...
+
+    def aside(self) -> AbstractContextManager[list[Any]]: ...
+
+    def add(self, op: str, inputs: Sequence[Any], attributes: Mapping[str, Any], output: Any) -> None: ...
+
+
+class Counter(Protocol):
+    """Adds up executed multiply-adds by layer path and kind; see :class:`lance_ref.engine.counting.MacCounter`."""
+
+    macs: MutableMapping[tuple[str, str], int]
+
+
+class Stretch(Protocol):
+    """A stretch of computation that runs again in the backward pass; see :class:`lance_ref.engine.autograd.Segment`."""
+
+    dropped: Any
+    draws: Any
+
+    def read(self, inputs: tuple[Any, ...]) -> None: ...
 
 
 class _State(threading.local):
     """Per-thread switches, read by the autograd, the trace and the counter of multiply-adds."""
 
     grad_enabled: bool = True
-    recorder: Recorder | None = None
-    counter: MacCounter | None = None
-    segment: Segment | None = None  # what runs now will run again in the backward pass, and keeps nothing
+    recorder: Listener | None = None
+    counter: Counter | None = None
+    segment: Stretch | None = None  # what runs now will run again in the backward pass, and keeps nothing
     shapes_only: bool = False
     module_paths: dict[int, str] | None = None  # paths below the module that was called first
     path: str = ""  # dotted path of the module that runs, as in `named_modules()`

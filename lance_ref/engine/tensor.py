@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
 from lance_ref.engine.state import state
 
-if TYPE_CHECKING:
-    from lance_ref.engine.autograd import Node
-
 Shape = tuple[int, ...]
+Operator = Callable[..., "Tensor"]
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 _uid = itertools.count()
-
-
-class _Functional:
-    """``lance_ref.functional``, imported when the first operator is used: it is built on this module."""
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(importlib.import_module("lance_ref.functional"), name)
-        setattr(self, name, function)
-        return function
-
-
-F = _Functional()
 
 
 class Version:
@@ -69,7 +54,7 @@ class Tensor:
         self._data: np.ndarray | None = _as_array(data)
         self._shape: Shape = self._data.shape
         self._dtype: np.dtype = self._data.dtype
-        self._node: Node | None = None
+        self._node: Any = None  # the autograd.Node that made it; autograd is built on this module
         self._version = Version()
         self.grad: np.ndarray | None = None
         self.uid = next(_uid)
@@ -251,7 +236,36 @@ class Tensor:
             grad = grad.copy()
         self.grad = np.asarray(grad)  # NumPy's results without dimensions are no arrays
 
-    # ---- operators: each is a function of lance_ref.functional -----------------------
+    # ---- operators and methods: lance_ref.functional hands its functions over -------
+
+    FUNCTIONS: ClassVar[frozenset[str]] = frozenset()  # names of lance_ref.functional, for error messages
+    __add__: ClassVar[Operator]
+    __radd__: ClassVar[Operator]
+    __sub__: ClassVar[Operator]
+    __rsub__: ClassVar[Operator]
+    __mul__: ClassVar[Operator]
+    __rmul__: ClassVar[Operator]
+    __truediv__: ClassVar[Operator]
+    __rtruediv__: ClassVar[Operator]
+    __pow__: ClassVar[Operator]
+    __neg__: ClassVar[Operator]
+    __matmul__: ClassVar[Operator]
+    __rmatmul__: ClassVar[Operator]
+    __getitem__: ClassVar[Operator]
+    sum: ClassVar[Operator]
+    mean: ClassVar[Operator]
+    max: ClassVar[Operator]
+    var: ClassVar[Operator]
+    reshape: ClassVar[Operator]
+    flatten: ClassVar[Operator]
+    permute: ClassVar[Operator]
+    transpose: ClassVar[Operator]
+    exp: ClassVar[Operator]
+    log: ClassVar[Operator]
+    sqrt: ClassVar[Operator]
+    tanh: ClassVar[Operator]
+    sigmoid: ClassVar[Operator]
+    relu: ClassVar[Operator]
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **options: Any) -> Tensor:
         """``array + tensor`` is :meth:`__radd__`; of tensors NumPy's functions compute nothing, and say so."""
@@ -265,89 +279,10 @@ class Tensor:
             or (out and not in_place)
         ):
             name = ufunc.__name__
-            ours = f"lance_ref.functional.{name}" if hasattr(F, name) else "a function of lance_ref.functional"
+            ours = f"lance_ref.functional.{name}" if name in self.FUNCTIONS else "a function of lance_ref.functional"
             raise TypeError(f"np.{name} takes no Tensor, for NumPy does not differentiate: use {ours}, or tensor.data")
         result: Tensor = getattr(self, reflected)(inputs[0])
         return result
-
-    def __add__(self, other: Any) -> Tensor:
-        return F.add(self, other)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> Tensor:
-        return F.sub(self, other)
-
-    def __rsub__(self, other: Any) -> Tensor:
-        return F.sub(other, self)
-
-    def __mul__(self, other: Any) -> Tensor:
-        return F.mul(self, other)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Any) -> Tensor:
-        return F.div(self, other)
-
-    def __rtruediv__(self, other: Any) -> Tensor:
-        return F.div(other, self)
-
-    def __pow__(self, exponent: Any) -> Tensor:
-        return F.pow(self, exponent)
-
-    def __neg__(self) -> Tensor:
-        return F.neg(self)
-
-    def __matmul__(self, other: Any) -> Tensor:
-        return F.matmul(self, other)
-
-    def __rmatmul__(self, other: Any) -> Tensor:
-        return F.matmul(other, self)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return F.index(self, index)
-
-    def sum(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Tensor:
-        return F.sum(self, dim, keepdim)
-
-    def mean(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Tensor:
-        return F.mean(self, dim, keepdim)
-
-    def max(self, dim: int | None = None, keepdim: bool = False) -> Tensor:
-        return F.max(self, dim, keepdim)
-
-    def var(self, dim: int | Sequence[int] | None = None, correction: int = 1, keepdim: bool = False) -> Tensor:
-        return F.var(self, dim, correction, keepdim)
-
-    def reshape(self, *shape: Any) -> Tensor:
-        return F.reshape(self, _variadic(shape))
-
-    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Tensor:
-        return F.flatten(self, start_dim, end_dim)
-
-    def permute(self, *dims: Any) -> Tensor:
-        return F.permute(self, _variadic(dims))
-
-    def transpose(self, dim0: int, dim1: int) -> Tensor:
-        return F.transpose(self, dim0, dim1)
-
-    def exp(self) -> Tensor:
-        return F.exp(self)
-
-    def log(self) -> Tensor:
-        return F.log(self)
-
-    def sqrt(self) -> Tensor:
-        return F.sqrt(self)
-
-    def tanh(self) -> Tensor:
-        return F.tanh(self)
-
-    def sigmoid(self) -> Tensor:
-        return F.sigmoid(self)
-
-    def relu(self) -> Tensor:
-        return F.relu(self)
 
 
 _REFLECTED = {
@@ -358,13 +293,6 @@ _REFLECTED = {
     np.matmul: "__rmatmul__",
 }
 """The operator that a tensor has for NumPy's, where an array stands on the left."""
-
-
-def _variadic(arguments: tuple[Any, ...]) -> tuple[int, ...]:
-    """``f(2, 3)`` and ``f((2, 3))`` mean the same, as in PyTorch."""
-    if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)):
-        return tuple(arguments[0])
-    return arguments
 
 
 def _as_array(data: Any) -> np.ndarray:

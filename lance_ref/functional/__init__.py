@@ -26,6 +26,7 @@ from lance_ref.functional.nonlinearities import (
     tanh,
 )
 from lance_ref.functional.normalization import batch_norm, layer_norm
+from lance_ref.functional.operators import hand_over
 from lance_ref.functional.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from lance_ref.functional.products import matmul
 from lance_ref.functional.reductions import max, mean, sum, var
@@ -79,3 +80,5 @@ __all__ = [
     "transpose",
     "var",
 ]
+
+hand_over(__all__)

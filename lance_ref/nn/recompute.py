@@ -19,11 +19,11 @@ from typing import Any
 
 from lance_ref.engine.autograd import Function, Node, Saved, Segment
 from lance_ref.engine.counting import spending_on
+from lance_ref.engine.recording import OpRecord, Recorder
 from lance_ref.engine.state import state
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.layers import Sequential
 from lance_ref.nn.module import Module
-from lance_ref.nn.tracing import OpRecord, Recorder
 
 
 class Recompute(Module):

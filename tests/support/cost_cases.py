@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from lance_ref import functional as F
+from lance_ref.engine.recording import OpRecord
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Parameter
-from lance_ref.nn.tracing import OpRecord, record
+from lance_ref.nn.tracing import record
 
 
 @dataclass

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from analysis.check.measure import PEAK, Comparison, Line, compare
 from analysis.cost_model import predict
+from analysis.reports import peaks as method_peaks
 from analysis.rules import account, tucker_costs
 from analysis.rules import elementwise as elementwise_rules
 from analysis.rules import stores as store_rules
 from analysis.rules.op_cost import Call, Saved
-from analysis.steps import peaks as method_peaks
 from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.algebra.kernels import threads as kernels

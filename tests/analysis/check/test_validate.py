@@ -17,15 +17,15 @@ from analysis.check.cells import validate_cell
 from analysis.check.measure import PEAK, compare
 from analysis.check.table import judged, summary, verdict
 from analysis.commands import sweep
+from analysis.reports import peaks as method_peaks
 from analysis.reports.predict import predict
 from analysis.rules import layouts, tucker_costs
 from analysis.rules import stores as store_rules
 from analysis.rules.norms import batch_norm
 from analysis.rules.op_cost import RULES, Call, OpCost
-from analysis.steps import peaks as method_peaks
 from analysis.steps.methods import METHODS
 from lance_ref import F, Tensor, nn
-from lance_ref.nn.tracing import OpRecord
+from lance_ref.engine.recording import OpRecord
 
 MIB = 2**20
 

@@ -24,7 +24,8 @@ from analysis.rules.layouts import (
 from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.engine.autograd import Tensor
-from lance_ref.nn.tracing import OpRecord, record, trace
+from lance_ref.engine.recording import OpRecord
+from lance_ref.nn.tracing import record, trace
 
 
 @st.composite

@@ -23,9 +23,9 @@ from analysis.rules.op_cost import OpCost
 from analysis.rules.recompute import Executed, executed, flatten
 from lance_ref import F, Tensor, count_macs, models, nn, record, tape, tune
 from lance_ref.engine.autograd import Node
+from lance_ref.engine.recording import OpRecord
 from lance_ref.nn.module import Module
 from lance_ref.nn.recompute import Rerun
-from lance_ref.nn.tracing import OpRecord
 from lance_ref.stores import Hosvd
 
 SHAPE = (2, *recompute_nets.SIZE)

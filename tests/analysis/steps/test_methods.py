@@ -19,6 +19,7 @@ from analysis.check.measure import Comparison, compare
 from analysis.cost_model import cost, main, predict
 from analysis.peak.lifetimes import renumbered
 from analysis.peak.memory import peak
+from analysis.reports.peaks import peaks
 from analysis.reports.report import MethodCost, Report
 from analysis.reports.tables import render
 from analysis.rules.account import Billed, account
@@ -28,13 +29,12 @@ from analysis.steps import changes as step_changes
 from analysis.steps.changes import numbers, retrained, trained_parameters, with_lora
 from analysis.steps.methods import METHODS, MethodStep, NotApplicableError, Settings, chosen_methods, method_step
 from analysis.steps.nets import build, step_records, trace_step
-from analysis.steps.peaks import peaks
 from analysis.steps.runs import running
 from lance_ref import functional as F
 from lance_ref import models, nn
+from lance_ref.engine.recording import OpRecord
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.lora import add_lora
-from lance_ref.nn.tracing import OpRecord
 from lance_ref.stores import EXACT, Quantized
 
 CHANGES_OPERATIONS = ("bp", "head-only", "bias-only", "checkpoint", "micro-batch", "lora")

@@ -30,9 +30,9 @@ from lance_ref.algebra.kernels import depthwise as kernels_depthwise
 from lance_ref.algebra.kernels.threads import numba_enabled
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.engine.blocks import BLOCK_ELEMENTS, blockwise
+from lance_ref.engine.recording import OpRecord
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
-from lance_ref.nn.tracing import OpRecord
 from lance_ref.stores import Asi, GradientFilter, Hosvd, Lance, Quantized
 
 MIB = 2**20

@@ -15,7 +15,7 @@ from analysis.steps.changes import numbers
 from analysis.steps.methods import METHODS, MethodStep
 from analysis.steps.nets import TracedStep, step_records
 from analysis.steps.runs import running
-from lance_ref.nn.tracing import OpRecord
+from lance_ref.engine.recording import OpRecord
 
 if TYPE_CHECKING:
     from analysis.reports.predict import Prediction

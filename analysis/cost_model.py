@@ -23,7 +23,8 @@ from analysis.reports.predict import (
     cost,
     predict,
 )
-from analysis.steps.methods import METHODS, Settings
+from analysis.steps.methods import METHODS
+from analysis.steps.settings import Settings
 
 __all__ = ["Prediction", "cost", "main", "parser", "predict"]
 

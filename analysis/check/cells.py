@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from analysis.check.measure import compare
 from analysis.commands.cli import one_line
 from analysis.commands.provenance import code_fingerprint
-from analysis.steps.methods import METHODS, NotApplicableError
+from analysis.steps.methods import METHODS
 from analysis.steps.nets import CannotRunError
+from analysis.steps.settings import NotApplicableError
 
 if TYPE_CHECKING:
     from analysis.reports.predict import Prediction

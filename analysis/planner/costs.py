@@ -26,8 +26,9 @@ from analysis.rules.layouts import Memory as Layouts
 from analysis.rules.op_cost import cost_of
 from analysis.rules.recompute import flatten
 from analysis.steps.changes import retrained
-from analysis.steps.methods import METHODS, MethodStep, method_step
+from analysis.steps.methods import METHODS, method_step
 from analysis.steps.nets import TracedStep, trace_step
+from analysis.steps.settings import MethodStep
 from lance_ref.engine.recording import OpRecord
 from lance_ref.nn.module import Module
 

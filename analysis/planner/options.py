@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from analysis.steps.methods import METHODS, Settings
+from analysis.steps.methods import METHODS
+from analysis.steps.settings import Settings
 
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 EXACT = ("bp", "checkpoint", "micro-batch")

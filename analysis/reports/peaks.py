@@ -12,9 +12,10 @@ from analysis.rules.layouts import Storage, backward_reaches
 from analysis.rules.recompute import OP as SEGMENT
 from analysis.rules.recompute import flatten
 from analysis.steps.changes import numbers
-from analysis.steps.methods import METHODS, MethodStep
+from analysis.steps.methods import METHODS
 from analysis.steps.nets import TracedStep, step_records
 from analysis.steps.runs import running
+from analysis.steps.settings import MethodStep
 from lance_ref.engine.recording import OpRecord
 
 if TYPE_CHECKING:

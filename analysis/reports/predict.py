@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from analysis.steps.methods import METHODS, NotApplicableError, Settings, chosen_methods, method_step
+from analysis.steps.methods import METHODS, chosen_methods, method_step
+from analysis.steps.settings import NotApplicableError, Settings
 
 if TYPE_CHECKING:
     from analysis.ranks.choose import RankChoice
     from analysis.reports.report import Continual, Report
     from analysis.rules.account import Billed, CostCache
     from analysis.rules.calibration_costs import CalibrationCost
-    from analysis.steps.methods import MethodStep
     from analysis.steps.nets import TracedStep
+    from analysis.steps.settings import MethodStep
     from lance_ref.nn.module import Module
 
 DEFAULT_METHODS = ("bp", "lance")
@@ -90,7 +91,9 @@ class Prediction:
             tuned_layers=step.tuned_layers,
             ranks_from=self.choice.source if self.choice else "not needed: no method compresses",
             calibration=self.calibration,
-            settings={name: {**settings.of(METHODS[name]), **_shown(self.steps[name].facts)} for name in self.bills},
+            settings={
+                name: {**settings.of(METHODS[name].settings), **_shown(self.steps[name].facts)} for name in self.bills
+            },
             notes=self.notes,
             continual=self.continual,
             origin=self,

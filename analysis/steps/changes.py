@@ -12,8 +12,8 @@ import lance_ref
 from analysis.peak.lifetimes import renumbered
 from analysis.rules.account import WEIGHTED
 from analysis.rules.recompute import OP, flatten, inside
-from analysis.steps.methods import MethodStep, NotApplicableError
 from analysis.steps.nets import CannotRunError, TracedStep, step_records
+from analysis.steps.settings import MethodStep, NotApplicableError
 from lance_ref import nn
 from lance_ref.engine.recording import OpRecord, Value
 from lance_ref.engine.tensor import Tensor

@@ -11,8 +11,9 @@ import numpy as np
 
 from analysis.rules.recompute import flatten
 from analysis.steps.changes import recomputed, retuned
-from analysis.steps.methods import METHODS, MethodStep
+from analysis.steps.methods import METHODS
 from analysis.steps.nets import TracedStep
+from analysis.steps.settings import MethodStep
 from lance_ref.algebra.frame import Frame, feature_mode
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.nn.lora import add_lora, put_back

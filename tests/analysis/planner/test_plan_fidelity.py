@@ -15,7 +15,7 @@ import lance_ref
 from analysis.planner.fidelity import Fidelity, layer_fidelity, layer_shares, mode_shares, whole_fidelity
 from analysis.planner.options import Option
 from analysis.ranks.spectra_file import LayerSpectra
-from analysis.steps.methods import Settings
+from analysis.steps.settings import Settings
 from lance_ref import Tensor, datasets, models
 from lance_ref.algebra.tucker import mode_product, unfold
 from lance_ref.stores import Sketch

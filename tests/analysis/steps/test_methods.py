@@ -27,9 +27,10 @@ from analysis.rules.op_cost import OpCost
 from analysis.rules.recompute import flatten
 from analysis.steps import changes as step_changes
 from analysis.steps.changes import numbers, retrained, trained_parameters, with_lora
-from analysis.steps.methods import METHODS, MethodStep, NotApplicableError, Settings, chosen_methods, method_step
+from analysis.steps.methods import METHODS, chosen_methods, method_step
 from analysis.steps.nets import build, step_records, trace_step
 from analysis.steps.runs import running
+from analysis.steps.settings import MethodStep, NotApplicableError, Settings
 from lance_ref import functional as F
 from lance_ref import models, nn
 from lance_ref.engine.recording import OpRecord

@@ -6,28 +6,28 @@ they read the trace (:func:`lance_ref.trace`) and nothing else.
 :func:`analysis.cost` is the whole cost model as one function.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+from analysis.moved import LateFinder
 
 if TYPE_CHECKING:
     from analysis.cost_model import cost as cost
 
+sys.meta_path.insert(0, LateFinder())  # old import paths, for one release
+
+NEEDED = ("peak.memory", "ranks.choose", "reports.peaks", "reports.report", "reports.tables", "rules.calibration_costs")
+"""What a call of :func:`cost` runs: imported with it, so that the first call is as fast as the others."""
+
 
 def __getattr__(name: str) -> Any:
-    """``analysis.cost`` is imported when it is asked for: command lines must start without the numerical libraries.
-
-    With it comes all that it runs, so that the first call is as fast as the others.
-    """
+    """``analysis.cost`` is imported when it is asked for: commands must start without the numerical libraries."""
     if name == "cost":
-        from analysis import peak
-        from analysis.cost_model import cost
-        from analysis.ranks import choose as ranks
-        from analysis.reports import peaks as methods  # noqa: F401
-        from analysis.reports import (
-            report,
-            tables,  # noqa: F401
-        )
-        from analysis.rules import calibration_costs
-        from analysis.steps import changes as step_changes
+        from importlib import import_module
 
+        from analysis.cost_model import cost
+
+        for module in NEEDED:
+            import_module(f"analysis.{module}")
         return cost
     raise AttributeError(f"module 'analysis' has no attribute {name!r}")

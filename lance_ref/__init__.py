@@ -1,5 +1,7 @@
 """lance_ref: low-rank activation compression for on-device training, every byte and multiply-add accounted for."""
 
+import sys
+
 from lance_ref import datasets, functional, models, nn, optim
 from lance_ref import functional as F
 from lance_ref import stores as activations
@@ -14,6 +16,7 @@ from lance_ref.lance.compression import attach, compress, restore
 from lance_ref.lance.gradient_samples import sample_gradients
 from lance_ref.lance.planning import plan_ranks
 from lance_ref.lance.recalibration import Recalibrator
+from lance_ref.moved import MOVED, MovedFinder
 from lance_ref.nn.init import manual_seed
 from lance_ref.nn.selection import tune
 from lance_ref.nn.tracing import record, trace
@@ -21,6 +24,8 @@ from lance_ref.train import checkpoint, training
 from lance_ref.train.training import evaluate, fit
 
 __version__ = "0.1.0"
+
+sys.meta_path.insert(0, MovedFinder(MOVED))  # old import paths, for one release
 
 __all__ = [
     "Calibration",

@@ -164,13 +164,12 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
 
 def _smaller(options: argparse.Namespace, plan: Plan) -> str:
     """Where nothing fits: the options left at their defaults that make a step smaller."""
-    from analysis.steps.nets import DEFAULT_INPUT
     from lance_ref import models
 
     if plan.closest is None or not plan.closest.over_bytes:
         return ""
     built_in = options.net.partition("@")[0]
-    of_vectors = len(DEFAULT_INPUT.get(built_in, "CHW")) == 1
+    of_vectors = built_in in models.NETS and len(models.NETS[built_in].input_shape) == 1
     fixed = of_vectors or options.net.endswith(".onnx")
     left = {
         "--image-size": options.image_size is None and options.input_shape is None and not fixed,

@@ -114,8 +114,8 @@ def _source(net: str, image_size: int | None) -> _Source:
     from analysis.steps.nets import DEFAULT_IMAGE_SIZE, build
     from lance_ref import models
 
-    if net in models.PRETRAINED:
-        weights = models.PRETRAINED[net]
+    weights = models.NETS[net].weights if net in models.NETS else None
+    if weights is not None:
         size = image_size or weights.image_size
         normalise = models.preprocessing(net)
         return _Source(models.create(net, pretrained=True), weights.origin, weights.sha256, size, normalise)

@@ -19,7 +19,6 @@ import numpy as np
 import lance_ref
 from analysis.commands.cli import OneLineParser, check_counts, run_command
 from analysis.reports.figures import save_figure
-from experiments.finetune.command import IMAGE_SIZES
 from lance_ref import datasets, models
 from lance_ref.datasets import Dataset
 from lance_ref.lance.recalibration import Recalibrator, measure_energy
@@ -66,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """All variants; one dict of numbers for each."""
-    size = None if options.quick else IMAGE_SIZES.get(options.net)
+    size = None if options.quick else models.find(options.net).image_size
     train = datasets.load(options.data, "train", limit=options.train_images)
     test = datasets.load(options.data, "test", limit=options.test_images)
     other = _other(options, train)
@@ -127,9 +126,8 @@ def _other(options: argparse.Namespace, train: Dataset) -> Dataset:
 
 
 def _network(options: argparse.Namespace, train: Dataset) -> tuple[Module, Tuning]:
-    more: dict[str, Any] = {"pretrained": True} if options.net in models.PRETRAINED else {}
-    if options.net == "convnet":
-        more = {"in_channels": train.images.shape[3]}
+    spec, (height, width, channels) = models.find(options.net), train.images.shape[1:]
+    more = {"pretrained": True} if spec.weights is not None else spec.options_for((channels, height, width))
     module = models.create(options.net, num_classes=train.num_classes, rng=options.seed, **more)
     module.train()
     return module, lance_ref.tune(module, options.tune)

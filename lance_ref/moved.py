@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 from typing import Any
@@ -76,7 +77,7 @@ class MovedFinder:
         return importlib.util.spec_from_loader(name, _Alias(self.table[name]))
 
 
-class _Alias:
+class _Alias(Loader):
     """Loads nothing of its own: the module under the old path is the very module under the new one."""
 
     def __init__(self, new: str) -> None:

@@ -21,6 +21,7 @@ import lance_ref
 from analysis.peak.lifetimes import Lifetimes, watched
 from analysis.rules.recompute import flatten
 from lance_ref import functional as F
+from lance_ref import models
 from lance_ref.engine.recording import OpRecord
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.init import shapes_only
@@ -34,16 +35,6 @@ DEFAULT_NUM_CLASSES = 1000
 """Of built-in nets; a user's factory has a default of its own."""
 DEFAULT_TUNE_LAYERS = 4
 DEFAULT_TUNE = f"last:{DEFAULT_TUNE_LAYERS}"
-DEFAULT_INPUT = {
-    "mlp": (784,),
-    "alexnet-cl": (3, 32, 32),
-    "convnet": (3, 32, 32),
-    "mcunet": (3, 128, 128),
-    "resnet8": (3, 32, 32),
-}
-"""Shape of one input for nets that are not for 224-pixel images."""
-WIDTHS = ("mobilenetv2", "mobilenetv3-small")
-"""Nets whose channels can be multiplied by a number, written ``name@0.5``."""
 MAX_WIDTH = 16
 _NOT_THE_USERS = (
     *(f"{folder}{os.sep}" for folder in (*lance_ref.__path__, os.path.dirname(os.path.dirname(__file__)))),
@@ -117,7 +108,8 @@ def input_shape_for(name: str, image_size: int | None, given: Sequence[int] | No
         return input_shape(name, image_size)
     if image_size is not None:
         return (3, image_size, image_size)
-    return DEFAULT_INPUT.get(name, (3, DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE))
+    known = models.NETS.get(name.partition("@")[0])
+    return (3, DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE) if known is None else known.input_shape
 
 
 def build(name: str, num_classes: int | None, input_shape: tuple[int, ...], without_weights: bool) -> Module:
@@ -148,25 +140,21 @@ def build(name: str, num_classes: int | None, input_shape: tuple[int, ...], with
     if ":" in name:
         return _call_factory(name, num_classes)
     base, at, width = name.partition("@")
-    if base not in lance_ref.models.names():
-        known = ", ".join(lance_ref.models.names())
+    if base not in models.NETS:
+        known = ", ".join(models.names())
         raise ValueError(f"unknown net {name!r}, expected one of {known}, pkg.module:factory, or a file.onnx")
     options: dict[str, Any] = {"num_classes": DEFAULT_NUM_CLASSES if num_classes is None else num_classes}
+    options |= models.NETS[base].options_for(input_shape)
     if at:
         options["width"] = _width(name, base, width)
-    if name == "mlp":
-        options["in_features"] = int(np.prod(input_shape))
-    if name == "convnet":
-        options["in_channels"] = input_shape[0]
-    if name.startswith("deit-"):
-        options["image_size"] = input_shape[-1]
     with shapes_only() if without_weights else nullcontext():
-        return lance_ref.models.create(base, **options)
+        return models.create(base, **options)
 
 
 def _width(name: str, base: str, text: str) -> float:
-    if base not in WIDTHS:
-        raise ValueError(f"net is {name!r}, but only {' and '.join(WIDTHS)} come in several widths")
+    if not models.NETS[base].has_widths:
+        several = [known for known, net in models.NETS.items() if net.has_widths]
+        raise ValueError(f"net is {name!r}, but only {' and '.join(sorted(several))} come in several widths")
     try:
         width = float(text)
     except ValueError:
@@ -245,7 +233,7 @@ def trace_step(
 ) -> TracedStep:
     """Tune a net and trace its forward pass and cross-entropy, on shapes alone.
 
-    Without a ``tune``, the last four layers train, or all of a net that has fewer.
+    Without a ``tune``, what the register of networks says trains: the last four layers, or all of a net that has fewer.
 
     Raises
     ------
@@ -260,7 +248,10 @@ def trace_step(
     net.to(dtype)
     net.train()
     if tune is None:
-        tune = DEFAULT_TUNE if len(weighted_layers(net)) > DEFAULT_TUNE_LAYERS else "all"
+        known = models.NETS.get(name.partition("@")[0])
+        tune = DEFAULT_TUNE if known is None else known.tune
+        if tune == DEFAULT_TUNE and len(weighted_layers(net)) <= DEFAULT_TUNE_LAYERS:
+            tune = "all"
     tuning = lance_ref.tune(net, tune)
     records, classes, ends = step_records(net, name, input_shape, batch, dtype)
     _check_registered(net, name, records)

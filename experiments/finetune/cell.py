@@ -183,10 +183,11 @@ def open_data(data: str, split: str, limit: int | None, image_size: int | None) 
 def _network(net: str, train: Dataset, seed: int) -> Module:
     """The model with its pretrained weights where there are some, and a fresh head."""
     options: dict[str, Any] = {"num_classes": train.num_classes, "rng": seed}
-    if net in models.PRETRAINED:
+    _, height, width, channels = train.images.shape
+    if models.find(net).weights is not None:
         options["pretrained"] = True
-    elif net == "convnet":
-        options["in_channels"] = train.images.shape[3]
+    else:
+        options |= models.find(net).options_for((channels, height, width))
     module = models.create(net, **options)
     module.train()
     return module
@@ -201,7 +202,7 @@ def _features(
     path = None
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        weights = "" if net in models.PRETRAINED else f"seed {seed}"
+        weights = "" if models.find(net).weights is not None else f"seed {seed}"
         title = f"{net} {weights} {data.name} {data.split} {len(data)} {image_size}"
         path = Path(folder) / f"{''.join(c if c.isalnum() else '_' for c in title)}.npy"
     return extract(module, data, normalise=models.preprocessing(net), image_size=image_size, path=path, progress=False)

@@ -30,7 +30,6 @@ DEFAULTS = {
     "net": "mcunet", "data": "cifar10", "tune": "last:4", "epochs": 15, "batch": 128, "image_size": None,
     "calibration_batches": 100, "lr": PAPERS_LR, "seeds": 3, "budget_kib": 200.0, "recipe": ["papers"],
 }  # fmt: skip
-IMAGE_SIZES = {"mcunet": 128, "mobilenetv2": 224, "resnet8": 32}
 SETTINGS = {"epsilon": float, "budget_kib": float, "patch": int, "ratio": float}
 """What ``method@value`` may set, and its type."""
 
@@ -106,7 +105,9 @@ def fill_in(options: argparse.Namespace) -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     if options.image_size is None:
-        options.image_size = IMAGE_SIZES.get(options.net)
+        from lance_ref import models
+
+        options.image_size = models.find(options.net).image_size
     counts = ("seeds", "epochs", "batch", "tuning_epochs", "calibration_batches", "jobs", "patch", "image_size")
     check_counts(options, (*counts, "train_images", "test_images"))
     for name in ("lr", "clip", "budget_kib"):

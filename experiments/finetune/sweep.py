@@ -15,7 +15,7 @@ from typing import Any
 
 from analysis.commands.cli import OneLineParser, check_counts, run_command
 from analysis.reports.figures import save_figure
-from experiments.finetune.command import CELL, IMAGE_SIZES, PAPERS_LR
+from experiments.finetune.command import CELL, PAPERS_LR
 
 ALL = ("batch", "channel", "height", "width")
 MODE_SETS = {"all modes": ALL, "no batch": ALL[1:], "channel": ("channel",)}
@@ -85,7 +85,9 @@ def _setting(family: str, label: str, **changes: Any) -> dict[str, Any]:
 def cell(options: argparse.Namespace, batch: int, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of one run."""
     net = {"net": options.net, "data": options.data, "tune": options.tune, "lr": options.lr}
-    size = {"image_size": IMAGE_SIZES.get(options.net)}
+    from lance_ref import models
+
+    size = {"image_size": models.find(options.net).image_size}
     if options.quick:
         net |= {"net": "convnet", "data": "digits", "tune": "last:2", "lr": 0.2}
         size = {"image_size": None}

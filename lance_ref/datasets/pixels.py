@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 
@@ -40,14 +38,6 @@ def preprocess_resnet8(pixels: np.ndarray) -> np.ndarray:
 def scale_to_one(pixels: np.ndarray) -> np.ndarray:
     """pixel / 255, for nets without pretrained weights; grey images (B, H, W, 1) too."""
     return _channels_first(pixels, 1, 3) / np.float32(255)
-
-
-PREPROCESSING: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "mobilenetv2": preprocess,
-    "mcunet": preprocess_mcunet,
-    "resnet8": preprocess_resnet8,
-}
-"""By name of the model, for those with pretrained weights."""
 
 
 def _channels_first(pixels: np.ndarray, *channels: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.datasets.pixels import PREPROCESSING, preprocess, scale_to_one
+from lance_ref.datasets.pixels import preprocess
 from lance_ref.models.alexnet_cl import AlexNetCL, alexnet_cl
 from lance_ref.models.convnet import ConvNet, convnet
 from lance_ref.models.deit import DeiT, deit_small, deit_tiny
@@ -15,30 +15,18 @@ from lance_ref.models.mcunet import MCUNet, mcunet
 from lance_ref.models.mlp import MLP, mlp
 from lance_ref.models.mobilenetv2 import MobileNetV2, mobilenetv2
 from lance_ref.models.mobilenetv3 import MobileNetV3, mobilenetv3_small
-from lance_ref.models.pretrained import PRETRAINED, Weights
+from lance_ref.models.register import NETS, Net, Weights, find, net
 from lance_ref.models.resnet import ResNet, resnet18, resnet34, resnet50
 from lance_ref.models.resnet8 import ResNet8, resnet8
 from lance_ref.nn.module import Module
 
-_FACTORIES: dict[str, Callable[..., Module]] = {
-    "alexnet-cl": alexnet_cl,
-    "convnet": convnet,
-    "deit-small": deit_small,
-    "deit-tiny": deit_tiny,
-    "mcunet": mcunet,
-    "mlp": mlp,
-    "mobilenetv2": mobilenetv2,
-    "mobilenetv3-small": mobilenetv3_small,
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "resnet8": resnet8,
-}
+PRETRAINED: dict[str, Weights] = {name: of.weights for name, of in NETS.items() if of.weights is not None}
+"""Files of pretrained weights by name of the network, for those of this package."""
 
 
 def names() -> list[str]:
     """The names that :func:`create` takes, in alphabetical order."""
-    return sorted(_FACTORIES)
+    return sorted(NETS)
 
 
 def create(name: str, **options: Any) -> Module:
@@ -63,8 +51,7 @@ def create(name: str, **options: Any) -> Module:
     >>> create("mlp", in_features=64, hidden=(32,)).classifier.weight.shape
     (10, 32)
     """
-    _check_name(name)
-    return _FACTORIES[name](**options)
+    return find(name).make(**options)
 
 
 def preprocessing(name: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -93,17 +80,12 @@ def preprocessing(name: str) -> Callable[[np.ndarray], np.ndarray]:
     >>> preprocessing("mcunet")(np.full((1, 1, 1, 3), 255, np.uint8)).ravel().tolist()
     [1.0, 1.0, 1.0]
     """
-    _check_name(name)
-    return PREPROCESSING.get(name, scale_to_one)
-
-
-def _check_name(name: str) -> None:
-    if name not in _FACTORIES:
-        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(names())}")
+    return find(name).preprocess
 
 
 __all__ = [
     "MLP",
+    "NETS",
     "PRETRAINED",
     "AlexNetCL",
     "ConvNet",
@@ -111,6 +93,7 @@ __all__ = [
     "MCUNet",
     "MobileNetV2",
     "MobileNetV3",
+    "Net",
     "ResNet",
     "ResNet8",
     "Weights",
@@ -119,11 +102,13 @@ __all__ = [
     "create",
     "deit_small",
     "deit_tiny",
+    "find",
     "mcunet",
     "mlp",
     "mobilenetv2",
     "mobilenetv3_small",
     "names",
+    "net",
     "preprocess",
     "preprocessing",
     "resnet8",

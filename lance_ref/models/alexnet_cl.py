@@ -15,6 +15,7 @@ from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive_int, source
+from lance_ref.models.register import net
 
 CONVOLUTIONS = ((64, 4), (128, 3), (256, 2))
 """Channels and kernel size; each is followed by 2x2 max-pooling: maps of 32, 29, 14, 12, 6, 5, 2 pixels."""
@@ -103,6 +104,7 @@ class AlexNetCL(nn.Module):
         return [*stages, nn.Sequential(self.fc2, self.bn5, self.relu, self.drop2), self.fc3]
 
 
+@net("alexnet-cl", input_shape=(3, 32, 32))
 def alexnet_cl(num_classes: int = 10, heads: int = 1, rng: Rng = None) -> AlexNetCL:
     """AlexNet for continual learning, for RGB images (B, 3, 32, 32).
 

@@ -6,6 +6,7 @@ from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive_int, source
+from lance_ref.models.register import net
 
 
 class ConvNet(nn.Module):
@@ -36,6 +37,7 @@ class ConvNet(nn.Module):
         ]
 
 
+@net("convnet", input_shape=(3, 32, 32), options_for=lambda shape: {"in_channels": shape[0]})
 def convnet(
     num_classes: int = 10,
     in_channels: int = 3,

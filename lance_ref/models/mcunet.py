@@ -12,9 +12,11 @@ import numpy as np
 
 from lance_ref import functional as F
 from lance_ref import nn
+from lance_ref.datasets.pixels import preprocess_mcunet
 from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive_int, kaiming_fan_out, source
 from lance_ref.models.pretrained import load_plain
+from lance_ref.models.register import Weights, net
 
 FIRST_CHANNELS = 16
 
@@ -96,6 +98,17 @@ class MCUNet(nn.Module):
         return [stem, *self.blocks, head]
 
 
+@net(
+    "mcunet",
+    input_shape=(3, 128, 128),
+    preprocess=preprocess_mcunet,
+    weights=Weights(
+        "weights/imagenet_mcunet_5fps.npz",
+        "bd0f0d6d54a04bbaf745432e91e5d678849a54198e47655c76423738671435a2",
+        128,
+        "MCUNet-5fps of github.com/mit-han-lab/tiny-training, MIT, dequantised from 8 bits; trained on ImageNet",
+    ),
+)
 def mcunet(num_classes: int = 1000, pretrained: bool | str | os.PathLike[str] | None = None, rng: Rng = None) -> MCUNet:
     """MCUNet-5fps for RGB images (B, 3, H, W), 128x128 by custom.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from lance_ref import nn
 from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive_int, source
+from lance_ref.models.register import net
 
 
 class MLP(nn.Module):
@@ -31,6 +33,7 @@ class MLP(nn.Module):
         return [self.flatten, *self.features, self.classifier]
 
 
+@net("mlp", input_shape=(784,), options_for=lambda shape: {"in_features": math.prod(shape)})
 def mlp(
     num_classes: int = 10,
     in_features: int = 784,

@@ -6,9 +6,11 @@ import os
 
 from lance_ref import functional as F
 from lance_ref import nn
+from lance_ref.datasets.pixels import preprocess
 from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive, check_positive_int, kaiming_fan_out, source
 from lance_ref.models.pretrained import load_mobilenetv2
+from lance_ref.models.register import Weights, net
 
 STAGES = (
     # expansion t, channels c, blocks n, stride s of the first block (Table 2)
@@ -94,6 +96,17 @@ class MobileNetV2(nn.Module):
         return [*self.features, head]
 
 
+@net(
+    "mobilenetv2",
+    preprocess=preprocess,
+    has_widths=True,
+    weights=Weights(
+        "weights/imagenet_mobilenet_v2_1.0_224.npz",
+        "5aadcf25572a7692c015f73c60d3e4c36b985cf57977146c9f42c2ef440084d4",
+        224,
+        "mobilenet_v2_1.0_224_quant.tflite of github.com/google-coral/test_data, Apache-2.0; trained on ImageNet",
+    ),
+)
 def mobilenetv2(
     num_classes: int = 1000,
     width: float = 1.0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,57 +12,13 @@ from lance_ref import nn
 from lance_ref.datasets.locate import data_file
 from lance_ref.engine.state import state
 from lance_ref.io.npz import load_npz
+from lance_ref.models.register import Weights, find
 from lance_ref.nn.module import Module
 
 IMAGENET_OUTPUTS = 1001
 """Outputs of the pretrained classifier: "background", then the 1000 ImageNet classes."""
 
 MAX_BYTES = 64 * 1024**2
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A file of pretrained weights.
-
-    Attributes
-    ----------
-    file : str
-        Relative to the folder of data.
-    sha256 : str
-        Of the file.
-    image_size : int
-        What the network was trained with, in pixels.
-    origin : str
-        Where the file's contents come from, and their terms.
-    """
-
-    file: str
-    sha256: str
-    image_size: int
-    origin: str
-
-
-PRETRAINED = {
-    "mobilenetv2": Weights(
-        "weights/imagenet_mobilenet_v2_1.0_224.npz",
-        "5aadcf25572a7692c015f73c60d3e4c36b985cf57977146c9f42c2ef440084d4",
-        224,
-        "mobilenet_v2_1.0_224_quant.tflite of github.com/google-coral/test_data, Apache-2.0; trained on ImageNet",
-    ),
-    "mcunet": Weights(
-        "weights/imagenet_mcunet_5fps.npz",
-        "bd0f0d6d54a04bbaf745432e91e5d678849a54198e47655c76423738671435a2",
-        128,
-        "MCUNet-5fps of github.com/mit-han-lab/tiny-training, MIT, dequantised from 8 bits; trained on ImageNet",
-    ),
-    "resnet8": Weights(
-        "weights/mlperf_tiny_resnet8.npz",
-        "a2671cef025ceaeb54c1c3564402b7c0486dfd33ffa19e7e41e136928a75f0d5",
-        32,
-        "pretrainedResnet.h5 of github.com/mlcommons/tiny, Apache-2.0; trained on CIFAR-10",
-    ),
-}
-"""Files of pretrained weights by model name."""
 
 
 def load_mobilenetv2(net: Module, path: str | os.PathLike[str] | None = None) -> None:
@@ -75,7 +30,7 @@ def load_mobilenetv2(net: Module, path: str | os.PathLike[str] | None = None) ->
         With ``padding="same"``. Its classifier is loaded if it has 1001 outputs, or 1000 (without
         "background"), and left as it is otherwise.
     path : path, optional
-        A file of the same layout; the pinned one of :data:`PRETRAINED` by default.
+        A file of the same layout; the pinned one of :data:`~lance_ref.models.PRETRAINED` by default.
 
     Raises
     ------
@@ -107,7 +62,7 @@ def load_plain(net: Module, name: str, pretrained: bool | str | os.PathLike[str]
         Its last layer, ``classifier``, is loaded if it has as many outputs as the file's, and left as it is
         otherwise.
     name : str
-        Which of :data:`PRETRAINED`.
+        Which of :data:`~lance_ref.models.PRETRAINED`.
     pretrained : bool or path, optional
         True takes the pinned file, a path a file of the same layout; False and None do nothing.
 
@@ -141,15 +96,22 @@ def _read(name: str, path: str | os.PathLike[str] | None) -> tuple[Path, dict[st
     if state.shapes_only:
         raise ValueError("pretrained weights cannot be loaded into a net that has shapes only")
     if path is None:
-        file = data_file(PRETRAINED[name].file, f"{name}(pretrained=True)")
+        pinned = _pinned(name)
+        file = data_file(pinned.file, f"{name}(pretrained=True)")
         found = hashlib.sha256(file.read_bytes()).hexdigest()
-        if found != PRETRAINED[name].sha256:
-            raise ValueError(f"{file}: SHA-256 is {found}, expected {PRETRAINED[name].sha256}")
+        if found != pinned.sha256:
+            raise ValueError(f"{file}: SHA-256 is {found}, expected {pinned.sha256}")
     else:
         file = Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file of pretrained weights")
     return file, load_npz(file, max_bytes=MAX_BYTES)
+
+
+def _pinned(name: str) -> Weights:
+    weights = find(name).weights
+    assert weights is not None, f"{name} has no pretrained weights"
+    return weights
 
 
 def _checked(arrays: dict[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:

@@ -6,9 +6,11 @@ import os
 
 from lance_ref import functional as F
 from lance_ref import nn
+from lance_ref.datasets.pixels import preprocess_resnet8
 from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive_int, kaiming_fan_out, source
 from lance_ref.models.pretrained import load_plain
+from lance_ref.models.register import Weights, net
 
 CHANNELS = (16, 32, 64)
 EPS = 1e-3
@@ -73,6 +75,17 @@ class ResNet8(nn.Module):
         return [self.stem, *self.stacks, head]
 
 
+@net(
+    "resnet8",
+    input_shape=(3, 32, 32),
+    preprocess=preprocess_resnet8,
+    weights=Weights(
+        "weights/mlperf_tiny_resnet8.npz",
+        "a2671cef025ceaeb54c1c3564402b7c0486dfd33ffa19e7e41e136928a75f0d5",
+        32,
+        "pretrainedResnet.h5 of github.com/mlcommons/tiny, Apache-2.0; trained on CIFAR-10",
+    ),
+)
 def resnet8(num_classes: int = 10, pretrained: bool | str | os.PathLike[str] | None = None, rng: Rng = None) -> ResNet8:
     """ResNet-8 for RGB images (B, 3, 32, 32), with TensorFlow's "same" padding.
 

@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-import lance_ref
+import lance_ref.algebra.kernels as loops
 from lance_ref import F, Subspace, Tensor
 from lance_ref.algebra.kernels.threads import Loops, numba_enabled
 from lance_ref.stores import Lance
@@ -24,11 +24,10 @@ from lance_ref.stores import Lance
 def kernels() -> dict[str, Loops]:
     """All compiled loops of the library, by module and name."""
     found = {}
-    for module in pkgutil.iter_modules(lance_ref.__path__):
-        if module.name.startswith("kernels"):
-            for name, value in vars(importlib.import_module(f"lance_ref.{module.name}")).items():
-                if isinstance(value, Loops):
-                    found[f"{module.name}.{name}"] = value
+    for module in pkgutil.iter_modules(loops.__path__):
+        for name, value in vars(importlib.import_module(f"{loops.__name__}.{module.name}")).items():
+            if isinstance(value, Loops):
+                found[f"{module.name}.{name}"] = value
     return found
 
 

@@ -121,7 +121,7 @@ def test_the_network_is_left_as_it_was_found(fails: bool) -> None:
     after = snapshot(net)
     for what in before:
         np.testing.assert_equal(after[what], before[what], err_msg=what)
-    assert lr._random.as_generator().random() == expected_draw
+    assert lr.engine.random.as_generator().random() == expected_draw
 
 
 def test_gradients_of_before_do_not_leak_into_the_samples() -> None:

@@ -266,7 +266,7 @@ def test_the_factors_are_in_memory_once() -> None:
     assert report.by_layer()["0"] == 4 * (64 * 32 + 4096 * 32)
     assert store.factor_bytes == 0
     loss = step()
-    on_tape = {id(saved.array) for saved in lr.tape_report._nodes(loss)[0].saved.values()}
+    on_tape = {id(saved.array) for saved in lr.engine.tape_report._nodes(loss)[0].saved.values()}
     assert {id(U) for U in store.state().values()} <= on_tape
 
 

@@ -8,6 +8,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from analysis.commands.console import console, say
 from analysis.planner.costs import Device
 from analysis.planner.search import Candidate, Plan, Row
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SCHEMA = 1
-WIDTH = 200
 KIB = 2**10
 MEANING = (
     "fidelity: an estimate of the largest cos² between the method's weight gradient and backpropagation's that steps "
@@ -35,40 +35,32 @@ COUNTED = {
 
 def render(plan: Plan, device: Device) -> str:
     """The whole plan as plain wide text, rules in ASCII."""
-    from rich.console import Console
-
     text = io.StringIO()
-    print_plan(plan, device, Console(file=text, width=WIDTH, color_system=None, force_jupyter=False))
+    print_plan(plan, device, console(text))
     return "".join(f"{line.rstrip()}\n" for line in text.getvalue().replace("─", "-").splitlines())
 
 
 def show(plan: Plan, device: Device) -> None:
     """Print the plan: in colour to a terminal unless ``NO_COLOR`` is set, as plain text to a pipe."""
     if sys.stdout.isatty():
-        from rich.console import Console
-
-        print_plan(plan, device, Console(width=WIDTH))
+        print_plan(plan, device, console())
     else:
         sys.stdout.write(render(plan, device))
 
 
-def print_plan(plan: Plan, device: Device, console: Console) -> None:
+def print_plan(plan: Plan, device: Device, on: Console) -> None:
     """Print all of it to a rich console."""
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
-
     limit = "" if plan.flops_at_most is None else f", at most {float(plan.flops_at_most):g}x backpropagation's FLOPs"
-    say(f"{plan.facts.get('net', '')}: {_kib(plan.budget)} KiB of RAM{limit}")
-    say(f"ranks from: {plan.facts.get('ranks', '')}")
-    say(f"{COUNTED[device.count]}; optimiser {device.optimizer}; {_weights(device)}; {_calibrated(device)}")
-    say(MEANING.format(count=len(plan.paths), shares=plan.facts.get("shares", "")))
+    say(on, f"{plan.facts.get('net', '')}: {_kib(plan.budget)} KiB of RAM{limit}")
+    say(on, f"ranks from: {plan.facts.get('ranks', '')}")
+    say(on, f"{COUNTED[device.count]}; optimiser {device.optimizer}; {_weights(device)}; {_calibrated(device)}")
+    say(on, MEANING.format(count=len(plan.paths), shares=plan.facts.get("shares", "")))
     if plan.fitting:
-        console.print(_fitting(plan, device))
+        on.print(_fitting(plan, device))
     if any(row.best is None for row in plan.rows):
-        console.print(_others(plan, device))
+        on.print(_others(plan, device))
     for line in (*_notes(plan), conclusion(plan)):
-        say(line)
+        say(on, line)
 
 
 def _notes(plan: Plan) -> list[str]:

@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from importlib import resources
 from pathlib import Path
 
 from analysis.ranks.spectra_file import MODE_NAMES, Spectra, load_spectra
+
+DATA = Path(__file__).parents[1] / "data"
+SHIPPED = ("mcunet_128.json", "mobilenetv2_224.json")
+"""Files of spectra that come with the package: one that is missing is an error, never other ranks."""
 
 Ranks = tuple[int | None, ...]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -70,9 +73,8 @@ def choose_ranks(
         return ranks_from_spectra(load_spectra(spectra), shapes, epsilon, f"--spectra {spectra}")
     shipped = shipped_spectra(net, input_shape)
     if shipped is not None:
-        with resources.as_file(shipped) as path:
-            where = f"spectra shipped as analysis/data/{path.name}"
-            return ranks_from_spectra(load_spectra(path), shapes, epsilon, where)
+        where = f"spectra shipped as analysis/data/{shipped.name}"
+        return ranks_from_spectra(load_spectra(shipped), shapes, epsilon, where)
     quarter = {name: fraction_of(Fraction(1, 4), shape) for name, shape in shapes.items()}
     source = (
         f"assumed: a quarter of each mode, for there are no spectra of {net} at {'x'.join(map(str, input_shape))}, "
@@ -103,9 +105,13 @@ def shipped_spectra(net: str, input_shape: tuple[int, ...]) -> Path | None:
     """The file of spectra that comes with the package for this net and input, if there is one."""
     if len(input_shape) != 3 or input_shape[1] != input_shape[2] or not net.isidentifier():
         return None
-    folder = resources.files("analysis") / "data"
-    path = folder / f"{net}_{input_shape[1]}.json"
-    return path if isinstance(path, Path) and path.is_file() else None
+    name = f"{net}_{input_shape[1]}.json"
+    if name not in SHIPPED:
+        return None
+    path = DATA / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}, which is a part of this package, is missing: install it again")
+    return path
 
 
 def ranks_from_spectra(spectra: Spectra, shapes: Shapes, epsilon: float, where: str) -> RankChoice:

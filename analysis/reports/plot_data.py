@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from importlib import resources
 
 from analysis.ranks.batch_law import batch_spectrum
 from analysis.ranks.choose import RankChoice, fraction_of, shipped_spectra
@@ -193,8 +192,7 @@ def _spectra(prediction: Prediction, shapes: Shapes) -> Spectra | None:
     if given is not None:
         spectra = load_spectra(given)
     elif shipped is not None:
-        with resources.as_file(shipped) as path:
-            spectra = load_spectra(path)
+        spectra = load_spectra(shipped)
     else:
         return None
     fits = all(path in spectra.layers and spectra.layers[path].shape[1:] == n[1:] for path, n in shapes.items())

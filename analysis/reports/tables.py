@@ -5,18 +5,15 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from analysis.commands.console import console, say
 from analysis.reports.footnotes import footnotes
 from analysis.reports.report import ACCOUNTINGS, FLOP_KINDS, Continual, MethodCost, Report, Row
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-PIPED_WIDTH = 240
-WIDE = 480
-"""Of a report with so many methods that the tables of layers do not fit otherwise."""
 
 FEW = 4
 """Methods of which every layer is shown under every accounting; of more, one column each."""
@@ -31,40 +28,29 @@ def render(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> str:
     accountings : sequence of str
         Which columns of activation memory to show.
     """
-    from rich.console import Console
-
     text = io.StringIO()
-    print_report(report, accountings, Console(file=text, width=_width(report), color_system=None, force_jupyter=False))
+    print_report(report, accountings, console(text))
     return _stripped(text.getvalue())
 
 
 def show(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> None:
     """Print the report: in colour to a terminal, unless NO_COLOR is set; as plain wide text to a pipe."""
     if sys.stdout.isatty():
-        from rich.console import Console
-
-        # a terminal folds lines that are too long for it; rich would cut numbers off
-        print_report(report, accountings, Console(width=_width(report)))
+        print_report(report, accountings, console())
     else:
         sys.stdout.write(render(report, accountings))
-
-
-def _width(report: Report) -> int:
-    return PIPED_WIDTH if len(report.methods) <= FEW else WIDE
 
 
 def html(report: Report) -> str:
     """The totals with what stands above and below them, as HTML without scripts."""
     from html import escape
 
-    from rich.console import Console
-
     text = io.StringIO()
-    console = Console(file=text, width=_width(report), color_system=None, force_jupyter=False)
-    _print_heading(report, console)
-    console.print(totals_table(report))
-    _print_footer(report, console)
-    _print_continual(report, console)
+    on = console(text)
+    _print_heading(report, on)
+    on.print(totals_table(report))
+    _print_footer(report, on)
+    _print_continual(report, on)
     return f'<pre style="overflow-x: auto; white-space: pre">{escape(text.getvalue())}</pre>'
 
 
@@ -73,49 +59,44 @@ def _stripped(text: str) -> str:
     return "".join(f"{line.rstrip()}\n" for line in text.replace("─", "-").splitlines())
 
 
-def print_report(report: Report, accountings: Sequence[str], console: Console) -> None:
+def print_report(report: Report, accountings: Sequence[str], on: Console) -> None:
     """Print all of it to a rich console."""
-    _print_heading(report, console)
-    console.print(_memory_table(report, accountings))
-    console.print(_flops_table(report))
-    console.print(totals_table(report, accountings))
-    _print_footer(report, console)
-    _print_continual(report, console)
+    _print_heading(report, on)
+    on.print(_memory_table(report, accountings))
+    on.print(_flops_table(report))
+    on.print(totals_table(report, accountings))
+    _print_footer(report, on)
+    _print_continual(report, on)
 
 
-def _print_heading(report: Report, console: Console) -> None:
-    say = _sayer(console)
+def _print_heading(report: Report, on: Console) -> None:
     size = "" if report.image_size is None else f", {report.image_size} pixels"
-    say(f"{report.net}, batch {report.batch}{size}, {report.num_classes} classes, {report.dtype}")
+    say(on, f"{report.net}, batch {report.batch}{size}, {report.num_classes} classes, {report.dtype}")
     count = len(report.tuned_layers)
-    say(f"tuned: {count} layer{'' if count == 1 else 's'} and the classifier head")
+    say(on, f"tuned: {count} layer{'' if count == 1 else 's'} and the classifier head")
     if any(cost.ranks for row in report.rows for cost in row.methods.values()):
-        say(f"ranks from: {report.ranks_from}")
+        say(on, f"ranks from: {report.ranks_from}")
 
 
-def _print_footer(report: Report, console: Console) -> None:
+def _print_footer(report: Report, on: Console) -> None:
     """Calibrations, settings, what was left out, the peaks, and what it all means."""
-    say = _sayer(console)
     for sentence in (*footnotes(report), *explain(report)):
-        say(sentence)
+        say(on, sentence)
 
 
-def _print_continual(report: Report, console: Console) -> None:
+def _print_continual(report: Report, on: Console) -> None:
     """A second table, where it was asked for."""
     continual = report.continual
     if continual is None:
         return
-    console.print()
-    console.print(continual_table(continual))
-    _sayer(console)(
+    on.print()
+    on.print(continual_table(continual))
+    say(
+        on,
         f"Of the last task, with {continual.protected:g} of each layer's directions protected, found from "
         f"{continual.basis_batches} batches after each task; beside: GPM's bases, LANCE's factors; flash: the bases "
-        "kept for the next task"
+        "kept for the next task",
     )
-
-
-def _sayer(console: Console) -> Any:
-    return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(title: str, columns: Iterable[str], left: int) -> Table:

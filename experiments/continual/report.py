@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.commands.console import console, say
 from analysis.commands.provenance import provenance
 from analysis.reports.continual_costs import MAC_KINDS
 from lance_ref.continual.metrics import DEFINITIONS
@@ -130,17 +131,16 @@ NOTES = (
 
 def show(rows: Sequence[Row], title: str) -> None:
     """Print the table."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if os.isatty(1) else 200)
+    on = console()
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*cells(row))
-    console.print(table)
-    console.print(NOTES, markup=False)
+    on.print(table)
+    say(on, NOTES)
 
 
 def markdown(rows: Sequence[Row], title: str, arguments: Sequence[str]) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from analysis.commands.console import console, say
 from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
 
@@ -112,18 +112,17 @@ NOTES = (
 
 def show(rows: Sequence[Row]) -> None:
     """Print one table for each recipe."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if os.isatty(1) else 200)
+    on = console()
     for recipe, of in itertools.groupby(rows, key=lambda row: row.recipe):
         table = Table(title=f"Recipe: {recipe}", title_justify="left", box=None, pad_edge=False)
         for i, column in enumerate(COLUMNS):
-            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
         for row in of:
             table.add_row(*cells(row))
-        console.print(table)
-    console.print(NOTES)
+        on.print(table)
+    say(on, NOTES)
 
 
 def markdown(rows: Sequence[Row], arguments: Sequence[str]) -> str:

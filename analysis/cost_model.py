@@ -11,19 +11,21 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from analysis.commands.cli import NET_HELP, OneLineParser, check_writable, run_command
 from analysis.reports.predict import (
     DEFAULT_BASIS_BATCHES,
     DEFAULT_BATCH,
+    DEFAULT_EPSILON,
     DEFAULT_METHODS,
     DEFAULT_PROTECTED,
     Prediction,
     cost,
     predict,
 )
-from analysis.steps.methods import METHODS
+from analysis.steps.methods import METHODS, chosen_methods
 from analysis.steps.settings import Settings
 
 __all__ = ["Prediction", "cost", "main", "parser", "predict"]
@@ -50,17 +52,17 @@ def parser() -> argparse.ArgumentParser:
         "--method", "--methods", nargs="+", default=list(DEFAULT_METHODS), metavar="METHOD",
         help=f"{', '.join(METHODS)}, or all",
     )  # fmt: skip
-    p.add_argument("--epsilon", type=float, default=0.7, help="energy threshold for ranks from spectra")
+    p.add_argument("--epsilon", type=float, help=f"energy threshold for ranks from spectra ({DEFAULT_EPSILON})")
     p.add_argument("--ranks", help="a fraction for every mode, or layer=r1,r2,r3,r4;layer=... (-: mode left alone)")
     p.add_argument("--segments", type=int, help="of checkpoint (one for each stage that trains, but the last)")
     p.add_argument("--micro-batch", type=int, help="images at a time of micro-batch (a quarter of the batch)")
     defaults = Settings()
-    p.add_argument("--lora-rank", type=int, default=defaults.lora_rank, help="of lora's updates")
-    p.add_argument("--patch", type=int, default=defaults.patch, help="places that gradient-filter takes together")
-    p.add_argument("--ratio", type=float, default=defaults.ratio, help="directions of sketch by images of a batch")
+    p.add_argument("--lora-rank", type=int, help=f"of lora's updates ({defaults.lora_rank})")
+    p.add_argument("--patch", type=int, help=f"places that gradient-filter takes together ({defaults.patch})")
+    p.add_argument("--ratio", type=float, help=f"directions of sketch by images of a batch ({defaults.ratio:g})")
     p.add_argument(
-        "--calibration-batches", type=int, default=defaults.calibration_batches,
-        help="from which lance's subspaces are found, once",
+        "--calibration-batches", type=int,
+        help=f"from which lance's subspaces are found, once ({defaults.calibration_batches})",
     )  # fmt: skip
     p.add_argument("--spectra", help="file of measured spectra, from python -m analysis.spectra")
     p.add_argument(
@@ -105,8 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     _check(options)
     prediction = _predict(options)
+    if options.epsilon is not None and not (prediction.choice and prediction.choice.by_energy):
+        source = prediction.report.ranks_from.partition(",")[0]
+        raise ValueError(f"--epsilon {options.epsilon:g} has no effect: the ranks are not chosen by energy ({source})")
     if options.plot is not None:
-        prediction.report.plot(options.plot, panels=options.panels or PANELS)
+        from analysis.reports.plots import draw
+
+        draw(prediction, options.plot, options.panels or PANELS)
     comparison = None
     if options.measure:
         from analysis.check.measure import compare
@@ -128,6 +135,7 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("protected", "basis_batches"):
         if getattr(options, name) is not None and options.continual is None:
             raise ValueError(f"--{name.replace('_', '-')} belongs to --continual, which was not given")
+    _check_effect(options)
     if options.output is not None:
         check_writable(options.output)
     if options.plot is not None:
@@ -136,17 +144,31 @@ def _check(options: argparse.Namespace) -> None:
         check_writable(options.plot, "--plot")
 
 
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What was said of each method's settings; None where nothing was."""
+    return {field.name: getattr(options, field.name) for field in fields(Settings)}
+
+
+def _check_effect(options: argparse.Namespace) -> None:
+    """Raise ValueError for an option that none of the chosen methods heeds."""
+    chosen = [METHODS[name] for name in chosen_methods(options.method)]
+    for name, value in _settings(options).items():
+        if value is not None and not any(name in method.settings for method in chosen):
+            heeding = ", ".join(known for known, method in METHODS.items() if name in method.settings)
+            raise ValueError(f"--{name.replace('_', '-')} has no effect: only these methods heed it: {heeding}")
+    for name in ("epsilon", "ranks", "spectra"):
+        if getattr(options, name) is not None and not any(method.ranks for method in chosen):
+            raise ValueError(f"--{name} has no effect: none of the methods {', '.join(options.method)} has ranks")
+
+
 def _predict(options: argparse.Namespace) -> Prediction:
     return predict(
         options.net, options.batch, options.image_size,
         None if options.input_shape is None else _parse_shape(options.input_shape), options.num_classes,
         options.tune[0] if options.tune and len(options.tune) == 1 else options.tune,
-        options.method, options.epsilon, options.ranks, options.spectra, options.convention, options.dtype,
+        options.method, DEFAULT_EPSILON if options.epsilon is None else options.epsilon, options.ranks, options.spectra, options.convention, options.dtype,
         with_weights=options.measure,
-        settings=Settings(
-            options.patch, options.ratio, options.segments, options.micro_batch, options.lora_rank,
-            options.calibration_batches,
-        ),
+        settings=Settings(**{name: value for name, value in _settings(options).items() if value is not None}),
         continual=options.continual,
         protected=DEFAULT_PROTECTED if options.protected is None else options.protected,
         basis_batches=DEFAULT_BASIS_BATCHES if options.basis_batches is None else options.basis_batches,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 from analysis.peak.lifetimes import Lifetimes, renumbered
 from analysis.peak.memory import Peak, parameters_bytes, peak_of
@@ -18,19 +17,18 @@ from analysis.steps.runs import running
 from analysis.steps.settings import MethodStep
 from lance_ref.engine.recording import OpRecord
 
-if TYPE_CHECKING:
-    from analysis.reports.predict import Prediction
 
-
-def peaks(prediction: Prediction, methods: Sequence[str] | None = None) -> dict[str, Peak]:
+def peaks(step: TracedStep, steps: Mapping[str, MethodStep], optimizer: str) -> dict[str, Peak]:
     """The peak of one step, by method.
 
     Parameters
     ----------
-    prediction : Prediction
-        Its net as it was traced.
-    methods : sequence of str, optional
-        All of the prediction by default.
+    step : TracedStep
+        Plain backpropagation of the net, as it was traced.
+    steps : mapping of method to MethodStep
+        What each method runs.
+    optimizer : str
+        Whose state counts.
 
     Notes
     -----
@@ -40,14 +38,11 @@ def peaks(prediction: Prediction, methods: Sequence[str] | None = None) -> dict[
     Tensors live as long as the net's own ``forward`` names them; where a method runs other operations, as long as in
     that method's forward pass.
     """
-    step, optimizer = prediction.step, prediction.asked.optimizer
-    names = list(prediction.bills if methods is None else methods)
     parameters = parameters_bytes(step.net.parameters())
-    alike = [prediction.steps[name].records for name in names if METHODS[name].runs is None]
+    alike = [changed.records for name, changed in steps.items() if METHODS[name].runs is None]
     start = _common_start(alike, step.lifetimes) if alike else None
     found = {}
-    for name in names:
-        changed = prediction.steps[name]
+    for name, changed in steps.items():
         if start is not None and METHODS[name].runs is None:
             simulation = start.continued(changed.records)
         else:

@@ -16,12 +16,13 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from analysis.reports.figures import save_figure
+from analysis.reports.plot_data import Frontier, energy_frontier, reduction_by_batch
+from analysis.reports.predict import Prediction
 from analysis.reports.report import FLOP_KINDS, MethodCost, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from analysis.reports.plot_data import Frontier
 
 SUFFIXES = (".png", ".svg")
 MOST_ROWS = 12
@@ -66,16 +67,17 @@ class CostFigure(Figure):
 
 
 def draw(
-    report: Report,
+    prediction: Prediction,
     path: str | os.PathLike[str] | None = None,
     panels: Sequence[str] = ("tape", "macs", "batch", "frontier"),
     method: str | None = None,
 ) -> Figure:
-    """Draw a report.
+    """Draw the report of a prediction.
 
     Parameters
     ----------
-    report : Report
+    prediction : Prediction
+        What :func:`analysis.reports.predict.predict` gives; two panels ask it what other batches and ranks would cost.
     path : str, optional
         A .png or .svg file to write, whole or not at all.
     panels : sequence of str
@@ -93,19 +95,20 @@ def draw(
     Raises
     ------
     ValueError
-        If a panel, the method or the file's suffix is unknown, or the report does not know what it was made from.
+        If a panel, the method or the file's suffix is unknown.
     """
     check_path(path)
     names = [panels] if isinstance(panels, str) else list(panels)
     if not names or len(set(names)) < len(names) or any(name not in PANELS for name in names):
         raise ValueError(f"panels are {names}, expected some of {', '.join(PANELS)}, each once")
+    report = prediction.report
     if method is not None and method not in report.methods:
         raise ValueError(f"method is {method!r}, expected one of the report's: {', '.join(report.methods)}")
     if method is None:
         others = [name for name in report.methods if name != "bp"]
         method = "lance" if "lance" in others or not others else others[0]
     with rc_context(STYLE):
-        figure = _laid_out(report, [PANELS[name] for name in names], method)
+        figure = _laid_out(prediction, [PANELS[name] for name in names], method)
         if path is not None:
             save_figure(figure, path)
     return figure
@@ -117,8 +120,9 @@ def check_path(path: str | os.PathLike[str] | None) -> None:
         raise ValueError(f"the figure's file is {os.fspath(path)!r}, expected a name ending in {' or '.join(SUFFIXES)}")
 
 
-def _laid_out(report: Report, panels: Sequence[Panel], method: str) -> Figure:
+def _laid_out(prediction: Prediction, panels: Sequence[Panel], method: str) -> Figure:
     """The panels below each other, neighbours that are narrow side by side; what they are of at the top."""
+    report = prediction.report
     rows: list[list[Panel]] = []
     for panel in panels:
         if rows and not panel.wide and not rows[-1][0].wide and len(rows[-1]) == 1:
@@ -133,7 +137,7 @@ def _laid_out(report: Report, panels: Sequence[Panel], method: str) -> Figure:
     for i, row in enumerate(rows):
         for j, panel in enumerate(row):
             axes = figure.add_subplot(grid[i, :] if len(row) == 1 else grid[i, j])
-            panel.draw(axes, report, method)
+            panel.draw(axes, prediction, method)
     return figure
 
 
@@ -158,7 +162,8 @@ class Bar:
         return Bar(self.tape + other.tape, self.paper + other.paper)
 
 
-def _tape(axes: Axes, report: Report, method: str) -> None:
+def _tape(axes: Axes, prediction: Prediction, method: str) -> None:
+    report = prediction.report
     shown, totals = _beside(report, method), report.totals
     rows = tape_rows(report, shown)
     unit, name = _unit(max((bar.tape for _, bars in rows for bar in bars), default=0))
@@ -218,7 +223,8 @@ def _label(name: str, op: str) -> str:
 # ---- what is computed ----------------------------------------------------------------------
 
 
-def _macs(axes: Axes, report: Report, method: str) -> None:
+def _macs(axes: Axes, prediction: Prediction, method: str) -> None:
+    report = prediction.report
     per_count = 1 if report.convention == "paper" else 2  # FLOPs of a multiply-add
     totals = report.totals
     kinds = [kind for kind in FLOP_KINDS if any(cost.flops[kind] for cost in totals.values())]
@@ -251,12 +257,9 @@ LINES: dict[str, dict[str, Any]] = {
 }
 
 
-def _batch(axes: Axes, report: Report, method: str) -> None:
-    from analysis.reports.plot_data import reduction_by_batch
-
-    if report.origin is None:
-        raise ValueError("panel 'batch' needs a report that knows what it was made from, as cost() gives")
-    found = reduction_by_batch(report.origin, method)
+def _batch(axes: Axes, prediction: Prediction, method: str) -> None:
+    report = prediction.report
+    found = reduction_by_batch(prediction, method)
     axes.set_title(f"How many times less {method} keeps, by batch")
     for name, style in LINES.items():
         points = [(batch, ratios[name]) for batch, ratios in found.items() if ratios[name] is not None]
@@ -278,13 +281,9 @@ def _batch(axes: Axes, report: Report, method: str) -> None:
 # ---- other ranks ---------------------------------------------------------------------------
 
 
-def _frontier(axes: Axes, report: Report, method: str) -> None:
-    from analysis.reports.plot_data import energy_frontier
-
-    if report.origin is None:
-        raise ValueError("panel 'frontier' needs a report that knows what it was made from, as cost() gives")
+def _frontier(axes: Axes, prediction: Prediction, method: str) -> None:
     try:
-        found = energy_frontier(report.origin, method)
+        found = energy_frontier(prediction, method)
     except ValueError as error:
         axes.set_title("Energy kept against bytes")
         axes.text(0.5, 0.5, f"not for this step:\n{error}", ha="center", va="center", wrap=True, color="0.3")
@@ -332,7 +331,7 @@ def _mark_settings(axes: Axes, found: Frontier, unit: float) -> None:
 class Panel:
     """One panel: how it is drawn, whether it takes the whole width, and its height in inches."""
 
-    draw: Callable[[Axes, Report, str], None]
+    draw: Callable[[Axes, Prediction, str], None]
     wide: bool
     height: Callable[[Report, str], float]
 

@@ -14,6 +14,7 @@ from analysis.steps.methods import METHODS, chosen_methods, method_step
 from analysis.steps.settings import NotApplicableError, Settings
 
 if TYPE_CHECKING:
+    from analysis.peak.memory import Peak
     from analysis.ranks.choose import RankChoice
     from analysis.reports.report import Continual, Report
     from analysis.rules.account import Billed, CostCache
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 DEFAULT_METHODS = ("bp", "lance")
 DEFAULT_BATCH = 128
+DEFAULT_EPSILON = 0.7
+MOST = 2**31 - 1
+"""Of images, classes and pixels; and a thousand tasks at the most."""
+MOST_TASKS = 1000
 DEFAULT_PROTECTED = 0.5
 DEFAULT_BASIS_BATCHES = 10
 Shapes = dict[str, tuple[int, ...]]
@@ -78,6 +83,7 @@ class Prediction:
     def report(self) -> Report:
         """The answer, as it is printed and written."""
         from analysis.reports.report import Report
+        from analysis.steps.nets import remark
 
         step, shape, settings = self.step, self.step.input_shape, self.asked.settings
         return Report.of(
@@ -96,8 +102,17 @@ class Prediction:
             },
             notes=self.notes,
             continual=self.continual,
-            origin=self,
+            peaks=self.peaks,
+            optimizer=self.asked.optimizer,
+            remark=remark(step.net),
         )
+
+    @cached_property
+    def peaks(self) -> dict[str, Peak]:
+        """The peak of memory of one step, by method."""
+        from analysis.reports.peaks import peaks
+
+        return peaks(self.step, {name: self.steps[name] for name in self.bills}, self.asked.optimizer)
 
 
 def cost(
@@ -261,6 +276,8 @@ def _bill_tasks(step: TracedStep, tasks: int | None, protected: float, basis_bat
     """The bill of that many tasks, if there are any."""
     if tasks is None:
         return None
+    if not 1 <= tasks <= MOST_TASKS:
+        raise ValueError(f"continual is {tasks}, expected a number of tasks from 1 to {MOST_TASKS}")
     from analysis.reports.continual_bill import bills
     from analysis.reports.report import Continual
 
@@ -291,8 +308,8 @@ def _step(
                 raise ValueError(f"{name} is {value!r}, but the step of net {net.name!r} was traced already")
         return net
     for name, number in (("batch", batch), ("num_classes", num_classes), ("image_size", image_size)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} is {number}, expected a positive integer")
+        if number is not None and not 1 <= number <= MOST:
+            raise ValueError(f"{name} is {number}, expected an integer from 1 to {MOST}")
     title = net if isinstance(net, str) else type(net).__name__
     shape = input_shape_for(title, image_size, input_shape)
     if isinstance(net, str) and net.partition("@")[0] in models.names() and not with_weights:

@@ -5,23 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from analysis.rules.account import Billed
 from analysis.rules.calibration_costs import CalibrationCost
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.table import Table
-
     from analysis.peak.memory import Peak
     from analysis.reports.continual_bill import TaskBill
-    from analysis.reports.predict import Prediction
 
 SCHEMA = 1
 ACCOUNTINGS = ("paper", "pytorch", "tape")
@@ -205,9 +200,12 @@ class Report:
         Why a method was left out.
     continual : Continual or None
         Where it was asked for.
-    origin : Prediction or None
-        What the report was made from; the peaks of memory and some panels of the figure are computed from it when
-        they are asked for.
+    peaks : dict of method to Peak
+        The peak of memory of one step.
+    optimizer : str
+        Whose state counts at the peak.
+    remark : str
+        What must be known of the net itself; empty for most.
     """
 
     net: str
@@ -224,7 +222,9 @@ class Report:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     continual: Continual | None = None
-    origin: Prediction | None = field(default=None, repr=False, compare=False)
+    peaks: dict[str, Peak] = field(default_factory=dict, repr=False)
+    optimizer: str = OPTIMIZERS[0]
+    remark: str = ""
 
     @classmethod
     def of(cls, bills: Mapping[str, Sequence[Billed]], convention: str, **facts: Any) -> Report:
@@ -257,25 +257,6 @@ class Report:
             method: MethodCost.sum([row.methods[method] for row in self.rows if method in row.methods])
             for method in self.methods
         }
-
-    @cached_property
-    def peaks(self) -> dict[str, Peak]:
-        """The peak of memory of one step, by method; empty for a report without its origin."""
-        from analysis.reports.peaks import peaks
-
-        return {} if self.origin is None else peaks(self.origin)
-
-    @property
-    def optimizer(self) -> str:
-        """Whose state counts at the peak."""
-        return OPTIMIZERS[0] if self.origin is None else self.origin.asked.optimizer
-
-    @property
-    def remark(self) -> str:
-        """What must be known of the net itself: see :func:`analysis.steps.nets.remark`."""
-        from analysis.steps.nets import remark
-
-        return "" if self.origin is None else remark(self.origin.step.net)
 
     @property
     def work_unit(self) -> str:
@@ -342,44 +323,28 @@ class Report:
         flat = self._flat_rows()
         return pandas.DataFrame(flat, columns=_names(flat))
 
-    def table(self) -> Table:
-        """The totals of all methods as a rich table; ``analysis.reports.tables.show`` prints everything."""
-        from analysis.reports.tables import totals_table
-
-        return totals_table(self)
-
-    def plot(
-        self,
-        path: str | os.PathLike[str] | None = None,
-        *,
-        panels: Sequence[str] = ("tape", "macs", "batch", "frontier"),
-        method: str | None = None,
-    ) -> Figure:
-        """Draw the report: see :func:`analysis.reports.plots.draw`.
-
-        Parameters
-        ----------
-        path : str, optional
-            A .png or .svg file to write, whole or not at all.
-        panels : sequence of {"tape", "macs", "batch", "frontier"}
-        method : str, optional
-            Which method stands beside bp; by default lance, or the first that is not bp.
-        """
-        from analysis.reports.plots import draw
-
-        return draw(self, path, panels, method)
-
     def __repr__(self) -> str:
         return f"Report({self.net}, batch {self.batch}, {', '.join(self.methods)}: {len(self.rows)} rows)"
 
-    def _repr_html_(self) -> str:
-        """What a notebook shows: the totals, and the lines above and below them."""
-        from analysis.reports.tables import html
-
-        return html(self)
-
     def _flat_rows(self) -> list[dict[str, Any]]:
         return [_flatten(row.to_json()) for row in self.rows]
+
+
+def reductions(bp: MethodCost, other: MethodCost) -> dict[str, float | None]:
+    """How many times less the other method takes, by accounting; None where it takes nothing.
+
+    Factors count for the other method only: ``"tape + factors"`` compares bp's tape with both.
+    """
+    ratios = {name: _over(bp.activation_bytes[name], other.activation_bytes[name]) for name in ACCOUNTINGS}
+    ratios["tape + factors"] = _over(bp.tape_and_factors, other.tape_and_factors)
+    ratios["bp pytorch / tape"] = _over(bp.activation_bytes["pytorch"], other.activation_bytes["tape"])
+    ratios["bp pytorch / tape + factors"] = _over(bp.activation_bytes["pytorch"], other.tape_and_factors)
+    ratios["flops"] = _over(bp.flops["total"], other.flops["total"])
+    return ratios
+
+
+def _over(a: int, b: int) -> float | None:
+    return a / b if b else None
 
 
 def _peak_json(peak: Peak) -> dict[str, Any]:

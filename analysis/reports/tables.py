@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 from analysis.commands.console import console, say
 from analysis.reports.footnotes import footnotes
-from analysis.reports.report import ACCOUNTINGS, FLOP_KINDS, Continual, MethodCost, Report, Row
+from analysis.reports.report import ACCOUNTINGS, FLOP_KINDS, Continual, MethodCost, Report, Row, reductions
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+SAME = 0.98, 1.02
+"""Between these ratios memory hardly changes."""
 
 FEW = 4
 """Methods of which every layer is shown under every accounting; of more, one column each."""
@@ -52,6 +55,9 @@ def html(report: Report) -> str:
     _print_footer(report, on)
     _print_continual(report, on)
     return f'<pre style="overflow-x: auto; white-space: pre">{escape(text.getvalue())}</pre>'
+
+
+Report._repr_html_ = html  # type: ignore[attr-defined]  # what a notebook shows; a report is data and knows no table
 
 
 def _stripped(text: str) -> str:
@@ -243,23 +249,6 @@ def continual_table(continual: Continual) -> Table:
     return table
 
 
-def reductions(bp: MethodCost, other: MethodCost) -> dict[str, float | None]:
-    """How many times less the other method takes, by accounting; None where it takes nothing.
-
-    Factors count for the other method only: ``"tape + factors"`` compares bp's tape with both.
-    """
-    ratios = {name: _over(bp.activation_bytes[name], other.activation_bytes[name]) for name in ACCOUNTINGS}
-    ratios["tape + factors"] = _over(bp.tape_and_factors, other.tape_and_factors)
-    ratios["bp pytorch / tape"] = _over(bp.activation_bytes["pytorch"], other.activation_bytes["tape"])
-    ratios["bp pytorch / tape + factors"] = _over(bp.activation_bytes["pytorch"], other.tape_and_factors)
-    ratios["flops"] = _over(bp.flops["total"], other.flops["total"])
-    return ratios
-
-
-def _over(a: int, b: int) -> float | None:
-    return a / b if b else None
-
-
 def explain(report: Report) -> list[str]:
     """What the reductions mean, one sentence per method beside bp; and which layers keep next to nothing."""
     totals = report.totals
@@ -267,13 +256,14 @@ def explain(report: Report) -> list[str]:
         return []
     sentences: list[str] = []
     for method in [name for name in totals if name.startswith("lance")]:
-        r = {name: _ratio(value) for name, value in reductions(totals["bp"], totals[method]).items()}
+        r = reductions(totals["bp"], totals[method])
         sentences.append(
-            f"What it means: the papers count the inputs of the tuned layers alone, and would claim {r['paper']} for "
-            f"{method}; PyTorch, which also keeps what batch norm and activation functions save, would shrink by "
-            f"{r['pytorch']}; this lean tape shrinks by {r['tape']} ({r['tape + factors']} with the fixed factors, "
-            f"which stay in memory beside it), and is {r['bp pytorch / tape']} smaller than PyTorch's tape of bp "
-            f"({r['bp pytorch / tape + factors']} with the factors)."
+            f"What it means: the tape of this library {change(r['tape'])} with {method}, and "
+            f"{change(r['tape + factors'])} where the fixed factors, which stay in memory beside it, are counted too. "
+            f"The papers count the inputs of the tuned layers alone: these {change(r['paper'])}. PyTorch also keeps "
+            f"what batch norm and activation functions save: its memory {change(r['pytorch'])}. Against PyTorch's "
+            f"memory of bp, this tape {change(r['bp pytorch / tape'])} "
+            f"({change(r['bp pytorch / tape + factors'])} with the factors)."
         )
         rows = [row for row in report.rows if method in row.methods]
         single = [row.name for row in rows if set(row.methods[method].ranks or (0,)) == {1}]
@@ -283,6 +273,21 @@ def explain(report: Report) -> list[str]:
                 "the mean activation, which holds most of the energy. A larger --epsilon, or --ranks, keeps more."
             )
     return list(dict.fromkeys(sentences))
+
+
+def change(times_less: float | None) -> str:
+    """What becomes of memory that is divided by this number, as the predicate of a sentence.
+
+    >>> change(1060.954), change(0.5556), change(1.004), change(None)
+    ('shrinks 1060.95 times', 'grows 1.80 times', 'hardly changes (1.00 times less)', 'shrinks to nothing')
+    """
+    if times_less is None:
+        return "shrinks to nothing"
+    if times_less < SAME[0]:
+        return f"grows {1 / times_less:.2f} times"
+    return (
+        f"shrinks {times_less:.2f} times" if times_less > SAME[1] else f"hardly changes ({times_less:.2f} times less)"
+    )
 
 
 def _ratio(value: float | None) -> str:

@@ -11,20 +11,25 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from analysis import cost
-from analysis.cost_model import main, predict
+from analysis.cost_model import Prediction, main, predict
 from analysis.ranks.choose import choose_ranks
 from analysis.reports import plot_data, plots
 from analysis.reports.plot_data import Point, at_batch, energy_frontier, reduction_by_batch, undominated
-from analysis.reports.report import Report
-from analysis.reports.tables import reductions
+from analysis.reports.plots import draw
+from analysis.reports.report import Report, reductions
 from lance_ref import Tensor, nn
 
 CASE: dict[str, Any] = {"batch": 8, "num_classes": 10, "tune": "last:2"}
 
 
+@pytest.fixture(name="prediction", scope="module")
+def _prediction() -> Prediction:
+    return predict("convnet", methods=["bp", "lance", "checkpoint"], **CASE)
+
+
 @pytest.fixture(name="report", scope="module")
-def _report() -> Report:
-    return cost("convnet", method=["bp", "lance", "checkpoint"], **CASE)
+def _report(prediction: Prediction) -> Report:
+    return prediction.report
 
 
 # ---- the numbers -----------------------------------------------------------------------------
@@ -56,18 +61,18 @@ class SharedInput(nn.Module):
         return self.head(self.a(x) + self.b(x) + self.c(x))
 
 
-def test_what_is_more_than_the_whole_is_not_called_a_part(report: Report) -> None:
+def test_what_is_more_than_the_whole_is_not_called_a_part(prediction: Prediction) -> None:
     """Three layers share an input: the papers count it three times, the tape keeps it once."""
 
-    def legend(of: Report) -> str:
-        (axes,) = of.plot(panels=["tape"]).axes
+    def legend(of: Prediction) -> str:
+        (axes,) = draw(of, panels=["tape"]).axes
         return axes.get_legend().get_texts()[-1].get_text()
 
-    shared = cost(SharedInput(), batch=8, input_shape=(32,), tune="all", method="bp")
-    kept = shared.totals["bp"].activation_bytes
+    shared = predict(SharedInput(), batch=8, input_shape=(32,), tune="all", methods="bp")
+    kept = shared.report.totals["bp"].activation_bytes
     assert kept["paper"] == 3 * 8 * 32 * 4 > kept["tape"]
     assert legend(shared) == "what the papers count, a shared input for each of its layers (3.00 KiB)"
-    assert legend(report).startswith("of it, what the papers count (")
+    assert legend(prediction).startswith("of it, what the papers count (")
 
 
 def test_the_largest_operations_are_the_ones_shown(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,10 +161,10 @@ def test_dominated_points_are_dropped() -> None:
 
 
 @pytest.mark.parametrize("panels", [["tape"], ["macs", "batch"], ["tape", "macs", "batch", "frontier"]])
-def test_panels_are_those_asked_for(report: Report, monkeypatch: pytest.MonkeyPatch, panels: list[str]) -> None:
+def test_panels_are_those_asked_for(prediction: Prediction, monkeypatch: pytest.MonkeyPatch, panels: list[str]) -> None:
     """One set of axes for each, with a title, a unit on every axis, and text that stays within the figure."""
     monkeypatch.setattr(plot_data, "BATCHES", (1, 8))
-    figure = report.plot(panels=panels)
+    figure = draw(prediction, panels=panels)
     figure.draw_without_rendering()
     assert len(figure.axes) == len(panels)
     for axes in figure.axes:
@@ -171,9 +176,9 @@ def test_panels_are_those_asked_for(report: Report, monkeypatch: pytest.MonkeyPa
         assert box.y0 - 2 <= tight.y0 <= tight.y1 <= box.y1 + 2
 
 
-def test_drawn_bars_are_the_multiply_adds(report: Report) -> None:
+def test_drawn_bars_are_the_multiply_adds(prediction: Prediction, report: Report) -> None:
     """Stacked to the total of each method, in millions, half the FLOPs; recomputation is one of the kinds."""
-    (axes,) = report.plot(panels=["macs"]).axes
+    (axes,) = draw(prediction, panels=["macs"]).axes
     drawn = sum(patch.get_width() for patch in axes.patches)
     assert drawn == pytest.approx(sum(cost.flops["total"] for cost in report.totals.values()) / 2e6)
     legend = axes.get_legend()
@@ -198,20 +203,19 @@ def test_series_differ_without_colour() -> None:
 
 def test_what_cannot_be_drawn_is_said_in_its_panel() -> None:
     """The classifier alone: there are no ranks, and the other panels are there all the same."""
-    report = cost("convnet", batch=2, tune="head", method="bp")
-    figure = report.plot(panels=["tape", "frontier"])
+    figure = draw(predict("convnet", batch=2, tune="head", methods="bp"), panels=["tape", "frontier"])
     assert "no layer but the classifier is tuned" in figure.axes[1].texts[0].get_text()
 
 
-def test_assumed_ranks_are_called_that(report: Report) -> None:
+def test_assumed_ranks_are_called_that(prediction: Prediction) -> None:
     """Without spectra the frontier is one of fractions, and says so."""
-    (axes,) = report.plot(panels=["frontier"]).axes
+    (axes,) = draw(prediction, panels=["frontier"]).axes
     assert axes.get_title(loc="left") == "No spectra: fractions of the ranks assumed"
 
 
-def test_a_notebook_shows_the_figure(report: Report) -> None:
+def test_a_notebook_shows_the_figure(prediction: Prediction) -> None:
     """A PNG without pyplot."""
-    data = report.plot(panels=["macs"])._repr_png_()  # type: ignore[attr-defined]
+    data = draw(prediction, panels=["macs"])._repr_png_()  # type: ignore[attr-defined]
     assert data.startswith(b"\x89PNG")
 
 
@@ -225,23 +229,9 @@ def test_a_notebook_shows_the_figure(report: Report) -> None:
         ({"path": "figure.pdf"}, "expected a name ending in .png or .svg"),
     ],
 )
-def test_bad_options_are_named(report: Report, options: dict[str, Any], message: str) -> None:
+def test_bad_options_are_named(prediction: Prediction, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        report.plot(**options)
-
-
-def test_a_report_without_origin_draws_what_it_can(report: Report) -> None:
-    """A report folded from bills alone has its tape and its work, and no other batch sizes."""
-    assert report.origin is not None
-    bare = Report.of(
-        report.origin.bills, "flops", net="bare", batch=8, image_size=None, num_classes=10, dtype="float32",
-        tuned_layers=(), ranks_from="",
-    )  # fmt: skip
-    assert len(bare.plot(panels=["tape", "macs"]).axes) == 2
-    assert bare.peaks == {}
-    for panel in ("batch", "frontier"):
-        with pytest.raises(ValueError, match=f"panel '{panel}' needs a report that knows"):
-            bare.plot(panels=[panel])
+        draw(prediction, **options)
 
 
 # ---- the file --------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from analysis.peak.lifetimes import renumbered
 from analysis.peak.memory import peak
 from analysis.reports.peaks import peaks
 from analysis.reports.report import MethodCost, Report
-from analysis.reports.tables import render
+from analysis.reports.tables import render, totals_table
 from analysis.rules.account import Billed, account
 from analysis.rules.op_cost import OpCost
 from analysis.rules.recompute import flatten
@@ -197,10 +197,10 @@ def test_shared_costs_are_those_of_each_method_alone() -> None:
 def test_shared_peaks_are_those_of_each_method_alone(tune: str) -> None:
     """The simulation that methods have in common ends where the first of them keeps something."""
     prediction = predict("mcunet", 4, 64, tune=tune, methods="all", ranks="0.2", num_classes=7)
-    together = peaks(prediction)
+    together = prediction.peaks
     assert list(together) == list(prediction.bills)
     for method, changed in prediction.steps.items():
-        assert peaks(prediction, [method])[method] == together[method], method
+        assert peaks(prediction.step, {method: changed}, "sgd")[method] == together[method], method
         if METHODS[method].runs is None:
             ends, parameters = prediction.step.lifetimes, prediction.step.net.parameters()
             assert peak(changed.records, lifetimes=ends, parameters=parameters) == together[method], method
@@ -374,7 +374,7 @@ def test_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     report: Report = cost("mlp", method=["bp", "lance", "lora"], **MLP)
     assert repr(report) == f"Report(mlp, batch {report.batch}, bp, lance, lora: {len(report.rows)} rows)"
-    assert report.table().row_count == 5  # three methods, two reductions
+    assert totals_table(report).row_count == 5  # three methods, two reductions
     html = report._repr_html_()
     assert html.startswith("<pre")
     assert "bp / lora" in html

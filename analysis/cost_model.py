@@ -178,8 +178,8 @@ def _predict(options: argparse.Namespace) -> Prediction:
 
 def _write(options: argparse.Namespace, prediction: Prediction) -> None:
     """The report, to the terminal, a pipe or a file."""
-    from analysis.ranks.spectra_file import write_atomically
     from analysis.reports.tables import render, show
+    from lance_ref.io.whole_file import write_text
 
     report = prediction.report
     if options.format == "table" and options.output is None:
@@ -190,7 +190,7 @@ def _write(options: argparse.Namespace, prediction: Prediction) -> None:
     if options.output is None:
         sys.stdout.write(text)
     else:
-        write_atomically(options.output, text)
+        write_text(options.output, text)
 
 
 def _parse_shape(text: str) -> tuple[int, ...]:

@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     from analysis.planner.costs import Device
     from analysis.planner.tables import csv_text, json_text, render, show
-    from analysis.ranks.spectra_file import write_atomically
+    from lance_ref.io.whole_file import write_text
 
     if options.output is not None:
         check_writable(options.output)
@@ -111,7 +111,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.output is None:
         sys.stdout.write(text)
     else:
-        write_atomically(options.output, text)
+        write_text(options.output, text)
 
 
 def make_plan(options: argparse.Namespace, device: Device) -> Plan:

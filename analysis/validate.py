@@ -13,7 +13,6 @@ writes ``validate.md`` beside the JSON file. Run again, it goes on where it was,
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -127,10 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = markdown(result)
         print(text)
         if table is not None:
-            from analysis.ranks.spectra_file import write_atomically
+            from lance_ref.io.whole_file import write_json, write_text
 
-            write_atomically(options.output, json.dumps(result, indent=1) + "\n")
-            write_atomically(str(table), text + "\n")
+            write_json(options.output, result)
+            write_text(str(table), text + "\n")
     except (ValueError, TypeError, LookupError, OSError, MemoryError, RuntimeError) as error:
         p.error(one_line(error))
     return 0 if judged(result["summary"]) else 1

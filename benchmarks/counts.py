@@ -9,7 +9,6 @@ that NumPy allocated, and copies among them (:mod:`benchmarks.buffers`). The tes
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,12 @@ from typing import Any
 
 from analysis.commands.cli import OneLineParser, run_command
 from analysis.commands.provenance import provenance
-from analysis.ranks.spectra_file import write_atomically
 from benchmarks.buffers import count_buffers
 from benchmarks.side_by_side import Table
 from benchmarks.steps import Case, side
 from lance_ref import count_macs
 from lance_ref.algebra.kernels.threads import numba_enabled
+from lance_ref.io.whole_file import write_json
 
 CASES = (
     Case("mlp", 10),
@@ -95,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = count_all()
         if options.output:
             document = {"libraries": libraries(), "counts": found}
-            write_atomically(options.output, json.dumps(document, indent=1) + "\n")
+            write_json(options.output, document)
 
     return run_command(p, arguments, work, ("output",))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import json
 import math
 import os
 import resource
@@ -24,8 +23,8 @@ from typing import Any
 
 from analysis.commands.cli import OneLineParser, check_counts, run_command
 from analysis.commands.provenance import provenance
-from analysis.ranks.spectra_file import write_atomically
 from lance_ref.algebra.kernels import threads as kernels
+from lance_ref.io.whole_file import write_json
 
 Side = Callable[[], Any]
 
@@ -299,6 +298,6 @@ def run(
         if options.output:
             document = {**provenance(options.module, 0), "pinned": threads, "peers": peer_versions()}
             document |= {**found, "targets": [target.as_json() for target in targets]}
-            write_atomically(options.output, json.dumps(document, indent=1) + "\n")
+            write_json(options.output, document)
 
     return run_command(p, arguments, work, ("output", *outputs))

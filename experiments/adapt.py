@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -20,10 +19,10 @@ import numpy as np
 import lance_ref
 from analysis.commands.cli import OneLineParser, check_counts, check_writable, one_line
 from analysis.commands.provenance import provenance
-from analysis.ranks.spectra_file import write_atomically
 from analysis.reports.figures import save_figure
 from analysis.rules.account import account
 from lance_ref import F, datasets, models, optim
+from lance_ref.io.whole_file import write_json
 from lance_ref.nn.module import Module
 from lance_ref.stores import Lance
 
@@ -165,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
                 check_writable(output)
         result = run(options)
         if options.output:
-            write_atomically(options.output, json.dumps(result, indent=1) + "\n")
+            write_json(options.output, result)
         if options.figure:
             draw(result, options.figure)
     except (ValueError, OSError) as error:

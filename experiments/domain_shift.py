@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -205,10 +204,10 @@ def work(options: argparse.Namespace) -> None:
     show(results)
     if options.output:
         from analysis.commands.provenance import provenance
-        from analysis.ranks.spectra_file import write_atomically
+        from lance_ref.io.whole_file import write_json
 
         document = {**provenance("experiments.domain_shift", options.seed), "runs": results}
-        write_atomically(options.output, json.dumps(document, indent=1) + "\n")
+        write_json(options.output, document)
     if options.figure:
         draw(results, options.figure, f"trained on {options.data},\nother: {options.calibrate_on}")
 

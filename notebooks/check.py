@@ -264,7 +264,7 @@ def check(path: Path) -> tuple[list[str], float]:
 
 def write(path: Path) -> tuple[list[str], float]:
     """Run a notebook and put the fresh outputs in its place, whole or not at all; structure faults and seconds."""
-    from analysis.ranks.spectra_file import write_atomically
+    from lance_ref.io.whole_file import write_text
 
     try:
         fresh, faults, seconds = execute(read(path), path.parent)
@@ -272,7 +272,7 @@ def write(path: Path) -> tuple[list[str], float]:
         return [f"not written: {error}"], 0.0
     if faults:
         return [f"not written: {fault}" for fault in faults], seconds
-    write_atomically(path, json.dumps(fresh, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(fresh, indent=1, ensure_ascii=False) + "\n")
     return structure_faults(fresh), seconds
 
 

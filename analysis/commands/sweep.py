@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from analysis.commands.cli import one_line
-from analysis.ranks.spectra_file import write_atomically
 from lance_ref.io.progress import progress_bar
+from lance_ref.io.whole_file import read_json, write_json
 
 FORMAT = "lance_ref sweep cell"
 VERSION = 1
+MOST_BYTES = 2**28
+"""Of the file of a finished cell."""
 CONNECT_SECONDS = 8.0
 """How long a scheduler may take to answer."""
 
@@ -199,8 +201,8 @@ def _told_apart(tasks: list[Task]) -> list[Task]:
 def _read(path: Path, task: Task) -> Outcome | None:
     """A finished cell's file, or None if there is none; of one that cannot be trusted standard error tells."""
     try:
-        document = json.loads(path.read_bytes())
-        if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (FORMAT, VERSION):
+        document = read_json(path, MOST_BYTES)
+        if (document.get("format"), document.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"is no finished cell of version {VERSION}")
         if (document.get("function"), document.get("cell")) != (task.function, task.cell):
             raise ValueError("belongs to another cell")
@@ -232,7 +234,7 @@ def _from_before(found: Mapping[str, Outcome], total: int, folder: Path) -> str:
 
 def _write(path: Path, task: Task, outcome: Outcome) -> None:
     document = {"format": FORMAT, "version": VERSION, "function": task.function, "cell": task.cell, **outcome}
-    write_atomically(path, json.dumps(document, indent=1) + "\n")
+    write_json(path, document)
 
 
 def _collect(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from analysis.ranks.batch_law import batch_spectrum, rank_for_energy
+from lance_ref.io.whole_file import SEAL, read_bytes, sealed, unsealed, write_text
 
 MAX_FILE_BYTES = 64 * 2**20
 FORMAT = "lance_ref spectra"
@@ -85,26 +85,13 @@ class Spectra:
             shape = f'  "shape": {json.dumps(list(layer.shape))}'
             layers.append(f" {json.dumps(name)}: {{\n" + ",\n".join([shape, *rows]) + "}")
         lines.append('"layers": {\n' + ",\n".join(layers) + "}")
-        write_atomically(path, "{" + ",\n".join(lines) + "}\n")
+        plain = "{" + ",\n".join(lines)
+        seal = sealed(json.loads(plain + "}"))[SEAL]
+        write_text(path, f"{plain},\n{json.dumps(SEAL)}: {json.dumps(seal)}}}\n")
 
 
 def _shares(energies: np.ndarray) -> list[str]:
     return [f"{share:.6g}" for share in energies / energies.sum()]
-
-
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file whole or not at all; a device or pipe is written to as it is."""
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-        return
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def load_spectra(path: str | os.PathLike[str]) -> Spectra:
@@ -119,12 +106,11 @@ def load_spectra(path: str | os.PathLike[str]) -> Spectra:
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
-        content = path.read_bytes() if size <= MAX_FILE_BYTES else b""
+        content = read_bytes(path, MAX_FILE_BYTES)
     except OSError as error:
         raise type(error)(f"spectra file {str(path)!r} (--spectra): {error.strerror}") from None
-    if size > MAX_FILE_BYTES:
-        raise ValueError(f"spectra file {path}: {size} bytes, expected at most {MAX_FILE_BYTES}")
+    except ValueError as error:
+        raise ValueError(f"spectra file {error}") from None
     try:
         return _spectra_in(content)
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
@@ -138,6 +124,7 @@ def _spectra_in(content: bytes) -> Spectra:
     document = json.loads(content)
     if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
         raise ValueError(f'not a file of spectra, expected an object with "format": "{FORMAT}", "version": {VERSION}')
+    document = unsealed(document, "its contents", "measure the spectra again (python -m analysis.spectra)")
     provenance = document["provenance"]
     if not isinstance(provenance, dict) or any(name not in provenance for name in PROVENANCE):
         raise ValueError(f"provenance must be an object with {', '.join(PROVENANCE)}")

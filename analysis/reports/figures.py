@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lance_ref.io.whole_file import whole_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -13,7 +15,7 @@ DOTS_PER_INCH = 140
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure in the format that the name's ending says, under a temporary name first.
+    """Write a figure in the format that the name's ending says.
 
     Raises
     ------
@@ -22,10 +24,5 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     OSError
         If the file cannot be written; an earlier one is intact, and no part of a new one is left.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.partial{target.suffix}")
-    try:
-        figure.savefig(temporary, dpi=DOTS_PER_INCH)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=DOTS_PER_INCH)

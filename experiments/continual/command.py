@@ -10,7 +10,6 @@ was.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -160,8 +159,8 @@ def cell(options: argparse.Namespace, learner: str, seed: int) -> dict[str, Any]
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     from analysis.commands.sweep import run_cells
-    from analysis.ranks.spectra_file import write_atomically
     from experiments.continual.report import Row, draw, markdown, results, show
+    from lance_ref.io.whole_file import write_json, write_text
 
     cells = [cell(options, learner, seed) for learner in options.learners for seed in range(options.seeds)]
     title = f"{options.scenario}: {_check(cells[0])}. {_recipe(options)}"
@@ -172,9 +171,9 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     ]
     show(rows, title)
     if options.output:
-        write_atomically(options.output, json.dumps(results(rows, vars(options), arguments), indent=1) + "\n")
+        write_json(options.output, results(rows, vars(options), arguments))
     if options.table:
-        write_atomically(options.table, markdown(rows, title, arguments))
+        write_text(options.table, markdown(rows, title, arguments))
     if options.figure:
         draw(rows, options.figure, f"{options.scenario}, {options.net}, {options.seeds} seed(s)")
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 from analysis.commands.console import console, say
 from analysis.commands.provenance import provenance
 from analysis.reports.continual_costs import MAC_KINDS
+from analysis.reports.figures import save_figure
 from lance_ref.continual.metrics import DEFINITIONS
 
 METRICS = ("acc", "bwt", "fwt", "forgetting", "learning_accuracy")
@@ -196,9 +195,7 @@ def draw(rows: Sequence[Row], path: str, title: str) -> None:
     for panel in panels[len(rows) + 1 :]:
         panel.set_axis_off()
     figure.suptitle(title, fontsize=9)
-    temporary = Path(path).with_name(f".{Path(path).name}.partial{Path(path).suffix}")
-    figure.savefig(temporary, dpi=140)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def _matrix(panel: Any, row: Row) -> None:

@@ -19,7 +19,6 @@ import numpy as np
 
 from analysis.commands.cli import OneLineParser, check_writable, one_line
 from analysis.commands.provenance import provenance
-from analysis.ranks.spectra_file import write_atomically
 from analysis.reports.figures import save_figure
 from experiments.descent.cases import (
     BATCHES,
@@ -36,6 +35,7 @@ from experiments.descent.cases import (
 )
 from lance_ref import F, calibrate, compress, datasets, models, no_grad, optim, tune
 from lance_ref.algebra.geometry import Geometry
+from lance_ref.io.whole_file import sealed, write_text
 from lance_ref.nn.module import Module
 from lance_ref.stores import ActivationStore, Hosvd
 
@@ -303,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
         result["seconds"] = round(time.perf_counter() - started, 1)
         print(report(result))
         if options.output:
-            write_atomically(options.output, compact(result))
+            write_text(options.output, compact(sealed(result)))
         if options.figure:
             draw(result, options.figure)
     except (ValueError, OSError) as error:

@@ -11,7 +11,6 @@ A finished run of one method and seed is kept in --folder and never run again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -178,8 +177,8 @@ def cell(options: argparse.Namespace, spec: str, seed: int, lr: float, validatio
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> None:
-    from analysis.ranks.spectra_file import write_atomically
     from experiments.finetune.report import Row, draw, markdown, results, show
+    from lance_ref.io.whole_file import write_json, write_text
 
     _warm_up(options)
     rows: list[Row] = []
@@ -193,9 +192,9 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     show(rows)
     if options.output:
         document = results(rows, vars(options), arguments)
-        write_atomically(options.output, json.dumps(document, indent=1) + "\n")
+        write_json(options.output, document)
     if options.table:
-        write_atomically(options.table, markdown(rows, arguments))
+        write_text(options.table, markdown(rows, arguments))
     if options.figure:
         draw(rows, options.figure, f"{options.net} on {options.data}, {options.tune}")
 

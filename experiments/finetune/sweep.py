@@ -8,7 +8,6 @@ One learning rate for all; a finished run is kept in --folder and never run agai
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -195,10 +194,10 @@ def work(options: argparse.Namespace) -> None:
     show(points)
     if options.output:
         from analysis.commands.provenance import provenance
-        from analysis.ranks.spectra_file import write_atomically
+        from lance_ref.io.whole_file import write_json
 
         document = {**provenance("experiments.finetune.sweep", options.seed), "points": points}
-        write_atomically(options.output, json.dumps(document, indent=1) + "\n")
+        write_json(options.output, document)
     if options.figure:
         draw(points, options.figure, "digits" if options.quick else f"{options.net} on {options.data}")
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lance_ref.io.whole_file import read_json
+
+MOST_BYTES = 2**28
+"""Of a results file."""
 
 RESULTS = Path(__file__).parents[1] / "results"
 PROVENANCE = ("command", "seed", "versions", "machine")
@@ -67,11 +71,8 @@ class Evidence:
         path = self.folder / f"{name}.json"
         if not path.is_file():
             raise MissingEvidenceError(f"needs {command}")
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        missing = [key for key in PROVENANCE if key not in document] if isinstance(document, dict) else PROVENANCE
+        document = read_json(path, MOST_BYTES)
+        missing = [key for key in PROVENANCE if key not in document]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}: evidence must say how it was made")
         return self._read.setdefault(name, document)

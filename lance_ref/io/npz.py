@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
-import secrets
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -18,9 +18,14 @@ from typing import IO
 
 import numpy as np
 
+from lance_ref.io.whole_file import whole_file
+
 MAX_BYTES = 2**32
 """Default bound on the bytes of all arrays of a file together."""
 
+MAX_MEMBERS = 50_000
+DIRECTORY_ENTRY = 512  # bytes of the directory for one member, names of a few hundred letters included
+SMALLEST_DIRECTORY, LARGEST_END = 22, 22 + 65535  # bytes of the record at the end of an archive, comment included
 HEADER_BYTES = 2**14  # a header of NumPy's own is below 200 bytes
 CHUNK_BYTES = 2**20
 DEFLATE_RATIO = 1032  # deflate cannot expand its input further than this
@@ -51,7 +56,11 @@ def load_npz(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[s
         If the file cannot be opened.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no ordinary file")
     size = path.stat().st_size
+    if size >= SMALLEST_DIRECTORY:
+        _check_count(path, size)
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -69,6 +78,22 @@ def load_npz(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[s
 
 
 _BROKEN = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError, MemoryError)
+
+
+def _check_count(path: Path, size: int) -> None:
+    """Refuse an archive of too many members on what its end says, before a list of them is made."""
+    with open(path, "rb") as file:
+        file.seek(max(0, size - LARGEST_END))
+        end = file.read()
+    at = end.rfind(b"PK\x05\x06")
+    if at < 0 or len(end) - at < SMALLEST_DIRECTORY:
+        return  # zipfile says what is wrong with it
+    count, directory_bytes = (
+        struct.unpack("<H", end[at + 10 : at + 12])[0],
+        struct.unpack("<I", end[at + 12 : at + 16])[0],
+    )
+    if count > MAX_MEMBERS or directory_bytes > MAX_MEMBERS * DIRECTORY_ENTRY:
+        raise ValueError(f"{path}: has more than {MAX_MEMBERS} members, or names that are too long")
 
 
 def _check_directory(members: list[zipfile.ZipInfo], size: int, max_bytes: int) -> None:
@@ -131,8 +156,7 @@ def _read_member(file: IO[bytes], member_bytes: int) -> np.ndarray:
 def save_npz(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays as an uncompressed ``.npz`` file, all or nothing, the same bytes every time.
 
-    The file is written under a temporary name beside ``path`` and then moved to it, so that a reader
-    never sees a part of it, and an old file survives an error. ``path`` is taken as it is; no suffix is added.
+    See :func:`~lance_ref.io.whole_file.whole_file`. ``path`` is taken as it is; no suffix is added.
 
     Parameters
     ----------
@@ -147,23 +171,13 @@ def save_npz(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> 
     OSError
         If the file cannot be written.
     """
-    path = Path(path)
     plain = {name: np.asarray(array) for name, array in arrays.items()}
     for name, array in plain.items():
         if array.dtype.hasobject or array.dtype.kind not in KINDS or not array.dtype.itemsize:
             raise TypeError(f"array {name!r} has dtype {array.dtype}, expected numbers or text")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for name, array in plain.items():
-                    info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-                    info.create_system, info.external_attr = 3, 0o644 << 16
-                    with archive.open(info, "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in plain.items():
+            info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            info.create_system, info.external_attr = 3, 0o644 << 16
+            with archive.open(info, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)

@@ -206,7 +206,7 @@ def generators(net: Module) -> dict[str, np.random.Generator]:
 def remove_partial(path: str | os.PathLike[str]) -> None:
     """Delete what a killed process may have left of a checkpoint it was writing; the checkpoint itself is kept."""
     path = Path(path)
-    for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+    for leftover in path.parent.glob(f".{escape(path.name)}.*.unfinished"):
         leftover.unlink(missing_ok=True)
 
 

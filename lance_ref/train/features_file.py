@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
-import time
+import itertools
+import zlib
 from collections.abc import Callable, Generator
-from contextlib import closing, suppress
-from glob import escape
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
+
+from lance_ref.io.whole_file import read_json, whole_file, write_json
 
 Rows = Generator[np.ndarray, None, None]
 """Some rows of an array at a time."""
 
-STALE_SECONDS = 3600  # an unfinished file that nobody wrote to for so long belongs to a dead process
+BLOCK_BYTES = 4 * 2**20
+"""Of the array, for one checksum; all of them are compared, block by block, before a file is used."""
+
+MOST_ABOUT = 2**26
+"""Bytes of the largest description that is read."""
 
 
 def stored(path: Path, fingerprint: str, sample: np.ndarray, count: int, rows: Callable[[], Rows]) -> np.ndarray:
@@ -45,57 +48,52 @@ def stored(path: Path, fingerprint: str, sample: np.ndarray, count: int, rows: C
     arrays = _reusable(path, about, fingerprint, sample, count)
     if arrays is None:
         about.unlink(missing_ok=True)  # first: it must never describe another file than the one beside it
-        _replace(path, lambda file: _write_npy(file, rows(), count))
-        text = json.dumps({"fingerprint": fingerprint, **_identity(path)})
-        _replace(about, lambda file: file.write(text.encode()))
-        arrays = np.load(path, mmap_mode="r", allow_pickle=False)
+        with whole_file(path) as file:
+            checksums = _write_npy(file, rows(), count)
+            arrays = _mapped(Path(file.name))  # what this call wrote, whatever another process puts in its place
+        write_json(about, {"fingerprint": fingerprint, "blocks": checksums})
     return arrays
 
 
 def _reusable(path: Path, about: Path, fingerprint: str, sample: np.ndarray, count: int) -> np.ndarray | None:
     """The array of an earlier call, or None unless it is all that this one would write."""
     try:
-        if json.loads(about.read_bytes()) != {"fingerprint": fingerprint, **_identity(path)}:
+        known = read_json(about, MOST_ABOUT)
+        if known.get("fingerprint") != fingerprint:
             return None
-        arrays = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # a text that is no JSON is a ValueError
+        arrays = _mapped(path)
+    except (OSError, ValueError, EOFError):
         return None
     if not isinstance(arrays, np.memmap) or arrays.shape != (count, *sample.shape[1:]) or arrays.dtype != sample.dtype:
         return None
     near = 1e-3 * (1 + np.abs(sample).max(initial=0))  # a batch of another size may differ in the last bits
-    return arrays if np.allclose(arrays[: len(sample)], sample, rtol=1e-3, atol=near) else None
+    if not np.allclose(arrays[: len(sample)], sample, rtol=1e-3, atol=near):
+        return None
+    values = arrays.reshape(-1).view(np.uint8)
+    blocks = (values[start : start + BLOCK_BYTES].tobytes() for start in range(0, len(values), BLOCK_BYTES))
+    return arrays if [zlib.crc32(block) for block in blocks] == known.get("blocks") else None
 
 
-def _identity(path: Path) -> dict[str, int]:
-    """What changes when a file is written anew."""
-    status = path.stat()
-    return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+def _mapped(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _write_npy(file: Any, rows: Rows, count: int) -> None:
-    """An array in NumPy's format, chunk by chunk. (Written through a memory map a full disk would kill the process.)"""
+def _write_npy(file: IO[bytes], rows: Rows, count: int) -> list[int]:
+    """An array in NumPy's format, chunk by chunk; gives the checksums of its blocks.
+
+    (Written through a memory map a full disk would kill the process.)
+    """
+    checksums, left = [], b""
     with closing(rows):
         first = next(rows)
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (count, *first.shape[1:])}
         np.lib.format.write_array_header_1_0(file, header)
-        file.write(first.tobytes())
-        for chunk in rows:
-            file.write(chunk.tobytes())
-
-
-def _replace(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file under a temporary name and move it into place; nothing is left of it on an error."""
-    for leftover in path.parent.glob(f".{escape(path.name)}.*.features.tmp"):
-        with suppress(FileNotFoundError):  # another process may finish it just now
-            if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
-                leftover.unlink()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.features.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        for chunk in itertools.chain([first], rows):
+            values = chunk.tobytes()
+            file.write(values)
+            left += values
+            while len(left) >= BLOCK_BYTES:
+                checksums.append(zlib.crc32(left[:BLOCK_BYTES]))
+                left = left[BLOCK_BYTES:]
+    file.flush()
+    return [*checksums, zlib.crc32(left)] if left else checksums

@@ -20,6 +20,7 @@ from experiments.ledger import from_results as claims_results
 from experiments.ledger import tasks as claims_tasks
 from experiments.ledger.claims import LIVE, Claim, Finding, evaluate, ledger, main, text, to_json
 from experiments.ledger.evidence import PROVENANCE, RESULTS, VERDICTS, Evidence
+from lance_ref.io.whole_file import sealed, write_json
 
 SOURCES, CLAIMS = ledger()
 MADE = {"command": "python -m x", "seed": 0, "versions": {"numpy": "2"}, "machine": {"processor": "p"}}
@@ -42,7 +43,7 @@ def findings() -> dict[str, Finding]:
 
 def write(folder: Path, name: str, **content: Any) -> Evidence:
     """A folder of evidence with one file."""
-    (folder / f"{name}.json").write_text(json.dumps({**MADE, **content}))
+    write_json(folder / f"{name}.json", {**MADE, **content})
     return Evidence(folder)
 
 
@@ -50,7 +51,7 @@ def changed(name: str, folder: Path, change: Any) -> Evidence:
     """The committed file, changed."""
     document = json.loads((RESULTS / f"{name}.json").read_text())
     change(document)
-    (folder / f"{name}.json").write_text(json.dumps(document))
+    write_json(folder / f"{name}.json", document)
     return Evidence(folder)
 
 
@@ -284,11 +285,12 @@ def test_evidence_that_does_not_say_how_it_was_made_is_none(tmp_path: Path) -> N
     """A file without command, seed, versions or machine proves nothing; nor does half a file."""
     claim = CLAIMS["domain-shift"]
     for content, named in (
-        ("{}", "lacks command, seed, versions, machine"),
-        (json.dumps({key: value for key, value in MADE.items() if key != "seed"}), "lacks seed"),
-        ("[]", "lacks command"),
-        ('{"command"', "not JSON"),
-        (json.dumps({**MADE, "runs": []}), "lacks"),
+        (json.dumps(sealed({})), "lacks command, seed, versions, machine"),
+        (json.dumps(sealed({key: value for key, value in MADE.items() if key != "seed"})), "lacks seed"),
+        ("[]", "expected a JSON object"),
+        ('{"command"', "is no JSON"),
+        (json.dumps(MADE), "has no checksum"),
+        (json.dumps(sealed({**MADE, "runs": []})), "lacks"),
     ):
         (tmp_path / "domain_shift.json").write_text(content)
         with pytest.raises(ValueError, match=named):

@@ -307,10 +307,10 @@ def test_a_full_disk_spares_the_earlier_checkpoint(
 
 def test_leftovers_of_this_checkpoint_alone_are_removed(tmp_path: Path) -> None:
     """A killed process leaves a temporary file; names with wildcards in them are taken literally."""
-    for name in ("run[1].npz", ".run[1].npz.abc.tmp", ".run1.npz.abc.tmp", ".run[1].npz.tmp.npz"):
+    for name in ("run[1].npz", ".run[1].npz.abc.unfinished", ".run1.npz.abc.unfinished", ".run[1].npz.tmp.npz"):
         (tmp_path / name).write_bytes(b"")
     checkpoint.remove_partial(tmp_path / "run[1].npz")
-    assert sorted(os.listdir(tmp_path)) == [".run1.npz.abc.tmp", ".run[1].npz.tmp.npz", "run[1].npz"]
+    assert sorted(os.listdir(tmp_path)) == [".run1.npz.abc.unfinished", ".run[1].npz.tmp.npz", "run[1].npz"]
 
 
 def test_layers_wrapped_for_recomputation_are_described(tmp_path: Path) -> None:

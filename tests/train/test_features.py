@@ -17,8 +17,8 @@ from small_nets import ThreeLayers
 from lance_ref import F, Tensor, calibrate, compress, datasets, fit, models, nn, tape, tune
 from lance_ref.datasets import Dataset
 from lance_ref.engine.state import state
+from lance_ref.io.whole_file import STALE_SECONDS
 from lance_ref.train import cache as training_cache
-from lance_ref.train import features_file
 from lance_ref.train.features import Features, Part, extract, frozen_stages, stages_of, tail
 from lance_ref.train.training import evaluate
 
@@ -269,13 +269,13 @@ def test_extract_leaves_the_net_as_it_was(capsys: pytest.CaptureFixture[str]) ->
 def writes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are written from now on."""
     written: list[Path] = []
-    replace = features_file._replace
+    replace = os.replace
 
-    def note(path: Path, write: Any) -> None:
+    def note(temporary: str, path: Path) -> None:
         written.append(path)
-        replace(path, write)
+        replace(temporary, path)
 
-    monkeypatch.setattr(features_file, "_replace", note)
+    monkeypatch.setattr(os, "replace", note)
     return written
 
 
@@ -388,11 +388,11 @@ def test_a_full_disk_leaves_nothing_and_no_state_behind(tmp_path: Path, monkeypa
 
 def test_what_a_dead_process_left_is_cleared(tmp_path: Path) -> None:
     """Unfinished files of this name, once they are old; a living process's is not touched, nor is another's."""
-    old, new = tmp_path / ".digits.npy.1.features.tmp", tmp_path / ".digits.npy.2.features.tmp"
-    other = tmp_path / ".other.npy.1.features.tmp"
+    old, new = (tmp_path / f".digits.npy.{digit * 12}.unfinished" for digit in "12")
+    other = tmp_path / f".other.npy.{'1' * 12}.unfinished"
     for file in (old, new, other):
         file.write_bytes(b"")
-    long_ago = time.time() - 2 * features_file.STALE_SECONDS
+    long_ago = time.time() - 2 * STALE_SECONDS
     for file in (old, other):
         os.utime(file, (long_ago, long_ago))
     extract(tuned(), digits(), path=tmp_path / "digits.npy")
@@ -404,19 +404,19 @@ def test_the_sidecar_never_outlives_its_file(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "digits.npy"
     extract(tuned(), digits(), path=path)
     old = json.loads(Path(f"{path}.json").read_text())
-    replace = features_file._replace
+    replace = os.replace
 
-    def die_at_the_second(target: Path, write: Any) -> None:
+    def die_at_the_second(temporary: str, target: Path) -> None:
         if target.suffix == ".json":
             raise KeyboardInterrupt
-        replace(target, write)
+        replace(temporary, target)
 
-    monkeypatch.setattr(features_file, "_replace", die_at_the_second)
+    monkeypatch.setattr(os, "replace", die_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         extract(other_weight(), digits(), path=path)
     assert path.exists()
     assert not Path(f"{path}.json").exists()
-    assert set(old) == {"fingerprint", "bytes", "modified_ns"}
+    assert set(old) == {"fingerprint", "blocks", "sha256"}
 
 
 def test_features_say_what_they_are() -> None:
@@ -425,3 +425,34 @@ def test_features_say_what_they_are() -> None:
     assert isinstance(features, Features)
     assert repr(features) == "Features('digits', 'train', 96 of 6x4x4 after stage 2)"
     assert len(features) == 96
+
+
+def test_no_flipped_bit_of_a_file_is_used(tmp_path: Path) -> None:
+    """A file that decayed on the disk is made anew, wherever the bit lies; in the description too."""
+    path = tmp_path / "digits.npy"
+    truth = np.array(extract(tuned(), digits(), path=path).arrays)
+    for file in (path, Path(f"{path}.json")):
+        whole, rng = file.read_bytes(), np.random.default_rng(0)
+        for _ in range(12):
+            damaged = bytearray(whole)
+            damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+            file.write_bytes(bytes(damaged))
+            assert np.array_equal(extract(tuned(), digits(), path=path).arrays, truth)
+
+
+def test_another_process_with_another_network_on_the_same_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is given is what this call computed, even if another process's file takes its place right away."""
+    path, replace = tmp_path / "digits.npy", os.replace
+    other = extract(other_weight(), digits(), path=tmp_path / "other.npy").arrays
+    truth = np.array(extract(tuned(), digits()).arrays)
+
+    def overtaken(temporary: str, target: Path) -> None:
+        replace(temporary, target)
+        if target.suffix == ".npy":
+            target.unlink()
+            target.write_bytes((tmp_path / "other.npy").read_bytes())
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    found = extract(tuned(), digits(), path=path).arrays
+    assert np.array_equal(found, truth)
+    assert not np.array_equal(found, other)

@@ -72,7 +72,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
     for where in moments:
         assert run_script(path, result, where) == -signal.SIGKILL, where
         assert not result.exists()
-    assert list(folders[1].glob(".*.tmp")), "it was not killed within a checkpoint"
+    assert list(folders[1].glob(".*.unfinished")), "it was not killed within a checkpoint"
     assert run_script(path, result) == 0
     assert_same_run(folders[0] / "run.npz", path)
     assert result.read_bytes() == (folders[0] / "result.json").read_bytes()

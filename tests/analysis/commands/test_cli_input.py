@@ -220,7 +220,7 @@ BAD = {
         ["--net", "resnet18", "--spectra", "nowhere.json"],
         "spectra file 'nowhere.json' (--spectra): No such",
     ),
-    "folder as spectra": (["--net", "resnet18", "--spectra", "."], "'.'"),
+    "folder as spectra": (["--net", "resnet18", "--spectra", "."], "spectra file .: is no ordinary file"),
     "no json": (["--net", "resnet18", "--spectra", "own_nets.py"], "own_nets.py"),
     "output into nowhere": (["--net", "resnet18", "--tune", "head", "--output", "no/such/x.json"], "no/such"),
     "output onto a folder": (["--net", "resnet18", "--tune", "head", "--output", "."], "folder"),

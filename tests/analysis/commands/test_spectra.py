@@ -17,6 +17,7 @@ from analysis.ranks.batch_law import batch_spectrum, fit_batch_law, rank_for_ene
 from analysis.ranks.choose import shipped_spectra
 from analysis.ranks.spectra_file import LayerSpectra, Spectra, load_spectra
 from lance_ref import datasets, models
+from lance_ref.io.whole_file import sealed
 
 # ---- ranks and the batch law ---------------------------------------------------------------
 
@@ -133,7 +134,7 @@ def _damage(change: Callable[[dict[str, Any]], object]) -> Callable[[str], bytes
     def apply(text: str) -> bytes:
         document = json.loads(text)
         change(document)
-        return json.dumps(document).encode()
+        return json.dumps(sealed(document)).encode()
 
     return apply
 
@@ -294,3 +295,29 @@ def test_another_batch_uses_the_law_and_says_so() -> None:
 def test_other_image_sizes_have_no_spectra() -> None:
     """Spectra of 224 pixels say nothing about 192: the assumption is stated instead."""
     assert cost("mobilenetv2", image_size=192).ranks_from.startswith("assumed")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_flipped_bit_gives_other_numbers(tmp_path: Path, seed: int) -> None:
+    """Of 200 flips each is refused in one line that names the file, or leaves the document as it was."""
+    path = tmp_path / "s.json"
+    small_spectra().save(path)
+    whole, rng = path.read_bytes(), np.random.default_rng(seed)
+    for _ in range(25):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bytes(damaged))
+        try:
+            read = load_spectra(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            assert "\n" not in str(error)
+        else:
+            assert json.loads(bytes(damaged)) == json.loads(whole)
+            assert read.net == "tiny"
+
+
+def test_a_device_is_not_read(capsys: pytest.CaptureFixture[str]) -> None:
+    """/dev/zero has no end: it is refused for what it is."""
+    with pytest.raises(ValueError, match="/dev/zero: is no ordinary file"):
+        load_spectra("/dev/zero")

@@ -20,6 +20,7 @@ from sweep_cells import read_log
 
 from analysis.commands import sweep
 from analysis.commands.sweep import run_cells
+from lance_ref.io.whole_file import sealed, write_json
 
 HERE = Path(__file__).parents[2] / "support"
 SQUARE, AWKWARD = "sweep_cells:square", "sweep_cells:awkward"
@@ -110,7 +111,7 @@ def test_what_is_from_the_folder_and_by_which_sources(
             del document["provenance"]["sources"]
         else:
             document["provenance"] = {"sources": "others"}
-        path.write_text(json.dumps(document))
+        write_json(path, document)
         os.utime(path, (0, 43_200))
     words = "made 1970-01-01 (1 by other sources than now, 1 by unknown sources; another folder runs them anew)"
     assert line([0, 1, 2, 3]) == f"sweep: 3 of 4 cells from {folder}, {words}"
@@ -119,18 +120,24 @@ def test_what_is_from_the_folder_and_by_which_sources(
     assert starts(log) == {"0": 1, "1": 1, "2": 1, "3": 1}, "nothing runs again by itself"
 
 
+def resealed(text: str) -> str:
+    """Another document with a checksum of its own."""
+    return json.dumps(sealed(json.loads(text)))
+
+
 @pytest.mark.usefixtures("inline")
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
         (lambda text: text[: len(text) // 2], ""),
         (lambda text: "", ""),
+        (lambda text: text.replace('"x": 5', '"x": 4'), "its checksum is not that of its contents"),
         (lambda text: "[" * 100_000, ""),
-        (lambda text: "[1]", "no finished cell"),
-        (lambda text: text.replace('"version": 1', '"version": 99'), "no finished cell"),
-        (lambda text: text.replace('"x": 5', '"x": 6'), "another cell"),
-        (lambda text: text.replace(SQUARE, AWKWARD), "another cell"),
-        (lambda text: text.replace('"result"', '"outcome"'), "no result"),
+        (lambda text: "[1]", "expected a JSON object"),
+        (lambda text: resealed(text.replace('"version": 1', '"version": 99')), "no finished cell"),
+        (lambda text: resealed(text.replace('"x": 5', '"x": 6')), "another cell"),
+        (lambda text: resealed(text.replace(SQUARE, AWKWARD)), "another cell"),
+        (lambda text: resealed(text.replace('"result"', '"outcome"')), "no result"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_not_trusted(

@@ -1,0 +1,166 @@
+"""Files that are there whole or not at all, and that say when a bit of them has changed.
+
+Every file of this project is written here: under a temporary name of its own in the same folder, brought to the disk,
+and moved into place. A reader never sees a part of a file, an error leaves the old one as it was, and two processes
+that write the same file do not meet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+STALE_SECONDS = 3600
+"""An unfinished file that nobody wrote to for so long was left by a process that is gone."""
+
+SEAL = "sha256"
+"""The entry of a JSON object that holds the checksum of the others."""
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A binary file to write to inside the ``with`` block, which becomes ``path`` at the end of it.
+
+    Unfinished files of the same name that killed processes left are removed. A device or a pipe is written to as it is.
+
+    Raises
+    ------
+    IsADirectoryError
+        If ``path`` is a folder.
+    OSError
+        If the file cannot be written; an earlier one is intact then, and no part of a new one is left.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder, expected the name of a file")
+    if target.exists() and not target.is_file():
+        with open(target, "wb") as stream:
+            yield stream
+        return
+    _remove_leftovers(target)
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.unfinished")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _remove_leftovers(target: Path) -> None:
+    ours = re.compile(re.escape(f".{target.name[:100]}.") + r"[0-9a-f]{12}\.unfinished")
+    with suppress(OSError):  # a folder that cannot be listed, or a file that another process finishes just now
+        for entry in os.scandir(target.parent):
+            if ours.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > STALE_SECONDS:
+                os.unlink(entry.path)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The same JSON object with a checksum of its entries.
+
+    >>> unsealed(sealed({"a": 1}), "x.json")
+    {'a': 1}
+    """
+    plain = {name: value for name, value in document.items() if name != SEAL}
+    return {**plain, SEAL: _digest(plain)}
+
+
+def unsealed(document: Any, where: str, mend: str = "delete it, and run again what wrote it") -> dict[str, Any]:
+    """A JSON object without its checksum, which is compared.
+
+    Parameters
+    ----------
+    document : object
+        What was read.
+    where : str
+        The file's name, for the error.
+    mend : str
+        What the reader can do about a damaged file.
+
+    Raises
+    ------
+    ValueError
+        If there is no checksum, or another one.
+    """
+    if not isinstance(document, dict):
+        raise ValueError(f"{where}: expected a JSON object")
+    if SEAL not in document:
+        raise ValueError(f"{where}: has no checksum ({SEAL!r}): it is damaged or of an earlier version; {mend}")
+    plain = {name: value for name, value in document.items() if name != SEAL}
+    if document[SEAL] != _digest(plain):
+        raise ValueError(f"{where}: its checksum is not that of its contents: the file is damaged; {mend}")
+    return plain
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
+    """Write a JSON object with its checksum, whole or not at all."""
+    write_text(path, json.dumps(sealed(document), indent=1) + "\n")
+
+
+def read_json(path: str | os.PathLike[str], most_bytes: int) -> dict[str, Any]:
+    """Read what :func:`write_json` wrote.
+
+    Parameters
+    ----------
+    path : path
+    most_bytes : int
+        The largest file that is read.
+
+    Raises
+    ------
+    ValueError
+        One line that names the file: no ordinary file, too large, no JSON object, or damaged.
+    OSError
+        If it cannot be read.
+    """
+    content = read_bytes(path, most_bytes)
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{os.fspath(path)}: is no JSON: {error}") from None
+    return unsealed(document, os.fspath(path))
+
+
+def read_bytes(path: str | os.PathLike[str], most_bytes: int) -> bytes:
+    """The contents of an ordinary file of at most that many bytes; sizes are compared before anything is read.
+
+    Raises
+    ------
+    ValueError
+        For a device, a pipe or a folder, and for a file that is larger.
+    OSError
+        If it cannot be read.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no ordinary file")
+    size = path.stat().st_size
+    if size > most_bytes:
+        raise ValueError(f"{path}: {size} bytes, expected at most {most_bytes}")
+    with open(path, "rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"{path}: more than {most_bytes} bytes")
+    return content

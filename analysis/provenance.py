@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -13,13 +14,27 @@ from typing import Any
 
 import analysis
 import lance_ref
+from lance_ref import kernels
 
-THREAD_SETTINGS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "LANCE_REF_THREADS")
+THREAD_SETTINGS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "LANCE_REF_THREADS")
 """Environment variables that decide how many threads the arithmetic uses."""
+
+BLAS_THREADS = (
+    "scipy_openblas_get_num_threads64_",
+    "scipy_openblas_get_num_threads",
+    "openblas_get_num_threads64_",
+    "openblas_get_num_threads",
+    "MKL_Get_Max_Threads",
+)
+"""Functions of the libraries that NumPy may be linked to, which say how many threads a matrix product takes."""
 
 
 def provenance(module: str, seed: int) -> dict[str, Any]:
     """What every results file carries.
+
+    ``threads`` has the settings of :data:`THREAD_SETTINGS` and, under ``used``, how many threads matrix products
+    (``blas``, None where the library cannot be asked) and compiled loops (``loops``) take in this process; files that
+    were written before lack ``used``. With other numbers the last bits of a result may be others.
 
     Parameters
     ----------
@@ -43,8 +58,26 @@ def provenance(module: str, seed: int) -> dict[str, Any]:
             "numba": numba.__version__,
         },
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
-        "threads": {name: os.environ.get(name, "default") for name in THREAD_SETTINGS},
+        "threads": {
+            **{name: os.environ.get(name, "default") for name in THREAD_SETTINGS},
+            "used": {"blas": blas_threads(), "loops": kernels._threads()},
+        },
     }
+
+
+def blas_threads() -> int | None:
+    """How many threads NumPy's matrix products take in this process; None where the library cannot be asked."""
+    from numpy._core import _multiarray_umath
+
+    try:
+        linked = ctypes.CDLL(_multiarray_umath.__file__)  # its symbols, and those of what it is linked to
+    except OSError:
+        return None
+    for name in BLAS_THREADS:
+        function = getattr(linked, name, None)
+        if function is not None:
+            return int(function())
+    return None
 
 
 @cache

@@ -185,6 +185,24 @@ def test_what_is_multiplied_is_calibration() -> None:
     assert counter.by_kind()["grad_weight"] == 0
 
 
+def test_only_chosen_layers_are_differentiated() -> None:
+    """The others compute no weight gradient, and no activation store of theirs is asked for one."""
+    net = Net()
+    stem: Any = net.stem
+    before, asked = type(EXACT).weight_gradient, []
+
+    def noted(store: Any, saved: Any, grad_output: np.ndarray, geometry: Any) -> np.ndarray:
+        asked.append(geometry)
+        return before(store, saved, grad_output, geometry)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(EXACT), "weight_gradient", noted)
+        samples = sample_gradients(net, pairs(1), layers=["conv"])
+    assert list(samples) == ["conv"]
+    assert asked == []
+    assert stem.weight.requires_grad
+
+
 def test_wrong_arguments_are_named() -> None:
     """No batches, no pair, no such layer, a layer that the loss does not depend on."""
     net = Net()

@@ -286,6 +286,48 @@ def test_papers_order_never_holds_the_whole_reconstruction(monkeypatch: pytest.M
     assert largest == 1
 
 
+def test_the_separable_order_keeps_within_its_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small workspace no product sees more output channels than fit, and all of them are seen once."""
+    g = ConvGeometry((4, 6, 9, 9), (12, 2, 3, 3), groups=3)
+    x, _, grad_output = arrays(g, 0)
+    store = random_store(g.input_shape, (2, None, 2, 2), "separable")
+    core, seen, original = store.save(x)["core"], [], projection.multi_mode_product
+    expected = projection.separable_order(core, store.factors, grad_output, g)
+
+    def watched(tensor: np.ndarray, matrices: Any) -> np.ndarray:
+        seen.append(tensor.shape[1])
+        return original(tensor, matrices)
+
+    monkeypatch.setattr(projection, "multi_mode_product", watched)
+    monkeypatch.setattr(projection, "CONTRACTION_BYTES", 1)
+    found = projection.separable_order(core, store.factors, grad_output, g)
+    assert seen == [4, 4, 4]
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(data=st.data(), g=conv_geometries(), bound=st.sampled_from([1, 20, 2**22]))
+def test_nothing_is_put_back_beyond_a_quarter_of_the_activation(data: Any, g: ConvGeometry, bound: int) -> None:
+    """However many multiply-adds it would save: what LANCE is for is memory."""
+    ranks = [r or n for r, n in zip(data.draw(ranks_for(g.input_shape)), g.input_shape, strict=True)]
+    factors = Subspace.random(g.input_shape, tuple(ranks), np.random.default_rng(0)).factors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(projection, "EXPANDED_ELEMENTS", bound)
+        _, expanded = projection.cheapest_order(tuple(ranks), factors, g)
+    put_back = np.prod([n if mode in expanded else r for mode, (n, r) in enumerate(zip(g.input_shape, ranks))])  # noqa: B905
+    assert not expanded or put_back <= min(bound, np.prod(g.input_shape) / 4)
+
+
+@pytest.mark.parametrize(("m", "macs"), [(2, 2 * 3 * 7 + 2 * 5 * 7), (20, 20 * 5 * 3 + 5 * 3 * 7)])
+def test_the_order_of_a_linear_layer_by_hand(m: int, macs: int) -> None:
+    """(O, I, r) = (5, 7, 3): two rows are put back to all features first, twenty are multiplied with G first."""
+    rng = np.random.default_rng(0)
+    Z, S, U = rng.standard_normal((m, 5)), rng.standard_normal((m, 3)), rng.standard_normal((7, 3))
+    with count_macs() as counter:
+        found = projection.contract_features(Z, S, U)
+    np.testing.assert_allclose(found, np.einsum("mo,mr,ir->oi", Z, S, U), rtol=1e-12, atol=1e-12)
+    assert sum(counter.macs.values()) == macs
+
+
 @pytest.mark.parametrize("fault", ["drop a factor", "transpose a factor", "forget the padding", "flip a sign"])
 def test_planted_faults_are_caught(fault: str) -> None:
     """The comparison with backpropagation at full rank fails as soon as the arithmetic is wrong."""

@@ -165,6 +165,19 @@ def test_an_error_of_the_loops_is_no_error_of_the_cache(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ""
 
 
+@needs_numba
+def test_a_wrong_setting_of_numbas_cache_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no missing cache, and must not pass for one."""
+    from numba.core import caching
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("Unknown cache locator class: 'nonsense'")
+
+    monkeypatch.setattr(caching.CacheImpl, "__init__", refuse)
+    with pytest.raises(RuntimeError, match="nonsense"):
+        kernels.Loops(lambda start, stop: None).run(1, 1)
+
+
 def test_results_say_with_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings as they are, and what is in use, which a setting made too late does not change."""
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")

@@ -117,6 +117,14 @@ def test_epsilon_one_loses_nothing(samples: dict[str, list[LayerSample]]) -> Non
         assert option.perplexity <= 1e-12 * scale
 
 
+def test_threshold_one_leaves_modes_alone_that_have_fewer_directions() -> None:
+    """A dead channel lowers the rank of the HOSVD, but the threshold 1 means: nothing is decomposed."""
+    x = np.random.default_rng(0).standard_normal((4, 3, 5))
+    x[:, 1] = 0
+    sample = LayerSample(x, np.ones((4, 3, 2)), LinearGeometry((4, 3, 5), (2, 5)))
+    assert rank_options("dead", [sample], (1.0,))[0].ranks == (None,) * 3
+
+
 def test_bytes_by_hand() -> None:
     """A 4×3 activation of one direction: core 1, factors 4 + 3, in float64; twice for a layer called twice."""
     g = LinearGeometry((4, 3), (2, 3))

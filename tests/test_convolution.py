@@ -232,3 +232,15 @@ def test_the_workspace_is_kept(g: ConvGeometry, bytes_: int, places: int) -> Non
         assert n == 1 or (l == H_out and H_out * W_out < places)
         seen += list(itertools.product(range(images.start, images.stop), range(rows.start, rows.stop)))
     assert seen == list(itertools.product(range(g.input_shape[0]), range(H_out)))
+
+
+def test_which_convolutions_are_depthwise_or_pointwise() -> None:
+    """Depthwise are several groups of one input channel; pointwise is a plain 1×1 kernel, nothing else."""
+    assert ConvGeometry((2, 4, 5, 5), (8, 1, 3, 3), groups=4).is_depthwise
+    assert not ConvGeometry((2, 1, 5, 5), (8, 1, 3, 3)).is_depthwise
+    assert not ConvGeometry((2, 4, 5, 5), (8, 2, 3, 3), groups=2).is_depthwise
+    assert ConvGeometry((2, 4, 5, 5), (8, 4, 1, 1)).is_pointwise
+    assert not ConvGeometry((2, 4, 5, 5), (8, 4, 1, 1), (2, 1)).is_pointwise
+    assert not ConvGeometry((2, 4, 5, 5), (8, 4, 1, 1), padding=((0, 0), (0, 1))).is_pointwise
+    assert not ConvGeometry((2, 4, 5, 5), (8, 2, 1, 1), groups=2).is_pointwise
+    assert not ConvGeometry((2, 4, 5, 5), (8, 4, 1, 2)).is_pointwise

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lance_ref import nn
 from lance_ref.counting import count_macs, eigh_macs, matmul, qr_macs, spending_on, tensordot
 
 
@@ -109,3 +110,12 @@ def test_nominal_work_by_hand() -> None:
     """9 n³ FLOPs of an eigendecomposition; 4 n r² − 4/3 r³ of a QR with its Q, halved."""
     assert eigh_macs(4) == 9 * 64 // 2 == 288
     assert qr_macs(5, 3) == (6 * 5 * 9 - 2 * 27) // 3 == 72
+
+
+def test_layers_are_summed_by_kind() -> None:
+    """Two layers of one kind: 24 and 16, each under its own path, 40 together."""
+    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False))
+    with count_macs() as counter:
+        net(A)
+    assert [counter.by_layer(path)["forward"] for path in ("0", "1")] == [2 * 3 * 4, 2 * 4 * 2]
+    assert counter.by_kind()["forward"] == 40

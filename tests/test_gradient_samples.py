@@ -9,7 +9,7 @@ import pytest
 
 import lance_ref as lr
 from lance_ref import F, Tensor, nn
-from lance_ref.activations import EXACT, Asi, Hosvd
+from lance_ref.activations import EXACT, Asi, GradientFilter, Hosvd
 from lance_ref.geometry import ConvGeometry, LinearGeometry
 from lance_ref.gradient_samples import LayerSample, sample_gradients
 
@@ -183,6 +183,15 @@ def test_what_is_multiplied_is_calibration() -> None:
     assert counter.by_kind()["forward"] == 0
     assert counter.by_kind()["calibration"] > 0
     assert counter.by_kind()["grad_weight"] == 0
+
+
+def test_stores_between_a_layer_and_the_loss_change_nothing() -> None:
+    """A gradient filter on a later layer coarsens what it hands back; the samples are those of the exact step."""
+    net = Net()
+    (plain,) = sample_gradients(net, pairs(1), layers=["stem"])["stem"]
+    net.conv.store = GradientFilter(2)
+    (found,) = sample_gradients(net, pairs(1), layers=["stem"])["stem"]
+    np.testing.assert_array_equal(found.grad_output, plain.grad_output)
 
 
 def test_only_chosen_layers_are_differentiated() -> None:

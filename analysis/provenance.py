@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
 import os
 import platform
 import shlex
@@ -67,11 +68,10 @@ def provenance(module: str, seed: int) -> dict[str, Any]:
 
 def blas_threads() -> int | None:
     """How many threads NumPy's matrix products take in this process; None where the library cannot be asked."""
-    from numpy._core import _multiarray_umath
-
     try:
-        linked = ctypes.CDLL(_multiarray_umath.__file__)  # its symbols, and those of what it is linked to
-    except OSError:
+        products = importlib.import_module("numpy._core._multiarray_umath")
+        linked = ctypes.CDLL(products.__file__)  # its symbols, and those of what it is linked to
+    except (ImportError, OSError):
         return None
     for name in BLAS_THREADS:
         function = getattr(linked, name, None)

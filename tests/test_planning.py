@@ -267,3 +267,17 @@ def test_the_loss_of_an_untrained_centred_layer(modes: tuple[str, ...]) -> None:
         assert mean is not None
         assert np.abs(mean).max() > 0.01
         assert_allclose(found, [np.mean(whole)], rtol=1e-5)
+
+
+def test_thresholds_and_greedy_steps_are_candidates() -> None:
+    """The ranks of any one threshold, so that a plan is never worse than it, and what is best per byte."""
+    calibration, _ = measured(MODES[0])
+    for path in calibration:
+        layer = layer_of(calibration, path)
+        candidates = layer.candidates(10**9)
+        for epsilon in np.linspace(0.02, 1.0, 50):
+            ranks = uniform_ranks(calibration, float(epsilon))[path]
+            full = [U.shape[1] for U in bases(calibration, path)]
+            assert tuple(n if r is None else r for r, n in zip(ranks, full, strict=True)) in candidates
+        assert set(layer._greedy()) <= set(candidates)
+        assert candidates[0] is None

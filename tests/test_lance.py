@@ -88,6 +88,10 @@ def test_output_channels_at_a_time_are_whole_groups() -> None:
         for limit, expected in ((1, 8), (10**6, 32)):  # a slice of G and the product after it: 5,184 + 2,592 numbers
             patch.setattr(projection, "CONTRACTION_BYTES", limit)
             assert projection.channels_at_a_time(g, g.output_shape, ranks, 4) == expected
+        # 16 numbers of G, then 24, then Z of 36, which is laid out once more: 72 at a time
+        patch.setattr(projection, "CONTRACTION_BYTES", 4 * 72 * 5)
+        wide = ConvGeometry((1, 3, 6, 6), (8, 3, 3, 3))
+        assert projection.channels_at_a_time(wide, (1, 8, 4, 4), (None, None, 6, 6), 4) == 5
 
 
 @given(data=st.data(), g=layers, seed=st.integers(0, 99))
@@ -245,6 +249,26 @@ def test_auto_runs_the_cheapest_order(data: Any, g: ConvGeometry, seed: int) -> 
         if small and all(ranks[mode] is not None for mode in expanded):
             counts[str(expanded)] = tucker_costs.conv_separable_macs(sizes_of(g), ranks, expanded, one_product=True)
     assert counts["auto"] == min(counts.values())
+
+
+@pytest.mark.parametrize(("x", "weight", "groups", "ranks", "order", "expanded"), [
+    ((1, 8, 12, 3), (24, 2, 3, 2), 4, (None, 2, 1, 1), "separable", (1,)),  # no batch to put back, but channels
+    ((1, 6, 12, 9), (5, 6, 3, 1), 1, (1, None, 6, 7), "separable", ()),  # (0,) would be cheaper, and too large
+    ((1, 4, 3, 4), (3, 4, 1, 3), 1, (1, 4, 2, 2), "papers", ()),
+    ((3, 24, 6, 3), (16, 6, 1, 1), 4, (2, 22, 4, 2), "separable", ()),
+    ((8, 20, 9, 12), (12, 5, 1, 2), 4, (4, 10, 1, 5), "separable", ()),
+    ((7, 16, 9, 10), (8, 8, 2, 3), 2, (1, 7, 3, 1), "separable", (1,)),
+    ((5, 7, 11, 12), (1, 7, 1, 1), 1, (4, 1, 10, 12), "separable", ()),
+])  # fmt: skip
+def test_the_cheapest_order_of_awkward_sizes(
+    x: Any, weight: Any, groups: int, ranks: Any, order: str, expanded: tuple[int, ...]
+) -> None:
+    """Sizes at which a product that is forgotten in one of the sums, or a bound, would change the choice."""
+    g = ConvGeometry(x, weight, groups=groups)
+    factors = Subspace.random(x, ranks, np.random.default_rng(0)).factors
+    core = tuple(n if r is None else r for n, r in zip(x, ranks, strict=True))
+    assert projection.cheapest_order(core, factors, g) == (order, expanded)
+    assert tucker_costs.conv_cheapest(sizes_of(g), ranks)[1:] == (order, expanded)
 
 
 def test_a_depthwise_layer_at_quarter_ranks_puts_batch_and_channels_back() -> None:

@@ -240,6 +240,7 @@ def test_every_rank_of_a_wide_feature_mode_is_a_candidate() -> None:
     """Where only the feature mode is compressed nothing is skipped, also beyond rank 48."""
     x = np.random.default_rng(0).standard_normal((90, 60)).astype(np.float32)
     calibration = calibrate(nn.Sequential(nn.Linear(60, 4, rng=0)), [x], layers=["0"], modes=["feature"])
+    assert list(layer_of(calibration, "0")._greedy()) == [(None, r) for r in range(1, 61)]
     candidates = layer_of(calibration, "0").candidates(10**9)
     assert set(candidates) == {None, *((None, r) for r in range(1, 61))}
 

@@ -117,12 +117,12 @@ def test_epsilon_one_loses_nothing(samples: dict[str, list[LayerSample]]) -> Non
         assert option.perplexity <= 1e-12 * scale
 
 
-def test_threshold_one_leaves_modes_alone_that_have_fewer_directions() -> None:
-    """A dead channel lowers the rank of the HOSVD, but the threshold 1 means: nothing is decomposed."""
-    x = np.random.default_rng(0).standard_normal((4, 3, 5))
-    x[:, 1] = 0
-    sample = LayerSample(x, np.ones((4, 3, 2)), LinearGeometry((4, 3, 5), (2, 5)))
-    assert rank_options("dead", [sample], (1.0,))[0].ranks == (None,) * 3
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_threshold_one_decomposes_nothing(scale: float) -> None:
+    """Nine features of four rows have four directions at most, zeros none: threshold 1 leaves them alone all the same."""
+    x = scale * np.random.default_rng(0).standard_normal((2, 2, 9))
+    sample = LayerSample(x, np.ones((2, 2, 3)), LinearGeometry((2, 2, 9), (3, 9)))
+    assert rank_options("wide", [sample], (1.0,))[0].ranks == (None,) * 3
 
 
 def test_bytes_by_hand() -> None:

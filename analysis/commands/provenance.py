@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import importlib
 import os
 import platform
 import shlex
@@ -13,14 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import lance_ref
+from lance_ref.algebra.kernels import threads as kernels
 
 PACKAGES = ("lance_ref", "analysis", "experiments")
-THREAD_SETTINGS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "LANCE_REF_THREADS")
+
+THREAD_SETTINGS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "LANCE_REF_THREADS")
 """Environment variables that decide how many threads the arithmetic uses."""
+
+BLAS_THREADS = (
+    "scipy_openblas_get_num_threads64_",
+    "scipy_openblas_get_num_threads",
+    "openblas_get_num_threads64_",
+    "openblas_get_num_threads",
+    "MKL_Get_Max_Threads",
+)
+"""Functions of the libraries that NumPy may be linked to, which say how many threads a matrix product takes."""
 
 
 def provenance(module: str, seed: int) -> dict[str, Any]:
     """What every results file carries.
+
+    ``threads`` has the settings of :data:`THREAD_SETTINGS` and, under ``used``, how many threads matrix products
+    (``blas``, None where the library cannot be asked) and compiled loops (``loops``) take in this process; files that
+    were written before lack ``used``. With other numbers the last bits of a result may be others.
 
     Parameters
     ----------
@@ -44,8 +61,25 @@ def provenance(module: str, seed: int) -> dict[str, Any]:
             "numba": numba.__version__,
         },
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
-        "threads": {name: os.environ.get(name, "default") for name in THREAD_SETTINGS},
+        "threads": {
+            **{name: os.environ.get(name, "default") for name in THREAD_SETTINGS},
+            "used": {"blas": blas_threads(), "loops": kernels._threads()},
+        },
     }
+
+
+def blas_threads() -> int | None:
+    """How many threads NumPy's matrix products take in this process; None where the library cannot be asked."""
+    try:
+        products = importlib.import_module("numpy._core._multiarray_umath")
+        linked = ctypes.CDLL(products.__file__)  # its symbols, and those of what it is linked to
+    except (ImportError, OSError):
+        return None
+    for name in BLAS_THREADS:
+        function = getattr(linked, name, None)
+        if function is not None:
+            return int(function())
+    return None
 
 
 @cache

@@ -77,7 +77,7 @@ class ConvGeometry:
 
     @property
     def is_depthwise(self) -> bool:
-        """Whether each output channel looks at one input channel only."""
+        """Whether each output channel looks at one of several input channels only."""
         return self.weight_shape[1] == 1 and self.groups > 1
 
     @property

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -13,12 +16,13 @@ from hypothesis import strategies as st
 from strategies import arrays, conv_geometries
 
 from lance_ref import Subspace, count_macs
-from lance_ref.algebra import projection
-from lance_ref.algebra.geometry import ConvGeometry
-from lance_ref.algebra.kernels import depthwise as kernels_depthwise
-from lance_ref.algebra.kernels import elementwise
 from lance_ref.algebra.kernels import threads as kernels
+from lance_ref.algebra.kernels import columns as kernels_columns
+from lance_ref.algebra.kernels import depthwise as kernels_depthwise
+from lance_ref.algebra import projection
+from lance_ref.algebra.kernels import elementwise
 from lance_ref.stores import Lance
+from lance_ref.algebra.geometry import ConvGeometry
 
 needs_numba = pytest.mark.skipif(not kernels.numba_enabled(), reason="Numba is switched off or not installed")
 
@@ -27,7 +31,7 @@ def both(call: Any) -> tuple[Any, Any]:
     """The compiled result and the twin's."""
     compiled = call()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (kernels, kernels_depthwise, elementwise):
+        for module in (kernels, kernels_columns, kernels_depthwise, elementwise):
             patch.setattr(module, "numba_enabled", lambda: False)
         return compiled, call()
 
@@ -228,3 +232,129 @@ def test_scale_and_shift_equals_its_twin(shape: list[int], double: bool, swapped
     compiled, twin = both(lambda: elementwise.scale_and_shift(x, scale, shift))
     assert compiled.dtype == twin.dtype == x.dtype
     np.testing.assert_allclose(compiled, twin, rtol=1e-5, atol=1e-6)
+
+
+@needs_numba
+@pytest.mark.parametrize("parts", [2, 3, 5])
+@pytest.mark.parametrize("g", [
+    ConvGeometry((3, 11, 6, 5), (11, 1, 3, 2), (2, 1), ((1, 0), (0, 2)), (1, 2), groups=11),
+    ConvGeometry((2, 5, 6, 5), (10, 1, 2, 3), (1, 2), ((1, 1), (2, 0)), groups=5),
+    ConvGeometry((2, 9, 3, 31), (9, 1, 3, 3), groups=9),
+], ids=["along the channels", "multiplier 2", "wide map"])  # fmt: skip
+def test_threads_share_the_depthwise_loops(parts: int, g: ConvGeometry) -> None:
+    """Every thread reads and writes its own channels: the same bits as one thread, and the twin's numbers."""
+    x, weight, grad_output = arrays(g, 0)
+    ranks = (None, None, 2, 3)
+    store = Lance(Subspace.random(g.input_shape, ranks, np.random.default_rng(0)), dtype=np.float64)
+    core = store.save(x)["core"]
+    for call in (
+        lambda: g.forward(x, weight),
+        lambda: g.input_gradient(weight, grad_output),
+        lambda: g.weight_gradient(x, grad_output),
+        lambda: projection.separable_order(core, store.factors, grad_output, g),
+    ):
+        alone, twin = both(call)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "_threads", lambda: parts)
+            patch.setattr(kernels, "SERIAL_ELEMENTS", 0)
+            patch.setattr(kernels_depthwise, "LANES", 2)
+            shared = call()
+        np.testing.assert_array_equal(shared, alone)
+        np.testing.assert_allclose(shared, twin, rtol=1e-12, atol=1e-12)
+
+
+@needs_numba
+@pytest.mark.parametrize(("work", "planes", "calls"), [
+    (kernels.SERIAL_ELEMENTS, 9, [(0, 9)]),
+    (kernels.SERIAL_ELEMENTS + 1, 9, [(0, 2), (2, 4), (4, 6), (6, 9)]),
+    (kernels.SERIAL_ELEMENTS + 1, 3, [(0, 1), (1, 2), (2, 3)]),
+])  # fmt: skip
+def test_only_large_work_is_shared_out(work: int, planes: int, calls: list[Any], monkeypatch: Any) -> None:
+    """Small work stays in the calling thread; no thread is woken without a plane."""
+    monkeypatch.setattr(kernels, "_threads", lambda: 4)
+    seen: list[tuple[int, int]] = []
+    loops = kernels.Loops(lambda start, stop: None)
+    loops.compiled = lambda start, stop: seen.append((start, stop))
+    loops.run(planes, work)
+    assert sorted(seen) == calls
+
+
+def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what a thread does is done when ``run`` returns."""
+    monkeypatch.setattr(kernels, "_threads", lambda: 2)
+    done = []
+
+    def late(start: int, stop: int) -> None:
+        if start:
+            time.sleep(0.2)
+            done.append(start)
+            raise ZeroDivisionError
+
+    loops = kernels.Loops(late)
+    loops.compiled = late
+    with pytest.raises(ZeroDivisionError):
+        loops.run(2, 1 << 20)
+    assert done == [1]
+
+
+def test_the_switch_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 takes the compiled loops where Numba is installed, 0 the twins, everywhere."""
+    found = importlib.util.find_spec("numba") is not None
+    for setting, expected in (("1", found), ("0", False)):
+        monkeypatch.setenv("LANCE_REF_NUMBA", setting)
+        assert kernels.numba_enabled.__wrapped__() is expected
+    monkeypatch.setattr(kernels.Loops, "run", lambda *arguments: pytest.fail("a compiled loop"))
+    for module in (kernels, kernels_columns, kernels_depthwise, elementwise):
+        monkeypatch.setattr(module, "numba_enabled", lambda: False)
+    for g in (ConvGeometry((2, 9, 6, 5), (9, 1, 3, 2), groups=9), ConvGeometry((2, 3, 6, 5), (4, 3, 3, 2))):
+        x, weight, grad_output = arrays(g, 0)
+        store = Lance(Subspace.random(g.input_shape, (None, None, 2, 2), np.random.default_rng(0)), dtype=np.float64)
+        g.forward(x, weight), g.input_gradient(weight, grad_output), g.weight_gradient(x, grad_output)
+        store.weight_gradient(store.save(x), grad_output, g)
+    kernels.offsets_first(np.ones((2,) * 6))
+    elementwise.apply_mask(np.packbits(np.ones(8, bool)), np.ones(8))
+    elementwise.scale_and_shift(np.ones((2, 3, 4, 4)), np.ones(3), np.ones(3))
+    _, argmax = elementwise.max_pool_forward(np.ones((1, 1, 4, 4)), (2, 2), (2, 2), (0, 0))
+    elementwise.max_pool_backward(argmax, np.ones((1, 1, 2, 2)), (1, 1, 4, 4), (2, 2), (2, 2), (0, 0))
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "two"])
+def test_a_wrong_number_of_threads_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LANCE_REF_THREADS takes a positive integer and says so; unset, it is the processors of this process."""
+    monkeypatch.setenv("LANCE_REF_THREADS", value)
+    with pytest.raises(ValueError, match=r"LANCE_REF_THREADS.*positive integer"):
+        kernels._threads.__wrapped__()
+    for setting, expected in (("3", 3), ("1", 1), ("", len(os.sched_getaffinity(0)))):
+        monkeypatch.setenv("LANCE_REF_THREADS", setting)
+        assert kernels._threads.__wrapped__() == expected
+
+
+def test_which_maps_run_along_the_channels() -> None:
+    """Eight channels and more, of one output each, on maps of up to 28 columns."""
+    assert kernels_depthwise._along_channels(8, 8, 28)
+    assert not kernels_depthwise._along_channels(7, 7, 28)
+    assert not kernels_depthwise._along_channels(8, 8, 29)
+    assert not kernels_depthwise._along_channels(8, 16, 5)
+
+
+@pytest.mark.parametrize("together", [8, 16, 48])
+def test_blocks_of_masks_change_nothing(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits that are packed some at a time are those packed at once, and so are the clamped values."""
+    x = np.random.default_rng(0).standard_normal(53) * 5
+    whole = elementwise.clamp_and_pack(x, 6.0)
+    monkeypatch.setattr(elementwise, "PACKED_TOGETHER", together)
+    for block, expected in zip(elementwise.clamp_and_pack(x, 6.0), whole, strict=True):
+        np.testing.assert_array_equal(block, expected)
+    np.testing.assert_array_equal(elementwise.pack_blocks(lambda x: x < 1, x), np.packbits(x < 1))
+
+
+@needs_numba
+def test_windows_of_minus_infinity() -> None:
+    """Where nothing is above the padding, the first place inside the image is taken, and gets the gradient."""
+    x = np.full((1, 2, 3, 4), -np.inf)
+    pooled = both(lambda: elementwise.max_pool_forward(x, (3, 3), (2, 2), (1, 1)))
+    for out, argmax in pooled:
+        np.testing.assert_array_equal(out, np.full((1, 2, 2, 2), -np.inf))
+        np.testing.assert_array_equal(argmax[0, 0], [[4, 3], [1, 0]])
+        grad = elementwise.max_pool_backward(argmax, np.ones(out.shape), x.shape, (3, 3), (2, 2), (1, 1))
+        assert grad.sum() == out.size

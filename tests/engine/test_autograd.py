@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -367,3 +367,87 @@ def test_no_grad_holds_for_its_own_thread() -> None:
     assert (x * 2).requires_grad
     leave.set()
     thread.join()
+
+
+class Twice(Function):
+    """Two inputs that get one array as their gradient, which the function has made."""
+
+    op = "twice"
+    made: ClassVar[list[np.ndarray]] = []
+
+    @staticmethod
+    def output_shape(*inputs: Tensor) -> Shape:
+        return inputs[-1].shape
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: np.ndarray) -> np.ndarray:
+        return sum(x for x in inputs if x.dtype.kind == "f")
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: np.ndarray) -> tuple[np.ndarray, ...]:
+        grad = grad_output * 1
+        Twice.made.append(grad)
+        return (grad,) * len(ctx.needs_input_grad)
+
+
+def test_leaves_that_get_one_array_do_not_share_it() -> None:
+    """Clipping the gradient of one in place must not change the other's."""
+    x, y = leaf(1.0, 2.0), leaf(3.0, 4.0)
+    Twice.apply(x, y).backward(np.array([1.0, 2.0]))
+    assert x.grad is not None
+    assert y.grad is not None
+    x.grad *= 0
+    np.testing.assert_array_equal(y.grad, [1, 2])
+
+
+@pytest.mark.parametrize("function", [Twice.apply, F.add])
+def test_results_that_get_one_array_do_not_add_into_it(function: Any) -> None:
+    """Where a second gradient arrives at one of them, the other's must stay: d/dx (2x + 3x + 5·2x) = 15."""
+    x = leaf(1.0, 2.0)
+    once, more = x * 2, x * 3
+    function(function(once, more), once * 5).backward(np.ones(2))
+    np.testing.assert_array_equal(x.grad, [15, 15])
+
+
+def test_a_gradient_of_ones_own_is_not_copied() -> None:
+    """A leaf keeps the array that was made for it alone: a copy would double what a step takes."""
+    x = leaf(1.0, 2.0)
+    Twice.apply(x).backward(np.ones(2))
+    assert x.grad is Twice.made[-1]
+
+
+def test_a_gradient_that_was_taken_is_not_changed() -> None:
+    """Who kept ``.grad`` of the first backward pass still has it after the second."""
+    x = leaf(1.0, 2.0)
+    (x * 3).sum().backward()
+    first = x.grad
+    (x * 3).sum().backward()
+    np.testing.assert_array_equal(first, [3, 3])
+    np.testing.assert_array_equal(x.grad, [6, 6])
+
+
+def test_a_view_changes_with_its_base() -> None:
+    """A reshaped tensor that was saved is the base's own buffer: a write to the base is noticed."""
+    x, weight = Tensor(np.array([1.0, 2.0])), leaf(3.0, 4.0)
+    product = x.reshape(2) * weight
+    x[0] = 7
+    with pytest.raises(RuntimeError, match="changed after the forward pass"):
+        product.sum().backward()
+
+
+def test_no_grad_in_no_grad() -> None:
+    """The end of the inner one is not the end of the outer one."""
+    x = leaf(1.0)
+    with no_grad():
+        with no_grad():
+            pass
+        assert not (x * 2).requires_grad
+    assert (x * 2).requires_grad
+
+
+def test_integers_before_floats() -> None:
+    """Labels have no say in the dtype, wherever they stand; two floating dtypes are refused."""
+    labels, x = Tensor(np.array([1, 2])), leaf(1.0, 2.0)
+    assert Twice.apply(labels, x).dtype == np.float64
+    with pytest.raises(TypeError, match="expected one floating dtype"):
+        Twice.apply(labels, x, Tensor(np.ones(2, np.float32)))

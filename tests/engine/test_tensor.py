@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -129,3 +131,14 @@ def test_methods_are_functions(method: Any, function: Any) -> None:
     """Each method hands its arguments on in the right order."""
     x = Tensor(np.arange(1.0, 7).reshape(2, 3))
     np.testing.assert_array_equal(method(x).data, function(x).data)
+
+
+def test_the_number_of_a_copy() -> None:
+    """A shallow copy is the same tensor at the same place of the tape; deep and pickled copies are others."""
+    x = Tensor(np.ones(2), requires_grad=True)
+    shallow = copy.copy(x)
+    assert (shallow.uid, shallow.data is x.data) == (x.uid, True)
+    for other in (copy.deepcopy(x), pickle.loads(pickle.dumps(x))):
+        assert other.uid not in (x.uid, shallow.uid)
+        assert not np.shares_memory(other.data, x.data)
+        assert other.requires_grad

@@ -214,3 +214,34 @@ def test_linear_takes_any_number_of_leading_axes() -> None:
         g = LinearGeometry(shape, weight.shape)
         np.testing.assert_allclose(F.linear(x, Tensor(weight)).data, x @ weight.T)
         assert g.output_shape == (*shape[:-1], 4)
+
+
+@given(g=conv_geometries(), bytes_=st.integers(1, 4000), places=st.sampled_from([1, 8, 512]))
+def test_the_workspace_is_kept(g: ConvGeometry, bytes_: int, places: int) -> None:
+    """Every output row of every image once; columns within the workspace but for a single row; images of many
+    places one by one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(geometry, "WORKSPACE_BYTES", bytes_)
+        patch.setattr(geometry, "MANY_PLACES", places)
+        blocks = list(g._blocks(4))
+    H_out, W_out = g.output_size
+    seen = []
+    for images, rows in blocks:
+        n, l = images.stop - images.start, rows.stop - rows.start  # noqa: E741
+        columns = 4 * n * l * W_out * g.groups * int(np.prod(g.weight_shape[1:]))
+        assert columns <= bytes_ or (n, l) == (1, 1)
+        assert n == 1 or (l == H_out and H_out * W_out < places)
+        seen += list(itertools.product(range(images.start, images.stop), range(rows.start, rows.stop)))
+    assert seen == list(itertools.product(range(g.input_shape[0]), range(H_out)))
+
+
+def test_which_convolutions_are_depthwise_or_pointwise() -> None:
+    """Depthwise are several groups of one input channel; pointwise is a plain 1×1 kernel, nothing else."""
+    assert ConvGeometry((2, 4, 5, 5), (8, 1, 3, 3), groups=4).is_depthwise
+    assert not ConvGeometry((2, 1, 5, 5), (8, 1, 3, 3)).is_depthwise
+    assert not ConvGeometry((2, 4, 5, 5), (8, 2, 3, 3), groups=2).is_depthwise
+    assert ConvGeometry((2, 4, 5, 5), (8, 4, 1, 1)).is_pointwise
+    assert not ConvGeometry((2, 4, 5, 5), (8, 4, 1, 1), (2, 1)).is_pointwise
+    assert not ConvGeometry((2, 4, 5, 5), (8, 4, 1, 1), padding=((0, 0), (0, 1))).is_pointwise
+    assert not ConvGeometry((2, 4, 5, 5), (8, 2, 1, 1), groups=2).is_pointwise
+    assert not ConvGeometry((2, 4, 5, 5), (8, 4, 1, 2)).is_pointwise

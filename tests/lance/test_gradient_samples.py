@@ -9,9 +9,9 @@ import pytest
 
 import lance_ref as lr
 from lance_ref import F, Tensor, nn
+from lance_ref.stores import EXACT, Asi, GradientFilter, Hosvd
 from lance_ref.algebra.geometry import ConvGeometry, LinearGeometry
 from lance_ref.lance.gradient_samples import LayerSample, sample_gradients
-from lance_ref.stores import EXACT, Asi, Hosvd
 
 
 class Net(nn.Module):
@@ -183,6 +183,33 @@ def test_what_is_multiplied_is_calibration() -> None:
     assert counter.by_kind()["forward"] == 0
     assert counter.by_kind()["calibration"] > 0
     assert counter.by_kind()["grad_weight"] == 0
+
+
+def test_stores_between_a_layer_and_the_loss_change_nothing() -> None:
+    """A gradient filter on a later layer coarsens what it hands back; the samples are those of the exact step."""
+    net = Net()
+    (plain,) = sample_gradients(net, pairs(1), layers=["stem"])["stem"]
+    net.conv.store = GradientFilter(2)
+    (found,) = sample_gradients(net, pairs(1), layers=["stem"])["stem"]
+    np.testing.assert_array_equal(found.grad_output, plain.grad_output)
+
+
+def test_only_chosen_layers_are_differentiated() -> None:
+    """The others compute no weight gradient, and no activation store of theirs is asked for one."""
+    net = Net()
+    stem: Any = net.stem
+    before, asked = type(EXACT).weight_gradient, []
+
+    def noted(store: Any, saved: Any, grad_output: np.ndarray, geometry: Any) -> np.ndarray:
+        asked.append(geometry)
+        return before(store, saved, grad_output, geometry)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(EXACT), "weight_gradient", noted)
+        samples = sample_gradients(net, pairs(1), layers=["conv"])
+    assert list(samples) == ["conv"]
+    assert asked == []
+    assert stem.weight.requires_grad
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -175,6 +175,8 @@ def test_wrong_arguments_are_named() -> None:
         choose([[(1, np.nan)]], 2)
     with pytest.raises(TypeError, match=r"a cost of layer 0 is 1\.5"):
         choose([[(1.5, 0.0)]], 2)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="a cost of layer 0 is True"):
+        choose([[(True, 0.0)]], 2)
     with pytest.raises(TypeError, match=r"budget is 2\.0"):
         choose([[(1, 0.0)]], 2.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"less than 2\*\*53"):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from lance_ref import Calibration, F, Tensor, calibrate, nn, tape
+from lance_ref.lance import planning
 from lance_ref.lance.gradient_samples import LayerSample, sample_gradients
 from lance_ref.lance.planning import gradient_errors, plan_ranks, uniform_ranks
 
@@ -33,9 +34,10 @@ def make_batches() -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 @cache
-def measured(modes: tuple[str, ...], mean_free: bool = False) -> tuple[Calibration, dict[str, list[LayerSample]]]:
+def measured(modes: tuple[str, ...], frame: str | None = None) -> tuple[Calibration, dict[str, list[LayerSample]]]:
     net, layers = make_net(), ["0", "2", "5"]
-    calibration = calibrate(net, make_batches(), layers=layers, modes=modes, mean_free=mean_free)
+    options = {} if frame is None else {frame: True}
+    calibration = calibrate(net, make_batches(), layers=layers, modes=modes, **options)
     return calibration, sample_gradients(net, make_batches()[:2], layers=layers)
 
 
@@ -95,10 +97,10 @@ def bound(calibration: Calibration, path: str, ranks: tuple) -> float:
 
 
 @pytest.mark.parametrize("modes", MODES)
-@pytest.mark.parametrize("mean_free", [False, True])
-def test_the_error_of_the_gradient_by_compressing(modes: tuple[str, ...], mean_free: bool) -> None:
+@pytest.mark.parametrize("frame", [None, "mean_free", "center"])
+def test_the_error_of_the_gradient_by_compressing(modes: tuple[str, ...], frame: str | None) -> None:
     """gradient_errors is what a compressed network's gradients really miss, at a few ranks of each layer."""
-    calibration, samples = measured(modes, mean_free)
+    calibration, samples = measured(modes, frame)
     net = make_net()
     for path, sample in samples.items():
         layer = net.get_submodule(path)
@@ -193,3 +195,91 @@ def test_bad_arguments() -> None:
         plan_ranks(calibration, 3000, {**samples, "2": []})
     with pytest.raises(ValueError, match=r"layer '2': a sample has an activation of shape \(6, 3, 5, 5\)"):
         plan_ranks(calibration, 3000, {**samples, "2": samples["0"]})
+
+
+def layer_of(calibration: Calibration, path: str, include_factors: bool = False) -> planning._Layer:
+    return planning._Layer(path, calibration, np.float32, include_factors)
+
+
+@pytest.mark.parametrize("path", ["0", "2"])
+@pytest.mark.parametrize("include_factors", [False, True])
+def test_the_greedy_path_step_by_step(path: str, include_factors: bool) -> None:
+    """From rank 1 to full rank, one rank at a time, each where most energy is won per byte: worked out anew."""
+    calibration, _ = measured(MODES[0])
+    grams = calibration.grams_of(path)
+    energies = [np.linalg.eigvalsh(K)[::-1] for K in grams.grams]
+    found = list(layer_of(calibration, path, include_factors)._greedy())
+    full = tuple(U.shape[1] for U in bases(calibration, path))
+    assert (found[0], found[-1]) == ((1, 1, 1, 1), full)
+
+    def elements(ranks: tuple) -> int:
+        factors = sum(n * r for n, r in zip(grams.shape, ranks, strict=True)) if include_factors else 0
+        return math.prod(ranks) + factors
+
+    for before, after in itertools.pairwise(found):
+        ratios = {}
+        for mode, r in enumerate(before):
+            if r < full[mode]:
+                raised = tuple(r + (mode == other) for other, r in enumerate(before))
+                ratios[raised] = energies[mode][r] / (elements(raised) - elements(before))
+        assert ratios[after] >= max(ratios.values()) * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("modes", MODES)
+def test_full_rank_is_a_candidate(modes: tuple[str, ...]) -> None:
+    """Threshold 1 is one of the thresholds: every direction there is, and nothing lost."""
+    calibration, _ = measured(modes)
+    for path in calibration:
+        full = tuple(None if U is None else U.shape[1] for U in bases(calibration, path))
+        layer = layer_of(calibration, path)
+        assert list(layer._by_threshold())[-1] == full
+        assert full in layer.candidates(layer.bytes_of(full))
+        assert layer.bounds([full]) == [0]
+
+
+def test_every_rank_of_a_wide_feature_mode_is_a_candidate() -> None:
+    """Where only the feature mode is compressed nothing is skipped, also beyond rank 48."""
+    x = np.random.default_rng(0).standard_normal((90, 60)).astype(np.float32)
+    calibration = calibrate(nn.Sequential(nn.Linear(60, 4, rng=0)), [x], layers=["0"], modes=["feature"])
+    assert list(layer_of(calibration, "0")._greedy()) == [(None, r) for r in range(1, 61)]
+    candidates = layer_of(calibration, "0").candidates(10**9)
+    assert set(candidates) == {None, *((None, r) for r in range(1, 61))}
+
+
+def test_the_whole_budget_may_be_spent() -> None:
+    """A budget that a choice meets to the byte pays for it: rank 1 of one layer, and full rank of all."""
+    calibration, _ = measured(("channel",))
+    least = 4 * min(math.prod(calibration[p].shape) // calibration[p].shape[1] for p in ("0", "2"))
+    only = calibrate(make_net(), make_batches(), layers=["2"], modes=("channel",))
+    assert plan_ranks(only, least).ranks == {"2": (None, 1, None, None)}
+    calibration, _ = measured(MODES[0])
+    full = {path: tuple(U.shape[1] for U in bases(calibration, path)) for path in calibration}
+    plan = plan_ranks(calibration, core_bytes(calibration, full))
+    assert plan.loss == 0
+
+
+@pytest.mark.parametrize("modes", MODES)
+def test_the_loss_of_an_untrained_centred_layer(modes: tuple[str, ...]) -> None:
+    """Centred or not, a layer that does not train loses its whole gradient, that of the mean included."""
+    calibration, samples = measured(modes, "center")
+    for path, of_layer in samples.items():
+        found = gradient_errors(calibration[path], bases(calibration, path), [None], of_layer)
+        whole = [np.square(s.geometry.weight_gradient(s.activation, s.grad_output)).sum() for s in of_layer]
+        mean = calibration[path].frame.mean
+        assert mean is not None
+        assert np.abs(mean).max() > 0.01
+        assert_allclose(found, [np.mean(whole)], rtol=1e-5)
+
+
+def test_thresholds_and_greedy_steps_are_candidates() -> None:
+    """The ranks of any one threshold, so that a plan is never worse than it, and what is best per byte."""
+    calibration, _ = measured(MODES[0])
+    for path in calibration:
+        layer = layer_of(calibration, path)
+        candidates = layer.candidates(10**9)
+        for epsilon in np.linspace(0.02, 1.0, 50):
+            ranks = uniform_ranks(calibration, float(epsilon))[path]
+            full = [U.shape[1] for U in bases(calibration, path)]
+            assert tuple(n if r is None else r for r, n in zip(ranks, full, strict=True)) in candidates
+        assert set(layer._greedy()) <= set(candidates)
+        assert candidates[0] is None

@@ -89,6 +89,10 @@ def test_output_channels_at_a_time_are_whole_groups() -> None:
         for limit, expected in ((1, 8), (10**6, 32)):  # a slice of G and the product after it: 5,184 + 2,592 numbers
             patch.setattr(projection, "CONTRACTION_BYTES", limit)
             assert projection.channels_at_a_time(g, g.output_shape, ranks, 4) == expected
+        # 16 numbers of G, then 24, then Z of 36, which is laid out once more: 72 at a time
+        patch.setattr(projection, "CONTRACTION_BYTES", 4 * 72 * 5)
+        wide = ConvGeometry((1, 3, 6, 6), (8, 3, 3, 3))
+        assert projection.channels_at_a_time(wide, (1, 8, 4, 4), (None, None, 6, 6), 4) == 5
 
 
 @given(data=st.data(), g=layers, seed=st.integers(0, 99))
@@ -248,6 +252,26 @@ def test_auto_runs_the_cheapest_order(data: Any, g: ConvGeometry, seed: int) -> 
     assert counts["auto"] == min(counts.values())
 
 
+@pytest.mark.parametrize(("x", "weight", "groups", "ranks", "order", "expanded"), [
+    ((1, 8, 12, 3), (24, 2, 3, 2), 4, (None, 2, 1, 1), "separable", (1,)),  # no batch to put back, but channels
+    ((1, 6, 12, 9), (5, 6, 3, 1), 1, (1, None, 6, 7), "separable", ()),  # (0,) would be cheaper, and too large
+    ((1, 4, 3, 4), (3, 4, 1, 3), 1, (1, 4, 2, 2), "papers", ()),
+    ((3, 24, 6, 3), (16, 6, 1, 1), 4, (2, 22, 4, 2), "separable", ()),
+    ((8, 20, 9, 12), (12, 5, 1, 2), 4, (4, 10, 1, 5), "separable", ()),
+    ((7, 16, 9, 10), (8, 8, 2, 3), 2, (1, 7, 3, 1), "separable", (1,)),
+    ((5, 7, 11, 12), (1, 7, 1, 1), 1, (4, 1, 10, 12), "separable", ()),
+])  # fmt: skip
+def test_the_cheapest_order_of_awkward_sizes(
+    x: Any, weight: Any, groups: int, ranks: Any, order: str, expanded: tuple[int, ...]
+) -> None:
+    """Sizes at which a product that is forgotten in one of the sums, or a bound, would change the choice."""
+    g = ConvGeometry(x, weight, groups=groups)
+    factors = Subspace.random(x, ranks, np.random.default_rng(0)).factors
+    core = tuple(n if r is None else r for n, r in zip(x, ranks, strict=True))
+    assert projection.cheapest_order(core, factors, g) == (order, expanded)
+    assert tucker_costs.conv_cheapest(sizes_of(g), ranks)[1:] == (order, expanded)
+
+
 def test_a_depthwise_layer_at_quarter_ranks_puts_batch_and_channels_back() -> None:
     """Its outputs see one channel each: contracting all r_2 with every output took four times as much."""
     g = ConvGeometry((128, 960, 7, 7), (960, 1, 3, 3), padding=((1, 1), (1, 1)), groups=960)
@@ -285,6 +309,48 @@ def test_papers_order_never_holds_the_whole_reconstruction(monkeypatch: pytest.M
     monkeypatch.setattr(projection, "multi_mode_product", watched)
     np.testing.assert_allclose(store.weight_gradient(saved, grad_output, g), whole, rtol=1e-12, atol=1e-12)
     assert largest == 1
+
+
+def test_the_separable_order_keeps_within_its_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small workspace no product sees more output channels than fit, and all of them are seen once."""
+    g = ConvGeometry((4, 6, 9, 9), (12, 2, 3, 3), groups=3)
+    x, _, grad_output = arrays(g, 0)
+    store = random_store(g.input_shape, (2, None, 2, 2), "separable")
+    core, seen, original = store.save(x)["core"], [], projection.multi_mode_product
+    expected = projection.separable_order(core, store.factors, grad_output, g)
+
+    def watched(tensor: np.ndarray, matrices: Any) -> np.ndarray:
+        seen.append(tensor.shape[1])
+        return original(tensor, matrices)
+
+    monkeypatch.setattr(projection, "multi_mode_product", watched)
+    monkeypatch.setattr(projection, "CONTRACTION_BYTES", 1)
+    found = projection.separable_order(core, store.factors, grad_output, g)
+    assert seen == [4, 4, 4]
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(data=st.data(), g=conv_geometries(), bound=st.sampled_from([1, 20, 2**22]))
+def test_nothing_is_put_back_beyond_a_quarter_of_the_activation(data: Any, g: ConvGeometry, bound: int) -> None:
+    """However many multiply-adds it would save: what LANCE is for is memory."""
+    ranks = [r or n for r, n in zip(data.draw(ranks_for(g.input_shape)), g.input_shape, strict=True)]
+    factors = Subspace.random(g.input_shape, tuple(ranks), np.random.default_rng(0)).factors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(projection, "EXPANDED_ELEMENTS", bound)
+        _, expanded = projection.cheapest_order(tuple(ranks), factors, g)
+    put_back = np.prod([n if mode in expanded else r for mode, (n, r) in enumerate(zip(g.input_shape, ranks))])  # noqa: B905
+    assert not expanded or put_back <= min(bound, np.prod(g.input_shape) / 4)
+
+
+@pytest.mark.parametrize(("m", "macs"), [(2, 2 * 3 * 7 + 2 * 5 * 7), (20, 20 * 5 * 3 + 5 * 3 * 7)])
+def test_the_order_of_a_linear_layer_by_hand(m: int, macs: int) -> None:
+    """(O, I, r) = (5, 7, 3): two rows are put back to all features first, twenty are multiplied with G first."""
+    rng = np.random.default_rng(0)
+    Z, S, U = rng.standard_normal((m, 5)), rng.standard_normal((m, 3)), rng.standard_normal((7, 3))
+    with count_macs() as counter:
+        found = projection.contract_features(Z, S, U)
+    np.testing.assert_allclose(found, np.einsum("mo,mr,ir->oi", Z, S, U), rtol=1e-12, atol=1e-12)
+    assert sum(counter.macs.values()) == macs
 
 
 @pytest.mark.parametrize("fault", ["drop a factor", "transpose a factor", "forget the padding", "flip a sign"])

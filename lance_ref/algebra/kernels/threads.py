@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pickle
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -37,6 +39,7 @@ def numba_enabled() -> bool:
 
 @cache
 def _threads() -> int:
+    """How many threads share out the loops: ``LANCE_REF_THREADS``, by default the processors of this process."""
     setting = os.environ.get("LANCE_REF_THREADS", "")
     if setting and (not setting.isdigit() or int(setting) < 1):
         raise ValueError(f"LANCE_REF_THREADS is {setting!r}, expected a positive integer")
@@ -50,6 +53,33 @@ def _pool() -> Any:
     return ThreadPoolExecutor(_threads(), thread_name_prefix="lance_ref")
 
 
+if hasattr(os, "register_at_fork"):  # a forked child has none of its parent's threads, and would wait for them for ever
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+@cache
+def _compiler() -> Any:
+    """``numba.njit``; from here on a fork waits until no thread compiles, for its child could not get Numba's lock."""
+    import numba
+    from numba.core.compiler_lock import global_compiler_lock as lock
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+    return numba.njit
+
+
+@cache
+def _tell_uncached() -> None:
+    """One line a process."""
+    if sys.stderr is not None:
+        print(
+            "lance_ref: Numba cannot keep compiled loops in its cache, so this process compiles them anew; "
+            "set NUMBA_CACHE_DIR to a folder that can be written",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 class Loops:
     """Plain Python loops ``f(start, stop, ...)``, compiled by Numba when first called."""
 
@@ -57,21 +87,42 @@ class Loops:
         self.function = function
         self.compiled: Callable[..., None] | None = None
 
+    def compile(self, cached: bool = True) -> Callable[..., None]:
+        """The compiled loops; without Numba's cache on the disk if that has no place, or if ``cached`` is False."""
+        # sums may be reordered (SIMD), but NaN and infinity keep their meaning
+        options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
+        if cached:
+            try:
+                return _compiler()(cache=True, **options)(self.function)
+            except RuntimeError as error:  # neither beside the source nor in the home can it write
+                if "no locator available" not in str(error):
+                    raise
+        _tell_uncached()
+        return _compiler()(**options)(self.function)
+
+    def call(self, *arguments: Any) -> None:
+        """Run ``compiled``, which for new types of arguments first reads or writes Numba's cache.
+
+        Where that fails (a full disk, a file that was cut off) nothing has run yet: the loops are compiled without.
+        """
+        assert self.compiled is not None
+        try:
+            self.compiled(*arguments)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            self.compiled = self.compile(cached=False)
+            self.compiled(*arguments)
+
     def run(self, planes: int, work: int, *arguments: Any) -> None:
         """Run over ``planes`` independent planes; ``work`` (elements touched) decides about threads."""
         if self.compiled is None:
-            import numba
-
-            # sums may be reordered (SIMD), but NaN and infinity keep their meaning
-            self.compiled = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})(self.function)
-        compiled = self.compiled
+            self.compiled = self.compile()
         parts = min(_threads(), planes) if work > SERIAL_ELEMENTS else 1
         if parts == 1:
-            compiled(0, planes, *arguments)
+            self.call(0, planes, *arguments)
             return
         bounds = [planes * i // parts for i in range(parts + 1)]
-        futures = [_pool().submit(compiled, bounds[i], bounds[i + 1], *arguments) for i in range(1, parts)]
-        compiled(bounds[0], bounds[1], *arguments)
+        futures = [_pool().submit(self.call, bounds[i], bounds[i + 1], *arguments) for i in range(1, parts)]
+        self.call(bounds[0], bounds[1], *arguments)
         for future in futures:
             future.result()
 

@@ -120,7 +120,7 @@ def test_epsilon_one_loses_nothing(samples: dict[str, list[LayerSample]]) -> Non
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_threshold_one_decomposes_nothing(scale: float) -> None:
-    """Nine features of four rows have four directions at most, zeros none: threshold 1 leaves them alone all the same."""
+    """Nine features of four rows have four directions at most, zeros none: threshold 1 leaves them alone."""
     x = scale * np.random.default_rng(0).standard_normal((2, 2, 9))
     sample = LayerSample(x, np.ones((2, 2, 3)), LinearGeometry((2, 2, 9), (3, 9)))
     assert rank_options("wide", [sample], (1.0,))[0].ranks == (None,) * 3

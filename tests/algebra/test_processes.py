@@ -53,7 +53,7 @@ def test_children_run_the_loops_that_their_parent_ran(how: str) -> None:
     """A fork copies no threads: a child that waited for its parent's pool, or for a lock, would hang for ever."""
     if how == "DataLoader" and importlib.util.find_spec("torch") is None:
         pytest.skip("PyTorch is not installed")
-    command = [sys.executable, str(Path(__file__).with_name("fork_case.py")), how]
+    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "fork_case.py"), how]
     root = str(Path(lance_ref.__file__).parents[1])
     env = {**os.environ, "LANCE_REF_THREADS": "2", "PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}
     code, out, err = finish(command, env=env)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from analysis.commands.cli import NET_HELP, OneLineParser, check_counts, check_writable, run_command
+from analysis.commands.cli import NET_HELP, OneLineParser, check_writable, run_command
 from analysis.planner.options import (
     ASSUMED_FRACTION,
     DEFAULT_BATCHES,
@@ -133,7 +133,6 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     fractions = [parse_fraction_of_modes(text) for text in options.ranks or []]
     epsilons = list(DEFAULT_EPSILONS) if options.epsilon is None else options.epsilon
     check_lists(options.batch, epsilons, options.ratio)
-    check_counts(options, ["layers", "micro_batch", "lora_rank", "segments", "image_size", "num_classes"])
     if len(set(options.patch)) < len(options.patch) or len(set(fractions)) < len(fractions):
         raise ValueError("--patch and --ranks take every value once")
     costs, ranks_from = _costs(options, device)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.commands.cli import OneLineParser, check_writable, one_line
+from analysis.commands.cli import OneLineParser, run_command
 
 if TYPE_CHECKING:
     from analysis.ranks.spectra_file import Spectra
@@ -194,21 +194,18 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    p = parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = p.parse_args(given)
-    try:
-        check_writable(options.output)
-        command = shlex.join(["python", "-m", "analysis.spectra", *given])
-        spectra = measure(
-            options.net, options.data, options.split, options.batch, options.batches, options.image_size,
-            options.seed, command,
-        )  # fmt: skip
-        spectra.save(options.output)
-    except (ValueError, TypeError, LookupError, OSError, MemoryError) as error:
-        p.error(one_line(error))
+    return run_command(parser(), given, lambda options: _run(options, given), ("output",))
+
+
+def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
+    command = shlex.join(["python", "-m", "analysis.spectra", *given])
+    spectra = measure(
+        options.net, options.data, options.split, options.batch, options.batches, options.image_size, options.seed,
+        command,
+    )  # fmt: skip
+    spectra.save(options.output)
     print(f"{options.output}: spectra of {len(spectra.layers)} layers; {spectra.source}")
-    return 0
 
 
 if __name__ == "__main__":

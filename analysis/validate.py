@@ -20,7 +20,7 @@ from typing import Any
 
 from analysis.check.cells import cells, code_fingerprint, validate_cell, with_fields
 from analysis.check.table import judged, markdown, summary
-from analysis.commands.cli import OneLineParser, check_counts, check_writable, one_line
+from analysis.commands.cli import OneLineParser, check_writable, run_command
 from analysis.steps.methods import METHODS, chosen_methods
 from lance_ref import models
 
@@ -109,29 +109,26 @@ def document(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code: 0 all agree, 1 something differs, 2 cannot run."""
-    p = parser()
-    options = p.parse_args(arguments)
-    try:
-        check_counts(options, ("jobs",))
-        work = grid(options)
-        table = None
-        if options.output:
-            if not options.output.endswith(".json"):
-                raise ValueError(f"--output is {options.output!r}, expected a name that ends in .json")
-            table = Path(options.output).with_suffix(".md")
-            for path in (options.output, str(table)):
-                check_writable(path)
-        outcomes = run(work, options.folder, options.jobs)
-        result = document(outcomes)
-        text = markdown(result)
-        print(text)
-        if table is not None:
-            from lance_ref.io.whole_file import write_json, write_text
+    return run_command(parser(), arguments, _run, ("output",), resumes=True)
 
-            write_json(options.output, result)
-            write_text(str(table), text + "\n")
-    except (ValueError, TypeError, LookupError, OSError, MemoryError, RuntimeError) as error:
-        p.error(one_line(error))
+
+def _run(options: argparse.Namespace) -> int:
+    work = grid(options)
+    table = None
+    if options.output:
+        if not options.output.endswith(".json"):
+            raise ValueError(f"--output is {options.output!r}, expected a name that ends in .json")
+        table = str(Path(options.output).with_suffix(".md"))
+        check_writable(table)
+    outcomes = run(work, options.folder, options.jobs)
+    result = document(outcomes)
+    text = markdown(result)
+    print(text)
+    if table is not None:
+        from lance_ref.io.whole_file import write_json, write_text
+
+        write_json(options.output, result)
+        write_text(table, text + "\n")
     return 0 if judged(result["summary"]) else 1
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 import lance_ref
-from analysis.commands.cli import OneLineParser, check_counts, check_writable, one_line
+from analysis.commands.cli import OneLineParser, check_names, run_command
 from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
 from analysis.rules.account import account
@@ -155,21 +155,19 @@ def draw(result: dict[str, Any], path: str) -> None:
     save_figure(figure, path)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        check_counts(options, ("steps", "batch", "image_size", "calibration_batches", "test_images"))
-        for output in (options.output, options.figure):
-            if output:
-                check_writable(output)
-        result = run(options)
-        if options.output:
-            write_json(options.output, result)
-        if options.figure:
-            draw(result, options.figure)
-    except (ValueError, OSError) as error:
-        print(f"python -m experiments.adapt: error: {one_line(error)}", file=sys.stderr)
-        return 2
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    return run_command(parser(), arguments, work, ("output", "figure"))
+
+
+def work(options: argparse.Namespace) -> int:
+    """Run, write and say how it went."""
+    check_names(argparse.Namespace(net="mobilenetv2", **vars(options)))
+    result = run(options)
+    if options.output:
+        write_json(options.output, result)
+    if options.figure:
+        draw(result, options.figure)
     losses = [row["loss"] for row in result["history"]]
     tenth = max(1, len(losses) // 10)
     first, last = np.mean(losses[:tenth]), np.mean(losses[-tenth:])

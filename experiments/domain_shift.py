@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import lance_ref
-from analysis.commands.cli import OneLineParser, check_counts, run_command
+from analysis.commands.cli import OneLineParser, check_names, check_options, run_command
 from analysis.reports.figures import save_figure
 from lance_ref import datasets, models
 from lance_ref.datasets import Dataset
@@ -199,7 +199,8 @@ def work(options: argparse.Namespace) -> None:
         for name, value in QUICK.items():
             if getattr(options, name) == parser().get_default(name):
                 setattr(options, name, value)
-    check_counts(options, ("epochs", "batch", "train_images", "test_images", "calibration_batches"))
+    check_options(options)
+    check_names(options)
     results = run(options)
     show(results)
     if options.output:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 NET_HELP = "name of a built-in net (mobilenetv2@0.35: of that width), pkg.module:factory, or a file.onnx"
 """Of ``--net``, wherever any net will do."""
@@ -31,8 +33,9 @@ def run_command(
     arguments: Sequence[str] | None,
     work: Callable[[argparse.Namespace], int | None],
     outputs: Sequence[str] = (),
+    resumes: bool = False,
 ) -> int:
-    """Parse, look whether the outputs can be written, and work; whatever the user did wrong is said in one line.
+    """Parse, check every option, and work; whatever the user did wrong is said in one line.
 
     Parameters
     ----------
@@ -44,15 +47,18 @@ def run_command(
         Gets the options; gives the exit code, or None for 0.
     outputs : sequence of str
         Names of the options that name files to write.
+    resumes : bool
+        Whether ``--folder`` keeps what is finished, for a run that is stopped. Default: nothing is kept.
 
     Returns
     -------
     int
-        The exit code; 1 if the reader of the output has gone away. Errors leave through ``parser.error``, with exit
-        code 2.
+        The exit code; 1 if the reader of the output has gone away, 130 after Ctrl-C. Errors leave through
+        ``parser.error``, with exit code 2.
     """
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
+        check_options(options)
         for name in outputs:
             if getattr(options, name):
                 check_writable(getattr(options, name), f"--{name}")
@@ -61,17 +67,122 @@ def run_command(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, LookupError, OSError, MemoryError, OverflowError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        folder = getattr(options, "folder", None) if resumes else None
+        kept = f"what is finished is kept in {folder}, and the same command goes on from there"
+        print(f"{parser.prog}: stopped; {kept if folder else 'nothing is kept'}", file=sys.stderr, flush=True)
+        return 130
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        OSError,
+        MemoryError,
+        OverflowError,
+        RuntimeError,
+        ImportError,
+    ) as error:
         parser.error(one_line(error))
     return code or 0
 
 
-def check_counts(options: argparse.Namespace, names: Sequence[str]) -> None:
-    """Raise ValueError unless these options are positive integers, or were not given."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a positive integer")
+# ---- what an option may be -------------------------------------------------------------------
+
+FIGURES = (".png", ".svg")
+MOST = 2**31 - 1
+"""Of anything that is counted."""
+
+
+def check_count(option: str, value: Any) -> None:
+    """Raise ValueError unless this is a positive integer of a size that anything may have."""
+    if not isinstance(value, int) or not 1 <= value <= MOST:
+        raise ValueError(f"{option} is {value}, expected an integer from 1 to {MOST}")
+
+
+def _seed(option: str, value: Any) -> None:
+    if not 0 <= value <= 2**63:
+        raise ValueError(f"{option} is {value}, expected an integer from 0 to 2**63")
+
+
+def _positive(option: str, value: Any) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{option} is {value}, expected a positive number")
+
+
+def _share(option: str, value: Any) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"{option} is {value}, expected a number in (0, 1]")
+
+
+def _below_one(option: str, value: Any) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{option} is {value}, expected a number in [0, 1)")
+
+
+def _figure(option: str, value: Any) -> None:
+    if os.path.splitext(value)[1] not in FIGURES:
+        raise ValueError(f"{option} is {value!r}, expected the name of a {' or '.join(FIGURES)} file")
+
+
+def _address(option: str, value: Any) -> None:
+    if not re.fullmatch(r"[a-z]+://[^\s/:]+:[0-9]{1,5}/?", value):
+        raise ValueError(f"{option} is {value!r}, expected the address of a scheduler, like tcp://host:8786")
+
+
+CHECKS: dict[str, Callable[[str, Any], None]] = {
+    **dict.fromkeys(
+        ("batch", "basis_batches", "basis_samples", "calibration_batches", "epochs", "eval_batch", "image_size", "jobs",
+         "layers", "lora_rank", "memory", "micro_batch", "num_classes", "patch", "repeats", "seeds", "segments",
+         "steps", "test_images", "train_images", "trials", "tuning_epochs"),
+        check_count,
+    ),
+    **dict.fromkeys(("lr", "lr_grid", "clip", "budget_kib"), _positive),
+    **dict.fromkeys(("epsilon", "ratio", "share", "threshold"), _share),
+    **dict.fromkeys(("momentum", "threshold_step"), _below_one),
+    "seed": _seed,
+    "figure": _figure,
+    "plot": _figure,
+    "scheduler": _address,
+}  # fmt: skip
+"""What the options of all commands may be, by name: one option means one thing everywhere."""
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Check every option that was given, before anything is looked up or run.
+
+    Raises
+    ------
+    ValueError
+        For the first that is out of range, with its name, its value and what was expected.
+    """
+    for name, value in vars(options).items():
+        check = CHECKS.get(name)
+        if check is None or value is None:
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            check(f"--{name.replace('_', '-')}", each)
+
+
+def check_names(options: argparse.Namespace) -> None:
+    """Check ``--net``, ``--data`` and ``--tune`` of a command that trains a built-in network.
+
+    Raises
+    ------
+    ValueError
+        If there is no such network, no such data set or folder, or the selection fits no layer of the network.
+    """
+    from lance_ref import datasets, models
+    from lance_ref.nn.init import shapes_only
+    from lance_ref.nn.selection import choose
+
+    net = models.find(options.net)
+    for name in ("data", "calibrate_on"):
+        value = getattr(options, name, None)
+        if value is not None and value not in (*datasets.names(), "negatives") and not os.path.isdir(value):
+            known = ", ".join(datasets.names())
+            raise ValueError(f"--{name.replace('_', '-')} is {value!r}, expected a folder of images or one of {known}")
+    with shapes_only():
+        choose(net.make(num_classes=2), options.tune)
 
 
 def check_writable(output: str, option: str = "--output") -> None:

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -301,8 +302,10 @@ def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Outc
             if not alone:
                 away = done | {task.key for task in lost}
                 waiting = [task for task in waiting if task.key not in away]
-    finally:
-        get_reusable_executor().shutdown(wait=True)  # else idle processes hold their memory for minutes
+    except BaseException:  # Ctrl-C, or nobody wants the rest: cells under way are not waited for
+        get_reusable_executor().shutdown(wait=True, kill_workers=True)
+        raise
+    get_reusable_executor().shutdown(wait=True)  # else idle processes hold their memory for minutes
 
 
 def _pool(tasks: Sequence[Task], jobs: int, taken: list[Task]) -> Iterator[tuple[Task, Outcome]]:
@@ -322,6 +325,7 @@ def _pool(tasks: Sequence[Task], jobs: int, taken: list[Task]) -> Iterator[tuple
 
 
 def _run_here(task: Task, parent: int) -> tuple[Task, Outcome]:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one, which ends it
     _end_with(parent)
     return task, run_cell(task)
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.commands.cli import OneLineParser, check_counts, run_command
+from analysis.commands.cli import OneLineParser, check_options, run_command
 
 CELL = "experiments.continual.cell:run"
 MLP = {
@@ -94,7 +94,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return run_command(parser(), given, lambda options: _run(fill_in(options), given), ("output", "table", "figure"))
+    return run_command(
+        parser(), given, lambda options: _run(fill_in(options), given), ("output", "table", "figure"), resumes=True
+    )
 
 
 def fill_in(options: argparse.Namespace) -> argparse.Namespace:
@@ -110,30 +112,7 @@ def fill_in(options: argparse.Namespace) -> argparse.Namespace:
             setattr(options, name, value)
     if options.tasks is not None and options.tasks < 2:
         raise ValueError(f"--tasks is {options.tasks}, expected at least 2")
-    counts = (
-        "seeds",
-        "epochs",
-        "batch",
-        "train_images",
-        "test_images",
-        "basis_samples",
-        "memory",
-        "eval_batch",
-        "jobs",
-    )
-    check_counts(options, counts)
-    if not options.lr > 0:
-        raise ValueError(f"--lr is {options.lr}, expected a positive number")
-    if options.clip is not None and not options.clip > 0:
-        raise ValueError(f"--clip is {options.clip}, expected a positive number")
-    if not 0 <= options.momentum < 1:
-        raise ValueError(f"--momentum is {options.momentum}, expected a number in [0, 1)")
-    for name in ("epsilon", "threshold"):
-        value = getattr(options, name)
-        if not all(0 < each <= 1 for each in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"--{name} is {value}, expected numbers in (0, 1]")
-    if not 0 <= options.threshold_step < 1:
-        raise ValueError(f"--threshold-step is {options.threshold_step}, expected a number in [0, 1)")
+    check_options(options)
     for learner in options.learners:
         if learner not in LEARNERS:
             raise ValueError(f"unknown learner {learner!r}, expected some of {', '.join(LEARNERS)}")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.commands.cli import OneLineParser, check_writable, one_line
+from analysis.commands.cli import OneLineParser, run_command
 from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
 from experiments.descent.cases import (
@@ -283,33 +283,23 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        settings = dict(QUICK if options.quick else FULL)
-        for name in ("trials", "epochs"):
-            value = getattr(options, name)
-            if value is not None:
-                settings[name] = value
-            if settings[name] < 1:
-                raise ValueError(f"--{name} is {settings[name]}, expected a positive integer")
-        if options.seed < 0:
-            raise ValueError(f"--seed is {options.seed}, expected an integer of at least 0")
-        for output in (options.output, options.figure):
-            if output:
-                check_writable(output)
-        started = time.perf_counter()
-        result = {**provenance("experiments.descent", options.seed), **run(**settings, seed=options.seed)}
-        result["seconds"] = round(time.perf_counter() - started, 1)
-        print(report(result))
-        if options.output:
-            write_text(options.output, compact(sealed(result)))
-        if options.figure:
-            draw(result, options.figure)
-    except (ValueError, OSError) as error:
-        print(f"python -m experiments.descent: error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    return run_command(parser(), arguments, work, ("output", "figure"))
+
+
+def work(options: argparse.Namespace) -> None:
+    """Run, print, write and draw."""
+    settings = dict(QUICK if options.quick else FULL)
+    settings |= {name: getattr(options, name) for name in ("trials", "epochs") if getattr(options, name) is not None}
+    started = time.perf_counter()
+    result = {**provenance("experiments.descent", options.seed), **run(**settings, seed=options.seed)}
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    print(report(result))
+    if options.output:
+        write_text(options.output, compact(sealed(result)))
+    if options.figure:
+        draw(result, options.figure)
 
 
 def compact(result: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.commands.cli import OneLineParser, check_counts, run_command
+from analysis.commands.cli import OneLineParser, check_names, check_options, run_command
 
 CELL = "experiments.finetune.cell:run"
 PAPERS_LR = 0.05
@@ -95,7 +95,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return run_command(parser(), given, lambda options: _run(fill_in(options), given), ("output", "table", "figure"))
+    return run_command(
+        parser(), given, lambda options: _run(fill_in(options), given), ("output", "table", "figure"), resumes=True
+    )
 
 
 def fill_in(options: argparse.Namespace) -> argparse.Namespace:
@@ -107,16 +109,8 @@ def fill_in(options: argparse.Namespace) -> argparse.Namespace:
         from lance_ref import models
 
         options.image_size = models.find(options.net).image_size
-    counts = ("seeds", "epochs", "batch", "tuning_epochs", "calibration_batches", "jobs", "patch", "image_size")
-    check_counts(options, (*counts, "train_images", "test_images"))
-    for name in ("lr", "clip", "budget_kib"):
-        if not getattr(options, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected a positive number")
-    for name in ("epsilon", "ratio"):
-        if not 0 < getattr(options, name) <= 1:
-            raise ValueError(f"--{name} is {getattr(options, name)}, expected a number in (0, 1]")
-    if not all(lr > 0 for lr in options.lr_grid):
-        raise ValueError(f"--lr-grid is {options.lr_grid}, expected positive numbers")
+    check_options(options)
+    check_names(options)
     for spec in options.methods:
         own_settings(spec)
     if len(set(options.methods)) < len(options.methods):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.commands.cli import OneLineParser, check_counts, run_command
+from analysis.commands.cli import OneLineParser, check_names, run_command
 from analysis.reports.figures import save_figure
 from experiments.finetune.command import CELL, PAPERS_LR
 
@@ -187,9 +187,7 @@ def show(points: Sequence[Mapping[str, Any]]) -> None:
 
 def work(options: argparse.Namespace) -> None:
     """Check, run, show and write."""
-    check_counts(options, ("epochs", "train_images", "test_images", "jobs"))
-    if min(options.batch) < 1:
-        raise ValueError(f"--batch is {options.batch}, expected positive integers")
+    check_names(options)
     points = run(options)
     show(points)
     if options.output:
@@ -204,7 +202,7 @@ def work(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return run_command(parser(), arguments, work, ("output", "figure"))
+    return run_command(parser(), arguments, work, ("output", "figure"), resumes=True)
 
 
 if __name__ == "__main__":

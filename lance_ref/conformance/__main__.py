@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.error(f"--only is {options.only!r}, which no case matches; expected a glob over case/function")
     except (ValueError, TypeError, OSError) as error:
         command.error(str(error))
+    except KeyboardInterrupt:
+        print(f"{command.prog}: stopped; nothing is kept", file=sys.stderr, flush=True)
+        return 130
     notes = [f"note: {hint}\n" for hint in misspelt(adapter)]
     _say("".join([render(outcomes, kit.tolerances, options.verbose), *notes]))
     statuses = {one.status for one in outcomes}

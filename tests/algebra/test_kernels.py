@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from strategies import arrays, conv_geometries
 
 from lance_ref import Subspace, count_macs
-from lance_ref.algebra.kernels import threads as kernels
+from lance_ref.algebra import projection
+from lance_ref.algebra.geometry import ConvGeometry
 from lance_ref.algebra.kernels import columns as kernels_columns
 from lance_ref.algebra.kernels import depthwise as kernels_depthwise
-from lance_ref.algebra import projection
 from lance_ref.algebra.kernels import elementwise
+from lance_ref.algebra.kernels import threads as kernels
 from lance_ref.stores import Lance
-from lance_ref.algebra.geometry import ConvGeometry
 
 needs_numba = pytest.mark.skipif(not kernels.numba_enabled(), reason="Numba is switched off or not installed")
 

@@ -9,9 +9,9 @@ import pytest
 
 import lance_ref as lr
 from lance_ref import F, Tensor, nn
-from lance_ref.stores import EXACT, Asi, GradientFilter, Hosvd
 from lance_ref.algebra.geometry import ConvGeometry, LinearGeometry
 from lance_ref.lance.gradient_samples import LayerSample, sample_gradients
+from lance_ref.stores import EXACT, Asi, GradientFilter, Hosvd
 
 
 class Net(nn.Module):

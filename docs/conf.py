@@ -1,0 +1,137 @@
+"""How the site is built, by ``python -m docs``: the README, the pages of this folder, lessons, results and reference.
+
+The folder of the sources is that of the repository, so that a link that works on a page of the repository works on the site.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import shutil
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+project = "lance-ref"
+author = "The lance-ref authors"
+release = importlib.metadata.version("lance-ref")
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.mathjax", "numpydoc"]
+root_doc = "README"
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/**",
+    "notebooks/*.ipynb",
+    "benchmarks/README.md",
+    "analysis/results/*.md",
+]
+exclude_patterns = ["docs/contents.md", "docs/templates"]
+templates_path = [str(HERE / "templates")]
+suppress_warnings = ["config.cache", "myst.header"]  # functions for the template below; tables of results begin at "###"
+
+# ---- pages ---------------------------------------------------------------------------------------------------
+
+nb_execution_mode = "off"  # lessons are shown with the outputs that are committed
+nb_ipywidgets_js: dict[str, Any] = {}  # it would come from the network
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+# ---- reference -----------------------------------------------------------------------------------------------
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+numpydoc_show_class_members = False
+autosummary_generate = True
+add_module_names = False
+
+
+def public(fullname: str) -> dict[str, str]:
+    """The public names of a module and where each is defined: those of ``__all__``, else what it defines itself."""
+    module = importlib.import_module(fullname)
+    found = {}
+    for name in getattr(module, "__all__", None) or sorted(vars(module)):
+        thing = getattr(module, name)
+        if inspect.ismodule(thing) or name.startswith("_"):
+            continue
+        place = getattr(thing, "__module__", None) if callable(thing) else fullname
+        found[name] = place if isinstance(place, str) else fullname
+    if hasattr(module, "__all__"):
+        return found
+    return {name: place for name, place in found.items() if place == fullname}
+
+
+def documented(place: str) -> bool:
+    """Whether a module has a page of its own: it is ours, and no part of its name begins with an underscore."""
+    parts = place.split(".")
+    return parts[0] in ("lance_ref", "analysis") and not any(part.startswith("_") for part in parts)
+
+
+def here(fullname: str) -> list[str]:
+    """What the page of a module describes: what it defines, and public names from modules without a page."""
+    return [n for n, place in public(fullname).items() if place == fullname or not documented(place)]
+
+
+def elsewhere(fullname: str) -> list[str]:
+    """Public names that the pages of other modules describe, as dotted names."""
+    return [f"{place}.{n}" for n, place in public(fullname).items() if place != fullname and documented(place)]
+
+
+autosummary_context = {"here": here, "elsewhere": elsewhere}
+
+# ---- what is shown -------------------------------------------------------------------------------------------
+
+html_theme = "pydata_sphinx_theme"
+html_title = "lance-ref"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_sidebars = {"**": ["sidebar-nav-bs"], "docs/references": [], "README": ["sidebar-nav-bs"]}
+html_theme_options = {
+    "navigation_with_keys": False,
+    "show_nav_level": 2,
+    "secondary_sidebar_items": ["page-toc"],
+    "navbar_end": ["theme-switcher"],
+    "footer_end": [],
+}
+
+MATHJAX = "tex-svg.js"  # one file with all shapes of letters in it: nothing is loaded later
+mathjax_path = MATHJAX
+mathjax3_config = {"options": {"enableMenu": False}}
+
+
+def mathjax_file() -> Path:
+    """MathJax as the installed package has it."""
+    for file in importlib.metadata.files("django-static-mathjax") or ():
+        if file.name == MATHJAX and file.parent.name == "es5":
+            return Path(str(file.locate()))
+    raise FileNotFoundError(f"django-static-mathjax has no es5/{MATHJAX}: python -m pip install -e '.[docs]'")
+
+
+def complete(_app: Any, name: str, source: list[str]) -> None:
+    """Add what the site needs and a reader of the repository does not: the contents, and titles of committed tables."""
+    if name == root_doc:
+        source[0] += (HERE / "contents.md").read_text(encoding="utf-8")
+    elif name.startswith("analysis/results/") and not source[0].startswith("# "):
+        source[0] = f"# {name.rpartition('/')[2].replace('_', ', ')}\n\n{source[0]}"
+
+
+def finish(app: Any, error: Exception | None) -> None:
+    """MathJax beside the pages, and an ``index.html`` that leads to the first one."""
+    if error is None:
+        shutil.copyfile(mathjax_file(), Path(app.outdir) / "_static" / MATHJAX)
+        page = '<!doctype html><meta charset="utf-8"><title>lance-ref</title><meta http-equiv="refresh" content="0; url={0}">'
+        link = '<a href="{0}">lance-ref</a>\n'
+        (Path(app.outdir) / "index.html").write_text((page + link).format("README.html"), encoding="utf-8")
+
+
+def setup(app: Any) -> None:
+    shutil.rmtree(HERE / "reference", ignore_errors=True)  # pages of modules that may be gone
+    app.connect("source-read", complete)
+    app.connect("build-finished", finish)

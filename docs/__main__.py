@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError:
         parser.exit(2, f"{parser.prog}: error: Sphinx is not installed: {EXTRA}\n")
     output = options.output.resolve()
-    flags = ["--fail-on-warning", "--keep-going", "--quiet", "--conf-dir", str(ROOT / "docs")]
+    flags = ["--fail-on-warning", "--keep-going", "--quiet", "--jobs", "auto", "--conf-dir", str(ROOT / "docs")]
     folders = ["--doctree-dir", str(output.with_name(output.name + "-doctrees")), str(ROOT), str(output)]
     code = build_main([*flags, *folders])
     if code == 0:

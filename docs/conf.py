@@ -1,6 +1,6 @@
 """How the site is built, by ``python -m docs``: the README, the pages of this folder, lessons, results and reference.
 
-The folder of the sources is that of the repository, so that a link that works on a page of the repository works on the site.
+The sources are those of the whole repository, so that a link that works in the repository works on the site.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ include_patterns = [
 ]
 exclude_patterns = ["docs/contents.md", "docs/templates"]
 templates_path = [str(HERE / "templates")]
-suppress_warnings = ["config.cache", "myst.header"]  # functions for the template below; tables of results begin at "###"
+suppress_warnings = [
+    "config.cache",  # the template of the reference is given functions
+    "myst.header",  # committed tables begin with a heading of the third level
+]
 
 # ---- pages ---------------------------------------------------------------------------------------------------
 
@@ -42,6 +45,7 @@ myst_heading_anchors = 3
 
 # ---- reference -----------------------------------------------------------------------------------------------
 
+autodoc_inherit_docstrings = False  # those of Matplotlib use roles of their own
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -79,7 +83,14 @@ def here(fullname: str) -> list[str]:
 
 def elsewhere(fullname: str) -> list[str]:
     """Public names that the pages of other modules describe, as dotted names."""
-    return [f"{place}.{n}" for n, place in public(fullname).items() if place != fullname and documented(place)]
+    found = [f"{place}.{n}" for n, place in public(fullname).items() if place != fullname and documented(place)]
+    return [name.removeprefix(fullname + ".") for name in found]  # as autosummary wants them
+
+
+def not_ours(_app: Any, _kind: str, _name: str, thing: Any, _skip: bool, _options: Any) -> bool | None:
+    """Leave methods of other libraries out, which some of our classes are given by their base."""
+    place = getattr(thing, "__module__", None)
+    return True if isinstance(place, str) and place.partition(".")[0] == "matplotlib" else None
 
 
 autosummary_context = {"here": here, "elsewhere": elsewhere}
@@ -126,12 +137,13 @@ def finish(app: Any, error: Exception | None) -> None:
     """MathJax beside the pages, and an ``index.html`` that leads to the first one."""
     if error is None:
         shutil.copyfile(mathjax_file(), Path(app.outdir) / "_static" / MATHJAX)
-        page = '<!doctype html><meta charset="utf-8"><title>lance-ref</title><meta http-equiv="refresh" content="0; url={0}">'
-        link = '<a href="{0}">lance-ref</a>\n'
-        (Path(app.outdir) / "index.html").write_text((page + link).format("README.html"), encoding="utf-8")
+        head = '<!doctype html><meta charset="utf-8"><title>lance-ref</title>'
+        move = '<meta http-equiv="refresh" content="0; url=README.html"><a href="README.html">lance-ref</a>'
+        (Path(app.outdir) / "index.html").write_text(f"{head}{move}\n", encoding="utf-8")
 
 
 def setup(app: Any) -> None:
     shutil.rmtree(HERE / "reference", ignore_errors=True)  # pages of modules that may be gone
     app.connect("source-read", complete)
+    app.connect("autodoc-skip-member", not_ours)
     app.connect("build-finished", finish)

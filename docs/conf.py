@@ -103,10 +103,10 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
-html_sidebars = {"**": ["sidebar-nav-bs"], "docs/references": [], "README": ["sidebar-nav-bs"]}
+html_sidebars = {"README": []}
 html_theme_options = {
     "navigation_with_keys": False,
-    "show_nav_level": 2,
+    "header_links_before_dropdown": 6,
     "secondary_sidebar_items": ["page-toc"],
     "navbar_end": ["theme-switcher"],
     "footer_end": [],

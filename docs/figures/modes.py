@@ -44,7 +44,7 @@ def stack(ax: Axes, x: float, y: float, size: tuple[float, float, float], images
 def arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], text: str, at: tuple[float, float]) -> None:
     """A mode: a double arrow along an edge, and its name."""
     ax.annotate("", end, start, arrowprops={"arrowstyle": "<->", "lw": 0.9, "shrinkA": 0, "shrinkB": 0})
-    ax.text(*at, text, ha="center", va="center", fontsize=9.5)
+    ax.text(*at, text, ha="center", va="center", fontsize=10)
 
 
 def factor(ax: Axes, x: float, y: float, rows: float, columns: float, name: str, sizes: str) -> None:
@@ -52,39 +52,39 @@ def factor(ax: Axes, x: float, y: float, rows: float, columns: float, name: str,
     ax.add_patch(Rectangle((x, y), columns, rows, facecolor=FACTOR, edgecolor="black", lw=0.8))
     for i in range(1, round(columns / 0.16)):
         ax.plot([x + i * 0.16] * 2, [y, y + rows], color="black", lw=0.4)
-    ax.text(x + columns / 2, y - 0.28, name, ha="center", va="center", fontsize=11)
+    ax.text(x + columns / 2, y - 0.28, name, ha="center", va="center", fontsize=12)
     ax.text(x + columns / 2, y - 0.62, sizes, ha="center", va="center", fontsize=10)
 
 
 def main() -> None:
     """Draw the figure and write it beside this file."""
     plt.rcParams.update({"svg.hashsalt": "modes", "svg.fonttype": "path", "font.size": 10, "mathtext.fontset": "cm"})
-    figure, ax = plt.subplots(figsize=(10.4, 4.7), layout="constrained")
-    ax.set(xlim=(-0.75, 13.2), ylim=(-3.35, 2.95), aspect="equal")
+    figure, ax = plt.subplots(figsize=(7.6, 4.5), layout="constrained")
+    ax.set(xlim=(-0.95, 9.95), ylim=(-3.35, 2.95), aspect="equal")
     ax.axis("off")
 
     end = stack(ax, 0, 0, (1.1, 1.3, 1.6), 3, FULL)
-    ax.text((end + 0.6) / 2 - 0.3, 2.72, r"activation  $A \in \mathbb{R}^{B \times C \times H \times W}$", ha="center")
-    arrow(ax, (-0.18, 0), (-0.18, 1.3), "height\nmode 3", (-0.62, 0.65))
-    arrow(ax, (0, -0.16), (1.1, -0.16), "width, mode 4", (0.6, -0.38))
-    arrow(ax, (-0.02, 1.42), (0.65, 2.09), "channel\nmode 2", (-0.2, 2.0))
-    arrow(ax, (0, -0.72), (end, -0.72), "batch, mode 1: one block for each image", (end / 2, -0.95))
+    ax.text(end / 2, 2.5, r"activation  $A \in \mathbb{R}^{B \times C \times H \times W}$", ha="center", fontsize=12)
+    arrow(ax, (-0.18, 0), (-0.18, 1.3), "height\nmode 3", (-0.72, 0.65))
+    arrow(ax, (0, -0.16), (1.1, -0.16), "width, mode 4", (0.8, -0.4))
+    arrow(ax, (-0.02, 1.42), (0.65, 2.09), "channel\nmode 2", (-0.2, 2.1))
+    arrow(ax, (0, -0.78), (end, -0.78), "batch, mode 1: one block for each image", (end / 2, -1.04))
 
-    ax.text(6.62, 1.3, "project on\nthe factors", ha="center", va="bottom", fontsize=9.5)
-    ax.annotate("", (7.3, 1.05), (5.95, 1.05), arrowprops={"arrowstyle": "-|>", "lw": 1.4, "color": "black"})
+    ax.annotate("", (7.15, 0.9), (5.95, 0.9), arrowprops={"arrowstyle": "-|>", "lw": 1.4, "color": "black"})
+    ax.text(6.5, 1.05, "project on\nthe factors", ha="center", va="bottom")
 
-    small_end = stack(ax, 8.25, 0.45, (0.42, 0.5, 0.6), 2, SMALL)
-    middle = (8.25 + small_end) / 2
-    ax.text(middle + 0.1, 1.55, r"core  $S \in \mathbb{R}^{r_1 \times r_2 \times r_3 \times r_4}$", ha="center")
-    ax.text(middle + 0.1, -0.05, "kept on the tape\nfor the backward pass", ha="center", va="top", fontsize=9.5)
-    ax.text(10.65, 0.72, r"$S = A\, \times_1\, U_1^\top\, \times_2\, U_2^\top$", fontsize=12, va="center")
-    ax.text(10.98, 0.22, r"$\times_3\, U_3^\top\, \times_4\, U_4^\top$", fontsize=12, va="center")
+    small_end = stack(ax, 7.55, 0.7, (0.42, 0.5, 0.6), 2, SMALL)
+    middle = (7.55 + small_end) / 2 + 0.1
+    ax.text(middle, 1.85, r"core  $S \in \mathbb{R}^{r_1 \times r_2 \times r_3 \times r_4}$", ha="center", fontsize=12)
+    ax.text(middle, 0.45, "kept for the\nbackward pass", ha="center", va="top")
+    ax.text(middle, -0.6, r"$S = A \times_1 U_1^\top \times_2 U_2^\top$", ha="center", fontsize=12)
+    ax.text(middle, -1.06, r"$\times_3\, U_3^\top \times_4 U_4^\top$", ha="center", fontsize=12)
 
-    ax.text(-0.6, -1.78, "factors, found once\nbefore training;\nthe same in every step", fontsize=9.5, va="center")
+    ax.text(-0.9, -2.05, "factors, found once\nbefore training;\nthe same in every step", va="center")
     sizes = (("U_1", "B", 1.2, 2), ("U_2", "C", 1.0, 3), ("U_3", "H", 0.8, 2), ("U_4", "W", 0.7, 2))
     names = ("batch", "channel", "height", "width")
     for i, ((symbol, n, rows, columns), name) in enumerate(zip(sizes, names, strict=True)):
-        place = 3.2 + 2.55 * i
+        place = 2.9 + 1.95 * i
         factor(ax, place, -2.6, rows, columns * 0.16, f"${symbol}$", f"{name}: ${n} \\times r_{i + 1}$")
     figure.savefig(Path(__file__).with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)

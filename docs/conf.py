@@ -104,8 +104,10 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_sidebars = {"README": []}
+html_context = {"default_mode": "auto"}
 html_theme_options = {
     "navigation_with_keys": False,
+    "collapse_navigation": True,
     "header_links_before_dropdown": 6,
     "secondary_sidebar_items": ["page-toc"],
     "navbar_end": ["theme-switcher"],
@@ -125,12 +127,19 @@ def mathjax_file() -> Path:
     raise FileNotFoundError(f"django-static-mathjax has no es5/{MATHJAX}: python -m pip install -e '.[docs]'")
 
 
+CONTENTS = {
+    root_doc: (HERE / "contents.md").read_text(encoding="utf-8"),
+    "docs/decisions/README": "\n```{toctree}\n:maxdepth: 1\n:glob:\n\n0*\n```\n",
+}
+"""Tables of contents that a reader of the repository need not see."""
+
+
 def complete(_app: Any, name: str, source: list[str]) -> None:
-    """Add what the site needs and a reader of the repository does not: the contents, and titles of committed tables."""
-    if name == root_doc:
-        source[0] += (HERE / "contents.md").read_text(encoding="utf-8")
-    elif name.startswith("analysis/results/") and not source[0].startswith("# "):
+    """Add what the site needs beside the files of the repository: contents, and titles of committed tables."""
+    source[0] += CONTENTS.get(name, "")
+    if name.startswith("analysis/results/") and not source[0].startswith("# "):
         source[0] = f"# {name.rpartition('/')[2].replace('_', ', ')}\n\n{source[0]}"
+    source[0] = source[0].replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")  # a number and its error on one line
 
 
 def finish(app: Any, error: Exception | None) -> None:

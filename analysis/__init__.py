@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from analysis.cost_model import cost as cost
 
+__all__ = ["cost"]
+
 
 def __getattr__(name: str) -> Any:
     """``analysis.cost`` is imported when it is asked for: command lines must start without the numerical libraries.

@@ -53,21 +53,19 @@ python_use_unqualified_type_names = True
 numpydoc_show_class_members = False
 autosummary_generate = True
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 
 
 def public(fullname: str) -> dict[str, str]:
-    """The public names of a module and where each is defined: those of ``__all__``, else what it defines itself."""
+    """The names of a module's ``__all__``, and the module in which each is defined."""
     module = importlib.import_module(fullname)
     found = {}
-    for name in getattr(module, "__all__", None) or sorted(vars(module)):
+    for name in getattr(module, "__all__", ()):
         thing = getattr(module, name)
-        if inspect.ismodule(thing) or name.startswith("_"):
-            continue
-        place = getattr(thing, "__module__", None) if callable(thing) else fullname
-        found[name] = place if isinstance(place, str) else fullname
-    if hasattr(module, "__all__"):
-        return found
-    return {name: place for name, place in found.items() if place == fullname}
+        if not inspect.ismodule(thing):
+            place = getattr(thing, "__module__", None) if callable(thing) else fullname
+            found[name] = place if isinstance(place, str) else fullname
+    return found
 
 
 def documented(place: str) -> bool:
@@ -76,21 +74,32 @@ def documented(place: str) -> bool:
     return parts[0] in ("lance_ref", "analysis") and not any(part.startswith("_") for part in parts)
 
 
-def here(fullname: str) -> list[str]:
-    """What the page of a module describes: what it defines, and public names from modules without a page."""
-    return [n for n, place in public(fullname).items() if place == fullname or not documented(place)]
+def here(fullname: str) -> str | None:
+    """What the page of a module describes, for ``:members:``, or None for nothing.
+
+    Without ``__all__`` that is all that the module defines. With it, what it defines and what has no page elsewhere.
+    """
+    if not hasattr(importlib.import_module(fullname), "__all__"):
+        return ""
+    names = [name for name, place in public(fullname).items() if place == fullname or not documented(place)]
+    return ", ".join(names) or None
 
 
 def elsewhere(fullname: str) -> list[str]:
-    """Public names that the pages of other modules describe, as dotted names."""
+    """Public names that the pages of other modules describe, as autosummary wants them."""
     found = [f"{place}.{n}" for n, place in public(fullname).items() if place != fullname and documented(place)]
-    return [name.removeprefix(fullname + ".") for name in found]  # as autosummary wants them
+    return [name.removeprefix(fullname + ".") for name in found]
 
 
 def not_ours(_app: Any, _kind: str, _name: str, thing: Any, _skip: bool, _options: Any) -> bool | None:
     """Leave methods of other libraries out, which some of our classes are given by their base."""
     place = getattr(thing, "__module__", None)
     return True if isinstance(place, str) and place.partition(".")[0] == "matplotlib" else None
+
+
+def no_signature(_app: Any, kind: str, *_: Any) -> tuple[None, None] | None:
+    """Keep numpydoc from looking for the signature of an alias of a type, ``Ranks = tuple[int, ...]``."""
+    return (None, None) if kind == "data" else None
 
 
 autosummary_context = {"here": here, "elsewhere": elsewhere}
@@ -154,5 +163,6 @@ def finish(app: Any, error: Exception | None) -> None:
 def setup(app: Any) -> None:
     shutil.rmtree(HERE / "reference", ignore_errors=True)  # pages of modules that may be gone
     app.connect("source-read", complete)
+    app.connect("autodoc-process-signature", no_signature, priority=100)
     app.connect("autodoc-skip-member", not_ours)
     app.connect("build-finished", finish)

@@ -162,6 +162,8 @@ def test_the_command_prints_bytes_and_accuracy() -> None:
     exact, core = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) bytes", done.stdout)[:2])
     assert exact == 64 * 16 * 8 * 8 * 4
     assert core < exact / 20
+    page = (ROOT / "docs" / "what_lance_is.md").read_text(encoding="utf-8")
+    assert "".join(done.stdout.splitlines(keepends=True)[:2]) in page  # accuracies may differ in the last digit
     before, backpropagation, lance = map(float, re.findall(r"([\d.]+)%", done.stdout))
     assert before < lance - 5
     assert backpropagation - 5 < lance <= 100

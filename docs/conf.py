@@ -143,6 +143,21 @@ CONTENTS = {
 """Tables of contents that a reader of the repository need not see."""
 
 
+def follow(app: Any, env: Any, node: Any, text: Any) -> Any:
+    """Lead a reference by an alias, ``lance_ref.trace``, to the page of the module that defines the thing."""
+    target = node.get("reftarget", "")
+    place, _, name = target.rpartition(".")
+    if node.get("refdomain") != "py" or not documented(place):
+        return None
+    try:
+        thing = getattr(importlib.import_module(place), name)
+        home = f"{thing.__module__}.{thing.__qualname__}"
+    except (ImportError, AttributeError):
+        return None
+    domain = env.get_domain("py")
+    return None if home == target else domain.resolve_xref(env, node["refdoc"], app.builder, "obj", home, node, text)
+
+
 def complete(_app: Any, name: str, source: list[str]) -> None:
     """Add what the site needs beside the files of the repository: contents, and titles of committed tables."""
     source[0] += CONTENTS.get(name, "")
@@ -163,6 +178,7 @@ def finish(app: Any, error: Exception | None) -> None:
 def setup(app: Any) -> None:
     shutil.rmtree(HERE / "reference", ignore_errors=True)  # pages of modules that may be gone
     app.connect("source-read", complete)
+    app.connect("missing-reference", follow)
     app.connect("autodoc-process-signature", no_signature, priority=100)
     app.connect("autodoc-skip-member", not_ours)
     app.connect("build-finished", finish)

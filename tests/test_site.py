@@ -179,6 +179,7 @@ def test_the_cost_model_from_python_is_in_the_reference() -> None:
         pytest.skip(f"no site in {SITE}: python -m docs")
     page = (SITE / "docs" / "reference" / "analysis.html").read_text(encoding="utf-8")
     assert re.search(r'href="analysis\.[\w.]*html#analysis\.[\w.]*cost"', page)
+    assert re.search(r'href="lance_ref\.[\w.]+html#lance_ref\.[\w.]+\.trace"', page)  # a reference by an alias
 
 
 def test_faults_are_noticed(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -14,6 +14,8 @@ from analysis.moved import LateFinder
 if TYPE_CHECKING:
     from analysis.cost_model import cost as cost
 
+__all__ = ["cost"]
+
 sys.meta_path.insert(0, LateFinder())  # old import paths, for one release
 
 NEEDED = ("peak.memory", "ranks.choose", "reports.peaks", "reports.report", "reports.tables", "rules.calibration_costs")

@@ -12,18 +12,23 @@ shares w_l are not known from shapes: equal for every layer, or in proportion to
 c_l is predicted as the share of the activation's energy that the store keeps, ‖Â‖²/‖A‖², which is c_l where the output
 gradient knows nothing of the directions that the activation prefers (for white output gradients dW = GᵀA and
 E‖GᵀÂ‖² ∝ ‖Â‖²). Real output gradients agree in part from image to image, which favours the mean activation, the largest
-direction: there the cosine comes out higher than predicted, as the tests show on MCUNet.
+direction: there the cosine comes out higher than predicted, as the tests show on MCUNet. For each method:
 
-exact methods       1
-lance, hosvd, asi   Π_n s_n, s_n = Σ_{i≤r} λ_i / Σ λ_i of mode n; certainly between 1 − Σ(1 − s_n) and min s_n, for the
-                    activations that were measured. For lance, whose subspaces are fixed, the share of the batch mode is
-                    that of a new batch, (n·m + r·v) / (n·(m + v)), see :mod:`analysis.ranks.batch_law`.
-int8, int4          1 − η, η = 3/(4L²) with L = 2ᵇ − 1: half a step of error everywhere, values that fill their range
-                    evenly. Certainly η ≤ (k − 2)/(2L²) for k values a channel, as a channel whose least and greatest
-                    value lie R apart has energy R²/2 at least, and these two come back as they were.
-sketch              r/n for r directions of a batch of n, whatever the spectrum.
-anything else       not predicted: the gradient filter changes input gradients too, LoRA and biases are other
-                    parameters, and without their mean activations have other spectra than those measured.
+exact methods
+    1
+lance, hosvd, asi
+    Π_n s_n, s_n = Σ_{i≤r} λ_i / Σ λ_i of mode n; certainly between 1 − Σ(1 − s_n) and min s_n, for the activations that
+    were measured. For lance, whose subspaces are fixed, the share of the batch mode is that of a new batch,
+    (n·m + r·v) / (n·(m + v)), see :mod:`analysis.ranks.batch_law`.
+int8, int4
+    1 − η, η = 3/(4L²) with L = 2ᵇ − 1: half a step of error everywhere, values that fill their range evenly. Certainly
+    η ≤ (k − 2)/(2L²) for k values a channel, as a channel whose least and greatest value lie R apart has energy R²/2
+    at least, and these two come back as they were.
+sketch
+    r/n for r directions of a batch of n, whatever the spectrum.
+anything else
+    not predicted: the gradient filter changes input gradients too, LoRA and biases are other parameters, and without
+    their mean activations have other spectra than those measured.
 """
 
 from __future__ import annotations

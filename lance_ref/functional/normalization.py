@@ -266,7 +266,7 @@ def layer_norm(
 
     Parameters
     ----------
-    x : Tensor (..., *normalized_shape)
+    x : Tensor of shape ``(..., *normalized_shape)``
     normalized_shape : int or sequence of int
         Sizes of the dimensions whose mean and (biased) variance are taken.
     weight, bias : Tensor of ``normalized_shape``, optional

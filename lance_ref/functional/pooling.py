@@ -225,5 +225,5 @@ def avg_pool2d(
 
 
 def adaptive_avg_pool2d(x: Any, output_size: int | Sequence[int]) -> Tensor:
-    """Means over a grid of ``output_size`` windows that cover the image, (B, C, *output_size). Keeps nothing."""
+    """Means over a grid of ``output_size`` windows that cover the image, ``(B, C, *output_size)``. Keeps nothing."""
     return AdaptiveAvgPool2d.apply(as_tensor(x), output_size=pair("output_size", output_size, 1))

@@ -27,8 +27,8 @@ class Quantized(ActivationStore):
         Â = (1 − t)·lo + t·hi,   t = q / (2ᵇ − 1),
 
     a few images at a time, within :data:`~lance_ref.algebra.geometry.WORKSPACE_BYTES` (two images at the least).
-    |Â − A| is at most half a step, (hi − lo) / (2ᵇ − 1) / 2, up to rounding; lo, hi and constant channels come
-    back as they were.
+    The error ``|Â − A|`` is at most half a step, (hi − lo) / (2ᵇ − 1) / 2, up to rounding; lo, hi and constant channels
+    come back as they were.
 
     Parameters
     ----------

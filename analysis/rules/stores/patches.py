@@ -11,9 +11,11 @@ from analysis.rules.stores.base import StoreCost, conv_sizes, store_rule
 def patch_lance(call: Call, macs: int) -> StoreCost:
     """The core (r1, r2, r3) of the patches (B, L, K), by fixed factors.
 
-    projection      the cheapest order of the mode products from (B, L, K) to the ranks
-    grad_weight     G (B, L, C_out) to (r1, r2, C_out), then r1·r2·C_out·r3 and C_out·r3·K, or the core's
-                    features expanded first where that is cheaper
+    ::
+
+        projection      the cheapest order of the mode products from (B, L, K) to the ranks
+        grad_weight     G (B, L, C_out) to (r1, r2, C_out), then r1·r2·C_out·r3 and C_out·r3·K, or the core's
+                        features expanded first where that is cheaper
 
     Laying out patches multiplies nothing. The papers' bill of the projection, each mode on the whole activation, is
     that of the patches.

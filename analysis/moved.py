@@ -67,7 +67,7 @@ MOVED: dict[str, str] = {
 
 
 class LateFinder:
-    """Asks :class:`lance_ref.moved.MovedFinder` once an old path is imported: commands must start without the library."""
+    """Asks :mod:`lance_ref.moved` once an old path is imported: commands must start without the library."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
         if name not in MOVED:

@@ -1,1 +1,1 @@
-"""Experiments whose results are committed: fine-tuning, continual learning, descent, domains, and the ledger of claims."""
+"""Experiments whose results are committed, and the ledger of published claims that they answer."""

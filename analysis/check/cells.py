@@ -1,7 +1,7 @@
 """One cell of the validation: a net, a batch size and a dtype, with every method predicted and run.
 
-What agrees is for :mod:`analysis.check.measure` to say: what is counted, bytes and multiply-adds, must be equal in every
-layer; the peak of memory, which ``tracemalloc`` measures together with Python's own objects, must be near.
+What agrees is for :mod:`analysis.check.measure` to say: what is counted, bytes and multiply-adds, must be equal in
+every layer; the peak of memory, which ``tracemalloc`` measures together with Python's own objects, must be near.
 """
 
 from __future__ import annotations

@@ -95,8 +95,10 @@ MOST = 2**31 - 1
 
 def check_count(option: str, value: Any) -> None:
     """Raise ValueError unless this is a positive integer of a size that anything may have."""
-    if not isinstance(value, int) or not 1 <= value <= MOST:
-        raise ValueError(f"{option} is {value}, expected an integer from 1 to {MOST}")
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{option} is {value}, expected a positive integer")
+    if value > MOST:
+        raise ValueError(f"{option} is {value}, expected at most {MOST}")
 
 
 def _seed(option: str, value: Any) -> None:

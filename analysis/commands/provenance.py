@@ -88,7 +88,8 @@ def code_fingerprint() -> str:
     digest = hashlib.sha256()
     for package in PACKAGES:
         found = find_spec(package)
-        assert found is not None and found.origin is not None, f"{package} is not installed"
+        if found is None or found.origin is None:
+            raise ModuleNotFoundError(f"the package {package} is missing: install the project again")
         folder = Path(found.origin).parent
         for path in sorted(folder.rglob("*.py")):
             digest.update(f"{package}/{path.relative_to(folder).as_posix()}\n".encode())

@@ -161,11 +161,17 @@ def search(
 
 
 def _rank(row: Row) -> tuple[int, float, float, float]:
-    """The order of the rows: fits, predicted, fidelity, batch, memory; then what is missing."""
+    """The order of the rows: fits, predicted, fidelity, batch, memory; then what is missing.
+
+    What is not known may be anything: it stands behind a prediction above 0.000, and before one of 0.000.
+    """
     best = row.best
     if best is None:
-        return (3, 0, 0, 0) if row.next is None else (2, *_excess(row.next), 0)
-    return (0 if best.fidelity else 1), *_order(best.fidelity, best.layers, best.batch), best.memory.total
+        return (4, 0, 0, 0) if row.next is None else (3, *_excess(row.next), 0)
+    known = best.fidelity is not None
+    nothing = best.fidelity is not None and round(best.fidelity.estimate, DIGITS) == 0
+    place = 2 if nothing else 0 if known else 1
+    return place, *_order(best.fidelity, best.layers, best.batch), best.memory.total
 
 
 def _order(fidelity: Fidelity | None, layers: int, batch: int) -> tuple[float, int]:

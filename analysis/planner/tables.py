@@ -85,7 +85,8 @@ def conclusion(plan: Plan) -> str:
         assert best is not None
         of = "not predicted" if best.fidelity is None else f"{best.fidelity.estimate:.3f}"
         total = f"{_kib(best.memory.total)} of {_kib(plan.budget)} KiB"
-        return f"First: {best.option.name}, {_what(best, plan)}: fidelity {of}, {total}."
+        first = f"First: {best.option.name}, {_what(best, plan)}: fidelity {of}, {total}."
+        return f"{first} {_alternatives(plan)}".rstrip()
     closest = plan.closest
     if closest is None:
         return "Nothing fits, and there was nothing that could be tried."
@@ -97,6 +98,18 @@ def conclusion(plan: Plan) -> str:
         f"{_kib(closest.memory.total)} KiB, {_kib(closest.over_bytes)} KiB too much{_where(closest)}."
         f" {plan.facts.get('smaller', '')}"
     ).rstrip()
+
+
+def _alternatives(plan: Plan) -> str:
+    """The first that fits of each of the next three methods, in a sentence; empty if there is no other."""
+    first, *others = [row.best for row in plan.fitting if row.best is not None]
+    names: dict[str, str] = {}
+    for other in others:
+        if other.option.method != first.option.method and other.option.method not in names:
+            fidelity = "not predicted" if other.fidelity is None else f"{other.fidelity.estimate:.3f}"
+            what = f"{other.option.name}, {_what(other, plan)} (fidelity {fidelity}, {_kib(other.memory.total)} KiB)"
+            names[other.option.method] = what
+    return f"Also fit: {'; '.join(list(names.values())[:3])}." if names else ""
 
 
 def _where(candidate: Candidate) -> str:

@@ -1,9 +1,9 @@
 """What learning T tasks one after the other costs, from shapes alone: fine-tuning, GPM and LANCE side by side.
 
 :func:`bills` answers before anything has been trained: how many directions each task will protect is an assumption
-then, a share of each layer's directions that grows evenly from task to task. What a run of :mod:`experiments.continual.command`
-really protected, and its bill, is in :mod:`analysis.reports.continual_costs`; with the same numbers both give the same bytes
-and multiply-adds.
+then, a share of each layer's directions that grows evenly from task to task. What a run of the experiment really
+protected, and its bill, is in :mod:`analysis.reports.continual_costs`; with the same numbers both give the same
+bytes and multiply-adds.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def at_batch(step: TracedStep, batch: int) -> TracedStep:
 def reduction_by_batch(
     prediction: Prediction, method: str, batches: Sequence[int] = BATCHES
 ) -> dict[int, dict[str, float | None]]:
-    """bp's bytes over the method's, by batch size and accounting, as :func:`analysis.reports.tables.reductions` gives them.
+    """bp's bytes over the method's, by batch size and accounting, as ``reductions`` of a report gives them.
 
     Ranks come from where the prediction has them from; those that were stated are kept, as far as the batch
     allows. Batch sizes that the net or the method does not take are left out.

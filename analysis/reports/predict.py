@@ -147,8 +147,8 @@ def cost(
     batch : int, optional
         Images of a step, 128 by default; a traced step has its own, and its own shapes, dtype and tuning.
     method : str or sequence of str, optional
-        Names of :data:`analysis.steps.methods.METHODS`, or ``"all"``; "bp" and "lance" by default. Those at "lance"'s ranks
-        are "lance-mean-free" (orthogonal to the mean activation), "lance-center" (of the activation without it),
+        Names of :data:`analysis.steps.methods.METHODS`, or ``"all"``; "bp" and "lance" by default. Those at "lance"'s
+        ranks are "lance-mean-free" (orthogonal to the mean activation), "lance-center" (of the activation without it),
         "hosvd" and "asi".
     image_size : int, optional
     num_classes : int, optional

@@ -1,4 +1,4 @@
-"""Learn one task after the other with every learner: ``python -m experiments.continual --scenario split-digits --quick``.
+"""Learn one task after the other with every learner: ``python -m experiments.continual --quick``.
 
 For each learner: accuracy at the end, forgetting and transfer over seeds, RAM and flash bytes predicted and measured,
 multiply-adds of steps and between tasks. All learners start from the same weights and see the same batches.
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def fill_in(options: argparse.Namespace) -> argparse.Namespace:
     """Defaults of the scenario, and everything checked that can be before anything runs."""
     from lance_ref.continual.learners import LEARNERS
-    from lance_ref.continual.networks import DEFAULT_NETWORK
+    from lance_ref.continual.networks import DEFAULT_NETWORK, NETWORKS
 
     if options.scenario not in DEFAULTS:
         raise ValueError(f"--scenario is {options.scenario!r}, expected one of {', '.join(DEFAULTS)}")
@@ -113,6 +113,8 @@ def fill_in(options: argparse.Namespace) -> argparse.Namespace:
     if options.tasks is not None and options.tasks < 2:
         raise ValueError(f"--tasks is {options.tasks}, expected at least 2")
     check_options(options)
+    if options.net not in (*NETWORKS, DEFAULT_NETWORK[options.scenario]):
+        raise ValueError(f"--net is {options.net!r}, expected one of {', '.join(NETWORKS)}")
     for learner in options.learners:
         if learner not in LEARNERS:
             raise ValueError(f"unknown learner {learner!r}, expected some of {', '.join(LEARNERS)}")

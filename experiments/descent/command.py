@@ -1,7 +1,7 @@
 """How often the compressed weight gradient points uphill: ``python -m experiments.descent``.
 
-Random cases of each claim in :mod:`experiments.descent.cases`, where the mathematics is, and then real training: a small
-convolutional network on the digits, with the exact weight gradient of each layer and batch computed beside the
+Random cases of each claim in :mod:`experiments.descent.cases`, where the mathematics is, and then real training: a
+small convolutional network on the digits, with the exact weight gradient of each layer and batch computed beside the
 compressed one that is used.
 """
 

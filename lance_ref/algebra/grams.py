@@ -120,7 +120,7 @@ class LayerGrams:
             )
 
     def basis(self, mode: int) -> tuple[np.ndarray, np.ndarray]:
-        """Energies (n,) and directions of one calibrated mode, computed once (:func:`~lance_ref.algebra.tucker.eigenbasis`).
+        """Energies (n,) and directions of one calibrated mode, computed once.
 
         There are n directions; of the feature mode as many fewer as are protected: with N a basis of
         their null space, U = N V for the eigenvectors V of Nᵀ K N, so that UᵀM = 0 whatever the energies.

@@ -81,7 +81,8 @@ class Recalibrator:
     layer keeps in the ``window`` steps after it was calibrated again becomes its new reference.
 
     The Gram matrices are booked as calibration, and take no forward pass of their own. A checkpoint of
-    :func:`~lance_ref.train.training.fit` does not hold what this object knows: a run with a Recalibrator cannot be resumed.
+    :func:`~lance_ref.train.training.fit` does not hold what this object knows: a run with a Recalibrator cannot be
+    resumed.
     """
 
     def __init__(

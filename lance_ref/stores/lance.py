@@ -38,9 +38,9 @@ class Lance(ActivationStore):
         One factor (n, r) per mode of the activation, None for a mode left alone.
     order : {"auto", "papers", "separable"}
         Order of contraction of a convolution's weight gradient; ``"auto"`` takes that of fewest multiply-adds
-        (:func:`~lance_ref.algebra.projection.cheapest_order`), and height and width of a small map in one product, here and in
-        the projection: more multiply-adds, less time (:func:`~lance_ref.algebra.projection.product_of_modes`). A linear layer
-        has one order only.
+        (:func:`~lance_ref.algebra.projection.cheapest_order`), and height and width of a small map in one product,
+        here and in the projection: more multiply-adds, less time
+        (:func:`~lance_ref.algebra.projection.product_of_modes`). A linear layer has one order only.
     dtype : numpy dtype
         float32 or float64: the dtype of the activations, to which the factors are converted.
     core_bits : {None, 8, 4}

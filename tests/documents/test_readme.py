@@ -169,7 +169,8 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
     inline = re.findall(r"`([^`]+)`", without_blocks(text))
     found = []
     for command in shell + [" ".join(words.split()) for words in inline]:
-        for module, rest in re.findall(r"python -m ((?:lance_ref|analysis|experiments|benchmarks|docs)\b[\w.]*)([^&|]*)", command):
+        ours = r"python -m ((?:lance_ref|analysis|experiments|benchmarks|docs)\b[\w.]*)([^&|]*)"
+        for module, rest in re.findall(ours, command):
             found.append((module, re.findall(r"(?<=\s)--[a-z][\w-]*", rest)))
     return found
 

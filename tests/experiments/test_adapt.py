@@ -52,7 +52,9 @@ def test_bad_input_is_one_line(
 def test_missing_data_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Without LANCE_REF_DATA the error says what to set."""
     monkeypatch.delenv("LANCE_REF_DATA", raising=False)
-    assert adapt.main(QUICK) == 2
+    with pytest.raises(SystemExit) as stopped:
+        adapt.main(QUICK)
+    assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "LANCE_REF_DATA" in error

@@ -17,9 +17,14 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     """Half of a new file never takes the place of an old one."""
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(RuntimeError, match="stop"), whole_file(path) as file:
-        file.write(b"half")
-        raise RuntimeError("stop")
+
+    def half() -> None:
+        with whole_file(path) as file:
+            file.write(b"half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        half()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 

@@ -1,4 +1,4 @@
-"""Compiled loops for bit masks, frozen batch norm and max-pooling, in the manner of :mod:`lance_ref.algebra.kernels.threads`.
+"""Compiled loops for bit masks, frozen batch norm and max-pooling; see :mod:`lance_ref.algebra.kernels.threads`.
 
 None of it counts as multiply-adds of products: these loops move, compare and scale. Masks are packed as
 ``numpy.packbits`` packs them, eight elements to a byte, the first in the highest bit.

@@ -158,3 +158,12 @@ def test_a_batch_that_cannot_run_is_left_out(capsys: pytest.CaptureFixture[str])
     assert rows["bp"]["most_layers"] == {"1": None, "2": 1}
     assert not rows["micro-batch"]["fits"]
     assert "in parts of 1" in rows["micro-batch"]["note"]
+
+
+def test_what_is_not_known_stands_before_a_fidelity_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """LoRA and biases fit and learn; head-only, whose predicted fidelity is 0.000, is not the first answer."""
+    assert main(["--net", "mcunet", "--image-size", "32", "--budget", "256KiB", "--num-classes", "10"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("First: bias-only")
+    assert "Also fit: lora" in last
+    assert "head-only, batch 1 (fidelity 0.000" in last

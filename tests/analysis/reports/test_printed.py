@@ -1,0 +1,113 @@
+"""What is printed: every number of the JSON stands in the text whole, and growth is called growth."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis import cost
+from analysis.cost_model import main
+from analysis.ranks import choose
+from analysis.reports.tables import change, explain, render
+from analysis.steps.methods import METHODS
+from lance_ref import models
+
+CASES = [(net, count) for net in models.names() for count in (1, 4)] + [("mobilenetv2", 15), ("mlp", 9)]
+
+
+def numbers(text: str) -> set[str]:
+    return set(re.findall(r"\d[\d,]*(?:\.\d+)?", text))
+
+
+@pytest.mark.parametrize(("net", "count"), CASES)
+def test_no_digit_is_cut_off(net: str, count: int) -> None:
+    """Totals of every method and, where the tables of layers have them, the bytes of every layer."""
+    report = cost(net, batch=2, method=list(METHODS)[:count])
+    shown = numbers(render(report))
+    totals = report.to_json()["totals"]
+    for method, of in totals.items():
+        wanted = [f"{n / 2**20:,.3f}" for n in of["activation_bytes"].values()]
+        wanted += [f"{of['flops']['total'] / 1e9:,.3f}", f"{of['activation_bytes']['tape']:,}"]
+        assert set(wanted) <= shown, method
+    for row in report.rows:
+        for cost_ in row.methods.values():
+            assert f"{cost_.activation_bytes['tape']:,}" in shown or not cost_.activation_bytes["tape"], row.name
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "300"])
+def test_a_narrow_pipe_or_terminal_cuts_nothing(columns: str) -> None:
+    """The table is as wide as it must be, whatever COLUMNS says."""
+    command = [
+        sys.executable,
+        "-m",
+        "analysis.cost_model",
+        "--net",
+        "mobilenetv2",
+        "--method",
+        "bp",
+        "head-only",
+        "lance",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": columns}, check=True)
+    assert "65,643.856" in done.stdout
+    assert "…" not in done.stdout
+
+
+def test_growth_is_called_growth() -> None:
+    """Where LANCE takes more memory, that is said, first, and never as shrinking by a number below one."""
+    assert change(0.5).startswith("grows 2.00 times")
+    report = cost("mobilenetv3-small", batch=8, method=["bp", "lance"])
+    (sentence, *_) = explain(report)
+    ratio = report.totals["bp"].activation_bytes["tape"] / report.totals["lance"].tape_and_factors
+    assert ("grows" in sentence) == (ratio < 0.98)
+    assert not re.search(r"shrinks? (by )?0\.", sentence)
+
+
+@pytest.mark.parametrize("what", ["folder", "file in it"])
+def test_a_folder_of_that_name_where_the_command_runs_changes_nothing(tmp_path: Path, what: str) -> None:
+    """Shipped spectra are found beside the code."""
+    (tmp_path / "analysis").mkdir()
+    if what == "file in it":
+        (tmp_path / "analysis" / "data").mkdir()
+    command = [sys.executable, "-m", "analysis.cost_model", "--net", "mobilenetv2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert json.loads(done.stdout)["ranks_from"].startswith("spectra shipped as analysis/data/mobilenetv2_224.json")
+
+
+def test_a_shipped_file_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Never other ranks in its place."""
+    monkeypatch.setattr(choose, "DATA", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"mobilenetv2_224\.json, which is a part of this package, is missing"):
+        cost("mobilenetv2", batch=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--net", "convnet", "--epsilon", "0.8"], "--epsilon 0.8 has no effect: the ranks are not chosen by energy"),
+        (["--net", "convnet", "--method", "bp", "--epsilon", "0.8"], "--epsilon has no effect: none of the methods bp"),
+        (["--net", "mobilenetv2", "--ranks", "0.5", "--epsilon", "0.8"], "--epsilon 0.8 has no effect"),
+        (["--net", "convnet", "--patch", "4"], "--patch has no effect: only these methods heed it: gradient-filter"),
+        (["--net", "convnet", "--lora-rank", "8"], "--lora-rank has no effect"),
+        (["--net", "convnet", "--method", "bp", "--ranks", "0.5"], "--ranks has no effect"),
+        (["--net", "convnet", "--ranks", "conv2=-,-,-,-"], "which compresses nothing; write conv2=exact"),
+        (["--net", "convnet", "--batch", "1" + "0" * 30], "expected at most 2147483647"),
+        (["--net", "convnet", "--continual", "1000000000000"], "expected a number of tasks from 1 to 1000"),
+        (["--net", "convnet", "--plot", "x.gif"], "--plot is 'x.gif', expected the name of a .png or .svg file"),
+    ],
+)
+def test_an_option_without_effect_or_sense_is_refused(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[Any]
+) -> None:
+    """Not passed over: one line and exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err

@@ -134,7 +134,7 @@ def _address(option: str, value: Any) -> None:
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(
         ("batch", "basis_batches", "basis_samples", "calibration_batches", "epochs", "eval_batch", "image_size", "jobs",
-         "layers", "lora_rank", "memory", "micro_batch", "num_classes", "patch", "repeats", "seeds", "segments",
+         "lora_rank", "memory", "micro_batch", "num_classes", "patch", "repeats", "seeds", "segments",
          "steps", "test_images", "train_images", "trials", "tuning_epochs"),
         check_count,
     ),

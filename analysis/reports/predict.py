@@ -102,7 +102,7 @@ class Prediction:
             },
             notes=self.notes,
             continual=self.continual,
-            peaks=self.peaks,
+            peaks_of=lambda: self.peaks,
             optimizer=self.asked.optimizer,
             remark=remark(step.net),
         )

@@ -6,9 +6,9 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from analysis.rules.account import Billed
@@ -200,8 +200,8 @@ class Report:
         Why a method was left out.
     continual : Continual or None
         Where it was asked for.
-    peaks : dict of method to Peak
-        The peak of memory of one step.
+    peaks_of : callable
+        Gives the peak of memory of one step, by method; asked once, when somebody looks at ``peaks``.
     optimizer : str
         Whose state counts at the peak.
     remark : str
@@ -222,7 +222,7 @@ class Report:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     continual: Continual | None = None
-    peaks: dict[str, Peak] = field(default_factory=dict, repr=False)
+    peaks_of: Callable[[], dict[str, Peak]] = field(default=dict, repr=False, compare=False)
     optimizer: str = OPTIMIZERS[0]
     remark: str = ""
 
@@ -257,6 +257,11 @@ class Report:
             method: MethodCost.sum([row.methods[method] for row in self.rows if method in row.methods])
             for method in self.methods
         }
+
+    @cached_property
+    def peaks(self) -> dict[str, Peak]:
+        """The peak of memory of one step, by method: as much work as all the rest of the report."""
+        return self.peaks_of()
 
     @property
     def work_unit(self) -> str:

@@ -43,7 +43,9 @@ def test_bad_input_is_one_line(
     arguments: list[str], says: str, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 2 and one line on stderr that names what came."""
-    assert adapt.main([*QUICK, *arguments]) == 2
+    with pytest.raises(SystemExit) as stopped:
+        adapt.main([*QUICK, *arguments])
+    assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert says in error

@@ -112,9 +112,12 @@ def input_shape_for(name: str, image_size: int | None, given: Sequence[int] | No
     if given is not None:
         return tuple(given)
     if name.endswith(".onnx"):
-        from analysis.onnx.file import input_shape
+        from analysis.onnx.file import input_shape, read_graph
+        from analysis.onnx.net import check_operations
 
-        return input_shape(name, image_size)
+        graph = read_graph(name)
+        check_operations(graph)  # who gives a shape for nothing has worked for nothing
+        return input_shape(graph, image_size)
     if image_size is not None:
         return (3, image_size, image_size)
     return DEFAULT_INPUT.get(name, (3, DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE))

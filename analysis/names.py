@@ -20,7 +20,7 @@ def shown(name: object) -> str:
     """A name as an error shows it: quoted, on one line, not too long; of a long path the file's name stays.
 
     >>> shown("conv1"), shown("/data/" + "x" * 100 + "/net.onnx")
-    ("'conv1'", "'/data/xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx/net.onnx'")
+    ("'conv1'", "'/data/xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...xxxxxxxxxxxxxxxxxxxxxxxxxxxxx/net.onnx'")
     """
     whole = str(name)
     if len(whole) > _SHOWN:

@@ -11,7 +11,7 @@ import numpy as np
 
 from analysis.onnx.file import Node
 from analysis.onnx.host import axes_of, integers, new_shape
-from analysis.onnx.ops import conv_options, number
+from analysis.onnx.ops import conv_options, number, operand
 from analysis.onnx.tensor import Constant
 from lance_ref import functional as F
 from lance_ref import nn
@@ -224,24 +224,24 @@ class Plan(NamedTuple):
     weight, bias : Weight or None
     key : hashable
         Its options: layers of the same options and weights are one.
-    reads : int
-        Which input of the node it takes; the others are its weights.
+    reads : tuple of int
+        Which inputs of the node it takes; the others are its weights.
     """
 
     make: Callable[[], Module]
     weight: Weight | None
     bias: Weight | None
     key: Any
-    reads: int = 0
+    reads: tuple[int, ...] = (0,)
 
 
 class Made(NamedTuple):
-    """A layer, made once for the same ``key``, the path that its weight's name tells, and the input that it reads."""
+    """A layer, made once for the same ``key``, the path that its weight's name tells, and the inputs that it reads."""
 
     layer: Module
     key: Any
     path: str
-    reads: str
+    reads: tuple[str, ...]
 
 
 def plan_for(node: Node, values: Values) -> Plan | None:
@@ -290,7 +290,7 @@ def layer_for(node: Node, values: Values, with_weights: bool, made: Mapping[Any,
     if plan is None:
         return None
     key = (node.op, plan.key, *(w if w is None else w.key for w in (plan.weight, plan.bias)))
-    path, reads = _path(plan.weight, node), node.inputs[plan.reads]
+    path, reads = _path(plan.weight, node), tuple(node.inputs[i] for i in plan.reads)
     if key in made:
         return Made(made[key], key, path, reads)
     with shapes_only():
@@ -355,7 +355,7 @@ class _SameLower(nn.Conv2d):
 
 
 class _Product(nn.Linear):
-    """alpha·x Wᵀ + beta·b, or alpha·W x + beta·b with b along the rows.
+    """alpha·x Wᵀ + beta·b, or alpha·W x + beta·b with b along the rows; b its bias, or anything else that is given.
 
     Parameters
     ----------
@@ -372,14 +372,18 @@ class _Product(nn.Linear):
         super().__init__(I, O, bias)
         self.alpha, self.beta, self.left, self.turned = float(alpha), float(beta), left, turned
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, summand: Any = None) -> Tensor:
         x = x.transpose(-2, -1) if self.left != self.turned else x
         joined = self.alpha == self.beta == 1
         y = F.linear(x, self.weight, self.bias if joined else None, store=self.store)
         y = y if self.alpha == 1 else y * self.alpha
         if self.bias is not None and not joined:
             y = y + (self.bias if self.beta == 1 else self.bias * self.beta)
-        return y.transpose(-2, -1) if self.left else y
+        y = y.transpose(-2, -1) if self.left else y
+        if summand is None:
+            return y
+        summand = operand(summand, y)
+        return y + (summand if self.beta == 1 else summand * self.beta)
 
 
 def _gemm(node: Node, x: list[Any]) -> Plan | None:
@@ -404,13 +408,15 @@ def _product(node: Node, x: list[Any], turned: list[bool]) -> Plan | None:
     O, I = weight.shape  # noqa: E741
     if isinstance(bias, Weight) and fits_as_bias(bias.shape, O, left):
         bias = bias.reshaped((O,))
-    elif bias is not None:
-        return None
+    else:
+        bias = None
+    apart = len(node.inputs) > 2 and bool(node.inputs[2]) and bias is None
     alpha, beta = (node.attributes.get(name, 1.0) for name in ("alpha", "beta"))
-    options = (alpha, beta if bias is not None else 1.0, left, turned[1 if left else 0])
-    if options == (1.0, 1.0, False, False):
+    options = (alpha, beta if bias is not None or apart else 1.0, left, turned[1 if left else 0])
+    if options == (1.0, 1.0, False, False) and not apart:
         return Plan(lambda: nn.Linear(I, O, bias is not None), weight, bias, "linear")
-    return Plan(lambda: _Product(I, O, bias is not None, *options), weight, bias, options, int(left))
+    reads = (int(left), 2) if apart else (int(left),)
+    return Plan(lambda: _Product(I, O, bias is not None, *options), weight, bias, options, reads)
 
 
 def fits_as_bias(shape: Sequence[int], O: int, left: bool = False) -> bool:  # noqa: E741

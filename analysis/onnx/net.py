@@ -166,7 +166,7 @@ class OnnxNet(Module):
             if made is None:
                 module = self._operation(node)
             else:
-                module, node = made.layer, replace(node, inputs=(made.reads,))
+                module, node = made.layer, self._reading(node, made.reads)
                 if made.key not in layers:
                     layers[made.key] = module
                     self.add_module(self._name(made.path or node.scope, node, bool(made.path)), module)
@@ -174,22 +174,30 @@ class OnnxNet(Module):
         self._steps.append((node, module))
 
     def _operation(self, node: Node) -> Module:
-        """A node that is no layer; weights that it reads, and no layer has, become parameters of their own names."""
+        """A node that is no layer."""
         if node.op not in TENSOR_OPS:
             raise ValueError("no cost rule for this operation on weights alone")
-        multiplied = []
-        for position, name in enumerate(node.inputs):
-            weight = self._constants.get(name)
-            if isinstance(weight, Weight):
-                free = weight.root.owner is None
-                parameter = (weight.root.owner or weight).make_parameter(self._with_weights)
-                if free:
-                    self._parameters[self._unique(name)] = parameter
-                if node.op in PRODUCTS and position < 2:
-                    multiplied.append(parameter)
-        operation = Operation(node, multiplied)
+        multiplied = [self._parameter(name) for name in node.inputs[:2] if node.op in PRODUCTS]
+        operation = Operation(self._reading(node, node.inputs), [p for p in multiplied if p is not None])
         self.add_module(self._name(node.scope, node, False), operation)
         return operation
+
+    def _reading(self, node: Node, inputs: Sequence[str]) -> Node:
+        """The node with these inputs; weights among them that no layer has become parameters of their own names."""
+        for name in inputs:
+            self._parameter(name)
+        return replace(node, inputs=tuple(inputs))
+
+    def _parameter(self, name: str) -> Parameter | None:
+        """The parameter of a weight; None for anything else."""
+        weight = self._constants.get(name)
+        if not isinstance(weight, Weight):
+            return None
+        free = weight.root.owner is None
+        parameter = (weight.root.owner or weight).make_parameter(self._with_weights)
+        if free:
+            self._parameters[self._unique(name)] = parameter
+        return parameter
 
     def _value(self, name: str) -> Any:
         """A constant as forward meets it."""
@@ -266,7 +274,7 @@ class OnnxNet(Module):
                 elif isinstance(module, Operation):
                     results = module.forward(operands) if quietly else module(operands)
                 else:
-                    results = module.forward(operands[0]) if quietly else module(operands[0])
+                    results = module.forward(*operands) if quietly else module(*operands)
                 for name, value in zip(node.outputs, results if isinstance(results, list) else [results], strict=False):
                     values[name] = value
                     self._compare(name, value, x.shape[0], expected, sizes)

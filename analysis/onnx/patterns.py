@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from analysis.onnx.file import Node
-from analysis.onnx.layers import Weight, as_weight, fits_as_bias
+from analysis.onnx.layers import Weight, fits_as_bias
 
 
 class Uses:
@@ -64,19 +64,19 @@ Match = tuple[Node, list[Node]]
 """What takes the place of the last of a list of nodes; the others go."""
 
 
-def simplify(nodes: Sequence[Node], constants: MutableMapping[str, Any], output: str) -> list[Node]:
-    """The nodes with every recognised group replaced by one node, and what only looks like a bias added apart.
+def simplify(nodes: Sequence[Node], constants: Mapping[str, Any], output: str) -> list[Node]:
+    """The nodes with every recognised group replaced by one node.
 
     Parameters
     ----------
     nodes : sequence of Node
         Each after those that it reads from, without those that compute with constants alone.
     constants : mapping
-        Arrays and weights by name; numbers that new nodes need are put there.
+        Arrays and weights by name.
     output : str
         The value that is read from outside.
     """
-    result = [part for node in nodes for part in _summand_apart(node, constants)]
+    result = list(nodes)
     for op, pattern in (("Erf", _gelu), ("Sqrt", _layer_norm), ("MatMul", _linear)):
         uses = Uses(result, constants, output)
         result = _replace(result, (_tried(pattern, uses, node) for node in result if node.op == op))
@@ -100,30 +100,6 @@ def _replace(nodes: Sequence[Node], matches: Iterable[Match | None]) -> list[Nod
         changed[id(match[1][-1])] = match[0]
     kept = (changed.get(id(node), node) for node in nodes)
     return [node for node in kept if node is not None]
-
-
-def _summand_apart(node: Node, constants: MutableMapping[str, Any]) -> Iterator[Node]:
-    """A Gemm with a stored matrix whose summand is no bias of a layer: a product, and an addition behind it."""
-    stored = [isinstance(constants.get(name), Weight) for name in node.inputs[:2]]
-    if node.op != "Gemm" or len(node.inputs) < 3 or sum(stored) != 1:
-        yield node
-        return
-    left = stored[0]
-    matrix = constants[node.inputs[0 if left else 1]]
-    turned = bool(node.attributes.get("transA" if left else "transB", 0))
-    summand = as_weight(constants.get(node.inputs[2]), node.inputs[2])
-    if isinstance(summand, Weight) and fits_as_bias(summand.shape, matrix.shape[left == turned], left):
-        yield node
-        return
-    (output, *_), beta = node.outputs, node.attributes.get("beta", 1.0)
-    product, factor, scaled = (f"{output}/{what}" for what in ("product", "beta", "scaled"))
-    yield replace(node, inputs=node.inputs[:2], outputs=(product,))
-    if beta != 1:
-        constants[factor] = np.asarray(beta, np.float32)
-        yield replace(node, op="Mul", inputs=(node.inputs[2], factor), outputs=(scaled,), attributes={})
-    yield replace(
-        node, op="Add", inputs=(product, node.inputs[2] if beta == 1 else scaled), outputs=(output,), attributes={}
-    )
 
 
 def _linear(uses: Uses, product: Node) -> Match | None:

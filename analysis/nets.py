@@ -6,6 +6,7 @@ import importlib
 import inspect
 import math
 import os
+import re
 import sys
 import sysconfig
 import traceback
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 import lance_ref
+from analysis.names import plain, shown
 from analysis.peak.lifetimes import Lifetimes, watched
 from analysis.rules.recompute import flatten
 from lance_ref import functional as F
@@ -107,6 +109,20 @@ class TracedStep:
         return self.records[-1].inputs[0].dtype
 
 
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """The shape of one input as ``--input-shape`` gives it, of any number of dimensions.
+
+    >>> parse_shape("3,32,32"), parse_shape("90, 3"), parse_shape("784")
+    ((3, 32, 32), (90, 3), (784,))
+    """
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(re.fullmatch(r"\s*[1-9][0-9]{0,8}\s*", n) for n in parts):
+        raise ValueError(f"--input-shape is {shown(text)}, expected C,H,W or N or L,F, positive integers")
+    return tuple(int(n) for n in parts)
+
+
 def input_shape_for(name: str, image_size: int | None, given: Sequence[int] | None) -> tuple[int, ...]:
     """Shape of one input: what was given, else RGB of the image size, else what suits the net."""
     if given is not None:
@@ -194,19 +210,52 @@ def _call_factory(name: str, num_classes: int | None) -> Module:
             factory = getattr(factory, part)
     except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(f"net {name!r} cannot be imported: {_one_line(error)}") from None
-    except (Exception, SystemExit) as error:
+    except _RAISED as error:
         raise ValueError(f"net {name!r}: importing {module_name} raised {_one_line(error)}{_place(error)}") from None
-    if isinstance(factory, Module):
-        return factory
-    if not callable(factory):
-        raise ValueError(f"net {name!r} is a {type(factory).__name__}, expected a function that returns a Module")
+    net = factory
+    if not isinstance(factory, Module) and not is_torch_module(factory):
+        if not callable(factory):
+            raise ValueError(f"net {name!r} is a {type(factory).__name__}, expected a function that returns a Module")
+        try:
+            takes = num_classes is not None and _takes_num_classes(factory)
+            net = factory(num_classes=num_classes) if takes else factory()
+        except _RAISED as error:
+            raise ValueError(f"net {name!r}: the factory raised {_one_line(error)}{_place(error)}") from None
     try:
-        net = factory() if num_classes is None or not _takes_num_classes(factory) else factory(num_classes=num_classes)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"net {name!r}: the factory raised {_one_line(error)}{_place(error)}") from None
+        check_module(net, "the factory returned")
+    except TypeError as error:
+        raise ValueError(f"net {name!r}: {error}") from None
+    return net  # type: ignore[no-any-return]
+
+
+_RAISED = (Exception, SystemExit, GeneratorExit)
+"""What code of a user may raise, all that is not meant for us (an interruption is)."""
+
+
+def is_torch_module(net: Any) -> bool:
+    """Whether this is a network of PyTorch; PyTorch itself is not asked, and need not be there."""
+    return any((c.__module__, c.__name__) == ("torch.nn.modules.module", "Module") for c in type(net).__mro__)
+
+
+def check_module(net: Any, came: str) -> None:
+    """Raise TypeError unless this is a network of the library, with what all of them have; ``came`` says from where."""
+    if is_torch_module(net):
+        raise TypeError(
+            f"{came} a torch.nn.Module ({type(net).__name__}), expected a lance_ref.nn.Module: export it with "
+            "torch.onnx.export(net, (x,), 'net.onnx', training=torch.onnx.TrainingMode.TRAINING, "
+            "do_constant_folding=False, dynamo=False) and give the file"
+        )
     if not isinstance(net, Module):
-        raise ValueError(f"net {name!r}: the factory returned a {type(net).__name__}, expected a lance_ref.nn.Module")
-    return net
+        kind = f"the class {net.__name__}" if isinstance(net, type) else f"a {type(net).__name__}"
+        raise TypeError(f"{came} {kind}, expected a lance_ref.nn.Module")
+    for path, module in _modules_within(net):
+        if not {"_modules", "_parameters", "_buffers"} <= set(vars(module)):
+            raise TypeError(f"{came} a {type(module).__name__} whose __init__ does not call super().__init__(){path}")
+
+
+def _modules_within(net: Module) -> list[tuple[str, Module]]:
+    """The network, and the modules right below it."""
+    return [("", net), *((f", in {name!r}", m) for name, m in vars(net).get("_modules", {}).items())]
 
 
 def remark(net: Module) -> str:
@@ -223,7 +272,10 @@ def _takes_num_classes(factory: Any) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    try:
+        text = plain(" ".join(str(error).split()))[:500]
+    except Exception:  # an exception of a user that cannot even be shown
+        text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -303,7 +355,7 @@ def step_records(net: Module, name: str, input_shape: tuple[int, ...], batch: in
     with watched(net) as watcher:
         try:
             logits = net(x)
-        except Exception as error:  # a user's forward() may raise anything
+        except _RAISED as error:  # a user's forward() may raise anything
             words = str(error) if isinstance(error, (ValueError, TypeError, RuntimeError)) else _one_line(error)
             raise CannotRunError(
                 f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {words}{_place(error)}"

@@ -256,7 +256,9 @@ def _padded_as_by_pytorch(torch: Any, x: Any, attributes: Mapping[str, Any], ker
     (top, bottom), (left, right) = attributes["padding"]
     if (top, left) == (bottom, right):
         return x, (top, left)
-    same = [(d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) for k, d in zip(kernel, attributes["dilation"], strict=True)]
+    same = [
+        (d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) for k, d in zip(kernel, attributes["dilation"], strict=True)
+    ]
     if [(top, bottom), (left, right)] == same and tuple(attributes["stride"]) == (1, 1):
         return x, "same"
     rows, columns = min(top, bottom), min(left, right)

@@ -349,9 +349,7 @@ class _SameLower(nn.Conv2d):
             self.padding, (x.shape[2], x.shape[3]), self.kernel_size, self.stride, self.dilation
         )
         padding = (bottom, top), (right, left)
-        return F.conv2d(
-            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, store=self.store
-        )
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, store=self.store)
 
 
 class _Product(nn.Linear):
@@ -421,7 +419,11 @@ def _product(node: Node, x: list[Any], turned: list[bool]) -> Plan | None:
 
 def fits_as_bias(shape: Sequence[int], O: int, left: bool = False) -> bool:  # noqa: E741
     """Whether a stored array adds one number to each of O outputs: a row, or a column beside a weight on the left."""
-    return tuple(shape[-2:]) == (O, 1) and math.prod(shape) == O if left else tuple(shape[-1:]) == (O,) == (math.prod(shape),)
+    return (
+        tuple(shape[-2:]) == (O, 1) and math.prod(shape) == O
+        if left
+        else tuple(shape[-1:]) == (O,) == (math.prod(shape),)
+    )
 
 
 def _batch_norm(node: Node, x: list[Any]) -> Plan | None:

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from analysis.names import plain
 from analysis.onnx.file import Graph, Node, read_graph
 from analysis.onnx.host import HOST, MAX_ELEMENTS, evaluate
 from analysis.onnx.layers import LAYERS, Weight, layer_for, plan_for
 from analysis.onnx.ops import TENSOR_OPS, over_all_of_an_input
 from analysis.onnx.patterns import simplify
 from analysis.onnx.tensor import Constant, shown
-from analysis.names import plain
 from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.nn.module import Module, Parameter

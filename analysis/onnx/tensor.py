@@ -12,6 +12,7 @@ import numpy as np
 
 from analysis.names import shown
 
+
 @dataclass(frozen=True)
 class Constant:
     """A tensor that the file contains.

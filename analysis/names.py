@@ -1,4 +1,4 @@
-"""Names that come from files and from users, made fit to be printed: whatever is in them, a terminal obeys none of it."""
+"""Names that come from files and from users, made fit to be printed: a terminal obeys nothing that is in them."""
 
 from __future__ import annotations
 

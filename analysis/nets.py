@@ -11,7 +11,6 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, NamedTuple, TypeVar
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 import lance_ref
+from analysis.memory import check_memory
 from analysis.names import plain, shown
 from analysis.peak.lifetimes import Lifetimes, watched
 from analysis.rules.recompute import flatten
@@ -179,8 +179,12 @@ def build(name: str, num_classes: int | None, input_shape: tuple[int, ...], with
         options["in_channels"] = input_shape[0]
     if name.startswith("deit-"):
         options["image_size"] = input_shape[-1]
-    with shapes_only() if without_weights else nullcontext():
-        return lance_ref.models.create(base, **options)
+    with shapes_only():
+        net = lance_ref.models.create(base, **options)
+    if without_weights:
+        return net
+    check_memory(sum(p.size * p.dtype.itemsize for p in net.parameters()), f"the weights of net {name!r}")
+    return lance_ref.models.create(base, **options)
 
 
 def _width(name: str, base: str, text: str) -> float:

@@ -186,8 +186,8 @@ def _check_products(net: Module, trains: set[int]) -> None:
         frozen = [p.shape for p in getattr(module, "stored_weights", ()) if id(p) not in trains]
         if frozen:
             raise ValueError(
-                f"selection is 'all', but {path!r} multiplies with a stored weight of shape {frozen[0]}, which belongs to "
-                "no Conv2d or Linear layer and would stay frozen; expected last:n, or globs of layer names"
+                f"selection is 'all', but {path!r} multiplies with a stored weight of shape {frozen[0]}, which belongs "
+                "to no Conv2d or Linear layer and would stay frozen; expected last:n, or globs of layer names"
             )
 
 

@@ -96,7 +96,7 @@ def axes_of(value: Any, rank: int) -> list[int]:
 
 
 def reduced_axes(node: Node, rank: int, x: Arrays) -> tuple[int, ...]:
-    """The axes that a reduction is over: all of them where none are given, unless the node says that this means none."""
+    """The axes that a reduction is over: all where none are given, unless the node says that this means none."""
     given = argument(node, x, 1, "axes")
     axes = () if given is None else tuple(axes_of(given, rank))
     return axes if axes or node.attributes.get("noop_with_empty_axes", 0) else tuple(range(rank))

@@ -404,10 +404,8 @@ def _product(node: Node, x: list[Any], turned: list[bool]) -> Plan | None:
     if turned[0 if left else 1] == left:  # then its rows are not the outputs
         weight = weight.permuted((1, 0))
     O, I = weight.shape  # noqa: E741
-    if isinstance(bias, Weight) and fits_as_bias(bias.shape, O, left):
-        bias = bias.reshaped((O,))
-    else:
-        bias = None
+    joined = isinstance(bias, Weight) and fits_as_bias(bias.shape, O, left)
+    bias = bias.reshaped((O,)) if joined else None
     apart = len(node.inputs) > 2 and bool(node.inputs[2]) and bias is None
     alpha, beta = (node.attributes.get(name, 1.0) for name in ("alpha", "beta"))
     options = (alpha, beta if bias is not None or apart else 1.0, left, turned[1 if left else 0])

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.memory import check_memory
 from analysis.names import plain
 from analysis.onnx.file import Graph, Node, read_graph
 from analysis.onnx.host import HOST, MAX_ELEMENTS, evaluate
@@ -83,10 +84,10 @@ class OnnxNet(Module):
 
     Notes
     -----
-    A layer that stands in the graph twice, with the same weights, is one module that is called twice. Dropout is that of
-    training. A Softmax or LogSoftmax over the classes at the end is left out in training, because the loss,
-    cross-entropy, has one of its own; with ``eval()`` the network gives what the file says. A file that is fixed to one batch size runs
-    on others as long as every value grows with the batch; if one does not, that is an error.
+    A layer that stands in the graph twice, with the same weights, is one module that is called twice. Dropout is that
+    of training. A Softmax or LogSoftmax over the classes at the end is left out in training, because the loss,
+    cross-entropy, has one of its own; with ``eval()`` the network gives what the file says. A file that is fixed to one batch
+    size runs on others as long as every value grows with the batch; if one does not, that is an error.
     """
 
     def __init__(self, file: str | os.PathLike[str], with_weights: bool = True) -> None:
@@ -98,6 +99,9 @@ class OnnxNet(Module):
         self._constants: dict[str, Any] = {}  # arrays, and weights that are not turned into parameters yet
         self._steps: list[tuple[Node, Module | None]] = []  # None: shape arithmetic
         self._fitting = {self._declared_batch}
+        if with_weights:
+            stored = sum(constant.size * constant.dtype.itemsize for constant in graph.constants.values())
+            check_memory(stored, f"the weights of {shown(graph.file)}")
         for name, constant in graph.constants.items():
             self._constants[name] = _weight_or_array(graph, name, constant)
         self._names: Counter[str] = Counter()

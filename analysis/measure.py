@@ -25,6 +25,7 @@ from analysis import torch_replay
 from analysis.account import Billed
 from analysis.memory import check_memory
 from analysis.method_runs import running
+from analysis.names import plain
 from analysis.peak.memory import make_optimizer, measure_peak
 from analysis.rules.recompute import flatten
 from lance_ref import functional as F
@@ -87,7 +88,7 @@ class Comparison:
         for layer in dict.fromkeys([*predicted, *measured]):
             pair = predicted.get(layer, 0), measured.get(layer, 0)
             if pair != (0, 0):
-                self.lines.append(Line(method, layer or "(root)", what, *pair))
+                self.lines.append(Line(method, plain(layer or "(root)"), what, *pair))
 
     def add_peak(self, method: str, predicted: int, measured: int, operations: int) -> None:
         """Compare the peaks of a step of so many operations."""
@@ -139,9 +140,9 @@ def compare(prediction: Prediction, data: str | None = None, peaks: bool = False
         Whether the peak of memory is measured as well, in two more steps of each method.
     """
     step = prediction.step
-    largest = max((peak.peak_bytes for peak in prediction.report.peaks.values()), default=0)
+    kept = max((sum(bill.tape_bytes for bill in bills) for bills in prediction.bills.values()), default=0)
     inputs = step.records[0].inputs[0].nbytes  # as pixels, planes and floating numbers at the same time
-    check_memory(largest + 3 * inputs, f"a step of net {step.name!r} at batch {step.batch}")
+    check_memory(kept + 3 * inputs, f"a step of net {step.name!r} at batch {step.batch}")
     images, labels, name = _batch(data, step)
     comparison = Comparison()
     comparison.notes.append(f"one step on {len(images)} images of {name}, fresh weights, random factors")

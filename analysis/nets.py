@@ -213,9 +213,9 @@ def _call_factory(name: str, num_classes: int | None) -> Module:
         for part in factory_name.split("."):
             factory = getattr(factory, part)
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"net {name!r} cannot be imported: {_one_line(error)}") from None
-    except _RAISED as error:
-        raise ValueError(f"net {name!r}: importing {module_name} raised {_one_line(error)}{_place(error)}") from None
+        raise ValueError(f"net {name!r} cannot be imported: {said_by(error)}") from None
+    except RAISED as error:
+        raise ValueError(f"net {name!r}: importing {module_name} raised {said_by(error)}{_place(error)}") from None
     net = factory
     if not isinstance(factory, Module) and not is_torch_module(factory):
         if not callable(factory):
@@ -223,8 +223,8 @@ def _call_factory(name: str, num_classes: int | None) -> Module:
         try:
             takes = num_classes is not None and _takes_num_classes(factory)
             net = factory(num_classes=num_classes) if takes else factory()
-        except _RAISED as error:
-            raise ValueError(f"net {name!r}: the factory raised {_one_line(error)}{_place(error)}") from None
+        except RAISED as error:
+            raise ValueError(f"net {name!r}: the factory raised {said_by(error)}{_place(error)}") from None
     try:
         check_module(net, "the factory returned")
     except TypeError as error:
@@ -232,7 +232,7 @@ def _call_factory(name: str, num_classes: int | None) -> Module:
     return net  # type: ignore[no-any-return]
 
 
-_RAISED = (Exception, SystemExit, GeneratorExit)
+RAISED = (Exception, SystemExit, GeneratorExit)
 """What code of a user may raise, all that is not meant for us (an interruption is)."""
 
 
@@ -275,7 +275,7 @@ def _takes_num_classes(factory: Any) -> bool:
     return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _one_line(error: BaseException) -> str:
+def said_by(error: BaseException) -> str:
     try:
         text = plain(" ".join(str(error).split()))[:500]
     except Exception:  # an exception of a user that cannot even be shown
@@ -359,8 +359,8 @@ def step_records(net: Module, name: str, input_shape: tuple[int, ...], batch: in
     with watched(net) as watcher:
         try:
             logits = net(x)
-        except _RAISED as error:  # a user's forward() may raise anything
-            words = str(error) if isinstance(error, (ValueError, TypeError, RuntimeError)) else _one_line(error)
+        except RAISED as error:  # a user's forward() may raise anything
+            words = str(error) if isinstance(error, (ValueError, TypeError, RuntimeError)) else said_by(error)
             raise CannotRunError(
                 f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {words}{_place(error)}"
             ) from None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.account import Billed
 from analysis.calibration_costs import CalibrationCost
+from analysis.names import plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,11 +132,15 @@ class Row:
     methods: dict[str, MethodCost]
 
     @classmethod
-    def of(cls, billed: Mapping[str, Billed], costs: Mapping[str, MethodCost]) -> Row:
-        """One row out of the same operation's bill and cost under every method that runs it."""
+    def of(cls, billed: Mapping[str, Billed], costs: Mapping[str, MethodCost], shown: set[str]) -> Row:
+        """One row out of the same operation's bill and cost under every method that runs it.
+
+        ``shown``: names of parameters that rows before have; those of this one are put there.
+        """
         first = next(iter(billed.values()))
         record = first.record
-        weights = [value for value in record.inputs if value.parameter is not None]
+        weights = {v.parameter: v for v in record.inputs if v.parameter is not None and v.parameter not in shown}
+        shown.update(weights)
         has_weight = len(record.inputs) > 1 and record.inputs[1].parameter is not None
         return cls(
             first.name,
@@ -144,7 +149,7 @@ class Row:
             record.inputs[0].shape,
             record.output.shape,
             record.inputs[1].shape if has_weight else None,
-            sum(value.size for value in weights),
+            sum(value.size for value in weights.values()),
             first.tuned,
             dict(costs),
         )
@@ -247,7 +252,8 @@ class Report:
                 seen[key] = MethodCost.of(bill, convention)
             return seen[key]
 
-        rows = (Row.of(same, {method: cost(bill) for method, bill in same.items()}) for same in _matched(bills))
+        shown: set[str] = set()  # parameters stand at the first operation that reads them
+        rows = (Row.of(same, {method: cost(bill) for method, bill in same.items()}, shown) for same in _matched(bills))
         listed = tuple(row for row in rows if not all(cost.is_free for cost in row.methods.values()))
         return cls(convention=convention, methods=tuple(bills), rows=listed, **facts)
 
@@ -278,6 +284,13 @@ class Report:
         return "" if self.origin is None else remark(self.origin.step.net)
 
     @property
+    def parameters(self) -> int:
+        """Numbers that the net's parameters have, each parameter once; of a report without its origin those listed."""
+        if self.origin is None:
+            return sum(row.parameters for row in self.rows)
+        return sum(parameter.size for parameter in self.origin.step.net.parameters())
+
+    @property
     def work_unit(self) -> str:
         """What ``flops`` counts."""
         return "multiply-adds of the tuned layers" if self.convention == "paper" else "FLOPs"
@@ -292,10 +305,12 @@ class Report:
             "num_classes": self.num_classes,
             "dtype": self.dtype,
             "convention": self.convention,
-            "tuned_layers": list(self.tuned_layers),
+            "tuned_layers": [plain(path) for path in self.tuned_layers],
             "ranks_from": self.ranks_from,
             "layers": [row.to_json() for row in self.rows],
-            "totals": {method: cost.to_json() for method, cost in self.totals.items()},
+            "totals": {
+                method: {**cost.to_json(), "parameters": self.parameters} for method, cost in self.totals.items()
+            },
             "units": {
                 "activation_bytes": "bytes",
                 "subspace_bytes": "bytes",

@@ -168,7 +168,8 @@ class OnnxNet(Module):
         if any(name in self._tensors or isinstance(self._constants.get(name), Weight) for name in names):
             made = layer_for(node, self._constants, self._with_weights, layers)
             if made is None:
-                module = self._operation(node)
+                module = operation = self._operation(node)
+                node = operation.node
             else:
                 module, node = made.layer, self._reading(node, made.reads)
                 if made.key not in layers:
@@ -177,10 +178,17 @@ class OnnxNet(Module):
             self._tensors.update(filter(None, node.outputs))
         self._steps.append((node, module))
 
-    def _operation(self, node: Node) -> Module:
+    def _operation(self, node: Node) -> Operation:
         """A node that is no layer."""
         if node.op not in TENSOR_OPS:
             raise ValueError("no cost rule for this operation on weights alone")
+        for position, option in enumerate(("transA", "transB")):
+            weight = self._constants.get(node.inputs[position]) if node.op == "Gemm" else None
+            if isinstance(weight, Weight) and node.attributes.get(option, 0):  # as another look at it
+                turned = f"{node.inputs[position]}/turned"
+                self._constants[turned] = weight.permuted((1, 0))
+                inputs = (*node.inputs[:position], turned, *node.inputs[position + 1 :])
+                node = replace(node, inputs=inputs, attributes={**node.attributes, option: 0})
         multiplied = [self._parameter(name) for name in node.inputs[:2] if node.op in PRODUCTS]
         operation = Operation(self._reading(node, node.inputs), [p for p in multiplied if p is not None])
         self.add_module(self._name(node.scope, node, False), operation)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -45,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--net", required=True, help=NET_HELP)
     p.add_argument("--batch", type=int, default=DEFAULT_BATCH, help="images per step")
     p.add_argument("--image-size", type=int, help="height and width in pixels (224 for most nets)")
-    p.add_argument("--input-shape", help="C,H,W or N, without the batch; in place of --image-size")
+    p.add_argument("--input-shape", help="of one input, as 3,32,32 or 90,3 or 784; in place of --image-size")
     p.add_argument("--num-classes", type=int, help="outputs of the classifier (1000; a factory's own)")
     p.add_argument("--tune", nargs="+", help="last:n, all, head, or globs of layer names (last:4, all if fewer)")
     p.add_argument(
@@ -162,9 +161,11 @@ def _check_effect(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> Prediction:
+    from analysis.steps.nets import parse_shape
+
     return predict(
         options.net, options.batch, options.image_size,
-        None if options.input_shape is None else _parse_shape(options.input_shape), options.num_classes,
+        parse_shape(options.input_shape), options.num_classes,
         options.tune[0] if options.tune and len(options.tune) == 1 else options.tune,
         options.method, DEFAULT_EPSILON if options.epsilon is None else options.epsilon, options.ranks,
         options.spectra, options.convention, options.dtype,
@@ -192,13 +193,6 @@ def _write(options: argparse.Namespace, prediction: Prediction) -> None:
         sys.stdout.write(text)
     else:
         write_text(options.output, text)
-
-
-def _parse_shape(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if len(parts) not in (1, 3) or not all(re.fullmatch(r"\s*[1-9][0-9]{0,8}\s*", n) for n in parts):
-        raise ValueError(f"--input-shape is {text!r}, expected C,H,W or N, positive integers")
-    return tuple(int(n) for n in parts)
 
 
 if __name__ == "__main__":

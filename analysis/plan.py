@@ -7,7 +7,6 @@ what does not fit, and by how much. Nothing runs: the net is traced on shapes al
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -77,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         help="shares of the gradient's energy: layers (the same for each), parameters, or a JSON file by layer",
     )  # fmt: skip
     p.add_argument("--image-size", type=int, help="height and width in pixels")
-    p.add_argument("--input-shape", help="C,H,W or N, without the batch; in place of --image-size")
+    p.add_argument("--input-shape", help="of one input, as 3,32,32 or 90,3 or 784; in place of --image-size")
     p.add_argument("--num-classes", type=int, help="outputs of the classifier (1000; a factory's own)")
     p.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="(float32)")
     p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the output (table)")
@@ -182,10 +181,9 @@ def _costs(options: argparse.Namespace, device: Device) -> tuple[Costs, str]:
     """The net, with spectra if there are any, and where the ranks come from."""
     from analysis.planner.costs import Costs
     from analysis.ranks.choose import ranks_from_spectra
-    from analysis.steps.nets import build, check_classes, input_shape_for
+    from analysis.steps.nets import build, check_classes, input_shape_for, parse_shape
 
-    given = None if options.input_shape is None else _parse_shape(options.input_shape)
-    shape = input_shape_for(options.net, options.image_size, given)
+    shape = input_shape_for(options.net, options.image_size, parse_shape(options.input_shape))
     net = build(options.net, options.num_classes, shape, without_weights=True)
     spectra, where = _spectra(options, shape)
     costs = Costs(net, options.net, shape, device, options.dtype, spectra)
@@ -219,13 +217,6 @@ def _spectra(options: argparse.Namespace, input_shape: tuple[int, ...]) -> tuple
         "they keep is not known, so the fidelity of methods with ranks is not predicted. Give --spectra with a file "
         "from python -m analysis.spectra"
     )
-
-
-def _parse_shape(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if len(parts) not in (1, 3) or not all(re.fullmatch(r"\s*[1-9][0-9]{0,8}\s*", n, re.ASCII) for n in parts):
-        raise ValueError(f"--input-shape is {text[:60]!r}, expected C,H,W or N, positive integers")
-    return tuple(int(n) for n in parts)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ import numpy as np
 
 import lance_ref
 from analysis.check import torch_replay
+from analysis.commands.memory import check_memory
+from analysis.commands.names import plain
 from analysis.peak.memory import make_optimizer, measure_peak
 from analysis.rules.account import Billed
 from analysis.rules.recompute import flatten
@@ -86,7 +88,7 @@ class Comparison:
         for layer in dict.fromkeys([*predicted, *measured]):
             pair = predicted.get(layer, 0), measured.get(layer, 0)
             if pair != (0, 0):
-                self.lines.append(Line(method, layer or "(root)", what, *pair))
+                self.lines.append(Line(method, plain(layer or "(root)"), what, *pair))
 
     def add_peak(self, method: str, predicted: int, measured: int, operations: int) -> None:
         """Compare the peaks of a step of so many operations."""
@@ -138,6 +140,9 @@ def compare(prediction: Prediction, data: str | None = None, peaks: bool = False
         Whether the peak of memory is measured as well, in two more steps of each method.
     """
     step = prediction.step
+    kept = max((sum(bill.tape_bytes for bill in bills) for bills in prediction.bills.values()), default=0)
+    inputs = step.records[0].inputs[0].nbytes  # as pixels, planes and floating numbers at the same time
+    check_memory(kept + 3 * inputs, f"a step of net {step.name!r} at batch {step.batch}")
     images, labels, name = _batch(data, step)
     comparison = Comparison()
     comparison.notes.append(f"one step on {len(images)} images of {name}, fresh weights, random factors")
@@ -304,14 +309,14 @@ def _images(data: str | None, size: tuple[int, int]) -> Dataset:
 def _batch(data: str | None, step: TracedStep) -> tuple[np.ndarray, np.ndarray, str]:
     """One batch of real images in the shape that the net takes, labels that it has outputs for, and their name.
 
-    A data set smaller than the batch is used again from its start; grey channels are repeated; a net
-    for vectors gets the pixels of a square image.
+    A data set smaller than the batch is used again from its start; grey channels are repeated; a net for anything but
+    images (channels, height, width) gets the pixels of a square image, as many as it takes, in its shape.
     """
     from lance_ref.datasets import resize
 
     value = step.records[0].inputs[0]
-    batch, shape = step.records[-1].inputs[0].shape[0], step.input_shape
-    side = math.isqrt(shape[0] - 1) + 1
+    batch, shape = step.batch, step.input_shape
+    side = math.isqrt(math.prod(shape) - 1) + 1
     size = (shape[1], shape[2]) if len(shape) == 3 else (side, side)
     dataset = _images(data, size)
     chosen = np.resize(np.random.default_rng(0).permutation(len(dataset)), batch)
@@ -320,5 +325,5 @@ def _batch(data: str | None, step: TracedStep) -> tuple[np.ndarray, np.ndarray, 
     if len(shape) == 3:
         images = planes[:, np.arange(shape[0]) % planes.shape[1]]
     else:
-        images = planes.mean(axis=1).reshape(batch, -1)[:, : shape[0]]
+        images = planes.mean(axis=1).reshape(batch, -1)[:, : math.prod(shape)].reshape(batch, *shape)
     return np.ascontiguousarray(images, dtype=value.dtype), dataset.labels[chosen] % step.num_classes, dataset.name

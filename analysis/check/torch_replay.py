@@ -11,6 +11,7 @@ PyTorch is imported by this module alone, and only when :func:`available` says t
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -233,18 +234,36 @@ def _pad(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
 def _conv2d(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
     F = torch.nn.functional
     x, weight, *bias = inputs
-    (top, bottom), (left, right) = attributes["padding"]
-    if (top, left) != (bottom, right):
-        x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
     bias_or_none = bias[0] if bias else None
-    geometry = attributes["stride"], (top, left), attributes["dilation"]
+    x, padding = _padded_as_by_pytorch(torch, x, attributes, weight.shape[2:])
+    geometry = attributes["stride"], padding, attributes["dilation"]
     if x.is_meta and _forgotten_groups(attributes, weight):
         # Groups are alike, so that their work is the work of one group on as many times the images, and
         # that PyTorch's FLOP counter counts rightly.
         (B, C_in, H, W), groups = x.shape, attributes["groups"]
         y = F.conv2d(x.reshape(B * groups, C_in // groups, H, W), weight.chunk(groups)[0], None, *geometry)
         return y.reshape(B, weight.shape[0], *y.shape[2:])
-    return F.conv2d(x, weight, bias_or_none, *geometry, attributes["groups"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using padding='same'")  # that it makes a copy is what we are here for
+        return F.conv2d(x, weight, bias_or_none, *geometry, attributes["groups"])
+
+
+def _padded_as_by_pytorch(torch: Any, x: Any, attributes: Mapping[str, Any], kernel: Sequence[int]) -> tuple[Any, Any]:
+    """The input and the padding that PyTorch is asked for: "same" where it is that, so that its own code decides.
+
+    Other unequal sides it does not know: the difference is padded before, as "same" does.
+    """
+    (top, bottom), (left, right) = attributes["padding"]
+    if (top, left) == (bottom, right):
+        return x, (top, left)
+    same = [
+        (d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) for k, d in zip(kernel, attributes["dilation"], strict=True)
+    ]
+    if [(top, bottom), (left, right)] == same and tuple(attributes["stride"]) == (1, 1):
+        return x, "same"
+    rows, columns = min(top, bottom), min(left, right)
+    sides = (left - columns, right - columns, top - rows, bottom - rows)
+    return torch.nn.functional.pad(x, sides), (rows, columns)
 
 
 def _matmul(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
@@ -335,8 +354,8 @@ OPS: dict[str, Op] = {
     "mse_loss": _function("mse_loss", "reduction"),
     "linear": _function("linear"),
     "conv2d": _conv2d,
-    "max_pool2d": _function("max_pool2d", "kernel_size", "stride", "padding"),
-    "avg_pool2d": _function("avg_pool2d", "kernel_size", "stride", "padding", "count_include_pad"),
+    "max_pool2d": _function("max_pool2d", "kernel_size", "stride", "padding", "ceil_mode"),
+    "avg_pool2d": _function("avg_pool2d", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"),
     "adaptive_avg_pool2d": _function("adaptive_avg_pool2d", "output_size"),
     "batch_norm": _batch_norm,
     "layer_norm": _layer_norm,

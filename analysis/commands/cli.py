@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from analysis.commands.names import plain
+
 NET_HELP = "name of a built-in net (mobilenetv2@0.35: of that width), pkg.module:factory, or a file.onnx"
 """Of ``--net``, wherever any net will do."""
 
@@ -19,7 +21,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line on stderr, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {plain(' '.join(message.split()))}\n")
 
 
 def one_line(error: BaseException) -> str:

@@ -54,7 +54,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A file's graph as far as its first output depends on it.
+    """A file's graph as far as its output depends on it.
 
     Attributes
     ----------
@@ -98,6 +98,9 @@ def read_graph(file: str | os.PathLike[str]) -> Graph:
     graph = model.graph
     if not graph.node or not graph.output:
         refuse(path, "contains no graph with nodes and an output")
+    if len(graph.output) > 1:
+        names = ", ".join(shown(text(value.name)) for value in graph.output[:6])
+        refuse(path, f"has {len(graph.output)} outputs ({names}), expected one: export the one that the loss is of")
     if graph.sparse_initializer:
         refuse(path, "contains sparse tensors, expected dense ones")
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
@@ -116,12 +119,12 @@ def read_graph(file: str | os.PathLike[str]) -> Graph:
     return Graph(str(file), nodes, constants, source, _input_shape(path, inputs[0]), result)
 
 
-def input_shape(file: str | os.PathLike[str], image_size: int | None = None) -> tuple[int, ...]:
+def input_shape(file: str | os.PathLike[str] | Graph, image_size: int | None = None) -> tuple[int, ...]:
     """Shape of one input as the file has it, without the batch.
 
     Parameters
     ----------
-    file : path
+    file : path or Graph
     image_size : int, optional
         Height and width in place of the file's, for an input of (batch, channels, height, width).
 
@@ -130,7 +133,8 @@ def input_shape(file: str | os.PathLike[str], image_size: int | None = None) -> 
     ValueError
         If the file cannot be read or leaves a size open.
     """
-    declared = read_graph(file).input_shape
+    graph = file if isinstance(file, Graph) else read_graph(file)
+    declared, file = graph.input_shape, graph.file
     if declared is None:
         raise ValueError(f"{shown(file)}: the rank of its input is unknown, expected an input shape")
     sizes = declared[1:]

@@ -95,6 +95,13 @@ def axes_of(value: Any, rank: int) -> list[int]:
     return axes
 
 
+def reduced_axes(node: Node, rank: int, x: Arrays) -> tuple[int, ...]:
+    """The axes that a reduction is over: all where none are given, unless the node says that this means none."""
+    given = argument(node, x, 1, "axes")
+    axes = () if given is None else tuple(axes_of(given, rank))
+    return axes if axes or node.attributes.get("noop_with_empty_axes", 0) else tuple(range(rank))
+
+
 def slices(node: Node, rank: int, x: Arrays) -> tuple[slice, ...]:
     """The index that Slice takes."""
     starts = integers(argument(node, x, 1, "starts"), "starts")
@@ -187,9 +194,8 @@ def _range(node: Node, x: Arrays) -> Any:
 
 def _reduce(function: Callable[..., Any]) -> Callable[[Node, Arrays], Any]:
     def run(node: Node, x: Arrays) -> Any:
-        given = argument(node, x, 1, "axes")
-        axes = None if given is None else tuple(axes_of(given, x[0].ndim))
-        return function(x[0], axis=axes, keepdims=bool(node.attributes.get("keepdims", 1)))
+        axes = reduced_axes(node, x[0].ndim, x)
+        return function(x[0], axis=axes, keepdims=bool(node.attributes.get("keepdims", 1))) if axes else x[0]
 
     return run
 
@@ -201,6 +207,17 @@ def _split(node: Node, x: Arrays) -> Any:
 
 def _reshaped(node: Node, x: Arrays) -> Any:
     return x[0].reshape(new_shape(node, x[0].shape, x))
+
+
+def _gather(node: Node, x: Arrays) -> Any:
+    (axis,) = axes_of([node.attributes.get("axis", 0)], x[0].ndim)
+    limited((*x[0].shape[:axis], *x[1].shape, *x[0].shape[axis + 1 :]))
+    return np.take(x[0], x[1], axis=axis)
+
+
+def _concat(node: Node, x: Arrays) -> Any:
+    limited((sum(v.size for v in x),))
+    return np.concatenate(x, axis=node.attributes["axis"])
 
 
 def _where(node: Node, x: Arrays) -> Any:
@@ -220,8 +237,8 @@ HOST: dict[str, Callable[[Node, Arrays], Any]] = {
     "ConstantOfShape": _filled,
     "Identity": lambda node, x: x[0],
     "Cast": _cast,
-    "Gather": lambda node, x: np.take(x[0], x[1], axis=node.attributes.get("axis", 0)),
-    "Concat": lambda node, x: np.concatenate(x, axis=node.attributes["axis"]),
+    "Gather": _gather,
+    "Concat": _concat,
     "Slice": lambda node, x: x[0][slices(node, x[0].ndim, x)],
     "Split": _split,
     "Reshape": _reshaped,

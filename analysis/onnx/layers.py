@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from analysis.onnx.file import Node
 from analysis.onnx.host import axes_of, integers, new_shape
-from analysis.onnx.ops import conv_options, number
+from analysis.onnx.ops import conv_options, number, operand
 from analysis.onnx.tensor import Constant
+from lance_ref import functional as F
 from lance_ref import nn
+from lance_ref.engine.tensor import Tensor
+from lance_ref.functional.convolution import resolve_padding
 from lance_ref.nn.init import shapes_only
 from lance_ref.nn.module import Module, Parameter
 
@@ -21,51 +24,89 @@ PRECISION = np.dtype(np.float32)
 """Of the parameters; a network is converted to another one by ``net.to(dtype)``."""
 
 
+Step = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""Of a look at a tensor: "permute" or "reshape", the dimensions or the shape, and the shape before."""
+
+
 @dataclass(eq=False)
 class Weight:
-    """A stored floating tensor, or what the file makes of one beforehand, by shape.
+    """A stored floating tensor, or another look at one, by shape.
+
+    All looks at a tensor share one parameter. It has the shape of the look that claims it first; every other look is
+    computed from it, so that gradients are summed.
 
     Attributes
     ----------
     constant : Constant
     key : tuple
         The same for the same values: the name in the file, and what was done to it.
+    source : Weight or None
+        The stored tensor that this is a look at; None for that itself.
+    steps : tuple of Step
+        From the stored tensor to this look.
+    owner : Weight or None
+        Of a stored tensor: the look whose shape the parameter has.
     parameter : Parameter or None
-        Made when a step first needs it.
-    views : dict
-        Its transpose.
+        Of the owner; made when a step first needs it.
+    looks : dict
+        Of a stored tensor: other looks at it, and what is computed from it beforehand.
     """
 
     constant: Constant
     key: tuple[Any, ...]
+    source: Weight | None = None
+    steps: tuple[Step, ...] = ()
+    owner: Weight | None = None
     parameter: Parameter | None = None
-    views: dict[str, Weight] = field(default_factory=dict)
+    looks: dict[Any, Weight] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.constant.shape
+
+    @property
+    def root(self) -> Weight:
+        """The stored tensor."""
+        return self if self.source is None else self.source
 
     @staticmethod
     def of(array: np.ndarray, name: str) -> Weight:
         """An array as a weight."""
         return Weight(Constant(array.shape, array.dtype, lambda: array), (name,))
 
-    @property
-    def transposed(self) -> Weight:
-        """Of two dimensions; twice is the weight itself."""
-        if "T" not in self.views:
-            turned = self.made(self.shape[::-1], lambda w: w.T, "T")
-            turned.views["T"] = self
-            self.views["T"] = turned
-        return self.views["T"]
+    def permuted(self, dims: Sequence[int]) -> Weight:
+        """A look with the dimensions in another order."""
+        return self._look(("permute", tuple(dims), self.shape))
 
-    def made(self, shape: tuple[int, ...], function: Callable[[np.ndarray], np.ndarray], what: Any) -> Weight:
-        """What a function makes of the values."""
-        load = self.constant.load
-        return Weight(Constant(shape, self.constant.dtype, lambda: function(load())), (*self.key, what))
+    def reshaped(self, shape: Sequence[int]) -> Weight:
+        """A look in another shape."""
+        return self._look(("reshape", tuple(shape), self.shape))
+
+    def _look(self, step: Step) -> Weight:
+        root, steps = self.root, _shortened((*self.steps, step))
+        if not steps:
+            return root
+        if steps not in root.looks:
+            constant = Constant(_shape_after(step), root.constant.dtype, lambda: _seen(root.constant.load(), steps))
+            root.looks[steps] = Weight(constant, (*root.key, steps), root, steps)
+        return root.looks[steps]
+
+    def made(self, function: Callable[[np.ndarray], np.ndarray], what: Any) -> Weight:
+        """A stored tensor of this shape, in our precision, with what a function makes of the values."""
+        if what not in self.looks:
+            load = self.constant.load
+            constant = Constant(self.shape, PRECISION, lambda: function(load()))
+            self.looks[what] = Weight(constant, (*self.key, what))
+        return self.looks[what]
+
+    @property
+    def is_claimable(self) -> bool:
+        """Whether the parameter has, or can have, the shape of this look."""
+        return self.root.owner is None or self.root.owner is self
 
     def make_parameter(self, with_weights: bool) -> Parameter:
-        """The parameter; the same whenever it is asked for."""
+        """The parameter of a look that can claim it; the same whenever it is asked for."""
+        self.root.owner = self
         if self.parameter is None:
             if with_weights:
                 values = np.ascontiguousarray(self.constant.load().astype(PRECISION)).reshape(self.shape)
@@ -73,6 +114,13 @@ class Weight:
             else:
                 self.parameter = Parameter.meta_parameter(self.shape, PRECISION)
         return self.parameter
+
+    def tensor(self, with_weights: bool) -> Tensor:
+        """The look as an operation reads it: the parameter, or what is computed from it now."""
+        owner = self.root.owner or self
+        steps = (*_backwards(owner.steps), *self.steps)
+        result: Tensor = _seen(owner.make_parameter(with_weights), _shortened(steps))
+        return result
 
     @staticmethod
     def folded(node: Node, x: list[Any]) -> list[Weight] | None:
@@ -83,16 +131,46 @@ class Weight:
         if node.op == "Identity" or (node.op == "Cast" and node.attributes.get("to") in (1, 10, 11, 16)):
             return [first] if first.constant.is_floating else None
         if node.op == "Transpose":
-            dims = tuple(axes_of(node.attributes.get("perm") or range(len(first.shape))[::-1], len(first.shape)))
-            if dims == (1, 0):
-                return [first.transposed]
-            return [first.made(tuple(first.shape[d] for d in dims), lambda w: w.transpose(dims), dims)]
+            dims = axes_of(node.attributes.get("perm") or range(len(first.shape))[::-1], len(first.shape))
+            return [first.permuted(dims)]
         if node.op in ("Reshape", "Flatten", "Squeeze", "Unsqueeze") and not any(isinstance(v, Weight) for v in x[1:]):
-            shape = _without_unknown(new_shape(node, first.shape, x), first.constant.size)
-            return [first.made(shape, lambda w: w.reshape(shape), shape)]
+            return [first.reshaped(_without_unknown(new_shape(node, first.shape, x), first.constant.size))]
         if node.op in ("QuantizeLinear", "DequantizeLinear"):
             return [_requantized(node, first, x)]
         return None
+
+
+def _shape_after(step: Step) -> tuple[int, ...]:
+    kind, how, before = step
+    return tuple(before[d] for d in how) if kind == "permute" else how
+
+
+def _shortened(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The same look in fewer steps: neighbours of one kind joined, those that change nothing left out."""
+    short: list[Step] = []
+    for kind, how, before in steps:
+        if short and short[-1][0] == kind:
+            _, first, before = short.pop()
+            how = tuple(first[d] for d in how) if kind == "permute" else how
+        if how != (tuple(range(len(before))) if kind == "permute" else before):
+            short.append((kind, how, before))
+    return tuple(short)
+
+
+def _backwards(steps: Sequence[Step]) -> list[Step]:
+    """From a look back to the stored tensor."""
+    back = {"permute": lambda how, _: tuple(sorted(range(len(how)), key=how.__getitem__)), "reshape": lambda _, b: b}
+    return [(step[0], back[step[0]](*step[1:]), _shape_after(step)) for step in reversed(steps)]
+
+
+def _seen(x: Any, steps: Sequence[Step]) -> Any:
+    """The look at an array, or at a Tensor."""
+    for kind, how, _ in steps:
+        if isinstance(x, Tensor):
+            x = F.permute(x, how) if kind == "permute" else F.reshape(x, how)
+        else:
+            x = x.transpose(how) if kind == "permute" else x.reshape(how)
+    return x
 
 
 def _without_unknown(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
@@ -111,6 +189,8 @@ def _requantized(node: Node, first: Weight, x: list[Any]) -> Weight:
         array = np.asarray(default if value is None else _loaded(value), np.float32)
         shape = [1] * ndim
         if array.size > 1:
+            if array.size != first.shape[axis]:
+                raise ValueError(f"{array.size} scales or zero points for axis {axis} of shape {first.shape}")
             shape[axis] = array.size
         return array.reshape(shape if array.size > 1 else ())
 
@@ -122,8 +202,7 @@ def _requantized(node: Node, first: Weight, x: list[Any]) -> Weight:
         limits = np.iinfo(np.uint8 if zero is None else _loaded(zero).dtype)
         return np.asarray(np.clip(np.rint(w / scale) + offset, limits.min, limits.max))
 
-    made = first.made(first.shape, values, node.outputs[0])
-    return Weight(Constant(made.shape, PRECISION, made.constant.load), made.key)
+    return first.made(values, (node.op, *node.inputs[1:], axis))
 
 
 def _loaded(value: Any) -> np.ndarray:
@@ -133,11 +212,69 @@ def _loaded(value: Any) -> np.ndarray:
 # ---- layers --------------------------------------------------------------------------------
 
 Values = Mapping[str, Any]
-Made = tuple[Module | None, Any, str]
 
 
-def layer_for(node: Node, values: Values, with_weights: bool, made: Mapping[Any, Module]) -> Made:
-    """The layer of a node whose weights are stored.
+class Plan(NamedTuple):
+    """A layer before it is made.
+
+    Attributes
+    ----------
+    make : callable
+        Gives the module, with weights of the right shapes.
+    weight, bias : Weight or None
+    key : hashable
+        Its options: layers of the same options and weights are one.
+    reads : tuple of int
+        Which inputs of the node it takes; the others are its weights.
+    """
+
+    make: Callable[[], Module]
+    weight: Weight | None
+    bias: Weight | None
+    key: Any
+    reads: tuple[int, ...] = (0,)
+
+
+class Made(NamedTuple):
+    """A layer, made once for the same ``key``, the path that its weight's name tells, and the inputs that it reads."""
+
+    layer: Module
+    key: Any
+    path: str
+    reads: tuple[str, ...]
+
+
+def plan_for(node: Node, values: Values) -> Plan | None:
+    """What layer a node is; its weights are claimed, so that whoever reads them in another shape looks at these.
+
+    Parameters
+    ----------
+    node : Node
+    values : mapping
+        Constants by name.
+
+    Returns
+    -------
+    Plan or None
+        None for an operation without stored weights, or on weights that a layer before has in another shape.
+    """
+    if node.op not in LAYERS:
+        return None
+    plan = LAYERS[node.op](node, [as_weight(values.get(name), name) for name in node.inputs])
+    if plan is None:
+        if node.op in ("BatchNormalization", "LayerNormalization"):
+            raise ValueError("its weights are not stored in the file")
+        return None
+    stored = [weight for weight in (plan.weight, plan.bias) if weight is not None]
+    if not all(weight.is_claimable for weight in stored):
+        return None
+    for weight in stored:
+        weight.root.owner = weight
+    return plan
+
+
+def layer_for(node: Node, values: Values, with_weights: bool, made: Mapping[Any, Module]) -> Made | None:
+    """The layer of a node whose weights are stored; None for any other operation.
 
     Parameters
     ----------
@@ -147,42 +284,30 @@ def layer_for(node: Node, values: Values, with_weights: bool, made: Mapping[Any,
     with_weights : bool
         False: parameters have shapes alone.
     made : mapping
-        Layers by key, so far.
-
-    Returns
-    -------
-    tuple
-        The layer, its key (the same weights and options give the same), and the path that its weight's name
-        tells, "" if none. None, None and "" for an operation without stored weights. For a key in ``made`` the
-        layer is None.
+        Layers by key, so far: the same weights and options give the same layer.
     """
-    if node.op not in LAYERS:
-        return None, None, ""
-    weights = [_weight(values.get(name), name) for name in node.inputs[1:]]
-    plan = LAYERS[node.op](node, weights)
+    plan = plan_for(node, values)
     if plan is None:
-        if node.op in ("BatchNormalization", "LayerNormalization"):
-            raise ValueError("its weights are not stored in the file")
-        return None, None, ""
-    make, weight, bias, key = plan
-    key = (node.op, key, *(w if w is None else w.key for w in (weight, bias)))
+        return None
+    key = (node.op, plan.key, *(w if w is None else w.key for w in (plan.weight, plan.bias)))
+    path, reads = _path(plan.weight, node), tuple(node.inputs[i] for i in plan.reads)
     if key in made:
-        return None, key, ""
+        return Made(made[key], key, path, reads)
     with shapes_only():
-        layer = make()
-    for name, value in (("weight", weight), ("bias", bias)):
+        layer = plan.make()
+    for name, value in (("weight", plan.weight), ("bias", plan.bias)):
         if value is not None:
             shape = getattr(layer, name).shape
             if value.shape != shape:
                 raise ValueError(f"{name} has shape {value.shape}, expected {shape}")
             setattr(layer, name, value.make_parameter(with_weights))
     if isinstance(layer, nn.BatchNorm2d) and with_weights:
-        for name, value in zip(("running_mean", "running_var"), weights[2:], strict=True):
-            layer.register_buffer(name, _loaded(value).astype(PRECISION))
-    return layer, key, _path(weight, node)
+        for name, source in zip(("running_mean", "running_var"), node.inputs[3:5], strict=True):
+            layer.register_buffer(name, _loaded(as_weight(values[source], source)).astype(PRECISION))
+    return Made(layer, key, path, reads)
 
 
-def _weight(value: Any, name: str) -> Any:
+def as_weight(value: Any, name: str) -> Any:
     """A weight of one element (of one channel, say) is an array among the constants."""
     return Weight.of(value, name) if isinstance(value, np.ndarray) and value.ndim and value.dtype.kind == "f" else value
 
@@ -193,11 +318,8 @@ def _path(weight: Weight | None, node: Node) -> str:
     return name.removesuffix(".weight") if name.endswith(".weight") else node.scope
 
 
-Plan = tuple[Callable[[], Module], Weight | None, Weight | None, Any]
-
-
-def _conv(node: Node, weights: list[Any]) -> Plan | None:
-    weight, bias = (*weights, None)[:2]
+def _conv(node: Node, x: list[Any]) -> Plan | None:
+    weight, bias = (*x[1:], None)[:2]
     if not isinstance(weight, Weight) or not (bias is None or isinstance(bias, Weight)):
         return None
     options = conv_options(node, weight.shape)
@@ -205,49 +327,105 @@ def _conv(node: Node, weights: list[Any]) -> Plan | None:
     sides = integers(node.attributes.get("pads") or (0, 0, 0, 0), "pads")
     if mode == "NOTSET" and len(sides) == 4:
         padding: Any = ((sides[0], sides[2]), (sides[1], sides[3]))
-    elif mode in ("SAME_UPPER", "VALID") or (mode == "SAME_LOWER" and _symmetric(weight.shape, options["stride"])):
+    elif mode in ("SAME_UPPER", "SAME_LOWER", "VALID"):
         padding = "valid" if mode == "VALID" else "same"
     else:
         raise ValueError(f"auto_pad is {mode!r} and pads are {sides}, which a convolution of images cannot have")
     C_out, C_in, *kernel = weight.shape
     options["padding"] = padding
+    kind = _SameLower if mode == "SAME_LOWER" else nn.Conv2d
 
     def make() -> Module:
-        return nn.Conv2d(C_in * options["groups"], C_out, kernel, bias=bias is not None, **options)
+        return kind(C_in * options["groups"], C_out, kernel, bias=bias is not None, **options)
 
-    return make, weight, bias, tuple(sorted((k, repr(v)) for k, v in options.items()))
-
-
-def _symmetric(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    return all(k % 2 for k in shape[2:]) and set(stride) == {1}
+    return Plan(make, weight, bias, (mode, *sorted((k, repr(v)) for k, v in options.items())))
 
 
-def _gemm(node: Node, weights: list[Any]) -> Plan | None:
-    weight, bias = (*weights, None)[:2]
-    options = [node.attributes.get(name, default) for name, default in (("alpha", 1.0), ("beta", 1.0), ("transA", 0))]
-    if options != [1.0, 1.0, 0] or not isinstance(weight, Weight) or len(weight.shape) != 2:
+class _SameLower(nn.Conv2d):
+    """With "same" padding whose odd zero is at the top and left."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (top, bottom), (left, right) = resolve_padding(
+            self.padding, (x.shape[2], x.shape[3]), self.kernel_size, self.stride, self.dilation
+        )
+        padding = (bottom, top), (right, left)
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, store=self.store)
+
+
+class _Product(nn.Linear):
+    """alpha·x Wᵀ + beta·b, or alpha·W x + beta·b with b along the rows; b its bias, or anything else that is given.
+
+    Parameters
+    ----------
+    I, O : int
+    bias : bool
+    alpha, beta : float
+    left : bool
+        Whether the weight stands on the left.
+    turned : bool
+        Whether x, a matrix, is transposed before.
+    """
+
+    def __init__(self, I: int, O: int, bias: bool, alpha: float, beta: float, left: bool, turned: bool) -> None:  # noqa: E741
+        super().__init__(I, O, bias)
+        self.alpha, self.beta, self.left, self.turned = float(alpha), float(beta), left, turned
+
+    def forward(self, x: Tensor, summand: Any = None) -> Tensor:
+        x = x.transpose(-2, -1) if self.left != self.turned else x
+        joined = self.alpha == self.beta == 1
+        y = F.linear(x, self.weight, self.bias if joined else None, store=self.store)
+        y = y if self.alpha == 1 else y * self.alpha
+        if self.bias is not None and not joined:
+            y = y + (self.bias if self.beta == 1 else self.bias * self.beta)
+        y = y.transpose(-2, -1) if self.left else y
+        if summand is None:
+            return y
+        summand = operand(summand, y)
+        return y + (summand if self.beta == 1 else summand * self.beta)
+
+
+def _gemm(node: Node, x: list[Any]) -> Plan | None:
+    turned = [bool(node.attributes.get(name, 0)) for name in ("transA", "transB")]
+    return _product(node, x, turned)
+
+
+def _matmul(node: Node, x: list[Any]) -> Plan | None:
+    """x @ W or W @ x, with the bias of an Add behind it where :mod:`analysis.onnx.patterns` joined the two."""
+    return _product(node, x, [False, False])
+
+
+def _product(node: Node, x: list[Any], turned: list[bool]) -> Plan | None:
+    """Of a matrix that is stored and something that is not, each transposed before if ``turned`` says so."""
+    bias = (*x, None)[2]
+    left = isinstance(x[0], Weight)
+    weight = x[0] if left else x[1]
+    if not isinstance(weight, Weight) or len(weight.shape) != 2 or (left and x[1] is not None):
         return None
-    return _linear(weight if node.attributes.get("transB", 0) else weight.transposed, bias)
-
-
-def _matmul(node: Node, weights: list[Any]) -> Plan | None:
-    """x @ W, with the bias of an Add behind it where :mod:`analysis.onnx.patterns` joined the two."""
-    weight, bias = (*weights, None)[:2]
-    if not isinstance(weight, Weight) or len(weight.shape) != 2:
-        return None
-    return _linear(weight.transposed, bias)
-
-
-def _linear(weight: Weight, bias: Any) -> Plan | None:
+    if turned[0 if left else 1] == left:  # then its rows are not the outputs
+        weight = weight.permuted((1, 0))
     O, I = weight.shape  # noqa: E741
-    if isinstance(bias, Weight) and bias.shape != (O,) and bias.constant.size == O == bias.shape[-1]:
-        bias = bias.made((O,), lambda b: b.reshape(-1), (O,))
-    if not (bias is None or (isinstance(bias, Weight) and bias.shape == (O,))):
-        return None
-    return lambda: nn.Linear(I, O, bias is not None), weight, bias, "linear"
+    joined = isinstance(bias, Weight) and fits_as_bias(bias.shape, O, left)
+    bias = bias.reshaped((O,)) if joined else None
+    apart = len(node.inputs) > 2 and bool(node.inputs[2]) and bias is None
+    alpha, beta = (node.attributes.get(name, 1.0) for name in ("alpha", "beta"))
+    options = (alpha, beta if bias is not None or apart else 1.0, left, turned[1 if left else 0])
+    if options == (1.0, 1.0, False, False) and not apart:
+        return Plan(lambda: nn.Linear(I, O, bias is not None), weight, bias, "linear")
+    reads = (int(left), 2) if apart else (int(left),)
+    return Plan(lambda: _Product(I, O, bias is not None, *options), weight, bias, options, reads)
 
 
-def _batch_norm(node: Node, weights: list[Any]) -> Plan | None:
+def fits_as_bias(shape: Sequence[int], O: int, left: bool = False) -> bool:  # noqa: E741
+    """Whether a stored array adds one number to each of O outputs: a row, or a column beside a weight on the left."""
+    return (
+        tuple(shape[-2:]) == (O, 1) and math.prod(shape) == O
+        if left
+        else tuple(shape[-1:]) == (O,) == (math.prod(shape),)
+    )
+
+
+def _batch_norm(node: Node, x: list[Any]) -> Plan | None:
+    weights = x[1:]
     if len(weights) != 4 or not all(isinstance(w, Weight) and len(w.shape) == 1 for w in weights):
         return None
     weight, bias, mean, var = weights
@@ -255,7 +433,7 @@ def _batch_norm(node: Node, weights: list[Any]) -> Plan | None:
         raise ValueError(f"mean has shape {mean.shape} and variance {var.shape}, expected {weight.shape}")
     eps, momentum = node.attributes.get("epsilon", 1e-5), 1 - node.attributes.get("momentum", 0.9)
     make = lambda: _AnyBatchNorm(weight.shape[0], eps, momentum)  # noqa: E731
-    return make, weight, bias, (eps, momentum, mean.key, var.key)
+    return Plan(make, weight, bias, (eps, momentum, mean.key, var.key))
 
 
 class _AnyBatchNorm(nn.BatchNorm2d):
@@ -265,21 +443,21 @@ class _AnyBatchNorm(nn.BatchNorm2d):
     _expected = "(B, {C}, ...)"
 
 
-def _layer_norm(node: Node, weights: list[Any]) -> Plan | None:
-    weight, bias = (*weights, None)[:2]
+def _layer_norm(node: Node, x: list[Any]) -> Plan | None:
+    weight, bias = (*x[1:], None)[:2]
     if not isinstance(weight, Weight) or not (bias is None or isinstance(bias, Weight)):
         return None
     axis, eps = node.attributes.get("axis", -1), node.attributes.get("epsilon", 1e-5)
     if axis < 0 and len(weight.shape) != -axis:
         raise ValueError(f"axis is {axis} and scale has shape {weight.shape}, expected {-axis} dimensions")
     bias = bias or Weight(Constant(weight.shape, PRECISION, lambda: np.zeros(weight.shape, PRECISION)), ("zeros",))
-    return lambda: nn.LayerNorm(weight.shape, eps), weight, bias, (axis, eps)
+    return Plan(lambda: nn.LayerNorm(weight.shape, eps), weight, bias, (axis, eps))
 
 
-def _dropout(node: Node, weights: list[Any]) -> Plan | None:
-    given = weights[0] if weights else node.attributes.get("ratio")
+def _dropout(node: Node, x: list[Any]) -> Plan | None:
+    given = x[1] if len(x) > 1 else node.attributes.get("ratio")
     ratio = number(given.constant.load() if isinstance(given, Weight) else given, "the ratio", 0.5)
-    return lambda: nn.Dropout(ratio), None, None, node.outputs[0]
+    return Plan(lambda: nn.Dropout(ratio), None, None, node.outputs[0])
 
 
 LAYERS: dict[str, Callable[[Node, list[Any]], Plan | None]] = {
@@ -290,4 +468,4 @@ LAYERS: dict[str, Callable[[Node, list[Any]], Plan | None]] = {
     "LayerNormalization": _layer_norm,
     "Dropout": _dropout,
 }
-"""Operations that become layers if their weights are stored; the weights are the inputs after the first."""
+"""Operations that become layers if their weights are stored."""

@@ -13,31 +13,45 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from analysis.commands.memory import check_memory
+from analysis.commands.names import plain
 from analysis.onnx.file import Graph, Node, read_graph
 from analysis.onnx.host import HOST, MAX_ELEMENTS, evaluate
-from analysis.onnx.layers import LAYERS, Weight, layer_for
-from analysis.onnx.ops import TENSOR_OPS
+from analysis.onnx.layers import LAYERS, Weight, layer_for, plan_for
+from analysis.onnx.ops import TENSOR_OPS, over_all_of_an_input
 from analysis.onnx.patterns import simplify
 from analysis.onnx.tensor import Constant, shown
 from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.engine.tensor import Tensor
-from lance_ref.nn.module import Module
+from lance_ref.nn.module import Module, Parameter
 from lance_ref.nn.tracing import record
 
 _EXPECTED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError)
 
 
-class Operation(Module):
-    """One operation without weights of its own."""
+PRODUCTS = ("MatMul", "Gemm", "Conv")
+"""Operations whose first two inputs are multiplied."""
 
-    def __init__(self, node: Node) -> None:
+
+class Operation(Module):
+    """One operation that is no layer.
+
+    Attributes
+    ----------
+    node : Node
+    stored_weights : tuple of Parameter
+        That it multiplies with: :func:`lance_ref.tune` must not pass over them.
+    """
+
+    def __init__(self, node: Node, stored_weights: Sequence[Parameter] = ()) -> None:
         super().__init__()
-        self.node = node
+        self.node, self.stored_weights = node, tuple(stored_weights)
 
     def forward(self, operands: Sequence[Any]) -> Any:
         return TENSOR_OPS[self.node.op](self.node, operands)
@@ -70,20 +84,24 @@ class OnnxNet(Module):
 
     Notes
     -----
-    A layer that stands in the graph twice, with the same weights, is one module that is called twice. The first
-    output of the graph is the network's. Dropout is that of training. A file that is fixed to one batch size runs
-    on others as long as every value grows with the batch; if one does not, that is an error.
+    A layer that stands in the graph twice, with the same weights, is one module that is called twice. Dropout is that
+    of training. A Softmax or LogSoftmax over the classes at the end is left out in training, because the loss,
+    cross-entropy, has one of its own; with ``eval()`` the network gives what the file says. A file that is fixed to one
+    batch size runs on others as long as every value grows with the batch; if one does not, that is an error.
     """
 
     def __init__(self, file: str | os.PathLike[str], with_weights: bool = True) -> None:
         super().__init__()
         graph = read_graph(file)
-        _check_operations(graph)
+        check_operations(graph)
         self.graph = graph
         self._with_weights = with_weights
         self._constants: dict[str, Any] = {}  # arrays, and weights that are not turned into parameters yet
         self._steps: list[tuple[Node, Module | None]] = []  # None: shape arithmetic
         self._fitting = {self._declared_batch}
+        if with_weights:
+            stored = sum(constant.size * constant.dtype.itemsize for constant in graph.constants.values())
+            check_memory(stored, f"the weights of {shown(graph.file)}")
         for name, constant in graph.constants.items():
             self._constants[name] = _weight_or_array(graph, name, constant)
         self._names: Counter[str] = Counter()
@@ -91,9 +109,15 @@ class OnnxNet(Module):
         self._live = {graph.input}  # values that depend on the input, and not on its shape alone
         self._tensors = {graph.input}  # those, and what is computed from parameters
         nodes = [node for node in graph.nodes if not self._fold(node)]
-        for node in simplify(nodes, self._constants, graph.output):
+        nodes = simplify(nodes, self._constants, graph.output)
+        for node in nodes:
+            with _at(graph, node):
+                plan_for(node, self._constants)  # layers claim their weights before other operations read them
+        for node in nodes:
             with _at(graph, node):
                 self._add(node, layers)
+        self._normalising = _last_softmax(nodes, graph)
+        self._left_out = False
         if graph.output not in self._live:
             raise ValueError(f"{shown(graph.file)}: its output {shown(graph.output)} does not depend on its input")
 
@@ -104,7 +128,15 @@ class OnnxNet(Module):
 
     @property
     def remark(self) -> str:
-        """What the file may lack: a convolution with a bias may have had batch norm behind it, if nothing has now."""
+        """What the file may lack, and what of it was left out."""
+        remarks = [self._no_batch_norm()]
+        if self._left_out:
+            ops = " and ".join(node.op for node in self._normalising)
+            remarks.append(f"the {ops} at the end of this file is left out: the loss, cross-entropy, has its own")
+        return "; ".join(filter(None, remarks))
+
+    def _no_batch_norm(self) -> str:
+        """A convolution with a bias may have had batch norm behind it, if nothing has now."""
         modules = list(self.modules())
         biased = any(isinstance(module, nn.Conv2d) and module.bias is not None for module in modules)
         if not biased or any(isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)) for module in modules):
@@ -134,35 +166,55 @@ class OnnxNet(Module):
             self._live.update(filter(None, node.outputs))
         module: Module | None = None
         if any(name in self._tensors or isinstance(self._constants.get(name), Weight) for name in names):
-            module = self._module(node, layers)
+            made = layer_for(node, self._constants, self._with_weights, layers)
+            if made is None:
+                module = operation = self._operation(node)
+                node = operation.node
+            else:
+                module, node = made.layer, self._reading(node, made.reads)
+                if made.key not in layers:
+                    layers[made.key] = module
+                    self.add_module(self._name(made.path or node.scope, node, bool(made.path)), module)
             self._tensors.update(filter(None, node.outputs))
         self._steps.append((node, module))
 
-    def _module(self, node: Node, layers: dict[Any, Module]) -> Module:
-        """The layer of a node with weights, made once for the same weights; else its operation."""
-        layer, key, name = layer_for(node, self._constants, self._with_weights, layers)
-        if key is not None and key in layers:
-            return layers[key]
-        if layer is None:
-            if node.op not in TENSOR_OPS:
-                raise ValueError("no cost rule for this operation on weights alone")
-            for value in filter(None, node.inputs):
-                self._value(value)
-            layer = Operation(node)
-        self.add_module(self._name(name or node.scope, node, bool(name)), layer)
-        if key is not None:
-            layers[key] = layer
-        return layer
+    def _operation(self, node: Node) -> Operation:
+        """A node that is no layer."""
+        if node.op not in TENSOR_OPS:
+            raise ValueError("no cost rule for this operation on weights alone")
+        for position, option in enumerate(("transA", "transB")):
+            weight = self._constants.get(node.inputs[position]) if node.op == "Gemm" else None
+            if isinstance(weight, Weight) and node.attributes.get(option, 0):  # as another look at it
+                turned = f"{node.inputs[position]}/turned"
+                self._constants[turned] = weight.permuted((1, 0))
+                inputs = (*node.inputs[:position], turned, *node.inputs[position + 1 :])
+                node = replace(node, inputs=inputs, attributes={**node.attributes, option: 0})
+        multiplied = [self._parameter(name) for name in node.inputs[:2] if node.op in PRODUCTS]
+        operation = Operation(self._reading(node, node.inputs), [p for p in multiplied if p is not None])
+        self.add_module(self._name(node.scope, node, False), operation)
+        return operation
+
+    def _reading(self, node: Node, inputs: Sequence[str]) -> Node:
+        """The node with these inputs; weights among them that no layer has become parameters of their own names."""
+        for name in inputs:
+            self._parameter(name)
+        return replace(node, inputs=tuple(inputs))
+
+    def _parameter(self, name: str) -> Parameter | None:
+        """The parameter of a weight; None for anything else."""
+        weight = self._constants.get(name)
+        if not isinstance(weight, Weight):
+            return None
+        free = weight.root.owner is None
+        parameter = (weight.root.owner or weight).make_parameter(self._with_weights)
+        if free:
+            self._parameters[self._unique(name)] = parameter
+        return parameter
 
     def _value(self, name: str) -> Any:
-        """A constant as forward meets it; a weight becomes a parameter, of its own name."""
+        """A constant as forward meets it."""
         value = self._constants.get(name)
-        if not isinstance(value, Weight):
-            return value
-        if value.parameter is None:
-            value.make_parameter(self._with_weights)
-            self._parameters[self._unique(f"{name}")] = value.parameter
-        return value.parameter
+        return value.tensor(self._with_weights) if isinstance(value, Weight) else value
 
     def _name(self, path: str, node: Node, whole: bool) -> str:
         if not whole:
@@ -221,24 +273,34 @@ class OnnxNet(Module):
         """
         values: dict[str, Any] = {self.graph.input: x}
         last_use = self._last_use()
+        left_out: list[Node] = []
         for i, (node, module) in enumerate(self._steps):
             with _at(self.graph, node):
-                plain = module is None or isinstance(module, Operation)  # a layer has its weights
-                operands = [self._operand(name, values) for name in (node.inputs if plain else node.inputs[:1])]
+                operands = [self._operand(name, values) for name in node.inputs]
                 operands = self._with_batch(node, operands, x.shape[0])
                 if module is None:
                     results: Any = evaluate(node, operands)
+                elif self.training and self._is_of_the_loss(node, operands[0], left_out):
+                    left_out.append(node)
+                    results = operands[0]
                 elif isinstance(module, Operation):
                     results = module.forward(operands) if quietly else module(operands)
                 else:
-                    results = module.forward(operands[0]) if quietly else module(operands[0])
+                    results = module.forward(*operands) if quietly else module(*operands)
                 for name, value in zip(node.outputs, results if isinstance(results, list) else [results], strict=False):
                     values[name] = value
                     self._compare(name, value, x.shape[0], expected, sizes)
             for name in last_use[i]:
                 values.pop(name, None)
+        self._left_out = bool(left_out)
         result: Tensor = values[self.graph.output]
         return result
+
+    def _is_of_the_loss(self, node: Node, x: Any, left_out: Sequence[Node]) -> bool:
+        """Whether a node makes probabilities, or their logarithms, of the scores that cross-entropy takes."""
+        if not any(node.outputs == each.outputs for each in self._normalising):
+            return False
+        return bool(left_out) if node.op == "Log" else over_all_of_an_input(node, x.shape)
 
     def _operand(self, name: str, values: Mapping[str, Any]) -> Any:
         if not name:
@@ -300,7 +362,24 @@ def _at(graph: Graph, node: Node) -> Iterator[None]:
         raise ValueError(f"{shown(graph.file)}: {node}: {text[:500]}") from None
 
 
-def _check_operations(graph: Graph) -> None:
+def _last_softmax(nodes: Sequence[Node], graph: Graph) -> list[Node]:
+    """The Softmax or LogSoftmax behind which the graph only looks at its result otherwise; with the Log behind it."""
+    maker = {name: node for node in nodes for name in node.outputs}
+    reads = Counter(name for node in nodes for name in node.inputs)
+    name = graph.output
+    behind: list[Node] = []
+    while name in maker and reads[name] == (name != graph.output):
+        node = maker[name]
+        if node.op in ("Softmax", "LogSoftmax"):
+            return [node, *behind]
+        if node.op not in ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Log") or behind:
+            return []
+        behind = [node] if node.op == "Log" else []
+        name = node.inputs[0]
+    return []
+
+
+def check_operations(graph: Graph) -> None:
     """Raise ValueError that names every operation without a rule."""
     live, missing = {graph.input}, set()
     for node in graph.nodes:
@@ -310,7 +389,7 @@ def _check_operations(graph: Graph) -> None:
         if node.op not in TENSOR_OPS and node.op not in LAYERS and (depends or node.op not in HOST):
             missing.add(node.op)
     if missing:
-        names = ", ".join(" ".join(name.split())[:80] for name in sorted(missing)[:50])
+        names = ", ".join(plain(name) for name in sorted(missing)[:50])
         raise ValueError(f"{shown(graph.file)}: no cost rule for {names}; there are rules for {known_operations()}")
 
 

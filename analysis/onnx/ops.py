@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from analysis.onnx.file import Node
-from analysis.onnx.host import argument, axes_of, integers, new_shape, pieces, slices
+from analysis.onnx.host import argument, axes_of, integers, new_shape, pieces, reduced_axes, slices
 from lance_ref import functional as F
 from lance_ref.algebra.geometry import Pair
 from lance_ref.engine.tensor import Tensor
@@ -104,13 +104,17 @@ def _softmax(function: Callable[[Tensor, int], Tensor]) -> TensorOp:
     return run
 
 
+def over_all_of_an_input(node: Node, shape: Sequence[int]) -> bool:
+    """Whether a Softmax of a value of this shape, batch first, is over all numbers of each input of the batch."""
+    (axis,) = axes_of([node.attributes.get("axis", -1 if node.opset >= 13 else 1)], len(shape))
+    columns = shape[axis] if node.opset >= 13 else math.prod(shape[axis:])
+    return axis > 0 and columns == math.prod(shape[1:])
+
+
 def _reduce(function: Callable[..., Tensor]) -> TensorOp:
     def run(node: Node, x: Inputs) -> Tensor:
-        given = argument(node, x, 1, "axes")
-        if given is None and node.attributes.get("noop_with_empty_axes", 0):
-            return x[0]
-        axes = None if given is None else tuple(axes_of(given, x[0].ndim)) or None
-        return function(x[0], axes, bool(node.attributes.get("keepdims", 1)))
+        axes = reduced_axes(node, x[0].ndim, x)
+        return function(x[0], axes, bool(node.attributes.get("keepdims", 1))) if axes else x[0]
 
     return run
 
@@ -164,8 +168,10 @@ def _pad(node: Node, x: Inputs) -> Tensor:
 
 
 def _matmul(node: Node, x: Inputs) -> Tensor:
+    """A product, with the summand that :mod:`analysis.onnx.patterns` joined it with."""
     like = x[0] if isinstance(x[0], Tensor) else x[1]
-    return F.matmul(*(v if isinstance(v, Tensor) else Tensor(v.astype(like.dtype)) for v in x))
+    a, b, *summand = (v if isinstance(v, Tensor) else Tensor(v.astype(like.dtype)) for v in x)
+    return F.matmul(a, b) + summand[0] if summand else F.matmul(a, b)
 
 
 def _gemm(node: Node, x: Inputs) -> Tensor:
@@ -226,33 +232,41 @@ def padding_of(
 
 
 def _pool(node: Node, x: Inputs) -> Tensor:
-    """A pool with unequal sides, or windows over the edge (ceil_mode), is one of a padded image."""
+    """A pool with unequal sides is one of an image that is padded by what one side has more than the other."""
     tensor, largest = x[0], node.op == "MaxPool"
     if tensor.ndim != 4:
         raise ValueError(f"x has shape {tensor.shape}, expected images, 4 dimensions")
     if pair_of(node, "dilations") != (1, 1):
         raise ValueError("dilations are not 1")
     kernel, stride = pair_of(node, "kernel_shape"), pair_of(node, "strides")
-    sides = [list(pair) for pair in padding_of(node, tensor.shape[2:], kernel, stride)]
+    sides = padding_of(node, tensor.shape[2:], kernel, stride)
     counts_padding = bool(node.attributes.get("count_include_pad", 0))
-    over = False
-    if node.attributes.get("ceil_mode", 0):
-        for n, k, s, side in zip(tensor.shape[2:], kernel, stride, sides, strict=True):
-            windows = -(-(n + sum(side) - k) // s)  # beside the first
-            if windows * s >= n + side[0]:
-                windows -= 1  # it would begin beyond the image
-            reach = windows * s + k - n - sum(side)
-            over = over or reach > 0
-            side[1] += max(reach, 0)
+    ceil_mode = bool(node.attributes.get("ceil_mode", 0))
     (top, bottom), (left, right) = sides
     if (top, left) != (bottom, right):
-        if not largest and (over or not counts_padding):
+        if not largest and (ceil_mode or not counts_padding):
             raise ValueError("an average over windows that reach beyond the image on one side")
-        tensor = F.pad(tensor, (left, right, top, bottom), value=-math.inf if largest else 0.0)
-        top = left = 0
+        if ceil_mode:
+            sizes = zip(tensor.shape[2:], kernel, stride, sides, strict=True)
+            (top, bottom), (left, right) = (_rounded_up(*of_axis) for of_axis in sizes)
+            ceil_mode = False
+        rows, columns = min(top, bottom), min(left, right)
+        odd = (left - columns, right - columns, top - rows, bottom - rows)
+        tensor = F.pad(tensor, odd, value=-math.inf if largest else 0.0)
+        top, left = rows, columns
     if largest:
-        return F.max_pool2d(tensor, kernel, stride, (top, left))
-    return F.avg_pool2d(tensor, kernel, stride, (top, left), count_include_pad=counts_padding)
+        return F.max_pool2d(tensor, kernel, stride, (top, left), ceil_mode=ceil_mode)
+    options = {"ceil_mode": ceil_mode, "count_include_pad": counts_padding}
+    return F.avg_pool2d(tensor, kernel, stride, (top, left), **options)
+
+
+def _rounded_up(n: int, kernel: int, stride: int, sides: Pair) -> Pair:
+    """The padding of one axis with which whole windows alone are those of ceil_mode: none begins beyond the image."""
+    before, after = sides
+    beside_the_first = -(-(n + before + after - kernel) // stride)
+    if beside_the_first * stride >= n + before:
+        beside_the_first -= 1
+    return before, max(beside_the_first * stride + kernel - n - before, 0)
 
 
 def _global_pool(node: Node, x: Inputs) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from analysis.onnx.file import Node
-from analysis.onnx.layers import Weight
+from analysis.onnx.layers import Weight, fits_as_bias
 
 
 class Uses:
@@ -103,13 +103,14 @@ def _replace(nodes: Sequence[Node], matches: Iterable[Match | None]) -> list[Nod
 
 
 def _linear(uses: Uses, product: Node) -> Match | None:
-    """x @ W + b, W (in, out) and b (out,) stored."""
-    weight, add = uses.constants.get(product.inputs[1]), uses.reader(product, "Add")
+    """x @ W + b, W (in, out) and b (out,) stored; or W @ x + b, W (out, in) and b (out, 1)."""
+    left = isinstance(uses.constants.get(product.inputs[0]), Weight)
+    weight, add = uses.constants.get(product.inputs[0 if left else 1]), uses.reader(product, "Add")
     if add is None or not isinstance(weight, Weight) or len(weight.shape) != 2:
         return None
     (bias_name,) = [name for name in add.inputs if name != product.outputs[0]] or [""]
     bias = uses.constants.get(bias_name)
-    if not isinstance(bias, Weight) or bias.shape[-1] != bias.constant.size or bias.constant.size != weight.shape[1]:
+    if not isinstance(bias, Weight) or not fits_as_bias(bias.shape, weight.shape[0 if left else 1], left):
         return None
     joined = replace(product, inputs=(*product.inputs, bias_name), outputs=add.outputs)
     return joined, [product, add]

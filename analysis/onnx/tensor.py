@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-_SHOWN = 80  # characters of a name that an error shows
+from analysis.commands.names import shown
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,6 @@ class Constant:
     @property
     def is_floating(self) -> bool:
         return self.dtype.kind not in "iub"  # bfloat16 and its like are of kind "V"
-
-
-def shown(name: object) -> str:
-    """A name from a file, fit to be shown: quoted, on one line, not too long."""
-    whole = str(name)
-    return repr(whole if len(whole) <= _SHOWN else f"{whole[: _SHOWN - 3]}...")
 
 
 def text(value: str | bytes) -> str:

@@ -205,8 +205,12 @@ def updating(optimizer: str, nbytes: int) -> int:
     return (3 if nbytes >= REUSED_BYTES else 4) * nbytes
 
 
-def make_optimizer(name: str, net: Module, lr: float = 1e-6) -> Optimizer:
-    """The optimiser of that name on the parameters that train."""
+def make_optimizer(name: str, net: Module, lr: float = 1e-300) -> Optimizer:
+    """The optimiser of that name on the parameters that train.
+
+    By default its steps are so small that they leave every parameter as it is: a step is taken for its memory, and a
+    net that would diverge must not.
+    """
     parameters = [p for p in net.parameters() if p.requires_grad]
     if name == "adam":
         return optim.Adam(parameters, lr)

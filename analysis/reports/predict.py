@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from analysis.commands.names import shown
 from analysis.steps.methods import METHODS, chosen_methods, method_step
 from analysis.steps.settings import NotApplicableError, Settings
 
@@ -103,6 +104,7 @@ class Prediction:
             notes=self.notes,
             continual=self.continual,
             peaks_of=lambda: self.peaks,
+            net_parameters=sum(parameter.size for parameter in step.net.parameters()),
             optimizer=self.asked.optimizer,
             remark=remark(step.net),
         )
@@ -225,6 +227,7 @@ def predict(
     optimizer: str = "sgd",
 ) -> Prediction:
     """As :func:`cost`, with what a measurement and the figures need beside the report."""
+    _check_types(net, locals())
     asked = Asked(epsilon, ranks, spectra, convention, optimizer, Settings() if settings is None else settings)
     names = chosen_methods(methods if isinstance(methods, str) else list(methods))
     _check(asked)
@@ -258,6 +261,46 @@ def predict_step(
         bills[name] = account(of_step.records, step.head, of_step.repeats, None if of_step.own_trace else cache)
     calibration = _calibrations(step, bills, given, tuned, asked.settings, cache)
     return Prediction(asked, step, choice, bills, given, steps, calibration, notes, continual)
+
+
+_INTEGERS = ("batch", "image_size", "num_classes", "continual", "basis_batches")
+_TEXTS = ("ranks", "spectra", "convention", "dtype", "optimizer")
+
+
+def _check_types(net: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError for an argument of :func:`predict` of a kind that it cannot be, before anything is done with it.
+
+    None means the default where there is one; a number of NumPy is as good as one of Python.
+    """
+    from numbers import Integral, Real
+
+    from analysis.steps.nets import TracedStep, check_module
+
+    if not isinstance(net, (str, TracedStep)):
+        check_module(net, "net is")
+    kinds: dict[str, tuple[Any, str]] = dict.fromkeys(_INTEGERS, (Integral, "an integer"))
+    kinds |= dict.fromkeys(_TEXTS, (str, "a string")) | dict.fromkeys(("epsilon", "protected"), (Real, "a number"))
+    optional = {"batch", "image_size", "num_classes", "continual", "ranks", "spectra", "dtype"}
+    for name, (kind, expected) in kinds.items():
+        value = arguments[name]
+        if value is None and name in optional:
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name} is {shown(value)}, a {type(value).__name__}, expected {expected}")
+    for name, kind, expected in (
+        ("input_shape", Integral, "integers"),
+        ("tune", str, "strings"),
+        ("methods", str, "strings"),
+    ):
+        value = arguments[name]
+        if value is None or (isinstance(value, str) and kind is str):
+            continue
+        try:
+            items = None if isinstance(value, (str, bytes, dict)) else list(value)
+        except TypeError:
+            items = None
+        if items is None or any(not isinstance(each, kind) or isinstance(each, bool) for each in items):
+            raise TypeError(f"{name} is {shown(value)}, a {type(value).__name__}, expected a sequence of {expected}")
 
 
 def _check(asked: Asked) -> None:

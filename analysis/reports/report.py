@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from analysis.commands.names import plain
 from analysis.rules.account import Billed
 from analysis.rules.calibration_costs import CalibrationCost
 
@@ -126,11 +127,15 @@ class Row:
     methods: dict[str, MethodCost]
 
     @classmethod
-    def of(cls, billed: Mapping[str, Billed], costs: Mapping[str, MethodCost]) -> Row:
-        """One row out of the same operation's bill and cost under every method that runs it."""
+    def of(cls, billed: Mapping[str, Billed], costs: Mapping[str, MethodCost], shown: set[str]) -> Row:
+        """One row out of the same operation's bill and cost under every method that runs it.
+
+        ``shown``: names of parameters that rows before have; those of this one are put there.
+        """
         first = next(iter(billed.values()))
         record = first.record
-        weights = [value for value in record.inputs if value.parameter is not None]
+        weights = {v.parameter: v for v in record.inputs if v.parameter is not None and v.parameter not in shown}
+        shown.update(weights)
         has_weight = len(record.inputs) > 1 and record.inputs[1].parameter is not None
         return cls(
             first.name,
@@ -139,7 +144,7 @@ class Row:
             record.inputs[0].shape,
             record.output.shape,
             record.inputs[1].shape if has_weight else None,
-            sum(value.size for value in weights),
+            sum(value.size for value in weights.values()),
             first.tuned,
             dict(costs),
         )
@@ -223,6 +228,7 @@ class Report:
     notes: dict[str, str] = field(default_factory=dict)
     continual: Continual | None = None
     peaks_of: Callable[[], dict[str, Peak]] = field(default=dict, repr=False, compare=False)
+    net_parameters: int | None = None
     optimizer: str = OPTIMIZERS[0]
     remark: str = ""
 
@@ -247,7 +253,8 @@ class Report:
                 seen[key] = MethodCost.of(bill, convention)
             return seen[key]
 
-        rows = (Row.of(same, {method: cost(bill) for method, bill in same.items()}) for same in _matched(bills))
+        shown: set[str] = set()  # parameters stand at the first operation that reads them
+        rows = (Row.of(same, {method: cost(bill) for method, bill in same.items()}, shown) for same in _matched(bills))
         listed = tuple(row for row in rows if not all(cost.is_free for cost in row.methods.values()))
         return cls(convention=convention, methods=tuple(bills), rows=listed, **facts)
 
@@ -264,6 +271,11 @@ class Report:
         return self.peaks_of()
 
     @property
+    def parameters(self) -> int:
+        """Numbers that the net's parameters have, each parameter once; of a report without its net those listed."""
+        return sum(row.parameters for row in self.rows) if self.net_parameters is None else self.net_parameters
+
+    @property
     def work_unit(self) -> str:
         """What ``flops`` counts."""
         return "multiply-adds of the tuned layers" if self.convention == "paper" else "FLOPs"
@@ -278,10 +290,12 @@ class Report:
             "num_classes": self.num_classes,
             "dtype": self.dtype,
             "convention": self.convention,
-            "tuned_layers": list(self.tuned_layers),
+            "tuned_layers": [plain(path) for path in self.tuned_layers],
             "ranks_from": self.ranks_from,
             "layers": [row.to_json() for row in self.rows],
-            "totals": {method: cost.to_json() for method, cost in self.totals.items()},
+            "totals": {
+                method: {**cost.to_json(), "parameters": self.parameters} for method, cost in self.totals.items()
+            },
             "units": {
                 "activation_bytes": "bytes",
                 "subspace_bytes": "bytes",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from analysis.commands.names import plain
 from analysis.rules import elementwise, norms, products  # noqa: F401  (they register their rules)
 from analysis.rules.layouts import NUMPY_KEEPS_ORDER, PYTORCH_KEEPS_ORDER, Memory, Storage
 from analysis.rules.op_cost import OpCost, Saved, cost_of
@@ -223,7 +224,7 @@ def row_names(records: Sequence[OpRecord]) -> list[str]:
 
     The last record is the loss.
     """
-    return list(_names(tuple([(record.path, record.op) for record in records])))
+    return list(_names(tuple([(plain(record.path), plain(record.op)) for record in records])))
 
 
 @lru_cache(maxsize=32)

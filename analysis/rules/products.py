@@ -18,13 +18,14 @@ def conv2d(call: Call) -> OpCost:
     """Y = X ⋆ W + b; each of its three products takes B·C_out·H_out·W_out·(C_in/g)·k_h·k_w.
 
     PyTorch keeps the input and the weight of a convolution that backward comes through even where the
-    weight is frozen, or the bias alone trains; and with unequal padding it convolves a padded copy, and keeps that.
+    weight is frozen, or the bias alone trains. With unequal padding it keeps a copy of the input, padded by as much as
+    one side has more than the other; the rest, alike on both sides, is left to the convolution itself.
     """
     (top, bottom), (left, right) = call.record.attributes["padding"]
     in_pytorch = call.save_input("input", 0)
     if top != bottom or left != right:
         B, C_in, H, W = call.record.inputs[0].shape
-        in_pytorch = fresh("padded input", B * C_in * (H + top + bottom) * (W + left + right) * call.itemsize)
+        in_pytorch = fresh("padded input", B * C_in * (H + abs(top - bottom)) * (W + abs(left - right)) * call.itemsize)
     return _weighted(call, conv_sizes(call).macs, in_pytorch, pytorch_keeps_frozen=True)
 
 

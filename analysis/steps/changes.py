@@ -12,13 +12,14 @@ import lance_ref
 from analysis.peak.lifetimes import renumbered
 from analysis.rules.account import WEIGHTED
 from analysis.rules.recompute import OP, flatten, inside
-from analysis.steps.nets import CannotRunError, TracedStep, step_records
+from analysis.steps.nets import RAISED, CannotRunError, TracedStep, said_by, step_records
 from analysis.steps.settings import MethodStep, NotApplicableError
 from lance_ref import nn
 from lance_ref.engine.recording import OpRecord, Value
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
 from lance_ref.nn.selection import choose
+from lance_ref.train.features import stages_of
 
 MICRO_BATCHES = 4
 """Of a step, at least, where nobody says otherwise."""
@@ -199,7 +200,7 @@ def recomputed(net: Module, segments: int | None) -> Iterator[int]:
     """
     if not hasattr(net, "stages"):
         raise NotApplicableError(f"checkpointing takes a net with stages(), a {type(net).__name__} has none")
-    *body, last = net.stages()
+    *body, last = modules_of_stages(net)
     trains = [any(parameter.requires_grad for parameter in stage.parameters()) for stage in body]
     first = trains.index(True) if True in trains else len(body)
     stretch = body[first:]
@@ -229,6 +230,26 @@ def recomputed(net: Module, segments: int | None) -> Iterator[int]:
         del net.__dict__["forward"]
         if before is not None:
             net.__dict__["forward"] = before
+
+
+def modules_of_stages(net: Module) -> list[Module]:
+    """What ``net.stages()`` gives, with parameters to look for in each.
+
+    Raises
+    ------
+    ValueError
+        In one line, if it raises, or gives anything but modules of the library.
+    """
+    title = type(net).__name__
+    try:
+        stages = stages_of(net)
+    except RAISED as error:
+        raise ValueError(f"stages() of the {title} raised {said_by(error)}") from None
+    odd = next((stage for stage in stages if not isinstance(stage, Module)), None)
+    if odd is not None or not stages:
+        came = "nothing" if odd is None else f"a {type(odd).__name__} among others"
+        raise ValueError(f"stages() of the {title} gives {came}, expected a list of lance_ref.nn.Module")
+    return stages
 
 
 def _stretches(stages: list[Module], count: int) -> Iterator[list[Module]]:

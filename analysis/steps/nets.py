@@ -6,11 +6,11 @@ import importlib
 import inspect
 import math
 import os
+import re
 import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 import lance_ref
+from analysis.commands.memory import check_memory
+from analysis.commands.names import plain, shown
 from analysis.peak.lifetimes import Lifetimes, watched
 from analysis.rules.recompute import flatten
 from lance_ref import functional as F
@@ -98,14 +100,31 @@ class TracedStep:
         return self.records[-1].inputs[0].dtype
 
 
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """The shape of one input as ``--input-shape`` gives it, of any number of dimensions.
+
+    >>> parse_shape("3,32,32"), parse_shape("90, 3"), parse_shape("784")
+    ((3, 32, 32), (90, 3), (784,))
+    """
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(re.fullmatch(r"\s*[1-9][0-9]{0,8}\s*", n) for n in parts):
+        raise ValueError(f"--input-shape is {shown(text)}, expected C,H,W or N or L,F, positive integers")
+    return tuple(int(n) for n in parts)
+
+
 def input_shape_for(name: str, image_size: int | None, given: Sequence[int] | None) -> tuple[int, ...]:
     """Shape of one input: what was given, else RGB of the image size, else what suits the net."""
     if given is not None:
         return tuple(given)
     if name.endswith(".onnx"):
-        from analysis.onnx.file import input_shape
+        from analysis.onnx.file import input_shape, read_graph
+        from analysis.onnx.net import check_operations
 
-        return input_shape(name, image_size)
+        graph = read_graph(name)
+        check_operations(graph)  # who gives a shape for nothing has worked for nothing
+        return input_shape(graph, image_size)
     if image_size is not None:
         return (3, image_size, image_size)
     known = models.NETS.get(name.partition("@")[0])
@@ -147,8 +166,12 @@ def build(name: str, num_classes: int | None, input_shape: tuple[int, ...], with
     options |= models.NETS[base].options_for(input_shape)
     if at:
         options["width"] = _width(name, base, width)
-    with shapes_only() if without_weights else nullcontext():
-        return models.create(base, **options)
+    with shapes_only():
+        net = models.create(base, **options)
+    if without_weights:
+        return net
+    check_memory(sum(p.size * p.dtype.itemsize for p in net.parameters()), f"the weights of net {name!r}")
+    return models.create(base, **options)
 
 
 def _width(name: str, base: str, text: str) -> float:
@@ -178,20 +201,53 @@ def _call_factory(name: str, num_classes: int | None) -> Module:
         for part in factory_name.split("."):
             factory = getattr(factory, part)
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"net {name!r} cannot be imported: {_one_line(error)}") from None
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"net {name!r}: importing {module_name} raised {_one_line(error)}{_place(error)}") from None
-    if isinstance(factory, Module):
-        return factory
-    if not callable(factory):
-        raise ValueError(f"net {name!r} is a {type(factory).__name__}, expected a function that returns a Module")
+        raise ValueError(f"net {name!r} cannot be imported: {said_by(error)}") from None
+    except RAISED as error:
+        raise ValueError(f"net {name!r}: importing {module_name} raised {said_by(error)}{_place(error)}") from None
+    net = factory
+    if not isinstance(factory, Module) and not is_torch_module(factory):
+        if not callable(factory):
+            raise ValueError(f"net {name!r} is a {type(factory).__name__}, expected a function that returns a Module")
+        try:
+            takes = num_classes is not None and _takes_num_classes(factory)
+            net = factory(num_classes=num_classes) if takes else factory()
+        except RAISED as error:
+            raise ValueError(f"net {name!r}: the factory raised {said_by(error)}{_place(error)}") from None
     try:
-        net = factory() if num_classes is None or not _takes_num_classes(factory) else factory(num_classes=num_classes)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"net {name!r}: the factory raised {_one_line(error)}{_place(error)}") from None
-    if not isinstance(net, Module):
-        raise ValueError(f"net {name!r}: the factory returned a {type(net).__name__}, expected a lance_ref.nn.Module")
+        check_module(net, "the factory returned")
+    except TypeError as error:
+        raise ValueError(f"net {name!r}: {error}") from None
     return net
+
+
+RAISED = (Exception, SystemExit, GeneratorExit)
+"""What code of a user may raise, all that is not meant for us (an interruption is)."""
+
+
+def is_torch_module(net: Any) -> bool:
+    """Whether this is a network of PyTorch; PyTorch itself is not asked, and need not be there."""
+    return any((c.__module__, c.__name__) == ("torch.nn.modules.module", "Module") for c in type(net).__mro__)
+
+
+def check_module(net: Any, came: str) -> None:
+    """Raise TypeError unless this is a network of the library, with what all of them have; ``came`` says from where."""
+    if is_torch_module(net):
+        raise TypeError(
+            f"{came} a torch.nn.Module ({type(net).__name__}), expected a lance_ref.nn.Module: export it with "
+            "torch.onnx.export(net, (x,), 'net.onnx', training=torch.onnx.TrainingMode.TRAINING, "
+            "do_constant_folding=False, dynamo=False) and give the file"
+        )
+    if not isinstance(net, Module):
+        kind = f"the class {net.__name__}" if isinstance(net, type) else f"a {type(net).__name__}"
+        raise TypeError(f"{came} {kind}, expected a lance_ref.nn.Module")
+    for path, module in _modules_within(net):
+        if not {"_modules", "_parameters", "_buffers"} <= set(vars(module)):
+            raise TypeError(f"{came} a {type(module).__name__} whose __init__ does not call super().__init__(){path}")
+
+
+def _modules_within(net: Module) -> list[tuple[str, Module]]:
+    """The network, and the modules right below it."""
+    return [("", net), *((f", in {name!r}", m) for name, m in vars(net).get("_modules", {}).items())]
 
 
 def remark(net: Module) -> str:
@@ -207,8 +263,11 @@ def _takes_num_classes(factory: Any) -> bool:
     return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+def said_by(error: BaseException) -> str:
+    try:
+        text = plain(" ".join(str(error).split()))[:500]
+    except Exception:  # an exception of a user that cannot even be shown
+        text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -291,8 +350,8 @@ def step_records(net: Module, name: str, input_shape: tuple[int, ...], batch: in
     with watched(net) as watcher:
         try:
             logits = net(x)
-        except Exception as error:  # a user's forward() may raise anything
-            words = str(error) if isinstance(error, (ValueError, TypeError, RuntimeError)) else _one_line(error)
+        except RAISED as error:  # a user's forward() may raise anything
+            words = str(error) if isinstance(error, (ValueError, TypeError, RuntimeError)) else said_by(error)
             raise CannotRunError(
                 f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {words}{_place(error)}"
             ) from None

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.algebra.kernels.elementwise import max_pool_backward, max_pool_forward
+from lance_ref.algebra.kernels.elementwise import max_pool_backward, max_pool_forward, pooled_size
 from lance_ref.engine.arguments import Context, Gradients, require_images
 from lance_ref.engine.autograd import Function
 from lance_ref.engine.tensor import Shape, Tensor, as_tensor
@@ -22,17 +22,11 @@ from lance_ref.functional.convolution import pair
 Pair = tuple[int, int]
 
 
-def pooled_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Pair:
-    """(H_out, W_out): floor((n + 2·padding − kernel) / stride) + 1."""
-    H_out, W_out = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True))
-    return H_out, W_out
-
-
-def _output_shape(op: str, x: Tensor, kernel: Pair, stride: Pair, padding: Pair) -> Shape:
+def _output_shape(op: str, x: Tensor, kernel: Pair, stride: Pair, padding: Pair, ceil_mode: bool) -> Shape:
     require_images(op, x)
     if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
         raise ValueError(f"{op}: padding is {padding}, expected at most half of kernel_size {kernel}")
-    size = pooled_size((x.shape[2], x.shape[3]), kernel, stride, padding)
+    size = pooled_size((x.shape[2], x.shape[3]), kernel, stride, padding, ceil_mode)
     if min(size) < 1:
         raise ValueError(
             f"{op}: the output would be empty, {(*x.shape[:2], *size)}: x has shape {x.shape}, kernel_size {kernel}, "
@@ -52,10 +46,10 @@ def _taps(n: int, n_out: int, kernel: int, stride: int, padding: int) -> Iterato
 
 
 def _windows(
-    size: Pair, kernel: Pair, stride: Pair, padding: Pair
+    size: Pair, kernel: Pair, stride: Pair, padding: Pair, ceil_mode: bool
 ) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
     """Both axes, one window position after the other: (index into the output, index into the image)."""
-    (H, W), (H_out, W_out) = size, pooled_size(size, kernel, stride, padding)
+    (H, W), (H_out, W_out) = size, pooled_size(size, kernel, stride, padding, ceil_mode)
     for out_rows, rows in _taps(H, H_out, kernel[0], stride[0], padding[0]):
         for out_columns, columns in _taps(W, W_out, kernel[1], stride[1], padding[1]):
             yield (..., out_rows, out_columns), (..., rows, columns)
@@ -65,12 +59,14 @@ class MaxPool2d(Function):
     op = "max_pool2d"
 
     @staticmethod
-    def output_shape(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair) -> Shape:
-        return _output_shape("max_pool2d", x, kernel_size, stride, padding)
+    def output_shape(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, ceil_mode: bool) -> Shape:
+        return _output_shape("max_pool2d", x, kernel_size, stride, padding, ceil_mode)
 
     @staticmethod
-    def forward(ctx: Context, x: np.ndarray, kernel_size: Pair, stride: Pair, padding: Pair) -> np.ndarray:
-        out, argmax = max_pool_forward(x, kernel_size, stride, padding)
+    def forward(
+        ctx: Context, x: np.ndarray, kernel_size: Pair, stride: Pair, padding: Pair, ceil_mode: bool
+    ) -> np.ndarray:
+        out, argmax = max_pool_forward(x, kernel_size, stride, padding, ceil_mode)
         if ctx.needs_input_grad[0]:
             ctx.geometry = kernel_size, stride, padding
             ctx.save_for_backward(argmax=argmax)
@@ -85,18 +81,26 @@ class AvgPool2d(Function):
     op = "avg_pool2d"
 
     @staticmethod
-    def output_shape(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, count_include_pad: bool) -> Shape:
-        return _output_shape("avg_pool2d", x, kernel_size, stride, padding)
+    def output_shape(
+        x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, ceil_mode: bool, count_include_pad: bool
+    ) -> Shape:
+        return _output_shape("avg_pool2d", x, kernel_size, stride, padding, ceil_mode)
 
     @staticmethod
     def forward(
-        ctx: Context, x: np.ndarray, kernel_size: Pair, stride: Pair, padding: Pair, count_include_pad: bool
+        ctx: Context,
+        x: np.ndarray,
+        kernel_size: Pair,
+        stride: Pair,
+        padding: Pair,
+        ceil_mode: bool,
+        count_include_pad: bool,
     ) -> np.ndarray:
         size = (x.shape[2], x.shape[3])
-        out = np.zeros((*x.shape[:2], *pooled_size(size, kernel_size, stride, padding)), x.dtype)
-        for outside, inside in _windows(size, kernel_size, stride, padding):
+        ctx.geometry = kernel_size, stride, padding, ceil_mode
+        out = np.zeros((*x.shape[:2], *pooled_size(size, *ctx.geometry)), x.dtype)
+        for outside, inside in _windows(size, *ctx.geometry):
             out[outside] += x[inside]
-        ctx.geometry = kernel_size, stride, padding
         ctx.count_include_pad = count_include_pad
         out /= _counts(size, ctx.geometry, count_include_pad, x.dtype)
         return out
@@ -112,11 +116,22 @@ class AvgPool2d(Function):
         return (grad,)
 
 
-def _counts(size: Pair, geometry: tuple[Pair, Pair, Pair], count_include_pad: bool, dtype: np.dtype) -> np.ndarray:
-    """Elements that each window's mean is over: all k_h·k_w, or those inside the image, (H_out, W_out)."""
-    if count_include_pad:
-        kernel_size = geometry[0]
+def _counts(
+    size: Pair, geometry: tuple[Pair, Pair, Pair, bool], count_include_pad: bool, dtype: np.dtype
+) -> np.ndarray:
+    """Elements that each window's mean is over: all k_h·k_w, or those inside the image, (H_out, W_out).
+
+    Where windows reach beyond the padding (``ceil_mode``), what is there never counts.
+    """
+    kernel_size, stride, padding, ceil_mode = geometry
+    if count_include_pad and not ceil_mode:
         return np.asarray(kernel_size[0] * kernel_size[1], dtype)
+    if count_include_pad:
+        rows, columns = (
+            np.minimum(k, n + 2 * p - s * np.arange(n_out))
+            for n, k, s, p, n_out in zip(size, kernel_size, stride, padding, pooled_size(size, *geometry), strict=True)
+        )
+        return (rows[:, None] * columns).astype(dtype)
     counts = np.zeros(pooled_size(size, *geometry), dtype)
     for outside, _ in _windows(size, *geometry):
         counts[outside] += 1
@@ -162,13 +177,17 @@ def _adaptive_windows(size: Pair, output_size: Pair) -> Iterator[tuple[int, int,
 
 
 def _window_arguments(
-    kernel_size: int | Sequence[int], stride: int | Sequence[int] | None, padding: int | Sequence[int]
-) -> dict[str, Pair]:
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+    ceil_mode: bool,
+) -> dict[str, Any]:
     kernel = pair("kernel_size", kernel_size, 1)
     return {
         "kernel_size": kernel,
         "stride": kernel if stride is None else pair("stride", stride, 1),
         "padding": pair("padding", padding, 0),
+        "ceil_mode": bool(ceil_mode),
     }
 
 
@@ -177,6 +196,8 @@ def max_pool2d(
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int] | None = None,
     padding: int | Sequence[int] = 0,
+    *,
+    ceil_mode: bool = False,
 ) -> Tensor:
     """The maximum of each window; of equal maxima the first in reading order gets the gradient.
 
@@ -188,6 +209,8 @@ def max_pool2d(
         ``kernel_size`` by default.
     padding : int or pair
         At most half of ``kernel_size``; what is outside never wins.
+    ceil_mode : bool
+        Whether a last window that is not whole counts too, if it begins inside the image or the padding before it.
 
     Returns
     -------
@@ -199,7 +222,7 @@ def max_pool2d(
     ValueError, TypeError
         If the shapes do not fit or the output would be empty.
     """
-    return MaxPool2d.apply(as_tensor(x), **_window_arguments(kernel_size, stride, padding))
+    return MaxPool2d.apply(as_tensor(x), **_window_arguments(kernel_size, stride, padding, ceil_mode))
 
 
 def avg_pool2d(
@@ -208,6 +231,7 @@ def avg_pool2d(
     stride: int | Sequence[int] | None = None,
     padding: int | Sequence[int] = 0,
     *,
+    ceil_mode: bool = False,
     count_include_pad: bool = True,
 ) -> Tensor:
     """The mean of each window. Keeps nothing.
@@ -215,12 +239,12 @@ def avg_pool2d(
     Parameters
     ----------
     x : Tensor (B, C, H, W)
-    kernel_size, stride, padding
+    kernel_size, stride, padding, ceil_mode
         As in :func:`max_pool2d`; the padding is zeros.
     count_include_pad : bool
-        Whether the zeros outside count as elements of the mean.
+        Whether the zeros of the padding count as elements of the mean.
     """
-    arguments = _window_arguments(kernel_size, stride, padding)
+    arguments = _window_arguments(kernel_size, stride, padding, ceil_mode)
     return AvgPool2d.apply(as_tensor(x), **arguments, count_include_pad=bool(count_include_pad))
 
 

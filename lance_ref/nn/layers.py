@@ -280,32 +280,44 @@ class Dropout(Module):
 class MaxPool2d(Module):
     """The maximum of each window; ``stride`` is ``kernel_size`` by default."""
 
-    def __init__(self, kernel_size: Size, stride: Size | None = None, padding: Size = 0) -> None:
+    def __init__(
+        self, kernel_size: Size, stride: Size | None = None, padding: Size = 0, *, ceil_mode: bool = False
+    ) -> None:
         super().__init__()
         self.kernel_size, self.stride, self.padding = _window(kernel_size, stride, padding)
+        self.ceil_mode = ceil_mode
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(x, self.kernel_size, self.stride, self.padding)
+        return F.max_pool2d(x, self.kernel_size, self.stride, self.padding, ceil_mode=self.ceil_mode)
 
     def extra_repr(self) -> str:
-        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+        text = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+        return text + (", ceil_mode=True" if self.ceil_mode else "")
 
 
 class AvgPool2d(Module):
     """The mean of each window; ``stride`` is ``kernel_size`` by default."""
 
     def __init__(
-        self, kernel_size: Size, stride: Size | None = None, padding: Size = 0, *, count_include_pad: bool = True
+        self,
+        kernel_size: Size,
+        stride: Size | None = None,
+        padding: Size = 0,
+        *,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
     ) -> None:
         super().__init__()
         self.kernel_size, self.stride, self.padding = _window(kernel_size, stride, padding)
-        self.count_include_pad = count_include_pad
+        self.ceil_mode, self.count_include_pad = ceil_mode, count_include_pad
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding, count_include_pad=self.count_include_pad)
+        options = {"ceil_mode": self.ceil_mode, "count_include_pad": self.count_include_pad}
+        return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding, **options)
 
     def extra_repr(self) -> str:
         text = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+        text += ", ceil_mode=True" if self.ceil_mode else ""
         return text + ("" if self.count_include_pad else ", count_include_pad=False")
 
 

@@ -136,7 +136,7 @@ def can_adapt(layer: Module) -> bool:
     """Whether there is a LoRA of this layer: a linear layer, or a 1x1 convolution of one group."""
     if isinstance(layer, Conv2d):
         return layer.kernel_size == (1, 1) and layer.groups == 1
-    return isinstance(layer, Linear)
+    return isinstance(layer, Linear) and type(layer).forward in (Linear.forward, LoRALinear.forward)
 
 
 def add_lora(

@@ -68,7 +68,8 @@ def tune(
     selection : str or sequence of str
         ``"last:4"``: the last four Conv2d and Linear layers in module order, the head not counted.
         ``"all"``: all of them. ``"head"``: none but the head. Anything else is a glob, or a list of
-        them, matched against the layers' whole dotted paths (``*`` also matches dots).
+        them, matched against the layers' whole dotted paths (``*`` also matches dots). ``"all"`` is refused
+        where a module says, by an attribute ``stored_weights``, that it multiplies with others beside.
     train_batchnorm : bool
         Whether the BatchNorm2d layers that come after the first selected layer, in module order,
         train as well and use the statistics of the batch. The others, and without this all of them,
@@ -170,11 +171,24 @@ def choose(
     trains = {id(parameter) for parameter in modules[head].parameters()}
     for path in selected:
         trains |= {id(each) for each in modules[path].parameters()} if parameters == "all" else {id(gradients[path])}
+    if selection == "all" and parameters == "all":
+        _check_products(net, trains)
     layers = tuple(path for path in body if id(gradients[path]) in trains)
     first = layers[0] if layers and train_batchnorm else None
     frozen = _choose_batchnorm(net, first, parameters, trains)
     asked = selection if isinstance(selection, str) else tuple(selection)
     return Choice(Tuning(layers, head, asked, parameters), trains, frozen)
+
+
+def _check_products(net: Module, trains: set[int]) -> None:
+    """Raise ValueError for stored weights that the net multiplies with outside of its layers, if they do not train."""
+    for path, module in net.named_modules():
+        frozen = [p.shape for p in getattr(module, "stored_weights", ()) if id(p) not in trains]
+        if frozen:
+            raise ValueError(
+                f"selection is 'all', but {path!r} multiplies with a stored weight of shape {frozen[0]}, which belongs "
+                "to no Conv2d or Linear layer and would stay frozen; expected last:n, or globs of layer names"
+            )
 
 
 def not_registered(shapes: Sequence[Shape]) -> str:

@@ -107,7 +107,14 @@ class Part(Module):
 
 def stages_of(net: Module) -> list[Any]:
     """What ``net.stages()`` gives, or an empty list if it has none."""
-    return list(net.stages()) if hasattr(net, "stages") else []
+    if not hasattr(net, "stages"):
+        return []
+    stages = net.stages()
+    if not isinstance(stages, (list, tuple)):
+        raise TypeError(
+            f"stages() of the {type(net).__name__} gives a {type(stages).__name__}, expected a list of modules"
+        )
+    return list(stages)
 
 
 def tail(net: Module, stage: int) -> Part:

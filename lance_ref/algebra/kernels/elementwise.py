@@ -121,12 +121,34 @@ def _scale_and_shift(start, stop, x, out, scale, shift):  # type: ignore[no-unty
             target[i] = source[i] * factor + summand
 
 
-def max_pool_forward(x: np.ndarray, kernel: Pair, stride: Pair, padding: Pair) -> tuple[np.ndarray, np.ndarray]:
+def pooled_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, ceil_mode: bool = False) -> Pair:
+    """(H_out, W_out): floor((n + 2·padding − kernel) / stride) + 1.
+
+    With ``ceil_mode`` it is the ceiling, without a last window that would begin beyond the image and the padding
+    before it.
+
+    >>> pooled_size((6, 7), (3, 2), (2, 2), (0, 0)), pooled_size((6, 7), (3, 2), (2, 2), (0, 0), True)
+    ((2, 3), (3, 4))
+    """
+    sizes = []
+    for n, k, s, p in zip(size, kernel, stride, padding, strict=True):
+        beside_the_first = (n + 2 * p - k + (s - 1 if ceil_mode else 0)) // s
+        if ceil_mode and beside_the_first * s >= n + p:
+            beside_the_first -= 1
+        sizes.append(beside_the_first + 1)
+    return sizes[0], sizes[1]
+
+
+def max_pool_forward(
+    x: np.ndarray, kernel: Pair, stride: Pair, padding: Pair, ceil_mode: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Maximum over each window, and which position of the window it was.
 
     Parameters
     ----------
     x : (B, C, H, W)
+    ceil_mode : bool
+        Whether the last windows may reach beyond the image; what is there is never chosen.
 
     Returns
     -------
@@ -135,10 +157,10 @@ def max_pool_forward(x: np.ndarray, kernel: Pair, stride: Pair, padding: Pair) -
         the first of equals wins, and a NaN wins over all. Padding is never chosen.
     """
     if not numba_enabled():
-        return max_pool_forward_numpy(x, kernel, stride, padding)
+        return max_pool_forward_numpy(x, kernel, stride, padding, ceil_mode)
     source = np.ascontiguousarray(x)
     B, C, H, W = source.shape
-    H_out, W_out = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip((H, W), kernel, stride, padding, strict=True))
+    H_out, W_out = pooled_size((H, W), kernel, stride, padding, ceil_mode)
     out = np.empty((B, C, H_out, W_out), source.dtype)
     argmax = np.empty(out.shape, np.min_scalar_type(kernel[0] * kernel[1] - 1))
     flat = (source.reshape(-1, H, W), out.reshape(-1, H_out, W_out), argmax.reshape(-1, H_out, W_out))
@@ -146,10 +168,12 @@ def max_pool_forward(x: np.ndarray, kernel: Pair, stride: Pair, padding: Pair) -
     return out, argmax
 
 
-def max_pool_forward_numpy(x: np.ndarray, kernel: Pair, stride: Pair, padding: Pair) -> tuple[np.ndarray, np.ndarray]:
+def max_pool_forward_numpy(
+    x: np.ndarray, kernel: Pair, stride: Pair, padding: Pair, ceil_mode: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """NumPy twin of :func:`max_pool_forward`."""
     B, C, H, W = x.shape
-    H_out, W_out = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip((H, W), kernel, stride, padding, strict=True))
+    H_out, W_out = pooled_size((H, W), kernel, stride, padding, ceil_mode)
     rows = stride[0] * np.arange(H_out)[:, None] - padding[0]  # (H_out, 1): top of each window, maybe above the image
     columns = stride[1] * np.arange(W_out) - padding[1]  # (W_out,)
     out = np.full((B, C, H_out, W_out), -np.inf, x.dtype)

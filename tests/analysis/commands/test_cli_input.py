@@ -185,7 +185,7 @@ BAD = {
     "zero image size": (["--net", "resnet18", "--image-size", "0"], "--image-size is 0"),
     "zero classes": (["--net", "resnet18", "--num-classes", "0"], "--num-classes is 0"),
     "input shape of words": (["--net", "resnet18", "--input-shape", "3,x,8"], "C,H,W or N"),
-    "input shape of two": (["--net", "resnet18", "--input-shape", "8,8"], "C,H,W or N"),
+    "input shape of two": (["--net", "resnet18", "--input-shape", "8,8"], "(128, 8, 8)"),
     "input shape with zero": (["--net", "resnet18", "--input-shape", "3,0,8"], "C,H,W or N"),
     "epsilon zero": (["--net", "resnet18", "--epsilon", "0"], "(0, 1]"),
     "epsilon above one": (["--net", "resnet18", "--epsilon", "1.01"], "(0, 1]"),

@@ -304,24 +304,6 @@ def eigenbasis(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return energies, np.ascontiguousarray(vectors * signs)
 
 
-def of_unit_size(array: np.ndarray) -> np.ndarray:
-    """The array times the power of two that brings its largest magnitude into [0.5, 1); zeros as they are.
-
-    Squares of what comes out neither overflow nor vanish, and a power of two changes no digit of a number.
-    """
-    largest = max(abs(float(array.max(initial=0))), abs(float(array.min(initial=0))))
-    if not 0 < largest < np.inf:
-        return array
-    scaled: np.ndarray = np.ldexp(array, -int(np.frexp(largest)[1]))
-    return scaled
-
-
-def squares_are_sound(largest: float, dtype: np.dtype) -> bool:
-    """Whether sums of squares whose largest is this have lost nothing below or above the range of ``dtype``."""
-    limits = np.finfo(dtype)
-    return float(limits.tiny) ** 0.5 < largest < float(limits.max) / 2**20
-
-
 def check_epsilon(epsilon: float) -> float:
     """``epsilon`` as a float in (0, 1], else a ValueError or TypeError that says what came."""
     if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float, np.integer, np.floating)):
@@ -424,7 +406,7 @@ def _leading(tensor: np.ndarray, mode: int, rank: int | None, epsilon: float | N
     """The (n, r) leading directions of one mode; r from ``epsilon`` where that is given."""
     if rank is None and epsilon is None:
         return None
-    energies, vectors = eigenbasis(gram(tensor if tensor.dtype == np.float32 else of_unit_size(tensor), mode))
+    energies, vectors = eigenbasis(gram(tensor, mode))
     r = rank if epsilon is None else energy_rank(energies, epsilon)
     return np.ascontiguousarray(vectors[:, :r], dtype=tensor.dtype)
 

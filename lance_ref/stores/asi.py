@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.algebra.tucker import check_ranks, of_unit_size, squares_are_sound
+from lance_ref.algebra.tucker import check_ranks
 from lance_ref.engine.counting import matmul, spending_on
 from lance_ref.engine.tensor import Shape
 from lance_ref.stores.core_and_factors import (
@@ -89,8 +89,6 @@ class Asi(CoreAndFactors):
         """U = orth(A_(n) A_(n)ᵀ U_prev), block by block of the columns of A_(n)."""
         U_prev = self._start(mode, activation.shape[mode], rank).astype(activation.dtype, copy=False)
         image = _image(activation, mode, U_prev)
-        if not squares_are_sound(float(np.abs(image).max()), activation.dtype):  # squares vanish or overflow
-            image = _image(of_unit_size(activation), mode, U_prev)
         check_finite("Asi", activation, image)
         return orthonormal_basis(image if image.any() else U_prev)
 

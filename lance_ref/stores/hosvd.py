@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lance_ref.algebra.grams import check_modes, select_modes
-from lance_ref.algebra.tucker import check_epsilon, check_ranks, energy_rank, of_unit_size, squares_are_sound, unfold
+from lance_ref.algebra.tucker import check_epsilon, check_ranks, energy_rank, unfold
 from lance_ref.engine.counting import add, eigh_macs, matmul, spending_on
 from lance_ref.engine.state import state
 from lance_ref.engine.tensor import Shape
@@ -170,17 +170,6 @@ def all_directions(activation: np.ndarray, wanted: Mapping[int, int | None]) -> 
     directions from the (m, m) Gram A_(n)ᵀ A_(n) (unless a rank above m is wanted, which only the larger
     Gram can give). The two unfoldings of a matrix are transposes of each other and share one Gram.
     """
-    found = _directions(activation, wanted)
-    largest = float(np.max([of.energies[0] for of in found.values()], initial=0.0)) if found else 1.0
-    if not squares_are_sound(largest, activation.dtype):  # once more, where squares vanish or overflow
-        scaled = of_unit_size(activation)
-        found = found if scaled is activation else _directions(scaled, wanted)
-    for of in found.values():
-        check_finite("Hosvd", activation, of.energies)
-    return dict(sorted(found.items()))
-
-
-def _directions(activation: np.ndarray, wanted: Mapping[int, int | None]) -> dict[int, Directions]:
     found: dict[int, Directions] = {}
     for mode in sorted(wanted, key=lambda mode: activation.shape[mode]):  # of a matrix, the smaller side first
         n, rank = activation.shape[mode], wanted[mode]
@@ -193,7 +182,7 @@ def _directions(activation: np.ndarray, wanted: Mapping[int, int | None]) -> dic
                 found[mode] = Directions(*_eigenbasis(activation, [tall.T]), tall)
         else:
             found[mode] = Directions(*_eigenbasis(activation, unfolded_blocks(activation, mode)))
-    return found
+    return dict(sorted(found.items()))
 
 
 def _eigenbasis(activation: np.ndarray, blocks: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -201,8 +190,7 @@ def _eigenbasis(activation: np.ndarray, blocks: Any) -> tuple[np.ndarray, np.nda
     from scipy.linalg import eigh
 
     gram = _gram(blocks)
-    if not np.isfinite(gram).all():
-        return np.full(len(gram), np.nan, gram.dtype), gram
+    check_finite("Hosvd", activation, gram)
     values, vectors = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)
     add(eigh_macs(len(values)))
     return np.maximum(values[::-1], 0), vectors[:, ::-1]

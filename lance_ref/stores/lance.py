@@ -11,7 +11,6 @@ import numpy as np
 from lance_ref.algebra import projection
 from lance_ref.algebra.frame import along, feature_mode
 from lance_ref.algebra.geometry import WORKSPACE_BYTES, Geometry
-from lance_ref.algebra.tucker import squares_are_sound
 from lance_ref.engine.tensor import FLOATS, Shape
 from lance_ref.stores.base import ActivationStore
 from lance_ref.stores.quantized import checked_bits, dequantise, quantise
@@ -241,14 +240,7 @@ class Lance(ActivationStore):
 
 def energy_ratio(core: np.ndarray, activation: np.ndarray) -> float | None:
     """‖S‖² / ‖A‖², or None for an activation of zeros."""
-    total = _energy(activation)
-    if squares_are_sound(total, activation.dtype):
-        return _energy(core) / total
-    largest = float(np.abs(activation).max())
-    if not 0 < largest < np.inf:
-        return None
-    exponent = -int(np.frexp(largest)[1])
-    return _energy(np.ldexp(core, exponent)) / _energy(np.ldexp(activation, exponent))
+    return _ratio(core, _energy(activation))
 
 
 def _ratio(core: np.ndarray, total: float) -> float | None:

@@ -24,7 +24,7 @@ from lance_ref.knapsack import choose
 from lance_ref.nn.module import Module
 from lance_ref.subspace import shape_text
 from lance_ref.tensor import Shape
-from lance_ref.tucker import check_epsilon
+from lance_ref.tucker import check_epsilon, norm
 
 GRID = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The thresholds that are tried."""
@@ -201,7 +201,7 @@ def _perplexities(sample: LayerSample, directions: Mapping[int, Directions], ran
         factors = tuple(None if r is None else directions[mode].leading(r) for mode, r in enumerate(chosen))
         core = projection.project(sample.activation, factors)
         errors.append(exact - projection.weight_gradient(core, factors, sample.grad_output, sample.geometry))
-    return np.array([float(np.linalg.norm(error)) for error in errors])
+    return np.array([norm(error) for error in errors])
 
 
 def _directions(activation: np.ndarray) -> dict[int, Directions]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lance_ref.tucker import mode_product
+from lance_ref.tucker import exponent, mode_product, near_one, scaled
 
 ORTHONORMAL_TOLERANCE = 1e-8
 """Largest entry of MᵀM − I that is taken for rounding."""
@@ -122,8 +122,9 @@ def with_direction(protected: np.ndarray | None, vector: np.ndarray) -> np.ndarr
     -------
     (n, m + 1) array, or ``protected`` as it was if the vector is zero or already in its span.
     """
+    vector, _ = near_one(np.asarray(vector, dtype=np.float64), "vector")
     length = float(np.linalg.norm(vector))
-    rest = np.array(vector, dtype=np.float64)
+    rest = vector.copy()
     if protected is not None:
         for _ in range(2):  # once more, for what rounding left
             rest -= protected @ (protected.T @ rest)

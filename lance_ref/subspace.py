@@ -33,13 +33,14 @@ class Subspace:
     factors : tuple of (n, r) float64 arrays or None
         Orthonormal columns, the direction of largest energy first; None for a mode left alone.
     spectra : tuple of (n,) float64 arrays or None
-        All energies (squared singular values) of each mode, descending; None where not measured.
+        All energies (squared singular values) of each mode, descending; None where not measured. Of float64
+        activations beyond 2^±256 they are divided by a power of four, as the squares themselves are out of range.
     epsilon : float or None
         The energy threshold that chose the ranks; None if they were given.
     samples : int
         Entries of the batch mode (images) seen in calibration; 0 if the factors were not calibrated.
     batches : int
-        Activations seen in calibration: one per batch and call of the layer.
+        Batches seen in calibration. A layer that runs several times on a batch counts it, and its images, once.
     frame : Frame
         What was taken out of the activations first: the mean, or protected directions.
 

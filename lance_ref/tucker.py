@@ -33,6 +33,10 @@ FACTOR_BYTES = 8 * 2**30
 """Largest float64 factor that a decomposition makes."""
 
 
+class NotFiniteError(ValueError, FloatingPointError):
+    """An array holds NaN or infinity: a wrong argument, and in training the sign of a run that has diverged."""
+
+
 class Tucker(NamedTuple):
     """A tensor as core and factors: A ≈ S ×_1 U_1 ×_2 U_2 …, unpacks as ``core, factors``.
 
@@ -50,12 +54,18 @@ class Tucker(NamedTuple):
 # ---- range -----------------------------------------------------------------------------
 
 
-def exponent(array: np.ndarray) -> int:
+def exponent(array: np.ndarray, subject: str = "an array") -> int:
     """The integer e with 2^(e−1) ≤ max |a| < 2^e, and 0 for zeros and for an empty array. Makes no copy.
+
+    Parameters
+    ----------
+    array : floating-point array
+    subject : str
+        What an error calls it.
 
     Raises
     ------
-    ValueError
+    NotFiniteError
         If the array contains NaN or infinity.
 
     Examples
@@ -65,16 +75,18 @@ def exponent(array: np.ndarray) -> int:
     """
     largest = max(float(array.max(initial=0)), -float(array.min(initial=0)))  # NaN if there is one
     if not math.isfinite(largest):
-        raise ValueError(f"an array of shape {array.shape} contains NaN or infinity, expected finite numbers")
+        raise NotFiniteError(f"{subject} of shape {array.shape} contains NaN or infinity, expected finite numbers")
     return math.frexp(largest)[1]
 
 
-def near_one(array: np.ndarray) -> tuple[np.ndarray, int]:
+def near_one(array: np.ndarray, subject: str = "an array") -> tuple[np.ndarray, int]:
     """An array whose squares, and sums of them, stay in range, and the k with ``array`` = result · 2^k.
 
     Parameters
     ----------
     array : float32 or float64 array
+    subject : str
+        What an error calls it.
 
     Returns
     -------
@@ -84,13 +96,45 @@ def near_one(array: np.ndarray) -> tuple[np.ndarray, int]:
 
     Raises
     ------
-    ValueError
+    NotFiniteError
         If the array contains NaN or infinity.
     """
-    k = exponent(array)
+    k = exponent(array, subject)
     if abs(k) <= np.finfo(array.dtype).maxexp // 4:
         return array, 0
     return scaled(array, -k), k
+
+
+def common_unit(unit: int | None, array: np.ndarray, subject: str = "an array") -> int | None:
+    """The power of two that sums of squares over several arrays are kept in units of, with one more array.
+
+    Parameters
+    ----------
+    unit : int or None
+        So far: squares were taken of arrays · 2^−unit; None before the first array that is not zero.
+    array : float32 or float64 array
+        The next one.
+    subject : str
+        What an error calls it.
+
+    Returns
+    -------
+    int or None
+        0 as long as the squares are far from the ends of the range of float64, which those of float32 always are.
+        Larger than before where ``array`` needs it; what was summed up is then to be divided by 4^(new − old).
+
+    Raises
+    ------
+    NotFiniteError
+        If the array contains NaN or infinity.
+    """
+    k = exponent(array, subject)
+    if not array.any():
+        return unit
+    reach = np.finfo(np.float64).maxexp // 4
+    if unit is None:
+        return 0 if abs(k) <= reach else k
+    return k if k - unit > reach else unit
 
 
 def scaled(array: np.ndarray, k: int) -> np.ndarray:
@@ -100,6 +144,19 @@ def scaled(array: np.ndarray, k: int) -> np.ndarray:
     with np.errstate(over="ignore", under="ignore"):
         result: np.ndarray = np.ldexp(array, k)
     return result
+
+
+def norm(array: np.ndarray) -> float:
+    """‖A‖_F in float64, also where the squares of the entries are out of range; NaN or infinity if an entry is.
+
+    >>> norm(np.array([3e-200, 4e-200]))
+    5e-200
+    """
+    array = np.asarray(array, np.float64)
+    if not np.isfinite(array).all():
+        return float(np.linalg.norm(array))
+    unit, k = near_one(array)
+    return float(np.ldexp(np.linalg.norm(unit), k))
 
 
 # ---- unfoldings ------------------------------------------------------------------------

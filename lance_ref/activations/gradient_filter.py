@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lance_ref.activations.base import ActivationStore
+from lance_ref.activations.base import ActivationStore, check_kept
 from lance_ref.geometry import ConvGeometry, Geometry, LinearGeometry
 
 
@@ -117,8 +117,10 @@ class GradientFilter(ActivationStore):
     def save_for(self, activation: np.ndarray, geometry: Geometry) -> dict[str, np.ndarray]:
         """Â: (B, C_in, P_h, P_w), or (B, P, I); the activation itself where every window is one place."""
         sums = activation
-        for cut in self.cuts(geometry):
-            sums = sum_windows(sums, cut.axis, cut.inputs)
+        with np.errstate(invalid="ignore", over="ignore"):  # reported by name
+            for cut in self.cuts(geometry):
+                sums = sum_windows(sums, cut.axis, cut.inputs)
+        check_kept("GradientFilter", sums, activation.shape)
         return {"patch_sums": sums}
 
     def weight_gradient(

@@ -25,7 +25,7 @@ from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
 from lance_ref.selection import weighted_layers
 from lance_ref.tensor import FLOATS
-from lance_ref.tucker import check_epsilon, eigenbasis, energy_rank, gram
+from lance_ref.tucker import check_epsilon, common_unit, eigenbasis, energy_rank, exponent, gram, near_one, scaled
 
 WEIGHTINGS = ("exact", "first-batch-heavy")
 
@@ -40,12 +40,16 @@ class Gram:
     Attributes
     ----------
     matrix : (n, n) float64 array
+        Of R·2^−unit.
     samples : int
         s, the columns of R: tokens of a linear layer, patches of a convolution.
+    unit : int
+        0 but for float64 inputs whose squares would leave the range. Shares of the energy do not depend on it.
     """
 
     matrix: np.ndarray
     samples: int
+    unit: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,38 +121,36 @@ def feature_gram(
         check_one_group(f"layer {path!r}", getattr(modules[path], "groups", 1))
     grams: dict[str, Gram] = {}
 
-    def add(path: str, activation: np.ndarray) -> None:
-        term = _gram_of(path, modules[path], activation)
+    units: dict[str, int | None] = dict.fromkeys(paths)
+
+    def add(path: str, activation: np.ndarray, again: bool) -> None:
+        if activation.dtype not in FLOATS:
+            raise TypeError(f"layer {path!r}: activation is {activation.dtype}, expected float32 or float64")
+        units[path] = common_unit(units[path], activation, f"layer {path!r}: an activation")
+        unit = units[path] or 0
+        term = _gram_of(modules[path], scaled(activation, -unit), unit)
         if path not in grams:
             weight = len(term.matrix) if weighting == "first-batch-heavy" else 1
-            grams[path] = Gram(weight * term.matrix, term.samples)
+            grams[path] = Gram(weight * term.matrix, term.samples, unit)
         else:
             before = grams[path]
-            grams[path] = Gram(before.matrix + term.matrix, before.samples + term.samples)
+            matrix = scaled(before.matrix, 2 * (before.unit - unit)) + term.matrix
+            grams[path] = Gram(matrix, before.samples + term.samples, unit)
 
     run_over(net, batches, paths, add)
     return {path: grams[path] for path in paths}
 
 
-def _gram_of(path: str, layer: Module, activation: np.ndarray) -> Gram:
-    """Gram matrix of one activation."""
-    if activation.dtype not in FLOATS:
-        raise TypeError(f"layer {path!r}: activation is {activation.dtype}, expected float32 or float64")
-    with np.errstate(invalid="ignore", over="ignore"):  # reported below, by name
-        if isinstance(layer, Conv2d):
-            geometry = geometry_of(layer, activation.shape)
-            n, samples = math.prod(layer.weight.shape[1:]), activation.shape[0] * math.prod(geometry.output_size)
-            matrix = np.zeros((n, n))
-            for tokens in patch_tokens(geometry, activation):
-                matrix += gram(tokens.transpose(0, 2, 1), 1)  # (b, K, l), as it lies in memory
-        else:
-            matrix, samples = gram(activation, activation.ndim - 1), activation.size // activation.shape[-1]
-    if not np.isfinite(np.trace(matrix)):
-        raise ValueError(
-            f"layer {path!r}: an activation of shape {activation.shape} contains NaN or infinity "
-            "(or values whose squares overflow), expected finite numbers"
-        )
-    return Gram(matrix, samples)
+def _gram_of(layer: Module, activation: np.ndarray, unit: int) -> Gram:
+    """Gram matrix of one activation, given in that unit."""
+    if not isinstance(layer, Conv2d):
+        return Gram(gram(activation, activation.ndim - 1), activation.size // activation.shape[-1], unit)
+    geometry = geometry_of(layer, activation.shape)
+    n, samples = math.prod(layer.weight.shape[1:]), activation.shape[0] * math.prod(geometry.output_size)
+    matrix = np.zeros((n, n))
+    for tokens in patch_tokens(geometry, activation):
+        matrix += gram(tokens.transpose(0, 2, 1), 1)  # (b, K, l), as it lies in memory
+    return Gram(matrix, samples, unit)
 
 
 # ---- after a task: what it needs -------------------------------------------------------------
@@ -225,7 +227,7 @@ def update_protected_from_samples(M: np.ndarray | None, R: np.ndarray, threshold
         raise ValueError(f"R is {_what(R)}, expected a floating-point array (n, samples)")
     if not np.isfinite(R).all():
         raise ValueError(f"R of shape {R.shape} contains NaN or infinity")
-    M, R = _checked_basis(M, len(R)), R.astype(np.float64)
+    M, (R, _) = _checked_basis(M, len(R)), near_one(R.astype(np.float64))
     N = null_space(M)
     vectors, singular, _ = np.linalg.svd(N.T @ R, full_matrices=False)  # (n - m, min(n - m, s))
     k, kept = _needed(float(np.vdot(R, R)), singular**2, threshold)

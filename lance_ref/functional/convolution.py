@@ -7,7 +7,8 @@ kept for it, and it is exact under every store that does not say otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -34,7 +35,7 @@ class _Weighted(Function):
         if ctx.needs_input_grad[0]:
             ctx.save_input("weight", 1)
         if ctx.needs_input_grad[1]:
-            with spending_on("projection"):
+            with spending_on("projection"), _named():
                 kept = store.save_for(x, geometry)
             ctx.kept = tuple(kept)  # type: ignore[attr-defined]
             for name, array in kept.items():
@@ -262,10 +263,17 @@ def _geometry(x: Shape, weight: Shape, stride: Pair, padding: Padding, dilation:
 def _check_store(store: ActivationStore, x: Tensor, weight: Tensor) -> None:
     """A store that cannot take ``x`` matters only where something will be saved: not under no_grad()."""
     if state.grad_enabled and weight.requires_grad:
-        try:
+        with _named():
             store.check(x.shape)
-        except ValueError as error:
-            raise ValueError(f"layer {state.path or '(root)'}: {error}") from None
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Errors of a store name the layer."""
+    try:
+        yield
+    except ValueError as error:
+        raise type(error)(f"layer {state.path or '(root)'}: {error}") from None
 
 
 def _check_floating(op: str, x: Tensor) -> None:

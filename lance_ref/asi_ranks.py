@@ -21,10 +21,11 @@ from lance_ref.activations.hosvd import Directions, Ranks, all_directions
 from lance_ref.counting import spending_on
 from lance_ref.gradient_samples import LayerSample
 from lance_ref.knapsack import choose
+from lance_ref.magnitude import norm
 from lance_ref.nn.module import Module
 from lance_ref.subspace import shape_text
 from lance_ref.tensor import Shape
-from lance_ref.tucker import check_epsilon, norm
+from lance_ref.tucker import check_epsilon
 
 GRID = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The thresholds that are tried."""

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lance_ref.tucker import exponent, mode_product, near_one, scaled
+from lance_ref.magnitude import near_one
+from lance_ref.tucker import mode_product
 
 ORTHONORMAL_TOLERANCE = 1e-8
 """Largest entry of MᵀM − I that is taken for rounding."""

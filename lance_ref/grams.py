@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from lance_ref.frame import Frame, feature_mode
+from lance_ref.magnitude import common_unit, scaled
 from lance_ref.subspace import Subspace, mode_names
 from lance_ref.tensor import FLOATS, Shape
-from lance_ref.tucker import check_ranks, common_unit, eigenbasis, energy_rank, gram, scaled
+from lance_ref.tucker import check_ranks, eigenbasis, energy_rank, gram
 
 MODES = ("batch", "channel", "feature", "height", "width", "token")
 """What may be selected. Channel and feature are the same; height and width together are the tokens."""

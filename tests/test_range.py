@@ -21,10 +21,11 @@ from lance_ref.continual.protection import compress_for_task, leak
 from lance_ref.frame import with_direction
 from lance_ref.geometry import ConvGeometry, LinearGeometry
 from lance_ref.gradient_samples import LayerSample
+from lance_ref.magnitude import near_one, norm
 from lance_ref.nn.utils import clip_grad_norm_
 from lance_ref.subspace import Subspace
 from lance_ref.tensor import FLOATS
-from lance_ref.tucker import energy_rank, hosvd, near_one, norm, st_hosvd, tucker_to_tensor
+from lance_ref.tucker import energy_rank, hosvd, st_hosvd, tucker_to_tensor
 
 SHAPE = (6, 5, 4, 3)
 EXPONENTS = {
@@ -82,7 +83,7 @@ def test_a_decomposition_does_not_depend_on_a_power_of_two(decompose: Any, how: 
 def test_a_store_does_not_depend_on_a_power_of_two(make: Any, shape: tuple[int, ...], dtype: Any, k: int) -> None:
     """Ranks, factors, reconstruction, share of the energy, and, relative to 2^k, the weight gradient."""
     store, own_store = make(), make()
-    if len(shape) == 2 and getattr(store, "given", None) or (len(shape) == 2 and isinstance(store, Asi)):
+    if len(shape) == 2 and (isinstance(store, Asi) or store.given):
         store, own_store = (type(store)(ranks=(3, 2)) for _ in range(2))
     for seed in range(2):  # the second step of the iteration starts from the first
         x = activation(dtype, shape, seed)
@@ -108,7 +109,7 @@ def test_a_core_that_overflows_is_refused(make: Any) -> None:
     x = np.full(SHAPE, 3e38, np.float32)
     with pytest.raises(ValueError, match=r"\(6, 5, 4, 3\) contains .* too large for sums of float32"):
         make().save(x)
-    with pytest.raises(ValueError, match="core of a tensor of shape .* too large for float32"):
+    with pytest.raises(ValueError, match=r"core of a tensor of shape .* too large for float32"):
         hosvd(x, epsilon=0.8)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from lance_ref.geometry import Geometry
+from lance_ref.magnitude import NotFiniteError
 from lance_ref.tensor import Shape
-from lance_ref.tucker import NotFiniteError
 
 
 def check_kept(name: str, kept: np.ndarray, shape: Shape) -> None:

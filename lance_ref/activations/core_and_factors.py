@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from lance_ref import projection
-from lance_ref.activations.base import ActivationStore
-from lance_ref.activations.base import check_kept
+from lance_ref.activations.base import ActivationStore, check_kept
 from lance_ref.activations.lance import energy_ratio
 from lance_ref.counting import add, qr_macs, spending_on
 from lance_ref.geometry import Geometry
+from lance_ref.magnitude import near_one, scaled
 from lance_ref.tensor import FLOATS
-from lance_ref.tucker import near_one, scaled
 
 UNFOLDED_BYTES = 4 * 2**20
 """Largest block of columns of an unfolding."""

@@ -15,8 +15,9 @@ from lance_ref.activations.core_and_factors import (
 )
 from lance_ref.counting import add, eigh_macs, matmul
 from lance_ref.grams import check_modes, select_modes
+from lance_ref.magnitude import exponent, near_one, scaled
 from lance_ref.tensor import Shape
-from lance_ref.tucker import check_epsilon, check_ranks, energy_rank, exponent, near_one, scaled, unfold
+from lance_ref.tucker import check_epsilon, check_ranks, energy_rank, unfold
 
 Ranks = tuple[int | None, ...]
 

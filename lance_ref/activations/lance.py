@@ -14,8 +14,8 @@ from lance_ref.activations.quantized import checked_bits, dequantise, quantise
 from lance_ref.activations.sketch import BatchSketch
 from lance_ref.frame import along, feature_mode
 from lance_ref.geometry import WORKSPACE_BYTES, Geometry
+from lance_ref.magnitude import exponent, scaled
 from lance_ref.tensor import FLOATS, Shape
-from lance_ref.tucker import exponent, scaled
 
 if TYPE_CHECKING:
     from lance_ref.subspace import Subspace

@@ -12,8 +12,8 @@ import numpy as np
 from lance_ref.activations.base import ActivationStore
 from lance_ref.frame import feature_mode
 from lance_ref.geometry import WORKSPACE_BYTES, Geometry
+from lance_ref.magnitude import NotFiniteError
 from lance_ref.tensor import Shape
-from lance_ref.tucker import NotFiniteError
 
 BITS = (8, 4)
 

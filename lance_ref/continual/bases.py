@@ -21,11 +21,12 @@ from lance_ref.continual.patches import check_one_group, geometry_of, patch_toke
 from lance_ref.counting import matmul, spending_on
 from lance_ref.frame import ORTHONORMAL_TOLERANCE
 from lance_ref.listening import run_over
+from lance_ref.magnitude import common_unit, near_one, scaled
 from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
 from lance_ref.selection import weighted_layers
 from lance_ref.tensor import FLOATS
-from lance_ref.tucker import check_epsilon, common_unit, eigenbasis, energy_rank, exponent, gram, near_one, scaled
+from lance_ref.tucker import check_epsilon, eigenbasis, energy_rank, gram
 
 WEIGHTINGS = ("exact", "first-batch-heavy")
 

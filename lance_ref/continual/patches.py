@@ -25,10 +25,11 @@ from lance_ref.frame import Frame
 from lance_ref.functional.convolution import resolve_padding
 from lance_ref.geometry import ConvGeometry, Geometry
 from lance_ref.grams import LayerGrams
+from lance_ref.magnitude import scaled
 from lance_ref.nn import Conv2d
 from lance_ref.projection import contract_features
 from lance_ref.tensor import FLOATS, Shape
-from lance_ref.tucker import contraction_order, gram, mode_product, multi_mode_product, scaled
+from lance_ref.tucker import contraction_order, gram, mode_product, multi_mode_product
 
 if TYPE_CHECKING:
     from lance_ref.subspace import Subspace

@@ -22,6 +22,7 @@ from lance_ref.continual.patches import PatchGrams, PatchLance, geometry_of, pat
 from lance_ref.frame import FeatureMean, Frame, with_direction
 from lance_ref.grams import LayerGrams, select_modes
 from lance_ref.listening import run_over
+from lance_ref.magnitude import near_one, scaled
 from lance_ref.models.alexnet_cl import Heads
 from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
@@ -30,7 +31,7 @@ from lance_ref.optim.sgd import SGD
 from lance_ref.selection import weighted_layers
 from lance_ref.subspace import Subspace, shape_text
 from lance_ref.tensor import Tensor
-from lance_ref.tucker import check_epsilon, near_one, scaled
+from lance_ref.tucker import check_epsilon
 
 MODES = ("batch", "token", "feature")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lance_ref import tucker
+from lance_ref import magnitude
 from lance_ref.tensor import Tensor
 
 
@@ -43,7 +43,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> f
     with np.errstate(over="ignore", under="ignore"):
         norm = math.sqrt(sum(float(np.square(grad, dtype=np.float64).sum()) for grad in grads))
     if not 1e-150 < norm < math.inf:  # squares may have left the range, which those of float32 do not
-        norm = math.hypot(*(tucker.norm(grad) for grad in grads))
+        norm = math.hypot(*(magnitude.norm(grad) for grad in grads))
     if not math.isfinite(norm):
         raise ValueError(f"the norm of the gradients is {norm}, expected a finite number: the loss has diverged")
     factor = max_norm / (norm + 1e-6)

@@ -137,6 +137,8 @@ def choose_ranks(
         If the budget is below what the cheapest threshold of every layer takes (names both numbers), the grid
         is empty or out of range, or a layer has no samples or samples of two shapes.
     """
+    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, (int, np.integer)):
+        raise TypeError(f"budget_bytes is {budget_bytes!r}, expected an integer")
     if not samples:
         raise ValueError("samples is empty, expected those of at least one layer")
     options = {path: rank_options(path, found, grid) for path, found in samples.items()}

@@ -76,6 +76,8 @@ class Subspace:
                     f"the factor of mode {name!r} has shape {U.shape}, expected ({n}, 1 to {n}) "
                     f"for an activation of shape {self.shape}"
                 )
+            if U is not None and not (U.dtype.kind == "f" and np.isfinite(U).all()):
+                raise ValueError(f"the factor of mode {name!r} is {U.dtype} or not finite, expected finite floats")
             if spectrum is not None and spectrum.shape != (n,):
                 raise ValueError(
                     f"the spectrum of mode {name!r} has shape {spectrum.shape}, expected ({n},) "

@@ -296,7 +296,7 @@ def eigenbasis(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns
     -------
     energies : (n,) float64 array
-        Eigenvalues in descending order, those that rounding made negative set to 0.
+        Eigenvalues in descending order, negative ones set to 0.
     vectors : (n, n) float64 array
         Orthonormal eigenvectors as columns, each with its largest entry positive.
 

@@ -21,7 +21,7 @@ from lance_ref.continual.patches import check_one_group, geometry_of, patch_toke
 from lance_ref.counting import matmul, spending_on
 from lance_ref.frame import ORTHONORMAL_TOLERANCE
 from lance_ref.listening import run_over
-from lance_ref.magnitude import common_unit, near_one, scaled
+from lance_ref.magnitude import common_unit, exponent, near_one, scaled
 from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
 from lance_ref.selection import weighted_layers
@@ -29,6 +29,9 @@ from lance_ref.tensor import FLOATS
 from lance_ref.tucker import check_epsilon, eigenbasis, energy_rank, gram
 
 WEIGHTINGS = ("exact", "first-batch-heavy")
+
+GRAM_TOLERANCE = 1e-6
+"""Negative eigenvalues of a Gram matrix up to this share of its trace are taken for rounding."""
 
 NOTHING = 1e-12
 """Share of the energy that is taken for rounding: of float32 inputs that lie in the span of M about 1e-14 is left."""
@@ -199,7 +202,7 @@ def update_protected(M: np.ndarray | None, K: np.ndarray | Gram, threshold: floa
     >>> update_protected(np.array([[0.0], [1.0], [0.0]]), K, 0.95).kept  # 3 are covered, then 6, then 1
     1.0
     """
-    K, threshold = _checked_gram(K), _checked_threshold(threshold)
+    (K, _), threshold = _checked_gram(K), _checked_threshold(threshold)
     M = _checked_basis(M, len(K))
     with spending_on("calibration"):
         N = null_space(M)
@@ -274,15 +277,15 @@ def task_subspace(K: np.ndarray | Gram, M: np.ndarray | None, epsilon: float) ->
     ValueError, TypeError
         If ``epsilon`` is not in (0, 1], or shapes, dtypes or values do not fit.
     """
-    K, epsilon = _checked_gram(K), check_epsilon(epsilon)
+    (K, unit), epsilon = _checked_gram(K), check_epsilon(epsilon)
     M = _checked_basis(M, len(K))
     with spending_on("calibration"):
         N = null_space(M)
         energies, vectors = _spectrum(K, N, M.shape[1] > 0)
         if energies.sum() <= NOTHING * np.trace(K):
-            return np.zeros((len(K), 0)), energies
+            return np.zeros((len(K), 0)), scaled(energies, unit)
         rank = energy_rank(energies, epsilon)
-        return _lifted(N, vectors[:, :rank], M.shape[1] > 0), energies
+        return _lifted(N, vectors[:, :rank], M.shape[1] > 0), scaled(energies, unit)
 
 
 def null_space(M: np.ndarray) -> np.ndarray:
@@ -352,16 +355,29 @@ def _checked_basis(M: np.ndarray | None, n: int, name: str = "M") -> np.ndarray:
     return M
 
 
-def _checked_gram(K: np.ndarray | Gram) -> np.ndarray:
+def _checked_gram(K: np.ndarray | Gram) -> tuple[np.ndarray, int]:
+    """K·2^−unit as float64, with a largest entry of about 1, and the unit."""
     K = K.matrix if isinstance(K, Gram) else K
     if not isinstance(K, np.ndarray) or K.dtype.kind != "f" or K.ndim != 2 or K.shape[0] != K.shape[1] or not K.size:
         raise ValueError(f"K is {_what(K)}, expected a Gram matrix, a floating-point array (n, n)")
     K = K.astype(np.float64)
-    if not np.isfinite(K).all():
-        raise ValueError(f"K of shape {K.shape} contains NaN or infinity")
-    if np.abs(K - K.T).max() > 1e-6 * np.abs(K).max() or np.diag(K).min() < 0:
-        raise ValueError(f"K of shape {K.shape} is no Gram matrix: not symmetric, or negative on its diagonal")
-    return K
+    unit = exponent(K, "K")
+    K = scaled(K, -unit)
+    if np.abs(K - K.T).max() > 1e-6 or np.diag(K).min() < 0 or not _semidefinite(K):
+        raise ValueError(
+            f"K of shape {K.shape} is no Gram matrix: not symmetric, or with negative eigenvalues, {GRAM_TOLERANCE:g} "
+            "of its trace or more"
+        )
+    return K, unit
+
+
+def _semidefinite(K: np.ndarray) -> bool:
+    """Whether no eigenvalue of a symmetric matrix is negative, up to rounding."""
+    try:
+        np.linalg.cholesky(K + GRAM_TOLERANCE * np.trace(K) * np.eye(len(K)))
+    except np.linalg.LinAlgError:
+        return not K.any()
+    return True
 
 
 def _checked_threshold(threshold: float) -> float:

@@ -194,8 +194,10 @@ def conv2d(
         raise ValueError(
             f"conv2d: weight has shape {weight.shape}, expected 4 dimensions (C_out, C_in/groups, k_h, k_w)"
         )
+    if 0 in weight.shape:
+        raise ValueError(f"conv2d: weight has shape {weight.shape}, expected sizes of at least 1")
     strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
-    if not isinstance(groups, (int, np.integer)) or groups < 1:
+    if not isinstance(groups, (int, np.integer)) or isinstance(groups, bool) or groups < 1:
         raise ValueError(f"conv2d: groups is {groups!r}, expected a positive integer")
     C_in, C_out = x.shape[1], weight.shape[0]
     if C_in % groups or C_out % groups:
@@ -222,7 +224,8 @@ def pair(name: str, value: int | Sequence[int], smallest: int) -> Pair:
     if type(value) is int and value >= smallest:
         return value, value
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(values) != 2 or any(not isinstance(v, (int, np.integer)) or v < smallest for v in values):
+    whole = all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values)
+    if len(values) != 2 or not whole or min(values) < smallest:
         raise ValueError(f"{name} is {value!r}, expected an integer of at least {smallest} or a pair of them")
     return int(values[0]), int(values[1])
 

@@ -36,8 +36,9 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> f
     As in PyTorch the factor is max_norm / (norm + 1e-6), and never above 1. Squares are summed in
     float64.
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm!r}, expected a positive number")
+    whole = isinstance(max_norm, (int, float, np.integer, np.floating)) and not isinstance(max_norm, bool)
+    if not whole or not max_norm > 0:
+        raise ValueError(f"max_norm is {max_norm!r}, expected a positive number (infinity does not clip)")
     tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
     with np.errstate(over="ignore", under="ignore"):

@@ -287,7 +287,9 @@ def layer_norm(
     shape = (normalized_shape,) if isinstance(normalized_shape, (int, np.integer)) else tuple(normalized_shape)
     inputs = [as_tensor(x), *_affine("layer_norm", weight, bias)]
     shape = tuple(int(n) for n in shape)
-    return LayerNorm.apply(*inputs, normalized_shape=shape, eps=positive("layer_norm", "eps", eps), affine=weight is not None)
+    return LayerNorm.apply(
+        *inputs, normalized_shape=shape, eps=positive("layer_norm", "eps", eps), affine=weight is not None
+    )
 
 
 def _affine(op: str, weight: Any, bias: Any) -> list[Tensor]:
@@ -295,4 +297,3 @@ def _affine(op: str, weight: Any, bias: Any) -> list[Tensor]:
         missing = "weight" if weight is None else "bias"
         raise ValueError(f"{op}: {missing} is None, expected weight and bias together or neither")
     return [] if weight is None else [as_tensor(weight), as_tensor(bias)]
-

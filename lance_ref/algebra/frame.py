@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lance_ref.algebra.magnitude import near_one
 from lance_ref.algebra.tucker import mode_product
 
 ORTHONORMAL_TOLERANCE = 1e-8
@@ -122,8 +123,9 @@ def with_direction(protected: np.ndarray | None, vector: np.ndarray) -> np.ndarr
     -------
     (n, m + 1) array, or ``protected`` as it was if the vector is zero or already in its span.
     """
+    vector, _ = near_one(np.asarray(vector, dtype=np.float64), "vector")
     length = float(np.linalg.norm(vector))
-    rest = np.array(vector, dtype=np.float64)
+    rest = vector.copy()
     if protected is not None:
         for _ in range(2):  # once more, for what rounding left
             rest -= protected @ (protected.T @ rest)

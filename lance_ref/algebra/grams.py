@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lance_ref.algebra.frame import Frame, feature_mode
+from lance_ref.algebra.magnitude import common_unit, scaled
 from lance_ref.algebra.subspace import Subspace, mode_names
 from lance_ref.algebra.tucker import check_ranks, eigenbasis, energy_rank, gram
 from lance_ref.engine.tensor import FLOATS, Shape
@@ -29,6 +30,13 @@ class LayerGrams:
     frame : Frame, optional
         What is taken out of every activation first.
 
+    Attributes
+    ----------
+    unit : int
+        The Grams are those of A·2^−unit: 0 but for float64 activations whose squares would leave the range.
+    samples, batches : int
+        Images and batches seen, each once, however often the layer ran on them.
+
     Raises
     ------
     ValueError
@@ -48,6 +56,7 @@ class LayerGrams:
         self.grams = tuple(np.zeros((n, n)) if chosen else None for n, chosen in zip(shape, selected, strict=True))
         self.samples = 0
         self.batches = 0
+        self._unit: int | None = None
         self._bases: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     @property
@@ -56,8 +65,19 @@ class LayerGrams:
         protected = self.frame.protected
         return self.shape[feature_mode(self.shape)] - (0 if protected is None else protected.shape[1])
 
-    def add(self, activation: np.ndarray) -> None:
+    @property
+    def unit(self) -> int:
+        return self._unit or 0
+
+    def add(self, activation: np.ndarray, again: bool = False) -> None:
         """Add one activation's Grams; no reference to it stays behind.
+
+        Parameters
+        ----------
+        activation : array of the layer's shape
+        again : bool
+            Whether the layer runs once more on the batch that the last activation was of: the activation then counts
+            as no other samples and no other batch.
 
         Raises
         ------
@@ -71,19 +91,31 @@ class LayerGrams:
         self._check_shape(activation.shape, "activation has", "that of the first batch")
         if not activation.size:
             raise ValueError(f"layer {self.layer!r}: activation has shape {activation.shape}, which is empty")
-        activation = self.frame.apply(activation)
+        activation = self._in_unit(self.frame.apply(activation))
         for mode, total in enumerate(self.grams):
             if total is not None:
-                with np.errstate(invalid="ignore", over="ignore"):  # reported below, by name
-                    term = gram(activation, mode)
-                if not np.isfinite(np.trace(term)):
-                    raise ValueError(
-                        f"layer {self.layer!r}: an activation of shape {activation.shape} contains NaN or infinity "
-                        "(or values whose squares overflow), expected finite numbers"
-                    )
-                total += term
-        self.samples += activation.shape[0]
-        self.batches += 1
+                total += gram(activation, mode)
+        self._count(activation.shape[0], again)
+
+    def set_unit(self, unit: int) -> None:
+        """Say in which unit Grams that were measured elsewhere are."""
+        if abs(unit) > 2**12:
+            raise ValueError(f"layer {self.layer!r}: its unit is 2**{unit}, which is no float64 number")
+        self._unit = unit
+
+    def _in_unit(self, activation: np.ndarray) -> np.ndarray:
+        """The activation in the unit of the Grams, which are brought to a larger one first if it needs that."""
+        before = self.unit
+        self._unit = common_unit(self._unit, activation, f"layer {self.layer!r}: an activation")
+        for K in self.grams:
+            if K is not None and self.unit > before:
+                K[:] = scaled(K, 2 * (before - self.unit))
+        return scaled(activation, -self.unit)
+
+    def _count(self, samples: int, again: bool) -> None:
+        if not again:
+            self.samples += samples
+            self.batches += 1
         self._bases.clear()
 
     def merged(self, other: LayerGrams) -> LayerGrams:
@@ -98,8 +130,12 @@ class LayerGrams:
                 "calibrate once over all batches"
             )
         result = LayerGrams(self.layer, self.shape, [K is not None for K in self.grams], self.frame)
+        units = [grams._unit for grams in (self, other) if grams._unit is not None]
+        result._unit = max(units, default=None)
+        down, theirs_down = 2 * (self.unit - result.unit), 2 * (other.unit - result.unit)
         result.grams = tuple(
-            None if a is None or b is None else a + b for a, b in zip(self.grams, other.grams, strict=True)
+            None if a is None or b is None else scaled(a, down) + scaled(b, theirs_down)
+            for a, b in zip(self.grams, other.grams, strict=True)
         )
         result.samples, result.batches = self.samples + other.samples, self.batches + other.batches
         return result

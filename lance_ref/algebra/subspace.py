@@ -33,13 +33,14 @@ class Subspace:
     factors : tuple of (n, r) float64 arrays or None
         Orthonormal columns, the direction of largest energy first; None for a mode left alone.
     spectra : tuple of (n,) float64 arrays or None
-        All energies (squared singular values) of each mode, descending; None where not measured.
+        All energies (squared singular values) of each mode, descending; None where not measured. Of float64
+        activations beyond 2^±256 they are divided by a power of four, as the squares themselves are out of range.
     epsilon : float or None
         The energy threshold that chose the ranks; None if they were given.
     samples : int
         Entries of the batch mode (images) seen in calibration; 0 if the factors were not calibrated.
     batches : int
-        Activations seen in calibration: one per batch and call of the layer.
+        Batches seen in calibration. A layer that runs several times on a batch counts it, and its images, once.
     frame : Frame
         What was taken out of the activations first: the mean, or protected directions.
 
@@ -75,6 +76,8 @@ class Subspace:
                     f"the factor of mode {name!r} has shape {U.shape}, expected ({n}, 1 to {n}) "
                     f"for an activation of shape {self.shape}"
                 )
+            if U is not None and not (U.dtype.kind == "f" and np.isfinite(U).all()):
+                raise ValueError(f"the factor of mode {name!r} is {U.dtype} or not finite, expected finite floats")
             if spectrum is not None and spectrum.shape != (n,):
                 raise ValueError(
                     f"the spectrum of mode {name!r} has shape {spectrum.shape}, expected ({n},) "

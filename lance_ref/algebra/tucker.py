@@ -9,6 +9,10 @@ Singular vectors come from Gram matrices, K_n = A_(n) A_(n)ᵀ, accumulated in f
 eigenvalues are the *energies* (squared singular values) of the unfolding, and Grams of several
 tensors add up. The price is that singular values below about 1e-8 of the largest are lost in
 rounding, which is of no matter where a share of the energy decides.
+
+Squares leave the range of a dtype long before the numbers themselves do. Whatever squares divides by a
+power of two first (:mod:`lance_ref.algebra.magnitude`), which is exact: ranks and directions do not depend on one in
+front.
 """
 
 import math
@@ -18,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lance_ref.algebra.magnitude import exponent, near_one, scaled
 from lance_ref.engine.counting import add, matmul
 
 GRAM_WORKSPACE_BYTES = 2 * 2**20
@@ -25,6 +30,9 @@ GRAM_WORKSPACE_BYTES = 2 * 2**20
 
 GRAM_FIBRES = 1024
 """So many of them are multiplied at a time at the least: fewer would make slow products."""
+
+FACTOR_BYTES = 8 * 2**30
+"""Largest float64 factor that a decomposition makes."""
 
 
 class Tucker(NamedTuple):
@@ -67,7 +75,8 @@ def unfold(tensor: np.ndarray, mode: int) -> np.ndarray:
            [2, 3, 6, 7]])
     """
     _check_mode("unfold", tensor.shape, mode)
-    return np.moveaxis(tensor, mode, 0).reshape(tensor.shape[mode], -1)  # (n, rest)
+    rest = math.prod(tensor.shape[:mode]) * math.prod(tensor.shape[mode + 1 :])
+    return np.moveaxis(tensor, mode, 0).reshape(tensor.shape[mode], rest)  # (n, rest)
 
 
 def fold(matrix: np.ndarray, mode: int, shape: Sequence[int]) -> np.ndarray:
@@ -236,8 +245,14 @@ def gram(tensor: np.ndarray, mode: int) -> np.ndarray:
     Returns
     -------
     (n, n) float64 array
+
+    Raises
+    ------
+    ValueError
+        If ``mode`` is not one of the tensor's, or the tensor is empty.
     """
     _check_mode("gram", tensor.shape, mode)
+    _check_entries("gram", tensor)
     n = tensor.shape[mode]
     pre, post = math.prod(tensor.shape[:mode]), math.prod(tensor.shape[mode + 1 :])
     fibres = max(GRAM_FIBRES, GRAM_WORKSPACE_BYTES // (8 * n))
@@ -282,7 +297,7 @@ def eigenbasis(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns
     -------
     energies : (n,) float64 array
-        Eigenvalues in descending order, those that rounding made negative set to 0.
+        Eigenvalues in descending order, negative ones set to 0.
     vectors : (n, n) float64 array
         Orthonormal eigenvectors as columns, each with its largest entry positive.
 
@@ -297,11 +312,17 @@ def eigenbasis(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"eigenbasis: matrix has shape {matrix.shape}, expected (n, n)")
     if not np.isfinite(matrix).all():
         raise ValueError(f"eigenbasis: the matrix of shape {matrix.shape} contains NaN or infinity")
-    values, vectors = eigh(matrix, driver="evd")  # all vectors are wanted: faster and closer to orthonormal
-    energies, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+    k = exponent(matrix)
+    # all vectors are wanted: this driver is faster, and they are closer to orthonormal
+    values, vectors = eigh(scaled(matrix, -k), driver="evd")
+    return scaled(np.maximum(values[::-1], 0.0), k), _signed(vectors[:, ::-1])
+
+
+def _signed(vectors: np.ndarray) -> np.ndarray:
+    """The columns, each with the sign that makes its largest entry positive."""
     largest = np.abs(vectors).argmax(axis=0)
-    signs = np.where(vectors[largest, np.arange(len(energies))] < 0, -1.0, 1.0)
-    return energies, np.ascontiguousarray(vectors * signs)
+    signs = np.where(vectors[largest, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
+    return np.ascontiguousarray(vectors * signs)
 
 
 def check_epsilon(epsilon: float) -> float:
@@ -346,8 +367,13 @@ def energy_rank(energies: np.ndarray, epsilon: float) -> int:
         raise ValueError(f"energies have shape {energies.shape}, expected (n,) with n of at least 1")
     if not np.isfinite(energies).all():
         raise ValueError("energies contain NaN or infinity, expected finite numbers")
+    energies = scaled(energies, -exponent(energies))  # their sum may be out of range
     if energies.min() < -1e-6 * abs(energies.max()):
-        raise ValueError(f"energies contain {energies.min()}, expected squared singular values, which are not negative")
+        share = energies.min() / np.abs(energies).max()
+        raise ValueError(
+            f"energies contain a negative number, {share:.3g} of the largest, expected squared singular values, which "
+            "are not negative"
+        )
     kept = np.cumsum(np.sort(np.maximum(energies, 0.0))[::-1])
     if kept[-1] == 0:
         raise ValueError("energies are all 0: a zero activation has no subspace")
@@ -375,15 +401,21 @@ def hosvd(tensor: np.ndarray, *, epsilon: float | None = None, ranks: Sequence[i
     Raises
     ------
     ValueError
-        If not exactly one of ``epsilon`` and ``ranks`` is given, or either is out of range.
+        If not exactly one of ``epsilon`` and ``ranks`` is given, or either is out of range; if ``tensor`` is empty
+        or contains NaN or infinity, or the core has entries too large for its dtype.
 
     Notes
     -----
     The squared error is at most the sum, over the modes, of the energies that the mode discards.
+
+    A mode that is larger than the product m of the others has an unfolding of rank m at most. Its directions come from
+    the (m, m) Gram matrix of the other side: the memory is that of the factor, (n, r), and not n².
     """
     wanted = _wanted("hosvd", tensor, epsilon, ranks)
-    factors = tuple(_leading(tensor, mode, rank, epsilon) for mode, rank in enumerate(wanted))
-    return Tucker(multi_mode_product(tensor, [None if U is None else U.T for U in factors]), factors)
+    unit, k = near_one(tensor)
+    factors = tuple(_leading(unit, mode, rank, epsilon) for mode, rank in enumerate(wanted))
+    core = multi_mode_product(unit, [None if U is None else U.T for U in factors])
+    return Tucker(_in_range("hosvd", scaled(core, k), tensor), factors)
 
 
 def st_hosvd(tensor: np.ndarray, *, epsilon: float | None = None, ranks: Sequence[int | None] | None = None) -> Tucker:
@@ -394,32 +426,78 @@ def st_hosvd(tensor: np.ndarray, *, epsilon: float | None = None, ranks: Sequenc
     mode keeps that share of the energy that earlier modes have left.
     """
     wanted = _wanted("st_hosvd", tensor, epsilon, ranks)
-    core, factors = tensor, []
+    core, k = near_one(tensor)
+    factors = []
     for mode, rank in enumerate(wanted):
         U = _leading(core, mode, rank, epsilon)
         factors.append(U)
         core = core if U is None else mode_product(core, U.T, mode)
-    return Tucker(core, tuple(factors))
+    return Tucker(_in_range("st_hosvd", scaled(core, k), tensor), tuple(factors))
 
 
 def _leading(tensor: np.ndarray, mode: int, rank: int | None, epsilon: float | None) -> np.ndarray | None:
     """The (n, r) leading directions of one mode; r from ``epsilon`` where that is given."""
     if rank is None and epsilon is None:
         return None
-    energies, vectors = eigenbasis(gram(tensor, mode))
-    r = rank if epsilon is None else energy_rank(energies, epsilon)
-    return np.ascontiguousarray(vectors[:, :r], dtype=tensor.dtype)
+    n = tensor.shape[mode]
+    rest = tensor.size // n
+    wide = n <= rest
+    energies, vectors = eigenbasis(gram(tensor, mode) if wide else gram(unfold(tensor, mode), 1))
+    if epsilon is not None:
+        rank = n if epsilon == 1 else energy_rank(energies, epsilon)
+    if wide:
+        return np.ascontiguousarray(vectors[:, :rank], dtype=tensor.dtype)
+    assert rank is not None
+    return np.ascontiguousarray(_signed(_left_directions(unfold(tensor, mode), vectors, rank)), dtype=tensor.dtype)
+
+
+def _left_directions(tall: np.ndarray, vectors: np.ndarray, rank: int) -> np.ndarray:
+    """The (n, rank) left directions of an (n, m) matrix from its right ones, (m, m): A v_i = σ_i u_i.
+
+    QR mends those that drown in rounding, and completes the basis where more than m are wanted.
+    """
+    from scipy.linalg import qr
+
+    if 8 * len(tall) * rank > FACTOR_BYTES:
+        raise ValueError(
+            f"a factor of shape ({len(tall)}, {rank}) would take {8 * len(tall) * rank:,} bytes, at most "
+            f"{FACTOR_BYTES:,} are made; ask for a smaller rank, or None to leave the mode alone"
+        )
+    images = np.zeros((len(tall), rank))
+    known = np.ascontiguousarray(vectors[:, :rank])
+    for start in range(0, len(tall), GRAM_FIBRES):
+        rows = slice(start, start + GRAM_FIBRES)
+        images[rows, : known.shape[1]] = matmul(tall[rows].astype(np.float64), known)
+    Q, _ = qr(images, mode="economic", overwrite_a=True, check_finite=False)
+    result: np.ndarray = Q
+    return result
+
+
+def _in_range(name: str, core: np.ndarray, tensor: np.ndarray) -> np.ndarray:
+    """``core``, or a ValueError where its entries are too large for its dtype."""
+    if not np.isfinite(core).all():
+        raise ValueError(
+            f"{name}: the core of a tensor of shape {tensor.shape} has entries too large for {tensor.dtype}; "
+            "divide the tensor first"
+        )
+    return core
 
 
 def _wanted(
     name: str, tensor: np.ndarray, epsilon: float | None, ranks: Sequence[int | None] | None
 ) -> Sequence[int | None]:
     """Check the arguments of a decomposition; one rank (or None) per mode."""
-    if tensor.dtype not in (np.float32, np.float64):
-        raise TypeError(f"{name}: tensor is {tensor.dtype}, expected float32 or float64")
+    if not isinstance(tensor, np.ndarray) or tensor.dtype not in (np.float32, np.float64):
+        came = tensor.dtype if isinstance(tensor, np.ndarray) else type(tensor).__name__
+        raise TypeError(f"{name}: tensor is {came}, expected float32 or float64")
+    if not tensor.ndim:
+        raise ValueError(f"{name}: tensor has shape (), expected at least one mode")
+    _check_entries(name, tensor)
     if (epsilon is None) == (ranks is None):
         raise ValueError(f"{name}: give either epsilon or ranks, got epsilon={epsilon} and ranks={ranks}")
     if ranks is None:
+        assert epsilon is not None
+        check_epsilon(epsilon)
         return (None,) * tensor.ndim
     check_ranks(name, tensor.shape, ranks)
     return ranks
@@ -440,5 +518,10 @@ def check_ranks(name: str, shape: Sequence[int], ranks: Sequence[int | None]) ->
 
 
 def _check_mode(name: str, shape: tuple[int, ...], mode: int) -> None:
-    if not isinstance(mode, (int, np.integer)) or not 0 <= mode < len(shape):
+    if not isinstance(mode, (int, np.integer)) or isinstance(mode, bool) or not 0 <= mode < len(shape):
         raise ValueError(f"{name}: mode is {mode}, expected 0 to {len(shape) - 1} for a tensor of shape {tuple(shape)}")
+
+
+def _check_entries(name: str, tensor: np.ndarray) -> None:
+    if not tensor.size:
+        raise ValueError(f"{name}: tensor has shape {tensor.shape}, which is empty")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lance_ref.algebra.frame import ORTHONORMAL_TOLERANCE
+from lance_ref.algebra.magnitude import common_unit, exponent, near_one, scaled
 from lance_ref.algebra.tucker import check_epsilon, eigenbasis, energy_rank, gram
 from lance_ref.engine import counting
 from lance_ref.engine.counting import matmul, spending_on
@@ -29,6 +30,9 @@ from lance_ref.nn.selection import weighted_layers
 
 WEIGHTINGS = ("exact", "first-batch-heavy")
 
+GRAM_TOLERANCE = 1e-6
+"""Negative eigenvalues of a Gram matrix up to this share of its trace are taken for rounding."""
+
 NOTHING = 1e-12
 """Share of the energy that is taken for rounding: of float32 inputs that lie in the span of M about 1e-14 is left."""
 
@@ -40,12 +44,16 @@ class Gram:
     Attributes
     ----------
     matrix : (n, n) float64 array
+        Of R·2^−unit.
     samples : int
         s, the columns of R: tokens of a linear layer, patches of a convolution.
+    unit : int
+        0 but for float64 inputs whose squares would leave the range. Shares of the energy do not depend on it.
     """
 
     matrix: np.ndarray
     samples: int
+    unit: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,38 +125,36 @@ def feature_gram(
         check_one_group(f"layer {path!r}", getattr(modules[path], "groups", 1))
     grams: dict[str, Gram] = {}
 
-    def add(path: str, activation: np.ndarray) -> None:
-        term = _gram_of(path, modules[path], activation)
+    units: dict[str, int | None] = dict.fromkeys(paths)
+
+    def add(path: str, activation: np.ndarray, again: bool) -> None:
+        if activation.dtype not in FLOATS:
+            raise TypeError(f"layer {path!r}: activation is {activation.dtype}, expected float32 or float64")
+        units[path] = common_unit(units[path], activation, f"layer {path!r}: an activation")
+        unit = units[path] or 0
+        term = _gram_of(modules[path], scaled(activation, -unit), unit)
         if path not in grams:
             weight = len(term.matrix) if weighting == "first-batch-heavy" else 1
-            grams[path] = Gram(weight * term.matrix, term.samples)
+            grams[path] = Gram(weight * term.matrix, term.samples, unit)
         else:
             before = grams[path]
-            grams[path] = Gram(before.matrix + term.matrix, before.samples + term.samples)
+            matrix = scaled(before.matrix, 2 * (before.unit - unit)) + term.matrix
+            grams[path] = Gram(matrix, before.samples + term.samples, unit)
 
     run_over(net, batches, paths, add)
     return {path: grams[path] for path in paths}
 
 
-def _gram_of(path: str, layer: Module, activation: np.ndarray) -> Gram:
-    """Gram matrix of one activation."""
-    if activation.dtype not in FLOATS:
-        raise TypeError(f"layer {path!r}: activation is {activation.dtype}, expected float32 or float64")
-    with np.errstate(invalid="ignore", over="ignore"):  # reported below, by name
-        if isinstance(layer, Conv2d):
-            geometry = geometry_of(layer, activation.shape)
-            n, samples = math.prod(layer.weight.shape[1:]), activation.shape[0] * math.prod(geometry.output_size)
-            matrix = np.zeros((n, n))
-            for tokens in patch_tokens(geometry, activation):
-                matrix += gram(tokens.transpose(0, 2, 1), 1)  # (b, K, l), as it lies in memory
-        else:
-            matrix, samples = gram(activation, activation.ndim - 1), activation.size // activation.shape[-1]
-    if not np.isfinite(np.trace(matrix)):
-        raise ValueError(
-            f"layer {path!r}: an activation of shape {activation.shape} contains NaN or infinity "
-            "(or values whose squares overflow), expected finite numbers"
-        )
-    return Gram(matrix, samples)
+def _gram_of(layer: Module, activation: np.ndarray, unit: int) -> Gram:
+    """Gram matrix of one activation, given in that unit."""
+    if not isinstance(layer, Conv2d):
+        return Gram(gram(activation, activation.ndim - 1), activation.size // activation.shape[-1], unit)
+    geometry = geometry_of(layer, activation.shape)
+    n, samples = math.prod(layer.weight.shape[1:]), activation.shape[0] * math.prod(geometry.output_size)
+    matrix = np.zeros((n, n))
+    for tokens in patch_tokens(geometry, activation):
+        matrix += gram(tokens.transpose(0, 2, 1), 1)  # (b, K, l), as it lies in memory
+    return Gram(matrix, samples, unit)
 
 
 # ---- after a task: what it needs -------------------------------------------------------------
@@ -196,7 +202,7 @@ def update_protected(M: np.ndarray | None, K: np.ndarray | Gram, threshold: floa
     >>> update_protected(np.array([[0.0], [1.0], [0.0]]), K, 0.95).kept  # 3 are covered, then 6, then 1
     1.0
     """
-    K, threshold = _checked_gram(K), _checked_threshold(threshold)
+    (K, _), threshold = _checked_gram(K), _checked_threshold(threshold)
     M = _checked_basis(M, len(K))
     with spending_on("calibration"):
         N = null_space(M)
@@ -225,7 +231,7 @@ def update_protected_from_samples(M: np.ndarray | None, R: np.ndarray, threshold
         raise ValueError(f"R is {_what(R)}, expected a floating-point array (n, samples)")
     if not np.isfinite(R).all():
         raise ValueError(f"R of shape {R.shape} contains NaN or infinity")
-    M, R = _checked_basis(M, len(R)), R.astype(np.float64)
+    M, (R, _) = _checked_basis(M, len(R)), near_one(R.astype(np.float64))
     N = null_space(M)
     vectors, singular, _ = np.linalg.svd(N.T @ R, full_matrices=False)  # (n - m, min(n - m, s))
     k, kept = _needed(float(np.vdot(R, R)), singular**2, threshold)
@@ -271,15 +277,15 @@ def task_subspace(K: np.ndarray | Gram, M: np.ndarray | None, epsilon: float) ->
     ValueError, TypeError
         If ``epsilon`` is not in (0, 1], or shapes, dtypes or values do not fit.
     """
-    K, epsilon = _checked_gram(K), check_epsilon(epsilon)
+    (K, unit), epsilon = _checked_gram(K), check_epsilon(epsilon)
     M = _checked_basis(M, len(K))
     with spending_on("calibration"):
         N = null_space(M)
         energies, vectors = _spectrum(K, N, M.shape[1] > 0)
         if energies.sum() <= NOTHING * np.trace(K):
-            return np.zeros((len(K), 0)), energies
+            return np.zeros((len(K), 0)), scaled(energies, unit)
         rank = energy_rank(energies, epsilon)
-        return _lifted(N, vectors[:, :rank], M.shape[1] > 0), energies
+        return _lifted(N, vectors[:, :rank], M.shape[1] > 0), scaled(energies, unit)
 
 
 def null_space(M: np.ndarray) -> np.ndarray:
@@ -349,16 +355,29 @@ def _checked_basis(M: np.ndarray | None, n: int, name: str = "M") -> np.ndarray:
     return M
 
 
-def _checked_gram(K: np.ndarray | Gram) -> np.ndarray:
+def _checked_gram(K: np.ndarray | Gram) -> tuple[np.ndarray, int]:
+    """K·2^−unit as float64, with a largest entry of about 1, and the unit."""
     K = K.matrix if isinstance(K, Gram) else K
     if not isinstance(K, np.ndarray) or K.dtype.kind != "f" or K.ndim != 2 or K.shape[0] != K.shape[1] or not K.size:
         raise ValueError(f"K is {_what(K)}, expected a Gram matrix, a floating-point array (n, n)")
     K = K.astype(np.float64)
-    if not np.isfinite(K).all():
-        raise ValueError(f"K of shape {K.shape} contains NaN or infinity")
-    if np.abs(K - K.T).max() > 1e-6 * np.abs(K).max() or np.diag(K).min() < 0:
-        raise ValueError(f"K of shape {K.shape} is no Gram matrix: not symmetric, or negative on its diagonal")
-    return K
+    unit = exponent(K, "K")
+    K = scaled(K, -unit)
+    if np.abs(K - K.T).max() > 1e-6 or np.diag(K).min() < 0 or not _semidefinite(K):
+        raise ValueError(
+            f"K of shape {K.shape} is no Gram matrix: not symmetric, or with negative eigenvalues, {GRAM_TOLERANCE:g} "
+            "of its trace or more"
+        )
+    return K, unit
+
+
+def _semidefinite(K: np.ndarray) -> bool:
+    """Whether no eigenvalue of a symmetric matrix is negative, up to rounding."""
+    try:
+        np.linalg.cholesky(K + GRAM_TOLERANCE * np.trace(K) * np.eye(len(K)))
+    except np.linalg.LinAlgError:
+        return not K.any()
+    return True
 
 
 def _checked_threshold(threshold: float) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 
 from lance_ref.algebra.frame import FeatureMean, Frame, with_direction
 from lance_ref.algebra.grams import LayerGrams, select_modes
+from lance_ref.algebra.magnitude import near_one, scaled
 from lance_ref.algebra.subspace import Subspace, shape_text
 from lance_ref.algebra.tucker import check_epsilon
 from lance_ref.continual.bases import NOTHING, checked_bases
@@ -186,7 +187,7 @@ def _frames(net: Module, batches: Iterable[Any], bases: Mapping[str, np.ndarray]
     modules = weighted_layers(net)
     means: dict[str, FeatureMean] = {}
 
-    def add_mean(path: str, activation: np.ndarray) -> None:
+    def add_mean(path: str, activation: np.ndarray, again: bool) -> None:
         layer = modules[path]
         blocks: Iterable[np.ndarray] = [activation]
         if isinstance(layer, Conv2d):
@@ -210,7 +211,7 @@ def _grams(
     energies = dict.fromkeys(frames, 0.0)
     sizes: dict[str, int] = {}
 
-    def add(path: str, activation: np.ndarray) -> None:
+    def add(path: str, activation: np.ndarray, again: bool) -> None:
         layer, shape = modules[path], activation.shape
         if path not in grams:
             if isinstance(layer, Conv2d):
@@ -219,8 +220,11 @@ def _grams(
             else:
                 grams[path] = LayerGrams(path, shape, select_modes(path, shape, modes), frames[path])
             sizes[path] = activation.size
-        grams[path].add(activation)
-        energies[path] += float(np.square(activation, dtype=np.float64).sum())
+        before = grams[path].unit
+        grams[path].add(activation, again)
+        unit = grams[path].unit
+        whole = float(np.square(scaled(activation, -unit), dtype=np.float64).sum())
+        energies[path] = math.ldexp(energies[path], 2 * (before - unit)) + whole
 
     if frames:
         run_over(net, batches, list(frames), add)
@@ -345,5 +349,6 @@ def leak(before: np.ndarray | Tensor, after: np.ndarray | Tensor, M: np.ndarray)
     """
     W_0, W_1 = (np.asarray(W.data if isinstance(W, Tensor) else W, dtype=np.float64) for W in (before, after))
     change = (W_1 - W_0).reshape(len(W_0), -1)  # (C_out, n)
+    change, _ = near_one(change, "the change of a weight")
     size = float(np.linalg.norm(change))
     return float(np.linalg.norm(change @ M)) / size if size else 0.0

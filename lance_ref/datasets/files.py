@@ -48,19 +48,23 @@ def decode(encoded: bytes, where: str, image_size: tuple[int, int] | None, chann
 
     Notes
     -----
-    A camera's note on which side is up (EXIF orientation) is followed.
+    A camera's note on which side is up (EXIF orientation) is followed; where the notes are damaged, and the pixels are
+    not, the image is taken as it lies.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is lower, see below
+            warnings.simplefilter("ignore")  # of sizes, where our own bound is lower, and of notes that are damaged
             file = Image.open(io.BytesIO(encoded), formats=FORMATS)
         if file.width * file.height > MAX_PIXELS:
             raise ValueError(f"{file.width}x{file.height} pixels, at most {MAX_PIXELS} are read")
         if file.mode.startswith(("I", "F")):
             raise ValueError(f"pixels of mode {file.mode}, expected 8 bits a channel")
-        picture = ImageOps.exif_transpose(file).convert("RGB" if channels == 3 else "L")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            file.load()
+            picture = _upright(file).convert("RGB" if channels == 3 else "L")
     except Image.DecompressionBombError as error:
         raise ValueError(f"{where}: refused: {error}") from None
     except UnidentifiedImageError:  # its own message holds an address in memory
@@ -70,6 +74,29 @@ def decode(encoded: bytes, where: str, image_size: tuple[int, int] | None, chann
     if image_size is not None and (picture.height, picture.width) != image_size:
         picture = _fit(picture, image_size)
     return np.asarray(picture, dtype=np.uint8).reshape(picture.height, picture.width, channels)
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """A loaded picture, turned as its EXIF orientation says if that can be read."""
+    from PIL import ExifTags, Image
+
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever the parser stumbles over: the pixels are there
+        return picture
+    turn = Image.Transpose
+    turns = {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_270,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_90,
+    }
+    if not isinstance(orientation, int) or orientation not in turns:
+        return picture
+    return picture.transpose(turns[orientation])
 
 
 def _fit(picture: Image.Image, image_size: tuple[int, int]) -> Image.Image:

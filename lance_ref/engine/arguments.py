@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,39 @@ def operands(a: Any, b: Any) -> tuple[Tensor, Tensor]:
         return as_tensor(float(a), like=b), b
     a = as_tensor(a)
     return a, as_tensor(float(b), like=a) if isinstance(b, NUMBERS) else as_tensor(b)
+
+
+def number(op: str, name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> float:
+    """``value`` as a float.
+
+    Parameters
+    ----------
+    op, name : str
+        What an error calls the operation and the argument.
+    expected : str
+        Completes "expected ...".
+    fits : callable
+        Whether a finite number will do.
+
+    Raises
+    ------
+    ValueError
+        For anything but a number, for booleans, NaN and infinity, and where ``fits`` is False.
+    """
+    whole = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not whole or not math.isfinite(value) or not fits(float(value)):
+        raise ValueError(f"{op}: {name} is {value!r}, expected {expected}")
+    return float(value)
+
+
+def share(op: str, name: str, value: Any) -> float:
+    """``value`` as a float in [0, 1], else a ValueError."""
+    return number(op, name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1)
+
+
+def positive(op: str, name: str, value: Any) -> float:
+    """``value`` as a positive, finite float, else a ValueError."""
+    return number(op, name, value, "a positive, finite number", lambda x: x > 0)
 
 
 def require_floating(op: str, **tensors: Tensor) -> None:

@@ -7,7 +7,8 @@ kept for it, and it is exact under every store that does not say otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -34,7 +35,7 @@ class _Weighted(Function):
         if ctx.needs_input_grad[0]:
             ctx.save_input("weight", 1)
         if ctx.needs_input_grad[1]:
-            with spending_on("projection"):
+            with spending_on("projection"), _named():
                 kept = store.save_for(x, geometry)
             ctx.kept = tuple(kept)  # type: ignore[attr-defined]
             for name, array in kept.items():
@@ -193,8 +194,10 @@ def conv2d(
         raise ValueError(
             f"conv2d: weight has shape {weight.shape}, expected 4 dimensions (C_out, C_in/groups, k_h, k_w)"
         )
+    if 0 in weight.shape:
+        raise ValueError(f"conv2d: weight has shape {weight.shape}, expected sizes of at least 1")
     strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
-    if not isinstance(groups, (int, np.integer)) or groups < 1:
+    if not isinstance(groups, (int, np.integer)) or isinstance(groups, bool) or groups < 1:
         raise ValueError(f"conv2d: groups is {groups!r}, expected a positive integer")
     C_in, C_out = x.shape[1], weight.shape[0]
     if C_in % groups or C_out % groups:
@@ -221,7 +224,8 @@ def pair(name: str, value: int | Sequence[int], smallest: int) -> Pair:
     if type(value) is int and value >= smallest:
         return value, value
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(values) != 2 or any(not isinstance(v, (int, np.integer)) or v < smallest for v in values):
+    whole = all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values)
+    if len(values) != 2 or not whole or min(values) < smallest:
         raise ValueError(f"{name} is {value!r}, expected an integer of at least {smallest} or a pair of them")
     return int(values[0]), int(values[1])
 
@@ -262,10 +266,17 @@ def _geometry(x: Shape, weight: Shape, stride: Pair, padding: Padding, dilation:
 def _check_store(store: ActivationStore, x: Tensor, weight: Tensor) -> None:
     """A store that cannot take ``x`` matters only where something will be saved: not under no_grad()."""
     if state.grad_enabled and weight.requires_grad:
-        try:
+        with _named():
             store.check(x.shape)
-        except ValueError as error:
-            raise ValueError(f"layer {state.path or '(root)'}: {error}") from None
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Errors of a store name the layer."""
+    try:
+        yield
+    except ValueError as error:
+        raise type(error)(f"layer {state.path or '(root)'}: {error}") from None
 
 
 def _check_floating(op: str, x: Tensor) -> None:

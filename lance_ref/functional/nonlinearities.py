@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lance_ref.algebra.kernels.elementwise import apply_mask, clamp_and_pack, pack_blocks
-from lance_ref.engine.arguments import NUMBERS, Context, Gradients, one_dim
+from lance_ref.engine.arguments import Context, Gradients, one_dim, share
 from lance_ref.engine.autograd import Function
 from lance_ref.engine.blocks import BLOCK_ELEMENTS, blockwise, pieces
 from lance_ref.engine.random import as_generator, will_draw
@@ -263,13 +263,21 @@ def relu6(x: Any) -> Tensor:
 def softmax(x: Any, dim: int = -1) -> Tensor:
     """e^x / Σ e^x along ``dim``, shifted by the maximum so that nothing overflows."""
     x = as_tensor(x)
-    return Softmax.apply(x, dim=one_dim("softmax", x, dim))
+    return Softmax.apply(x, dim=_scores("softmax", x, dim))
 
 
 def log_softmax(x: Any, dim: int = -1) -> Tensor:
     """x − log Σ e^x along ``dim``, shifted by the maximum so that nothing overflows."""
     x = as_tensor(x)
-    return LogSoftmax.apply(x, dim=one_dim("log_softmax", x, dim))
+    return LogSoftmax.apply(x, dim=_scores("log_softmax", x, dim))
+
+
+def _scores(op: str, x: Tensor, dim: int) -> int:
+    """``dim`` counted from the front, of a size of at least 1: there is no maximum of nothing."""
+    dim = one_dim(op, x, dim)
+    if not x.shape[dim]:
+        raise ValueError(f"{op}: x has shape {x.shape}, expected at least one entry along dim {dim}")
+    return dim
 
 
 def dropout(x: Any, p: float = 0.5, training: bool = True, rng: np.random.Generator | int | None = None) -> Tensor:
@@ -291,8 +299,7 @@ def dropout(x: Any, p: float = 0.5, training: bool = True, rng: np.random.Genera
         Of the shape of ``x``; one bit per element is kept for backward.
     """
     x = as_tensor(x)
-    if not isinstance(p, NUMBERS) or not 0 <= p <= 1:
-        raise ValueError(f"dropout: p is {p!r}, expected a number in [0, 1]")
+    p = share("dropout", "p", p)
     if not training or p == 0:
         return x
-    return Dropout.apply(x, p=_Chance(float(p), as_generator(rng)))
+    return Dropout.apply(x, p=_Chance(p, as_generator(rng)))

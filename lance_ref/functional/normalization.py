@@ -19,7 +19,14 @@ from typing import Any
 import numpy as np
 
 from lance_ref.algebra.kernels.elementwise import scale_and_shift
-from lance_ref.engine.arguments import Context, Gradients, require_floating, unbroadcast_product
+from lance_ref.engine.arguments import (
+    Context,
+    Gradients,
+    positive,
+    require_floating,
+    share,
+    unbroadcast_product,
+)
 from lance_ref.engine.autograd import Function
 from lance_ref.engine.blocks import blockwise, pieces
 from lance_ref.engine.tensor import Shape, Tensor, as_tensor
@@ -44,6 +51,8 @@ class BatchNorm(Function):
                 raise ValueError(
                     f"batch_norm: {name} has shape {tensor.shape}, expected ({x.shape[1]},) for x of shape {x.shape}"
                 )
+        if 0 in x.shape[1:]:
+            raise ValueError(f"batch_norm: x has shape {x.shape}, expected sizes of at least 1 after the batch")
         if training and x.size // max(x.shape[1], 1) < 2:
             raise ValueError(
                 f"batch_norm: x has shape {x.shape}, expected more than one value per channel when training"
@@ -74,7 +83,7 @@ class BatchNorm(Function):
             mean, inv_std = running[0].copy(), 1 / np.sqrt(running[1] + x.dtype.type(eps))
             scale = inv_std if weight is None else weight * inv_std
             shift = -mean * scale if bias is None else bias - mean * scale
-            out = scale_and_shift(x, scale, shift)
+            out = scale_and_shift(x, scale, shift) if x.size else x.copy()  # of no images
             if ctx.needs_input_grad[0]:
                 ctx.save_for_backward(scale=scale)
         needs_x, needs_weight = ctx.needs_input_grad[0], affine and ctx.needs_input_grad[1]
@@ -232,7 +241,8 @@ def batch_norm(
     Raises
     ------
     ValueError, TypeError
-        If shapes or dtypes do not fit, or there is only one value per channel when training.
+        If shapes or dtypes do not fit, there is only one value per channel when training, ``momentum`` or ``eps`` is
+        out of range or not finite, or a variance that is to be used is negative or NaN.
     """
     x = as_tensor(x)
     if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
@@ -242,16 +252,16 @@ def batch_norm(
     for name, tensor in zip(_STATISTICS, running, strict=False):
         if tensor.requires_grad:
             raise ValueError(f"batch_norm: {name} requires gradients, expected plain statistics")
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"batch_norm: momentum is {momentum!r}, expected a number in [0, 1]")
-    training = bool(training)
+    training, momentum = bool(training), share("batch_norm", "momentum", momentum)
+    if not training and not running[1].is_meta and not (running[1].data >= 0).all():  # NaN too
+        raise ValueError(f"batch_norm: running_var holds {running[1].data.min()}, expected variances, at least 0")
     output = BatchNorm.apply(
         *inputs,
         *running,
         training=training,
         affine=weight is not None,
-        eps=_positive("batch_norm", eps),
-        momentum=float(momentum),
+        eps=positive("batch_norm", "eps", eps),
+        momentum=momentum,
     )
     if training and not output.is_meta:
         for tensor in running:
@@ -277,7 +287,9 @@ def layer_norm(
     shape = (normalized_shape,) if isinstance(normalized_shape, (int, np.integer)) else tuple(normalized_shape)
     inputs = [as_tensor(x), *_affine("layer_norm", weight, bias)]
     shape = tuple(int(n) for n in shape)
-    return LayerNorm.apply(*inputs, normalized_shape=shape, eps=_positive("layer_norm", eps), affine=weight is not None)
+    return LayerNorm.apply(
+        *inputs, normalized_shape=shape, eps=positive("layer_norm", "eps", eps), affine=weight is not None
+    )
 
 
 def _affine(op: str, weight: Any, bias: Any) -> list[Tensor]:
@@ -285,9 +297,3 @@ def _affine(op: str, weight: Any, bias: Any) -> list[Tensor]:
         missing = "weight" if weight is None else "bias"
         raise ValueError(f"{op}: {missing} is None, expected weight and bias together or neither")
     return [] if weight is None else [as_tensor(weight), as_tensor(bias)]
-
-
-def _positive(op: str, eps: float) -> float:
-    if not eps > 0:
-        raise ValueError(f"{op}: eps is {eps!r}, expected a positive number")
-    return float(eps)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lance_ref.algebra import projection
+from lance_ref.algebra.magnitude import norm
 from lance_ref.algebra.subspace import shape_text
 from lance_ref.algebra.tucker import check_epsilon
 from lance_ref.engine.counting import spending_on
@@ -136,6 +137,8 @@ def choose_ranks(
         If the budget is below what the cheapest threshold of every layer takes (names both numbers), the grid
         is empty or out of range, or a layer has no samples or samples of two shapes.
     """
+    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, (int, np.integer)):
+        raise TypeError(f"budget_bytes is {budget_bytes!r}, expected an integer")
     if not samples:
         raise ValueError("samples is empty, expected those of at least one layer")
     options = {path: rank_options(path, found, grid) for path, found in samples.items()}
@@ -201,7 +204,7 @@ def _perplexities(sample: LayerSample, directions: Mapping[int, Directions], ran
         factors = tuple(None if r is None else directions[mode].leading(r) for mode, r in enumerate(chosen))
         core = projection.project(sample.activation, factors)
         errors.append(exact - projection.weight_gradient(core, factors, sample.grad_output, sample.geometry))
-    return np.array([float(np.linalg.norm(error)) for error in errors])
+    return np.array([norm(error) for error in errors])
 
 
 def _directions(activation: np.ndarray) -> dict[int, Directions]:

@@ -240,7 +240,8 @@ def calibrate(
     -----
     K_n = Σ_j A^(j)_(n) A^(j)_(n)ᵀ exactly, every batch with the same weight; U_n are its leading
     eigenvectors, and r_n is the smallest r with Σ_{i≤r} λ_i ≥ ε Σ λ_i (Apolinario & Roy,
-    arXiv 2509.21617). A layer that runs several times in one forward pass contributes all its inputs.
+    arXiv 2509.21617). A layer that runs several times in one forward pass contributes all its inputs; its samples and
+    batches are counted once.
 
     Examples
     --------
@@ -260,11 +261,11 @@ def calibrate(
     frames = _frames(net, batches, paths, progress, dict(protected or {}), mean_free, center)
     grams: dict[str, LayerGrams] = {}
 
-    def add_grams(path: str, activation: np.ndarray) -> None:
+    def add_grams(path: str, activation: np.ndarray, again: bool) -> None:
         if path not in grams:
             selected = select_modes(path, activation.shape, modes)
             grams[path] = LayerGrams(path, activation.shape, selected, frames.get(path))
-        grams[path].add(activation)
+        grams[path].add(activation, again)
 
     run_over(net, batches, paths, add_grams, progress)
     for layer in grams.values():
@@ -298,7 +299,7 @@ def _frames(
         )
     means: dict[str, FeatureMean] = {}
 
-    def add_mean(path: str, activation: np.ndarray) -> None:
+    def add_mean(path: str, activation: np.ndarray, again: bool) -> None:
         means.setdefault(path, FeatureMean(path, activation.shape)).add(activation)
 
     run_over(net, batches, paths, add_mean, progress)

@@ -43,6 +43,7 @@ def save(
                 "modes": [mode for mode, K in enumerate(layer.grams) if K is not None],
                 "samples": layer.samples,
                 "batches": layer.batches,
+                **({"unit": layer.unit} if layer.unit else {}),
                 "epsilon": epsilon[name],
                 "ranks": ranks.get(name),
             }
@@ -108,6 +109,7 @@ def _load_layer(name: str, entry: Mapping[str, Any], arrays: dict[str, np.ndarra
             )
     layer = LayerGrams(name, shape, [False] * len(shape), _load_frame(name, shape, arrays, index))
     layer.grams = tuple(stored.get(mode) for mode in range(len(shape)))
+    layer.set_unit(operator.index(entry.get("unit", 0)))
     layer.samples, layer.batches = operator.index(entry["samples"]), operator.index(entry["batches"])
     layer.check_energy()
     return layer

@@ -18,8 +18,8 @@ from lance_ref.nn.module import Module
 from lance_ref.nn.selection import weighted_layers
 from lance_ref.stores import EXACT
 
-See = Callable[[str, np.ndarray], None]
-"""Called with a layer's path and its input."""
+See = Callable[[str, np.ndarray, bool], None]
+"""Called with a layer's path, its input, and whether it has run on the same batch before."""
 
 
 def run_over(
@@ -29,7 +29,7 @@ def run_over(
     see: See,
     progress: bool | None = False,
 ) -> None:
-    """Run the network over all batches and show every input of these layers to ``see(path, activation)``.
+    """Run the network over all batches and show every input of these layers to ``see(path, activation, again)``.
 
     Evaluation mode, no gradients, no compression; the network is left as it was found. What ``see``
     multiplies is booked as calibration.
@@ -43,8 +43,10 @@ def run_over(
     """
     count = 0
     seen: set[str] = set()
-    with _listening(net, paths, see, seen), _progress_bar(batches, progress) as advance, no_grad():
+    of_batch: set[str] = set()
+    with _listening(net, paths, see, seen, of_batch), _progress_bar(batches, progress) as advance, no_grad():
         for batch in batches:
+            of_batch.clear()
             net(_inputs_of(batch, count))
             del batch  # before the next one is made
             count += 1
@@ -57,7 +59,7 @@ def run_over(
 
 
 @contextmanager
-def _listening(net: Module, paths: Sequence[str], see: See, seen: set[str]) -> Iterator[None]:
+def _listening(net: Module, paths: Sequence[str], see: See, seen: set[str], of_batch: set[str]) -> Iterator[None]:
     """Evaluation mode, no compression, and a hook on every chosen layer; all put back at the end."""
     available = weighted_layers(net)
     training = [(module, module.training) for module in net.modules()]
@@ -68,7 +70,7 @@ def _listening(net: Module, paths: Sequence[str], see: See, seen: set[str]) -> I
         for layer, _ in stores:
             layer.store = EXACT  # a batch size that an earlier calibration fixed is of no concern here
         for path in paths:
-            removers.append(available[path].register_forward_pre_hook(_hook(path, see, seen)))
+            removers.append(available[path].register_forward_pre_hook(_hook(path, see, seen, of_batch)))
         yield
     finally:
         for remove in removers:
@@ -79,14 +81,15 @@ def _listening(net: Module, paths: Sequence[str], see: See, seen: set[str]) -> I
             layer.store = store
 
 
-def _hook(path: str, see: See, seen: set[str]) -> Callable[[Module, tuple[Tensor, ...]], None]:
+def _hook(path: str, see: See, seen: set[str], of_batch: set[str]) -> Callable[[Module, tuple[Tensor, ...]], None]:
     def hook(layer: Module, inputs: tuple[Tensor, ...]) -> None:
         activation = inputs[0].data
         if path not in seen:
             _check_modes_of(layer, path, activation.shape)
             seen.add(path)
         with spending_on("calibration"):
-            see(path, activation)
+            see(path, activation, path in of_batch)
+        of_batch.add(path)
 
     return hook
 

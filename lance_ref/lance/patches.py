@@ -23,12 +23,13 @@ from lance_ref.algebra import geometry as geometries
 from lance_ref.algebra.frame import Frame
 from lance_ref.algebra.geometry import ConvGeometry, Geometry
 from lance_ref.algebra.grams import LayerGrams
+from lance_ref.algebra.magnitude import scaled
 from lance_ref.algebra.projection import contract_features
 from lance_ref.algebra.tucker import contraction_order, gram, mode_product, multi_mode_product
 from lance_ref.engine.tensor import FLOATS, Shape
 from lance_ref.functional.convolution import resolve_padding
 from lance_ref.nn import Conv2d
-from lance_ref.stores.base import ActivationStore
+from lance_ref.stores.base import ActivationStore, check_kept
 
 if TYPE_CHECKING:
     from lance_ref.algebra.subspace import Subspace
@@ -112,7 +113,10 @@ class PatchLance(ActivationStore):
             raise TypeError(f"activation has dtype {activation.dtype}, but the factors were made for {self.dtype}")
         for mode, n in enumerate(patch_shape(geometry)):
             self._check_size(mode, n, activation.shape)
-        return {"core": project_patches(activation, self.factors, geometry)}
+        with np.errstate(invalid="ignore", over="ignore"):  # reported by name
+            core = project_patches(activation, self.factors, geometry)
+        check_kept("PatchLance", core, activation.shape)
+        return {"core": core}
 
     def weight_gradient(
         self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry
@@ -273,7 +277,7 @@ class PatchGrams(LayerGrams):
         self.conv = layer
         super().__init__(path, patch_shape(geometry_of(layer, input_shape)), selected, frame)
 
-    def add(self, activation: np.ndarray) -> None:
+    def add(self, activation: np.ndarray, again: bool = False) -> None:
         """Add the Grams of one activation's (B, C_in, H, W) patches, laid out a block at a time.
 
         Raises ValueError and TypeError as :meth:`LayerGrams.add` does.
@@ -282,22 +286,16 @@ class PatchGrams(LayerGrams):
             raise TypeError(f"layer {self.layer!r}: activation is {activation.dtype}, expected float32 or float64")
         geometry = geometry_of(self.conv, activation.shape)
         self._check_shape(patch_shape(geometry), "the patches of an activation have", "that of the first batch")
+        activation = self._in_unit(activation)
+        # a mean is in the unit of the activations; protected directions have none
+        frame = Frame(self.frame.protected, None if self.frame.mean is None else scaled(self.frame.mean, -self.unit))
         for mode, total in enumerate(self.grams):
             if total is None:
                 continue
             for images, rows in whole_blocks(geometry, activation.itemsize, mode):
                 block = geometry.patches(activation[images], rows)[:, 0]  # (b, K, l)
-                tokens = self.frame.apply(block.transpose(0, 2, 1))  # (b, l, K)
-                with np.errstate(invalid="ignore", over="ignore"):  # reported below, by name
-                    total += gram(tokens, mode)
-            if not np.isfinite(np.trace(total)):
-                raise ValueError(
-                    f"layer {self.layer!r}: an activation of shape {activation.shape} contains NaN or infinity "
-                    "(or values whose squares overflow), expected finite numbers"
-                )
-        self.samples += activation.shape[0]
-        self.batches += 1
-        self._bases.clear()
+                total += gram(frame.apply(block.transpose(0, 2, 1)), mode)  # of (b, l, K)
+        self._count(activation.shape[0], again)
 
 
 def whole_blocks(geometry: ConvGeometry, itemsize: int, mode: int) -> Iterator[tuple[slice, slice]]:

@@ -255,6 +255,11 @@ class _Layer:
     def __init__(self, path: str, calibration: Calibration, dtype: Any, include_factors: bool) -> None:
         grams = calibration.grams_of(path)
         self.shape = grams.shape
+        if grams.unit:
+            raise ValueError(
+                f"layer {path!r}: its activations are about 2**{grams.unit} in size, and their squares out of range; "
+                "planning compares energies between layers"
+            )
         self.itemsize, self.include_factors = np.dtype(dtype).itemsize, include_factors
         self.calibrated = [mode for mode, K in enumerate(grams.grams) if K is not None]
         both = {mode: grams.basis(mode) for mode in self.calibrated}

@@ -117,6 +117,7 @@ class Recalibrator:
             if not isinstance(store, Lance):
                 raise TypeError(f"layer {path!r} has the store {store.name!r}, expected one that LANCE compressed")
             if path in self._collecting:
+                self._collecting[path].again = False
                 self._finish(path, info)
             elif store.energy_kept is not None:
                 self._watch(path, layers[path], store.energy_kept)
@@ -167,14 +168,16 @@ class _Collection:
     def __init__(self, grams: LayerGrams, layer: Module) -> None:
         self.grams = grams
         self.macs = 0
+        self.again = False  # whether the layer has run in this step
         self.stop: Callable[[], None] = layer.register_forward_pre_hook(self._see)
 
     def _see(self, layer: Module, inputs: tuple[Tensor, ...]) -> None:
         with counting.spending_on("calibration"):
             with counting.count_macs() as counter:
-                self.grams.add(inputs[0].data)
+                self.grams.add(inputs[0].data, self.again)
             macs = sum(counter.by_kind().values())
             counting.add(macs)  # whoever counts the step counts this too
+        self.again = True
         self.macs += macs
 
 

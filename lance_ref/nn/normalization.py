@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lance_ref import functional as F
+from lance_ref.engine.arguments import positive, share
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.init import constant_parameter
 from lance_ref.nn.layers import positive_integers
@@ -24,7 +25,8 @@ class BatchNorm2d(Module):
     eps : float
         Added to the variance.
     momentum : float
-        Weight of each training batch in the running statistics.
+        Weight of each training batch in the running statistics, in [0, 1]. PyTorch's None, a cumulative average, is
+        refused.
     affine : bool
         Whether there are ``weight`` and ``bias``, (C,) each.
     track_running_stats : bool
@@ -51,7 +53,13 @@ class BatchNorm2d(Module):
     ) -> None:
         super().__init__()
         (self.num_features,) = positive_integers(type(self).__name__, num_features=num_features)
-        self.eps, self.momentum = eps, momentum
+        name = type(self).__name__
+        if momentum is None:
+            raise ValueError(
+                f"{name}: momentum is None, which stands for a cumulative average in PyTorch and is not supported; "
+                "expected a number in [0, 1]"
+            )
+        self.eps, self.momentum = positive(name, "eps", eps), share(name, "momentum", momentum)
         self.affine, self.track_running_stats = affine, track_running_stats
         self.frozen = False
         self.weight = constant_parameter((num_features,), 1.0) if affine else None
@@ -113,10 +121,12 @@ class LayerNorm(Module):
     ) -> None:
         super().__init__()
         sizes: Any = (normalized_shape,) if isinstance(normalized_shape, (int, np.integer)) else normalized_shape
+        if not isinstance(sizes, (tuple, list)) or not sizes:
+            raise ValueError(f"LayerNorm: normalized_shape is {normalized_shape!r}, expected one or more sizes")
         self.normalized_shape = positive_integers(
             "LayerNorm", **{f"normalized_shape[{i}]": n for i, n in enumerate(sizes)}
         )
-        self.eps, self.elementwise_affine = eps, elementwise_affine
+        self.eps, self.elementwise_affine = positive("LayerNorm", "eps", eps), elementwise_affine
         self.weight = constant_parameter(self.normalized_shape, 1.0) if elementwise_affine else None
         self.bias = constant_parameter(self.normalized_shape, 0.0) if elementwise_affine else None
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from lance_ref.algebra import magnitude
 from lance_ref.engine.tensor import Tensor
 
 
@@ -35,11 +36,15 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> f
     As in PyTorch the factor is max_norm / (norm + 1e-6), and never above 1. Squares are summed in
     float64.
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm!r}, expected a positive number")
+    whole = isinstance(max_norm, (int, float, np.integer, np.floating)) and not isinstance(max_norm, bool)
+    if not whole or not max_norm > 0:
+        raise ValueError(f"max_norm is {max_norm!r}, expected a positive number (infinity does not clip)")
     tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
-    norm = math.sqrt(sum(float(np.square(grad, dtype=np.float64).sum()) for grad in grads))
+    with np.errstate(over="ignore", under="ignore"):
+        norm = math.sqrt(sum(float(np.square(grad, dtype=np.float64).sum()) for grad in grads))
+    if not 1e-150 < norm < math.inf:  # squares may have left the range, which those of float32 do not
+        norm = math.hypot(*(magnitude.norm(grad) for grad in grads))
     if not math.isfinite(norm):
         raise ValueError(f"the norm of the gradients is {norm}, expected a finite number: the loss has diverged")
     factor = max_norm / (norm + 1e-6)

@@ -159,7 +159,8 @@ class Optimizer:
 
 def at_least(name: str, value: float, smallest: float) -> float:
     """``value`` as a float; ValueError unless it is finite and at least ``smallest``."""
-    if isinstance(value, (int, float, np.integer, np.floating)) and math.isfinite(value) and value >= smallest:
+    whole = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if whole and math.isfinite(value) and value >= smallest:
         return float(value)
     raise ValueError(f"{name} is {value!r}, expected a finite number of at least {smallest}")
 

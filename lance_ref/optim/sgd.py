@@ -62,7 +62,9 @@ class SGD(Optimizer):
         nesterov: bool = False,
     ) -> None:
         super().__init__(params, lr)
-        self.check_settings(momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
+        if not isinstance(nesterov, (bool, np.bool_)):
+            raise TypeError(f"nesterov is {nesterov!r}, expected True or False")
+        self.check_settings(momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=float(nesterov))
         self.momentum = float(momentum)
         self.dampening = float(dampening)
         self.weight_decay = float(weight_decay)

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 
 from lance_ref.algebra.tucker import check_ranks
-from lance_ref.engine.counting import matmul, spending_on
+from lance_ref.engine.counting import matmul
 from lance_ref.engine.tensor import Shape
 from lance_ref.stores.core_and_factors import (
     CoreAndFactors,
-    check_activation,
-    check_finite,
     factor_name,
     orthonormal_basis,
     unfolded_blocks,
@@ -74,22 +72,18 @@ class Asi(CoreAndFactors):
     def check(self, input_shape: Shape) -> None:
         check_ranks("Asi", input_shape, self.ranks)
 
-    def save(self, activation: np.ndarray) -> dict[str, np.ndarray]:
-        check_activation("Asi", activation)
-        self.check(activation.shape)
+    def factors_of(self, activation: np.ndarray) -> list[np.ndarray | None]:
         factors: list[np.ndarray | None] = [None] * activation.ndim
-        with spending_on("decomposition"):
-            for mode, (n, rank) in enumerate(zip(activation.shape, self.ranks, strict=True)):
-                if rank is not None and rank < n:
-                    factors[mode] = self._iterate(activation, mode, rank)
+        for mode, (n, rank) in enumerate(zip(activation.shape, self.ranks, strict=True)):
+            if rank is not None and rank < n:
+                factors[mode] = self._iterate(activation, mode, rank)
         self._factors = {mode: U for mode, U in enumerate(factors) if U is not None}
-        return self.keep(activation, factors)
+        return factors
 
     def _iterate(self, activation: np.ndarray, mode: int, rank: int) -> np.ndarray:
         """U = orth(A_(n) A_(n)ᵀ U_prev), block by block of the columns of A_(n)."""
         U_prev = self._start(mode, activation.shape[mode], rank).astype(activation.dtype, copy=False)
         image = _image(activation, mode, U_prev)
-        check_finite("Asi", activation, image)
         return orthonormal_basis(image if image.any() else U_prev)
 
     def _start(self, mode: int, n: int, rank: int) -> np.ndarray:
@@ -124,8 +118,7 @@ class Asi(CoreAndFactors):
 def _image(activation: np.ndarray, mode: int, U: np.ndarray) -> np.ndarray:
     """A_(n) A_(n)ᵀ U, (n, rank), block by block of the columns of A_(n)."""
     image = np.zeros_like(U, order="C")
-    with np.errstate(invalid="ignore", over="ignore"):  # reported by name, once it is all there
-        for block in unfolded_blocks(activation, mode):  # (n, columns)
-            V = matmul(U.T, block)  # (rank, columns)
-            image += matmul(block, V.T)
+    for block in unfolded_blocks(activation, mode):  # (n, columns)
+        V = matmul(U.T, block)  # (rank, columns)
+        image += matmul(block, V.T)
     return image

@@ -9,7 +9,21 @@ from typing import Any
 import numpy as np
 
 from lance_ref.algebra.geometry import Geometry
+from lance_ref.algebra.magnitude import NotFiniteError
 from lance_ref.engine.tensor import Shape
+
+
+def check_kept(name: str, kept: np.ndarray, shape: Shape) -> None:
+    """Raise NotFiniteError unless what a store computed from an activation of that shape is finite.
+
+    Whatever sums over an activation, with any weights, carries its NaN and infinities on: looking at the sums is
+    enough, and they are few.
+    """
+    if not np.isfinite(kept).all():
+        raise NotFiniteError(
+            f"{name}: an activation of shape {shape} contains NaN or infinity, or numbers too large for sums of "
+            f"{kept.dtype}, expected finite numbers"
+        )
 
 
 class ActivationStore(ABC):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from lance_ref.algebra import projection
 from lance_ref.algebra.geometry import Geometry
-from lance_ref.engine.counting import add, qr_macs
+from lance_ref.algebra.magnitude import near_one, scaled
+from lance_ref.engine.counting import add, qr_macs, spending_on
 from lance_ref.engine.tensor import FLOATS
-from lance_ref.stores.base import ActivationStore
+from lance_ref.stores.base import ActivationStore, check_kept
 from lance_ref.stores.lance import energy_ratio
 
 UNFOLDED_BYTES = 4 * 2**20
@@ -34,12 +36,30 @@ class CoreAndFactors(ActivationStore):
     def __init__(self) -> None:
         self.energy_kept: float | None = None
 
-    def keep(self, activation: np.ndarray, factors: Sequence[np.ndarray | None]) -> dict[str, np.ndarray]:
-        """Project on the factors, and name what goes on the tape: ``core``, and ``factor_n`` of mode n."""
+    def save(self, activation: np.ndarray) -> dict[str, np.ndarray]:
+        """``core``, and ``factor_n`` of mode n.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the activation is not float32 or float64, is empty, does not fit, or contains NaN or infinity.
+        """
+        name = type(self).__name__
+        check_activation(name, activation)
+        self.check(activation.shape)
+        unit, k = near_one(activation, f"{name}: an activation")  # directions come from squares
+        with spending_on("decomposition"):
+            factors = self.factors_of(unit)
         untouched = all(U is None for U in factors)
-        core = activation if untouched else projection.project(activation, factors)
-        self.energy_kept = energy_ratio(core, activation)
+        core = unit if untouched else projection.project(unit, factors)
+        self.energy_kept = energy_ratio(core, unit)
+        core = activation if untouched else scaled(core, k)
+        check_kept(name, core, activation.shape)
         return {"core": core, **{factor_name(mode): U for mode, U in enumerate(factors) if U is not None}}
+
+    @abstractmethod
+    def factors_of(self, activation: np.ndarray) -> list[np.ndarray | None]:
+        """The factor of each mode, None for one left alone; what is squared of ``activation`` stays in range."""
 
     def weight_gradient(
         self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry
@@ -104,12 +124,3 @@ def check_activation(name: str, activation: np.ndarray) -> None:
         raise TypeError(f"{name}: activation has dtype {activation.dtype}, expected float32 or float64")
     if not activation.size:
         raise ValueError(f"{name}: activation has shape {activation.shape}, which is empty")
-
-
-def check_finite(name: str, activation: np.ndarray, products: np.ndarray) -> None:
-    """Raise ValueError if products of the activation with itself are not finite, for then it is not either."""
-    if not np.isfinite(products).all():
-        raise ValueError(
-            f"{name}: an activation of shape {activation.shape} contains NaN or infinity (or values whose squares "
-            "overflow), expected finite numbers"
-        )

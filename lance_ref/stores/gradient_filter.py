@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lance_ref.algebra.geometry import ConvGeometry, Geometry, LinearGeometry
-from lance_ref.stores.base import ActivationStore
+from lance_ref.stores.base import ActivationStore, check_kept
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,10 @@ class GradientFilter(ActivationStore):
     def save_for(self, activation: np.ndarray, geometry: Geometry) -> dict[str, np.ndarray]:
         """Â: (B, C_in, P_h, P_w), or (B, P, I); the activation itself where every window is one place."""
         sums = activation
-        for cut in self.cuts(geometry):
-            sums = sum_windows(sums, cut.axis, cut.inputs)
+        with np.errstate(invalid="ignore", over="ignore"):  # reported by name
+            for cut in self.cuts(geometry):
+                sums = sum_windows(sums, cut.axis, cut.inputs)
+        check_kept("GradientFilter", sums, activation.shape)
         return {"patch_sums": sums}
 
     def weight_gradient(

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 
 from lance_ref.algebra.grams import check_modes, select_modes
+from lance_ref.algebra.magnitude import exponent, near_one, scaled
 from lance_ref.algebra.tucker import check_epsilon, check_ranks, energy_rank, unfold
-from lance_ref.engine.counting import add, eigh_macs, matmul, spending_on
+from lance_ref.engine.counting import add, eigh_macs, matmul
 from lance_ref.engine.state import state
 from lance_ref.engine.tensor import Shape
 from lance_ref.stores.core_and_factors import (
     CoreAndFactors,
-    check_activation,
-    check_finite,
     orthonormal_basis,
     unfolded_blocks,
 )
@@ -89,18 +88,15 @@ class Hosvd(CoreAndFactors):
             check_ranks("Hosvd", input_shape, self.given)
         self._selected(input_shape)
 
-    def save(self, activation: np.ndarray) -> dict[str, np.ndarray]:
-        check_activation("Hosvd", activation)
-        self.check(activation.shape)
+    def factors_of(self, activation: np.ndarray) -> list[np.ndarray | None]:
         factors: list[np.ndarray | None] = [None] * activation.ndim
-        with spending_on("decomposition"):
-            for mode, directions in all_directions(activation, self._wanted(activation.shape)).items():
-                rank = directions.rank(self.epsilon) if self.given is None else self.given[mode]
-                if rank is not None and rank < activation.shape[mode]:
-                    factors[mode] = directions.leading(rank)
+        for mode, directions in all_directions(activation, self._wanted(activation.shape)).items():
+            rank = directions.rank(self.epsilon) if self.given is None else self.given[mode]
+            if rank is not None and rank < activation.shape[mode]:
+                factors[mode] = directions.leading(rank)
         self.shape = activation.shape
         self.ranks = tuple(None if U is None else U.shape[1] for U in factors)
-        return self.keep(activation, factors)
+        return factors
 
     def _selected(self, shape: Shape) -> tuple[bool, ...]:
         return (True,) * len(shape) if self.modes is None else select_modes(state.path, shape, self.modes)
@@ -122,7 +118,7 @@ class Directions:
     Parameters
     ----------
     energies : (m,) array
-        Squared singular values in descending order; all others are 0.
+        Squared singular values in descending order, all divided by one power of two; all others are 0.
     vectors : (m, m) array
         Eigenvectors of the Gram matrix, as columns.
     tall : (n, m) array, optional
@@ -170,6 +166,7 @@ def all_directions(activation: np.ndarray, wanted: Mapping[int, int | None]) -> 
     directions from the (m, m) Gram A_(n)ᵀ A_(n) (unless a rank above m is wanted, which only the larger
     Gram can give). The two unfoldings of a matrix are transposes of each other and share one Gram.
     """
+    activation, _ = near_one(activation, "an activation")
     found: dict[int, Directions] = {}
     for mode in sorted(wanted, key=lambda mode: activation.shape[mode]):  # of a matrix, the smaller side first
         n, rank = activation.shape[mode], wanted[mode]
@@ -179,30 +176,29 @@ def all_directions(activation: np.ndarray, wanted: Mapping[int, int | None]) -> 
             if activation.ndim == 2 and 1 - mode in found:
                 found[mode] = Directions(found[1 - mode].energies, found[1 - mode].vectors, tall)
             else:
-                found[mode] = Directions(*_eigenbasis(activation, [tall.T]), tall)
+                found[mode] = Directions(*_eigenbasis([tall.T]), tall)
         else:
-            found[mode] = Directions(*_eigenbasis(activation, unfolded_blocks(activation, mode)))
+            found[mode] = Directions(*_eigenbasis(unfolded_blocks(activation, mode)))
     return dict(sorted(found.items()))
 
 
-def _eigenbasis(activation: np.ndarray, blocks: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Energies, descending, and eigenvectors of Σ X Xᵀ over blocks X, in their dtype."""
+def _eigenbasis(blocks: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Energies, descending and up to a power of two, and eigenvectors of Σ X Xᵀ over blocks X, in their dtype."""
     from scipy.linalg import eigh
 
     gram = _gram(blocks)
-    check_finite("Hosvd", activation, gram)
+    gram = scaled(gram, -exponent(gram))  # LAPACK divides large and small matrices itself, by no power of two
     values, vectors = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)
     add(eigh_macs(len(values)))
     return np.maximum(values[::-1], 0), vectors[:, ::-1]
 
 
 def _gram(blocks: Any) -> np.ndarray:
-    """Σ X Xᵀ over blocks X; whether it is finite is for the caller to see."""
+    """Σ X Xᵀ over blocks X."""
     gram: np.ndarray | None = None
-    with np.errstate(invalid="ignore", over="ignore"):
-        for block in blocks:
-            product = matmul(block, block.T)
-            gram = product if gram is None else np.add(gram, product, out=gram)
+    for block in blocks:
+        product = matmul(block, block.T)
+        gram = product if gram is None else np.add(gram, product, out=gram)
     assert gram is not None
     return gram
 

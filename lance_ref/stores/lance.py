@@ -11,8 +11,9 @@ import numpy as np
 from lance_ref.algebra import projection
 from lance_ref.algebra.frame import along, feature_mode
 from lance_ref.algebra.geometry import WORKSPACE_BYTES, Geometry
+from lance_ref.algebra.magnitude import exponent, scaled
 from lance_ref.engine.tensor import FLOATS, Shape
-from lance_ref.stores.base import ActivationStore
+from lance_ref.stores.base import ActivationStore, check_kept
 from lance_ref.stores.quantized import checked_bits, dequantise, quantise
 from lance_ref.stores.sketch import BatchSketch
 
@@ -200,12 +201,12 @@ class Lance(ActivationStore):
         self._batch = len(activation)
         seed = {} if self.sketch is None else {"seed": self.sketch.next_seed()}
         factors = self._factors(seed, len(activation))
-        core = projection.project(activation, factors, self.order)
-        if self.mean is None:
-            self.energy_kept = energy_ratio(core, activation)
-        else:  # A − μ is never laid out whole: its core is that of A less that of μ
-            core -= projection.project_mean(self.mean, factors, activation.shape)
-            self.energy_kept = _ratio(core, _energy_around(self.mean, activation))
+        with np.errstate(invalid="ignore", over="ignore"):  # reported below, by name
+            core = projection.project(activation, factors, self.order)
+            if self.mean is not None:  # A − μ is never laid out whole: its core is that of A less that of μ
+                core -= projection.project_mean(self.mean, factors, activation.shape)
+        check_kept("Lance", core, activation.shape)
+        self.energy_kept = energy_ratio(core, activation, self.mean)
         return {**self._packed(core), **seed}
 
     def weight_gradient(
@@ -238,17 +239,22 @@ class Lance(ActivationStore):
         return dequantise(saved, shape, _range_mode(shape), self.core_bits)
 
 
-def energy_ratio(core: np.ndarray, activation: np.ndarray) -> float | None:
-    """‖S‖² / ‖A‖², or None for an activation of zeros."""
-    return _ratio(core, _energy(activation))
-
-
-def _ratio(core: np.ndarray, total: float) -> float | None:
+def energy_ratio(core: np.ndarray, activation: np.ndarray, mean: np.ndarray | None = None) -> float | None:
+    """‖S‖² / ‖A‖², or with a mean ‖S‖² / ‖A − μ‖²; None for an activation of zeros."""
+    total = _energy_around(mean, activation)
+    range_of = np.finfo(activation.dtype)
+    least = range_of.smallest_normal / range_of.eps**2  # below, squares that are lost begin to matter
+    if not least <= total <= range_of.max:
+        k = -max(exponent(array, "an activation") for array in (activation, mean) if array is not None)
+        core, activation, mean = scaled(core, k), scaled(activation, k), None if mean is None else scaled(mean, k)
+        total = _energy_around(mean, activation)
     return _energy(core) / total if total > 0 else None
 
 
-def _energy_around(mean: np.ndarray, activation: np.ndarray) -> float:
-    """‖A − μ‖², a few images at a time."""
+def _energy_around(mean: np.ndarray | None, activation: np.ndarray) -> float:
+    """‖A − μ‖², a few images at a time where there is a μ."""
+    if mean is None:
+        return _energy(activation)
     images = max(1, WORKSPACE_BYTES // max(activation[:1].nbytes, 1))
     blocks = (activation[start : start + images] for start in range(0, len(activation), images))
     return sum(_energy(block - along(mean, activation.shape)) for block in blocks)

@@ -11,6 +11,7 @@ import numpy as np
 
 from lance_ref.algebra.frame import feature_mode
 from lance_ref.algebra.geometry import WORKSPACE_BYTES, Geometry
+from lance_ref.algebra.magnitude import NotFiniteError
 from lance_ref.engine.tensor import Shape
 from lance_ref.stores.base import ActivationStore
 
@@ -166,7 +167,7 @@ def _ranges(array: np.ndarray, mode: int | None) -> tuple[np.ndarray, np.ndarray
     finite = (np.isfinite(low) & np.isfinite(high)).reshape(-1)
     if not finite.all():
         where = "" if mode is None else f" at index {int(np.argmin(finite))} of mode {mode}"
-        raise ValueError(
+        raise NotFiniteError(
             f"activation of shape {array.shape} contains NaN or infinity{where}, expected finite numbers to quantise"
         )
     return low, high

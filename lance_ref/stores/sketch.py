@@ -13,7 +13,7 @@ from lance_ref.algebra.tucker import mode_product
 from lance_ref.engine import counting
 from lance_ref.engine.counting import spending_on
 from lance_ref.engine.tensor import Shape
-from lance_ref.stores.base import ActivationStore
+from lance_ref.stores.base import ActivationStore, check_kept
 
 
 class BatchSketch:
@@ -115,7 +115,10 @@ class Sketch(ActivationStore):
         self.check(activation.shape)
         seed = self.sketch.next_seed()
         S = self.sketch.directions(seed, len(activation), activation.dtype)
-        return {"sketch": mode_product(activation, S.T, 0), "seed": seed}
+        with np.errstate(invalid="ignore", over="ignore"):  # reported by name
+            sketch = mode_product(activation, S.T, 0)
+        check_kept("Sketch", sketch, activation.shape)
+        return {"sketch": sketch, "seed": seed}
 
     def weight_gradient(
         self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry
@@ -184,7 +187,8 @@ def sketch_variance(activation: np.ndarray, grad_output: np.ndarray, geometry: G
     single = dataclasses.replace(geometry, input_shape=(1, *geometry.input_shape[1:]))
 
     def pair(i: int, j: int) -> np.ndarray:  # M_ij
-        return single.weight_gradient(activation[i : i + 1], grad_output[j : j + 1])
+        product = single.weight_gradient(activation[i : i + 1], grad_output[j : j + 1])
+        return product.astype(np.float64)  # it is squared
 
     dW = np.zeros(geometry.weight_shape)
     pairs = 0.0  # Σ_ij (‖M_ij‖² + ⟨M_ij, M_ji⟩) = Σ_i 2‖M_ii‖² + Σ_{i<j} ‖M_ij + M_ji‖²

@@ -401,3 +401,12 @@ def test_leak_by_hand() -> None:
     assert leak(np.ones((1, 2, 1, 1)), Tensor(np.ones((1, 2, 1, 1))), M) == 0
     assert protection.MODES == ("batch", "token", "feature")
     assert feature_gram(nn.Sequential(nn.Linear(1, 1, rng=0)), [np.full((2, 1), 2.0, np.float32)])["0"].matrix == 8
+
+
+def test_the_head_is_the_last_layer_and_no_other() -> None:
+    """The layer before the head moves what the head takes in; the head itself may train."""
+    net = nn.Sequential(nn.Linear(4, 3, rng=0), nn.ReLU(), nn.Linear(3, 3, rng=1), nn.ReLU(), nn.Linear(3, 2, rng=2))
+    protected = {"0": np.eye(4)[:, :1]}
+    check_optimizer(SGD([net[4].weight, net[4].bias], lr=0.1), net, protected)
+    with pytest.raises(ValueError, match=r"parameter '2\.weight' trains"):
+        check_optimizer(SGD([net[2].weight], lr=0.1), net, protected)

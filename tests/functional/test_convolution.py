@@ -205,6 +205,17 @@ def test_bad_input_is_named(call: Any, error: type[Exception], says: str) -> Non
         call()
 
 
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 3)])
+def test_same_padding_reaches_as_far_as_the_dilated_kernel(dilation: tuple[int, int]) -> None:
+    """dilation·(k − 1) zeros with stride 1: the output keeps the size of the image."""
+    x, weight = np.random.default_rng(0).standard_normal((2, 2, 9, 9)), Tensor(np.ones((1, 2, 3, 3)))
+    d_h, d_w = dilation
+    same = F.conv2d(x, weight, padding="same", dilation=dilation)
+    assert same.shape == (2, 1, 9, 9)
+    by_hand = F.conv2d(x, weight, padding=((d_h, d_h), (d_w, d_w)), dilation=dilation)
+    np.testing.assert_array_equal(same.data, by_hand.data)
+
+
 def test_linear_takes_any_number_of_leading_axes() -> None:
     """(I,), (B, I), (B, L, I), (B, L, M, I) are all X Wᵀ."""
     rng = np.random.default_rng(0)

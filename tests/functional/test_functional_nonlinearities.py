@@ -53,6 +53,21 @@ def test_sigmoid_and_softmax_do_not_overflow() -> None:
     np.testing.assert_array_equal(masked.data, np.float32([0.5, 0, 0.5]))
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_every_row_is_shifted_by_its_own_maximum(dim: int) -> None:
+    """Rows 1e4 apart: one maximum for all makes log 0 of every row but the largest."""
+    x = np.array([[0.0, 1.0, 2.0], [1e4, 1e4 + 1, 1e4 + 2], [-1e4, 1 - 1e4, 2 - 1e4]])
+    x = x if dim == 1 else x.T
+    of_one = np.array([0.0, 1.0, 2.0]) - np.log(np.exp([0.0, 1.0, 2.0]).sum())
+    expected = np.tile(of_one, (3, 1))
+    np.testing.assert_allclose(F.log_softmax(x, dim).data, expected if dim == 1 else expected.T, rtol=1e-11)
+    np.testing.assert_allclose(F.softmax(x, dim).data, np.exp(expected if dim == 1 else expected.T), rtol=1e-11)
+    if dim == 1:
+        losses = [float(F.cross_entropy(row[None], [1]).data) for row in x]
+        np.testing.assert_allclose(losses, -of_one[1], rtol=1e-11)
+        np.testing.assert_allclose(float(F.cross_entropy(x, [1, 1, 1]).data), -of_one[1], rtol=1e-11)
+
+
 def test_nan_goes_through_relu() -> None:
     """A diverged network must not look healthy because ReLU turned NaN into 0."""
     for function in (F.relu, F.relu6):

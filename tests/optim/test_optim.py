@@ -342,3 +342,14 @@ def test_learning_needs_the_learning_rate(make: Any) -> None:
         return loss.item()
 
     assert final_loss(0.05) < 0.01 * final_loss(0.0)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_first_momentum_is_no_view_of_the_gradient(nesterov: bool) -> None:
+    """Gradients that are zeroed or added up in place between steps must leave the momentum alone."""
+    w = Tensor(np.zeros(2), requires_grad=True)
+    optimizer = optim.SGD([w], lr=1.0, momentum=0.5, nesterov=nesterov)
+    w.grad = np.array([1.0, 2.0])
+    optimizer.step()
+    w.grad[:] = 100
+    np.testing.assert_array_equal(optimizer.buffers["momentum_buffer"][0], [1.0, 2.0])

@@ -184,7 +184,7 @@ def test_a_rank_deficient_activation(shape: tuple[int, ...], dtype: Any) -> None
         np.testing.assert_allclose(rebuild(saved), x, atol=1e-4 * np.abs(x).max())
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_an_activation_that_is_not_finite_leaves_the_warm_start_alone(bad: float) -> None:
     """One broken batch is an error, and must not poison the factors of all later steps."""
     x = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)

@@ -298,7 +298,7 @@ class OnnxNet(Module):
 
     def _is_of_the_loss(self, node: Node, x: Any, left_out: Sequence[Node]) -> bool:
         """Whether a node makes probabilities, or their logarithms, of the scores that cross-entropy takes."""
-        if not any(node is each for each in self._normalising):
+        if not any(node.outputs == each.outputs for each in self._normalising):
             return False
         return bool(left_out) if node.op == "Log" else over_all_of_an_input(node, x.shape)
 

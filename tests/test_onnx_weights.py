@@ -75,10 +75,7 @@ def test_a_weight_and_its_transpose_are_one_parameter(tmp_path: Path, name: str)
     report = cost(str(file), batch=3, tune="all", method="bp")
     assert report.to_json()["totals"]["bp"]["parameters"] == 320
     assert sum(row.parameters for row in report.rows) == 320
-    flops = report.totals["bp"].flops
-    assert flops["grad_weight"] + flops["grad_input"] == 2 * 3 * (256 + 256 + 64 + 256 + 64)
-    if name != "by shapes":  # there the gradient of a weight is counted as that of what is computed from it
-        assert flops["grad_weight"] == 2 * 3 * (256 + 256 + 64)
+    assert report.totals["bp"].flops["grad_weight"] == 2 * 3 * (256 + 256 + 64)
     assert compare(predict(str(file), 3, tune="all", methods=["bp", "lance"], ranks="0.5", with_weights=True)).agrees
 
 

@@ -84,12 +84,13 @@ class Weight:
 
     def _look(self, step: Step) -> Weight:
         root, steps = self.root, _shortened((*self.steps, step))
-        if not steps:
+        place = _place(root.shape, steps)
+        if place == _place(root.shape, ()):
             return root
-        if steps not in root.looks:
+        if place not in root.looks:
             constant = Constant(_shape_after(step), root.constant.dtype, lambda: _seen(root.constant.load(), steps))
-            root.looks[steps] = Weight(constant, (*root.key, steps), root, steps)
-        return root.looks[steps]
+            root.looks[place] = Weight(constant, (*root.key, place), root, steps)
+        return root.looks[place]
 
     def made(self, function: Callable[[np.ndarray], np.ndarray], what: Any) -> Weight:
         """A stored tensor of this shape, in our precision, with what a function makes of the values."""
@@ -155,6 +156,15 @@ def _shortened(steps: Sequence[Step]) -> tuple[Step, ...]:
         if how != (tuple(range(len(before))) if kind == "permute" else before):
             short.append((kind, how, before))
     return tuple(short)
+
+
+def _place(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Any:
+    """Which number of the stored tensor stands where in a look: the same for looks that differ in their steps alone."""
+    stored = np.empty(shape, np.int8)  # never read, and so never in memory, unless a step must copy
+    look = _seen(stored, steps)
+    if not np.may_share_memory(look, stored):
+        return steps
+    return look.shape, tuple(0 if n == 1 else s for n, s in zip(look.shape, look.strides, strict=True))
 
 
 def _backwards(steps: Sequence[Step]) -> list[Step]:

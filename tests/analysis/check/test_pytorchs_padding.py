@@ -74,9 +74,12 @@ def test_same_padding_of_a_convolution(name: str, tmp_path: Path) -> None:
     x = torch.randn(4, 3, 16, 16)
     theirs = torch_net(tnn.Conv2d(3, 8, padding="same", **options), tnn.Conv2d(8, 8, 3))
     ours = nn.Sequential(
-        nn.Conv2d(3, 8, padding="same", **options), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(3, 8, padding="same", **options),
+        nn.Conv2d(8, 8, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
         nn.Linear(8, 10),
-    )  # fmt: skip
+    )
     for net in (ours, exported(theirs, x, tmp_path / "net.onnx")):
         prediction = predict(net, 4, input_shape=(3, 16, 16), tune="all", methods=["bp"], with_weights=True)
         assert prediction.report.totals["bp"].activation_bytes["pytorch"] == kept(theirs, x)
@@ -100,9 +103,14 @@ def test_pools_that_round_up(name: str, tmp_path: Path) -> None:
     x = torch.randn(4, 3, 15, 17)
     theirs = torch_net(tnn.Conv2d(3, 8, 3), tnn.ReLU(), POOLS[name](tnn), tnn.Conv2d(8, 8, 3))
     ours = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), POOLS[name](nn), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        POOLS[name](nn),
+        nn.Conv2d(8, 8, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
         nn.Linear(8, 10),
-    )  # fmt: skip
+    )
     for net in (ours, exported(theirs, x, tmp_path / "net.onnx")):
         prediction = predict(net, 4, input_shape=(3, 15, 17), tune="all", methods=["bp"], with_weights=True)
         assert prediction.report.totals["bp"].activation_bytes["pytorch"] == kept(theirs, x)
@@ -233,17 +241,10 @@ def test_a_window_that_begins_beyond_the_image_does_not_count(
         starts.append(
             [s for s in range(first, n, stride[axis]) if s == first or s - stride[axis] + kernel[axis] < reach]
         )
-
-    def window(r: int, c: int) -> np.ndarray:
-        rows, columns = (slice(max(i, 0), max(i, 0) + k + min(i, 0)) for i, k in zip((r, c), kernel, strict=True))
-        return x[:, :, rows, columns].max((2, 3))
-
-    expected = np.array(
-        [
-            [window(r, c) for c in starts[1]]
-            for r in starts[0]
-        ]
-    ).transpose(2, 3, 0, 1)  # fmt: skip
+    windows = [
+        [(slice(max(r, 0), r + kernel[0]), slice(max(c, 0), c + kernel[1])) for c in starts[1]] for r in starts[0]
+    ]
+    expected = np.stack([np.stack([x[(..., *w)].max((2, 3)) for w in row], -1) for row in windows], -2)
     with no_grad():
         np.testing.assert_array_equal(OnnxNet(file)(x).data, expected)
 
@@ -257,7 +258,7 @@ def test_what_the_report_said_of_these_nets(tmp_path: Path) -> None:
         69_956: torch_net(
             tnn.Conv2d(3, 8, 3, padding=1), tnn.ReLU(), tnn.MaxPool2d(3, 2, ceil_mode=True), tnn.Conv2d(8, 8, 3)
         ),
-    }  # fmt: skip
+    }
     for right, net in nets.items():
         report = cost(exported(net, x, tmp_path / "net.onnx"), batch=4, tune="all", method="bp")
         assert report.totals["bp"].activation_bytes["pytorch"] == right

@@ -198,7 +198,7 @@ def test_numbers_of_the_table() -> None:
         (["--scenario", "split-imagenet"], "--scenario is 'split-imagenet', expected one of split-digits"),
         (["--learners", "gpm", "ewc"], "unknown learner 'ewc', expected some of finetune"),
         (["--learners", "gpm", "gpm"], "expected each once"),
-        (["--net", "vgg"], "unknown network 'vgg'"),
+        (["--net", "vgg"], "--net is 'vgg', expected one of mlp"),
         (["--net", "alexnet-cl"], "32x32 pixels at least"),
         (["--tasks", "1"], "--tasks is 1, expected at least 2"),
         (["--tasks", "6"], "tasks is 6, but split-digits has 5"),

@@ -224,7 +224,7 @@ def _loaded(value: Any) -> np.ndarray:
 Values = Mapping[str, Any]
 
 
-class Plan(NamedTuple):
+class LayerPlan(NamedTuple):
     """A layer before it is made.
 
     Attributes
@@ -254,7 +254,7 @@ class Made(NamedTuple):
     reads: tuple[str, ...]
 
 
-def plan_for(node: Node, values: Values) -> Plan | None:
+def plan_for(node: Node, values: Values) -> LayerPlan | None:
     """What layer a node is; its weights are claimed, so that whoever reads them in another shape looks at these.
 
     Parameters
@@ -265,7 +265,7 @@ def plan_for(node: Node, values: Values) -> Plan | None:
 
     Returns
     -------
-    Plan or None
+    LayerPlan or None
         None for an operation without stored weights, or on weights that a layer before has in another shape.
     """
     if node.op not in LAYERS:
@@ -328,7 +328,7 @@ def _path(weight: Weight | None, node: Node) -> str:
     return name.removesuffix(".weight") if name.endswith(".weight") else node.scope
 
 
-def _conv(node: Node, x: list[Any]) -> Plan | None:
+def _conv(node: Node, x: list[Any]) -> LayerPlan | None:
     weight, bias = (*x[1:], None)[:2]
     if not isinstance(weight, Weight) or not (bias is None or isinstance(bias, Weight)):
         return None
@@ -348,7 +348,7 @@ def _conv(node: Node, x: list[Any]) -> Plan | None:
     def make() -> Module:
         return kind(C_in * options["groups"], C_out, kernel, bias=bias is not None, **options)
 
-    return Plan(make, weight, bias, (mode, *sorted((k, repr(v)) for k, v in options.items())))
+    return LayerPlan(make, weight, bias, (mode, *sorted((k, repr(v)) for k, v in options.items())))
 
 
 class _SameLower(nn.Conv2d):
@@ -394,17 +394,17 @@ class _Product(nn.Linear):
         return y + (summand if self.beta == 1 else summand * self.beta)
 
 
-def _gemm(node: Node, x: list[Any]) -> Plan | None:
+def _gemm(node: Node, x: list[Any]) -> LayerPlan | None:
     turned = [bool(node.attributes.get(name, 0)) for name in ("transA", "transB")]
     return _product(node, x, turned)
 
 
-def _matmul(node: Node, x: list[Any]) -> Plan | None:
+def _matmul(node: Node, x: list[Any]) -> LayerPlan | None:
     """x @ W or W @ x, with the bias of an Add behind it where :mod:`analysis.onnx.patterns` joined the two."""
     return _product(node, x, [False, False])
 
 
-def _product(node: Node, x: list[Any], turned: list[bool]) -> Plan | None:
+def _product(node: Node, x: list[Any], turned: list[bool]) -> LayerPlan | None:
     """Of a matrix that is stored and something that is not, each transposed before if ``turned`` says so."""
     bias = (*x, None)[2]
     left = isinstance(x[0], Weight)
@@ -420,9 +420,9 @@ def _product(node: Node, x: list[Any], turned: list[bool]) -> Plan | None:
     alpha, beta = (node.attributes.get(name, 1.0) for name in ("alpha", "beta"))
     options = (alpha, beta if bias is not None or apart else 1.0, left, turned[1 if left else 0])
     if options == (1.0, 1.0, False, False) and not apart:
-        return Plan(lambda: nn.Linear(I, O, bias is not None), weight, bias, "linear")
+        return LayerPlan(lambda: nn.Linear(I, O, bias is not None), weight, bias, "linear")
     reads = (int(left), 2) if apart else (int(left),)
-    return Plan(lambda: _Product(I, O, bias is not None, *options), weight, bias, options, reads)
+    return LayerPlan(lambda: _Product(I, O, bias is not None, *options), weight, bias, options, reads)
 
 
 def fits_as_bias(shape: Sequence[int], O: int, left: bool = False) -> bool:  # noqa: E741
@@ -434,7 +434,7 @@ def fits_as_bias(shape: Sequence[int], O: int, left: bool = False) -> bool:  # n
     )
 
 
-def _batch_norm(node: Node, x: list[Any]) -> Plan | None:
+def _batch_norm(node: Node, x: list[Any]) -> LayerPlan | None:
     weights = x[1:]
     if len(weights) != 4 or not all(isinstance(w, Weight) and len(w.shape) == 1 for w in weights):
         return None
@@ -443,7 +443,7 @@ def _batch_norm(node: Node, x: list[Any]) -> Plan | None:
         raise ValueError(f"mean has shape {mean.shape} and variance {var.shape}, expected {weight.shape}")
     eps, momentum = node.attributes.get("epsilon", 1e-5), 1 - node.attributes.get("momentum", 0.9)
     make = lambda: _AnyBatchNorm(weight.shape[0], eps, momentum)  # noqa: E731
-    return Plan(make, weight, bias, (eps, momentum, mean.key, var.key))
+    return LayerPlan(make, weight, bias, (eps, momentum, mean.key, var.key))
 
 
 class _AnyBatchNorm(nn.BatchNorm2d):
@@ -453,7 +453,7 @@ class _AnyBatchNorm(nn.BatchNorm2d):
     _expected = "(B, {C}, ...)"
 
 
-def _layer_norm(node: Node, x: list[Any]) -> Plan | None:
+def _layer_norm(node: Node, x: list[Any]) -> LayerPlan | None:
     weight, bias = (*x[1:], None)[:2]
     if not isinstance(weight, Weight) or not (bias is None or isinstance(bias, Weight)):
         return None
@@ -461,16 +461,16 @@ def _layer_norm(node: Node, x: list[Any]) -> Plan | None:
     if axis < 0 and len(weight.shape) != -axis:
         raise ValueError(f"axis is {axis} and scale has shape {weight.shape}, expected {-axis} dimensions")
     bias = bias or Weight(Constant(weight.shape, PRECISION, lambda: np.zeros(weight.shape, PRECISION)), ("zeros",))
-    return Plan(lambda: nn.LayerNorm(weight.shape, eps), weight, bias, (axis, eps))
+    return LayerPlan(lambda: nn.LayerNorm(weight.shape, eps), weight, bias, (axis, eps))
 
 
-def _dropout(node: Node, x: list[Any]) -> Plan | None:
+def _dropout(node: Node, x: list[Any]) -> LayerPlan | None:
     given = x[1] if len(x) > 1 else node.attributes.get("ratio")
     ratio = number(given.constant.load() if isinstance(given, Weight) else given, "the ratio", 0.5)
-    return Plan(lambda: nn.Dropout(ratio), None, None, node.outputs[0])
+    return LayerPlan(lambda: nn.Dropout(ratio), None, None, node.outputs[0])
 
 
-LAYERS: dict[str, Callable[[Node, list[Any]], Plan | None]] = {
+LAYERS: dict[str, Callable[[Node, list[Any]], LayerPlan | None]] = {
     "Conv": _conv,
     "Gemm": _gemm,
     "MatMul": _matmul,

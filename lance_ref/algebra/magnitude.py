@@ -16,7 +16,7 @@ class NotFiniteError(ValueError, FloatingPointError):
 
 
 def exponent(array: np.ndarray, subject: str = "an array") -> int:
-    """The integer e with 2^(e−1) ≤ max |a| < 2^e, and 0 for zeros and for an empty array. Makes no copy.
+    """The integer ``e`` with ``2^(e−1) ≤ max |a| < 2^e``, and 0 for zeros and for an empty array. Makes no copy.
 
     Parameters
     ----------

@@ -302,8 +302,9 @@ def test_pooling(op: str, shape: tuple[int, ...]) -> None:
 @compiled
 def test_indexing_and_joining() -> None:
     """Arrays of positions, of one axis and of two; slices; joints along each axis."""
-    check(lambda x: x[np.arange(200_000) % 400], [(400, 3)], [True])
-    check(lambda x: x[np.arange(100_000) % 400, np.arange(100_000) % 1500], [(400, 1500)], [True])
+    rows, columns = np.arange(200_000) % 400, np.arange(200_000) % 1500
+    check(lambda x: x[rows], [(400, 3)], [True])
+    check(lambda x: x[rows, columns], [(400, 1500)], [True])
     check(lambda x: x[:, ::2], [(400, 1500)], [True])
     for dim, other in ((0, (200, 500)), (1, (300, 400))):
         check(lambda x, y, dim=dim: F.concatenate([x, y], dim), [(300, 500), other], [True, False])
@@ -362,9 +363,13 @@ def test_blocks_by_hand() -> None:
     """Axes that lie in one stretch are one; a block is made of whole inner axes, and of as much of the next as fits."""
     assert BLOCK == BLOCK_ELEMENTS == 65_536
     assert blocks([packed(8, 16, 48, 64)], BLOCK) == (65_536, 0)
-    assert blocks([packed(8, 16, 48, 64), packed(8, 16, 1, 1)], BLOCK) == (49_152, 1)  # 3072 · 16, then 1 of 8
+    assert blocks([packed(8, 16, 48, 64), packed(16, 1, 1)], BLOCK) == (49_152, 1)  # 3072 · 16, then 1 of 8
+    assert blocks([packed(8, 16, 48, 64), packed(8, 16, 1, 1)], BLOCK) == (21 * 3072, 1)  # of 128 maps
     assert blocks([packed(8, 16, 48, 64), packed(8, 1, 1, 1)], BLOCK) == (49_152, 0)  # one inner stretch is the block
     assert blocks([packed(500, 600), packed(600), packed(500, 1)], BLOCK) == (109 * 600, 2)
+    assert blocks([packed(16, 24_000), packed(16, 1)], BLOCK) == (48_000, 1)  # twice as large for one copy
+    assert blocks([packed(16, 24_000), packed(16, 1), packed(16, 1)], BLOCK) == (24_000, 0)  # but not for two
+    assert blocks([packed(16, 20_000), packed(16, 1), packed(16, 1)], BLOCK) == (60_000, 2)
     assert blocks([packed(3, 200_000), packed(3, 1)], BLOCK) == (65_536, 0)
     assert blocks([packed(64, 100, 90), packed(64, 90, 100).permuted((0, 2, 1))], 8192) == (90 * 91, 1)
     assert blocks([packed(20)], BLOCK) == (20, 0)

@@ -73,7 +73,8 @@ def blocks(operands: Sequence[Layout], most: int) -> tuple[int, int]:
     """How NumPy goes through arrays in blocks: (elements of a block, operands that it copies to a buffer).
 
     Axes that lie in memory in one stretch in all operands are one. A block is made of as many of the innermost axes
-    as ``most`` elements allow; if that is more than one, those are copied that are not in one stretch.
+    as ``most`` elements allow, and then those are copied that are not in one stretch there; but of fewer if it does not
+    grow by as much as it costs more.
     """
     shape = np.broadcast_shapes(*(x.shape for x in operands))
     order = order_of([spread_to(x, shape) for x in operands])
@@ -85,15 +86,21 @@ def blocks(operands: Sequence[Layout], most: int) -> tuple[int, int]:
             sizes[i : i + 2] = [sizes[i] * sizes[i + 1]]
             for steps in strides:
                 del steps[i]
-    elements = 1
-    for n in reversed(sizes):
-        if elements * n > most:
-            elements *= max(most // elements, 1)
-            break
+    found = cost = elements = 1  # of a block; its cost is one more for each operand that is copied
+    for axis in reversed(range(len(sizes))):
+        n = min(sizes[axis], max(most // elements, 1))
         elements *= n
-    if elements <= sizes[-1]:
-        return elements, 0
-    return elements, sum(x.reshaped((math.prod(shape),)) is None for x in spread)
+        inner = (n, *sizes[axis + 1 :])
+        stretches = [
+            Layout(x.storage, inner, tuple(s[axis:])).reshaped((elements,))
+            for x, s in zip(spread, strides, strict=True)
+        ]
+        copied = sum(stretch is None for stretch in stretches)
+        if elements * cost >= found * (1 + copied):
+            found, cost = elements, 1 + copied
+        if n < sizes[axis]:
+            break
+    return found, cost - 1
 
 
 def order_of(operands: Sequence[Layout]) -> list[int]:

@@ -429,16 +429,14 @@ def avg_pool(call: Call) -> int:
     planes = math.prod(call.record.output.shape[:2])
     if call.record.op == "adaptive_avg_pool2d":
         return call.n_out * call.itemsize + division_buffer(planes)
-    return call.n_out * call.itemsize + _counts(call) + 3 * min(call.n_out, UFUNC_BUFFER) * call.itemsize
+    return call.n_out * call.itemsize + _of_windows(call)
 
 
-def _counts(call: Call) -> int:
-    """Bytes of the numbers of elements that the means of a plane are over, where they are not all the same."""
-    return (
-        0
-        if call.record.attributes["count_include_pad"]
-        else call.n_out // math.prod(call.record.output.shape[:2]) * call.itemsize
-    )
+def _of_windows(call: Call) -> int:
+    """Bytes of the numbers of elements that the means of a plane are over, if they differ, and of NumPy's buffers."""
+    places = math.prod(call.record.output.shape[2:])
+    counts = 0 if call.record.attributes["count_include_pad"] else places
+    return (counts + (3 * min(call.n_out, UFUNC_BUFFER) if places > 1 else 0)) * call.itemsize
 
 
 @backward("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
@@ -448,7 +446,7 @@ def pool_backward(call: Call, g: Layout) -> Backward:
     if call.record.op == "max_pool2d":
         shares = packing(g, call.itemsize)
     elif call.record.op == "avg_pool2d":
-        shares = call.n_out * call.itemsize + _counts(call) + 3 * min(call.n_out, UFUNC_BUFFER) * call.itemsize
+        shares = call.n_out * call.itemsize + _of_windows(call)
     else:
         shares = (planes + 2 * min(planes, UFUNC_BUFFER)) * call.itemsize
     return Backward(grad.storage.nbytes + shares, (grad,))

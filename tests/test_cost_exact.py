@@ -14,6 +14,9 @@ import lance_ref
 from analysis.account import account
 from analysis.batch_law import batch_spectrum, fit_batch_law, rank_for_energy
 from analysis.calibration_costs import CalibrationCost, LayerCalibration, ModeCalibration, calibration_cost
+from analysis.continual_bill import _ranks
+from analysis.continual_costs import _kept
+from analysis.nets import trace_step
 from analysis.peak.arrays import division_buffer, temporaries
 from analysis.peak.lifetimes import lifetimes
 from analysis.peak.memory import peak, updating
@@ -23,8 +26,11 @@ from analysis.planning.options import Option, options_for, parse_bytes, parse_fr
 from analysis.protection_costs import calibration_macs, gpm_bill, lance_bill
 from analysis.rules.layouts import Memory as Layouts
 from analysis.rules.op_cost import OpCost, cost_of
-from analysis.rules.stores.tucker import asi_macs, hosvd_macs, orthonormal_macs
+from analysis.rules.stores.sketch import directions
+from analysis.rules.stores.tucker import _decomposed, asi_macs, hosvd_macs, orthonormal_macs
+from analysis.rules.tucker_costs import ConvSizes, conv_cheapest
 from analysis.spectra_file import LayerSpectra
+from analysis.step_changes import _stretches
 from lance_ref import functional as F
 from lance_ref import nn, record
 from lance_ref.tensor import Tensor
@@ -106,6 +112,39 @@ def test_products(name: str, forward: int, to_input: int, to_weight: int) -> Non
     assert sum(cost.grad_weight_macs for cost in costs) == to_weight
 
 
+def first(step: Callable[[], Tensor]) -> OpCost:
+    """The cost of the first operation."""
+    with record() as records:
+        step()
+    return cost_of(records[0], Layouts(), True)
+
+
+def test_squared_differences_both() -> None:
+    """Two gradients: the second is the negative of the first."""
+    both = [Tensor.meta((5, 3), requires_grad=True) for _ in range(2)]
+    assert first(lambda: F.mse_loss(*both)).elementwise == 3 * 15 + 2 * 15
+
+
+def test_only_the_bias_trains() -> None:
+    """Added to twelve results, and its gradient summed over them."""
+    cost = first(lambda: F.linear(Tensor.meta((4, 5)), Tensor.meta((3, 5)), Tensor.meta((3,), requires_grad=True)))
+    assert (cost.elementwise, cost.grad_weight_macs, cost.tape) == (24, 0, [])
+
+
+def test_what_pytorch_keeps_of_pooling() -> None:
+    """To one place it takes the mean, which keeps nothing."""
+    x = Tensor.meta((2, 3, 7, 8), requires_grad=True)
+    assert first(lambda: F.adaptive_avg_pool2d(x, 1)).pytorch == []
+    assert [saved.storage.nbytes for saved in first(lambda: F.adaptive_avg_pool2d(x, (1, 2))).pytorch] == [336 * 4]
+
+
+def test_positions_behind_a_new_dimension() -> None:
+    """Four positions of 300, two bytes each; of 6, one byte each."""
+    x = Tensor.meta((300, 6), requires_grad=True)
+    assert kept(first(lambda: x[None, np.array([0, 7, 7, 299])])) == 8
+    assert kept(first(lambda: x[None, :, np.array([0, 5])])) == 2
+
+
 # ---- activation stores ---------------------------------------------------------------------------
 
 
@@ -139,6 +178,68 @@ def test_gradient_filter() -> None:
     assert cost.grad_input_macs == 16 * 4 * 3 * 2
     assert cost.elementwise == 672 + 2 * (256 + 16 * 4) + 4 * 3 * 3 * 2
     assert kept(cost) == 16 * 6 * 4
+
+
+def test_a_stride_keeps_the_kernel_in_its_patch() -> None:
+    """Windows of 2 · 2 input places, which a dilation of 2 does not leave."""
+
+    def step() -> Tensor:
+        x, w = Tensor.meta((2, 3, 9, 9), requires_grad=True), Tensor.meta((4, 3, 3, 3), requires_grad=True)
+        return F.conv2d(x, w, stride=2, padding=2, dilation=2)
+
+    cost = stored(step, name="gradient-filter", patch=2)
+    assert cost.grad_input_macs == cost.grad_weight_macs == 2 * 3 * 3 * 4 * 3
+
+
+def test_rows_are_not_cut() -> None:
+    """Of (B, I) nothing is summed: the input itself is kept."""
+    cost = stored(rows, name="gradient-filter", patch=2)
+    assert (cost.grad_weight_macs, cost.elementwise, kept(cost)) == (5 * 4 * 6, 0, 5 * 6 * 4)
+
+
+def test_codes_fill_bytes() -> None:
+    """Fifteen codes of four bits: eight bytes, and two floats for each of three features."""
+    x, w = Tensor.meta((5, 3), requires_grad=True), Tensor.meta((4, 3), requires_grad=True)
+    assert kept(stored(lambda: F.linear(x, w), name="quantized", bits=4)) == 8 + 3 * 2 * 4
+
+
+def test_ranges_of_a_coded_core() -> None:
+    """A range for each feature where it has 32 entries of the core, else one for all."""
+    x, w = Tensor.meta((40, 3), requires_grad=True), Tensor.meta((4, 3), requires_grad=True)
+    for rank, ranges in ((32, 3), (31, 1)):
+        cost = stored(lambda: F.linear(x, w), name="lance", ranks=(rank, None), core_bits=8)
+        assert kept(cost) == rank * 3 + ranges * 2 * 4
+        assert cost.elementwise == 2 * (120 + rank * 3) + rank * 3 * 12
+
+
+def test_directions() -> None:
+    """To the nearest integer, of two the even one, and at least one; all of them keep everything."""
+    assert [directions(n, ratio) for n, ratio in ((8, 0.7), (5, 0.5), (7, 0.5), (3, 0.01))] == [6, 2, 4, 1]
+    every = options_for(["sketch"], [], [], ratios=[1.0])[0]
+    assert layer_fidelity(every, (4, 3), None, None) == Fidelity(1.0, 1.0, 1.0)
+
+
+def test_a_core_is_expanded_to_a_quarter() -> None:
+    """Of the activation's numbers, at most: beyond that the core stays compressed though it costs more.
+
+    With the channels put back: 480 numbers of at most 420, and 19,584 multiply-adds.
+    """
+    sizes = ConvSizes(8, 6, 5, 7, C_out=4, H_out=3, W_out=6, k_h=3, k_w=2, groups=2)
+    assert conv_cheapest(sizes, (4, 6, 4, 5)) == (19_704, "papers", ())
+
+
+def test_a_square_unfolding() -> None:
+    """The Gram of its rows, and no product after it."""
+    assert hosvd_macs((6, 2, 3), (2, None, None), (True, False, False)) == 36 * 6 + 9 * 216 // 2
+
+
+def test_which_modes_are_decomposed() -> None:
+    """Not those of size one, none at a threshold of one, and only those that are selected."""
+    none = (None, None, None)
+    assert _decomposed((1, 4, 5), none, {"epsilon": 0.9}) == (False, True, True)
+    assert _decomposed((1, 4, 5), none, {"epsilon": 0.9, "selected": (True, False, True)}) == (False, False, True)
+    assert _decomposed((2, 4, 5), none, {"epsilon": 1}) == (False, False, False)
+    assert _decomposed((2, 4, 5), (1, None, 5), {}) == (True, False, True)
 
 
 def test_codes() -> None:
@@ -227,6 +328,16 @@ def test_gradients_in_between_that_add_up() -> None:
         return (F.neg(a) + F.neg(a)).sum()
 
     assert meta_peak(step).backward_bytes == 4 * N + 4 + 4 + 3 * N
+
+
+def test_three_gradients_that_add_up() -> None:
+    """Two at a time: the sum takes the place of its first summand."""
+
+    def step() -> Tensor:
+        a = Tensor.meta((1000,), requires_grad=True).reshape(10, 100)
+        return (F.neg(a) + F.neg(a) + F.neg(a)).sum()
+
+    assert meta_peak(step).backward_bytes == 6 * N + 4 + 4 + 3 * N
 
 
 def test_gradients_that_are_sums_of_products() -> None:
@@ -417,3 +528,27 @@ def test_the_law_of_the_batch() -> None:
     assert fit_batch_law(np.array([5.0])) == (0.0, 5.0)
     np.testing.assert_allclose(batch_spectrum(np.array([14.0, 2.0, 2.0, 2.0]), 6), [20, 2, 2, 2, 2, 2])
     assert [rank_for_energy(np.array([1.0, 6.0, 3.0]), e) for e in (0.6, 0.61, 0.9, 1)] == [1, 2, 2, 3]
+
+
+def test_codes_of_tokens() -> None:
+    """A range for each feature of (B, L, n): ten values each."""
+    assert layer_fidelity(Option("int4"), (2, 5, 3), None, None) == Fidelity(1 - 3 / 900, 1 - 8 / 450, 1.0)
+
+
+def test_a_memory_is_shared_out() -> None:
+    """In equal parts, of tasks that may be smaller; at least one image each."""
+    assert [_kept([10, 3], 8), _kept([10, 3], 100), _kept([5, 5], 0)] == [4 + 3, 13, 2]
+
+
+def test_ranks_round_up() -> None:
+    """Of the batch's directions and of the free features."""
+    step = trace_step(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), "net", (6,), 8, "all", "float32")
+    assert _ranks(step, "0", 5, 0.3) == (3, 2)
+
+
+def test_stretches() -> None:
+    """The first ones longer."""
+    stages: list[Any] = list(range(5))
+    assert [len(part) for part in _stretches(stages, 2)] == [3, 2]
+    assert [len(part) for part in _stretches(stages, 3)] == [2, 2, 1]
+    assert [len(part) for part in _stretches(stages, 5)] == [1] * 5

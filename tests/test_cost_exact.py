@@ -24,15 +24,16 @@ from analysis.planning.costs import Costs, Device, Memory, weights_by_layer
 from analysis.planning.fidelity import Fidelity, layer_fidelity, layer_shares, mode_shares, tucker_fidelity
 from analysis.planning.options import Option, options_for, parse_bytes, parse_fraction_of_modes, parse_times
 from analysis.protection_costs import calibration_macs, gpm_bill, lance_bill
+from analysis.rules import tucker_costs
 from analysis.rules.layouts import Memory as Layouts
 from analysis.rules.op_cost import OpCost, cost_of
 from analysis.rules.stores.sketch import directions
 from analysis.rules.stores.tucker import _decomposed, asi_macs, hosvd_macs, orthonormal_macs
-from analysis.rules.tucker_costs import ConvSizes, conv_cheapest
+from analysis.rules.tucker_costs import ConvSizes, conv_cheapest, conv_papers_macs
 from analysis.spectra_file import LayerSpectra
 from analysis.step_changes import _stretches
 from lance_ref import functional as F
-from lance_ref import nn, record
+from lance_ref import nn, projection, record
 from lance_ref.tensor import Tensor
 from lance_ref.tracing import OpRecord
 from tests.cost_cases import run
@@ -99,6 +100,7 @@ def test_operations_on_several(name: str, elementwise: int) -> None:
         ("linear tokens", 4 * 7 * 3 * 5, 420, 420),
         ("linear first layer", 4 * 3 * 5, 0, 60),
         ("matmul parameter", 4 * 3 * 5, 60, 60),
+        ("matmul frozen parameter", 60, 60, 0),
         ("matmul batch by matrix", 2 * 7 * 4 * 3 * 5, 840 + 840, 0),
         ("matmul vector", 2 * 7 * 4 * 3, 168 + 168, 0),
     ],
@@ -123,6 +125,23 @@ def test_squared_differences_both() -> None:
     """Two gradients: the second is the negative of the first."""
     both = [Tensor.meta((5, 3), requires_grad=True) for _ in range(2)]
     assert first(lambda: F.mse_loss(*both)).elementwise == 3 * 15 + 2 * 15
+
+
+def test_who_is_negated_by_a_difference() -> None:
+    """The subtrahend: six elements, summed to three; the gradient of the other is the one that came in."""
+    a, b = Tensor.meta((2, 3), requires_grad=True), Tensor.meta((3,), requires_grad=True)
+    assert first(lambda: a - Tensor.meta((3,))).elementwise == 6
+    assert first(lambda: Tensor.meta((2, 3)) - b).elementwise == 6 + 6 + 6
+    assert first(lambda: b - Tensor.meta((2, 3))).elementwise == 6 + 6
+
+
+@pytest.mark.parametrize(
+    ("trains", "backward"), [((True, False), 2 + 2), ((False, True), 1), ((True, True), 2 + 2 + 1)]
+)
+def test_only_weight_or_bias_of_a_norm_trains(trains: tuple[bool, bool], backward: int) -> None:
+    """x̂ again and its products with the gradient, summed; the gradient, summed."""
+    w, b = (Tensor.meta((8,), requires_grad=yes) for yes in trains)
+    assert first(lambda: F.layer_norm(Tensor.meta((2, 3, 8)), (8,), w, b)).elementwise == 48 * (8 + backward)
 
 
 def test_only_the_bias_trains() -> None:
@@ -226,6 +245,19 @@ def test_a_core_is_expanded_to_a_quarter() -> None:
     """
     sizes = ConvSizes(8, 6, 5, 7, C_out=4, H_out=3, W_out=6, k_h=3, k_w=2, groups=2)
     assert conv_cheapest(sizes, (4, 6, 4, 5)) == (19_704, "papers", ())
+
+
+def test_the_papers_order_with_groups() -> None:
+    """Z1, Z2 by the width first, Z3, and each output channel's own three rows of the channels' factor."""
+    sizes = ConvSizes(8, 6, 5, 7, C_out=4, H_out=3, W_out=6, k_h=3, k_w=2, groups=2)
+    Z1, Z2, Z3 = 8 * 4 * 3 * 6 * 3, 120 * 7 + 210 * 5, 3 * 4 * 3 * 6 * 5 * 3 * 2
+    assert conv_papers_macs(sizes, (3, 5, 2, 4)) == Z1 + Z2 + Z3 + 4 * 3 * 2 * 5 * 3
+
+
+def test_limits_are_those_of_the_library() -> None:
+    """What decides which order runs."""
+    for name in ("EXPANDED_ELEMENTS", "SMALL_MAP", "SMALL_CORE"):
+        assert getattr(tucker_costs, name) == getattr(projection, name)
 
 
 def test_a_square_unfolding() -> None:

@@ -394,6 +394,30 @@ def test_a_gradient_that_is_summed_in_one_go() -> None:
     assert meta_peak(step).backward_bytes == 2 * x + 4 + 4 + 4 + 4 + x
 
 
+def test_a_loss_row_by_row() -> None:
+    """Scores; of each row the score of its label, the sum and the loss; the label in a byte."""
+    B = 100_000
+
+    def step() -> Tensor:
+        return F.cross_entropy(Tensor.meta((B, 2), requires_grad=True), Tensor.meta((B,), np.int64))
+
+    scores, labels = B * 2 * 4, B * 8
+    assert meta_peak(step).forward_bytes == scores + labels + scores + 3 * B * 4 + B
+    # kept: the probabilities and a byte; then the gradient, row numbers, labels as an index, what is taken there
+    assert meta_peak(step).backward_bytes == scores + labels + 4 + 4 + scores + B + scores + B * (8 + 8 + 4)
+
+
+def test_a_matrix_that_a_product_repeats() -> None:
+    """Its gradient is a sum of one product for each of the ten."""
+
+    def step() -> Tensor:
+        a, b = Tensor.meta((10, 7, 60)), Tensor.meta((1, 60, 80), requires_grad=True)
+        return F.matmul(a, b)
+
+    a, b, result = 10 * 7 * 60 * 4, 60 * 80 * 4, 10 * 7 * 80 * 4
+    assert meta_peak(step).backward_bytes == a + b + 2 * result + 10 * b + b
+
+
 class Narrow(nn.Module):
     """A large activation before the only layer."""
 

@@ -243,16 +243,16 @@ def div_backward(call: Call, g: Layout) -> Backward:
     full = call.n_out * call.itemsize
     held = most = full
     grads: list[Layout | None] = [None, None]
-    if call.needs(0) and _repeated(call, 0):
-        grads[0] = like_input(call)
-        held += grads[0].storage.nbytes
-    elif call.needs(0):
-        grads[0] = new(g.shape, call.itemsize, g)
+    if call.needs(0):
+        summed = _repeated(call, 0)
+        grads[0] = like_input(call) if summed else new(g.shape, call.itemsize, g)
+        held += call.record.inputs[0].nbytes if summed else 0
     if call.needs(1):
-        grads[1] = new(call.record.inputs[1].shape, call.itemsize, *([] if _repeated(call, 1) else [g]))
+        summed = _repeated(call, 1)
+        grads[1] = like_input(call, 1) if summed else new(g.shape, call.itemsize, g)
         most = held + full + temporaries(full)
-        if _repeated(call, 1):
-            most = max(most, held + full + grads[1].storage.nbytes)
+        if summed:
+            most = max(most, held + full + call.record.inputs[1].nbytes)
     return Backward(max(most, held), tuple(grads))
 
 

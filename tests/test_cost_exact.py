@@ -21,9 +21,9 @@ from analysis.peak.arrays import division_buffer, temporaries
 from analysis.peak.lifetimes import lifetimes
 from analysis.peak.memory import peak, updating
 from analysis.planning.costs import Costs, Device, Memory, weights_by_layer
-from analysis.planning.fidelity import Fidelity, layer_fidelity, layer_shares, mode_shares, tucker_fidelity
+from analysis.planning.fidelity import Fidelity, layer_fidelity, layer_shares, mode_shares, tucker_fidelity, why_not
 from analysis.planning.options import Option, options_for, parse_bytes, parse_fraction_of_modes, parse_times
-from analysis.protection_costs import calibration_macs, gpm_bill, lance_bill
+from analysis.protection_costs import LayerBill, calibration_macs, gpm_bill, lance_bill, update_macs
 from analysis.rules import tucker_costs
 from analysis.rules.layouts import Memory as Layouts
 from analysis.rules.op_cost import OpCost, cost_of
@@ -530,7 +530,8 @@ def test_protection_by_its_sizes() -> None:
     assert (gpm.training_bytes, gpm.step_macs) == (448, 840)
     saturated = gpm_bill((8, 6), 48, 5, m=6)
     assert (saturated.ram_bytes, saturated.projection_macs, saturated.flash_bytes) == (0, 0, 6 * 6 * 8)
-    assert lance_bill((8, 6), None, 5, m=4).flash_bytes == 6 * 4 * 8
+    assert lance_bill((8, 6), None, 5, m=4) == LayerBill(0, 6 * 4 * 8, 0, 0, 0)
+    assert update_macs(5, 2, 1) == (300 - 60 + 8) // 3 + 25 * 3 + 3 * 5 * 3 + 9 * 27 // 2 + 5 * 3
     assert calibration_macs((8, 3, 6), (True, False, True), 2, True) == 144 * 14 + 2 * 144 * 2 * 2
     assert calibration_macs((8, 3, 6), (True, False, True), 2, False) == 144 * 14 + 2 * 144 * 2
 
@@ -575,6 +576,10 @@ def test_fidelities() -> None:
     int4 = layer_fidelity(Option("int4"), (4, 3, 5, 5), None, None)
     assert int4 == Fidelity(1 - 3 / 900, 1 - 98 / 450, 1.0)
     assert layer_fidelity(Option("int4"), (3, 9), None, None) == Fidelity(1 - min(3 / 900, 1 / 450), 1 - 1 / 450, 1.0)
+    ranked, plain = Option("lance", epsilon=0.9), Option("bp")
+    assert [why_not(ranked, True), why_not(plain, False), why_not(plain, True)] == [None, None, None]
+    assert why_not(ranked, False) == why_not(Option("lance", fraction=Fraction(1, 2)), False) == "there are no spectra"
+    assert layer_fidelity(options_for(["sketch"], [], [], ratios=[0.01])[0], (4, 3), None, None).estimate == 0.25
     assert layer_shares("layers", {"a": 1, "b": 9}) == {"a": 0.5, "b": 0.5}
 
 

@@ -1,0 +1,113 @@
+"""What PyTorch keeps of single products and norms: our rule against its own hooks, storage by storage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from analysis.account import account
+from tests.cost_cases import run
+
+torch = pytest.importorskip("torch")
+Leaf = Callable[..., Any]
+
+
+def conv(trains: str, **options: Any) -> Callable[[Leaf], Any]:
+    """The convolution of the case of that name; ``trains`` has an x, a w and a b for input, weight and bias."""
+    padding = options.pop("unequal", None)
+
+    def step(leaf: Leaf) -> Any:
+        x = leaf(2, 6, 7, 8, grad="x" in trains)
+        weight = leaf(4, 6 // options.get("groups", 1), 3, 2, grad="w" in trains)
+        bias = leaf(4, grad="w" in trains) if "b" in trains else None
+        x = x if padding is None else torch.nn.functional.pad(x, padding)
+        return torch.nn.functional.conv2d(x, weight, bias, **options)
+
+    return step
+
+
+def norm(training: bool, trains: str, affine: bool = True) -> Callable[[Leaf], Any]:
+    def step(leaf: Leaf) -> Any:
+        x, running = leaf(2, 3, 4, 5, grad="x" in trains), [leaf(3, grad=False).detach() for _ in range(2)]
+        weights = [leaf(3, grad="w" in trains) for _ in range(2)] if affine else [None, None]
+        return torch.nn.functional.batch_norm(x, *running, *weights, training=training)
+
+    return step
+
+
+linear = torch.nn.functional.linear
+STEPS: dict[str, Callable[[Leaf], Any]] = {
+    "matmul": lambda t: t(4, 3) @ t(3, 5),
+    "matmul batch": lambda t: t(2, 7, 4, 3) @ t(2, 7, 3, 5),
+    "matmul batch, broadcast": lambda t: t(2, 7, 4, 3) @ t(7, 3, 5),
+    "matmul batch by matrix": lambda t: t(2, 7, 4, 3) @ t(3, 5),
+    "matmul batch by frozen matrix": lambda t: t(2, 7, 4, 3) @ t(3, 5, grad=False),
+    "matmul matrix by batch": lambda t: t(4, 3) @ t(2, 3, 5),
+    "matmul frozen matrix by batch": lambda t: t(4, 3, grad=False) @ t(2, 3, 5),
+    "matmul permuted batch by matrix": lambda t: t(2, 4, 7, 3).permute(0, 2, 1, 3) @ t(3, 5),
+    "matmul permuted batch by frozen": lambda t: t(2, 4, 7, 3).permute(0, 2, 1, 3) @ t(3, 5, grad=False),
+    "matmul vector": lambda t: t(2, 7, 4, 3) @ t(3),
+    "matmul matrix vector": lambda t: t(4, 3) @ t(3),
+    "matmul vector matrix": lambda t: t(3) @ t(3, 5),
+    "conv2d": conv("xwb"),
+    "conv2d frozen weight": conv("xb"),
+    "conv2d first layer": conv("w", groups=2, stride=(2, 1), padding=1, dilation=(1, 2)),
+    "conv2d unequal padding": conv("xw", unequal=(2, 1, 0, 1)),
+    "linear": lambda t: linear(t(4, 5), t(3, 5), t(3)),
+    "linear frozen": lambda t: linear(t(4, 5), t(3, 5, grad=False), t(3, grad=False)),
+    "linear first layer": lambda t: linear(t(4, 5, grad=False), t(3, 5), t(3)),
+    "linear tokens": lambda t: linear(t(4, 7, 5), t(3, 5), t(3)),
+    "linear permuted": lambda t: linear(t(4, 5, 7).permute(0, 2, 1), t(3, 5), t(3)),
+    "batch_norm frozen": norm(False, "x"),
+    "batch_norm frozen, only affine": norm(False, "w"),
+    "batch_norm training": norm(True, "xw"),
+    "batch_norm training, no affine": norm(True, "x", affine=False),
+    "layer_norm": lambda t: torch.nn.functional.layer_norm(t(2, 3, 8), (8,), t(8), t(8)),
+    "layer_norm over two": lambda t: torch.nn.functional.layer_norm(t(2, 3, 8), (3, 8)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_pytorch_keeps_what_the_rule_says(name: str) -> None:
+    """Bytes of every storage once; of norms without weights, biases and running statistics, the module's own."""
+    own: set[int] = set()
+
+    def leaf(*shape: int, grad: bool = True) -> Any:
+        tensor = torch.rand(shape, requires_grad=grad)
+        if "norm" in name and len(shape) == 1:
+            own.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = STEPS[name](leaf)
+    records, _ = run(name, real=False)
+    saved = [s.storage for bill in account(records, None) for s in bill.cost.pytorch]
+    ours = {id(storage): storage.nbytes for storage in saved if not ("norm" in name and storage.is_parameter)}
+    assert sorted(ours.values()) == sorted(n for n in kept.values() if n)
+    assert result.requires_grad
+
+
+def test_pytorch_keeps_a_matrix_that_a_batch_repeats() -> None:
+    """One matrix of a batch of one against seven: a packed copy for each of them, as its own hooks show."""
+    from lance_ref import functional as F
+    from lance_ref import record
+    from lance_ref.tensor import Tensor
+
+    shapes = ((7, 4, 3), (1, 3, 5))
+    with record() as records:
+        F.matmul(*(Tensor.meta(shape, requires_grad=True) for shape in shapes))
+    ours = [s.storage.nbytes for bill in account(list(records), None) for s in bill.cost.pytorch]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.untyped_storage().nbytes()), lambda x: x):
+        torch.matmul(*(torch.rand(shape, requires_grad=True) for shape in shapes))
+    assert sorted(ours) == sorted(kept)

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from analysis.account import account
+from lance_ref import functional as F
+from lance_ref import record
+from lance_ref.tensor import Tensor
 from tests.cost_cases import run
 
 torch = pytest.importorskip("torch")
@@ -97,17 +100,48 @@ def test_pytorch_keeps_what_the_rule_says(name: str) -> None:
     assert result.requires_grad
 
 
-def test_pytorch_keeps_a_matrix_that_a_batch_repeats() -> None:
-    """One matrix of a batch of one against seven: a packed copy for each of them, as its own hooks show."""
-    from lance_ref import functional as F
-    from lance_ref import record
-    from lance_ref.tensor import Tensor
+def hooked(step: Callable[[], Any]) -> list[int]:
+    """Bytes of each storage that PyTorch keeps."""
+    kept: dict[int, int] = {}
 
-    shapes = ((7, 4, 3), (1, 3, 5))
+    def pack(tensor: Any) -> Any:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sorted(kept.values())
+
+
+def billed(step: Callable[[], Tensor]) -> list[int]:
     with record() as records:
-        F.matmul(*(Tensor.meta(shape, requires_grad=True) for shape in shapes))
-    ours = [s.storage.nbytes for bill in account(list(records), None) for s in bill.cost.pytorch]
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.untyped_storage().nbytes()), lambda x: x):
-        torch.matmul(*(torch.rand(shape, requires_grad=True) for shape in shapes))
-    assert sorted(ours) == sorted(kept)
+        step()
+    return sorted(s.storage.nbytes for bill in account(list(records), None) for s in bill.cost.pytorch)
+
+
+@pytest.mark.parametrize("shapes", [((7, 4, 3), (1, 3, 5)), ((2, 7, 4, 3), (1, 7, 3, 5)), ((2, 7, 4, 3), (2, 1, 3, 5))])
+def test_pytorch_keeps_matrices_that_a_batch_repeats(shapes: tuple[tuple[int, ...], ...]) -> None:
+    """As they are, or packed for each of the others."""
+    ours = billed(lambda: F.matmul(*(Tensor.meta(shape, requires_grad=True) for shape in shapes)))
+    assert ours == hooked(lambda: torch.matmul(*(torch.rand(shape, requires_grad=True) for shape in shapes)))
+
+
+def test_pytorch_stacks_a_frozen_batch_for_the_gradient_of_a_matrix() -> None:
+    """Permuted matrices against one that trains: a packed copy of theirs."""
+    ours = billed(lambda: Tensor.meta((2, 4, 7, 3)).permute(0, 2, 1, 3) @ Tensor.meta((3, 5), requires_grad=True))
+    real = hooked(lambda: torch.rand(2, 4, 7, 3).permute(0, 2, 1, 3) @ torch.rand(3, 5, requires_grad=True))
+    assert ours == real == [2 * 7 * 4 * 3 * 4]
+
+
+@pytest.mark.parametrize("padding", [((0, 1), (2, 2)), ((1, 1), (1, 2)), ((2, 0), (0, 1))])
+def test_pytorch_keeps_a_padded_copy_where_one_axis_is_uneven(padding: tuple[tuple[int, int], ...]) -> None:
+    """Height or width, or both."""
+    shapes = ((2, 3, 7, 8), (4, 3, 3, 2))
+    ours = billed(lambda: F.conv2d(*(Tensor.meta(s, requires_grad=True) for s in shapes), padding=padding))
+    (top, bottom), (left, right) = padding
+
+    def step() -> Any:
+        x, w = (torch.rand(shape, requires_grad=True) for shape in shapes)
+        return torch.nn.functional.conv2d(torch.nn.functional.pad(x, (left, right, top, bottom)), w)
+
+    assert ours == hooked(step)

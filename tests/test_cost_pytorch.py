@@ -131,6 +131,9 @@ def test_pytorch_stacks_a_frozen_batch_for_the_gradient_of_a_matrix() -> None:
     ours = billed(lambda: Tensor.meta((2, 4, 7, 3)).permute(0, 2, 1, 3) @ Tensor.meta((3, 5), requires_grad=True))
     real = hooked(lambda: torch.rand(2, 4, 7, 3).permute(0, 2, 1, 3) @ torch.rand(3, 5, requires_grad=True))
     assert ours == real == [2 * 7 * 4 * 3 * 4]
+    base = torch.rand(7, 3, 8)[:, :, :4]
+    turned = billed(lambda: Tensor.meta((7, 3, 8))[:, :, :4].permute(0, 2, 1) @ Tensor.meta((3, 5), requires_grad=True))
+    assert turned == hooked(lambda: base.permute(0, 2, 1) @ torch.rand(3, 5, requires_grad=True))
 
 
 @pytest.mark.parametrize("padding", [((0, 1), (2, 2)), ((1, 1), (1, 2)), ((2, 0), (0, 1))])

@@ -147,4 +147,5 @@ def test_core_and_factors() -> None:
     assert kept(cost) == cost.paper_bytes == (2 * 3 + 5 * 2 + 6 * 3) * 4
     full = stored(rows, name="asi", ranks=(5, 6))
     assert kept(full) == full.paper_bytes == 30 * 4
+    assert [saved.what for saved in full.pytorch] == ["input", "weight"]  # PyTorch's own, no copy of it
     assert len(full.tape) == 2  # the input, and the weight for the input gradient

@@ -13,7 +13,10 @@ def plain(text: object) -> str:
     >>> plain("layer\\x1b[31m\\n2"), plain("größe")
     ('layer\\\\x1b[31m\\\\n2', 'größe')
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+    whole = str(text)
+    if whole.isprintable():  # nearly always
+        return whole
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in whole)
 
 
 def shown(name: object) -> str:

@@ -33,7 +33,7 @@ def conv(trains: str, **options: Any) -> Callable[[Leaf], Any]:
 
 
 def padded_conv2d(x: Any, weight: Any, bias: Any, left: int, right: int, top: int, bottom: int) -> Any:
-    """As PyTorch's own "same" does it: both sides have what the convolution pads, the odd side alone is padded before."""
+    """As PyTorch's "same" does it: the convolution pads what both sides have, and the odd side is padded before."""
     both = (min(top, bottom), min(left, right))
     odd = (left - both[1], right - both[1], top - both[0], bottom - both[0])
     return torch.nn.functional.conv2d(torch.nn.functional.pad(x, odd), weight, bias, padding=both)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from analysis.peak.rules import Backward, backward, forward, like_input, new, packing, reshaping
-from analysis.peak.stores import STORES, UFUNC_BUFFER, Layer, threads
-from analysis.rules.layouts import Layout
+from analysis.peak.arrays import UFUNC_BUFFER, like_input, new, packing, reshaping
+from analysis.peak.rules import Backward, backward, forward
+from analysis.peak.stores import STORES, Layer, threads
+from analysis.rules.layouts import Layout, Storage
 from analysis.rules.op_cost import Call
 
 COLUMNS = 8 * 2**20
@@ -71,13 +72,25 @@ class Convolution:
         return 0 if images == 1 else images * self.out[1] * rows * self.out[3] * self.itemsize
 
     @property
+    def _grouped(self) -> int:
+        """Bytes of a block of the output gradient, channels first; 0 where that is a view."""
+        (images, rows), (_, C_out, H_out, W_out) = self._block, self.out
+        block = Layout(Storage(0), (C_out, images, rows, W_out), (H_out * W_out, C_out * H_out * W_out, W_out, 1))
+        by_group = block.reshaped((self.groups, C_out // self.groups, images * rows * W_out))
+        return 0 if by_group is not None else images * C_out * rows * W_out * self.itemsize
+
+    @property
     def _window(self) -> int:
         """Bytes of the padded piece of the input under a block; 0 where nothing is padded."""
         if not self._padded:
             return 0
-        images, rows = self._block
-        height = min((rows - 1) * self.stride[0] + (self.weight[2] - 1) * self.dilation[0] + 1, self._height)
-        return images * self.x[1] * height * self._width * self.itemsize
+        images, _ = self._block
+        return images * self.x[1] * self._window_height * self._width * self.itemsize
+
+    @property
+    def _window_height(self) -> int:
+        """Rows of the input, with its padding, under a block."""
+        return min((self._block[1] - 1) * self.stride[0] + (self.weight[2] - 1) * self.dilation[0] + 1, self._height)
 
     def _loops(self, parts: int) -> int:
         """Bytes that the depthwise loops lay out themselves: an image, channels innermost, or a plane, per thread.
@@ -100,16 +113,34 @@ class Convolution:
 
     @property
     def _patches_are_views(self) -> bool:
-        return self.weight[2:] == (1, 1) and self.stride == (1, 1) and not self._padded
+        (images, rows), (C, (k_h, k_w), W) = self._block, (self.x[1], self.weight[2:], self._width)
+        plane = W * (self._window_height if self._padded else self.x[2])
+        patches = Layout(
+            Storage(0),
+            (C, k_h, k_w, images, rows, self.out[3]),
+            (plane, W * self.dilation[0], self.dilation[1], C * plane, W * self.stride[0], self.stride[1]),
+        )
+        columns = (self.groups, C // self.groups * k_h * k_w, images * rows * self.out[3])
+        return patches.reshaped(columns) is not None
+
+    def copied(self, layout: Layout) -> int:
+        """Bytes of the copy of an input or output gradient that a product needs: packed, or plane by plane."""
+        if self.depthwise:
+            return packing(layout, self.itemsize)
+        return reshaping(layout, (*layout.shape[:2], math.prod(layout.shape[2:])), self.itemsize)
+
+    @property
+    def _laid_out(self) -> int:
+        """Bytes of a block of patches; 0 where they are a view of the input, or of its padded piece."""
+        return 0 if self._patches_are_views else self._columns
 
     def forward_workspace(self, x_copy: int) -> int:
-        """``x_copy``: a packed copy of the input."""
+        """``x_copy``: a copy of the input."""
         if self.depthwise:
             return x_copy + self._loops(self.x[0])
         if self.pointwise:
             return x_copy
-        columns = 0 if self._patches_are_views and self._block[0] == 1 else self._columns
-        return columns + max(self._window, self._outputs)
+        return self._laid_out + max(self._window, self._outputs)
 
     def input_workspace(self, g_copy: int) -> int:
         """Beside the input gradient."""
@@ -118,7 +149,7 @@ class Convolution:
         if self.pointwise:
             return g_copy
         images, rows = self._block
-        copied = images * self.out[1] * rows * self.out[3] * self.itemsize if g_copy else self._outputs
+        copied = images * self.out[1] * rows * self.out[3] * self.itemsize if g_copy else self._grouped
         return copied + self._columns
 
     def weight_workspace(self, copies: int) -> int:
@@ -126,8 +157,7 @@ class Convolution:
         if self.depthwise:
             return copies + self._loops(1)
         weights = math.prod(self.weight) * self.itemsize
-        columns = 0 if self._patches_are_views and self._block[0] == 1 else self._columns
-        return columns + max(self._window, self._outputs + weights)
+        return self._laid_out + max(self._window, self._grouped + weights)
 
 
 def convolution(call: Call) -> Convolution:
@@ -151,7 +181,7 @@ def weighted(call: Call) -> int:
     result = call.n_out * call.itemsize
     x, layout = call.record.inputs[0], call.inputs[0]
     if call.record.op == "conv2d":
-        workspace = convolution(call).forward_workspace(packing(layout, call.itemsize))
+        workspace = convolution(call).forward_workspace(convolution(call).copied(layout))
     else:
         workspace = reshaping(layout, (x.size // x.shape[-1], x.shape[-1]), call.itemsize)
     saving = STORES[_store(call)].save(call, _layer(call)) if call.needs(1) else 0
@@ -198,10 +228,10 @@ class _Convolved(Layer):
     conv: Convolution
 
     def input_workspace(self, g: Layout) -> int:
-        return self.conv.input_workspace(packing(g, self.conv.itemsize))
+        return self.conv.input_workspace(self.conv.copied(g))
 
     def weight_workspace(self, g: Layout, x: Layout | None) -> int:
-        copies = packing(g, self.conv.itemsize) + (0 if x is None else packing(x, self.conv.itemsize))
+        copies = self.conv.copied(g) + (0 if x is None else self.conv.copied(x))
         return self.conv.weight_workspace(copies)
 
     def smaller(self, x: tuple[int, ...], weight: tuple[int, ...], out: tuple[int, ...]) -> int:

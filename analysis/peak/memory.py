@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from analysis.peak.arrays import REUSED_BYTES
 from analysis.peak.lifetimes import Lifetimes, lifetimes_from_scopes
 from analysis.peak.simulation import Simulation
 from analysis.rules.account import Billed, row_names
@@ -30,9 +31,6 @@ from lance_ref.stores import ActivationStore
 
 STATE_COPIES = {"sgd": 0, "sgd-momentum": 1, "adam": 2}
 """By optimiser: arrays of a parameter's size that it remembers from step to step."""
-
-REUSED_BYTES = 256 * 1024
-"""From this size on NumPy writes the result of ``(a * b) + c`` into the temporary ``a * b``."""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ Two rules for every operation. ``forward``: the most bytes that it has allocated
 pass, its result and what it keeps included. ``backward``: the same for its backward pass, and the gradients that
 come out of it, each with the memory it lives in: often the memory of the gradient that came in.
 
-Elementwise formulas run in blocks (:data:`BLOCK`), so that their temporaries are small. The rules are those of the
-compiled loops; the plain NumPy twins (``LANCE_REF_NUMBA=0``) take more.
+Elementwise formulas run in blocks (:mod:`analysis.peak.arrays`), so that their temporaries are small. The rules are
+those of the compiled loops; the plain NumPy twins (``LANCE_REF_NUMBA=0``) take more.
 """
 
 from __future__ import annotations
@@ -16,11 +16,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from analysis.peak.arrays import (
+    BLOCK,
+    UFUNC_BUFFER,
+    blocks,
+    division_buffer,
+    in_blocks,
+    like_input,
+    new,
+    packing,
+    piece,
+    temporaries,
+)
 from analysis.rules.layouts import Layout, Shape, Storage, is_basic_index, packed_strides
 from analysis.rules.op_cost import Call, MissingRuleError, bit_bytes, index_bytes
-
-BLOCK = 1 << 16
-"""Elements of an elementwise formula that are worked on at a time."""
 
 
 @dataclass(frozen=True)
@@ -74,46 +83,6 @@ def check_rule(op: str, path: str) -> None:
         raise MissingRuleError(f"no rule of peak memory for operation {op!r} in layer {path or '(root)'!r}")
 
 
-# ---- arrays ------------------------------------------------------------------------------
-
-
-def new(shape: Shape, itemsize: int, like: Layout | None = None) -> Layout:
-    """An array of its own, packed; its axes in memory in the order of ``like``'s, else in C order."""
-    order = like.axis_order if like is not None and len(like.shape) == len(shape) else None
-    return Layout(Storage(math.prod(shape) * itemsize), tuple(shape), packed_strides(shape, order))
-
-
-def like_input(call: Call, position: int = 0) -> Layout:
-    """A new array of an input's shape, in C order."""
-    return new(call.record.inputs[position].shape, call.itemsize)
-
-
-def is_packed(layout: Layout) -> bool:
-    """Whether the array lies in memory in C order without gaps."""
-    pairs = zip(layout.shape, layout.strides, packed_strides(layout.shape), strict=True)
-    return 0 in layout.shape or all(n == 1 or have == want for n, have, want in pairs)
-
-
-def packing(layout: Layout, itemsize: int) -> int:
-    """Bytes of the copy that a loop over packed arrays needs; 0 for a packed one."""
-    return 0 if is_packed(layout) else math.prod(layout.shape) * itemsize
-
-
-def reshaping(layout: Layout, shape: Shape, itemsize: int) -> int:
-    """Bytes of the copy that a reshape makes; 0 where it is a view."""
-    return 0 if layout.reshaped(shape) is not None else math.prod(shape) * itemsize
-
-
-def in_blocks(call: Call, small: float, large: float) -> int:
-    """Bytes of an elementwise formula's temporaries, its result aside: of the array if it is small, else of a block."""
-    return int((large if call.n_in > BLOCK else small) * piece(call, call.n_in))
-
-
-def piece(call: Call, elements: int) -> int:
-    """Bytes of one piece of an array that is worked on piece by piece."""
-    return min(elements, BLOCK) * call.itemsize
-
-
 # ---- element by element ------------------------------------------------------------------
 
 NONE, ONE, TWO = (0.0, 0.0), (1.0, 2.0), (2.0, 3.0)
@@ -127,13 +96,15 @@ UNBLOCKED = {"erf": (0, 1), "gelu_tanh": (1, 5)}
 
 @forward(*TEMPORARIES)
 def unary(call: Call) -> int:
-    return call.n_out * call.itemsize + in_blocks(call, *TEMPORARIES[call.record.op][0])
+    return call.n_out * call.itemsize + in_blocks(call, *TEMPORARIES[call.record.op][0], call.inputs[0])
 
 
 @backward(*TEMPORARIES)
 def unary_backward(call: Call, g: Layout) -> Backward:
-    grad = new(g.shape, call.itemsize, call.inputs[0])
-    return Backward(grad.storage.nbytes + in_blocks(call, *TEMPORARIES[call.record.op][1]), (grad,))
+    grad = new(g.shape, call.itemsize, g, call.inputs[0])
+    costs = TEMPORARIES[call.record.op][1]
+    temporary = 0 if costs == NONE else in_blocks(call, *costs, g, call.inputs[0])
+    return Backward(grad.storage.nbytes + temporary, (grad,))
 
 
 @forward(*UNBLOCKED)
@@ -143,20 +114,26 @@ def unblocked(call: Call) -> int:
 
 @backward(*UNBLOCKED)
 def unblocked_backward(call: Call, g: Layout) -> Backward:
-    grad = new(g.shape, call.itemsize, call.inputs[0])
+    grad = new(g.shape, call.itemsize, g, call.inputs[0])
     return Backward(grad.storage.nbytes * (1 + UNBLOCKED[call.record.op][1]), (grad,))
 
 
 @forward("relu", "relu6", "hardsigmoid", "clip", "fake_quantize")
 def masked(call: Call) -> int:
-    """Result and mask, and the Booleans of one block; a packed copy of an input that is not packed."""
+    """Result and mask, and the Booleans of one block; a packed copy of an input that is not packed.
+
+    Those of relu go along with the result, the others come first.
+    """
+    result, op = call.n_out * call.itemsize, call.record.op
+    if op in ("hardsigmoid", "fake_quantize"):
+        result += in_blocks(call, *ONE, call.inputs[0])
     if not call.on_tape:
-        return call.n_out * call.itemsize
-    booleans = (2 if call.record.op == "relu" else 4) * min(call.n_in, BLOCK)
-    if call.record.op == "hardsigmoid":
-        booleans = in_blocks(call, *ONE)
-    copy = packing(call.inputs[0], call.itemsize)
-    return call.n_out * call.itemsize + bit_bytes(call.n_out) + booleans + copy
+        return result
+    mask, block, copy = bit_bytes(call.n_out), min(call.n_in, BLOCK), packing(call.inputs[0], call.itemsize)
+    if op in ("relu", "relu6"):
+        return result + mask + (2 if op == "relu" else 4) * block + copy
+    deciding = copy + (2 * block * call.itemsize if op == "fake_quantize" else 3 * block)
+    return mask + max(deciding, result)
 
 
 @forward("dropout")
@@ -175,25 +152,39 @@ def masked_backward(call: Call, g: Layout) -> Backward:
 
 @forward("softmax", "log_softmax")
 def softmax(call: Call) -> int:
-    lines = call.n_out // call.record.output.shape[call.record.attributes["dim"]]
-    logarithm = piece(call, call.n_out) if call.record.op == "log_softmax" else 0
-    return (call.n_out + 2 * lines) * call.itemsize + logarithm
+    """Result, and one number for each line: its maximum, then its sum. Of log-softmax, exponentials in pieces."""
+    result, dim = call.n_out * call.itemsize, call.record.attributes["dim"]
+    lines = result // call.record.output.shape[dim]
+    if call.record.op == "softmax":
+        return result + lines
+    return result + lines + max(piece(call.record.output.shape, [dim], call.itemsize), lines)
 
 
 @backward("softmax", "log_softmax")
 def softmax_backward(call: Call, g: Layout) -> Backward:
-    lines = call.n_out // call.record.output.shape[call.record.attributes["dim"]]
-    grad = new(g.shape, call.itemsize, call.output)
-    pieces = (3 if call.record.op == "log_softmax" else 1) * piece(call, call.n_out)
-    return Backward(grad.storage.nbytes + lines * call.itemsize + pieces, (grad,))
+    dim, shape = call.record.attributes["dim"], call.record.output.shape
+    total = new(tuple(1 if axis == dim else n for axis, n in enumerate(shape)), call.itemsize)
+    grad = new(g.shape, call.itemsize, g, call.output)
+    if call.record.op == "log_softmax":
+        pieces = in_blocks(call, *ONE, g, call.output, total)
+    else:
+        pieces = piece(shape, [dim], call.itemsize)
+    return Backward(grad.storage.nbytes + total.storage.nbytes + pieces, (grad,))
 
 
 # ---- arithmetic of two -------------------------------------------------------------------
 
 
-@forward("add", "sub", "mul", "div", "concatenate", "pad", "expand")
+@forward("concatenate", "pad", "expand")
 def result_alone(call: Call) -> int:
     return call.n_out * call.itemsize
+
+
+@forward("add", "sub", "mul", "div")
+def arithmetic(call: Call) -> int:
+    """The result, and NumPy's buffers for what is repeated in it."""
+    elements, copied = blocks(call.inputs, UFUNC_BUFFER)
+    return (call.n_out + elements * copied) * call.itemsize
 
 
 def _repeated(call: Call, position: int) -> bool:
@@ -204,35 +195,65 @@ def _repeated(call: Call, position: int) -> bool:
 @backward("add", "sub")
 def add_backward(call: Call, g: Layout) -> Backward:
     """The gradient itself goes on to both, or its sum over what was repeated; of a subtrahend, its negative."""
-    most, grads = 0, []
+    held = most = 0
+    grads: list[Layout | None] = []
     for position in (0, 1):
         grad: Layout | None = None
         if call.needs(position):
-            negative = call.record.op == "sub" and position == 1
-            grad = like_input(call, position) if _repeated(call, position) or negative else g
-            most += 0 if grad is g else grad.storage.nbytes
+            negative, summed = call.record.op == "sub" and position == 1, _repeated(call, position)
+            grad = like_input(call, position) if summed or negative else g
+            made = 0 if grad is g else grad.storage.nbytes
+            most = max(most, held + (temporaries(made) if negative and summed else made))
+            held += made
         grads.append(grad)
     return Backward(most, tuple(grads), frozenset(i for i, grad in enumerate(grads) if grad is g))
 
 
-@backward("mul", "div")
+def _product(call: Call, shape: Shape, full: Shape) -> int:
+    """Bytes beside a gradient of ``shape`` that is a product of ``full`` shape, summed over what was repeated.
+
+    The product is made in pieces, but as a whole where nothing is left to cut it along.
+    """
+    lead = len(full) - len(shape)
+    repeated = [axis for axis, n in enumerate(full) if axis < lead or shape[axis - lead] != n]
+    return piece(full, repeated, call.itemsize) if repeated else 0
+
+
+@backward("mul")
 def mul_backward(call: Call, g: Layout) -> Backward:
-    """A product for each; where it has to be summed it is made in pieces (mul) or as a whole (div)."""
-    full, is_div = call.n_out * call.itemsize, call.record.op == "div"
-    held, most, grads = full if is_div else 0, full if is_div else 0, []
+    """A product for each."""
+    held = most = 0
+    grads: list[Layout | None] = []
     for position in (0, 1):
         grad: Layout | None = None
         if call.needs(position):
-            temporary = 0
-            if _repeated(call, position):
-                temporary = full if is_div else 2 * piece(call, call.n_out)
-            if is_div and position == 1:
-                temporary += full
-            grad = new(call.record.inputs[position].shape, call.itemsize, call.inputs[position])
-            most = max(most, held + grad.storage.nbytes + temporary)
-            held += grad.storage.nbytes
+            value = call.record.inputs[position]
+            grad = new(
+                value.shape, call.itemsize, *([] if _repeated(call, position) else [g, call.inputs[1 - position]])
+            )
+            most = max(most, held + value.nbytes + _product(call, value.shape, g.shape))
+            held += value.nbytes
         grads.append(grad)
     return Backward(most, tuple(grads))
+
+
+@backward("div")
+def div_backward(call: Call, g: Layout) -> Backward:
+    """The quotient g/b, which is the gradient of a, or is summed; its negative, a/b and their product for b."""
+    full = call.n_out * call.itemsize
+    held = most = full
+    grads: list[Layout | None] = [None, None]
+    if call.needs(0):
+        summed = _repeated(call, 0)
+        grads[0] = like_input(call) if summed else new(g.shape, call.itemsize, g)
+        held += call.record.inputs[0].nbytes if summed else 0
+    if call.needs(1):
+        summed = _repeated(call, 1)
+        grads[1] = like_input(call, 1) if summed else new(g.shape, call.itemsize, g)
+        most = held + full + temporaries(full)
+        if summed:
+            most = max(most, held + full + call.record.inputs[1].nbytes)
+    return Backward(max(most, held), tuple(grads))
 
 
 # ---- moving elements about ---------------------------------------------------------------
@@ -264,8 +285,14 @@ def index(call: Call) -> int:
     parts = call.record.attributes["index"]
     if is_basic_index(parts):
         return 0
-    kept = sum(math.prod(part[1]) * (8 + index_bytes(call.n_in)) for part in parts if isinstance(part, tuple))
-    return call.n_out * call.itemsize + kept
+    sizes, kept, most = iter(call.record.inputs[0].shape), 0, 0
+    for part in parts:
+        size = 0 if part is None else next(sizes)
+        if isinstance(part, tuple):
+            count = math.prod(part[1])
+            most = max(most, kept + 17 * count)  # which are negative, those counted from the front, the choice
+            kept += count * index_bytes(size)
+    return max(most, kept + call.n_out * call.itemsize)
 
 
 @backward("index")
@@ -292,7 +319,7 @@ def expand_backward(call: Call, g: Layout) -> Backward:
     if not _repeated(call, 0):
         return Backward(0, (g,), frozenset({0}))
     grad = like_input(call)
-    return Backward(grad.storage.nbytes, (grad,), frozenset({0}))
+    return Backward(grad.storage.nbytes, (grad,))
 
 
 # ---- sums, means, maxima -----------------------------------------------------------------
@@ -300,7 +327,7 @@ def expand_backward(call: Call, g: Layout) -> Backward:
 
 @forward("sum", "mean")
 def reduced(call: Call) -> int:
-    return call.n_out * call.itemsize
+    return call.n_out * call.itemsize + (division_buffer(call.n_out) if call.record.op == "mean" else 0)
 
 
 @backward("sum", "mean")
@@ -315,28 +342,64 @@ def spread(call: Call, g: Layout) -> Backward:
     return Backward(storage.nbytes if divided else 0, (Layout(storage, shape, strides),), frozenset({0}))
 
 
+def _other_axes(call: Call) -> int:
+    """Bytes of the processor's integers 0, 1, … along every axis but that of the maximum, which pick the elements.
+
+    Several such axes are repeated along each other, in a buffer.
+    """
+    dim = call.record.attributes["dim"]
+    if dim is None:
+        return 0
+    sizes = [n for axis, n in enumerate(call.record.inputs[0].shape) if axis != dim]
+    return 8 * (sum(sizes) + (len(sizes) > 1) * len(sizes) * min(call.n_out, UFUNC_BUFFER))
+
+
 @forward("max")
 def max_forward(call: Call) -> int:
-    return call.n_out * (call.itemsize + 8 + index_bytes(call.n_in // call.n_out))
+    """Positions as the processor's integers, then small ones, then the values; first a copy with its lines packed."""
+    dim, (x, *_) = call.record.attributes["dim"], call.inputs
+    axes = [axis for axis in range(len(x.shape)) if axis != dim]
+    lines = x if dim is None else x.permuted([*axes, dim])
+    positions, small = 8 * call.n_out, call.on_tape * call.n_out * index_bytes(call.n_in // call.n_out)
+    choosing = packing(lines, call.itemsize) + positions
+    return max(choosing, positions + small + _other_axes(call) + call.n_out * call.itemsize)
+
+
+@backward("max")
+def max_backward(call: Call, g: Layout) -> Backward:
+    grad = like_input(call)
+    return Backward(grad.storage.nbytes + 8 * call.n_out + _other_axes(call), (grad,), frozenset({0}))
 
 
 @forward("var")
 def var_forward(call: Call) -> int:
     """The differences from the mean, whole."""
-    return (call.n_in + 2 * call.n_out) * call.itemsize
+    return (call.n_in + 2 * call.n_out) * call.itemsize + division_buffer(call.n_out)
 
 
-@backward("max", "var")
-def scattered(call: Call, g: Layout) -> Backward:
-    grad = like_input(call)
-    extra = 8 * call.n_out if call.record.op == "max" else grad.storage.nbytes
-    return Backward(grad.storage.nbytes + extra, (grad,), frozenset({0}))
+@backward("var")
+def var_backward(call: Call, g: Layout) -> Backward:
+    """The differences, which become the gradient; mean and slope."""
+    grad = new(call.record.inputs[0].shape, call.itemsize, call.inputs[0])
+    return Backward(temporaries(grad.storage.nbytes) + 2 * call.n_out * call.itemsize, (grad,))
 
 
 @forward("cross_entropy")
 def cross_entropy(call: Call) -> int:
-    B, K = call.record.inputs[0].shape
-    return B * K * call.itemsize + B * (4 * call.itemsize + 8)
+    """The scores, which become the probabilities, and for each row: its maximum; the row's number and the score of its
+    label; that score, the sum, and the loss; at last the label in its small type."""
+    (B, K), item = call.record.inputs[0].shape, call.itemsize
+    losing = 2 * B * item + temporaries(B * item)
+    labelled = call.on_tape * (3 * B * item + B * index_bytes(K))
+    return B * K * item + max(B * (8 + item), losing, labelled)
+
+
+@backward("cross_entropy")
+def cross_entropy_backward(call: Call, g: Layout) -> Backward:
+    """The probabilities less one at the labels: each row's number, its label as an index, and what is taken there."""
+    grad = like_input(call)
+    B = call.record.inputs[0].shape[0]
+    return Backward(grad.storage.nbytes + B * (8 + 8 + call.itemsize), (grad, None))
 
 
 @forward("mse_loss")
@@ -344,10 +407,11 @@ def mse_loss(call: Call) -> int:
     return 2 * call.n_in * call.itemsize
 
 
-@backward("cross_entropy", "mse_loss")
-def loss_backward(call: Call, g: Layout) -> Backward:
-    grads = tuple(like_input(call, i) if call.needs(i) else None for i in range(len(call.inputs)))
-    return Backward(max(1, sum(g is not None for g in grads)) * call.n_in * call.itemsize, grads)
+@backward("mse_loss")
+def mse_backward(call: Call, g: Layout) -> Backward:
+    """The gradient of a, made in any case, and its negative."""
+    grads = tuple(like_input(call, i) if call.needs(i) else None for i in (0, 1))
+    return Backward((1 + call.needs(1)) * call.n_in * call.itemsize, grads)
 
 
 # ---- pooling -----------------------------------------------------------------------------
@@ -361,45 +425,97 @@ def max_pool(call: Call) -> int:
 
 @forward("avg_pool2d", "adaptive_avg_pool2d")
 def avg_pool(call: Call) -> int:
-    return call.n_out * call.itemsize
+    """Sums, and the counts that they are divided by; of the adaptive one, means of all planes at one place."""
+    planes = math.prod(call.record.output.shape[:2])
+    if call.record.op == "adaptive_avg_pool2d":
+        return call.n_out * call.itemsize + division_buffer(planes)
+    return call.n_out * call.itemsize + _of_windows(call)
+
+
+def _of_windows(call: Call) -> int:
+    """Bytes of the numbers of elements that the means of a plane are over, if they differ, and of NumPy's buffers."""
+    places = math.prod(call.record.output.shape[2:])
+    counts = 0 if call.record.attributes["count_include_pad"] else places
+    return (counts + (3 * min(call.n_out, UFUNC_BUFFER) if places > 1 else 0)) * call.itemsize
 
 
 @backward("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
 def pool_backward(call: Call, g: Layout) -> Backward:
-    grad = like_input(call)
-    shares = {"max_pool2d": packing(g, call.itemsize), "avg_pool2d": call.n_out * call.itemsize}
-    return Backward(grad.storage.nbytes + shares.get(call.record.op, 0), (grad,))
+    """Beside the gradient: a packed copy of the one that came in; each window's share, or all planes' at one place."""
+    grad, planes = like_input(call), math.prod(call.record.output.shape[:2])
+    if call.record.op == "max_pool2d":
+        shares = packing(g, call.itemsize)
+    elif call.record.op == "avg_pool2d":
+        shares = call.n_out * call.itemsize + _of_windows(call)
+    else:
+        shares = (planes + 2 * min(planes, UFUNC_BUFFER)) * call.itemsize
+    return Backward(grad.storage.nbytes + shares, (grad,))
 
 
 # ---- normalisation -----------------------------------------------------------------------
 
 
-def _groups(call: Call) -> int:
-    """Numbers of mean and variance: one per channel, or one per normalised stretch."""
+def _outside(call: Call) -> tuple[int, list[int]]:
+    """(numbers of mean and variance, axes that each of them is taken over)."""
+    shape = call.record.inputs[0].shape
     if call.record.op == "batch_norm":
-        return call.record.inputs[0].shape[1]
-    return call.n_in // math.prod(call.record.attributes["normalized_shape"])
+        return shape[1], [axis for axis in range(len(shape)) if axis != 1]
+    first = len(shape) - len(call.record.attributes["normalized_shape"])
+    return math.prod(shape[:first]), list(range(first, len(shape)))
 
 
 @forward("batch_norm", "layer_norm")
 def norm(call: Call) -> int:
-    """Result and statistics; squares in pieces."""
-    own = call.record.op == "layer_norm" or call.record.attributes["training"]
-    return (call.n_out + 4 * _groups(call)) * call.itemsize + own * piece(call, call.n_in)
+    """Result; mean and variance with squares in pieces, then four numbers for each of them while one is scaled."""
+    count, axes = _outside(call)
+    groups, result = count * call.itemsize, call.n_out * call.itemsize
+    if not (call.record.op == "layer_norm" or call.record.attributes["training"]):
+        return result + (4 if call.record.attributes["affine"] else 3) * groups
+    squares = piece(call.record.inputs[0].shape, axes, call.itemsize)
+    return max(result + 2 * groups + squares + division_buffer(count), result + 4 * groups)
 
 
-@backward("batch_norm", "layer_norm")
-def norm_backward(call: Call, g: Layout) -> Backward:
-    """x̂, which becomes the gradient where the statistics are the input's own; products with it in pieces."""
-    count, affine = len(call.inputs), call.record.attributes["affine"]
-    own = call.record.op == "layer_norm" or call.record.attributes["training"]
-    needs_weight = affine and call.needs(1)
-    x_hat = call.n_in * call.itemsize if needs_weight or (own and call.needs(0)) else 0
-    grad = new(call.record.inputs[0].shape, call.itemsize, call.inputs[0] if own else g) if call.needs(0) else None
-    most = x_hat + (call.n_in * call.itemsize if call.needs(0) and not own else 0)
-    most += 4 * _groups(call) * call.itemsize + (3 * piece(call, call.n_in) if x_hat else 0)
-    grads: list[Layout | None] = [grad, *[None] * (count - 1)]
+@backward("batch_norm")
+def batch_norm_backward(call: Call, g: Layout) -> Backward:
+    """x̂, which becomes the gradient where the statistics are the batch's own; products with it in pieces."""
+    (count, axes), training = _outside(call), call.record.attributes["training"]
+    shape, affine = call.record.inputs[0].shape, call.record.attributes["affine"]
+    full, groups = call.n_in * call.itemsize, count * call.itemsize
+    normalised = (affine and call.needs(1)) or (training and call.needs(0))
+    grad = new(shape, call.itemsize, call.inputs[0] if training else g) if call.needs(0) else None
+    held = groups if (affine and call.needs(2)) or (training and call.needs(0)) else 0
+    most = held
+    if normalised:
+        most = held + full + groups + piece(shape, axes, call.itemsize)
+        held += full + groups
+    if grad is not None:
+        most = max(most, held + (2 * groups if training else full))
+    grads: list[Layout | None] = [grad, *[None] * (len(call.inputs) - 1)]
     for position in (1, 2) if affine else ():
         if call.needs(position):
             grads[position] = like_input(call, position)
-    return Backward(most, tuple(grads), frozenset({1}))
+    return Backward(max(most, held), tuple(grads), frozenset({1}))
+
+
+@backward("layer_norm")
+def layer_norm_backward(call: Call, g: Layout) -> Backward:
+    """x̂, which becomes the gradient piece by piece, of each the product with x̂, and with the weight if there is one."""
+    _, axes = _outside(call)
+    x, affine = call.inputs[0], call.record.attributes["affine"]
+    outer = [axis for axis in range(len(x.shape)) if axis not in axes]
+    groups = new(tuple(1 if axis in axes else n for axis, n in enumerate(x.shape)), call.itemsize)
+    held = most = 0
+    grads: list[Layout | None] = [None] * len(call.inputs)
+    if call.needs(0) or (affine and call.needs(1)):
+        held = call.n_in * call.itemsize
+        most = held + in_blocks(call, 1.0, 1.0, x, groups, groups)
+    for position in (1, 2) if affine else ():
+        if call.needs(position):
+            grads[position] = like_input(call, position)
+            held += call.record.inputs[position].nbytes
+            most = max(most, held + (piece(x.shape, outer, call.itemsize) if position == 1 and outer else 0))
+    if call.needs(0):
+        grads[0] = new(x.shape, call.itemsize, x)
+        pieces = (2 if affine else 1) * piece(x.shape, axes, call.itemsize)
+        most = max(most, held + pieces + min(2 * groups.storage.nbytes, BLOCK * call.itemsize))
+    return Backward(most, tuple(grads))

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from analysis.peak import layers, rules  # noqa: F401  (they register their rules)
+from analysis.peak.arrays import new
 from analysis.peak.lifetimes import Lifetimes
-from analysis.peak.rules import BACKWARD, FORWARD, check_rule, new
+from analysis.peak.rules import BACKWARD, FORWARD, check_rule
 from analysis.rules.layouts import Layout, Memory, Storage, backward_reaches
 from analysis.rules.op_cost import Call, Saved, cost_of
 from analysis.rules.recompute import OP as SEGMENT

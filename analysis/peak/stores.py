@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations
 
+from analysis.peak.arrays import UFUNC_BUFFER
 from analysis.rules import tucker_costs
 from analysis.rules.layouts import Layout
 from analysis.rules.op_cost import Call
@@ -27,9 +28,6 @@ CONTRACTION_BYTES = 32 * 2**20
 
 LANES, MOST_PLACES = 64, 256
 """Channels at a time of the loops for depthwise cores, and the places of the largest map where they run."""
-
-UFUNC_BUFFER = 8192
-"""Elements of a buffer of NumPy's, at most, one for each operand that is not contiguous or is repeated."""
 
 UNFOLDED_BYTES = 4 * 2**20
 """Of a block of an unfolding."""

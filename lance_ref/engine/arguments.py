@@ -104,7 +104,9 @@ def unbroadcast(grad: Any, shape: Shape) -> np.ndarray:
         return np.asarray(grad)
     extra = grad.ndim - len(shape)
     repeated = tuple(i for i, n in enumerate(shape, start=extra) if n == 1 and grad.shape[i] != 1)
-    return np.asarray(grad.sum(axis=(*range(extra), *repeated))).reshape(shape)
+    result = np.empty(shape, grad.dtype)  # no view of the sum: a leaf then need not copy it
+    grad.sum(axis=(*range(extra), *repeated), keepdims=True, out=result[(np.newaxis,) * extra])
+    return result
 
 
 def unbroadcast_product(a: np.ndarray, b: np.ndarray, shape: Shape) -> np.ndarray:

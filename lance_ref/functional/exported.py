@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.algebra.kernels.elementwise import apply_mask
+from lance_ref.algebra.kernels.elementwise import apply_mask, pack_blocks
 from lance_ref.engine.arguments import NUMBERS, Context, Gradients, unbroadcast
 from lance_ref.engine.autograd import Function
+from lance_ref.engine.blocks import blockwise
 from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 from lance_ref.functional.elementwise import Unary
 
@@ -69,7 +70,7 @@ class Clip(Function):
     @staticmethod
     def forward(ctx: Context, x: np.ndarray, low: float, high: float) -> np.ndarray:
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(mask=np.packbits((x > low) & (x < high), axis=None))
+            ctx.save_for_backward(mask=pack_blocks(lambda x: (x > low) & (x < high), x))
         return np.asarray(np.clip(x, x.dtype.type(low), x.dtype.type(high)))
 
     @staticmethod
@@ -102,10 +103,12 @@ class FakeQuantize(Function):
 
     @staticmethod
     def forward(ctx: Context, x: np.ndarray, scale: float, zero_point: int, low: int, high: int) -> np.ndarray:
-        steps = np.rint(x / x.dtype.type(scale)) + zero_point
+        def steps(x: np.ndarray) -> np.ndarray:
+            return np.rint(x / x.dtype.type(scale)) + zero_point
+
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(mask=np.packbits((steps >= low) & (steps <= high), axis=None))
-        return np.asarray((np.clip(steps, low, high) - zero_point) * x.dtype.type(scale))
+            ctx.save_for_backward(mask=pack_blocks(lambda x: (low <= steps(x)) & (steps(x) <= high), x))
+        return blockwise(lambda x: (np.clip(steps(x), low, high) - zero_point) * x.dtype.type(scale), x)
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:

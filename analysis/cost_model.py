@@ -7,7 +7,6 @@ With ``--measure`` one real step runs as well, and every number is compared.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -30,7 +29,6 @@ from analysis.steps.settings import Settings
 __all__ = ["Prediction", "cost", "main", "parser", "predict"]
 
 PANELS = ("tape", "macs", "batch", "frontier")
-FIGURE_SUFFIXES = (".png", ".svg")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,8 +136,6 @@ def _check(options: argparse.Namespace) -> None:
     if options.output is not None:
         check_writable(options.output)
     if options.plot is not None:
-        if os.path.splitext(options.plot)[1] not in FIGURE_SUFFIXES:
-            raise ValueError(f"--plot is {options.plot!r}, expected the name of a {' or '.join(FIGURE_SUFFIXES)} file")
         check_writable(options.plot, "--plot")
 
 

@@ -30,6 +30,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+EXPECTED = (ValueError, TypeError, LookupError, OSError, MemoryError, OverflowError, RuntimeError, ImportError)
+"""What the user's input, files or machine may cause: said in one line."""
+
+
 def run_command(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
@@ -58,8 +62,9 @@ def run_command(
         The exit code; 1 if the reader of the output has gone away, 130 after Ctrl-C. Errors leave through
         ``parser.error``, with exit code 2.
     """
+    options = argparse.Namespace()
     try:
-        options = parser.parse_args(arguments)
+        parser.parse_args(arguments, options)
         check_options(options)
         for name in outputs:
             if getattr(options, name):
@@ -74,16 +79,7 @@ def run_command(
         kept = f"what is finished is kept in {folder}, and the same command goes on from there"
         print(f"{parser.prog}: stopped; {kept if folder else 'nothing is kept'}", file=sys.stderr, flush=True)
         return 130
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        OSError,
-        MemoryError,
-        OverflowError,
-        RuntimeError,
-        ImportError,
-    ) as error:
+    except EXPECTED as error:
         parser.error(one_line(error))
     return code or 0
 

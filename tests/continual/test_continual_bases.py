@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
-from test_patch_store import patches_by_loops
+from patch_cases import patches_by_loops
 
 from analysis.rules import protection_costs
 from lance_ref import F, Tensor, count_macs, nn

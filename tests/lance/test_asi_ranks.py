@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_hosvd_store import rebuild
+from tucker_cases import rebuild
 
 import lance_ref as lr
 from lance_ref import F, nn, tucker

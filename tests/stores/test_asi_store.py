@@ -13,7 +13,7 @@ from helpers import check_live_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import arrays, conv_geometries, linear_geometries, ranks_for
-from test_hosvd_store import low_rank, rebuild, singular
+from tucker_cases import low_rank, rebuild, singular
 
 import lance_ref as lr
 from lance_ref import F, Tensor, nn

@@ -10,6 +10,7 @@ from helpers import check_live_bytes
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import arrays, conv_geometries, linear_geometries, ranks_for
+from tucker_cases import low_rank, rebuild, singular
 
 import lance_ref as lr
 from lance_ref import F, Tensor, nn, tape
@@ -17,31 +18,6 @@ from lance_ref.algebra.geometry import ConvGeometry, LinearGeometry
 from lance_ref.stores import Hosvd
 
 layers = st.one_of(conv_geometries(), linear_geometries())
-LETTERS = "abcd"
-
-
-def low_rank(shape: tuple[int, ...], ranks: tuple[int, ...], seed: int, dtype: Any = np.float64) -> np.ndarray:
-    """An activation whose unfoldings have at most these ranks, and its directions in general position."""
-    rng = np.random.default_rng(seed)
-    tensor = rng.standard_normal(ranks)
-    for mode, n in enumerate(shape):
-        tensor = np.moveaxis(np.tensordot(rng.standard_normal((n, ranks[mode])), tensor, (1, mode)), 0, mode)
-    return tensor.astype(dtype)
-
-
-def rebuild(saved: dict[str, np.ndarray]) -> np.ndarray:
-    """Ã = S ×₁U_1 ×₂U_2 … by one einsum, formed in full."""
-    core = saved["core"]
-    modes = [mode for mode in range(core.ndim) if f"factor_{mode}" in saved]
-    terms = [LETTERS[: core.ndim]] + [LETTERS[mode].upper() + LETTERS[mode] for mode in modes]
-    result = "".join(LETTERS[mode].upper() if mode in modes else LETTERS[mode] for mode in range(core.ndim))
-    return np.einsum(f"{','.join(terms)}->{result}", core, *(saved[f"factor_{mode}"] for mode in modes))
-
-
-def singular(x: np.ndarray, mode: int) -> tuple[np.ndarray, np.ndarray]:
-    """Left singular vectors and energies of an unfolding, by NumPy's SVD."""
-    U, s, _ = np.linalg.svd(np.moveaxis(x, mode, 0).reshape(x.shape[mode], -1))
-    return U, np.concatenate([s**2, np.zeros(x.shape[mode] - len(s))])
 
 
 @given(g=layers, seed=st.integers(0, 99), by_rank=st.booleans())

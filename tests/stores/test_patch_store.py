@@ -11,6 +11,7 @@ from helpers import check_vjp
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
+from patch_cases import patches_by_loops
 from strategies import arrays, conv_geometries, linear_geometries, ranks_for
 
 from lance_ref import F, Subspace, Tensor, nn, tape
@@ -40,19 +41,6 @@ def store_of(g: ConvGeometry, ranks: tuple[int | None, ...], dtype: Any = np.flo
 def gradient(g: ConvGeometry, store: PatchLance, x: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
     """The weight gradient from what the store keeps."""
     return store.weight_gradient(store.save_for(x, g), grad_output, g)
-
-
-def patches_by_loops(x: np.ndarray, g: ConvGeometry) -> np.ndarray:
-    """P (B, L, K), entry by entry from the definition of a convolution."""
-    (B, L, K), (H_out, W_out) = patch_shape(g), g.output_size
-    result = np.zeros((B, L, K), x.dtype)
-    for h, w in np.ndindex(H_out, W_out):
-        for k, (c, p, q) in enumerate(np.ndindex(*g.weight_shape[1:])):
-            row = g.stride[0] * h + g.dilation[0] * p - g.padding[0][0]
-            column = g.stride[1] * w + g.dilation[1] * q - g.padding[1][0]
-            if 0 <= row < x.shape[2] and 0 <= column < x.shape[3]:
-                result[:, h * W_out + w, k] = x[:, c, row, column]
-    return result
 
 
 @given(

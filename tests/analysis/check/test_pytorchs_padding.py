@@ -169,7 +169,7 @@ def test_other_unequal_sides_are_padded_by_their_difference() -> None:
 
 
 def onnx_pool(op: str, file: Path, **attributes: Any) -> Any:
-    from test_onnx_file import helper, model, save
+    from onnx_files import helper, model, save
 
     content = model([helper.make_node(op, ["x"], ["y"], **attributes)], [], ("batch", 2, 7, 8), 19)
     return content, save(file, content)
@@ -182,7 +182,7 @@ def onnx_pool(op: str, file: Path, **attributes: Any) -> Any:
 def test_the_odd_zero_of_same_padding(mode: str, stride: int, kernel: int, tmp_path: Path) -> None:
     """At the end for SAME_UPPER, at the beginning for SAME_LOWER: of pools, and of convolutions, computed or stored."""
     pytest.importorskip("onnx")
-    from test_onnx_file import helper, model, save, weight
+    from onnx_files import helper, model, save, weight
 
     from analysis.onnx.net import OnnxNet
 

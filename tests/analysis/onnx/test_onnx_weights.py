@@ -21,7 +21,7 @@ from lance_ref.nn.tracing import record
 
 onnx = pytest.importorskip("onnx")
 
-from test_onnx_file import array, helper, model, save, weight  # noqa: E402
+from onnx_files import array, helper, model, save, weight  # noqa: E402
 
 ROWS = ("batch", 16)
 

@@ -60,10 +60,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 def _remove_leftovers(target: Path) -> None:
     ours = re.compile(re.escape(f".{target.name[:100]}.") + r"[0-9a-f]{12}\.unfinished")
-    with suppress(OSError):  # a folder that cannot be listed, or a file that another process finishes just now
-        for entry in os.scandir(target.parent):
-            if ours.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > STALE_SECONDS:
-                os.unlink(entry.path)
+    with suppress(OSError), os.scandir(target.parent) as entries:  # a folder that cannot be listed has none
+        for entry in entries:
+            with suppress(OSError):  # another process finishes or removes it just now
+                if ours.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > STALE_SECONDS:
+                    os.unlink(entry.path)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

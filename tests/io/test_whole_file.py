@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -94,3 +95,26 @@ def test_processes_that_draw_one_figure_do_not_meet(tmp_path: Path) -> None:
         assert process.returncode == 0, stderr
     assert path.read_bytes()[:4] == b"\x89PNG"
     assert os.listdir(tmp_path) == ["figure.png"]
+
+
+def test_a_leftover_that_another_process_takes_away_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the listing and the look at it; the others are removed all the same, and the listing is closed."""
+    leftovers = [tmp_path / f".a.{digit * 12}.unfinished" for digit in "123"]
+    long_ago = time.time() - 2 * STALE_SECONDS
+    for file in leftovers:
+        file.write_bytes(b"")
+        os.utime(file, (long_ago, long_ago))
+    unlink, gone = os.unlink, []
+
+    def overtaken(path: str) -> None:
+        unlink(path)
+        if not gone:
+            gone.append(path)
+            raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "unlink", overtaken)
+    write_text(tmp_path / "a", "text")
+    gc.collect()  # a listing that was left open warns here, and warnings are errors
+    assert os.listdir(tmp_path) == ["a"]

@@ -8,6 +8,8 @@ they read the trace (:func:`lance_ref.trace`) and nothing else.
 
 from typing import TYPE_CHECKING, Any
 
+from analysis import stopping  # noqa: F401  (first: Ctrl-C while a command imports what it needs)
+
 if TYPE_CHECKING:
     from analysis.cost_model import cost as cost
 

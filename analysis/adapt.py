@@ -19,7 +19,7 @@ import numpy as np
 
 import lance_ref
 from analysis.account import account
-from analysis.cli import OneLineParser, check_counts, check_writable, one_line
+from analysis.cli import OneLineParser, check_counts, check_writable, one_line, run_main
 from analysis.figures import save_figure
 from analysis.provenance import provenance
 from analysis.spectra_file import write_atomically
@@ -181,4 +181,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

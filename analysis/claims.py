@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from analysis.cli import OneLineParser, one_line, run_command
+from analysis.cli import OneLineParser, one_line, run_command, run_main
 from analysis.ledger.evidence import PROVENANCE, VERDICTS, Evidence, MissingEvidenceError, Outcome
 from analysis.ledger.yaml_file import DATA, choose, load_entries
 
@@ -221,4 +221,4 @@ def _run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -1,23 +1,81 @@
-"""What the command lines share: errors in one line with exit code 2, and outputs that are checked first."""
+"""What the command lines share: options that are checked while they are read, one line for an error, and Ctrl-C.
+
+Every command ends with ``sys.exit(run_main(main))``, and its ``main`` calls :func:`run_command`. Types for
+``add_argument(type=...)``, so that nothing is looked up or run before every option is sound:
+
+- :data:`count`, :data:`seed`, or :func:`integer` with limits of its own;
+- :data:`positive`, :data:`share` in (0, 1], :data:`share_below_one` in [0, 1), or :func:`number` with any condition;
+- :func:`name_of`: one of a list of names, for example of nets;
+- :class:`OutputFile`: the name of a file that can be written, with one of some suffixes; :data:`figure_file`,
+  :data:`json_file`, :data:`markdown_file`, :data:`any_file`; :func:`folder_to_write`.
+
+An option that has no effect beside the others is refused by :func:`check_effect`; :func:`fill_in` gives defaults that
+depend on other options, such as ``--quick``.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from analysis import stopping
 
 NET_HELP = "name of a built-in net (mobilenetv2@0.35: of that width), pkg.module:factory, or a file.onnx"
 """Of ``--net``, wherever any net will do."""
+LARGEST = 2**31 - 1
+"""Of any count: more than that is a slip of the keyboard, and would be asked of the memory first."""
+
+
+run_main = stopping.run
+"""Runs a ``main`` without arguments, gives its exit code; after Ctrl-C one line, and 130."""
+
+
+# ---- the parser ----------------------------------------------------------------------------------
+
+
+class Options(argparse.Namespace):
+    """Options by name; ``given`` are the names of those that stand on the command line. It is not in ``vars()``."""
+
+    __slots__ = ("given",)
+    given: frozenset[str]
 
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line on stderr, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        line = " ".join(message.split())
+        line = re.sub(r"^argument ([^\s:/]+)[^\s:]*: is ", r"\1 is ", line)  # "--lr is 0, expected ..."
+        self.exit(2, f"{self.prog}: error: {line}\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As of the base class; the result is an :class:`Options`."""
+        if namespace is not None:
+            return super().parse_args(args, namespace)
+        missing = object()
+        seen = argparse.Namespace(**{action.dest: missing for action in self._actions})
+        options = super().parse_args(args, Options())
+        super().parse_args(args, seen)  # once more, without defaults: what is still missing was not given
+        options.given = frozenset(name for name, value in vars(seen).items() if value is not missing)
+        self._check_outputs(options)
+        return options
+
+    def _check_outputs(self, options: argparse.Namespace) -> None:
+        """One file cannot be two outputs."""
+        names: dict[Path, str] = {}
+        for action in self._actions:
+            value = getattr(options, action.dest, None)
+            if isinstance(action.type, OutputFile) and value is not None:
+                option = action.option_strings[0]
+                other = names.setdefault(Path(value).resolve(), option)
+                if other != option:
+                    self.error(f"{option} is {value!r}, which is the file of {other}, too")
 
 
 def one_line(error: BaseException) -> str:
@@ -29,7 +87,7 @@ def one_line(error: BaseException) -> str:
 def run_command(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
-    work: Callable[[argparse.Namespace], int | None],
+    work: Callable[[Any], int | None],
     outputs: Sequence[str] = (),
 ) -> int:
     """Parse, look whether the outputs can be written, and work; whatever the user did wrong is said in one line.
@@ -43,7 +101,7 @@ def run_command(
     work : callable
         Gets the options; gives the exit code, or None for 0.
     outputs : sequence of str
-        Names of the options that name files to write.
+        Names of options that name files to write, and whose type is not an :class:`OutputFile`.
 
     Returns
     -------
@@ -61,9 +119,150 @@ def run_command(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, LookupError, OSError, MemoryError, OverflowError, RuntimeError) as error:
+    except (
+        ValueError, TypeError, LookupError, OSError, MemoryError, OverflowError, RuntimeError, ImportError,
+        ArithmeticError,
+    ) as error:  # fmt: skip
+        if stopping.stopping():
+            raise KeyboardInterrupt from error
         parser.error(one_line(error))
     return code or 0
+
+
+# ---- types of options ----------------------------------------------------------------------------
+
+
+def _refused(text: str, expected: str) -> argparse.ArgumentTypeError:
+    """The error of a type; :class:`OneLineParser` puts the option's name before it."""
+    shown = text if re.fullmatch(r"[-+.\w]{1,40}", text) and _is_number(text) else repr(text)
+    if len(shown) > 60:
+        shown = f"{shown[:40]}... ({len(text)} characters)"
+    return argparse.ArgumentTypeError(f"is {shown}, expected {expected}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def integer(least: int = 1, most: int = LARGEST) -> Callable[[str], int]:
+    """A type: a whole number within limits."""
+    expected = {0: "an integer of at least 0", 1: "a positive integer"}.get(least, f"an integer of at least {least}")
+    expected += f" and at most {most}" if most != LARGEST else ""
+
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"\s*[-+]?[0-9]+\s*", text):
+            raise _refused(text, expected)
+        if len(text) > 30 or int(text) > most:
+            raise _refused(text, f"{expected.removesuffix(f' and at most {most}')}, at most {most}")
+        if int(text) < least:
+            raise _refused(text, expected)
+        return int(text)
+
+    return convert
+
+
+def number(expected: str, condition: Callable[[float], bool]) -> Callable[[str], float]:
+    """A type: a finite number of which a condition holds; ``expected`` says which, for the message."""
+
+    def convert(text: str) -> float:
+        if not _is_number(text) or not math.isfinite(float(text)) or not condition(float(text)):
+            raise _refused(text, expected)
+        return float(text)
+
+    return convert
+
+
+count = integer(1)
+seed = integer(0, 2**32 - 1)
+positive = number("a positive number", lambda value: value > 0)
+share = number("a number in (0, 1]", lambda value: 0 < value <= 1)
+share_below_one = number("a number in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def name_of(names: Callable[[], Iterable[str]]) -> Callable[[str], str]:
+    """A type: one of the names that a function gives; it is called only when there is something to check."""
+
+    def convert(text: str) -> str:
+        allowed = list(names())
+        if text not in allowed:
+            raise _refused(text, f"one of {', '.join(allowed)}")
+        return text
+
+    return convert
+
+
+class OutputFile:
+    """A type: the name of a file that can be written, with one of ``suffixes`` if there are any."""
+
+    def __init__(self, *suffixes: str) -> None:
+        self.suffixes = suffixes
+
+    def __call__(self, text: str) -> str:
+        if not text:
+            raise _refused(text, "the name of a file")
+        if self.suffixes and Path(text).suffix not in self.suffixes:
+            raise _refused(text, f"a name that ends in {' or '.join(self.suffixes)}")
+        try:
+            check_writable(text, "")
+        except (ValueError, OSError) as error:
+            raise argparse.ArgumentTypeError(one_line(error)) from None
+        return text
+
+
+any_file = OutputFile()
+json_file = OutputFile(".json")
+markdown_file = OutputFile(".md")
+figure_file = OutputFile(".png", ".svg")
+
+
+def folder_to_write(text: str) -> str:
+    """A type: a folder in which files can be made, or that can itself be made."""
+    if not text:
+        raise _refused(text, "the name of a folder")
+    try:
+        path = Path(text)
+        if path.exists() and not path.is_dir():
+            raise _refused(text, "a folder, but it is a file")
+        there = next(each for each in (path, *path.absolute().parents) if each.exists())
+        if not there.is_dir():
+            raise _refused(text, f"a folder, but {str(there)!r} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise _refused(text, f"a folder to write into, but {str(there)!r} cannot be written")
+    except (OSError, ValueError) as error:  # too long a name, a zero byte
+        raise argparse.ArgumentTypeError(f"is {text[:60]!r}, which no folder can be named: {one_line(error)}") from None
+    return text
+
+
+# ---- options beside each other -------------------------------------------------------------------
+
+
+def fill_in(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Give every option that is None its default; what stands on the command line stays."""
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
+def check_effect(options: argparse.Namespace, name: str, effective: bool, needs: str) -> None:
+    """Raise ValueError if an option was given that changes nothing.
+
+    Parameters
+    ----------
+    options : Namespace
+        Of a :class:`OneLineParser`; of others, where it is not known what was given, nothing is refused.
+    name : str
+        Of the option, as in the namespace.
+    effective : bool
+        Whether it changes anything, given the other options.
+    needs : str
+        What it would take, for the message: ``"--recipe tuned"``.
+    """
+    if not effective and name in getattr(options, "given", ()):
+        raise ValueError(f"--{name.replace('_', '-')} has no effect here: it needs {needs}")
 
 
 def check_counts(options: argparse.Namespace, names: Sequence[str]) -> None:
@@ -84,8 +283,8 @@ def check_writable(output: str, option: str = "--output") -> None:
     """
     path = Path(output)
     if path.is_dir():
-        raise ValueError(f"{option} is {output!r}, a folder; expected the name of a file")
+        raise ValueError(f"{option} is {output!r}, a folder; expected the name of a file".strip())
     if not path.parent.is_dir():
-        raise ValueError(f"{option} is {output!r}, but there is no folder {str(path.parent)!r}")
+        raise ValueError(f"{option} is {output!r}, but there is no folder {str(path.parent)!r}".strip())
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{option} is {output!r}, which cannot be written")
+        raise ValueError(f"{option} is {output!r}, which cannot be written".strip())

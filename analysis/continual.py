@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.cli import OneLineParser, check_counts, run_command
+from analysis.cli import OneLineParser, check_counts, run_command, run_main
 
 CELL = "analysis.continual_cell:run"
 MLP = {
@@ -206,4 +206,4 @@ def _recipe(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.cli import NET_HELP, OneLineParser, check_writable, run_command
+from analysis.cli import NET_HELP, OneLineParser, check_writable, run_command, run_main
 from analysis.methods import METHODS, Settings
 from analysis.predict import (
     DEFAULT_BASIS_BATCHES,
@@ -178,4 +178,4 @@ def _parse_shape(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

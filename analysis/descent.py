@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.cli import OneLineParser, check_writable, one_line
+from analysis.cli import OneLineParser, check_writable, one_line, run_main
 from analysis.descent_cases import (
     BATCHES,
     EXAMPLES,
@@ -325,4 +325,4 @@ def compact(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import lance_ref
-from analysis.cli import OneLineParser, check_counts, run_command
+from analysis.cli import OneLineParser, check_counts, run_command, run_main
 from analysis.figures import save_figure
 from analysis.finetune import IMAGE_SIZES
 from lance_ref import datasets, models
@@ -221,4 +221,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from analysis.cli import OneLineParser, run_command
+from analysis.cli import OneLineParser, run_command, run_main
 from analysis.ledger.accounting_rules import MIB, OF_COMPRESSION, RULES, Figures, Reading, Work, fits, nearest, readings
 from analysis.ledger.published import STATUSES, Published, published
 from analysis.ledger.yaml_file import choose
@@ -327,4 +327,4 @@ def _run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.cli import OneLineParser, check_counts, run_command
+from analysis.cli import OneLineParser, check_counts, run_command, run_main
 
 CELL = "analysis.finetune_cell:run"
 PAPERS_LR = 0.05
@@ -231,4 +231,4 @@ def _warm_up(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

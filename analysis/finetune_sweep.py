@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.cli import OneLineParser, check_counts, run_command
+from analysis.cli import OneLineParser, check_counts, run_command, run_main
 from analysis.figures import save_figure
 from analysis.finetune import CELL, IMAGE_SIZES, PAPERS_LR
 
@@ -207,4 +207,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from analysis.cli import NET_HELP, OneLineParser, check_counts, check_writable, run_command
+from analysis.cli import NET_HELP, OneLineParser, check_counts, check_writable, run_command, run_main
 from analysis.methods import METHODS, chosen_methods
 from analysis.planning.options import (
     ASSUMED_FRACTION,
@@ -233,4 +233,4 @@ def _parse_shape(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

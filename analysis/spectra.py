@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.cli import OneLineParser, check_writable, one_line
+from analysis.cli import OneLineParser, check_writable, one_line, run_main
 
 if TYPE_CHECKING:
     from analysis.spectra_file import Spectra
@@ -212,4 +212,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.cli import OneLineParser, check_counts, check_writable, one_line
+from analysis.cli import OneLineParser, check_counts, check_writable, one_line, run_main
 from analysis.methods import METHODS, chosen_methods
 from analysis.validation.cells import cells, code_fingerprint, validate_cell, with_fields
 from analysis.validation.table import judged, markdown, summary
@@ -137,4 +137,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

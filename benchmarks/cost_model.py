@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from analysis import cost
+from analysis.cli import run_main
 from analysis.predict import predict
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, parser, peer, run, timed
 from lance_ref import models, nn
@@ -177,4 +178,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.cli import OneLineParser, run_command
+from analysis.cli import OneLineParser, run_command, run_main
 from analysis.provenance import provenance
 from analysis.spectra_file import write_atomically
 from benchmarks.buffers import count_buffers
@@ -101,4 +101,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -16,6 +16,7 @@ import time
 import numpy as np
 
 import lance_ref
+from analysis.cli import run_main
 from lance_ref import F, Subspace, Tensor
 from lance_ref.activations import Lance
 from lance_ref.kernels import Loops, numba_enabled
@@ -71,4 +72,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

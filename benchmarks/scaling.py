@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.account import account
+from analysis.cli import run_main
 from analysis.figures import save_figure
 from analysis.plots import check_path
 from benchmarks.layers import parts, steps
@@ -223,4 +224,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -1,5 +1,6 @@
 """lance_ref: low-rank activation compression for on-device training, every byte and multiply-add accounted for."""
 
+from lance_ref import _stopping  # noqa: F401  isort: skip  (first: Ctrl-C while a command imports what follows)
 from lance_ref import activations, checkpoint, datasets, functional, models, nn, optim, training, tucker
 from lance_ref import functional as F
 from lance_ref.autograd import no_grad

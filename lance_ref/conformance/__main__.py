@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lance_ref import _stopping
 from lance_ref.conformance.checking import FAILED, PASSED, check, load_adapter, misspelt
 from lance_ref.conformance.files import load_kit, make_kit, write_kit
 from lance_ref.conformance.table import render
@@ -72,4 +73,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_stopping.run(main))

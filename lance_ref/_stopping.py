@@ -67,7 +67,9 @@ def run(main: Callable[[], int]) -> int:
         signal.signal(signal.SIGINT, _press)
         sys.unraisablehook = _unraisable
     try:
-        return main()
+        code = main()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is done: Ctrl-C must not change the exit code any more
+        return code
     except KeyboardInterrupt:
         _say()
         return STOPPED

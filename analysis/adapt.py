@@ -12,14 +12,27 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 import lance_ref
 from analysis.account import account
-from analysis.cli import OneLineParser, check_counts, check_writable, one_line, run_main
+from analysis.cli import (
+    OneLineParser,
+    check_tune,
+    count,
+    figure_file,
+    json_file,
+    named_data_set,
+    pixels,
+    positive,
+    run_command,
+    run_main,
+    seed,
+    share,
+)
 from analysis.figures import save_figure
 from analysis.provenance import provenance
 from analysis.spectra_file import write_atomically
@@ -30,21 +43,28 @@ from lance_ref.nn.module import Module
 
 def parser() -> argparse.ArgumentParser:
     parse = OneLineParser(prog="python -m analysis.adapt", description=__doc__.split("\n\n")[0])
-    parse.add_argument("--data", default="eurosat", help="data set of the new task, by name (default: %(default)s)")
-    parse.add_argument("--tune", default="last:4", help="layers that train beside the head (default: %(default)s)")
-    parse.add_argument("--steps", type=int, default=50, help="training steps (default: %(default)s)")
-    parse.add_argument("--batch", type=int, default=32, help="images a step (default: %(default)s)")
-    parse.add_argument("--image-size", type=int, default=224, help="pixels (default: %(default)s)")
-    parse.add_argument("--calibration-batches", type=int, default=8, help="default: %(default)s")
-    parse.add_argument("--epsilon", type=float, default=0.7, help="kept share of the energy (default: %(default)s)")
-    parse.add_argument("--lr", type=float, default=0.05, help="default: %(default)s")
-    parse.add_argument("--clip", type=float, default=2.0, help="largest norm of the gradient (default: %(default)s)")
     parse.add_argument(
-        "--test-images", type=int, default=200, help="for the accuracy at the end (default: %(default)s)"
+        "--data",
+        type=named_data_set,
+        default="eurosat",
+        help="data set of the new task, by name (default: %(default)s)",
     )
-    parse.add_argument("--seed", type=int, default=0, help="fixes everything (default: %(default)s)")
-    parse.add_argument("--output", help="also write the run as JSON")
-    parse.add_argument("--figure", help="also draw loss, accuracy and the energy kept, as .png or .svg")
+    parse.add_argument("--tune", default="last:4", help="layers that train beside the head (default: %(default)s)")
+    parse.add_argument("--steps", type=count, default=50, help="training steps (default: %(default)s)")
+    parse.add_argument("--batch", type=count, default=32, help="images a step (default: %(default)s)")
+    parse.add_argument("--image-size", type=pixels, default=224, help="pixels (default: %(default)s)")
+    parse.add_argument("--calibration-batches", type=count, default=8, help="default: %(default)s")
+    parse.add_argument("--epsilon", type=share, default=0.7, help="kept share of the energy (default: %(default)s)")
+    parse.add_argument("--lr", type=positive, default=0.05, help="default: %(default)s")
+    parse.add_argument("--clip", type=positive, default=2.0, help="largest norm of the gradient (default: %(default)s)")
+    parse.add_argument(
+        "--test-images", type=count, default=200, help="for the accuracy at the end (default: %(default)s)"
+    )
+    parse.add_argument("--seed", type=seed, default=0, help="fixes everything (default: %(default)s)")
+    parse.add_argument("--output", type=json_file, help="also write the run as JSON")
+    parse.add_argument(
+        "--figure", type=figure_file, help="also draw loss, accuracy and the energy kept, as .png or .svg"
+    )
     return parse
 
 
@@ -156,21 +176,14 @@ def draw(result: dict[str, Any], path: str) -> None:
     save_figure(figure, path)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        check_counts(options, ("steps", "batch", "image_size", "calibration_batches", "test_images"))
-        for output in (options.output, options.figure):
-            if output:
-                check_writable(output)
-        result = run(options)
-        if options.output:
-            write_atomically(options.output, json.dumps(result, indent=1) + "\n")
-        if options.figure:
-            draw(result, options.figure)
-    except (ValueError, OSError) as error:
-        print(f"python -m analysis.adapt: error: {one_line(error)}", file=sys.stderr)
-        return 2
+def work(options: argparse.Namespace) -> int:
+    """Check, run, show and write; 1 if the tape is not as predicted."""
+    check_tune("mobilenetv2", options.tune)
+    result = run(options)
+    if options.output:
+        write_atomically(options.output, json.dumps(result, indent=1) + "\n")
+    if options.figure:
+        draw(result, options.figure)
     losses = [row["loss"] for row in result["history"]]
     tenth = max(1, len(losses) // 10)
     first, last = np.mean(losses[:tenth]), np.mean(losses[-tenth:])
@@ -178,6 +191,11 @@ def main(arguments: list[str] | None = None) -> int:
     same = all(row["tape_bytes"] == row["predicted_tape_bytes"] for row in result["history"])
     print("the tape equals the prediction at every step" if same else "the tape DIFFERS from the prediction")
     return 0 if same else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    return run_command(parser(), arguments, work)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 Every command ends with ``sys.exit(run_main(main))``, and its ``main`` calls :func:`run_command`. Types for
 ``add_argument(type=...)``, so that nothing is looked up or run before every option is sound:
 
-- :data:`count`, :data:`seed`, or :func:`integer` with limits of its own;
+- :data:`count`, :data:`few` (1 to 1000), :data:`pixels`, :data:`seed`, or :func:`integer` with limits of its own;
 - :data:`positive`, :data:`share` in (0, 1], :data:`share_below_one` in [0, 1), or :func:`number` with any condition;
-- :func:`name_of`: one of a list of names, for example of nets;
+- :func:`name_of`: one of a list of names; :data:`built_in_net`, :func:`data_set`, :func:`named_data_set`;
+- :func:`scheduler_address` of Dask; :func:`check_tune` for a selection of layers, when the net is known;
 - :class:`OutputFile`: the name of a file that can be written, with one of some suffixes; :data:`figure_file`,
   :data:`json_file`, :data:`markdown_file`, :data:`any_file`; :func:`folder_to_write`.
 
@@ -21,6 +22,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -177,6 +179,8 @@ def number(expected: str, condition: Callable[[float], bool]) -> Callable[[str],
 
 
 count = integer(1)
+few = integer(1, 1000)
+pixels = integer(1, 8192)
 seed = integer(0, 2**32 - 1)
 positive = number("a positive number", lambda value: value > 0)
 share = number("a number in (0, 1]", lambda value: 0 < value <= 1)
@@ -193,6 +197,56 @@ def name_of(names: Callable[[], Iterable[str]]) -> Callable[[str], str]:
         return text
 
     return convert
+
+
+def _nets() -> Iterable[str]:
+    from lance_ref import models
+
+    return models.names()
+
+
+built_in_net = name_of(_nets)
+
+
+def data_set(text: str) -> str:
+    """A type: a data set by its name, or a folder of pictures."""
+    from lance_ref import datasets
+
+    if text not in datasets.names() and not (text and os.path.isdir(text)):
+        raise _refused(text, f"one of {', '.join(datasets.names())}, or a folder of pictures")
+    return text
+
+
+def named_data_set(text: str) -> str:
+    """A type: a data set by its name."""
+    from lance_ref import datasets
+
+    return name_of(datasets.names)(text)
+
+
+def scheduler_address(text: str) -> str:
+    """A type: the address of a Dask scheduler; whether it answers is seen when there is something to run."""
+    if not re.fullmatch(r"((tcp|tls|ws|wss|ucx)://)?(\[[0-9a-fA-F:]+\]|[\w.-]+):[0-9]{1,5}/?", text):
+        raise _refused(text, "an address as tcp://host:8786")
+    if find_spec("distributed") is None:
+        raise argparse.ArgumentTypeError(
+            f"is {text!r}, which takes dask.distributed: python -m pip install distributed"
+        )
+    return text
+
+
+def check_tune(net: str, selection: str) -> None:
+    """Raise ValueError unless a built-in net has the layers that ``--tune`` selects; no weights are made for it."""
+    from lance_ref import models
+    from lance_ref.nn.init import shapes_only
+    from lance_ref.selection import choose
+
+    with shapes_only():
+        built = models.create(net)
+    try:
+        choose(built, selection)
+    except ValueError as error:
+        raise ValueError(f"--tune is {selection!r} for {net}: {one_line(error)}") from None
 
 
 class OutputFile:
@@ -263,6 +317,14 @@ def check_effect(options: argparse.Namespace, name: str, effective: bool, needs:
     """
     if not effective and name in getattr(options, "given", ()):
         raise ValueError(f"--{name.replace('_', '-')} has no effect here: it needs {needs}")
+
+
+def check_once(options: argparse.Namespace, name: str) -> None:
+    """Raise ValueError if a list has something twice."""
+    values = getattr(options, name)
+    if len(set(values)) < len(values):
+        shown = " ".join(str(value) for value in values)
+        raise ValueError(f"--{name.replace('_', '-')} is {shown}, expected each once")
 
 
 def check_counts(options: argparse.Namespace, names: Sequence[str]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
 from analysis.continual_costs import MAC_KINDS
+from analysis.figures import save_figure
 from analysis.provenance import provenance
 from lance_ref.continual.metrics import DEFINITIONS
 
@@ -190,9 +190,7 @@ def draw(rows: Sequence[Row], path: str, title: str) -> None:
     for panel in panels[len(rows) + 1 :]:
         panel.set_axis_off()
     figure.suptitle(title, fontsize=9)
-    temporary = Path(path).with_name(f".{Path(path).name}.partial{Path(path).suffix}")
-    figure.savefig(temporary, dpi=140)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def _matrix(panel: Any, row: Row) -> None:

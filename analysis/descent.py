@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.cli import OneLineParser, check_writable, one_line, run_main
+from analysis.cli import OneLineParser, count, figure_file, json_file, run_command, run_main, seed
 from analysis.descent_cases import (
     BATCHES,
     EXAMPLES,
@@ -274,42 +274,32 @@ def _draw_training(ax: Any, runs: Sequence[dict[str, Any]]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     parse = OneLineParser(prog="python -m analysis.descent", description=__doc__.split("\n\n")[0])
-    parse.add_argument("--trials", type=int, help="random cases of each kind (default: 1000)")
-    parse.add_argument("--epochs", type=int, help="of training, for each method (default: 10)")
-    parse.add_argument("--seed", type=int, default=0, help="fixes everything (default: %(default)s)")
+    parse.add_argument("--trials", type=count, help="random cases of each kind (default: 1000)")
+    parse.add_argument("--epochs", type=count, help="of training, for each method (default: 10)")
+    parse.add_argument("--seed", type=seed, default=0, help="fixes everything (default: %(default)s)")
     parse.add_argument("--quick", action="store_true", help="a few seconds: few trials, batches, epochs and images")
-    parse.add_argument("--output", help="also write the results as JSON")
-    parse.add_argument("--figure", help="also draw them, as .png or .svg")
+    parse.add_argument("--output", type=json_file, help="also write the results as JSON")
+    parse.add_argument("--figure", type=figure_file, help="also draw them, as .png or .svg")
     return parse
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        settings = dict(QUICK if options.quick else FULL)
-        for name in ("trials", "epochs"):
-            value = getattr(options, name)
-            if value is not None:
-                settings[name] = value
-            if settings[name] < 1:
-                raise ValueError(f"--{name} is {settings[name]}, expected a positive integer")
-        if options.seed < 0:
-            raise ValueError(f"--seed is {options.seed}, expected an integer of at least 0")
-        for output in (options.output, options.figure):
-            if output:
-                check_writable(output)
-        started = time.perf_counter()
-        result = {**provenance("analysis.descent", options.seed), **run(**settings, seed=options.seed)}
-        result["seconds"] = round(time.perf_counter() - started, 1)
-        print(report(result))
-        if options.output:
-            write_atomically(options.output, compact(result))
-        if options.figure:
-            draw(result, options.figure)
-    except (ValueError, OSError) as error:
-        print(f"python -m analysis.descent: error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+def work(options: argparse.Namespace) -> None:
+    """Run, show and write."""
+    settings = dict(QUICK if options.quick else FULL)
+    settings |= {name: getattr(options, name) for name in ("trials", "epochs") if getattr(options, name) is not None}
+    started = time.perf_counter()
+    result = {**provenance("analysis.descent", options.seed), **run(**settings, seed=options.seed)}
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    print(report(result))
+    if options.output:
+        write_atomically(options.output, compact(result))
+    if options.figure:
+        draw(result, options.figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    return run_command(parser(), arguments, work)
 
 
 def compact(result: dict[str, Any]) -> str:

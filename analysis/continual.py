@@ -175,23 +175,30 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     from analysis.sweep import run_cells
 
     cells = [cell(options, learner, seed) for learner in options.learners for seed in range(options.seeds)]
-    title = f"{options.scenario}: {_check(cells[0])}. {_recipe(options)}"
+    about, images = _check(cells[0])
+    title = f"{options.scenario}: {about}. {_recipe(options)}"
     outcomes = run_cells(cells, CELL, options.folder, jobs=options.jobs, scheduler=options.scheduler)
     rows = [
         Row(learner, tuple(outcomes[i * options.seeds : (i + 1) * options.seeds]))
         for i, learner in enumerate(options.learners)
     ]
-    show(rows, title)
+    show(rows, title, images)
     if options.output:
         write_atomically(options.output, json.dumps(results(rows, vars(options), arguments), indent=1) + "\n")
     if options.table:
-        write_atomically(options.table, markdown(rows, title, arguments))
+        write_atomically(options.table, markdown(rows, title, arguments, images))
     if options.figure:
         draw(rows, options.figure, f"{options.scenario}, {options.net}, {options.seeds} seed(s)")
 
 
-def _check(arguments: dict[str, Any]) -> str:
-    """Open the data once here, so that what is wrong with it is said once, in one line; what the scenario is."""
+def _check(arguments: dict[str, Any]) -> tuple[str, int]:
+    """Open the data once here, so that what is wrong with it is said once, in one line.
+
+    Returns
+    -------
+    (str, int)
+        What the scenario is, and the test images of all its tasks.
+    """
     from analysis.continual_cell import prepare
     from lance_ref.continual.networks import body_layers
 
@@ -205,7 +212,7 @@ def _check(arguments: dict[str, Any]) -> str:
         raise ValueError(f"--batch is {arguments['batch']}, but a task has {smallest} training images")
     if len(scenario) < 2:
         raise ValueError(f"{arguments['scenario']} has {len(scenario)} task(s), expected at least 2")
-    return scenario.about
+    return scenario.about, sum(len(task.test) for task in scenario.tasks)
 
 
 def _recipe(options: argparse.Namespace) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.chance import NORMAL_95, sentence, share_variance
 from analysis.cli import OneLineParser, count, figure_file, json_file, run_command, run_main, seed
 from analysis.descent_cases import (
     BATCHES,
@@ -151,6 +153,7 @@ def run(trials: int, epochs: int, batches: Sequence[int], images: int | None, se
     result: dict[str, Any] = {"trials": trials, "epochs": epochs, "examples": dict(examples())}
     for (name, part), child in zip(parts.items(), np.random.SeedSequence(seed).spawn(len(parts)), strict=True):
         result[name] = list(part(np.random.default_rng(child)))
+    result["test_images"] = len(datasets.load("digits", "test"))
     result["training"] = [train(method, modes, epochs, images, seed) for method, modes in METHODS]
     return result
 
@@ -175,7 +178,11 @@ def examples() -> dict[str, dict[str, Any]]:
 
 def report(result: dict[str, Any]) -> str:
     """The figures that matter, as text."""
-    lines = ["By hand"]
+    off = 100 * NORMAL_95 * math.sqrt(share_variance(0.5, result["trials"]))
+    lines = [
+        f"{result['trials']} random cases of each kind: by chance a share may be off by up to {off:.0f} points (95 %).\n",
+        "By hand",
+    ]
     for name, row in result["examples"].items():
         lines.append(f"  {name:<30} dW = {row['dW']}, dŴ = {row['dW_hat']}, cosine {row['cosine']:.3f}")
     lines.append(f"\nOne mode on fixed random directions ({result['trials']} random small layers each)")
@@ -200,6 +207,8 @@ def report(result: dict[str, Any]) -> str:
         lines.append(f"  {run_['method']}, {run_['modes']}: accuracy {run_['test_accuracy']:.3f}")
         for path, row in run_["layers"].items():
             lines.append(f"    {path:<8} {_share(row)}, 5 % below {row['quantile_05']:.3f}")
+    accuracies = [[run_["test_accuracy"]] for run_ in result["training"]]
+    lines.append(sentence(accuracies, result["test_images"]))
     return "\n".join(lines)
 
 

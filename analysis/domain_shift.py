@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import lance_ref
+from analysis.chance import sentence
 from analysis.cli import (
     OneLineParser,
     built_in_net,
@@ -123,6 +124,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             {
                 "variant": variant,
                 "accuracy": accuracy,
+                "test_images": len(test),
                 "loss": [epoch["loss"] for epoch in fitted.history],
                 "tape_bytes": fitted.history[0]["tape_bytes"],
                 "reference": reference,
@@ -226,6 +228,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
                 f"{event['reference']:.3f}; calibrated again on {event['batches']} batches, "
                 f"{event['macs'] / 1e6:,.1f} M multiply-adds"
             )
+    print(sentence([[result["accuracy"]] for result in results], results[0]["test_images"]))
 
 
 def work(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from analysis.chance import sentence
 from analysis.cli import (
     OneLineParser,
     built_in_net,
@@ -149,6 +150,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             "label": setting["label"],
             "cell": one,
             "accuracy": outcome["accuracy"],
+            "test_images": outcome["images"],
             "tape_bytes": outcome["tape_bytes"],
             "factor_bytes": outcome["factor_bytes"],
             "core_bytes": sum(outcome["layer_bytes"].values()),
@@ -204,6 +206,7 @@ def show(points: Sequence[Mapping[str, Any]]) -> None:
             if (point["tape_bytes"], point["accuracy"]) in front:
                 sizes = f"{point['tape_bytes'] / 1024:10,.1f} KiB {100 * point['accuracy']:6.1f} %"
                 print(f"  {sizes}  {point['family']}: {point['label']}")
+        print("  " + sentence([[point["accuracy"]] for point in of], min(point["test_images"] for point in of)))
 
 
 def work(options: argparse.Namespace) -> None:

@@ -256,7 +256,7 @@ class OutputFile:
         self.suffixes = suffixes
 
     def __call__(self, text: str) -> str:
-        if not text:
+        if not text or "\0" in text:
             raise _refused(text, "the name of a file")
         if self.suffixes and Path(text).suffix not in self.suffixes:
             raise _refused(text, f"a name that ends in {' or '.join(self.suffixes)}")
@@ -275,7 +275,7 @@ figure_file = OutputFile(".png", ".svg")
 
 def folder_to_write(text: str) -> str:
     """A type: a folder in which files can be made, or that can itself be made."""
-    if not text:
+    if not text or "\0" in text:
         raise _refused(text, "the name of a folder")
     try:
         path = Path(text)

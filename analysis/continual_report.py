@@ -132,7 +132,8 @@ NOTES = (
     "most. flash: kept from task to task beside the network (bases, images), after the last. predicted: whether bytes "
     "and multiply-adds of every task equal the cost model's. Multiply-adds in millions as executed: of a step "
     "of the last task; between tasks: calibration and protected directions, all tasks; whole run: all steps and "
-    f"these. seconds: of training; too short where less than {SHORTEST_TIMED_RUN:g}. head-only: the first task trains all, the others their heads. joint: images of all "
+    f"these. seconds: of training; too short where less than {SHORTEST_TIMED_RUN:g}. "
+    "head-only: the first task trains all, the others their heads. joint: images of all "
     "tasks so far. er: a small memory of earlier images."
 )
 

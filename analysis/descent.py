@@ -180,7 +180,7 @@ def report(result: dict[str, Any]) -> str:
     """The figures that matter, as text."""
     off = 100 * NORMAL_95 * math.sqrt(share_variance(0.5, result["trials"]))
     lines = [
-        f"{result['trials']} random cases of each kind: by chance a share may be off by up to {off:.0f} points (95 %).\n",
+        f"{result['trials']} random cases of each kind; a share may be off by {off:.0f} points by chance (95 %).\n",
         "By hand",
     ]
     for name, row in result["examples"].items():

@@ -107,7 +107,8 @@ NOTES = (
     "measured; predicted: whether the cost model's bytes and multiply-adds are equal to it. of stores: what the tuned "
     "layers keep of their inputs. paper: what published tables count. Multiply-adds in millions per step, as "
     "executed; again: segments run a second time. time / bp: median step over one of plain backpropagation of the "
-    f"same layers, in turns; too short where a step takes less than {SHORTEST_TIMED_STEP:g} s. cos: of dW and its approximation, mean over layers. energy: share of the activation kept."
+    f"same layers, in turns; too short where a step takes less than {SHORTEST_TIMED_STEP:g} s. "
+    "cos: of dW and its approximation, mean over layers. energy: share of the activation kept."
 )
 
 

@@ -7,11 +7,12 @@ This file needs nothing but Python's own library. The commands of ``analysis`` l
 from __future__ import annotations
 
 import _thread
+import atexit
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -70,13 +71,11 @@ def run(main: Callable[[], int]) -> int:
         code = main()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is done: Ctrl-C must not change the exit code any more
         return code
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt) and not stopping():
+            raise  # any other error after Ctrl-C is what some library has made of it
         _say()
-        return STOPPED
-    except BaseException:
-        if not stopping():
-            raise
-        _say()  # some library has made another exception of it
+        _end()
         return STOPPED
 
 
@@ -113,6 +112,15 @@ def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(STOPPED)
 
 
+def _end() -> None:
+    """Leave with the exit code, whatever Python thinks of it: an ``exec`` that was interrupted makes it end by SIGINT."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(STOPPED)
+
+
 def _say() -> None:
     line = f"{command()}: stopped; {_kept}\n"
     os.write(2, line.encode(errors="backslashreplace"))
@@ -120,7 +128,9 @@ def _say() -> None:
 
 def _unraisable(what: Any) -> None:
     """An interrupt inside a destructor or a callback, where Python cannot raise it, is raised again outside."""
+    global _presses
     if what.exc_type is KeyboardInterrupt:
+        _presses = 0  # it is the same one again
         _thread.interrupt_main()
         return
     sys.__unraisablehook__(what)

@@ -43,7 +43,9 @@ def test_bad_input_is_one_line(
     arguments: list[str], says: str, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 2 and one line on stderr that names what came."""
-    assert adapt.main([*QUICK, *arguments]) == 2
+    with pytest.raises(SystemExit) as ended:
+        adapt.main([*QUICK, *arguments])
+    assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert says in error
@@ -52,7 +54,9 @@ def test_bad_input_is_one_line(
 def test_missing_data_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Without LANCE_REF_DATA the error says what to set."""
     monkeypatch.delenv("LANCE_REF_DATA", raising=False)
-    assert adapt.main(QUICK) == 2
+    with pytest.raises(SystemExit) as ended:
+        adapt.main(QUICK)
+    assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "LANCE_REF_DATA" in error

@@ -17,8 +17,8 @@ from analysis.calibration_costs import CalibrationCost
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
+    from analysis.console import Sheet
     from analysis.continual_bill import TaskBill
     from analysis.peak.memory import Peak
     from analysis.predict import Prediction
@@ -342,8 +342,8 @@ class Report:
         flat = self._flat_rows()
         return pandas.DataFrame(flat, columns=_names(flat))
 
-    def table(self) -> Table:
-        """The totals of all methods as a rich table; ``analysis.tables.show`` prints everything."""
+    def table(self) -> Sheet:
+        """The totals of all methods, to be printed by rich; ``analysis.tables.show`` prints everything."""
         from analysis.tables import totals_table
 
         return totals_table(self)

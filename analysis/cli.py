@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from analysis import stopping
+from analysis.shipped import check_own_packages
 
 NET_HELP = "name of a built-in net (mobilenetv2@0.35: of that width), pkg.module:factory, or a file.onnx"
 """Of ``--net``, wherever any net will do."""
@@ -113,6 +114,7 @@ def run_command(
     """
     options = parser.parse_args(arguments)
     try:
+        check_own_packages()
         for name in outputs:
             if getattr(options, name):
                 check_writable(getattr(options, name), f"--{name}")
@@ -127,8 +129,18 @@ def run_command(
     ) as error:  # fmt: skip
         if stopping.stopping():
             raise KeyboardInterrupt from error
-        parser.error(one_line(error))
+        parser.error(one_line(_cause(error)))
     return code or 0
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error; of a failed import, the module of another package that is in the way."""
+    if isinstance(error, ImportError):
+        try:
+            check_own_packages()
+        except ImportError as cause:
+            return cause
+    return error
 
 
 # ---- types of options ----------------------------------------------------------------------------

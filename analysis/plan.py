@@ -10,7 +10,6 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from typing import TYPE_CHECKING
 
 from analysis.cli import NET_HELP, OneLineParser, check_counts, check_writable, run_command, run_main
@@ -215,8 +214,7 @@ def _spectra(options: argparse.Namespace, input_shape: tuple[int, ...]) -> tuple
         return load_spectra(options.spectra), f"--spectra {options.spectra}"
     shipped = shipped_spectra(options.net, input_shape)
     if shipped is not None:
-        with resources.as_file(shipped) as path:
-            return load_spectra(path), f"spectra shipped as analysis/data/{path.name}"
+        return load_spectra(shipped), f"spectra shipped as analysis/data/{shipped.name}"
     fractions = "the fractions of --ranks" if options.ranks else f"a quarter of each mode ({ASSUMED_FRACTION})"
     return None, (
         f"assumed: {fractions}, for there are no spectra of {options.net} at {'x'.join(map(str, input_shape))}; what "

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from importlib import resources
 
 from analysis.account import CostCache, account
 from analysis.batch_law import batch_spectrum
@@ -193,8 +192,7 @@ def _spectra(prediction: Prediction, shapes: Shapes) -> Spectra | None:
     if given is not None:
         spectra = load_spectra(given)
     elif shipped is not None:
-        with resources.as_file(shipped) as path:
-            spectra = load_spectra(path)
+        spectra = load_spectra(shipped)
     else:
         return None
     fits = all(path in spectra.layers and spectra.layers[path].shape[1:] == n[1:] for path, n in shapes.items())

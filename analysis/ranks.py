@@ -6,10 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from importlib import resources
 from pathlib import Path
 
+from analysis.shipped import shipped
 from analysis.spectra_file import MODE_NAMES, Spectra, load_spectra
+
+SHIPPED = {
+    ("mcunet", (3, 128, 128)): "mcunet_128.json",
+    ("mobilenetv2", (3, 224, 224)): "mobilenetv2_224.json",
+}
+"""Files of spectra that come with the package, by net and shape of one input."""
 
 Ranks = tuple[int | None, ...]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -68,11 +74,10 @@ def choose_ranks(
         return RankChoice({**stated, **rest.ranks}, f"--ranks {given}; all other layers: {rest.source}", rest.assumed)
     if spectra is not None:
         return ranks_from_spectra(load_spectra(spectra), shapes, epsilon, f"--spectra {spectra}")
-    shipped = shipped_spectra(net, input_shape)
-    if shipped is not None:
-        with resources.as_file(shipped) as path:
-            where = f"spectra shipped as analysis/data/{path.name}"
-            return ranks_from_spectra(load_spectra(path), shapes, epsilon, where)
+    path = shipped_spectra(net, input_shape)
+    if path is not None:
+        where = f"spectra shipped as analysis/data/{path.name}"
+        return ranks_from_spectra(load_spectra(path), shapes, epsilon, where)
     quarter = {name: fraction_of(Fraction(1, 4), shape) for name, shape in shapes.items()}
     source = (
         f"assumed: a quarter of each mode, for there are no spectra of {net} at {'x'.join(map(str, input_shape))}, "
@@ -100,12 +105,15 @@ def mean_free(ranks: Mapping[str, Ranks], shapes: Shapes) -> dict[str, Ranks]:
 
 
 def shipped_spectra(net: str, input_shape: tuple[int, ...]) -> Path | None:
-    """The file of spectra that comes with the package for this net and input, if there is one."""
-    if len(input_shape) != 3 or input_shape[1] != input_shape[2] or not net.isidentifier():
-        return None
-    folder = resources.files("analysis") / "data"
-    path = folder / f"{net}_{input_shape[1]}.json"
-    return path if isinstance(path, Path) and path.is_file() else None
+    """The file of spectra that comes with the package for this net and input; None where none was ever measured.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it should be there and is not.
+    """
+    name = SHIPPED.get((net, tuple(input_shape)))
+    return None if name is None else shipped(name)
 
 
 def ranks_from_spectra(spectra: Spectra, shapes: Shapes, epsilon: float, where: str) -> RankChoice:

@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "results"
+from analysis.shipped import FOLDER
+
+RESULTS = FOLDER / "results"
 PROVENANCE = ("command", "seed", "versions", "machine")
-VERDICTS = ("reproduced", "bounded", "contradicted", "not testable here")
+NOT_RUN = "not run here"
+VERDICTS = ("reproduced", "bounded", "contradicted", "not testable here", NOT_RUN)
+"""The last is no verdict about the claim: the result file is not there, as in an installed package."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 from analysis.ledger.accounting_rules import RULES, rounding
-from analysis.ledger.yaml_file import DATA, load_entries
+from analysis.ledger.yaml_file import load_entries
+from analysis.shipped import shipped
 
 QUANTITIES = ("memory", "memory-ratio", "work", "work-ratio", "bases")
 STATUSES = ("met", "explained", "within range", "by ranks", "unexplained")
@@ -63,7 +64,7 @@ class Published:
 @lru_cache(maxsize=1)
 def published() -> tuple[dict[str, dict[str, str]], dict[str, Published]]:
     """Sources, and all published figures by id."""
-    path = DATA / "published.yaml"
+    path = shipped("published.yaml")
     sources, entries = load_entries(path, Published)
     rows = {}
     for entry in entries:

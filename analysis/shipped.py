@@ -1,0 +1,74 @@
+"""Files that come with the package, found beside the code that reads them; and whether the code is all of one package.
+
+The working directory stands first in the search path of ``python -m``. A folder of it named ``analysis`` or
+``lance_ref`` must neither hide our data nor lend us its modules.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+FOLDER = Path(__file__).resolve().parent
+DATA = FOLDER / "data"
+PACKAGES = ("analysis", "lance_ref")
+
+
+def shipped(name: str, folder: Path = DATA) -> Path:
+    """A file that is a part of the package.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is missing: nothing may take its place.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, which is a part of the package lance-ref: install it again")
+    return path
+
+
+def pass_over_folders() -> None:
+    """Pass over folders named as a package of ours without an ``__init__.py``: Python takes them for a package in parts.
+
+    Runs when this module is imported, which is before anything is taken from ``lance_ref``.
+    """
+    for package in PACKAGES:
+        module = sys.modules.get(package)
+        if module is None:
+            spec = find_spec(package)
+            if spec is not None and spec.origin is None:
+                _load(package)
+        elif getattr(module, "__file__", None) is None:
+            module.__path__ = [str(FOLDER.parent / package)]
+
+
+def check_own_packages() -> None:
+    """Raise ImportError if a module of ``analysis`` or ``lance_ref`` was imported from elsewhere."""
+    for name, module in list(sys.modules.items()):
+        package = name.partition(".")[0]
+        if package in PACKAGES and not _is_ours(package, module):
+            raise ImportError(
+                f"{module.__file__} is in the way: Python takes it for {name} of the package lance-ref, which is in "
+                f"{FOLDER.parent}. Run the command in another folder, or by its name: lance-ref"
+            )
+
+
+def _load(package: str) -> None:
+    """Import a package of ours by its place."""
+    folder = FOLDER.parent / package
+    spec = spec_from_file_location(package, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    assert isinstance(spec, ModuleSpec) and spec.loader is not None
+    sys.modules[package] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[package])
+
+
+def _is_ours(package: str, module: ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is None or Path(file).resolve().is_relative_to(FOLDER.parent / package)
+
+
+pass_over_folders()

@@ -4,13 +4,16 @@ Every command ends with ``sys.exit(run_main(main))``, and its ``main`` calls :fu
 ``add_argument(type=...)``, so that nothing is looked up or run before every option is sound:
 
 - :data:`count`, :data:`few` (1 to 1000), :data:`pixels`, :data:`seed`, or :func:`integer` with limits of its own;
-- :data:`positive`, :data:`share` in (0, 1], :data:`share_below_one` in [0, 1), or :func:`number` with any condition;
+- :data:`finite`, :data:`positive`, :data:`share` in (0, 1], :data:`share_below_one` in [0, 1), or :func:`number` with
+  any condition;
 - :func:`name_of`: one of a list of names; :data:`built_in_net`, :func:`data_set`, :func:`named_data_set`;
-- :func:`scheduler_address` of Dask; :func:`check_tune` for a selection of layers, when the net is known;
+- :func:`input_shape`; :func:`scheduler_address` of Dask;
+- :func:`check_tune` for a selection of layers, when the net is known;
 - :class:`OutputFile`: the name of a file that can be written, with one of some suffixes; :data:`figure_file`,
   :data:`json_file`, :data:`markdown_file`, :data:`any_file`; :func:`folder_to_write`.
 
-An option that has no effect beside the others is refused by :func:`check_effect`; :func:`fill_in` gives defaults that
+An option that has no effect beside the others is refused by :func:`check_effect`, :func:`check_no_effect` and
+:func:`check_methods_heed`; :func:`fill_in` gives defaults that
 depend on other options, such as ``--quick``.
 """
 
@@ -194,6 +197,7 @@ count = integer(1)
 few = integer(1, 1000)
 pixels = integer(1, 8192)
 seed = integer(0, 2**32 - 1)
+finite = number("a finite number", lambda value: True)
 positive = number("a positive number", lambda value: value > 0)
 share = number("a number in (0, 1]", lambda value: 0 < value <= 1)
 share_below_one = number("a number in [0, 1)", lambda value: 0 <= value < 1)
@@ -329,6 +333,34 @@ def check_effect(options: argparse.Namespace, name: str, effective: bool, needs:
     """
     if not effective and name in getattr(options, "given", ()):
         raise ValueError(f"--{name.replace('_', '-')} has no effect here: it needs {needs}")
+
+
+def check_no_effect(options: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """Raise ValueError if one of these options was given, though it changes nothing, and say why."""
+    for name in names:
+        if name in getattr(options, "given", ()):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect here: {why}")
+
+
+def check_methods_heed(options: argparse.Namespace, methods: Iterable[str]) -> None:
+    """Raise ValueError for an option of methods that none of the chosen methods has."""
+    from analysis.methods import METHODS, Settings
+
+    chosen = [METHODS[name] for name in methods]
+    for name in Settings.__dataclass_fields__:
+        heeding = [known for known, method in METHODS.items() if name in method.settings]
+        check_effect(options, name, any(name in method.settings for method in chosen), f"one of {', '.join(heeding)}")
+    ranked = [known for known, method in METHODS.items() if method.ranks is not None]
+    for name in ("epsilon", "ranks", "spectra"):
+        check_effect(options, name, any(method.ranks for method in chosen), f"one of {', '.join(ranked)}")
+
+
+def input_shape(text: str) -> tuple[int, ...]:
+    """A type: C,H,W or N, without the batch."""
+    parts = text.split(",")
+    if len(parts) not in (1, 3) or not all(re.fullmatch(r"\s*[1-9][0-9]{0,8}\s*", n, re.ASCII) for n in parts):
+        raise argparse.ArgumentTypeError(f"is {text[:60]!r}, expected C,H,W or N, positive integers")
+    return tuple(int(n) for n in parts)
 
 
 def check_once(options: argparse.Namespace, name: str) -> None:

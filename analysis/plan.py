@@ -7,12 +7,23 @@ what does not fit, and by how much. Nothing runs: the net is traced on shapes al
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from analysis.cli import NET_HELP, OneLineParser, check_counts, check_writable, run_command, run_main
+from analysis.cli import (
+    NET_HELP,
+    OneLineParser,
+    any_file,
+    check_effect,
+    check_methods_heed,
+    count,
+    input_shape,
+    pixels,
+    run_command,
+    run_main,
+    share,
+)
 from analysis.methods import METHODS, chosen_methods
 from analysis.planning.options import (
     ASSUMED_FRACTION,
@@ -20,6 +31,7 @@ from analysis.planning.options import (
     DEFAULT_EPSILONS,
     DEFAULT_PATCHES,
     DEFAULT_RATIOS,
+    WITHOUT_LAYERS,
     check_lists,
     options_for,
     parse_bytes,
@@ -44,22 +56,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget", required=True, help="of RAM: 256KiB, 1.5MiB, 300000B")
     p.add_argument("--flops-at-most", help="of backpropagation through the same layers with the same batch: 1.5x")
     p.add_argument("--spectra", help="file of measured spectra, from python -m analysis.spectra")
-    p.add_argument("--batch", type=int, nargs="+", default=list(DEFAULT_BATCHES), help="batch sizes to try")
-    p.add_argument("--layers", type=int, help="tune at most so many, from the last on (all)")
+    p.add_argument("--batch", type=count, nargs="+", default=list(DEFAULT_BATCHES), help="batch sizes to try")
+    p.add_argument("--layers", type=count, help="tune at most so many, from the last on (all)")
     p.add_argument(
         "--method", "--methods", nargs="+", default=["all"], metavar="METHOD", help=f"{', '.join(METHODS)}, or all"
     )
-    p.add_argument("--epsilon", type=float, nargs="+", help="energy thresholds of ranks from spectra (0.7 0.9 0.99)")
+    p.add_argument("--epsilon", type=share, nargs="+", help="energy thresholds of ranks from spectra (0.7 0.9 0.99)")
     p.add_argument(
         "--ranks",
         nargs="+",
         help="fractions of each mode in place of thresholds, or beside --epsilon (without spectra: 0.25)",
     )
-    p.add_argument("--patch", type=int, nargs="+", default=list(DEFAULT_PATCHES), help="of gradient-filter")
-    p.add_argument("--ratio", type=float, nargs="+", default=list(DEFAULT_RATIOS), help="of sketch")
-    p.add_argument("--micro-batch", type=int, default=1, help="images at a time of micro-batch")
-    p.add_argument("--lora-rank", type=int, default=4, help="of lora's updates")
-    p.add_argument("--segments", type=int, help="of checkpoint (one for each stage that trains, but the last)")
+    p.add_argument("--patch", type=count, nargs="+", default=list(DEFAULT_PATCHES), help="of gradient-filter")
+    p.add_argument("--ratio", type=share, nargs="+", default=list(DEFAULT_RATIOS), help="of sketch")
+    p.add_argument("--micro-batch", type=count, default=1, help="images at a time of micro-batch")
+    p.add_argument("--lora-rank", type=count, default=4, help="of lora's updates")
+    p.add_argument("--segments", type=count, help="of checkpoint (one for each stage that trains, but the last)")
     p.add_argument(
         "--count", default="peak", choices=["peak", "kept"],
         help="peak: the simulated peak of a step; kept: tape, gradients and optimiser state alone",
@@ -76,16 +88,16 @@ def parser() -> argparse.ArgumentParser:
         "--shares", default="layers",
         help="shares of the gradient's energy: layers (the same for each), parameters, or a JSON file by layer",
     )  # fmt: skip
-    p.add_argument("--image-size", type=int, help="height and width in pixels")
-    p.add_argument("--input-shape", help="C,H,W or N, without the batch; in place of --image-size")
-    p.add_argument("--num-classes", type=int, help="outputs of the classifier (1000; a factory's own)")
+    p.add_argument("--image-size", type=pixels, help="height and width in pixels")
+    p.add_argument("--input-shape", type=input_shape, help="C,H,W or N, without the batch; in place of --image-size")
+    p.add_argument("--num-classes", type=count, help="outputs of the classifier (1000; a factory's own)")
     p.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="(float32)")
     p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the output (table)")
     p.add_argument(
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
         help="the same as --format json",
     )  # fmt: skip
-    p.add_argument("--output", help="write to this file, whole or not at all")
+    p.add_argument("--output", type=any_file, help="write to this file, whole or not at all")
     return p
 
 
@@ -99,8 +111,6 @@ def _run(options: argparse.Namespace) -> None:
     from analysis.planning.tables import csv_text, json_text, render, show
     from analysis.spectra_file import write_atomically
 
-    if options.output is not None:
-        check_writable(options.output)
     device = Device(options.count, options.weights, options.calibration, options.optimizer)
     plan = make_plan(options, device)
     if options.format == "table" and options.output is None:
@@ -125,6 +135,7 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     from dataclasses import replace
 
     from analysis.nets import remark
+    from analysis.planning.fidelity import why_not
     from analysis.planning.search import search
 
     budget = parse_bytes(options.budget)
@@ -133,9 +144,9 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     fractions = [parse_fraction_of_modes(text) for text in options.ranks or []]
     epsilons = list(DEFAULT_EPSILONS) if options.epsilon is None else options.epsilon
     check_lists(options.batch, epsilons, options.ratio)
-    check_counts(options, ["layers", "micro_batch", "lora_rank", "segments", "image_size", "num_classes"])
     if len(set(options.patch)) < len(options.patch) or len(set(fractions)) < len(fractions):
         raise ValueError("--patch and --ranks take every value once")
+    _check_effects(options, methods)
     costs, ranks_from = _costs(options, device)
     if costs.spectra is None:
         if options.epsilon is not None:
@@ -147,6 +158,8 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
         methods, epsilons, fractions, options.patch, options.ratio, options.micro_batch, options.lora_rank,
         options.segments,
     )  # fmt: skip
+    predicted = any(of.method not in WITHOUT_LAYERS and not why_not(of, costs.spectra is not None) for of in tried)
+    check_effect(options, "shares", predicted, "a method whose fidelity is predicted")
     plan = search(costs, tried, options.batch, budget, times, options.shares, options.layers)
     shares = {"layers": "the same for every layer", "parameters": "in proportion to its weights"}
     size = "x".join(map(str, costs.input_shape))
@@ -159,6 +172,16 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
         "smaller": _smaller(options, plan),
     }
     return replace(plan, facts=facts)
+
+
+def _check_effects(options: argparse.Namespace, methods: Sequence[str]) -> None:
+    """Options that change nothing beside the others are refused before the work."""
+    check_methods_heed(options, methods)
+    check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")
+    calibrated = [name for name, method in METHODS.items() if method.calibration]
+    check_effect(options, "calibration", bool(set(calibrated) & set(methods)), f"one of {', '.join(calibrated)}")
+    with_layers = any(name not in WITHOUT_LAYERS for name in methods)
+    check_effect(options, "layers", with_layers, f"another method than {', '.join(WITHOUT_LAYERS)}")
 
 
 def _smaller(options: argparse.Namespace, plan: Plan) -> str:
@@ -186,8 +209,7 @@ def _costs(options: argparse.Namespace, device: Device) -> tuple[Costs, str]:
     from analysis.planning.costs import Costs
     from analysis.ranks import ranks_from_spectra
 
-    given = None if options.input_shape is None else _parse_shape(options.input_shape)
-    shape = input_shape_for(options.net, options.image_size, given)
+    shape = input_shape_for(options.net, options.image_size, options.input_shape)
     net = build(options.net, options.num_classes, shape, without_weights=True)
     spectra, where = _spectra(options, shape)
     costs = Costs(net, options.net, shape, device, options.dtype, spectra)
@@ -221,13 +243,6 @@ def _spectra(options: argparse.Namespace, input_shape: tuple[int, ...]) -> tuple
         "they keep is not known, so the fidelity of methods with ranks is not predicted. Give --spectra with a file "
         "from python -m analysis.spectra"
     )
-
-
-def _parse_shape(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if len(parts) not in (1, 3) or not all(re.fullmatch(r"\s*[1-9][0-9]{0,8}\s*", n, re.ASCII) for n in parts):
-        raise ValueError(f"--input-shape is {text[:60]!r}, expected C,H,W or N, positive integers")
-    return tuple(int(n) for n in parts)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 class RankChoice:
     """The ranks of every compressed layer, where they came from, and what to do if that is not enough.
 
-    A layer that is missing from ``ranks`` keeps its activation whole.
+    A layer that is missing from ``ranks`` keeps its activation whole. ``by_energy`` says whether an energy threshold
+    chose any of the ranks.
     """
 
     ranks: dict[str, Ranks]
     source: str
     assumed: bool = False
+    by_energy: bool = False
 
 
 def choose_ranks(
@@ -71,7 +73,8 @@ def choose_ranks(
         if not others:
             return RankChoice(stated, f"--ranks {given}")
         rest = choose_ranks(others, net, input_shape, epsilon, None, spectra)
-        return RankChoice({**stated, **rest.ranks}, f"--ranks {given}; all other layers: {rest.source}", rest.assumed)
+        where = f"--ranks {given}; all other layers: {rest.source}"
+        return RankChoice({**stated, **rest.ranks}, where, rest.assumed, rest.by_energy)
     if spectra is not None:
         return ranks_from_spectra(load_spectra(spectra), shapes, epsilon, f"--spectra {spectra}")
     path = shipped_spectra(net, input_shape)
@@ -134,7 +137,7 @@ def ranks_from_spectra(spectra: Spectra, shapes: Shapes, epsilon: float, where: 
             f"; batch mode predicted for {', '.join(map(str, sorted(batches)))}: v + n*m once, the others spread "
             "about v as measured"
         )
-    return RankChoice(ranks, source)
+    return RankChoice(ranks, source, by_energy=True)
 
 
 def fraction_of(fraction: Fraction, shape: tuple[int, ...]) -> Ranks:
@@ -198,6 +201,10 @@ def _layer_ranks(name: str, text: str, shape: tuple[int, ...]) -> Ranks:
             allowed = f"1 to {n}, or - to leave it alone"
             raise ValueError(f"--ranks gives layer {name!r} {mode} rank {part!r}, expected {allowed}")
         ranks.append(int(part))
+    if all(rank is None for rank in ranks):
+        raise ValueError(
+            f"--ranks gives layer {name!r} {text!r}, which compresses nothing; write {name}=exact for that"
+        )
     return tuple(ranks)
 
 

@@ -7,7 +7,6 @@ The working directory stands first in the search path of ``python -m``. A folder
 from __future__ import annotations
 
 import sys
-from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -32,9 +31,10 @@ def shipped(name: str, folder: Path = DATA) -> Path:
 
 
 def pass_over_folders() -> None:
-    """Pass over folders named as a package of ours without an ``__init__.py``: Python takes them for a package in parts.
+    """Pass over folders named as a package of ours without an ``__init__.py``.
 
-    Runs when this module is imported, which is before anything is taken from ``lance_ref``.
+    Python takes them for a package in parts. Runs when this module is imported, which is before anything is taken
+    from ``lance_ref``.
     """
     for package in PACKAGES:
         module = sys.modules.get(package)
@@ -61,7 +61,8 @@ def _load(package: str) -> None:
     """Import a package of ours by its place."""
     folder = FOLDER.parent / package
     spec = spec_from_file_location(package, folder / "__init__.py", submodule_search_locations=[str(folder)])
-    assert isinstance(spec, ModuleSpec) and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{folder} cannot be imported")
     sys.modules[package] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules[package])
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import secrets
+import stat
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -107,6 +108,24 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
         raise
 
 
+def read_bounded(path: Path, most: int) -> bytes:
+    """The contents of a file that may come from anywhere; a device or a pipe, which never ends, is not read.
+
+    Raises
+    ------
+    ValueError
+        If it is no regular file, or has more than ``most`` bytes.
+    OSError
+        If it cannot be read.
+    """
+    status = path.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a folder says so when it is opened
+        raise ValueError("is a device or a pipe, expected a file")
+    if status.st_size > most:
+        raise ValueError(f"has {status.st_size} bytes, expected at most {most}")
+    return path.read_bytes()
+
+
 def load_spectra(path: str | os.PathLike[str]) -> Spectra:
     """Read and check a file of spectra.
 
@@ -119,12 +138,11 @@ def load_spectra(path: str | os.PathLike[str]) -> Spectra:
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
-        content = path.read_bytes() if size <= MAX_FILE_BYTES else b""
+        content = read_bounded(path, MAX_FILE_BYTES)
     except OSError as error:
         raise type(error)(f"spectra file {str(path)!r} (--spectra): {error.strerror}") from None
-    if size > MAX_FILE_BYTES:
-        raise ValueError(f"spectra file {path}: {size} bytes, expected at most {MAX_FILE_BYTES}")
+    except ValueError as error:
+        raise ValueError(f"spectra file {path}: {error}") from None
     try:
         return _spectra_in(content)
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:

@@ -275,8 +275,6 @@ def test_the_peak_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
         "20",
         "--batch",
         "8",
-        "--ranks",
-        "0.5",
         "--method",
         "bp",
         "micro-batch",

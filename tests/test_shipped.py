@@ -1,4 +1,4 @@
-"""Files that come with the package are found wherever the command runs; one that is missing is an error that names it."""
+"""Files that come with the package are found wherever the command runs; one that is missing is an error."""
 
 from __future__ import annotations
 

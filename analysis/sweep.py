@@ -392,7 +392,7 @@ def _on_cluster(tasks: Sequence[Task], scheduler: str) -> Iterator[tuple[Task, O
         from distributed import Client, as_completed
     except ImportError:
         raise ImportError(
-            "a scheduler needs dask.distributed: python -m pip install 'lance-ref[distributed]'"
+            "a scheduler needs dask.distributed: python -m pip install distributed"
         ) from None
     try:
         client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)

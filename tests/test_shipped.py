@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from analysis import claims, cost, ranks, shipped
@@ -190,6 +192,32 @@ def test_no_such_command(given: list[str], said: str, capsys: pytest.CaptureFixt
     error = capsys.readouterr().err
     assert error.startswith(f"lance-ref: error: {said}, expected one of cost, plan, ")
     assert error.count("\n") == 1
+
+
+def test_no_hint_installs_a_package_that_is_on_no_index() -> None:
+    """``pip install lance-ref`` fails; from the checkout it is ``-e .``."""
+    files = [path for name in ("analysis", "lance_ref", "benchmarks", "docs") for path in (ROOT / name).rglob("*")]
+    for path in [*files, *ROOT.glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]:
+        if path.suffix in (".py", ".md", ".ipynb", ".yaml"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"pip install[^\n`]*[ '\"]lance[-_]ref", text), path
+            assert not re.search(r'else \\?"lance-ref', text), path
+
+
+def test_notation_and_conformance_say_what_the_code_does() -> None:
+    """The Gram matrix of two batches is their sum: of [1, 2] and [3, 4] it is 1 + 4 + 9 + 16 = 30, not 15."""
+    from lance_ref.grams import LayerGrams
+
+    grams = LayerGrams("layer", (1, 2), [True, False])
+    grams.add(np.array([[1.0, 2.0]]))
+    grams.add(np.array([[3.0, 4.0]]))
+    assert grams.grams[0] is not None
+    assert grams.grams[0].tolist() == [[30.0]]
+    for name in ("notation.md", "conformance.md"):
+        lines = (ROOT / "docs" / name).read_text(encoding="utf-8").splitlines()
+        (line,) = [line for line in lines if "Σ_j A_(n) A_(n)ᵀ" in line]
+        assert "sum" in line
+        assert "not a mean" in line
 
 
 # ---- an installed package --------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 from analysis.shipped import shipped
 from analysis.spectra_file import MODE_NAMES, Spectra, load_spectra
 
-SHIPPED = {
+SHIPPED: dict[tuple[str, tuple[int, ...]], str] = {
     ("mcunet", (3, 128, 128)): "mcunet_128.json",
     ("mobilenetv2", (3, 224, 224)): "mobilenetv2_224.json",
 }

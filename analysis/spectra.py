@@ -67,7 +67,7 @@ class _Source:
     def size(self) -> tuple[int, int]:
         """Height and width of the pictures; a net for vectors gets the pixels of a square."""
         if len(self.shape) == 3:
-            return self.shape[1:]  # type: ignore[return-value]
+            return self.shape[1:]
         side = math.isqrt(self.shape[0] - 1) + 1
         return side, side
 

@@ -391,9 +391,7 @@ def _on_cluster(tasks: Sequence[Task], scheduler: str) -> Iterator[tuple[Task, O
     try:
         from distributed import Client, as_completed
     except ImportError:
-        raise ImportError(
-            "a scheduler needs dask.distributed: python -m pip install distributed"
-        ) from None
+        raise ImportError("a scheduler needs dask.distributed: python -m pip install distributed") from None
     try:
         client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from analysis.cli import OneLineParser, one_line, run_command, run_main
+from analysis.cli import OneLineParser, check_once, one_line, run_command, run_main
 from analysis.ledger.evidence import NOT_RUN, PROVENANCE, VERDICTS, Evidence, MissingEvidenceError, Outcome
 from analysis.ledger.yaml_file import choose, load_entries
 from analysis.shipped import shipped
@@ -208,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    check_once(options, "run")
     evidence = Evidence()
     findings = [evaluate(claim, evidence) for claim in choose("claim", options.run, ledger()[1])]
     if options.json:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from analysis.cli import OneLineParser, run_command, run_main
+from analysis.cli import OneLineParser, check_once, run_command, run_main
 from analysis.ledger.accounting_rules import MIB, OF_COMPRESSION, RULES, Figures, Reading, Work, fits, nearest, readings
 from analysis.ledger.published import STATUSES, Published, published
 from analysis.ledger.yaml_file import choose
@@ -279,7 +279,7 @@ def line(found: Explanation) -> str:
     """One line, for the list of all."""
     row, reading = found.published, found.reading
     printed, rules = f"{row.value} {row.unit}", " + ".join(reading.rules)
-    return f"{row.id:<34}{printed:>14}{_digits(row, reading):>12}  {found.status:<13}{rules}".rstrip()
+    return f"{row.id:<33} {printed:>14} {_digits(row, reading):>11}  {found.status:<12} {rules}".rstrip()
 
 
 def to_json(found: Explanation) -> dict[str, Any]:
@@ -312,6 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    check_once(options, "claim")
     rows = choose("published figure", options.claim, published()[1])
     found = [explain(row, threshold=bool(options.claim)) for row in rows]
     if options.json:

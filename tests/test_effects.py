@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis import cost, cost_model, plan, spectra
+from analysis import claims, cost, cost_model, explain, plan, spectra
 from analysis.ranks import choose_ranks
 
 NET = ["--net", "mlp", "--batch", "4"]
@@ -87,9 +87,17 @@ SPECTRA = {
     "two sizes": ([*MEASURE, "--input-shape", "8,8"], "expected C,H,W or N"),
     "seed": ([*MEASURE, "--seed", "-1"], "--seed is -1"),
 }
+TWICE = {"claim": (["--claim", "mobilenetv2-last2", "mobilenetv2-last2"], "expected each once")}
+RUN_TWICE = {"run": (["--run", "small-batches", "small-batches"], "expected each once")}
 CASES = [
     pytest.param(main, *case, id=f"{main.__module__.removeprefix('analysis.')}: {name}")
-    for main, cases in ((cost_model.main, COST), (plan.main, PLAN), (spectra.main, SPECTRA))
+    for main, cases in (
+        (cost_model.main, COST),
+        (plan.main, PLAN),
+        (spectra.main, SPECTRA),
+        (explain.main, TWICE),
+        (claims.main, RUN_TWICE),
+    )
     for name, case in cases.items()
 ]
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from analysis.blocks import PIPE_WIDTH
 from analysis.console import Sheet, plain, printable
 from analysis.cost_model import cost
 from analysis.cost_model import main as cost_main
+from analysis.footnotes import footnotes
 from analysis.methods import METHODS
 from analysis.plan import main as plan_main
 from analysis.report import Report
@@ -234,6 +236,18 @@ def test_any_method_that_takes_more_is_named() -> None:
         more = totals[method].tape_and_factors > 1.05 * totals["bp"].tape_and_factors
         assert (f"{method} takes more memory than bp here" in render(report)) == more
     assert "bp takes more" not in render(report)
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"), [(5 * 10**9, "takes 5.000 GMACs more"), (-(10**9), "takes 1.000 GMACs less")]
+)
+def test_a_hosvd_that_is_cheaper_takes_less(reports: dict[int, Report], saved: int, words: str) -> None:
+    """Not "-1.000 GMACs more a step"."""
+    report = reports[4]
+    costs = {m: replace(of, saved_macs_per_step=saved) for m, of in report.calibration.items()}
+    assert costs
+    text = "\n".join(footnotes(replace(report, calibration=costs)))
+    assert f"against a HOSVD at every step at these ranks, which {words} a step, it is " in text
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ PLAN = {
     "layers": ([*BUDGET, "--method", "head-only", "--layers", "1"], "another method than head-only"),
     "shares": ([*BUDGET, "--method", "lora", "--shares", "parameters"], "a method whose fidelity is predicted"),
     "shares without spectra": ([*BUDGET, "--method", "lance", "--shares", "parameters"], "--shares has no effect"),
+    "shares of the head": ([*BUDGET, "--method", "head-only", "--shares", "parameters"], "--shares has no effect"),
     "image-size": ([*BUDGET, "--input-shape", "3,32,32", "--image-size", "32"], "it needs no --input-shape"),
     "batch of 31 digits": ([*BUDGET[:4], "--batch", "1" * 31], "at most 2147483647"),
 }
@@ -130,6 +131,8 @@ ALLOWED = {
     "patch": ["--net", "convnet", "--method", "gradient-filter", "--patch", "4"],
     "optimizer of a measurement": [*NET, "--input-shape", "20", "--format", "csv", "--measure", "--optimizer", "adam"],
     "image-size": ["--net", "convnet", "--image-size", "8", "--accounting", "tape", "paper"],
+    "ratio beside other methods": [*NET, "--method", "bp", "sketch", "--ratio", "0.5"],
+    "ranks of layers": ["--net", "convnet", "--ranks", "0.5"],
     "one mode left alone": [*VISION, "--ranks", "features.18.0=-,1,-,-"],
 }
 

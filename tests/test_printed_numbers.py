@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -20,6 +21,10 @@ from analysis.cost_model import main as cost_main
 from analysis.footnotes import footnotes
 from analysis.methods import METHODS
 from analysis.plan import main as plan_main
+from analysis.planning.costs import Memory
+from analysis.planning.fidelity import Fidelity
+from analysis.planning.options import Option
+from analysis.planning.search import Candidate, Row, _rank
 from analysis.report import Report
 from analysis.tables import FEW, change, render, totals_table
 from lance_ref import models
@@ -210,6 +215,27 @@ def test_claims(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"  figure   {document['figure']}\n" in text
         assert f"  verdict  {document['verdict']}" in text
         assert document["why"] in text
+
+
+def test_rows_that_keep_nothing_are_folded() -> None:
+    """Each operation stands in the table or is counted in the line below, and not both."""
+    report = cost("convnet", batch=2, tune="last:1", ranks="0.5")
+    body = render(report, across=400).split("Kept for the backward pass")[1].split("Products of one step")[0]
+    listed = [row.name for row in report.rows if re.search(rf"^{re.escape(row.name)} ", body, re.M)]
+    found = re.search(r"^\((\d+) more, which keep nothing\)$", body, re.M)
+    assert found is not None
+    assert len(listed) + int(found[1]) == len(report.rows)
+
+
+def test_what_is_shown_as_zero_counts_as_zero() -> None:
+    """0.0004 is 0.000 in the table: it stands behind what is not predicted, and 0.0006 before it."""
+    memory = Memory(1, 0, 0, 0, 0)
+
+    def row(estimate: float | None) -> Row:
+        of = None if estimate is None else Fidelity(estimate, 0.0, 1.0)
+        return Row(Option("bp"), Candidate(Option("bp"), 1, 1, of, memory, Fraction(1), 0, False), {1: 1}, None)
+
+    assert _rank(row(0.0006)) < _rank(row(None)) < _rank(row(0.0004)) < _rank(Row(Option("bp"), None, {}, None))
 
 
 # ---- what shrinks and what grows -------------------------------------------------------------

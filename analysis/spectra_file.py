@@ -123,7 +123,11 @@ def read_bounded(path: Path, most: int) -> bytes:
         raise ValueError("is a device or a pipe, expected a file")
     if status.st_size > most:
         raise ValueError(f"has {status.st_size} bytes, expected at most {most}")
-    return path.read_bytes()
+    with path.open("rb") as file:
+        content = file.read(most + 1)  # it may grow, or be one of those whose size is 0 before they are read
+    if len(content) > most:
+        raise ValueError(f"has more than {most} bytes")
+    return content
 
 
 def load_spectra(path: str | os.PathLike[str]) -> Spectra:

@@ -14,6 +14,7 @@ import lance_ref
 from analysis import plan
 from analysis import spectra as spectra_cli
 from analysis.cost_model import cost
+from analysis.spectra_file import read_bounded
 from lance_ref import datasets, nn
 
 OWN = """
@@ -162,3 +163,16 @@ def test_what_never_ends_is_not_read(option: str, capsys: pytest.CaptureFixture[
         assert "is a device or a pipe, expected a file" in error
         assert path in error
         assert error.count("\n") == 1
+
+
+def test_no_more_is_read_than_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file whose size says less than it holds, as those of /proc do; and one that is exactly as large."""
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_bounded(path, 5) == b"12345"
+    with pytest.raises(ValueError, match="has 5 bytes, expected at most 4"):
+        read_bounded(path, 4)
+    status = os.stat_result((0o100644, *[0] * 9))
+    monkeypatch.setattr(Path, "stat", lambda self: status)
+    with pytest.raises(ValueError, match="has more than 4 bytes"):
+        read_bounded(path, 4)

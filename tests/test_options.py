@@ -189,9 +189,9 @@ def test_long_values_are_cut_in_messages() -> None:
         cli.positive("x " * 2500)
 
 
-def test_a_bill_of_a_million_million_tasks_is_refused() -> None:
+def test_a_bill_of_too_many_tasks_is_refused() -> None:
     """Before a list for each task is made."""
     step = trace_step(build("mlp", 10, (64,), True), "mlp", (64,), 2, "all", "float32")
-    with pytest.raises(ValueError, match="tasks is 1000000000000, expected at least 2 and at most 10000"):
-        continual_bill.bills(step, 10**12)
+    with pytest.raises(ValueError, match="tasks is 10001, expected at least 2 and at most 10000"):
+        continual_bill.bills(step, 10_001)
     assert len(continual_bill.bills(step, 3)) == 9

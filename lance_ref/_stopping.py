@@ -113,7 +113,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _end() -> None:
-    """Leave with the exit code; Python would end by SIGINT where an ``exec`` was interrupted, though that was caught."""
+    """Leave with the exit code; Python would end by SIGINT where an ``exec`` was interrupted, caught or not."""
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -366,7 +367,13 @@ def _pool(tasks: Sequence[Task], jobs: int, taken: list[Task]) -> Iterator[tuple
             tracker.ensure_running()
         with stopping.left_to_parent():  # the processes start here, and what Ctrl-C does in them is decided
             outcomes = pool(feed())
-        yield from outcomes
+        try:
+            for outcome in outcomes:  # noqa: UP028  (yield from would close the pool before the filter below is set)
+                yield outcome
+        finally:
+            with warnings.catch_warnings():  # where a sweep ends early, its error says why, in one line
+                warnings.filterwarnings("ignore", ".*tasks.* cancelled")
+                outcomes.close()
 
 
 def _run_here(task: Task, parent: int) -> tuple[Task, Outcome]:

@@ -8,8 +8,8 @@ they read the trace (:func:`lance_ref.trace`) and nothing else.
 
 from typing import TYPE_CHECKING, Any
 
-from analysis import stopping  # noqa: F401  isort: skip  (first: Ctrl-C while a command imports what it needs)
-from analysis import shipped  # noqa: F401  isort: skip  (before anything is taken from lance_ref)
+from analysis import shipped  # noqa: F401  isort: skip  (before anything is looked for in lance_ref)
+from analysis import stopping  # noqa: F401  isort: skip  (then at once: Ctrl-C while a command imports what it needs)
 
 if TYPE_CHECKING:
     from analysis.cost_model import cost as cost

@@ -29,8 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from analysis import stopping
-from analysis.shipped import check_own_packages
+from analysis import shipped, stopping
 
 NET_HELP = "name of a built-in net (mobilenetv2@0.35: of that width), pkg.module:factory, or a file.onnx"
 """Of ``--net``, wherever any net will do."""
@@ -117,7 +116,7 @@ def run_command(
     """
     options = parser.parse_args(arguments)
     try:
-        check_own_packages()
+        shipped.check_own_packages()
         for name in outputs:
             if getattr(options, name):
                 check_writable(getattr(options, name), f"--{name}")
@@ -140,7 +139,7 @@ def _cause(error: BaseException) -> BaseException:
     """The error; of a failed import, the module of another package that is in the way."""
     if isinstance(error, ImportError):
         try:
-            check_own_packages()
+            shipped.check_own_packages()
         except ImportError as cause:
             return cause
     return error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ else:
     def _load(name: str) -> Any:
         """The one module of that name; ``import`` would run the package's ``__init__`` first, which takes a second."""
         if name not in sys.modules:
-            folder = Path(__file__).resolve().parents[1] / "lance_ref"
+            folder = Path(find_spec("lance_ref").origin).parent
             spec = spec_from_file_location(name, folder / "_stopping.py")
             sys.modules[name] = module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])

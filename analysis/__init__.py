@@ -9,6 +9,8 @@ they read the trace (:func:`lance_ref.trace`) and nothing else.
 import sys
 from typing import TYPE_CHECKING, Any
 
+from analysis.commands import shipped  # noqa: F401  isort: skip  (before anything is looked for in lance_ref)
+from analysis.commands import stopping  # noqa: F401  isort: skip  (then: Ctrl-C while a command imports what it needs)
 from analysis.moved import LateFinder
 
 if TYPE_CHECKING:

@@ -12,7 +12,23 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from analysis.commands.cli import NET_HELP, OneLineParser, check_writable, run_command
+from analysis.commands.cli import (
+    NET_HELP,
+    OneLineParser,
+    any_file,
+    check_effect,
+    check_no_effect,
+    check_once,
+    count,
+    few,
+    figure_file,
+    input_shape,
+    pixels,
+    run_command,
+    run_main,
+    share,
+    share_below_one,
+)
 from analysis.reports.predict import (
     DEFAULT_BASIS_BATCHES,
     DEFAULT_BATCH,
@@ -23,7 +39,7 @@ from analysis.reports.predict import (
     cost,
     predict,
 )
-from analysis.steps.methods import METHODS, chosen_methods
+from analysis.steps.methods import METHODS, check_methods_heed, chosen_methods
 from analysis.steps.settings import Settings
 
 __all__ = ["Prediction", "cost", "main", "parser", "predict"]
@@ -40,26 +56,28 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     p.add_argument("--net", required=True, help=NET_HELP)
-    p.add_argument("--batch", type=int, default=DEFAULT_BATCH, help="images per step")
-    p.add_argument("--image-size", type=int, help="height and width in pixels (224 for most nets)")
-    p.add_argument("--input-shape", help="of one input, as 3,32,32 or 90,3 or 784; in place of --image-size")
-    p.add_argument("--num-classes", type=int, help="outputs of the classifier (1000; a factory's own)")
+    p.add_argument("--batch", type=count, default=DEFAULT_BATCH, help="images per step")
+    p.add_argument("--image-size", type=pixels, help="height and width in pixels (224 for most nets)")
+    p.add_argument(
+        "--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size"
+    )
+    p.add_argument("--num-classes", type=count, help="outputs of the classifier (1000; a factory's own)")
     p.add_argument("--tune", nargs="+", help="last:n, all, head, or globs of layer names (last:4, all if fewer)")
     p.add_argument(
         "--method", "--methods", nargs="+", default=list(DEFAULT_METHODS), metavar="METHOD",
         help=f"{', '.join(METHODS)}, or all",
     )  # fmt: skip
-    p.add_argument("--epsilon", type=float, help=f"energy threshold for ranks from spectra ({DEFAULT_EPSILON})")
+    p.add_argument("--epsilon", type=share, default=0.7, help="energy threshold for ranks from spectra")
     p.add_argument("--ranks", help="a fraction for every mode, or layer=r1,r2,r3,r4;layer=... (-: mode left alone)")
-    p.add_argument("--segments", type=int, help="of checkpoint (one for each stage that trains, but the last)")
-    p.add_argument("--micro-batch", type=int, help="images at a time of micro-batch (a quarter of the batch)")
+    p.add_argument("--segments", type=count, help="of checkpoint (one for each stage that trains, but the last)")
+    p.add_argument("--micro-batch", type=count, help="images at a time of micro-batch (a quarter of the batch)")
     defaults = Settings()
-    p.add_argument("--lora-rank", type=int, help=f"of lora's updates ({defaults.lora_rank})")
-    p.add_argument("--patch", type=int, help=f"places that gradient-filter takes together ({defaults.patch})")
-    p.add_argument("--ratio", type=float, help=f"directions of sketch by images of a batch ({defaults.ratio:g})")
+    p.add_argument("--lora-rank", type=count, default=defaults.lora_rank, help="of lora's updates")
+    p.add_argument("--patch", type=count, default=defaults.patch, help="places that gradient-filter takes together")
+    p.add_argument("--ratio", type=share, default=defaults.ratio, help="directions of sketch by images of a batch")
     p.add_argument(
-        "--calibration-batches", type=int,
-        help=f"from which lance's subspaces are found, once ({defaults.calibration_batches})",
+        "--calibration-batches", type=count, default=defaults.calibration_batches,
+        help="from which lance's subspaces are found, once",
     )  # fmt: skip
     p.add_argument("--spectra", help="file of measured spectra, from python -m analysis.spectra")
     p.add_argument(
@@ -74,13 +92,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--optimizer", default="sgd", choices=["sgd", "sgd-momentum", "adam"], help="whose state counts at the peak"
     )
-    p.add_argument("--continual", type=int, metavar="T", help="also bill learning T tasks one after the other")
+    p.add_argument("--continual", type=few, metavar="T", help="also bill learning T tasks one after the other")
     p.add_argument(
-        "--protected", type=float, metavar="SHARE",
+        "--protected", type=share_below_one, metavar="SHARE",
         help=f"of --continual: share of a layer's directions that the last task must leave alone ({DEFAULT_PROTECTED})",
     )  # fmt: skip
     p.add_argument(
-        "--basis-batches", type=int, metavar="N",
+        "--basis-batches", type=count, metavar="N",
         help=f"of --continual: batches from which these directions are found ({DEFAULT_BASIS_BATCHES})",
     )  # fmt: skip
     p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the output")
@@ -88,8 +106,10 @@ def parser() -> argparse.ArgumentParser:
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
         help="the same as --format json",
     )  # fmt: skip
-    p.add_argument("--output", help="write to this file, whole or not at all")
-    p.add_argument("--plot", metavar="FILE", help="draw the report into this .png or .svg, whole or not at all")
+    p.add_argument("--output", type=any_file, help="write to this file, whole or not at all")
+    p.add_argument(
+        "--plot", type=figure_file, metavar="FILE", help="draw the report into this .png or .svg, whole or not at all"
+    )
     p.add_argument("--panels", nargs="+", choices=PANELS, help=f"of --plot ({' '.join(PANELS)})")
     p.add_argument("--measure", action="store_true", help="run one real step and compare; exit 1 on any difference")
     p.add_argument("--data", help="images for --measure: a data set of lance_ref.datasets, or a folder of pictures")
@@ -104,9 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     _check(options)
     prediction = _predict(options)
-    if options.epsilon is not None and not (prediction.choice and prediction.choice.by_energy):
-        source = prediction.report.ranks_from.partition(",")[0]
-        raise ValueError(f"--epsilon {options.epsilon:g} has no effect: the ranks are not chosen by energy ({source})")
+    _check_ranks(options, prediction)
     if options.plot is not None:
         from analysis.reports.plots import draw
 
@@ -124,19 +142,29 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Options that say nothing without another, and files that cannot be written: before the work."""
-    if options.data is not None and not options.measure:
-        raise ValueError("--data names images for --measure, which was not given")
-    if options.panels is not None and options.plot is None:
-        raise ValueError("--panels names panels of --plot, which was not given")
+    """Options that change nothing beside the others are refused before the work."""
+    check_methods_heed(options, chosen_methods(options.method))
+    check_effect(options, "data", options.measure, "--measure, for which it names images")
+    check_effect(options, "panels", options.plot is not None, "--plot, of which it names panels")
     for name in ("protected", "basis_batches"):
-        if getattr(options, name) is not None and options.continual is None:
-            raise ValueError(f"--{name.replace('_', '-')} belongs to --continual, which was not given")
-    _check_effect(options)
-    if options.output is not None:
-        check_writable(options.output)
-    if options.plot is not None:
-        check_writable(options.plot, "--plot")
+        check_effect(options, name, options.continual is not None, "--continual")
+    check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")
+    check_effect(options, "accounting", options.format == "table", "--format table, of which it chooses columns")
+    for name in ("accounting", "panels"):
+        if getattr(options, name) is not None:
+            check_once(options, name)
+    if options.format == "csv":
+        check_no_effect(options, ("continual", "calibration_batches"), "CSV has the rows of the layers alone")
+        check_effect(options, "optimizer", options.measure, "--measure, or a format that has the peak of memory")
+
+
+def _check_ranks(options: argparse.Namespace, prediction: Prediction) -> None:
+    """Options about ranks that decided about no layer, once it is known where the ranks come from."""
+    if not prediction.step.tuned_layers:
+        check_no_effect(options, ("epsilon", "ranks", "spectra"), "no layer besides the head trains")
+    choice = prediction.choice
+    if choice is not None and not choice.by_energy:
+        check_no_effect(options, ("epsilon", "spectra"), f"no rank is chosen by energy; ranks are from {choice.source}")
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -157,11 +185,9 @@ def _check_effect(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> Prediction:
-    from analysis.steps.nets import parse_shape
-
     return predict(
         options.net, options.batch, options.image_size,
-        parse_shape(options.input_shape), options.num_classes,
+        options.input_shape, options.num_classes,
         options.tune[0] if options.tune and len(options.tune) == 1 else options.tune,
         options.method, DEFAULT_EPSILON if options.epsilon is None else options.epsilon, options.ranks,
         options.spectra, options.convention, options.dtype,
@@ -192,4 +218,4 @@ def _write(options: argparse.Namespace, prediction: Prediction) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

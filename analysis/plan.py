@@ -11,20 +11,32 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from analysis.commands.cli import NET_HELP, OneLineParser, check_writable, run_command
+from analysis.commands.cli import (
+    NET_HELP,
+    OneLineParser,
+    any_file,
+    check_effect,
+    count,
+    input_shape,
+    pixels,
+    run_command,
+    run_main,
+    share,
+)
 from analysis.planner.options import (
     ASSUMED_FRACTION,
     DEFAULT_BATCHES,
     DEFAULT_EPSILONS,
     DEFAULT_PATCHES,
     DEFAULT_RATIOS,
+    WITHOUT_LAYERS,
     check_lists,
     options_for,
     parse_bytes,
     parse_fraction_of_modes,
     parse_times,
 )
-from analysis.steps.methods import METHODS, chosen_methods
+from analysis.steps.methods import METHODS, check_methods_heed, chosen_methods
 
 if TYPE_CHECKING:
     from analysis.planner.costs import Costs, Device
@@ -43,22 +55,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget", required=True, help="of RAM: 256KiB, 1.5MiB, 300000B")
     p.add_argument("--flops-at-most", help="of backpropagation through the same layers with the same batch: 1.5x")
     p.add_argument("--spectra", help="file of measured spectra, from python -m analysis.spectra")
-    p.add_argument("--batch", type=int, nargs="+", default=list(DEFAULT_BATCHES), help="batch sizes to try")
-    p.add_argument("--layers", type=int, help="tune at most so many, from the last on (all)")
+    p.add_argument("--batch", type=count, nargs="+", default=list(DEFAULT_BATCHES), help="batch sizes to try")
+    p.add_argument("--layers", type=count, help="tune at most so many, from the last on (all)")
     p.add_argument(
         "--method", "--methods", nargs="+", default=["all"], metavar="METHOD", help=f"{', '.join(METHODS)}, or all"
     )
-    p.add_argument("--epsilon", type=float, nargs="+", help="energy thresholds of ranks from spectra (0.7 0.9 0.99)")
+    p.add_argument("--epsilon", type=share, nargs="+", help="energy thresholds of ranks from spectra (0.7 0.9 0.99)")
     p.add_argument(
         "--ranks",
         nargs="+",
         help="fractions of each mode in place of thresholds, or beside --epsilon (without spectra: 0.25)",
     )
-    p.add_argument("--patch", type=int, nargs="+", default=list(DEFAULT_PATCHES), help="of gradient-filter")
-    p.add_argument("--ratio", type=float, nargs="+", default=list(DEFAULT_RATIOS), help="of sketch")
-    p.add_argument("--micro-batch", type=int, default=1, help="images at a time of micro-batch")
-    p.add_argument("--lora-rank", type=int, default=4, help="of lora's updates")
-    p.add_argument("--segments", type=int, help="of checkpoint (one for each stage that trains, but the last)")
+    p.add_argument("--patch", type=count, nargs="+", default=list(DEFAULT_PATCHES), help="of gradient-filter")
+    p.add_argument("--ratio", type=share, nargs="+", default=list(DEFAULT_RATIOS), help="of sketch")
+    p.add_argument("--micro-batch", type=count, default=1, help="images at a time of micro-batch")
+    p.add_argument("--lora-rank", type=count, default=4, help="of lora's updates")
+    p.add_argument("--segments", type=count, help="of checkpoint (one for each stage that trains, but the last)")
     p.add_argument(
         "--count", default="peak", choices=["peak", "kept"],
         help="peak: the simulated peak of a step; kept: tape, gradients and optimiser state alone",
@@ -75,16 +87,18 @@ def parser() -> argparse.ArgumentParser:
         "--shares", default="layers",
         help="shares of the gradient's energy: layers (the same for each), parameters, or a JSON file by layer",
     )  # fmt: skip
-    p.add_argument("--image-size", type=int, help="height and width in pixels")
-    p.add_argument("--input-shape", help="of one input, as 3,32,32 or 90,3 or 784; in place of --image-size")
-    p.add_argument("--num-classes", type=int, help="outputs of the classifier (1000; a factory's own)")
+    p.add_argument("--image-size", type=pixels, help="height and width in pixels")
+    p.add_argument(
+        "--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size"
+    )
+    p.add_argument("--num-classes", type=count, help="outputs of the classifier (1000; a factory's own)")
     p.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="(float32)")
     p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the output (table)")
     p.add_argument(
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
         help="the same as --format json",
     )  # fmt: skip
-    p.add_argument("--output", help="write to this file, whole or not at all")
+    p.add_argument("--output", type=any_file, help="write to this file, whole or not at all")
     return p
 
 
@@ -98,8 +112,6 @@ def _run(options: argparse.Namespace) -> None:
     from analysis.planner.tables import csv_text, json_text, render, show
     from lance_ref.io.whole_file import write_text
 
-    if options.output is not None:
-        check_writable(options.output)
     device = Device(options.count, options.weights, options.calibration, options.optimizer)
     plan = make_plan(options, device)
     if options.format == "table" and options.output is None:
@@ -123,6 +135,7 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     """
     from dataclasses import replace
 
+    from analysis.planner.fidelity import why_not
     from analysis.planner.search import search
     from analysis.steps.nets import remark
 
@@ -134,6 +147,7 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     check_lists(options.batch, epsilons, options.ratio)
     if len(set(options.patch)) < len(options.patch) or len(set(fractions)) < len(fractions):
         raise ValueError("--patch and --ranks take every value once")
+    _check_effects(options, methods)
     costs, ranks_from = _costs(options, device)
     if costs.spectra is None:
         if options.epsilon is not None:
@@ -145,6 +159,8 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
         methods, epsilons, fractions, options.patch, options.ratio, options.micro_batch, options.lora_rank,
         options.segments,
     )  # fmt: skip
+    predicted = any(of.method not in WITHOUT_LAYERS and not why_not(of, costs.spectra is not None) for of in tried)
+    check_effect(options, "shares", predicted, "a method whose fidelity is predicted")
     plan = search(costs, tried, options.batch, budget, times, options.shares, options.layers)
     shares = {"layers": "the same for every layer", "parameters": "in proportion to its weights"}
     size = "x".join(map(str, costs.input_shape))
@@ -157,6 +173,16 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
         "smaller": _smaller(options, plan),
     }
     return replace(plan, facts=facts)
+
+
+def _check_effects(options: argparse.Namespace, methods: Sequence[str]) -> None:
+    """Options that change nothing beside the others are refused before the work."""
+    check_methods_heed(options, methods)
+    check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")
+    calibrated = [name for name, method in METHODS.items() if method.calibration]
+    check_effect(options, "calibration", bool(set(calibrated) & set(methods)), f"one of {', '.join(calibrated)}")
+    with_layers = any(name not in WITHOUT_LAYERS for name in methods)
+    check_effect(options, "layers", with_layers, f"another method than {', '.join(WITHOUT_LAYERS)}")
 
 
 def _smaller(options: argparse.Namespace, plan: Plan) -> str:
@@ -181,9 +207,9 @@ def _costs(options: argparse.Namespace, device: Device) -> tuple[Costs, str]:
     """The net, with spectra if there are any, and where the ranks come from."""
     from analysis.planner.costs import Costs
     from analysis.ranks.choose import ranks_from_spectra
-    from analysis.steps.nets import build, check_classes, input_shape_for, parse_shape
+    from analysis.steps.nets import build, check_classes, input_shape_for
 
-    shape = input_shape_for(options.net, options.image_size, parse_shape(options.input_shape))
+    shape = input_shape_for(options.net, options.image_size, options.input_shape)
     net = build(options.net, options.num_classes, shape, without_weights=True)
     spectra, where = _spectra(options, shape)
     costs = Costs(net, options.net, shape, device, options.dtype, spectra)
@@ -220,4 +246,4 @@ def _spectra(options: argparse.Namespace, input_shape: tuple[int, ...]) -> tuple
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -13,31 +13,76 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
+import math
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.commands.cli import OneLineParser, run_command
+from analysis.commands.cli import (
+    NET_HELP,
+    OneLineParser,
+    any_file,
+    check_effect,
+    count,
+    data_set,
+    finite,
+    input_shape,
+    pixels,
+    positive,
+    run_command,
+    run_main,
+    seed,
+)
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from analysis.ranks.spectra_file import Spectra
     from lance_ref.datasets import Dataset
     from lance_ref.nn.module import Module
 
 
+Normalise = Callable[["np.ndarray"], "np.ndarray"]
+
+
 @dataclass(frozen=True)
 class _Source:
-    """A net with weights, and the words for where they are from."""
+    """A net with weights, the words for where they are from, and what its input is.
+
+    ``normalise`` takes uint8 (B, H, W, C) to float32 (B, C, H, W); ``normalised`` says how.
+    """
 
     net: Module
     weights: str
     weights_sha256: str
-    image_size: int
-    normalise: Any
+    shape: tuple[int, ...]
+    normalise: Normalise
+    normalised: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures; a net for vectors gets the pixels of a square."""
+        if len(self.shape) == 3:
+            return self.shape[1:]
+        side = math.isqrt(self.shape[0] - 1) + 1
+        return side, side
+
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        """The net's input (B, *shape) out of pictures (B, H, W, C) of its size.
+
+        One channel is the mean of three; more channels than the pictures have are these, over and over again.
+        """
+        import numpy as np
+
+        count = self.shape[0] if len(self.shape) == 3 else 1
+        if count == 1:
+            pixels = np.rint(pixels.mean(axis=3, keepdims=True)).astype(np.uint8)
+        planes = self.normalise(pixels[..., np.arange(count) % pixels.shape[3]])  # (B, C, H, W)
+        return planes if len(self.shape) == 3 else planes.reshape(len(planes), -1)[:, : self.shape[0]]
 
 
 def measure(
@@ -49,13 +94,17 @@ def measure(
     image_size: int | None = None,
     seed: int = 0,
     command: str = "",
+    input_shape: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Spectra:
     """Calibrate every layer of a net but its head, and keep the eigenvalues.
 
     Parameters
     ----------
     net : str
-        A built-in net, with its pretrained weights if there are any, or ``pkg.module:factory`` with its own.
+        A built-in net, with its pretrained weights if there are any, ``pkg.module:factory`` or a ``file.onnx`` with
+        their own.
     data : str
         A data set of ``lance_ref.datasets``, or a folder of pictures.
     split : {"train", "test", "all"}
@@ -63,11 +112,17 @@ def measure(
     batch, batches : int
         Images a batch, and number of batches. No image is used twice.
     image_size : int, optional
-        Pixels; by default those of the pretrained weights, else 224.
+        Pixels; by default those of the pretrained weights, of the net or of the ONNX file.
     seed : int
         Of the order of the images.
     command : str
         What to state as the command in the provenance.
+    input_shape : sequence of int, optional
+        (C, H, W) or (N,), in place of ``image_size``. One channel is the mean of the pictures' three; further channels
+        are those of the pictures, over and over again; N numbers are the pixels of a grey square.
+    mean, std : sequence of float, optional
+        (pixel / 255 - mean) / std, one number or one for each channel. By default what pretrained weights were trained
+        with, and pixel / 255 for other nets.
 
     Raises
     ------
@@ -83,8 +138,8 @@ def measure(
     for name, number in (("batch", batch), ("batches", batches), ("image size", image_size)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}, expected a positive integer")
-    source = _source(net, image_size)
-    images, images_sha256 = _images(data, split, source.image_size)
+    source = _source(net, image_size, input_shape, mean, std)
+    images, images_sha256 = _images(data, split, source.size)
     if batch * batches > len(images):
         there = f"{images.name} ({images.split}) has {len(images)}"
         raise ValueError(f"{batches} batches of {batch} need {batch * batches} images, {there}")
@@ -102,33 +157,88 @@ def measure(
         "images_sha256": images_sha256,
         "images_source": images.source,
         "image_count": batch * batches,
+        "normalisation": source.normalised,
         "batches": batches,
         "seed": seed,
         "command": command,
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__},
     }
-    return Spectra(net, batch, (3, source.image_size, source.image_size), provenance, layers)
+    return Spectra(net, batch, source.shape, provenance, layers)
 
 
-def _source(net: str, image_size: int | None) -> _Source:
-    from analysis.steps.nets import DEFAULT_IMAGE_SIZE, build
+def _source(
+    net: str,
+    image_size: int | None,
+    given: Sequence[int] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> _Source:
+    from analysis.steps.nets import build, input_shape_for
     from lance_ref import models
 
-    weights = models.NETS[net].weights if net in models.NETS else None
-    if weights is not None:
-        size = image_size or weights.image_size
-        normalise = models.preprocessing(net)
-        return _Source(models.create(net, pretrained=True), weights.origin, weights.sha256, size, normalise)
-    size = image_size or DEFAULT_IMAGE_SIZE
-    module = build(net, None, (3, size, size), without_weights=False)
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean is {mean} and std {std}, expected both or none")
+    known = models.NETS[net].weights if net in models.NETS else None
+    shape = input_shape_for(net, known.image_size if known and image_size is None else image_size, given)
+    if len(shape) not in (1, 3) or min(shape) < 1:
+        raise ValueError(f"net {net!r} takes inputs of shape {shape}, expected (C, H, W) or (N,)")
+    if known is not None:
+        module, words, digest = models.create(net, pretrained=True), known.origin, known.sha256
+    else:
+        module = build(net, None, shape, without_weights=False)
+        words, digest = _weights(net, module)
+    _check_finite(net, module)
+    if mean is not None and std is not None:
+        normalise, how = _affine(mean, std, shape[0] if len(shape) == 3 else 1)
+    elif known is not None:
+        normalise, how = models.preprocessing(net), "as the pretrained weights were trained"
+    else:
+        normalise, how = _affine([0.0], [1.0], 1)
+    return _Source(module, words, digest, shape, normalise, how)
+
+
+def _weights(net: str, module: Module) -> tuple[str, str]:
+    """The words for where the weights of a net are from, and a checksum: of the file, or of the arrays."""
     digest = hashlib.sha256()
+    if net.endswith(".onnx"):
+        with open(net, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        return f"those of {Path(net).name} (sha256 {digest.hexdigest()[:16]})", digest.hexdigest()
     for array in module.state_dict().values():
         digest.update(array.tobytes())
-    words = f"those of {net}" if ":" in net else f"{net}, freshly initialised"
-    return _Source(module, words, digest.hexdigest(), size, None)
+    return f"those of {net}" if ":" in net else f"{net}, freshly initialised", digest.hexdigest()
 
 
-def _images(data: str, split: str, size: int) -> tuple[Dataset, str]:
+def _check_finite(net: str, module: Module) -> None:
+    """Raise ValueError for weights that are NaN or infinite: every spectrum behind them would be."""
+    import numpy as np
+
+    for name, array in module.state_dict().items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"net {net!r}: {name} has values that are NaN or infinite, its spectra cannot be measured")
+
+
+def _affine(mean: Sequence[float], std: Sequence[float], channels: int) -> tuple[Normalise, str]:
+    """(pixel / 255 - mean) / std for each channel, and the words for it."""
+    import numpy as np
+
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, channels) or not all(map(math.isfinite, values)):
+            raise ValueError(f"{name} is {list(values)}, expected 1 or {channels} finite numbers, one for each channel")
+    if min(std) <= 0:
+        raise ValueError(f"std is {list(std)}, expected positive numbers")
+    scale = (1 / (255 * np.asarray(std, np.float64))).astype(np.float32)[:, None, None]
+    shift = (-np.asarray(mean, np.float64) / np.asarray(std)).astype(np.float32)[:, None, None]
+
+    def normalise(pixels: np.ndarray) -> np.ndarray:
+        result: np.ndarray = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) * scale + shift
+        return result
+
+    plain = not any(mean) and set(std) == {1.0}
+    return normalise, "pixel / 255" if plain else f"(pixel / 255 - mean) / std, mean {list(mean)}, std {list(std)}"
+
+
+def _images(data: str, split: str, size: tuple[int, int]) -> tuple[Dataset, str]:
     """The images, and a checksum of the file that they are read from (of the pixels, for a folder)."""
     import numpy as np
 
@@ -168,7 +278,7 @@ class _batches:  # noqa: N801  (used like a function; a class so that the progre
 
         source = self.source
         one_pass = datasets.batches(
-            self.images, self.batch, self.seed, normalise=source.normalise, image_size=source.image_size, channels=3
+            self.images, self.batch, self.seed, normalise=source.prepare, image_size=source.size
         )
         for x, _ in itertools.islice(one_pass, self.batches):
             yield x
@@ -181,32 +291,43 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--net", required=True, help="name of a built-in net, or pkg.module:factory")
-    p.add_argument("--data", required=True, help="a data set of lance_ref.datasets, or a folder of pictures")
+    p.add_argument("--net", required=True, help=NET_HELP)
+    p.add_argument(
+        "--data", required=True, type=data_set, help="a data set of lance_ref.datasets, or a folder of pictures"
+    )
     p.add_argument("--split", default="train", choices=["train", "test", "all"], help="which images of a data set")
-    p.add_argument("--batch", type=int, default=128, help="images a batch")
-    p.add_argument("--batches", type=int, default=6, help="number of batches")
-    p.add_argument("--image-size", type=int, help="pixels (those of the pretrained weights, else 224)")
-    p.add_argument("--seed", type=int, default=0, help="of the order of the images")
-    p.add_argument("--output", required=True, help="the file to write, whole or not at all")
+    p.add_argument("--batch", type=count, default=128, help="images a batch")
+    p.add_argument("--batches", type=count, default=6, help="number of batches")
+    p.add_argument("--image-size", type=pixels, help="pixels (those of the pretrained weights, the net or the file)")
+    p.add_argument("--input-shape", type=input_shape, help="C,H,W or N, without the batch; in place of --image-size")
+    p.add_argument(
+        "--mean", nargs="+", type=finite, metavar="M",
+        help="of (pixel/255 - mean)/std, for all channels or for each (what pretrained weights take, else 0)",
+    )  # fmt: skip
+    p.add_argument("--std", nargs="+", type=positive, metavar="S", help="with --mean (1)")
+    p.add_argument("--seed", type=seed, default=0, help="of the order of the images")
+    p.add_argument("--output", required=True, type=any_file, help="the file to write, whole or not at all")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return run_command(parser(), given, lambda options: _run(options, given), ("output",))
+    return run_command(parser(), given, lambda options: _run(options, given))
 
 
 def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
-    command = shlex.join(["python", "-m", "analysis.spectra", *given])
+    from lance_ref import datasets
+
+    check_effect(options, "split", options.data in datasets.names(), "a data set; a folder is one split")
+    check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")
     spectra = measure(
         options.net, options.data, options.split, options.batch, options.batches, options.image_size, options.seed,
-        command,
+        shlex.join(["python", "-m", "analysis.spectra", *given]), options.input_shape, options.mean, options.std,
     )  # fmt: skip
     spectra.save(options.output)
     print(f"{options.output}: spectra of {len(spectra.layers)} layers; {spectra.source}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

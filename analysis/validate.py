@@ -20,7 +20,18 @@ from typing import Any
 
 from analysis.check.cells import cells, code_fingerprint, validate_cell, with_fields
 from analysis.check.table import judged, markdown, summary
-from analysis.commands.cli import OneLineParser, check_writable, run_command
+from analysis.commands.cli import (
+    OneLineParser,
+    built_in_net,
+    check_writable,
+    count,
+    few,
+    folder_to_write,
+    json_file,
+    run_command,
+    run_main,
+    share,
+)
 from analysis.steps.methods import METHODS, chosen_methods
 from lance_ref import models
 
@@ -37,15 +48,17 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--nets", nargs="+", help=f"of {', '.join(models.names())} (all)")
+    p.add_argument("--nets", type=built_in_net, nargs="+", help=f"of {', '.join(models.names())} (all)")
     p.add_argument("--methods", nargs="+", default=["all"], help=f"of {', '.join(METHODS)}")
-    p.add_argument("--batch", nargs="+", type=int, help=f"images of a step ({' '.join(map(str, BATCHES))})")
+    p.add_argument("--batch", type=count, nargs="+", help=f"images of a step ({' '.join(map(str, BATCHES))})")
     p.add_argument("--dtype", nargs="+", choices=DTYPES, help="of activations and weights (both)")
-    p.add_argument("--ranks", type=float, default=0.25, help="a fraction of each mode, for the methods that have ranks")
+    p.add_argument("--ranks", type=share, default=0.25, help="a fraction of each mode, for the methods that have ranks")
     p.add_argument("--quick", action="store_true", help="three small nets, batches of 1 and 2, float32, if not given")
-    p.add_argument("--folder", help="of finished cells, so that a run that was stopped goes on (none kept)")
-    p.add_argument("--jobs", type=int, default=1, help="processes; more than one takes --folder")
-    p.add_argument("--output", help="a .json file to write, and the same name with .md")
+    p.add_argument(
+        "--folder", type=folder_to_write, help="of finished cells, so that a run that was stopped goes on (none kept)"
+    )
+    p.add_argument("--jobs", type=few, default=1, help="processes; more than one takes --folder")
+    p.add_argument("--output", type=json_file, help="a .json file to write, and the same name with .md")
     return p
 
 
@@ -59,14 +72,7 @@ def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
     """
     quick = QUICK if options.quick else {}
     nets = options.nets or quick.get("nets") or models.names()
-    unknown = [net for net in nets if net not in models.names()]
-    if unknown:
-        raise ValueError(f"--nets has {unknown[0]!r}, expected some of {', '.join(models.names())}")
     batches = options.batch or quick.get("batch") or BATCHES
-    if min(batches) < 1:
-        raise ValueError(f"--batch is {batches}, expected positive integers")
-    if not 0 < options.ranks <= 1:
-        raise ValueError(f"--ranks is {options.ranks}, expected a fraction in (0, 1]")
     methods = chosen_methods(options.methods)
     dtypes = options.dtype or quick.get("dtype") or DTYPES
     return cells(nets, methods, batches, dtypes, options.ranks)
@@ -79,8 +85,6 @@ def run(work: Sequence[Mapping[str, Any]], folder: str | None, jobs: int) -> lis
 
         found = run_cells([dict(cell) for cell in work], "analysis.check.cells:validate_cell", folder, jobs=jobs)
         return [with_fields(dict(cell), outcome) for cell, outcome in zip(work, found, strict=True)]
-    if jobs != 1:
-        raise ValueError(f"--jobs is {jobs}, which takes --folder for the cells that are finished")
     from lance_ref.io.progress import progress_bar
 
     outcomes = []
@@ -107,21 +111,14 @@ def document(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; gives the exit code: 0 all agree, 1 something differs, 2 cannot run."""
-    return run_command(parser(), arguments, _run, ("output",), resumes=True)
-
-
-def _run(options: argparse.Namespace) -> int:
-    work = grid(options)
-    table = None
-    if options.output:
-        if not options.output.endswith(".json"):
-            raise ValueError(f"--output is {options.output!r}, expected a name that ends in .json")
-        table = str(Path(options.output).with_suffix(".md"))
-        check_writable(table)
-    outcomes = run(work, options.folder, options.jobs)
-    result = document(outcomes)
+def work(options: argparse.Namespace) -> int:
+    """Check, run, show and write; 1 if anything differs."""
+    table = None if options.output is None else Path(options.output).with_suffix(".md")
+    if table is not None:
+        check_writable(str(table))
+    if options.jobs != 1 and options.folder is None:
+        raise ValueError(f"--jobs is {options.jobs}, which takes --folder for the cells that are finished")
+    result = document(run(grid(options), options.folder, options.jobs))
     text = markdown(result)
     print(text)
     if table is not None:
@@ -132,5 +129,10 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if judged(result["summary"]) else 1
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code: 0 all agree, 1 something differs, 2 cannot run."""
+    return run_command(parser(), arguments, work)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

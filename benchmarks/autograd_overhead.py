@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.commands.cli import run_main
 from benchmarks import steps
 from benchmarks.side_by_side import Side, Table, Target, number, parser, peer, run, span, timed
 from lance_ref import F, Tensor
@@ -211,4 +212,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import blas
 
+from analysis.commands.cli import run_main
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, once, parser, peer, run, span, timed
 from lance_ref import Tensor, calibrate, models, no_grad, tune
 from lance_ref.algebra.grams import LayerGrams
@@ -177,4 +178,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

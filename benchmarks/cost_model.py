@@ -26,6 +26,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from analysis import cost
+from analysis.commands import stopping
+from analysis.commands.cli import run_main
 from analysis.reports.predict import predict
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, parser, peer, run, timed
 from lance_ref import models, nn
@@ -121,9 +123,16 @@ def reports(size: int = SIZE) -> dict[str, Side]:
 def command(*more: str) -> None:
     """The command line, as a process of its own."""
     words = [sys.executable, "-m", "analysis.cost_model", "--net", "mobilenetv2", *more]
-    done = subprocess.run(words, check=False, stdout=subprocess.DEVNULL)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words[1:])} failed with {done.returncode}")
+    with stopping.left_to_parent():
+        done = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    with done:
+        try:
+            code = done.wait()
+        except KeyboardInterrupt:
+            done.kill()
+            raise
+    if code:
+        raise RuntimeError(f"{' '.join(words[1:])} failed with {code}")
 
 
 def growth(batch: int, chains: Sequence[int]) -> dict[str, Side]:
@@ -177,4 +186,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

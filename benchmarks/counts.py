@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.commands.cli import OneLineParser, run_command
+from analysis.commands.cli import OneLineParser, run_command, run_main
 from analysis.commands.provenance import provenance
 from benchmarks.buffers import count_buffers
 from benchmarks.side_by_side import Table
@@ -100,4 +100,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -16,6 +16,7 @@ import time
 import numpy as np
 
 import lance_ref.algebra.kernels as loops
+from analysis.commands.cli import run_main
 from lance_ref import F, Subspace, Tensor
 from lance_ref.algebra.kernels.threads import Loops, numba_enabled
 from lance_ref.stores import Lance
@@ -70,4 +71,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.commands.cli import run_main
 from benchmarks import roofline
 from benchmarks.roofline import Product, Roofline
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, parser, peer, run, span, timed
@@ -286,4 +287,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

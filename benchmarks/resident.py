@@ -11,8 +11,11 @@ import gc
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from analysis.commands import stopping
 
 STATUS, MARK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 TAKE_BACK = "5"
@@ -54,8 +57,16 @@ def peak_of(side: Callable[[], Any]) -> Resident:
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """The result of a call in a fresh process, which nothing was loaded into before."""
+    resource_tracker.ensure_running()  # starting it lets Ctrl-C through again, so it goes first
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        with stopping.left_to_parent():  # Ctrl-C of a terminal reaches both, and is one line here
+            future = pool.submit(function, *arguments)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
 
 
 def _status(field: str) -> int:

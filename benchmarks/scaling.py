@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from analysis.commands.cli import run_main
 from analysis.reports.figures import save_figure
 from analysis.reports.plots import check_path
 from analysis.rules.account import account
@@ -223,4 +224,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from analysis.commands.cli import OneLineParser, check_count, run_command
+from analysis.commands.cli import OneLineParser, check_counts, run_command
 from analysis.commands.provenance import provenance
 from lance_ref.algebra.kernels import threads as kernels
 from lance_ref.io.whole_file import write_json
@@ -285,9 +285,7 @@ def run(
     """
 
     def work(options: argparse.Namespace) -> None:
-        for name in ("threads", *counts):
-            if getattr(options, name) is not None:
-                check_count(f"--{name.replace('_', '-')}", getattr(options, name))
+        check_counts(options, ("threads", *counts))
         with pinned(options.threads, peers) as threads:
             versions = {**provenance(options.module, 0)["versions"], **{k: v for k, v in peer_versions().items() if v}}
             print(

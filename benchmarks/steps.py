@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.commands.cli import run_main
 from analysis.peak.memory import make_optimizer
 from analysis.reports.predict import Prediction, predict
 from analysis.steps.runs import running
@@ -286,4 +287,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

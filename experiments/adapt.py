@@ -17,7 +17,20 @@ from typing import Any
 import numpy as np
 
 import lance_ref
-from analysis.commands.cli import OneLineParser, check_names, run_command
+from analysis.commands.cli import (
+    OneLineParser,
+    check_tune,
+    count,
+    figure_file,
+    json_file,
+    named_data_set,
+    pixels,
+    positive,
+    run_command,
+    run_main,
+    seed,
+    share,
+)
 from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
 from analysis.rules.account import account
@@ -29,21 +42,28 @@ from lance_ref.stores import Lance
 
 def parser() -> argparse.ArgumentParser:
     parse = OneLineParser(prog="python -m experiments.adapt", description=__doc__.split("\n\n")[0])
-    parse.add_argument("--data", default="eurosat", help="data set of the new task, by name (default: %(default)s)")
-    parse.add_argument("--tune", default="last:4", help="layers that train beside the head (default: %(default)s)")
-    parse.add_argument("--steps", type=int, default=50, help="training steps (default: %(default)s)")
-    parse.add_argument("--batch", type=int, default=32, help="images a step (default: %(default)s)")
-    parse.add_argument("--image-size", type=int, default=224, help="pixels (default: %(default)s)")
-    parse.add_argument("--calibration-batches", type=int, default=8, help="default: %(default)s")
-    parse.add_argument("--epsilon", type=float, default=0.7, help="kept share of the energy (default: %(default)s)")
-    parse.add_argument("--lr", type=float, default=0.05, help="default: %(default)s")
-    parse.add_argument("--clip", type=float, default=2.0, help="largest norm of the gradient (default: %(default)s)")
     parse.add_argument(
-        "--test-images", type=int, default=200, help="for the accuracy at the end (default: %(default)s)"
+        "--data",
+        type=named_data_set,
+        default="eurosat",
+        help="data set of the new task, by name (default: %(default)s)",
     )
-    parse.add_argument("--seed", type=int, default=0, help="fixes everything (default: %(default)s)")
-    parse.add_argument("--output", help="also write the run as JSON")
-    parse.add_argument("--figure", help="also draw loss, accuracy and the energy kept, as .png or .svg")
+    parse.add_argument("--tune", default="last:4", help="layers that train beside the head (default: %(default)s)")
+    parse.add_argument("--steps", type=count, default=50, help="training steps (default: %(default)s)")
+    parse.add_argument("--batch", type=count, default=32, help="images a step (default: %(default)s)")
+    parse.add_argument("--image-size", type=pixels, default=224, help="pixels (default: %(default)s)")
+    parse.add_argument("--calibration-batches", type=count, default=8, help="default: %(default)s")
+    parse.add_argument("--epsilon", type=share, default=0.7, help="kept share of the energy (default: %(default)s)")
+    parse.add_argument("--lr", type=positive, default=0.05, help="default: %(default)s")
+    parse.add_argument("--clip", type=positive, default=2.0, help="largest norm of the gradient (default: %(default)s)")
+    parse.add_argument(
+        "--test-images", type=count, default=200, help="for the accuracy at the end (default: %(default)s)"
+    )
+    parse.add_argument("--seed", type=seed, default=0, help="fixes everything (default: %(default)s)")
+    parse.add_argument("--output", type=json_file, help="also write the run as JSON")
+    parse.add_argument(
+        "--figure", type=figure_file, help="also draw loss, accuracy and the energy kept, as .png or .svg"
+    )
     return parse
 
 
@@ -155,14 +175,9 @@ def draw(result: dict[str, Any], path: str) -> None:
     save_figure(figure, path)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; gives the exit code."""
-    return run_command(parser(), arguments, work, ("output", "figure"))
-
-
 def work(options: argparse.Namespace) -> int:
-    """Run, write and say how it went."""
-    check_names(argparse.Namespace(net="mobilenetv2", **vars(options)))
+    """Check, run, show and write; 1 if the tape is not as predicted."""
+    check_tune("mobilenetv2", options.tune)
     result = run(options)
     if options.output:
         write_json(options.output, result)
@@ -177,5 +192,10 @@ def work(options: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    return run_command(parser(), arguments, work)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

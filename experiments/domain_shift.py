@@ -16,8 +16,26 @@ from typing import Any
 import numpy as np
 
 import lance_ref
-from analysis.commands.cli import OneLineParser, check_names, check_options, run_command
+from analysis.commands.chance import sentence
+from analysis.commands.cli import (
+    OneLineParser,
+    built_in_net,
+    check_once,
+    check_tune,
+    count,
+    figure_file,
+    fill_in,
+    json_file,
+    name_of,
+    named_data_set,
+    positive,
+    run_command,
+    run_main,
+    seed,
+    share,
+)
 from analysis.reports.figures import save_figure
+from experiments.finetune.command import MODES
 from lance_ref import datasets, models
 from lance_ref.datasets import Dataset
 from lance_ref.lance.recalibration import Recalibrator, measure_energy
@@ -32,8 +50,18 @@ QUICK = {
     "net": "convnet", "data": "digits", "calibrate_on": "negatives", "tune": "last:2", "epochs": 6, "batch": 32,
     "lr": 0.2,
 }  # fmt: skip
+DEFAULTS = {
+    "net": "mcunet", "data": "cifar10", "calibrate_on": "eurosat", "tune": "last:4", "epochs": 4, "batch": 128,
+    "lr": 0.05,
+}  # fmt: skip
+"""Where an option is not given, with and without ``--quick``."""
 NEGATIVES = "negatives"
 """In place of another data set: the training images with black and white exchanged."""
+
+
+def other_data(text: str) -> str:
+    """A type of option: the negatives, or a data set by its name."""
+    return text if text == NEGATIVES else named_data_set(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,24 +69,30 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m experiments.domain_shift", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
     )
     p.add_argument("--quick", action="store_true", help="a small net on the digits of the package and their negatives")
-    p.add_argument("--net", default="mcunet", help="(%(default)s)")
-    p.add_argument("--data", default="cifar10", help="to train on (%(default)s)")
-    p.add_argument("--calibrate-on", default="eurosat", help=f"another data set, or {NEGATIVES} (%(default)s)")
-    p.add_argument("--tune", default="last:4", help="layers that train (%(default)s)")
-    p.add_argument("--modes", nargs="+", default=["channel", "height", "width"], help="modes that LANCE compresses")
-    p.add_argument("--epsilon", type=float, default=0.8, help="energy threshold (%(default)s)")
+    p.add_argument("--net", type=built_in_net, help="(mcunet)")
+    p.add_argument("--data", type=named_data_set, help="to train on (cifar10)")
+    p.add_argument("--calibrate-on", type=other_data, help=f"another data set, or {NEGATIVES} (eurosat)")
+    p.add_argument("--tune", help="layers that train (last:4)")
     p.add_argument(
-        "--share", type=float, default=0.9, help="of the calibrated energy that raises the alarm (%(default)s)"
+        "--modes",
+        type=name_of(lambda: MODES),
+        nargs="+",
+        default=["channel", "height", "width"],
+        help="modes that LANCE compresses",
     )
-    p.add_argument("--train-images", type=int, default=4000, help="at most so many (%(default)s)")
-    p.add_argument("--test-images", type=int, default=2000, help="at most so many (%(default)s)")
-    p.add_argument("--calibration-batches", type=int, default=8, help="(%(default)s)")
-    p.add_argument("--epochs", type=int, default=4, help="(%(default)s)")
-    p.add_argument("--batch", type=int, default=128, help="(%(default)s)")
-    p.add_argument("--lr", type=float, default=0.05, help="(%(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    p.add_argument("--output", help="write the results as JSON")
-    p.add_argument("--figure", help="draw the energy kept at every step, .png or .svg")
+    p.add_argument("--epsilon", type=share, default=0.8, help="energy threshold (%(default)s)")
+    p.add_argument(
+        "--share", type=share, default=0.9, help="of the calibrated energy that raises the alarm (%(default)s)"
+    )
+    p.add_argument("--train-images", type=count, default=4000, help="at most so many (%(default)s)")
+    p.add_argument("--test-images", type=count, default=2000, help="at most so many (%(default)s)")
+    p.add_argument("--calibration-batches", type=count, default=8, help="(%(default)s)")
+    p.add_argument("--epochs", type=count, help="(4)")
+    p.add_argument("--batch", type=count, help="(128)")
+    p.add_argument("--lr", type=positive, help="(0.05)")
+    p.add_argument("--seed", type=seed, default=0, help="(%(default)s)")
+    p.add_argument("--output", type=json_file, help="write the results as JSON")
+    p.add_argument("--figure", type=figure_file, help="draw the energy kept at every step, .png or .svg")
     return p
 
 
@@ -89,6 +123,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             {
                 "variant": variant,
                 "accuracy": accuracy,
+                "test_images": len(test),
                 "loss": [epoch["loss"] for epoch in fitted.history],
                 "tape_bytes": fitted.history[0]["tape_bytes"],
                 "reference": reference,
@@ -191,16 +226,14 @@ def show(results: Sequence[dict[str, Any]]) -> None:
                 f"{event['reference']:.3f}; calibrated again on {event['batches']} batches, "
                 f"{event['macs'] / 1e6:,.1f} M multiply-adds"
             )
+    print(sentence([[result["accuracy"]] for result in results], results[0]["test_images"]))
 
 
 def work(options: argparse.Namespace) -> None:
     """Check, run, show and write."""
-    if options.quick:
-        for name, value in QUICK.items():
-            if getattr(options, name) == parser().get_default(name):
-                setattr(options, name, value)
-    check_options(options)
-    check_names(options)
+    fill_in(options, QUICK if options.quick else DEFAULTS)
+    check_once(options, "modes")
+    check_tune(options.net, options.tune)
     results = run(options)
     show(results)
     if options.output:
@@ -215,8 +248,8 @@ def work(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return run_command(parser(), arguments, work, ("output", "figure"))
+    return run_command(parser(), arguments, work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -2,6 +2,7 @@
 
 import sys
 
+from lance_ref.io import stopping as _stopping  # noqa: F401  isort: skip  (first: Ctrl-C during the imports below)
 from lance_ref import datasets, functional, models, nn, optim
 from lance_ref import functional as F
 from lance_ref import stores as activations

@@ -79,6 +79,8 @@ def structure_faults(notebook: Notebook) -> list[str]:
     install = r'^if importlib\.util\.find_spec\("lance_ref"\) is None:.*\n(?: {4}.*\n)* {4}.*"pip", "install"'
     if not re.search(install, first, re.M):
         faults.append("the first code cell does not install lance_ref where, and only where, it is missing")
+    if re.search(r'"lance-ref(\[[\w,]+\])?"', first):
+        faults.append("the first code cell installs lance-ref by its name, which no package index has")
     for number, cell in enumerate(code, 1):
         lines = len(source(cell).splitlines())
         if lines > CELL_LINES:

@@ -1,4 +1,20 @@
-"""What the command lines share: errors in one line with exit code 2, and outputs that are checked first."""
+"""What the command lines share: options that are checked while they are read, one line for an error, and Ctrl-C.
+
+Every command ends with ``sys.exit(run_main(main))``, and its ``main`` calls :func:`run_command`. Types for
+``add_argument(type=...)``, so that nothing is looked up or run before every option is sound:
+
+- :data:`count`, :data:`few` (1 to 1000), :data:`pixels`, :data:`seed`, or :func:`integer` with limits of its own;
+- :data:`finite`, :data:`positive`, :data:`share` in (0, 1], :data:`share_below_one` in [0, 1), or :func:`number` with
+  any condition;
+- :func:`name_of`: one of a list of names; :data:`built_in_net`, :func:`data_set`, :func:`named_data_set`;
+- :func:`input_shape`; :func:`scheduler_address` of Dask;
+- :func:`check_tune` for a selection of layers, when the net is known;
+- :class:`OutputFile`: the name of a file that can be written, with one of some suffixes; :data:`figure_file`,
+  :data:`json_file`, :data:`markdown_file`, :data:`any_file`; :func:`folder_to_write`.
+
+An option that has no effect beside the others is refused by :func:`check_effect` or :func:`check_no_effect`;
+:func:`fill_in` gives defaults that depend on other options, such as ``--quick``.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +23,64 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from analysis.commands.names import plain
+from analysis.commands import shipped, stopping
+from analysis.commands.names import plain, shown
 
 NET_HELP = "name of a built-in net (mobilenetv2@0.35: of that width), pkg.module:factory, or a file.onnx"
 """Of ``--net``, wherever any net will do."""
+LARGEST = 2**31 - 1
+"""Of any count: more than that is a slip of the keyboard, and would be asked of the memory first."""
+
+
+run_main = stopping.run
+"""Runs a ``main`` without arguments, gives its exit code; after Ctrl-C one line, and 130."""
+
+
+# ---- the parser ----------------------------------------------------------------------------------
+
+
+class Options(argparse.Namespace):
+    """Options by name; ``given`` are the names of those that stand on the command line. It is not in ``vars()``."""
+
+    __slots__ = ("given",)
+    given: frozenset[str]
 
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line on stderr, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {plain(' '.join(message.split()))}\n")
+        line = plain(" ".join(message.split()))
+        line = re.sub(r"^argument ([^\s:/]+)[^\s:]*: is ", r"\1 is ", line)  # "--lr is 0, expected ..."
+        self.exit(2, f"{self.prog}: error: {line}\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As of the base class; the result is an :class:`Options`."""
+        if namespace is not None:
+            return super().parse_args(args, namespace)
+        missing = object()
+        seen = argparse.Namespace(**{action.dest: missing for action in self._actions})
+        options = super().parse_args(args, Options())
+        super().parse_args(args, seen)  # once more, without defaults: what is still missing was not given
+        options.given = frozenset(name for name, value in vars(seen).items() if value is not missing)
+        self._check_outputs(options)
+        return options
+
+    def _check_outputs(self, options: argparse.Namespace) -> None:
+        """One file cannot be two outputs."""
+        names: dict[Path, str] = {}
+        for action in self._actions:
+            value = getattr(options, action.dest, None)
+            if isinstance(action.type, OutputFile) and value is not None:
+                option = action.option_strings[0]
+                other = names.setdefault(Path(value).resolve(), option)
+                if other != option:
+                    self.error(f"{option} is {value!r}, which is the file of {other}, too")
 
 
 def one_line(error: BaseException) -> str:
@@ -30,18 +89,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-EXPECTED = (ValueError, TypeError, LookupError, OSError, MemoryError, OverflowError, RuntimeError, ImportError)
-"""What the user's input, files or machine may cause: said in one line."""
-
-
 def run_command(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
-    work: Callable[[argparse.Namespace], int | None],
+    work: Callable[[Any], int | None],
     outputs: Sequence[str] = (),
-    resumes: bool = False,
 ) -> int:
-    """Parse, check every option, and work; whatever the user did wrong is said in one line.
+    """Parse, look whether the outputs can be written, and work; whatever the user did wrong is said in one line.
 
     Parameters
     ----------
@@ -52,20 +106,17 @@ def run_command(
     work : callable
         Gets the options; gives the exit code, or None for 0.
     outputs : sequence of str
-        Names of the options that name files to write.
-    resumes : bool
-        Whether ``--folder`` keeps what is finished, for a run that is stopped. Default: nothing is kept.
+        Names of options that name files to write, and whose type is not an :class:`OutputFile`.
 
     Returns
     -------
     int
-        The exit code; 1 if the reader of the output has gone away, 130 after Ctrl-C. Errors leave through
-        ``parser.error``, with exit code 2.
+        The exit code; 1 if the reader of the output has gone away. Errors leave through ``parser.error``, with exit
+        code 2.
     """
-    options = argparse.Namespace()
+    options = parser.parse_args(arguments)
     try:
-        parser.parse_args(arguments, options)
-        check_options(options)
+        shipped.check_own_packages()
         for name in outputs:
             if getattr(options, name):
                 check_writable(getattr(options, name), f"--{name}")
@@ -74,115 +125,248 @@ def run_command(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        folder = getattr(options, "folder", None) if resumes else None
-        kept = f"what is finished is kept in {folder}, and the same command goes on from there"
-        print(f"{parser.prog}: stopped; {kept if folder else 'nothing is kept'}", file=sys.stderr, flush=True)
-        return 130
-    except EXPECTED as error:
-        parser.error(one_line(error))
+    except (
+        ValueError, TypeError, LookupError, OSError, MemoryError, OverflowError, RuntimeError, ImportError,
+        ArithmeticError,
+    ) as error:  # fmt: skip
+        if stopping.stopping():
+            raise KeyboardInterrupt from error
+        parser.error(one_line(_cause(error)))
     return code or 0
 
 
-# ---- what an option may be -------------------------------------------------------------------
-
-FIGURES = (".png", ".svg")
-MOST = 2**31 - 1
-"""Of anything that is counted."""
-
-
-def check_count(option: str, value: Any) -> None:
-    """Raise ValueError unless this is a positive integer of a size that anything may have."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{option} is {value}, expected a positive integer")
-    if value > MOST:
-        raise ValueError(f"{option} is {value}, expected at most {MOST}")
+def _cause(error: BaseException) -> BaseException:
+    """The error; of a failed import, the module of another package that is in the way."""
+    if isinstance(error, ImportError):
+        try:
+            shipped.check_own_packages()
+        except ImportError as cause:
+            return cause
+    return error
 
 
-def _seed(option: str, value: Any) -> None:
-    if not 0 <= value <= 2**63:
-        raise ValueError(f"{option} is {value}, expected an integer from 0 to 2**63")
+# ---- types of options ----------------------------------------------------------------------------
 
 
-def _positive(option: str, value: Any) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{option} is {value}, expected a positive number")
+def _refused(text: str, expected: str) -> argparse.ArgumentTypeError:
+    """The error of a type; :class:`OneLineParser` puts the option's name before it."""
+    shown = text if re.fullmatch(r"[-+.\w]{1,40}", text) and _is_number(text) else repr(text)
+    if len(shown) > 60:
+        shown = f"{shown[:40]}... ({len(text)} characters)"
+    return argparse.ArgumentTypeError(f"is {shown}, expected {expected}")
 
 
-def _share(option: str, value: Any) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(f"{option} is {value}, expected a number in (0, 1]")
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
-def _below_one(option: str, value: Any) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{option} is {value}, expected a number in [0, 1)")
+def integer(least: int = 1, most: int = LARGEST) -> Callable[[str], int]:
+    """A type: a whole number within limits."""
+    expected = {0: "an integer of at least 0", 1: "a positive integer"}.get(least, f"an integer of at least {least}")
+    expected += f" and at most {most}" if most != LARGEST else ""
+
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"\s*[-+]?[0-9]+\s*", text):
+            raise _refused(text, expected)
+        if len(text) > 30 or int(text) > most:
+            raise _refused(text, f"{expected.removesuffix(f' and at most {most}')}, at most {most}")
+        if int(text) < least:
+            raise _refused(text, expected)
+        return int(text)
+
+    return convert
 
 
-def _figure(option: str, value: Any) -> None:
-    if os.path.splitext(value)[1] not in FIGURES:
-        raise ValueError(f"{option} is {value!r}, expected the name of a {' or '.join(FIGURES)} file")
+def number(expected: str, condition: Callable[[float], bool]) -> Callable[[str], float]:
+    """A type: a finite number of which a condition holds; ``expected`` says which, for the message."""
+
+    def convert(text: str) -> float:
+        if not _is_number(text) or not math.isfinite(float(text)) or not condition(float(text)):
+            raise _refused(text, expected)
+        return float(text)
+
+    return convert
 
 
-def _address(option: str, value: Any) -> None:
-    if not re.fullmatch(r"[a-z]+://[^\s/:]+:[0-9]{1,5}/?", value):
-        raise ValueError(f"{option} is {value!r}, expected the address of a scheduler, like tcp://host:8786")
+count = integer(1)
+few = integer(1, 1000)
+pixels = integer(1, 8192)
+seed = integer(0, 2**32 - 1)
+finite = number("a finite number", lambda value: True)
+positive = number("a positive number", lambda value: value > 0)
+share = number("a number in (0, 1]", lambda value: 0 < value <= 1)
+share_below_one = number("a number in [0, 1)", lambda value: 0 <= value < 1)
 
 
-CHECKS: dict[str, Callable[[str, Any], None]] = {
-    **dict.fromkeys(
-        ("batch", "basis_batches", "basis_samples", "calibration_batches", "epochs", "eval_batch", "image_size", "jobs",
-         "lora_rank", "memory", "micro_batch", "num_classes", "patch", "repeats", "seeds", "segments",
-         "steps", "test_images", "train_images", "trials", "tuning_epochs"),
-        check_count,
-    ),
-    **dict.fromkeys(("lr", "lr_grid", "clip", "budget_kib"), _positive),
-    **dict.fromkeys(("epsilon", "ratio", "share", "threshold"), _share),
-    **dict.fromkeys(("momentum", "threshold_step"), _below_one),
-    "seed": _seed,
-    "figure": _figure,
-    "plot": _figure,
-    "scheduler": _address,
-}  # fmt: skip
-"""What the options of all commands may be, by name: one option means one thing everywhere."""
+def name_of(names: Callable[[], Iterable[str]]) -> Callable[[str], str]:
+    """A type: one of the names that a function gives; it is called only when there is something to check."""
+
+    def convert(text: str) -> str:
+        allowed = list(names())
+        if text not in allowed:
+            raise _refused(text, f"one of {', '.join(allowed)}")
+        return text
+
+    return convert
 
 
-def check_options(options: argparse.Namespace) -> None:
-    """Check every option that was given, before anything is looked up or run.
+def _nets() -> Iterable[str]:
+    from lance_ref import models
 
-    Raises
-    ------
-    ValueError
-        For the first that is out of range, with its name, its value and what was expected.
-    """
-    for name, value in vars(options).items():
-        check = CHECKS.get(name)
-        if check is None or value is None:
-            continue
-        for each in value if isinstance(value, list) else [value]:
-            check(f"--{name.replace('_', '-')}", each)
+    return models.names()
 
 
-def check_names(options: argparse.Namespace) -> None:
-    """Check ``--net``, ``--data`` and ``--tune`` of a command that trains a built-in network.
+built_in_net = name_of(_nets)
 
-    Raises
-    ------
-    ValueError
-        If there is no such network, no such data set or folder, or the selection fits no layer of the network.
-    """
-    from lance_ref import datasets, models
+
+def data_set(text: str) -> str:
+    """A type: a data set by its name, or a folder of pictures."""
+    from lance_ref import datasets
+
+    if text not in datasets.names() and not (text and os.path.isdir(text)):
+        raise _refused(text, f"one of {', '.join(datasets.names())}, or a folder of pictures")
+    return text
+
+
+def named_data_set(text: str) -> str:
+    """A type: a data set by its name."""
+    from lance_ref import datasets
+
+    return name_of(datasets.names)(text)
+
+
+def scheduler_address(text: str) -> str:
+    """A type: the address of a Dask scheduler; whether it answers is seen when there is something to run."""
+    if not re.fullmatch(r"((tcp|tls|ws|wss|ucx)://)?(\[[0-9a-fA-F:]+\]|[\w.-]+):[0-9]{1,5}/?", text):
+        raise _refused(text, "an address as tcp://host:8786")
+    if find_spec("distributed") is None:
+        raise argparse.ArgumentTypeError(
+            f"is {text!r}, which takes dask.distributed: python -m pip install distributed"
+        )
+    return text
+
+
+def check_tune(net: str, selection: str) -> None:
+    """Raise ValueError unless a built-in net has the layers that ``--tune`` selects; no weights are made for it."""
+    from lance_ref import models
     from lance_ref.nn.init import shapes_only
     from lance_ref.nn.selection import choose
 
-    net = models.find(options.net)
-    for name in ("data", "calibrate_on"):
-        value = getattr(options, name, None)
-        if value is not None and value not in (*datasets.names(), "negatives") and not os.path.isdir(value):
-            known = ", ".join(datasets.names())
-            raise ValueError(f"--{name.replace('_', '-')} is {value!r}, expected a folder of images or one of {known}")
     with shapes_only():
-        choose(net.make(num_classes=2), options.tune)
+        built = models.create(net)
+    try:
+        choose(built, selection)
+    except ValueError as error:
+        raise ValueError(f"--tune is {selection!r} for {net}: {one_line(error)}") from None
+
+
+class OutputFile:
+    """A type: the name of a file that can be written, with one of ``suffixes`` if there are any."""
+
+    def __init__(self, *suffixes: str) -> None:
+        self.suffixes = suffixes
+
+    def __call__(self, text: str) -> str:
+        if not text or "\0" in text:
+            raise _refused(text, "the name of a file")
+        if self.suffixes and Path(text).suffix not in self.suffixes:
+            raise _refused(text, f"a name that ends in {' or '.join(self.suffixes)}")
+        try:
+            check_writable(text, "")
+        except (ValueError, OSError) as error:
+            raise argparse.ArgumentTypeError(one_line(error)) from None
+        return text
+
+
+any_file = OutputFile()
+json_file = OutputFile(".json")
+markdown_file = OutputFile(".md")
+figure_file = OutputFile(".png", ".svg")
+
+
+def folder_to_write(text: str) -> str:
+    """A type: a folder in which files can be made, or that can itself be made."""
+    if not text or "\0" in text:
+        raise _refused(text, "the name of a folder")
+    try:
+        path = Path(text)
+        if path.exists() and not path.is_dir():
+            raise _refused(text, "a folder, but it is a file")
+        there = next(each for each in (path, *path.absolute().parents) if each.exists())
+        if not there.is_dir():
+            raise _refused(text, f"a folder, but {str(there)!r} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise _refused(text, f"a folder to write into, but {str(there)!r} cannot be written")
+    except (OSError, ValueError) as error:  # too long a name, a zero byte
+        raise argparse.ArgumentTypeError(f"is {text[:60]!r}, which no folder can be named: {one_line(error)}") from None
+    return text
+
+
+# ---- options beside each other -------------------------------------------------------------------
+
+
+def fill_in(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Give every option that is None its default; what stands on the command line stays."""
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
+def check_effect(options: argparse.Namespace, name: str, effective: bool, needs: str) -> None:
+    """Raise ValueError if an option was given that changes nothing.
+
+    Parameters
+    ----------
+    options : Namespace
+        Of a :class:`OneLineParser`; of others, where it is not known what was given, nothing is refused.
+    name : str
+        Of the option, as in the namespace.
+    effective : bool
+        Whether it changes anything, given the other options.
+    needs : str
+        What it would take, for the message: ``"--recipe tuned"``.
+    """
+    if not effective and name in getattr(options, "given", ()):
+        raise ValueError(f"--{name.replace('_', '-')} has no effect here: it needs {needs}")
+
+
+def check_no_effect(options: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """Raise ValueError if one of these options was given, though it changes nothing, and say why."""
+    for name in names:
+        if name in getattr(options, "given", ()):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect here: {why}")
+
+
+def input_shape(text: str) -> tuple[int, ...]:
+    """A type: the shape of one input, without the batch, of any number of dimensions.
+
+    >>> input_shape("3,32,32"), input_shape("90, 3"), input_shape("784")
+    ((3, 32, 32), (90, 3), (784,))
+    """
+    parts = text.split(",")
+    if not all(re.fullmatch(r"\s*[1-9][0-9]{0,8}\s*", n, re.ASCII) for n in parts):
+        raise argparse.ArgumentTypeError(f"is {shown(text)}, expected C,H,W or N or L,F, positive integers")
+    return tuple(int(n) for n in parts)
+
+
+def check_once(options: argparse.Namespace, name: str) -> None:
+    """Raise ValueError if a list has something twice."""
+    values = getattr(options, name)
+    if len(set(values)) < len(values):
+        shown = " ".join(str(value) for value in values)
+        raise ValueError(f"--{name.replace('_', '-')} is {shown}, expected each once")
+
+
+def check_counts(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raise ValueError unless these options are positive integers, or were not given."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a positive integer")
 
 
 def check_writable(output: str, option: str = "--output") -> None:
@@ -195,8 +379,8 @@ def check_writable(output: str, option: str = "--output") -> None:
     """
     path = Path(output)
     if path.is_dir():
-        raise ValueError(f"{option} is {output!r}, a folder; expected the name of a file")
+        raise ValueError(f"{option} is {output!r}, a folder; expected the name of a file".strip())
     if not path.parent.is_dir():
-        raise ValueError(f"{option} is {output!r}, but there is no folder {str(path.parent)!r}")
+        raise ValueError(f"{option} is {output!r}, but there is no folder {str(path.parent)!r}".strip())
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{option} is {output!r}, which cannot be written")
+        raise ValueError(f"{option} is {output!r}, which cannot be written".strip())

@@ -16,16 +16,26 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from analysis.commands import stopping
 from analysis.commands.cli import one_line
 from lance_ref.io.progress import progress_bar
 from lance_ref.io.whole_file import read_json, write_json
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FORMAT = "lance_ref sweep cell"
 VERSION = 1
@@ -114,8 +124,11 @@ def run_cells(
     its process dies then too. A finished cell is run again only if its worker dies before the outcome has
     arrived here.
 
-    Two processes may sweep into one folder at the same time. At worst both run a cell; the file is one or the
-    other's. Within a process one sweep runs at a time, as they would share a pool.
+    Two processes may sweep into one folder at the same time: the second waits for the first, and says so, unless
+    ``progress`` is False. So each cell runs once, and the results are those of one after the other. The system gives
+    the lock back when a process ends, however it ends. (Where folders cannot be locked, as in some network file
+    systems, both run; at worst a cell runs twice, and the file is one or the other's.) Within a process one sweep runs
+    at a time, as they would share a pool.
     """
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs is {jobs!r}, expected a positive integer")
@@ -123,6 +136,16 @@ def run_cells(
     tasks = _told_apart([_task(position, cell, function) for position, cell in enumerate(cells)])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    stopping.keep(f"finished cells are kept in {folder}, and the same command goes on from there")
+    with _alone_in(folder, progress is not False):
+        outcomes = _finish(tasks, folder, jobs, scheduler, progress)
+    return [outcomes[task.key]["result"] for task in tasks]
+
+
+def _finish(
+    tasks: Sequence[Task], folder: Path, jobs: int, scheduler: str | None, progress: bool | None
+) -> dict[str, Outcome]:
+    """The outcomes of all tasks by key, from the folder or from running them."""
     outcomes: dict[str, Outcome] = {}
     missing: dict[str, Task] = {}
     for task in tasks:
@@ -139,7 +162,27 @@ def run_cells(
         arriving = _in_processes(waiting, jobs) if scheduler is None else _on_cluster(waiting, scheduler)
         _collect(arriving, outcomes, folder, len(outcomes) + len(missing), progress)
     _raise_failures([outcomes[key] for key in missing], list(missing.values()))
-    return [outcomes[task.key]["result"] for task in tasks]
+    return outcomes
+
+
+@contextmanager
+def _alone_in(folder: Path, says: bool) -> Iterator[None]:
+    """Wait until no other sweep works in the folder. Nothing is left in it: the folder itself is what is locked."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if says:
+                    print(f"sweep: another run works in {folder}; waiting for it", file=sys.stderr, flush=True)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def run_cell(task: Task) -> Outcome:
@@ -302,15 +345,17 @@ def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Outc
             if not alone:
                 away = done | {task.key for task in lost}
                 waiting = [task for task in waiting if task.key not in away]
-    except BaseException:  # Ctrl-C, or nobody wants the rest: cells under way are not waited for
+    finally:
+        # else idle processes hold their memory for minutes, and after Ctrl-C a cell would run to its end
         get_reusable_executor().shutdown(wait=True, kill_workers=True)
-        raise
-    get_reusable_executor().shutdown(wait=True)  # else idle processes hold their memory for minutes
 
 
 def _pool(tasks: Sequence[Task], jobs: int, taken: list[Task]) -> Iterator[tuple[Task, Outcome]]:
     """One pool of processes; notes in ``taken`` what it has been given."""
+    from multiprocessing import resource_tracker
+
     from joblib import Parallel, delayed, parallel_config
+    from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
     def feed() -> Iterator[Any]:
         for task in tasks:
@@ -321,7 +366,17 @@ def _pool(tasks: Sequence[Task], jobs: int, taken: list[Task]) -> Iterator[tuple
     # so there are two processes at least, and pre_dispatch decides how many have something to do.
     with parallel_config("loky", inner_max_num_threads=1):
         pool = Parallel(max(2, jobs), return_as="generator_unordered", pre_dispatch=jobs, batch_size=1, max_nbytes=None)
-        yield from pool(feed())
+        for tracker in (resource_tracker, loky_tracker):  # starting one lets Ctrl-C through again, so they go first
+            tracker.ensure_running()
+        with stopping.left_to_parent():  # the processes start here, and what Ctrl-C does in them is decided
+            outcomes = pool(feed())
+        try:
+            for outcome in outcomes:  # noqa: UP028  (yield from would close the pool before the filter below is set)
+                yield outcome
+        finally:
+            with warnings.catch_warnings():  # where a sweep ends early, its error says why, in one line
+                warnings.filterwarnings("ignore", ".*tasks.* cancelled")
+                outcomes.close()
 
 
 def _run_here(task: Task, parent: int) -> tuple[Task, Outcome]:
@@ -347,9 +402,7 @@ def _on_cluster(tasks: Sequence[Task], scheduler: str) -> Iterator[tuple[Task, O
     try:
         from distributed import Client, as_completed
     except ImportError:
-        raise ImportError(
-            "a scheduler needs dask.distributed: python -m pip install 'lance-ref[distributed]'"
-        ) from None
+        raise ImportError("a scheduler needs dask.distributed: python -m pip install distributed") from None
     try:
         client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:

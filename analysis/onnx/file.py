@@ -157,7 +157,9 @@ def _parse(path: Path) -> Any:
         import onnx
         from google.protobuf.message import DecodeError
     except ImportError:
-        raise ValueError(f"{shown(path)} needs the package onnx: pip install 'lance-ref[onnx]'") from None
+        raise ValueError(
+            f"{shown(path)} needs the package onnx: python -m pip install -e '.[onnx]' in the checkout"
+        ) from None
     model = onnx.ModelProto()
     try:
         content = path.read_bytes()

@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +44,7 @@ import numpy as np
 
 from analysis.planner.options import EXACT, WITHOUT_LAYERS, Option
 from analysis.ranks.batch_law import batch_spectrum, fit_batch_law
+from lance_ref.io.whole_file import read_bytes
 
 if TYPE_CHECKING:
     from analysis.ranks.spectra_file import LayerSpectra
@@ -192,10 +192,12 @@ def layer_shares(kind: str, weights: Mapping[str, int]) -> dict[str, float]:
 
 def _read(name: str, weights: Mapping[str, int]) -> dict[str, float]:
     path = Path(name)
-    if os.stat(path).st_size > MAX_FILE_BYTES:
-        raise ValueError(f"--shares {name}: expected at most {MAX_FILE_BYTES} bytes")
     try:
-        document = json.loads(path.read_bytes())
+        content = read_bytes(path, MAX_FILE_BYTES)
+    except ValueError as error:
+        raise ValueError(f"--shares {name}: {error}") from None
+    try:
+        document = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--shares {name} is no JSON: {error}") from None
     if not isinstance(document, dict):

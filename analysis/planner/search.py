@@ -18,6 +18,8 @@ from analysis.planner.options import WITHOUT_LAYERS, Option
 
 DIGITS = 4
 """Of fidelities, that have to differ for one to be better; of equals the larger batch is."""
+SHOWN_DIGITS = 3
+"""Of fidelities in tables: one that is shown as 0.000 counts as 0 where it stands beside one that is not predicted."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ class Plan:
     Attributes
     ----------
     rows : tuple of Row
-        Those that fit, the most faithful first, those whose fidelity is not predicted last; then those that do not, by
-        what is missing.
+        Those that fit, the most faithful first, those whose fidelity is not predicted before those with 0.000; then
+        those that do not fit, by what is missing.
     paths : tuple of str
         The layers that could be tuned.
     tried : int
@@ -161,16 +163,15 @@ def search(
 
 
 def _rank(row: Row) -> tuple[int, float, float, float]:
-    """The order of the rows: fits, predicted, fidelity, batch, memory; then what is missing.
+    """The order of the rows: fits, fidelity, batch, memory; then what is missing.
 
-    What is not known may be anything: it stands behind a prediction above 0.000, and before one of 0.000.
+    A fidelity that is not predicted may be any. So it stands behind those that are known to be more than 0.000, and
+    before those that are known to be 0.000.
     """
     best = row.best
     if best is None:
         return (4, 0, 0, 0) if row.next is None else (3, *_excess(row.next), 0)
-    known = best.fidelity is not None
-    nothing = best.fidelity is not None and round(best.fidelity.estimate, DIGITS) == 0
-    place = 2 if nothing else 0 if known else 1
+    place = 1 if best.fidelity is None else 0 if round(best.fidelity.estimate, SHOWN_DIGITS) > 0 else 2
     return place, *_order(best.fidelity, best.layers, best.batch), best.memory.total
 
 

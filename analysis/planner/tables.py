@@ -5,19 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from analysis.commands.console import console, say
+from analysis.commands import console
+from analysis.commands.console import Sheet, say
 from analysis.planner.costs import Device
-from analysis.planner.search import Candidate, Plan, Row
+from analysis.planner.search import SHOWN_DIGITS, Candidate, Plan, Row
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 SCHEMA = 1
 KIB = 2**10
+NAMED = 4
+"""Methods beside the first whose settings the answer states; the table has all of them."""
 MEANING = (
     "fidelity: an estimate of the largest cos² between the method's weight gradient and backpropagation's that steps "
     "scaled layer by layer can reach, over all {count} layers besides the head; a layer that does not train counts 0, "
@@ -33,34 +35,34 @@ COUNTED = {
 }
 
 
-def render(plan: Plan, device: Device) -> str:
-    """The whole plan as plain wide text, rules in ASCII."""
-    text = io.StringIO()
-    print_plan(plan, device, console(text))
-    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().replace("─", "-").splitlines())
+def render(plan: Plan, device: Device, across: int | None = None) -> str:
+    """The whole plan as plain text, lines of tables at most ``across`` characters long (200)."""
+    return console.as_text(_drawn(plan, device), across)
 
 
 def show(plan: Plan, device: Device) -> None:
     """Print the plan: in colour to a terminal unless ``NO_COLOR`` is set, as plain text to a pipe."""
-    if sys.stdout.isatty():
-        print_plan(plan, device, console())
-    else:
-        sys.stdout.write(render(plan, device))
+    console.show(_drawn(plan, device))
 
 
-def print_plan(plan: Plan, device: Device, on: Console) -> None:
-    """Print all of it to a rich console."""
+def _drawn(plan: Plan, device: Device) -> Callable[[Console], None]:
+    """Prints all of it to a rich console."""
     limit = "" if plan.flops_at_most is None else f", at most {float(plan.flops_at_most):g}x backpropagation's FLOPs"
-    say(on, f"{plan.facts.get('net', '')}: {_kib(plan.budget)} KiB of RAM{limit}")
-    say(on, f"ranks from: {plan.facts.get('ranks', '')}")
-    say(on, f"{COUNTED[device.count]}; optimiser {device.optimizer}; {_weights(device)}; {_calibrated(device)}")
-    say(on, MEANING.format(count=len(plan.paths), shares=plan.facts.get("shares", "")))
-    if plan.fitting:
-        on.print(_fitting(plan, device))
-    if any(row.best is None for row in plan.rows):
-        on.print(_others(plan, device))
-    for line in (*_notes(plan), conclusion(plan)):
-        say(on, line)
+
+    def draw(on: Console) -> None:
+        say(on, f"{plan.facts.get('net', '')}: {_kib(plan.budget)} KiB of RAM{limit}")
+        say(on, conclusion(plan))
+        say(on, f"ranks from: {plan.facts.get('ranks', '')}")
+        say(on, f"{COUNTED[device.count]}; optimiser {device.optimizer}; {_weights(device)}; {_calibrated(device)}")
+        say(on, MEANING.format(count=len(plan.paths), shares=plan.facts.get("shares", "")))
+        if plan.fitting:
+            on.print(_fitting(plan, device))
+        if any(row.best is None for row in plan.rows):
+            on.print(_others(plan, device))
+        for line in (*_notes(plan), conclusion(plan)):
+            say(on, line)
+
+    return draw
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -81,12 +83,10 @@ def _notes(plan: Plan) -> list[str]:
 def conclusion(plan: Plan) -> str:
     """The answer in a sentence."""
     if plan.fitting:
-        best = plan.fitting[0].best
-        assert best is not None
-        of = "not predicted" if best.fidelity is None else f"{best.fidelity.estimate:.3f}"
-        total = f"{_kib(best.memory.total)} of {_kib(plan.budget)} KiB"
-        first = f"First: {best.option.name}, {_what(best, plan)}: fidelity {of}, {total}."
-        return f"{first} {_alternatives(plan)}".rstrip()
+        first, *others = [row.best for row in plan.fitting if row.best is not None]
+        total = f"{_kib(first.memory.total)} of {_kib(plan.budget)} KiB"
+        found = f"First: {first.option.name}, {_what(first, plan)}: fidelity {_fidelity(first)}, {total}."
+        return f"{found} {_alternatives(plan, first, others)}"
     closest = plan.closest
     if closest is None:
         return "Nothing fits, and there was nothing that could be tried."
@@ -100,16 +100,24 @@ def conclusion(plan: Plan) -> str:
     ).rstrip()
 
 
-def _alternatives(plan: Plan) -> str:
-    """The first that fits of each of the next three methods, in a sentence; empty if there is no other."""
-    first, *others = [row.best for row in plan.fitting if row.best is not None]
-    names: dict[str, str] = {}
+def _alternatives(plan: Plan, first: Candidate, others: Sequence[Candidate]) -> str:
+    """The other methods that fit, each with the setting that stands first in the table."""
+    best: dict[str, Candidate] = {}
     for other in others:
-        if other.option.method != first.option.method and other.option.method not in names:
-            fidelity = "not predicted" if other.fidelity is None else f"{other.fidelity.estimate:.3f}"
-            what = f"{other.option.name}, {_what(other, plan)} (fidelity {fidelity}, {_kib(other.memory.total)} KiB)"
-            names[other.option.method] = what
-    return f"Also fit: {'; '.join(list(names.values())[:3])}." if names else ""
+        if other.option.method != first.option.method:
+            best.setdefault(other.option.method, other)
+    if not best:
+        return "No other method fits."
+    named = [
+        f"{other.option.name} ({_what(other, plan)}, fidelity {_fidelity(other)}, {_kib(other.memory.total)} KiB)"
+        for other in list(best.values())[:NAMED]
+    ]
+    more = f"; and {len(best) - NAMED} more" if len(best) > NAMED else ""
+    return f"Other methods that fit: {'; '.join(named)}{more}."
+
+
+def _fidelity(candidate: Candidate) -> str:
+    return "not predicted" if candidate.fidelity is None else f"{candidate.fidelity.estimate:.{SHOWN_DIGITS}f}"
 
 
 def _where(candidate: Candidate) -> str:
@@ -119,8 +127,9 @@ def _where(candidate: Candidate) -> str:
 
 
 def _what(candidate: Candidate, plan: Plan) -> str:
-    which = "" if not candidate.layers else f"the last {candidate.layers} of {len(plan.paths)} layers, "
-    return f"{which}batch {candidate.batch}"
+    count = len(plan.paths)
+    which = f"the last {candidate.layers} of {count} layers, " if candidate.layers else ""
+    return f"{f'all {count} layers, ' if candidate.layers == count else which}batch {candidate.batch}"
 
 
 def _weights(device: Device) -> str:
@@ -134,51 +143,41 @@ def _calibrated(device: Device) -> str:
 # ---- tables ----------------------------------------------------------------------------------
 
 
-def _table(title: str, columns: list[str], words: int) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < words else "right", no_wrap=True)
-    return table
-
-
-def _fitting(plan: Plan, device: Device) -> Table:
+def _fitting(plan: Plan, device: Device) -> Sheet:
     batches = list(plan.rows[0].layers)
-    columns = ["method", "setting", "fidelity", "at least", "layers", "batch", device.count, "factors", "weights"]
+    columns = ["method and setting", "fidelity", "at least", "layers", "batch", device.count, "factors", "weights"]
     columns += ["calibration", "total", "FLOPs/bp", "+1 layer", "most layers at batch " + ", ".join(map(str, batches))]
-    table = _table("What fits (memory in KiB)", columns, 2)
+    table = Sheet("What fits (memory in KiB)", columns)
     for row in plan.fitting:
         best = row.best
         assert best is not None
         memory, of = best.memory, best.fidelity
-        fidelity = ("-", "-") if of is None else (f"{of.estimate:.3f}", f"{of.least:.3f}")
+        fidelity = ("-", "-") if of is None else (_fidelity(best), f"{of.least:.{SHOWN_DIGITS}f}")
         parts = (memory.step, memory.factors, memory.weights, memory.calibration, memory.total)
         most = ", ".join("-" if row.layers.get(batch) is None else str(row.layers[batch]) for batch in batches)
-        table.add_row(
-            row.option.method, row.option.setting, *fidelity, str(best.layers), str(best.batch), *map(_kib, parts),
+        table.add(
+            row.option.name, *fidelity, str(best.layers), str(best.batch), *map(_kib, parts),
             f"{float(best.times_bp):.3f}", _missing(row.next), most,
-            style="green" if row is plan.rows[0] else None if of else "dim",
+            style="green" if row is plan.rows[0] else "" if of else "dim",
         )  # fmt: skip
     return table
 
 
-def _others(plan: Plan, device: Device) -> Table:
-    columns = ["method", "setting", "layers", "batch", device.count, "factors", "weights", "calibration", "total"]
+def _others(plan: Plan, device: Device) -> Sheet:
+    columns = ["method and setting", "layers", "batch", device.count, "factors", "weights", "calibration", "total"]
     columns += ["too much by", "FLOPs/bp"]
-    table = _table("What does not fit: the least of each (memory in KiB)", columns, 2)
+    table = Sheet("What does not fit: the least of each (memory in KiB)", columns)
     for row in plan.rows:
         if row.best is not None:
             continue
         c = row.next
         if c is None:
-            table.add_row(row.option.method, row.option.setting, *["-"] * 9)
+            table.add(row.option.name, *["-"] * 9)
             continue
         m = c.memory
         parts = map(_kib, (m.step, m.factors, m.weights, m.calibration, m.total))
         where = (str(c.layers), str(c.batch))
-        table.add_row(row.option.method, row.option.setting, *where, *parts, _missing(c), f"{float(c.times_bp):.3f}")
+        table.add(row.option.name, *where, *parts, _missing(c), f"{float(c.times_bp):.3f}")
     return table
 
 

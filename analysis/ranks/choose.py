@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from analysis.commands.shipped import shipped
 from analysis.ranks.spectra_file import MODE_NAMES, Spectra, load_spectra
 
-DATA = Path(__file__).parents[1] / "data"
-SHIPPED = ("mcunet_128.json", "mobilenetv2_224.json")
-"""Files of spectra that come with the package: one that is missing is an error, never other ranks."""
+SHIPPED: dict[tuple[str, tuple[int, ...]], str] = {
+    ("mcunet", (3, 128, 128)): "mcunet_128.json",
+    ("mobilenetv2", (3, 224, 224)): "mobilenetv2_224.json",
+}
+"""Files of spectra that come with the package, by net and shape of one input."""
 
 Ranks = tuple[int | None, ...]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -23,13 +26,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 class RankChoice:
     """The ranks of every compressed layer, where they came from, and what to do if that is not enough.
 
-    A layer that is missing from ``ranks`` keeps its activation whole.
+    A layer that is missing from ``ranks`` keeps its activation whole. ``by_energy`` says whether an energy threshold
+    chose any of the ranks.
     """
 
     ranks: dict[str, Ranks]
     source: str
     assumed: bool = False
-    by_energy: bool = False  # whether an energy threshold decided about any of them
+    by_energy: bool = False
 
 
 def choose_ranks(
@@ -73,10 +77,10 @@ def choose_ranks(
         return RankChoice({**stated, **rest.ranks}, where, rest.assumed, rest.by_energy)
     if spectra is not None:
         return ranks_from_spectra(load_spectra(spectra), shapes, epsilon, f"--spectra {spectra}")
-    shipped = shipped_spectra(net, input_shape)
-    if shipped is not None:
-        where = f"spectra shipped as analysis/data/{shipped.name}"
-        return ranks_from_spectra(load_spectra(shipped), shapes, epsilon, where)
+    path = shipped_spectra(net, input_shape)
+    if path is not None:
+        where = f"spectra shipped as analysis/data/{path.name}"
+        return ranks_from_spectra(load_spectra(path), shapes, epsilon, where)
     quarter = {name: fraction_of(Fraction(1, 4), shape) for name, shape in shapes.items()}
     source = (
         f"assumed: a quarter of each mode, for there are no spectra of {net} at {'x'.join(map(str, input_shape))}, "
@@ -104,16 +108,15 @@ def mean_free(ranks: Mapping[str, Ranks], shapes: Shapes) -> dict[str, Ranks]:
 
 
 def shipped_spectra(net: str, input_shape: tuple[int, ...]) -> Path | None:
-    """The file of spectra that comes with the package for this net and input, if there is one."""
-    if len(input_shape) != 3 or input_shape[1] != input_shape[2] or not net.isidentifier():
-        return None
-    name = f"{net}_{input_shape[1]}.json"
-    if name not in SHIPPED:
-        return None
-    path = DATA / name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}, which is a part of this package, is missing: install it again")
-    return path
+    """The file of spectra that comes with the package for this net and input; None where none was ever measured.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it should be there and is not.
+    """
+    name = SHIPPED.get((net, tuple(input_shape)))
+    return None if name is None else shipped(name)
 
 
 def ranks_from_spectra(spectra: Spectra, shapes: Shapes, epsilon: float, where: str) -> RankChoice:

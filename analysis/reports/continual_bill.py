@@ -20,6 +20,8 @@ from analysis.steps.nets import TracedStep
 from lance_ref.engine.recording import OpRecord
 
 LEARNERS = ("finetune", "gpm", "lance")
+MOST_TASKS = 10_000
+"""There is a bill for each task and learner."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def bills(
     ValueError
         If a number is out of range, or a tuned convolution has groups, which task subspaces do not take.
     """
-    if tasks < 2:
-        raise ValueError(f"tasks is {tasks}, expected at least 2")
+    if not 2 <= tasks <= MOST_TASKS:
+        raise ValueError(f"tasks is {tasks}, expected at least 2 and at most {MOST_TASKS}")
     if not 0 <= protected < 1:
         raise ValueError(f"protected is {protected}, expected a share in [0, 1)")
     if not 0 < rank_fraction <= 1:

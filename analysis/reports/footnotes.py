@@ -30,11 +30,12 @@ def _calibrations(report: Report) -> list[str]:
         listed = ", ".join(f"{name} {macs / 1e9:,.3f}" for name, macs in parts.items() if macs)
         steps = cost.steps_to_pay_back
         back = f"paid back after {steps:,} step{'' if steps == 1 else 's'}" if steps else "never paid back"
+        saved = cost.saved_macs_per_step
         sentences += [
             f"Calibration of {method}, once, on {cost.batches} batches: {cost.total_macs / 1e9:,.3f} GMACs ({listed}), "
             f"and {cost.gram_bytes / 2**20:,.3f} MiB of Gram matrices",
             f"    against a HOSVD at every step at these ranks, which takes "
-            f"{cost.saved_macs_per_step / 1e9:,.3f} GMACs more a step, it is {back}",
+            f"{abs(saved) / 1e9:,.3f} GMACs {'less' if saved < 0 else 'more'} a step, it is {back}",
         ]
     return sentences
 

@@ -260,13 +260,14 @@ LINES: dict[str, dict[str, Any]] = {
 def _batch(axes: Axes, prediction: Prediction, method: str) -> None:
     report = prediction.report
     found = reduction_by_batch(prediction, method)
-    axes.set_title(f"How many times less {method} keeps, by batch")
+    more = any(ratio is not None and ratio < 1 for ratios in found.values() for ratio in ratios.values())
+    axes.set_title(f"How many times less {method} keeps, by batch{' (below 1: more)' if more else ''}")
     for name, style in LINES.items():
         points = [(batch, ratios[name]) for batch, ratios in found.items() if ratios[name] is not None]
         if not points or (name == "tape + factors" and all(r[name] == r["tape"] for r in found.values())):
             continue
         here = found.get(report.batch, {}).get(name)
-        label = name if here is None else f"{name}: {_short(here)}×"
+        label = name if here is None else f"{name}: {_times_less(here)}"
         axes.plot(*zip(*points, strict=True), linewidth=1.2, label=label, **{"markersize": 4, **style})
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(found), [str(batch) for batch in found])
@@ -276,6 +277,15 @@ def _batch(axes: Axes, prediction: Prediction, method: str) -> None:
     axes.axvline(report.batch, color="0.7", linewidth=0.7, zorder=0)
     axes.set(xlabel="images of a batch", ylabel=f"bytes of bp / bytes of {method}")
     _legend_below(axes, 2, title=f"at batch {report.batch}")
+
+
+def _times_less(ratio: float) -> str:
+    """For a legend; what grows is called that.
+
+    >>> _times_less(16.97), _times_less(0.5556)
+    ('17.0×', 'grows 1.80×')
+    """
+    return f"{_short(ratio)}×" if ratio >= 1 or not ratio else f"grows {_short(1 / ratio)}×"
 
 
 # ---- other ranks ---------------------------------------------------------------------------

@@ -32,6 +32,8 @@ MOST = 2**31 - 1
 MOST_TASKS = 1000
 DEFAULT_PROTECTED = 0.5
 DEFAULT_BASIS_BATCHES = 10
+LARGEST = 2**31 - 1
+"""Of a count; more is a slip of the keyboard."""
 Shapes = dict[str, tuple[int, ...]]
 Ranks = dict[str, tuple[int | None, ...]]
 
@@ -351,8 +353,9 @@ def _step(
                 raise ValueError(f"{name} is {value!r}, but the step of net {net.name!r} was traced already")
         return net
     for name, number in (("batch", batch), ("num_classes", num_classes), ("image_size", image_size)):
-        if number is not None and not 1 <= number <= MOST:
-            raise ValueError(f"{name} is {number}, expected an integer from 1 to {MOST}")
+        if number is not None and not 1 <= number <= LARGEST:
+            limit = f", at most {LARGEST}" if number > LARGEST else ""
+            raise ValueError(f"{name} is {number}, expected a positive integer{limit}")
     title = net if isinstance(net, str) else type(net).__name__
     shape = input_shape_for(title, image_size, input_shape)
     if isinstance(net, str) and net.partition("@")[0] in models.names() and not with_weights:

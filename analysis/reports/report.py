@@ -338,7 +338,8 @@ class Report:
         try:
             import pandas  # type: ignore[import-untyped]
         except ImportError:
-            raise ImportError("Report.to_pandas() needs pandas, which is not installed: pip install pandas") from None
+            hint = "python -m pip install pandas"
+            raise ImportError(f"Report.to_pandas() needs pandas, which is not installed: {hint}") from None
         flat = self._flat_rows()
         return pandas.DataFrame(flat, columns=_names(flat))
 

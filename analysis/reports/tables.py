@@ -2,77 +2,65 @@
 
 from __future__ import annotations
 
-import io
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from analysis.commands.console import console, say
+from analysis.commands import console
+from analysis.commands.console import Sheet, say
 from analysis.reports.footnotes import footnotes
 from analysis.reports.report import ACCOUNTINGS, FLOP_KINDS, Continual, MethodCost, Report, Row, reductions
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
-
-SAME = 0.98, 1.02
-"""Between these ratios memory hardly changes."""
 
 FEW = 4
 """Methods of which every layer is shown under every accounting; of more, one column each."""
 
 
-def render(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> str:
-    """The whole report as plain wide text.
+def render(report: Report, accountings: Sequence[str] = ACCOUNTINGS, across: int | None = None) -> str:
+    """The whole report as plain text.
 
     Parameters
     ----------
     report : Report
     accountings : sequence of str
         Which columns of activation memory to show.
+    across : int, optional
+        Characters of a line, 200 by default; columns that do not fit stand in further blocks.
     """
-    text = io.StringIO()
-    print_report(report, accountings, console(text))
-    return _stripped(text.getvalue())
+    return console.as_text(_drawn(report, accountings), across)
 
 
 def show(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> None:
-    """Print the report: in colour to a terminal, unless NO_COLOR is set; as plain wide text to a pipe."""
-    if sys.stdout.isatty():
-        print_report(report, accountings, console())
-    else:
-        sys.stdout.write(render(report, accountings))
+    """Print the report: in colour to a terminal, unless NO_COLOR is set; as plain text to a pipe."""
+    console.show(_drawn(report, accountings))
 
 
 def html(report: Report) -> str:
     """The totals with what stands above and below them, as HTML without scripts."""
     from html import escape
 
-    text = io.StringIO()
-    on = console(text)
-    _print_heading(report, on)
-    on.print(totals_table(report))
-    _print_footer(report, on)
-    _print_continual(report, on)
-    return f'<pre style="overflow-x: auto; white-space: pre">{escape(text.getvalue())}</pre>'
+    def draw(on: Console) -> None:
+        _print_heading(report, on)
+        on.print(totals_table(report))
+        _print_footer(report, on)
+        _print_continual(report, on)
+
+    return f'<pre style="overflow-x: auto; white-space: pre">{escape(console.as_text(draw))}</pre>'
 
 
-Report._repr_html_ = html  # type: ignore[attr-defined]  # what a notebook shows; a report is data and knows no table
+def _drawn(report: Report, accountings: Sequence[str]) -> Callable[[Console], None]:
+    """Prints all of it to a rich console."""
 
+    def draw(on: Console) -> None:
+        _print_heading(report, on)
+        on.print(_memory_table(report, accountings))
+        on.print(_flops_table(report))
+        on.print(totals_table(report, accountings))
+        _print_footer(report, on)
+        _print_continual(report, on)
 
-def _stripped(text: str) -> str:
-    """Without spaces at the ends of lines; rules in ASCII, since a pipe's encoding is anybody's guess."""
-    return "".join(f"{line.rstrip()}\n" for line in text.replace("─", "-").splitlines())
-
-
-def print_report(report: Report, accountings: Sequence[str], on: Console) -> None:
-    """Print all of it to a rich console."""
-    _print_heading(report, on)
-    on.print(_memory_table(report, accountings))
-    on.print(_flops_table(report))
-    on.print(totals_table(report, accountings))
-    _print_footer(report, on)
-    _print_continual(report, on)
+    return draw
 
 
 def _print_heading(report: Report, on: Console) -> None:
@@ -95,7 +83,6 @@ def _print_continual(report: Report, on: Console) -> None:
     continual = report.continual
     if continual is None:
         return
-    on.print()
     on.print(continual_table(continual))
     say(
         on,
@@ -105,28 +92,18 @@ def _print_continual(report: Report, on: Console) -> None:
     )
 
 
-def _table(title: str, columns: Iterable[str], left: int) -> Table:
-    """An empty table whose first ``left`` columns are text and the others numbers."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold cyan")
-    for position, name in enumerate(columns):
-        table.add_column(name, justify="left" if position < left else "right", no_wrap=True, overflow="fold")
-    return table
-
-
 # ---- per layer ---------------------------------------------------------------------------
 
 
-def _memory_table(report: Report, accountings: Sequence[str]) -> Table:
+def _memory_table(report: Report, accountings: Sequence[str]) -> Sheet:
     methods = report.methods
     accountings = accountings if len(methods) <= FEW else accountings[-1:]
     with_factors = [m for m in methods if report.totals[m].subspace_bytes]
-    columns = ["layer", "op", "output", "ranks"]
+    of_ranks = _rank_columns(report)
+    columns = ["layer", "op", "output", *of_ranks]
     columns += [f"{method} {name}" for method in methods for name in accountings]
     columns += [f"{method} factors" for method in with_factors]
-    table = _table("Kept for the backward pass (bytes; each buffer billed once)", columns, 4)
+    table = Sheet("Kept for the backward pass (bytes; each buffer billed once)", columns, 3 + len(of_ranks))
 
     def numbers(costs: dict[str, MethodCost]) -> list[str]:
         kept = [
@@ -142,16 +119,28 @@ def _memory_table(report: Report, accountings: Sequence[str]) -> Table:
         if not any(any(cost.activation_bytes.values()) or cost.subspace_bytes for cost in row.methods.values()):
             skipped += 1
             continue
-        ranks = next((cost.ranks for cost in row.methods.values() if cost.ranks), None)
-        table.add_row(row.name, row.op, _shape(row.output_shape), _ranks(ranks), *numbers(row.methods))
+        ranks = [next((_ranks(row.methods[m].ranks) for m in of if m in row.methods), "") for of in of_ranks.values()]
+        table.add(row.name, row.op, _shape(row.output_shape), *ranks, *numbers(row.methods))
     if skipped:
-        table.add_row(f"({skipped} more, which keep nothing)", style="dim")
-    table.add_section()
-    table.add_row("total", "", "", "", *numbers(report.totals))
+        table.add(f"({skipped} more, which keep nothing)", style="dim")
+    table.rule()
+    table.add("total", "", "", *[""] * len(of_ranks), *numbers(report.totals))
     return table
 
 
-def _flops_table(report: Report) -> Table:
+def _rank_columns(report: Report) -> dict[str, list[str]]:
+    """The methods with ranks, by the name of their column: one column where all of them have the same ranks."""
+    of = {
+        method: [row.methods[method].ranks if method in row.methods else None for row in report.rows]
+        for method in report.methods
+    }
+    ranked = [method for method, ranks in of.items() if any(ranks)]
+    if all(of[method] == of[ranked[0]] for method in ranked):
+        return {"ranks": ranked}
+    return {f"{method} ranks": [method] for method in ranked}
+
+
+def _flops_table(report: Report) -> Sheet:
     """FLOPs by kind; a kind that all methods agree on in every row has one column, one that is always 0 none.
 
     Of many methods the sums alone, with one column of the forward pass.
@@ -166,7 +155,7 @@ def _flops_table(report: Report) -> Table:
     unit = "millions of multiply-adds of the tuned layers" if report.convention == "paper" else "MFLOPs"
     columns = ["layer", "op", "weight", *shared, *(f"{method} {kind}" for method, kind in own)]
     columns += [f"{method} total" for method in methods]
-    table = _table(f"Products of one step ({unit})", columns, 3)
+    table = Sheet(f"Products of one step ({unit})", columns, 3)
 
     def numbers(costs: dict[str, MethodCost]) -> list[str]:
         one = next(iter(costs.values()))
@@ -183,12 +172,12 @@ def _flops_table(report: Report) -> Table:
         if everywhere and all(cost.flops["total"] == cost.flops["forward"] for cost in row.methods.values()):
             folded.append(row)
             continue
-        table.add_row(row.name, row.op, _shape(row.weight_shape), *numbers(row.methods))
+        table.add(row.name, row.op, _shape(row.weight_shape), *numbers(row.methods))
     if folded:
         sums = {method: MethodCost.sum([row.methods[method] for row in folded]) for method in methods}
-        table.add_row(f"({len(folded)} more, forward only)", "", "", *numbers(sums), style="dim")
-    table.add_section()
-    table.add_row("total", "", "", *numbers(totals))
+        table.add(f"({len(folded)} more, forward only)", "", "", *numbers(sums), style="dim")
+    table.rule()
+    table.add("total", "", "", *numbers(totals))
     return table
 
 
@@ -203,28 +192,28 @@ def _agreed(report: Report, kind: str) -> bool:
 # ---- totals ------------------------------------------------------------------------------
 
 
-def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> Table:
+def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> Sheet:
     """Memory, work and, where bp is among the methods, how many times less each of the others takes."""
     work = "multiply-adds" if report.convention == "paper" else "FLOPs"
     rare = ("decomposition", "recompute")
     kinds = [k for k in FLOP_KINDS if k not in rare or any(c.flops[k] for c in report.totals.values())]
     columns = ["", *accountings, "factors", "tape + factors", *kinds, f"{work}, all", "elementwise"]
-    table = _table(f"Totals (memory in MiB, {work} in billions, element-wise operations in billions)", columns, 1)
+    table = Sheet(f"Totals (memory in MiB, {work} in billions, element-wise operations in billions)", columns, 1)
     totals = report.totals
     for method, cost in totals.items():
         memory = [cost.activation_bytes[name] for name in accountings] + [cost.subspace_bytes, cost.tape_and_factors]
         giga = [cost.flops[kind] / 1e9 for kind in (*kinds, "total")] + [cost.elementwise / 1e9]
-        table.add_row(method, *(f"{n / 2**20:,.3f}" for n in memory), *(f"{n:,.3f}" for n in giga))
+        table.add(method, *(f"{n / 2**20:,.3f}" for n in memory), *(f"{n:,.3f}" for n in giga))
     for method in [name for name in totals if name != "bp"]:
         ratios = reductions(totals["bp"], totals[method]) if "bp" in totals else {}
         if ratios:
             shown = [_ratio(ratios[name]) for name in accountings] + ["", _ratio(ratios["tape + factors"])]
             shown += [""] * len(kinds) + [_ratio(ratios["flops"])]
-            table.add_row(f"bp / {method}", *shown, style="green")
+            table.add(f"bp / {method}", *shown, style="green")
     return table
 
 
-def continual_table(continual: Continual) -> Table:
+def continual_table(continual: Continual) -> Sheet:
     """Every learner's bill of the last task, and of all that lies between the tasks."""
     mib, giga = 2**20, 1e9
     title = f"Learning {continual.tasks} tasks one after the other (memory in MiB, multiply-adds in billions)"
@@ -239,13 +228,13 @@ def continual_table(continual: Continual) -> Table:
         "between",
         "between, all tasks",
     ]
-    table = _table(title, columns, 1)
+    table = Sheet(title, columns, 1)
     for learner in dict.fromkeys(bill.learner for bill in continual.bills):
         of = [bill for bill in continual.bills if bill.learner == learner]
         last = of[-1]
         memory = (last.tape_bytes, last.beside_bytes, last.ram_bytes, last.flash_bytes, last.total_bytes)
         work = (last.step_macs, last.between_macs, sum(bill.between_macs for bill in of))
-        table.add_row(learner, *(f"{n / mib:,.3f}" for n in memory), *(f"{n / giga:,.3f}" for n in work))
+        table.add(learner, *(f"{n / mib:,.3f}" for n in memory), *(f"{n / giga:,.3f}" for n in work))
     return table
 
 
@@ -255,15 +244,18 @@ def explain(report: Report) -> list[str]:
     if "bp" not in totals:
         return []
     sentences: list[str] = []
+    for method in [name for name in totals if name != "bp"]:
+        whole = reductions(totals["bp"], totals[method])["tape + factors"]
+        if whole is not None and whole < 1 / SAME:
+            sentences.append(f"{method} takes more memory than bp here: what this library keeps {change(whole)}.")
     for method in [name for name in totals if name.startswith("lance")]:
         r = reductions(totals["bp"], totals[method])
         sentences.append(
-            f"What it means: the tape of this library {change(r['tape'])} with {method}, and "
-            f"{change(r['tape + factors'])} where the fixed factors, which stay in memory beside it, are counted too. "
-            f"The papers count the inputs of the tuned layers alone: these {change(r['paper'])}. PyTorch also keeps "
-            f"what batch norm and activation functions save: its memory {change(r['pytorch'])}. Against PyTorch's "
-            f"memory of bp, this tape {change(r['bp pytorch / tape'])} "
-            f"({change(r['bp pytorch / tape + factors'])} with the factors)."
+            f"What it means: with {method} the tape of this library {change(r['tape'])}; with the fixed factors, which "
+            f"stay in memory beside it, it {change(r['tape + factors'])}. What the papers count, the inputs of the "
+            f"tuned layers alone, {change(r['paper'])}. What PyTorch would keep, which includes what batch norm and "
+            f"activation functions save, {change(r['pytorch'])}. From PyTorch's memory of bp to this tape, memory "
+            f"{change(r['bp pytorch / tape'])} ({change(r['bp pytorch / tape + factors'])} with the factors)."
         )
         rows = [row for row in report.rows if method in row.methods]
         single = [row.name for row in rows if set(row.methods[method].ranks or (0,)) == {1}]
@@ -275,19 +267,23 @@ def explain(report: Report) -> list[str]:
     return list(dict.fromkeys(sentences))
 
 
+SAME = 1.05
+"""Memory whose ratio is nearer to 1 than this hardly changes."""
+
+
 def change(times_less: float | None) -> str:
-    """What becomes of memory that is divided by this number, as the predicate of a sentence.
+    """What becomes of memory that is divided by this number, as the predicate of a sentence; None: nothing is left.
 
     >>> change(1060.954), change(0.5556), change(1.004), change(None)
-    ('shrinks 1060.95 times', 'grows 1.80 times', 'hardly changes (1.00 times less)', 'shrinks to nothing')
+    ('shrinks 1060.95 times', 'grows 1.80 times', 'hardly changes (to 99.6 %)', 'shrinks to nothing')
     """
     if times_less is None:
         return "shrinks to nothing"
-    if times_less < SAME[0]:
-        return f"grows {1 / times_less:.2f} times"
-    return (
-        f"shrinks {times_less:.2f} times" if times_less > SAME[1] else f"hardly changes ({times_less:.2f} times less)"
-    )
+    if times_less > SAME:
+        return f"shrinks {times_less:.2f} times"
+    if times_less < 1 / SAME:
+        return f"grows {1 / times_less:.2f} times" if times_less else "grows from nothing"
+    return f"hardly changes (to {100 / times_less:.1f} %)"
 
 
 def _ratio(value: float | None) -> str:

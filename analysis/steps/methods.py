@@ -11,10 +11,12 @@ what is kept  another activation store in every tuned layer, as it would describ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import argparse
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from analysis.commands.cli import check_effect
 from analysis.steps.settings import Description, MethodStep, Settings
 
 if TYPE_CHECKING:
@@ -194,3 +196,14 @@ def _changed(method: Method, step: TracedStep, settings: Settings) -> MethodStep
         return changed
     trains = trained_parameters(step, method.tune) | set(changed.facts.get("parameters", ()))
     return replace(changed, records=retrained(changed.records, trains))
+
+
+def check_methods_heed(options: argparse.Namespace, methods: Iterable[str]) -> None:
+    """Raise ValueError for an option of methods that none of the chosen methods has."""
+    chosen = [METHODS[name] for name in methods]
+    for name in Settings.__dataclass_fields__:
+        heeding = [known for known, method in METHODS.items() if name in method.settings]
+        check_effect(options, name, any(name in method.settings for method in chosen), f"one of {', '.join(heeding)}")
+    ranked = [known for known, method in METHODS.items() if method.ranks is not None]
+    for name in ("epsilon", "ranks", "spectra"):
+        check_effect(options, name, any(method.ranks for method in chosen), f"one of {', '.join(ranked)}")

@@ -6,7 +6,6 @@ import importlib
 import inspect
 import math
 import os
-import re
 import sys
 import sysconfig
 import traceback
@@ -19,7 +18,7 @@ import numpy as np
 
 import lance_ref
 from analysis.commands.memory import check_memory
-from analysis.commands.names import plain, shown
+from analysis.commands.names import plain
 from analysis.peak.lifetimes import Lifetimes, watched
 from analysis.rules.recompute import flatten
 from lance_ref import functional as F
@@ -98,20 +97,6 @@ class TracedStep:
     def dtype(self) -> str:
         """Of the activations."""
         return self.records[-1].inputs[0].dtype
-
-
-def parse_shape(text: str | None) -> tuple[int, ...] | None:
-    """The shape of one input as ``--input-shape`` gives it, of any number of dimensions.
-
-    >>> parse_shape("3,32,32"), parse_shape("90, 3"), parse_shape("784")
-    ((3, 32, 32), (90, 3), (784,))
-    """
-    if text is None:
-        return None
-    parts = text.split(",")
-    if not all(re.fullmatch(r"\s*[1-9][0-9]{0,8}\s*", n) for n in parts):
-        raise ValueError(f"--input-shape is {shown(text)}, expected C,H,W or N or L,F, positive integers")
-    return tuple(int(n) for n in parts)
 
 
 def input_shape_for(name: str, image_size: int | None, given: Sequence[int] | None) -> tuple[int, ...]:

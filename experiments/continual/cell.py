@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -56,8 +58,9 @@ def run(
     thresholds, threshold_step, basis_samples, epsilon, memory
         As in :class:`lance_ref.continual.learners.Recipe`.
     folder : str
-        Where a checkpoint is kept while the cell runs; "" keeps none.
+        Where a checkpoint is kept while the cell runs, named after all arguments; "" keeps none.
     """
+    arguments = {name: value for name, value in locals().items() if name != "folder"}
     module, chosen = prepare(scenario, net, seed, tasks, train_images, test_images, folder)
     recipe = Recipe(
         epochs=epochs, batch_size=batch, lr=lr, momentum=momentum, clip_norm=clip, seed=seed,
@@ -68,7 +71,9 @@ def run(
     checkpoint = None
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        checkpoint = Path(folder) / f"{scenario}-{learner}-{seed}.checkpoint.npz"
+        # by all arguments: another learning rate is another run, with a checkpoint of its own
+        told_apart = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:16]
+        checkpoint = Path(folder) / f"{scenario}-{learner}-{seed}-{told_apart}.checkpoint.npz"
     result = learn(
         made, bill=bill, checkpoint=checkpoint, every_steps=EVERY_STEPS, settings={"net": net}, progress=False
     )

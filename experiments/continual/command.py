@@ -14,7 +14,26 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.commands.cli import OneLineParser, check_options, run_command
+from analysis.commands.cli import (
+    OneLineParser,
+    check_effect,
+    check_once,
+    count,
+    few,
+    figure_file,
+    fill_in,
+    folder_to_write,
+    integer,
+    json_file,
+    markdown_file,
+    name_of,
+    positive,
+    run_command,
+    run_main,
+    scheduler_address,
+    share,
+    share_below_one,
+)
 
 CELL = "experiments.continual.cell:run"
 MLP = {
@@ -55,71 +74,82 @@ QUICK = {"seeds": 1, "train_images": 150, "test_images": 60, "epochs": 5}
 def parser() -> argparse.ArgumentParser:
     from lance_ref.continual.learners import LEARNERS
     from lance_ref.continual.metrics import DEFINITIONS
-    from lance_ref.continual.networks import NETWORKS
+    from lance_ref.continual.networks import DEFAULT_NETWORK, NETWORKS
 
     p = OneLineParser(
         prog="python -m experiments.continual", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False,
         epilog="R[t, i]: accuracy on task i after task t, of T tasks. " + ". ".join(DEFINITIONS.values()) + ".",
     )  # fmt: skip
-    p.add_argument("--scenario", default="split-digits", help=f"one of {', '.join(DEFAULTS)} (%(default)s)")
+    p.add_argument(
+        "--scenario",
+        type=name_of(lambda: DEFAULTS),
+        default="split-digits",
+        help=f"one of {', '.join(DEFAULTS)} (%(default)s)",
+    )
     p.add_argument("--quick", action="store_true", help="few images of each task and one seed, within a minute")
     p.add_argument(
-        "--learners", nargs="+", default=list(LEARNERS), metavar="LEARNER", help=f"of {', '.join(LEARNERS)} (all)"
+        "--learners",
+        type=name_of(lambda: LEARNERS),
+        nargs="+",
+        default=list(LEARNERS),
+        metavar="LEARNER",
+        help=f"of {', '.join(LEARNERS)} (all)",
     )
-    p.add_argument("--net", help=f"of {', '.join(NETWORKS)} (mlp for digits and mnist, else alexnet-cl)")
-    p.add_argument("--seeds", type=int, help="runs of each learner, seeds 0, 1, ... (5)")
-    p.add_argument("--tasks", type=int, help="the first so many (all)")
-    p.add_argument("--epochs", type=int, help="per task (the scenario's)")
-    p.add_argument("--batch", type=int, help="images a step (the scenario's)")
-    p.add_argument("--lr", type=float, help="learning rate (the scenario's)")
-    p.add_argument("--momentum", type=float, default=0.0, help="of SGD (0)")
-    p.add_argument("--clip", type=float, help="largest norm of the gradient (none; domains 2)")
-    p.add_argument("--train-images", type=int, help="at most so many of each task, spread over its classes (all)")
-    p.add_argument("--test-images", type=int, help="(all)")
-    p.add_argument("--threshold", type=float, nargs="+", help="energy protected: one, or one for each layer")
-    p.add_argument("--threshold-step", type=float, help="added to it with each task")
-    p.add_argument("--epsilon", type=float, help="energy threshold of LANCE's subspaces (0.95)")
-    p.add_argument("--basis-samples", type=int, help="images for subspaces and protected directions")
-    p.add_argument("--memory", type=int, help="images that er keeps, of all tasks")
-    p.add_argument("--eval-batch", type=int, help="images at a time in evaluation")
-    p.add_argument("--folder", default="runs/continual", help="of finished and stopped runs (%(default)s)")
-    p.add_argument("--jobs", type=int, default=2, help="processes, one thread each (2)")
-    p.add_argument("--scheduler", help="address of a Dask scheduler, in place of processes of this machine")
-    p.add_argument("--output", help="write the results as JSON")
-    p.add_argument("--table", help="write the table as Markdown")
-    p.add_argument("--figure", help="draw matrices of accuracy and the first task over time, .png or .svg")
+    p.add_argument(
+        "--net",
+        type=name_of(lambda: {*NETWORKS, *DEFAULT_NETWORK.values()}),
+        help=f"of {', '.join(NETWORKS)} (mlp for digits and mnist, else alexnet-cl)",
+    )
+    p.add_argument("--seeds", type=few, help="runs of each learner, seeds 0, 1, ... (5)")
+    p.add_argument("--tasks", type=integer(2, 10_000), help="the first so many (all)")
+    p.add_argument("--epochs", type=count, help="per task (the scenario's)")
+    p.add_argument("--batch", type=count, help="images a step (the scenario's)")
+    p.add_argument("--lr", type=positive, help="learning rate (the scenario's)")
+    p.add_argument("--momentum", type=share_below_one, default=0.0, help="of SGD (0)")
+    p.add_argument("--clip", type=positive, help="largest norm of the gradient (none; domains 2)")
+    p.add_argument("--train-images", type=count, help="at most so many of each task, spread over its classes (all)")
+    p.add_argument("--test-images", type=count, help="(all)")
+    p.add_argument("--threshold", type=share, nargs="+", help="energy protected: one, or one for each layer")
+    p.add_argument("--threshold-step", type=share_below_one, help="added to it with each task")
+    p.add_argument("--epsilon", type=share, help="energy threshold of LANCE's subspaces (0.95)")
+    p.add_argument("--basis-samples", type=count, help="images for subspaces and protected directions")
+    p.add_argument("--memory", type=count, help="images that er keeps, of all tasks")
+    p.add_argument("--eval-batch", type=count, help="images at a time in evaluation")
+    p.add_argument(
+        "--folder", type=folder_to_write, default="runs/continual", help="of finished and stopped runs (%(default)s)"
+    )
+    p.add_argument("--jobs", type=few, default=2, help="processes, one thread each (2)")
+    p.add_argument(
+        "--scheduler", type=scheduler_address, help="address of a Dask scheduler, in place of processes of this machine"
+    )
+    p.add_argument("--output", type=json_file, help="write the results as JSON")
+    p.add_argument("--table", type=markdown_file, help="write the table as Markdown")
+    p.add_argument(
+        "--figure", type=figure_file, help="draw matrices of accuracy and the first task over time, .png or .svg"
+    )
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return run_command(
-        parser(), given, lambda options: _run(fill_in(options), given), ("output", "table", "figure"), resumes=True
-    )
+    return run_command(parser(), given, lambda options: _run(checked(options), given))
 
 
-def fill_in(options: argparse.Namespace) -> argparse.Namespace:
+def checked(options: argparse.Namespace) -> argparse.Namespace:
     """Defaults of the scenario, and everything checked that can be before anything runs."""
-    from lance_ref.continual.learners import LEARNERS
-    from lance_ref.continual.networks import DEFAULT_NETWORK, NETWORKS
+    from lance_ref.continual.networks import DEFAULT_NETWORK
 
-    if options.scenario not in DEFAULTS:
-        raise ValueError(f"--scenario is {options.scenario!r}, expected one of {', '.join(DEFAULTS)}")
     defaults = {"net": DEFAULT_NETWORK[options.scenario], "seeds": 5, **DEFAULTS[options.scenario]}
-    for name, value in {**defaults, **(QUICK if options.quick else {})}.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    if options.tasks is not None and options.tasks < 2:
-        raise ValueError(f"--tasks is {options.tasks}, expected at least 2")
-    check_options(options)
-    if options.net not in (*NETWORKS, DEFAULT_NETWORK[options.scenario]):
-        raise ValueError(f"--net is {options.net!r}, expected one of {', '.join(NETWORKS)}")
-    for learner in options.learners:
-        if learner not in LEARNERS:
-            raise ValueError(f"unknown learner {learner!r}, expected some of {', '.join(LEARNERS)}")
-    if len(set(options.learners)) < len(options.learners):
-        raise ValueError(f"--learners are {options.learners}, expected each once")
+    fill_in(options, {**defaults, **QUICK} if options.quick else defaults)
+    check_once(options, "learners")
+    chosen = set(options.learners)
+    check_effect(options, "jobs", options.scheduler is None, "a run without --scheduler")
+    check_effect(options, "memory", "er" in chosen, "the learner er")
+    check_effect(options, "epsilon", bool(chosen & {"lance", "lance-no-batch"}), "a learner of lance, lance-no-batch")
+    for name in ("threshold", "threshold_step", "basis_samples"):
+        protecting = bool(chosen & {"gpm", "lance", "lance-no-batch"})
+        check_effect(options, name, protecting, "a learner of gpm, lance, lance-no-batch")
     return options
 
 
@@ -144,23 +174,30 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     from lance_ref.io.whole_file import write_json, write_text
 
     cells = [cell(options, learner, seed) for learner in options.learners for seed in range(options.seeds)]
-    title = f"{options.scenario}: {_check(cells[0])}. {_recipe(options)}"
+    about, images = _check(cells[0])
+    title = f"{options.scenario}: {about}. {_recipe(options)}"
     outcomes = run_cells(cells, CELL, options.folder, jobs=options.jobs, scheduler=options.scheduler)
     rows = [
         Row(learner, tuple(outcomes[i * options.seeds : (i + 1) * options.seeds]))
         for i, learner in enumerate(options.learners)
     ]
-    show(rows, title)
+    show(rows, title, images)
     if options.output:
         write_json(options.output, results(rows, vars(options), arguments))
     if options.table:
-        write_text(options.table, markdown(rows, title, arguments))
+        write_text(options.table, markdown(rows, title, arguments, images))
     if options.figure:
         draw(rows, options.figure, f"{options.scenario}, {options.net}, {options.seeds} seed(s)")
 
 
-def _check(arguments: dict[str, Any]) -> str:
-    """Open the data once here, so that what is wrong with it is said once, in one line; what the scenario is."""
+def _check(arguments: dict[str, Any]) -> tuple[str, int]:
+    """Open the data once here, so that what is wrong with it is said once, in one line.
+
+    Returns
+    -------
+    (str, int)
+        What the scenario is, and the test images of all its tasks.
+    """
     from experiments.continual.cell import prepare
     from lance_ref.continual.networks import body_layers
 
@@ -174,7 +211,7 @@ def _check(arguments: dict[str, Any]) -> str:
         raise ValueError(f"--batch is {arguments['batch']}, but a task has {smallest} training images")
     if len(scenario) < 2:
         raise ValueError(f"{arguments['scenario']} has {len(scenario)} task(s), expected at least 2")
-    return scenario.about
+    return scenario.about, sum(len(task.test) for task in scenario.tasks)
 
 
 def _recipe(options: argparse.Namespace) -> str:
@@ -186,4 +223,4 @@ def _recipe(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

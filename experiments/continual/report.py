@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from analysis.commands.console import console, say
+from analysis.commands.blocks import blocks, paragraph
+from analysis.commands.chance import sentence
 from analysis.commands.provenance import provenance
 from analysis.reports.continual_costs import MAC_KINDS
 from analysis.reports.figures import save_figure
 from lance_ref.continual.metrics import DEFINITIONS
 
+SHORTEST_TIMED_RUN = 10.0
+"""Seconds. Shorter runs differ by what else the machine does, more than learners do."""
 METRICS = ("acc", "bwt", "fwt", "forgetting", "learning_accuracy")
 
 
@@ -101,8 +104,14 @@ def cells(row: Row) -> list[str]:
         *(f"{value / 1024:,.1f}" for value in (row.largest("tape_bytes"), beside, ram, row.flash)),
         "equal" if row.agrees else "DIFFERS",
         *(f"{row.macs(part) / 1e6:,.{digits}f}" for part, digits in (("step", 3), ("between", 0), ("whole", 0))),
-        f"{fmean(sum(task['seconds'] for task in seed['tasks']) for seed in row.seeds):,.1f}",
+        _seconds(row),
     ]
+
+
+def _seconds(row: Row) -> str:
+    """Of training, mean over the seeds, unless that is too short to compare with others."""
+    seconds = fmean(sum(task["seconds"] for task in seed["tasks"]) for seed in row.seeds)
+    return "too short" if seconds < SHORTEST_TIMED_RUN else f"{seconds:,.1f}"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -123,26 +132,25 @@ NOTES = (
     "most. flash: kept from task to task beside the network (bases, images), after the last. predicted: whether bytes "
     "and multiply-adds of every task equal the cost model's. Multiply-adds in millions as executed: of a step "
     "of the last task; between tasks: calibration and protected directions, all tasks; whole run: all steps and "
-    "these. seconds: of training. head-only: the first task trains all, the others their heads. joint: images of all "
+    f"these. seconds: of training; too short where less than {SHORTEST_TIMED_RUN:g}. "
+    "head-only: the first task trains all, the others their heads. joint: images of all "
     "tasks so far. er: a small memory of earlier images."
 )
 
 
-def show(rows: Sequence[Row], title: str) -> None:
-    """Print the table."""
-    from rich.table import Table
-
-    on = console()
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*cells(row))
-    on.print(table)
-    say(on, NOTES)
+def show(rows: Sequence[Row], title: str, images: int) -> None:
+    """Print the table, and what chance decides."""
+    print(paragraph(title), end="\n\n")
+    print(blocks(COLUMNS, [cells(row) for row in rows]), end="\n\n")
+    print(paragraph(NOTES), paragraph(chance(rows, images)), sep="\n")
 
 
-def markdown(rows: Sequence[Row], title: str, arguments: Sequence[str]) -> str:
+def chance(rows: Sequence[Row], images: int) -> str:
+    """How many test images, of all tasks, and seeds there were, and what differences of ACC mean nothing."""
+    return sentence([row.metric("acc") for row in rows], images)
+
+
+def markdown(rows: Sequence[Row], title: str, arguments: Sequence[str], images: int) -> str:
     """The same table in Markdown, with the command that made it."""
     lines = [
         f"`python -m experiments.continual {' '.join(arguments)}`",
@@ -153,7 +161,7 @@ def markdown(rows: Sequence[Row], title: str, arguments: Sequence[str]) -> str:
     ]
     lines += ["|" + "|".join(["---"] + ["---:"] * (len(COLUMNS) - 1)) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    return "\n".join([*lines, "", NOTES, ""])
+    return "\n".join([*lines, "", NOTES, "", chance(rows, images), ""])
 
 
 def results(rows: Sequence[Row], settings: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.commands.cli import OneLineParser, run_command
+from analysis.commands.chance import NORMAL_95, sentence, share_variance
+from analysis.commands.cli import OneLineParser, count, figure_file, json_file, run_command, run_main, seed
 from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
 from experiments.descent.cases import (
@@ -151,6 +153,7 @@ def run(trials: int, epochs: int, batches: Sequence[int], images: int | None, se
     result: dict[str, Any] = {"trials": trials, "epochs": epochs, "examples": dict(examples())}
     for (name, part), child in zip(parts.items(), np.random.SeedSequence(seed).spawn(len(parts)), strict=True):
         result[name] = list(part(np.random.default_rng(child)))
+    result["test_images"] = len(datasets.load("digits", "test"))
     result["training"] = [train(method, modes, epochs, images, seed) for method, modes in METHODS]
     return result
 
@@ -175,7 +178,11 @@ def examples() -> dict[str, dict[str, Any]]:
 
 def report(result: dict[str, Any]) -> str:
     """The figures that matter, as text."""
-    lines = ["By hand"]
+    off = 100 * NORMAL_95 * math.sqrt(share_variance(0.5, result["trials"]))
+    lines = [
+        f"{result['trials']} random cases of each kind; a share may be off by {off:.0f} points by chance (95 %).\n",
+        "By hand",
+    ]
     for name, row in result["examples"].items():
         lines.append(f"  {name:<30} dW = {row['dW']}, dŴ = {row['dW_hat']}, cosine {row['cosine']:.3f}")
     lines.append(f"\nOne mode on fixed random directions ({result['trials']} random small layers each)")
@@ -200,6 +207,8 @@ def report(result: dict[str, Any]) -> str:
         lines.append(f"  {run_['method']}, {run_['modes']}: accuracy {run_['test_accuracy']:.3f}")
         for path, row in run_["layers"].items():
             lines.append(f"    {path:<8} {_share(row)}, 5 % below {row['quantile_05']:.3f}")
+    accuracies = [[run_["test_accuracy"]] for run_ in result["training"]]
+    lines.append(sentence(accuracies, result["test_images"]))
     return "\n".join(lines)
 
 
@@ -274,22 +283,17 @@ def _draw_training(ax: Any, runs: Sequence[dict[str, Any]]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     parse = OneLineParser(prog="python -m experiments.descent", description=__doc__.split("\n\n")[0])
-    parse.add_argument("--trials", type=int, help="random cases of each kind (default: 1000)")
-    parse.add_argument("--epochs", type=int, help="of training, for each method (default: 10)")
-    parse.add_argument("--seed", type=int, default=0, help="fixes everything (default: %(default)s)")
+    parse.add_argument("--trials", type=count, help="random cases of each kind (default: 1000)")
+    parse.add_argument("--epochs", type=count, help="of training, for each method (default: 10)")
+    parse.add_argument("--seed", type=seed, default=0, help="fixes everything (default: %(default)s)")
     parse.add_argument("--quick", action="store_true", help="a few seconds: few trials, batches, epochs and images")
-    parse.add_argument("--output", help="also write the results as JSON")
-    parse.add_argument("--figure", help="also draw them, as .png or .svg")
+    parse.add_argument("--output", type=json_file, help="also write the results as JSON")
+    parse.add_argument("--figure", type=figure_file, help="also draw them, as .png or .svg")
     return parse
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; gives the exit code."""
-    return run_command(parser(), arguments, work, ("output", "figure"))
-
-
 def work(options: argparse.Namespace) -> None:
-    """Run, print, write and draw."""
+    """Run, show and write."""
     settings = dict(QUICK if options.quick else FULL)
     settings |= {name: getattr(options, name) for name in ("trials", "epochs") if getattr(options, name) is not None}
     started = time.perf_counter()
@@ -300,6 +304,11 @@ def work(options: argparse.Namespace) -> None:
         write_text(options.output, compact(sealed(result)))
     if options.figure:
         draw(result, options.figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    return run_command(parser(), arguments, work)
 
 
 def compact(result: dict[str, Any]) -> str:
@@ -315,4 +324,4 @@ def compact(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

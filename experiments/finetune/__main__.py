@@ -2,7 +2,8 @@
 
 import sys
 
+from analysis.commands.cli import run_main
 from experiments.finetune.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

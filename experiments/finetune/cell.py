@@ -152,10 +152,10 @@ def _data_and_network(
     module = _network(net, train, seed)
     lance_ref.tune(module, tune)  # where the outputs are cut: the same for all methods
     if validation:
-        whole = _features(module, train, net, seed, image_size, folder)
+        whole = _features(module, train, net, seed, image_size, folder, tune)
         return module, [_rows(whole, rows) for rows in _held_out(train.labels, seed)]
     test = open_data(data, "test", test_images, image_size)
-    return module, [_features(module, each, net, seed, image_size, folder) for each in (train, test)]
+    return module, [_features(module, each, net, seed, image_size, folder, tune) for each in (train, test)]
 
 
 def _held_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -194,7 +194,7 @@ def _network(net: str, train: Dataset, seed: int) -> Module:
 
 
 def _features(
-    module: Module, data: Dataset, net: str, seed: int, image_size: int | None, folder: str
+    module: Module, data: Dataset, net: str, seed: int, image_size: int | None, folder: str, tune: str
 ) -> Dataset | Features:
     """The data set after the frozen part, from a file if one is kept; the images where nothing is frozen."""
     if not frozen_stages(module)[0]:
@@ -203,7 +203,7 @@ def _features(
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         weights = "" if models.find(net).weights is not None else f"seed {seed}"
-        title = f"{net} {weights} {data.name} {data.split} {len(data)} {image_size}"
+        title = f"{net} {weights} {data.name} {data.split} {len(data)} {image_size} {tune}"  # which is where it is cut
         path = Path(folder) / f"{''.join(c if c.isalnum() else '_' for c in title)}.npy"
     return extract(module, data, normalise=models.preprocessing(net), image_size=image_size, path=path, progress=False)
 

@@ -11,11 +11,33 @@ A finished run of one method and seed is kept in --folder and never run again.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.commands.cli import OneLineParser, check_names, check_options, run_command
+from analysis.commands.cli import (
+    OneLineParser,
+    built_in_net,
+    check_effect,
+    check_once,
+    check_tune,
+    count,
+    data_set,
+    few,
+    figure_file,
+    fill_in,
+    folder_to_write,
+    json_file,
+    markdown_file,
+    name_of,
+    pixels,
+    positive,
+    run_command,
+    run_main,
+    scheduler_address,
+    share,
+)
 
 CELL = "experiments.finetune.cell:run"
 PAPERS_LR = 0.05
@@ -44,6 +66,10 @@ VALUE_OF = {
 }  # fmt: skip
 """Which setting the value after ``@`` is, by method."""
 
+MODES = ("batch", "channel", "height", "width")
+WITH_MODES = ("lance", "lance-sketch", "lance-int8", "lance-mean-free-epsilon", "lance-uniform", "lance-planned-modes")
+"""Methods that compress the modes of ``--modes``; the others have modes of their own."""
+
 
 def parser() -> argparse.ArgumentParser:
     from experiments.finetune.methods import ABOUT, METHODS
@@ -53,68 +79,76 @@ def parser() -> argparse.ArgumentParser:
         epilog="; ".join(f"{name}: {about}" for name, about in ABOUT.items()) + ".",
     )  # fmt: skip
     p.add_argument("--quick", action="store_true", help="a small net on the digits of the package, within a minute")
-    p.add_argument("--net", help="mcunet, mobilenetv2, resnet8, convnet, ... (mcunet)")
-    p.add_argument("--data", help="a data set by name, or a folder with train/ and test/ (cifar10)")
+    p.add_argument("--net", type=built_in_net, help="mcunet, mobilenetv2, resnet8, convnet, ... (mcunet)")
+    p.add_argument("--data", type=data_set, help="a data set by name, or a folder with train/ and test/ (cifar10)")
     p.add_argument("--tune", help="last:n, all, or a glob of layer names (last:4)")
     p.add_argument(
         "--methods", "--method", nargs="+", default=list(METHODS), metavar="METHOD",
         help=f"any of {', '.join(METHODS)}; METHOD@VALUE sets its threshold, KiB, patch or ratio (all)",
     )  # fmt: skip
     p.add_argument("--recipe", nargs="+", choices=["papers", "tuned"], help="one learning rate, or each its own best")
-    p.add_argument("--epsilon", type=float, default=0.7, help="energy threshold (0.7)")
+    p.add_argument("--epsilon", type=share, default=0.7, help="energy threshold (0.7)")
     p.add_argument(
-        "--modes", nargs="+", default=["batch", "channel", "height", "width"], metavar="MODE",
+        "--modes", type=name_of(lambda: MODES), nargs="+", default=list(MODES), metavar="MODE",
         help="modes that LANCE compresses (all four)",
     )  # fmt: skip
-    p.add_argument("--budget-kib", type=float, help="KiB of cores, for methods with a budget (200)")
-    p.add_argument("--patch", type=int, default=2, help="of the gradient filter (2)")
-    p.add_argument("--ratio", type=float, default=0.125, help="of random sketches of the batch (0.125)")
-    p.add_argument("--seeds", type=int, help="runs of each method, seeds 0, 1, ... (3)")
-    p.add_argument("--epochs", type=int, help="(15)")
-    p.add_argument("--batch", type=int, help="images a step (128)")
-    p.add_argument("--lr", type=float, help="of the papers' recipe (0.05)")
+    p.add_argument("--budget-kib", type=positive, help="KiB of cores, for methods with a budget (200)")
+    p.add_argument("--patch", type=count, default=2, help="of the gradient filter (2)")
+    p.add_argument("--ratio", type=share, default=0.125, help="of random sketches of the batch (0.125)")
+    p.add_argument("--seeds", type=few, help="runs of each method, seeds 0, 1, ... (3)")
+    p.add_argument("--epochs", type=count, help="(15)")
+    p.add_argument("--batch", type=count, help="images a step (128)")
+    p.add_argument("--lr", type=positive, help="of the papers' recipe (0.05)")
     p.add_argument(
-        "--lr-grid", type=float, nargs="+", default=[0.05, 0.1, 0.2],
+        "--lr-grid", type=positive, nargs="+", default=[0.05, 0.1, 0.2],
         help="of the tuned recipe (0.05 0.1 0.2); where the largest is best, twice as much is tried too",
     )  # fmt: skip
-    p.add_argument("--tuning-epochs", type=int, default=5, help="epochs of a run that compares learning rates (5)")
-    p.add_argument("--clip", type=float, default=2.0, help="largest norm of the gradient (2.0)")
-    p.add_argument("--calibration-batches", type=int, help="or all there are, if fewer (100)")
-    p.add_argument("--image-size", type=int, help="pixels (what the net was trained with)")
-    p.add_argument("--train-images", type=int, help="at most so many, spread over the classes (all)")
-    p.add_argument("--test-images", type=int, help="(all)")
-    p.add_argument("--folder", default="runs/finetune", help="of finished runs (%(default)s)")
-    p.add_argument("--jobs", type=int, default=2, help="processes, one thread each (2)")
-    p.add_argument("--scheduler", help="address of a Dask scheduler, in place of processes of this machine")
-    p.add_argument("--output", help="write the results as JSON")
-    p.add_argument("--table", help="write the table as Markdown")
-    p.add_argument("--figure", help="draw accuracy against bytes, .png or .svg")
+    p.add_argument("--tuning-epochs", type=count, default=5, help="epochs of a run that compares learning rates (5)")
+    p.add_argument("--clip", type=positive, default=2.0, help="largest norm of the gradient (2.0)")
+    p.add_argument("--calibration-batches", type=count, help="or all there are, if fewer (100)")
+    p.add_argument("--image-size", type=pixels, help="pixels (what the net was trained with)")
+    p.add_argument("--train-images", type=count, help="at most so many, spread over the classes (all)")
+    p.add_argument("--test-images", type=count, help="(all)")
+    p.add_argument("--folder", type=folder_to_write, default="runs/finetune", help="of finished runs (%(default)s)")
+    p.add_argument("--jobs", type=few, default=2, help="processes, one thread each (2)")
+    p.add_argument(
+        "--scheduler", type=scheduler_address, help="address of a Dask scheduler, in place of processes of this machine"
+    )
+    p.add_argument("--output", type=json_file, help="write the results as JSON")
+    p.add_argument("--table", type=markdown_file, help="write the table as Markdown")
+    p.add_argument("--figure", type=figure_file, help="draw accuracy against bytes, .png or .svg")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return run_command(
-        parser(), given, lambda options: _run(fill_in(options), given), ("output", "table", "figure"), resumes=True
-    )
+    return run_command(parser(), given, lambda options: _run(checked(options), given))
 
 
-def fill_in(options: argparse.Namespace) -> argparse.Namespace:
+def checked(options: argparse.Namespace) -> argparse.Namespace:
     """Defaults of the chosen size, and everything checked that can be before anything runs."""
-    for name, value in (QUICK if options.quick else DEFAULTS).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    fill_in(options, QUICK if options.quick else DEFAULTS)
     if options.image_size is None:
         from lance_ref import models
 
         options.image_size = models.find(options.net).image_size
-    check_options(options)
-    check_names(options)
-    for spec in options.methods:
-        own_settings(spec)
-    if len(set(options.methods)) < len(options.methods):
-        raise ValueError(f"--methods are {options.methods}, expected each once")
+    own = [own_settings(spec) for spec in options.methods]
+    for name in ("methods", "recipe", "modes", "lr_grid"):
+        check_once(options, name)
+    tuned = "tuned" in options.recipe
+    check_effect(options, "lr", "papers" in options.recipe, "--recipe papers")
+    check_effect(options, "lr_grid", tuned, "--recipe tuned")
+    check_effect(options, "tuning_epochs", tuned, "--recipe tuned")
+    check_effect(options, "jobs", options.scheduler is None, "a run without --scheduler")
+    open_modes = any(settings["method"] in WITH_MODES for settings in own)
+    check_effect(options, "modes", open_modes, f"a method of {', '.join(WITH_MODES)}")
+    for name in SETTINGS:
+        takers = [method for method, takes in VALUE_OF.items() if takes == name]
+        takers += ["lance-sketch"] if name == "ratio" else []
+        effective = any(settings["method"] in takers and name not in settings for settings in own)
+        check_effect(options, name, effective, f"a method of {', '.join(takers)}, without a value of its own")
+    check_tune(options.net, options.tune)
     return options
 
 
@@ -138,7 +172,7 @@ def own_settings(spec: str) -> dict[str, Any]:
         number = SETTINGS[name](value)
     except ValueError:
         number = -1
-    if not (number > 0 and (number <= 1 or name in ("budget_kib", "patch"))):
+    if not (0 < number < math.inf and (number <= 1 or name in ("budget_kib", "patch"))):
         allowed = {"budget_kib": "a positive number of KiB", "patch": "a positive integer"}.get(name, "in (0, 1]")
         raise ValueError(f"method {spec!r}: {name} is {value!r}, expected {allowed}")
     return {"method": method, name: number}
@@ -225,4 +259,4 @@ def _warm_up(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

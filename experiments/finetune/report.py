@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from analysis.commands.console import console, say
+from analysis.commands.blocks import blocks, paragraph
+from analysis.commands.chance import SHORTEST_TIMED_STEP, sentence, too_short
 from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
 
@@ -91,7 +92,7 @@ def cells(row: Row) -> list[str]:
         f"{row.mean('paper_bytes') / 1024:,.1f}",
         f"{row.mean('factor_bytes') / 1024:,.1f}",
         *(f"{macs[kind] / 1e6:,.1f}" if macs[kind] else "-" for kind in KINDS),
-        f"{row.mean('time_ratio'):.2f}",
+        "too short" if too_short(row.mean("step_seconds")) else f"{row.mean('time_ratio'):.2f}",
         *(_number(row.cosine(when)) for when in WHEN),
         *(_number(row.energy(when)) for when in ("start", "end")),
     ]
@@ -106,23 +107,22 @@ NOTES = (
     "measured; predicted: whether the cost model's bytes and multiply-adds are equal to it. of stores: what the tuned "
     "layers keep of their inputs. paper: what published tables count. Multiply-adds in millions per step, as "
     "executed; again: segments run a second time. time / bp: median step over one of plain backpropagation of the "
-    "same layers, in turns. cos: of dW and its approximation, mean over layers. energy: share of the activation kept."
+    f"same layers, in turns; too short where a step takes less than {SHORTEST_TIMED_STEP:g} s. "
+    "cos: of dW and its approximation, mean over layers. energy: share of the activation kept."
 )
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print one table for each recipe."""
-    from rich.table import Table
-
-    on = console()
+    """Print one table for each recipe, and what chance decides."""
     for recipe, of in itertools.groupby(rows, key=lambda row: row.recipe):
-        table = Table(title=f"Recipe: {recipe}", title_justify="left", box=None, pad_edge=False)
-        for i, column in enumerate(COLUMNS):
-            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-        for row in of:
-            table.add_row(*cells(row))
-        on.print(table)
-    say(on, NOTES)
+        print(f"Recipe: {recipe}\n")
+        print(blocks(COLUMNS, [cells(row) for row in of]), end="\n\n")
+    print(paragraph(NOTES), paragraph(chance(rows)), sep="\n")
+
+
+def chance(rows: Sequence[Row]) -> str:
+    """How many images and seeds there were, and what differences mean nothing."""
+    return sentence([row.accuracies for row in rows], min(seed["images"] for row in rows for seed in row.seeds))
 
 
 def markdown(rows: Sequence[Row], arguments: Sequence[str]) -> str:
@@ -133,7 +133,7 @@ def markdown(rows: Sequence[Row], arguments: Sequence[str]) -> str:
         lines += ["|" + "|".join(["---"] + ["---:"] * (len(COLUMNS) - 1)) + "|"]
         lines += ["| " + " | ".join(cells(row)) + " |" for row in of]
         lines.append("")
-    return "\n".join([*lines, NOTES, ""])
+    return "\n".join([*lines, NOTES, "", chance(rows), ""])
 
 
 def results(rows: Sequence[Row], settings: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:

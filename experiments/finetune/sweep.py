@@ -12,9 +12,29 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.commands.cli import OneLineParser, check_names, run_command
+from analysis.commands.chance import sentence
+from analysis.commands.cli import (
+    OneLineParser,
+    built_in_net,
+    check_effect,
+    check_once,
+    check_tune,
+    count,
+    data_set,
+    few,
+    figure_file,
+    fill_in,
+    folder_to_write,
+    json_file,
+    positive,
+    run_command,
+    run_main,
+    scheduler_address,
+    seed,
+)
 from analysis.reports.figures import save_figure
 from experiments.finetune.command import CELL, PAPERS_LR
+from lance_ref import models
 
 ALL = ("batch", "channel", "height", "width")
 MODE_SETS = {"all modes": ALL, "no batch": ALL[1:], "channel": ("channel",)}
@@ -22,6 +42,10 @@ EPSILONS = (0.5, 0.7, 0.9, 0.99)
 BUDGETS_KIB = (12.5, 25.0, 50.0, 100.0, 200.0, 400.0)
 SELECTIONS = ("last:1", "last:2", "last:3")
 """Beside the selection of --tune."""
+
+QUICK = {"net": "convnet", "data": "digits", "tune": "last:2", "batch": [32], "lr": 0.2}
+DEFAULTS = {"net": "mcunet", "data": "cifar10", "tune": "last:4", "batch": [128, 8], "lr": PAPERS_LR}
+"""Where an option is not given, with and without ``--quick``."""
 
 STYLES = {
     "uniform threshold": ("o", "0.75"), "uniform, mean-free": ("^", "0.55"), "uniform in a budget": ("s", "0.35"),
@@ -36,20 +60,22 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m experiments.finetune.sweep", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
     )
     p.add_argument("--quick", action="store_true", help="a few settings of a small net on the digits of the package")
-    p.add_argument("--net", default="mcunet", help="(%(default)s)")
-    p.add_argument("--data", default="cifar10", help="a data set by name, or a folder (%(default)s)")
-    p.add_argument("--tune", default="last:4", help="layers that train (%(default)s)")
-    p.add_argument("--batch", type=int, nargs="+", default=[128, 8], help="images a step, each a sweep (128 8)")
-    p.add_argument("--epochs", type=int, default=4, help="(%(default)s)")
-    p.add_argument("--train-images", type=int, default=4000, help="at most so many (%(default)s)")
-    p.add_argument("--test-images", type=int, default=2000, help="at most so many (%(default)s)")
-    p.add_argument("--lr", type=float, default=PAPERS_LR, help="(%(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    p.add_argument("--folder", default="runs/finetune", help="of finished runs (%(default)s)")
-    p.add_argument("--jobs", type=int, default=2, help="processes, one thread each (2)")
-    p.add_argument("--scheduler", help="address of a Dask scheduler, in place of processes of this machine")
-    p.add_argument("--output", help="write the results as JSON")
-    p.add_argument("--figure", help="draw accuracy against bytes, .png or .svg")
+    p.add_argument("--net", type=built_in_net, help="(mcunet)")
+    p.add_argument("--data", type=data_set, help="a data set by name, or a folder (cifar10)")
+    p.add_argument("--tune", help="layers that train (last:4)")
+    p.add_argument("--batch", type=count, nargs="+", help="images a step, each a sweep (128 8)")
+    p.add_argument("--epochs", type=count, default=4, help="(%(default)s)")
+    p.add_argument("--train-images", type=count, default=4000, help="at most so many (%(default)s)")
+    p.add_argument("--test-images", type=count, default=2000, help="at most so many (%(default)s)")
+    p.add_argument("--lr", type=positive, help=f"({PAPERS_LR})")
+    p.add_argument("--seed", type=seed, default=0, help="(%(default)s)")
+    p.add_argument("--folder", type=folder_to_write, default="runs/finetune", help="of finished runs (%(default)s)")
+    p.add_argument("--jobs", type=few, default=2, help="processes, one thread each (2)")
+    p.add_argument(
+        "--scheduler", type=scheduler_address, help="address of a Dask scheduler, in place of processes of this machine"
+    )
+    p.add_argument("--output", type=json_file, help="write the results as JSON")
+    p.add_argument("--figure", type=figure_file, help="draw accuracy against bytes, .png or .svg")
     return p
 
 
@@ -83,16 +109,12 @@ def _setting(family: str, label: str, **changes: Any) -> dict[str, Any]:
 
 def cell(options: argparse.Namespace, batch: int, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of one run."""
-    net = {"net": options.net, "data": options.data, "tune": options.tune, "lr": options.lr}
-    from lance_ref import models
-
-    size = {"image_size": models.find(options.net).image_size}
-    if options.quick:
-        net |= {"net": "convnet", "data": "digits", "tune": "last:2", "lr": 0.2}
-        size = {"image_size": None}
     return {
-        **net,
-        **size,
+        "net": options.net,
+        "data": options.data,
+        "tune": options.tune,
+        "lr": options.lr,
+        "image_size": models.find(options.net).image_size,
         "seed": options.seed,
         "epochs": options.epochs,
         "batch": batch,
@@ -117,7 +139,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from experiments.finetune.cell import prepare_data
 
     swept = settings(options)
-    batches = [32] if options.quick else options.batch
+    batches = options.batch
     cells = [cell(options, batch, setting["changes"]) for batch in batches for setting in swept]
     prepare_data(cells[0])
     outcomes = run_cells(cells, CELL, options.folder, jobs=options.jobs, scheduler=options.scheduler)
@@ -128,6 +150,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             "label": setting["label"],
             "cell": one,
             "accuracy": outcome["accuracy"],
+            "test_images": outcome["images"],
             "tape_bytes": outcome["tape_bytes"],
             "factor_bytes": outcome["factor_bytes"],
             "core_bytes": sum(outcome["layer_bytes"].values()),
@@ -183,11 +206,16 @@ def show(points: Sequence[Mapping[str, Any]]) -> None:
             if (point["tape_bytes"], point["accuracy"]) in front:
                 sizes = f"{point['tape_bytes'] / 1024:10,.1f} KiB {100 * point['accuracy']:6.1f} %"
                 print(f"  {sizes}  {point['family']}: {point['label']}")
+        print("  " + sentence([[point["accuracy"]] for point in of], min(point["test_images"] for point in of)))
 
 
 def work(options: argparse.Namespace) -> None:
     """Check, run, show and write."""
-    check_names(options)
+    fill_in(options, QUICK if options.quick else DEFAULTS)
+    check_once(options, "batch")
+    check_effect(options, "jobs", options.scheduler is None, "a run without --scheduler")
+    for selection in {options.tune, *(setting["changes"].get("tune", options.tune) for setting in settings(options))}:
+        check_tune(options.net, selection)
     points = run(options)
     show(points)
     if options.output:
@@ -197,13 +225,13 @@ def work(options: argparse.Namespace) -> None:
         document = {**provenance("experiments.finetune.sweep", options.seed), "points": points}
         write_json(options.output, document)
     if options.figure:
-        draw(points, options.figure, "digits" if options.quick else f"{options.net} on {options.data}")
+        draw(points, options.figure, f"{options.net} on {options.data}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return run_command(parser(), arguments, work, ("output", "figure"), resumes=True)
+    return run_command(parser(), arguments, work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -2,7 +2,8 @@
 
 For each claim, and for each question that reviewers asked in public: where it stands, our command, our figure, and one
 of four verdicts with a line of why. ``--run ID`` computes it again; what takes long is read from its committed
-result file, which carries command, seed, versions and machine.
+result file, which carries command, seed, versions and machine. Where that file is not there, the verdict is "not run
+here", with the command that makes it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from analysis.commands.cli import OneLineParser, one_line, run_command
-from experiments.ledger.evidence import PROVENANCE, VERDICTS, Evidence, MissingEvidenceError, Outcome
-from experiments.ledger.yaml_file import DATA, choose, load_entries
+from analysis.commands.cli import OneLineParser, check_once, one_line, run_command, run_main
+from analysis.commands.shipped import shipped
+from experiments.ledger.evidence import NOT_RUN, PROVENANCE, VERDICTS, Evidence, MissingEvidenceError, Outcome
+from experiments.ledger.yaml_file import choose, load_entries
 
 KINDS = ("claim", "question")
 LIVE = "live"
@@ -69,7 +71,7 @@ class Finding:
     provenance : dict
         By result file: command, seed, versions, machine.
     missing : bool
-        Whether the evidence is not there yet; the outcome then says which command makes it.
+        Whether the evidence is not there; the outcome then says which command makes it.
     """
 
     claim: Claim
@@ -86,11 +88,11 @@ class Finding:
 @lru_cache(maxsize=1)
 def ledger() -> tuple[dict[str, dict[str, str]], dict[str, Claim]]:
     """Sources, and all claims by id."""
-    path = DATA / "claims.yaml"
+    path = shipped("claims.yaml", "experiments")
     sources, entries = load_entries(path, Claim)
     claims = {entry["id"]: Claim(**entry) for entry in entries}
     for claim in claims.values():
-        if claim.kind not in KINDS or claim.verdict not in (None, *VERDICTS):
+        if claim.kind not in KINDS or claim.verdict not in (None, *VERDICTS) or claim.verdict == NOT_RUN:
             raise ValueError(f"{path}, {claim.id}: kind or verdict is not among those that there are")
         if not isinstance(claim.evidence, list) or not claim.evidence:
             raise ValueError(f"{path}, {claim.id}: evidence must be a list of result files, or of {LIVE!r}")
@@ -121,7 +123,7 @@ def evaluate(claim: Claim, evidence: Evidence | None = None) -> Finding:
                 provenance[name] = {key: document[key] for key in PROVENANCE}
         outcome = check(evidence)
     except MissingEvidenceError as error:
-        return Finding(claim, Outcome("none yet", "not testable here", str(error)), {}, missing=True)
+        return Finding(claim, Outcome("none here", NOT_RUN, str(error)), {}, missing=True)
     except (KeyError, StopIteration) as error:
         files = ", ".join(claim.evidence)
         raise ValueError(f"claim {claim.id}: {files} lacks {one_line(error) or 'a row'}") from None
@@ -206,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    check_once(options, "run")
     evidence = Evidence()
     findings = [evaluate(claim, evidence) for claim in choose("claim", options.run, ledger()[1])]
     if options.json:
@@ -214,6 +217,8 @@ def _run(options: argparse.Namespace) -> int:
         print("\n".join(text(finding, detail=bool(options.run)) for finding in findings), end="")
         if not options.run:
             print("\n" + counts(findings))
+            if any(finding.missing for finding in findings):
+                print(f"{NOT_RUN}: no result file in {evidence.folder}; a checkout of the project has them")
     differing = [finding.claim.id for finding in findings if not finding.as_recorded]
     if differing and not options.json and not options.run:
         print(f"verdicts that differ from the ledger: {', '.join(differing)}", file=sys.stderr)
@@ -221,4 +226,4 @@ def _run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

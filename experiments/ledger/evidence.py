@@ -13,7 +13,9 @@ MOST_BYTES = 2**28
 
 RESULTS = Path(__file__).parents[1] / "results"
 PROVENANCE = ("command", "seed", "versions", "machine")
-VERDICTS = ("reproduced", "bounded", "contradicted", "not testable here")
+NOT_RUN = "not run here"
+VERDICTS = ("reproduced", "bounded", "contradicted", "not testable here", NOT_RUN)
+"""The last is no verdict about the claim: the result file is not there, as in an installed package."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from analysis.commands.cli import OneLineParser, run_command
+from analysis.commands.cli import OneLineParser, check_once, run_command, run_main
 from experiments.ledger.accounting_rules import (
     MIB,
     OF_COMPRESSION,
@@ -289,7 +289,7 @@ def line(found: Explanation) -> str:
     """One line, for the list of all."""
     row, reading = found.published, found.reading
     printed, rules = f"{row.value} {row.unit}", " + ".join(reading.rules)
-    return f"{row.id:<34}{printed:>14}{_digits(row, reading):>12}  {found.status:<13}{rules}".rstrip()
+    return f"{row.id:<33} {printed:>14} {_digits(row, reading):>11}  {found.status:<12} {rules}".rstrip()
 
 
 def to_json(found: Explanation) -> dict[str, Any]:
@@ -322,6 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    check_once(options, "claim")
     rows = choose("published figure", options.claim, published()[1])
     found = [explain(row, threshold=bool(options.claim)) for row in rows]
     if options.json:
@@ -337,4 +338,4 @@ def _run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from analysis.commands.shipped import shipped
 from experiments.ledger.accounting_rules import RULES, rounding
-from experiments.ledger.yaml_file import DATA, load_entries
+from experiments.ledger.yaml_file import load_entries
 
 QUANTITIES = ("memory", "memory-ratio", "work", "work-ratio", "bases")
 STATUSES = ("met", "explained", "within range", "by ranks", "unexplained")
@@ -63,7 +64,7 @@ class Published:
 @lru_cache(maxsize=1)
 def published() -> tuple[dict[str, dict[str, str]], dict[str, Published]]:
     """Sources, and all published figures by id."""
-    path = DATA / "published.yaml"
+    path = shipped("published.yaml", "experiments")
     sources, entries = load_entries(path, Published)
     rows = {}
     for entry in entries:

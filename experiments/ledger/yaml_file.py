@@ -8,8 +8,6 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).parents[1] / "data"
-
 
 def load_entries(
     path: str | os.PathLike[str], kind: type, sources_required: bool = True

@@ -10,6 +10,7 @@ from typing import NoReturn
 from lance_ref.conformance.checking import FAILED, PASSED, check, load_adapter, misspelt
 from lance_ref.conformance.files import load_kit, make_kit, write_kit
 from lance_ref.conformance.table import render
+from lance_ref.io import stopping as _stopping
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,9 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.error(f"--only is {options.only!r}, which no case matches; expected a glob over case/function")
     except (ValueError, TypeError, OSError) as error:
         command.error(str(error))
-    except KeyboardInterrupt:
-        print(f"{command.prog}: stopped; nothing is kept", file=sys.stderr, flush=True)
-        return 130
     notes = [f"note: {hint}\n" for hint in misspelt(adapter)]
     _say("".join([render(outcomes, kit.tolerances, options.verbose), *notes]))
     statuses = {one.status for one in outcomes}
@@ -75,4 +73,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_stopping.run(main))

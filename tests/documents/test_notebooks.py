@@ -21,7 +21,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("lance_ref") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "lance-ref"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", ".."], check=True)
 """
 EXERCISE = "Double it.\n\n<details><summary>One way</summary>\n\n```python\nassert 2 * total == 84\n```\n\n</details>\n"
 
@@ -106,6 +106,7 @@ def test_the_tiny_lesson_has_no_structure_faults() -> None:
         (0, {"source": "# 1. What is six by seven?"}, "what one needs"),
         (1, {"source": INSTALL.partition("if ")[0]}, "does not install"),
         (1, {"source": INSTALL.replace("is None:", "is not None:")}, "does not install"),
+        (1, {"source": INSTALL.replace('".."', '"lance-ref"')}, "installs lance-ref by its name"),
         (2, {"execution_count": 7}, "was run as number 7"),
         (2, {"execution_count": None}, "was run as number None"),
         (2, {"source": "assert 42\n" * 100}, "code cell 2 has 100 lines"),

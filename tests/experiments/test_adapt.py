@@ -43,9 +43,9 @@ def test_bad_input_is_one_line(
     arguments: list[str], says: str, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 2 and one line on stderr that names what came."""
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as ended:
         adapt.main([*QUICK, *arguments])
-    assert stopped.value.code == 2
+    assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert says in error
@@ -54,9 +54,9 @@ def test_bad_input_is_one_line(
 def test_missing_data_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Without LANCE_REF_DATA the error says what to set."""
     monkeypatch.delenv("LANCE_REF_DATA", raising=False)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as ended:
         adapt.main(QUICK)
-    assert stopped.value.code == 2
+    assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "LANCE_REF_DATA" in error

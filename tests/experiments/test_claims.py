@@ -83,14 +83,14 @@ def test_what_is_computed_anew_is_there_without_any_file(tmp_path: Path) -> None
             continue
         finding = evaluate(claim, Evidence(tmp_path))
         assert finding.missing
-        assert finding.outcome.verdict == "not testable here"
+        assert finding.outcome.verdict == "not run here"
         assert finding.outcome.why == f"needs {claim.command}"
-        assert f"not testable here: needs {claim.command}" in text(finding)
+        assert f"not run here: needs {claim.command}" in text(finding)
 
 
 @pytest.mark.skipif(not RESULTS.is_dir(), reason="results are not part of an installed package")
 def test_committed_evidence_is_used_and_says_how_it_was_made(findings: dict[str, Finding]) -> None:
-    """A verdict in the ledger whose file has gone would pass as 'not testable here'."""
+    """A verdict in the ledger whose file has gone would pass as 'not run here'."""
     for finding in findings.values():
         if finding.claim.verdict is not None:
             assert not finding.missing, finding.claim.id

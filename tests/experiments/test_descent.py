@@ -307,9 +307,9 @@ def test_the_committed_figures_are_of_this_code() -> None:
 )
 def test_bad_input_is_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 2 and one line on stderr that names what came."""
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as ended:
         descent.main(["--quick", *arguments])
-    assert stopped.value.code == 2
+    assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert says in error

@@ -34,7 +34,7 @@ def test_negatives_of_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--quick", "--epochs", "0"], "--epochs is 0"),
         (["--quick", "--train-images", "20"], "fewer than one batch"),
         (["--data", "nowhere"], "nowhere"),
-        (["--quick", "--share", "2", "--epochs", "1", "--train-images", "100"], "share is 2.0"),
+        (["--quick", "--share", "2", "--epochs", "1", "--train-images", "100"], "share is 2"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

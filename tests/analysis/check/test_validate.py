@@ -237,10 +237,10 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--nets", "vgg"], "--nets has 'vgg', expected some of alexnet-cl"),
+        (["--nets", "vgg"], "--nets is 'vgg', expected one of alexnet-cl"),
         (["--methods", "adam"], "methods are ['adam']"),
         (["--batch", "4", "0"], "--batch is 0, expected a positive integer"),
-        (["--ranks", "nan"], "--ranks is nan, expected a fraction in (0, 1]"),
+        (["--ranks", "nan"], "--ranks is nan, expected a number in (0, 1]"),
         (["--jobs", "2", "--nets", "mlp"], "--jobs is 2, which takes --folder"),
         (["--jobs", "0"], "--jobs is 0, expected a positive integer"),
         (["--output", "table.txt"], "--output is 'table.txt', expected a name that ends in .json"),

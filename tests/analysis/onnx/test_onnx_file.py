@@ -544,4 +544,4 @@ def test_without_the_package_it_says_how_to_get_it(
     """An ImportError from deep inside."""
     file = save(tmp_path, mlp())
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    assert "needs the package onnx: pip install 'lance-ref[onnx]'" in message(capsys, file)
+    assert "needs the package onnx: python -m pip install -e '.[onnx]' in the checkout" in message(capsys, file)

@@ -277,23 +277,25 @@ def test_planted_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -
         check_plans("mlp", Device(), [Fraction(3, 2)], [0.2, 0.5, 0.8])
 
 
+def kind(row: Row) -> str:
+    """Where a row belongs, so that the order of the words is that of the rows."""
+    if row.best is None:
+        return "4 too large" if row.next else "5 not to be had"
+    of = row.best.fidelity
+    return "2 not known" if of is None else "3 known to be 0" if f"{of.estimate:.3f}" == "0.000" else "1 faithful"
+
+
 def test_rows_are_ranked_and_alike_every_time() -> None:
-    """Predicted, unpredicted, predicted to keep nothing, does not fit; fidelity falls, excess rises; any order."""
+    """More than 0.000, then what is not predicted, then 0.000, then what does not fit; batches in any order."""
     net, shape = net_for("branches")
     spectra = random_spectra(net, shape)
     known = every_candidate("branches", Device())
     budget = sorted(of.total for of in known.values())[len(known) // 12]
     plans = [search(Costs(net, "net", shape, Device(), spectra=spectra), OPTIONS, b, budget) for b in ((2, 3), (3, 2))]
     assert plans[0].rows == plans[1].rows
-
-    def kind(row: Row) -> int:
-        if row.best is None:
-            return 3 if row.next else 4
-        return 1 if row.best.fidelity is None else 0 if row.best.fidelity.estimate >= 0.0001 else 2
-
     kinds = [kind(row) for row in plans[0].rows]
     assert kinds == sorted(kinds)
-    assert {0, 1, 2, 3} <= set(kinds)
+    assert set(kinds) == {"1 faithful", "2 not known", "3 known to be 0", "4 too large", "5 not to be had"}
     values = [r.best.fidelity.estimate for r in plans[0].rows if r.best and r.best.fidelity]
     assert values == sorted(values, reverse=True)
     excess = [r.next.over_bytes for r in plans[0].rows if r.next and not r.best]

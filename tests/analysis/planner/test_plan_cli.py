@@ -160,10 +160,25 @@ def test_a_batch_that_cannot_run_is_left_out(capsys: pytest.CaptureFixture[str])
     assert "in parts of 1" in rows["micro-batch"]["note"]
 
 
-def test_what_is_not_known_stands_before_a_fidelity_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """LoRA and biases fit and learn; head-only, whose predicted fidelity is 0.000, is not the first answer."""
-    assert main(["--net", "mcunet", "--image-size", "32", "--budget", "256KiB", "--num-classes", "10"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("First: bias-only")
-    assert "Also fit: lora" in last
-    assert "head-only, batch 1 (fidelity 0.000" in last
+def test_the_first_lines_name_what_else_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    """MCUNet at 32 pixels in 256 KiB: what is not predicted stands before a fidelity of 0.000, and all are named."""
+    arguments = ["--net", "mcunet", "--budget", "256KiB", "--image-size", "32", "--num-classes", "10"]
+    assert main(arguments) == 0
+    answer = capsys.readouterr().out.splitlines()[1]
+    assert answer.startswith("First: bias-only, all 42 layers, batch 1: fidelity not predicted, 176.9 of 256.0 KiB. ")
+    assert "Other methods that fit: lora rank 4 (the last 11 of 42 layers, batch 1, fidelity not predicted, " in answer
+    assert answer.endswith("; head-only (batch 1, fidelity 0.000, 146.7 KiB).")
+
+
+def test_an_answer_without_alternatives_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """One method was asked for; of many that fit four are named."""
+    arguments = [*SMALL, "--budget", "2MiB"]
+    assert main([*arguments, "--method", "head-only"]) == 0
+    assert "KiB. No other method fits.\n" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    fitting = list(dict.fromkeys(row["method"] for row in document["rows"] if row["fits"]))
+    assert len(fitting) > 5
+    assert document["answer"].count(", fidelity ") == 4
+    assert document["answer"].endswith(f"; and {len(fitting) - 5} more.")
+    assert f"Other methods that fit: {fitting[1]}" in document["answer"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import analysis
 from analysis.check.measure import compare, measure_peak_in_parts
 from analysis.commands import memory
+from analysis.commands.cli import input_shape
 from analysis.commands.names import plain, shown
 from analysis.cost_model import main, predict
 from analysis.peak.memory import measure_peak
@@ -209,8 +211,8 @@ def test_any_input_shape_on_the_command_line(capsys: pytest.CaptureFixture[str])
     assert main([*arguments, "--measure"]) == 0
     assert "no difference" in capsys.readouterr().out
     for text in ("", "3,", "0", "3,-1", "a"):
-        with pytest.raises(ValueError, match="C,H,W or N or L,F"):
-            nets.parse_shape(text)
+        with pytest.raises(argparse.ArgumentTypeError, match="C,H,W or N or L,F"):
+            input_shape(text)
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (5, 3), (2, 3, 4), (2, 1, 3, 2)])

@@ -1,0 +1,61 @@
+"""A wide table for any width: as many columns beside each other as fit, the rest in further blocks below."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+
+PIPE_WIDTH = 200
+"""Where the output is no terminal, and COLUMNS is not set."""
+GAP = "  "
+
+
+def width() -> int:
+    """Columns of the terminal, or of a pipe's reader."""
+    return shutil.get_terminal_size((PIPE_WIDTH, 24)).columns
+
+
+def blocks(columns: Sequence[str], rows: Sequence[Sequence[str]], across: int | None = None) -> str:
+    """The table as text; every cell stands there whole, whatever the width.
+
+    Parameters
+    ----------
+    columns : sequence of str
+        Names of the columns; the first column, which names the rows, stands in every block.
+    rows : sequence of sequence of str
+        Cells, as many in each row as there are columns.
+    across : int, optional
+        Characters of a line (:func:`width`). Only a line of the first column and one other may be longer.
+
+    Examples
+    --------
+    >>> print(blocks(["net", "bytes", "macs"], [["mlp", "12,345", "67"]], 13))
+    net   bytes
+    mlp  12,345
+    <BLANKLINE>
+    net  macs
+    mlp    67
+    """
+    across = width() if across is None else across
+    table = [list(columns), *(list(row) for row in rows)]
+    sizes = [max(len(row[i]) for row in table) for i in range(len(columns))]
+    parts: list[list[int]] = []
+    used = across + 1  # so that the first column opens a block
+    for i in range(1, len(columns)):
+        if used + len(GAP) + sizes[i] > across:
+            parts.append([])
+            used = sizes[0]
+        parts[-1].append(i)
+        used += len(GAP) + sizes[i]
+    texts = []
+    for part in parts or [[]]:
+        lines = [GAP.join([row[0].ljust(sizes[0]), *(row[i].rjust(sizes[i]) for i in part)]).rstrip() for row in table]
+        texts.append("\n".join(lines))
+    return "\n\n".join(texts)
+
+
+def paragraph(text: str, across: int | None = None) -> str:
+    """The text in lines of at most that many characters; no word is broken."""
+    across = width() if across is None else across
+    return textwrap.fill(text, across, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,27 @@
+"""What Ctrl-C does to a command: the functions of ``lance_ref.io.stopping``, without importing all of ``lance_ref``."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lance_ref.io.stopping import STOPPED, keep, left_to_parent, run, stopping
+else:
+
+    def _load(name: str) -> Any:
+        """The one module of that name; ``import`` would run the package's ``__init__`` first, which takes a second."""
+        if name not in sys.modules:
+            folder = Path(find_spec("lance_ref").origin).parent
+            spec = spec_from_file_location(name, folder / "io" / "stopping.py")
+            sys.modules[name] = module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        return sys.modules[name]
+
+    _module = _load("lance_ref.io.stopping")
+    STOPPED, keep, left_to_parent = _module.STOPPED, _module.keep, _module.left_to_parent
+    run, stopping = _module.run, _module.stopping
+
+__all__ = ["STOPPED", "keep", "left_to_parent", "run", "stopping"]

@@ -58,16 +58,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--net", required=True, help=NET_HELP)
     p.add_argument("--batch", type=count, default=DEFAULT_BATCH, help="images per step")
     p.add_argument("--image-size", type=pixels, help="height and width in pixels (224 for most nets)")
-    p.add_argument(
-        "--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size"
-    )
+    p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
     p.add_argument("--num-classes", type=count, help="outputs of the classifier (1000; a factory's own)")
     p.add_argument("--tune", nargs="+", help="last:n, all, head, or globs of layer names (last:4, all if fewer)")
     p.add_argument(
         "--method", "--methods", nargs="+", default=list(DEFAULT_METHODS), metavar="METHOD",
         help=f"{', '.join(METHODS)}, or all",
     )  # fmt: skip
-    p.add_argument("--epsilon", type=share, default=0.7, help="energy threshold for ranks from spectra")
+    p.add_argument("--epsilon", type=share, default=DEFAULT_EPSILON, help="energy threshold for ranks from spectra")
     p.add_argument("--ranks", help="a fraction for every mode, or layer=r1,r2,r3,r4;layer=... (-: mode left alone)")
     p.add_argument("--segments", type=count, help="of checkpoint (one for each stage that trains, but the last)")
     p.add_argument("--micro-batch", type=count, help="images at a time of micro-batch (a quarter of the batch)")
@@ -189,7 +187,7 @@ def _predict(options: argparse.Namespace) -> Prediction:
         options.net, options.batch, options.image_size,
         options.input_shape, options.num_classes,
         options.tune[0] if options.tune and len(options.tune) == 1 else options.tune,
-        options.method, DEFAULT_EPSILON if options.epsilon is None else options.epsilon, options.ranks,
+        options.method, options.epsilon, options.ranks,
         options.spectra, options.convention, options.dtype,
         with_weights=options.measure,
         settings=Settings(**{name: value for name, value in _settings(options).items() if value is not None}),

@@ -88,9 +88,7 @@ def parser() -> argparse.ArgumentParser:
         help="shares of the gradient's energy: layers (the same for each), parameters, or a JSON file by layer",
     )  # fmt: skip
     p.add_argument("--image-size", type=pixels, help="height and width in pixels")
-    p.add_argument(
-        "--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size"
-    )
+    p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
     p.add_argument("--num-classes", type=count, help="outputs of the classifier (1000; a factory's own)")
     p.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="(float32)")
     p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the output (table)")

@@ -285,7 +285,7 @@ def run(
     """
 
     def work(options: argparse.Namespace) -> None:
-        check_counts(options, ("threads", *counts))
+        check_counts(options, ("threads", "repeats", *counts))
         with pinned(options.threads, peers) as threads:
             versions = {**provenance(options.module, 0)["versions"], **{k: v for k, v in peer_versions().items() if v}}
             print(

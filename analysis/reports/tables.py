@@ -49,6 +49,9 @@ def html(report: Report) -> str:
     return f'<pre style="overflow-x: auto; white-space: pre">{escape(console.as_text(draw))}</pre>'
 
 
+Report._repr_html_ = html  # type: ignore[attr-defined]  # what a notebook shows; a report is data and knows no table
+
+
 def _drawn(report: Report, accountings: Sequence[str]) -> Callable[[Console], None]:
     """Prints all of it to a rich console."""
 

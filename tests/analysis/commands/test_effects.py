@@ -86,7 +86,7 @@ SPECTRA = {
     "mean of two channels": ([*MEASURE, "--mean", "0", "1", "--std", "1"], "expected 1 or 3 finite numbers"),
     "std of 0": ([*MEASURE, "--mean", "0", "--std", "0"], "--std is 0, expected a positive number"),
     "mean nan": ([*MEASURE, "--mean", "nan", "--std", "1"], "--mean is nan, expected a finite number"),
-    "two sizes": ([*MEASURE, "--input-shape", "8,8"], "expected C,H,W or N"),
+    "two sizes": ([*MEASURE, "--input-shape", "8,8"], "expected (C, H, W) or (N,)"),
     "seed": ([*MEASURE, "--seed", "-1"], "--seed is -1"),
 }
 TWICE = {"claim": (["--claim", "mobilenetv2-last2", "mobilenetv2-last2"], "expected each once")}

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from analysis import cost
+from analysis.commands import shipped
 from analysis.cost_model import main
-from analysis.ranks import choose
 from analysis.reports.tables import change, explain, render
 from analysis.steps.methods import METHODS
 from lance_ref import models
@@ -83,24 +83,27 @@ def test_a_folder_of_that_name_where_the_command_runs_changes_nothing(tmp_path: 
 
 def test_a_shipped_file_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Never other ranks in its place."""
-    monkeypatch.setattr(choose, "DATA", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"mobilenetv2_224\.json, which is a part of this package, is missing"):
+    monkeypatch.setattr(shipped, "ROOT", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"mobilenetv2_224\.json is missing, which is a part of the package"):
         cost("mobilenetv2", batch=3)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--net", "convnet", "--epsilon", "0.8"], "--epsilon 0.8 has no effect: the ranks are not chosen by energy"),
-        (["--net", "convnet", "--method", "bp", "--epsilon", "0.8"], "--epsilon has no effect: none of the methods bp"),
-        (["--net", "mobilenetv2", "--ranks", "0.5", "--epsilon", "0.8"], "--epsilon 0.8 has no effect"),
-        (["--net", "convnet", "--patch", "4"], "--patch has no effect: only these methods heed it: gradient-filter"),
+        (["--net", "convnet", "--epsilon", "0.8"], "--epsilon has no effect here: no rank is chosen by energy"),
+        (
+            ["--net", "convnet", "--method", "bp", "--epsilon", "0.8"],
+            "--epsilon has no effect here: it needs one of lance, ",
+        ),
+        (["--net", "mobilenetv2", "--ranks", "0.5", "--epsilon", "0.8"], "--epsilon has no effect here"),
+        (["--net", "convnet", "--patch", "4"], "--patch has no effect here: it needs one of gradient-filter"),
         (["--net", "convnet", "--lora-rank", "8"], "--lora-rank has no effect"),
         (["--net", "convnet", "--method", "bp", "--ranks", "0.5"], "--ranks has no effect"),
         (["--net", "convnet", "--ranks", "conv2=-,-,-,-"], "which compresses nothing; write conv2=exact"),
-        (["--net", "convnet", "--batch", "1" + "0" * 30], "expected at most 2147483647"),
-        (["--net", "convnet", "--continual", "1000000000000"], "expected a number of tasks from 1 to 1000"),
-        (["--net", "convnet", "--plot", "x.gif"], "--plot is 'x.gif', expected the name of a .png or .svg file"),
+        (["--net", "convnet", "--batch", "1" + "0" * 30], "expected a positive integer, at most 2147483647"),
+        (["--net", "convnet", "--continual", "1000000000000"], "expected a positive integer, at most 1000"),
+        (["--net", "convnet", "--plot", "x.gif"], "--plot is 'x.gif', expected a name that ends in .png or .svg"),
     ],
 )
 def test_an_option_without_effect_or_sense_is_refused(

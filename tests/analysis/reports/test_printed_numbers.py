@@ -352,11 +352,11 @@ def test_ranks_that_differ_have_columns_of_their_own() -> None:
 
 
 def test_the_totals_print_anywhere(reports: dict[int, Report]) -> None:
-    """``report.table()`` for a console of the reader's own."""
+    """``totals_table(report)`` for a console of the reader's own."""
     from rich.console import Console
 
     text = io.StringIO()
     Console(file=text, width=50).print(totals_table(reports[3]))
-    assert not set(numbers(as_text(lambda on: on.print(reports[3].table()), PIPE_WIDTH))) - set(
+    assert not set(numbers(as_text(lambda on: on.print(totals_table(reports[3])), PIPE_WIDTH))) - set(
         numbers(text.getvalue())
     )

@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from lance_ref.io.opening import open_regular
+
 STALE_SECONDS = 3600
 """An unfinished file that nobody wrote to for so long was left by a process that is gone."""
 
@@ -154,14 +156,8 @@ def read_bytes(path: str | os.PathLike[str], most_bytes: int) -> bytes:
     OSError
         If it cannot be read.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is no ordinary file")
-    size = path.stat().st_size
-    if size > most_bytes:
-        raise ValueError(f"{path}: {size} bytes, expected at most {most_bytes}")
-    with open(path, "rb") as file:
+    with open_regular(path, most_bytes) as file:
         content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise ValueError(f"{path}: more than {most_bytes} bytes")
+    if len(content) > most_bytes:  # it has grown since it was opened
+        raise ValueError(f"{os.fspath(path)}: more than {most_bytes} bytes, expected at most that many")
     return content

@@ -94,6 +94,12 @@ def _check_seal(comment: bytes, arrays: Mapping[str, np.ndarray], needed: bool) 
         raise ValueError("it has no checksum, so that this version of lance_ref did not write it")
 
 
+def has_checksum(path: str | os.PathLike[str]) -> bool:
+    """Whether :func:`save_npz` of this version wrote the file; :func:`load_npz` compares the checksum."""
+    with open_zip(path) as archive:
+        return archive.comment.startswith(CHECKSUM)
+
+
 def digest(arrays: Mapping[str, np.ndarray]) -> str:
     """SHA-256 over names, dtypes, shapes and values, in this order, in hexadecimal digits.
 

@@ -23,6 +23,9 @@ from lance_ref.io.opening import open_regular
 STALE_SECONDS = 3600
 """An unfinished file that nobody wrote to for so long was left by a process that is gone."""
 
+MEND = "delete it, and run again what wrote it"
+"""What can be done about a damaged file, if nothing better is known."""
+
 SEAL = "sha256"
 """The entry of a JSON object that holds the checksum of the others."""
 
@@ -85,7 +88,7 @@ def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, SEAL: _digest(plain)}
 
 
-def unsealed(document: Any, where: str, mend: str = "delete it, and run again what wrote it") -> dict[str, Any]:
+def unsealed(document: Any, where: str, mend: str = MEND) -> dict[str, Any]:
     """A JSON object without its checksum, which is compared.
 
     Parameters
@@ -103,7 +106,7 @@ def unsealed(document: Any, where: str, mend: str = "delete it, and run again wh
         If there is no checksum, or another one.
     """
     if not isinstance(document, dict):
-        raise ValueError(f"{where}: expected a JSON object")
+        raise ValueError(f"{where}: expected a JSON object; {mend}")
     if SEAL not in document:
         raise ValueError(f"{where}: has no checksum ({SEAL!r}): it is damaged or of an earlier version; {mend}")
     plain = {name: value for name, value in document.items() if name != SEAL}
@@ -142,7 +145,7 @@ def read_json(path: str | os.PathLike[str], most_bytes: int) -> dict[str, Any]:
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{os.fspath(path)}: is no JSON: {error}") from None
+        raise ValueError(f"{os.fspath(path)}: is no JSON: {error}; {MEND}") from None
     return unsealed(document, os.fspath(path))
 
 

@@ -31,7 +31,8 @@ KINDS = "biufcSU"  # bool, integers, floats, complex, bytes, text
 CHECKSUM = b"lance_ref sha256:"
 """The archive's comment begins so; the digest of names, dtypes, shapes and values follows."""
 
-REMEDY = "if it was sound before, it is damaged: delete it, and run again what wrote it or fetch it again"
+REMEDY = "if it was sound before, it is damaged or of an earlier version: delete it, and write or fetch it again"
+"""The end of an error on a file that may have decayed."""
 
 
 def load_npz(

@@ -7,6 +7,7 @@ that write the same file do not meet.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -40,12 +41,16 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     ------
     IsADirectoryError
         If ``path`` is a folder.
+    FileNotFoundError
+        If its folder does not exist.
     OSError
         If the file cannot be written; an earlier one is intact then, and no part of a new one is left.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
-        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder, expected the name of a file")
+        raise IsADirectoryError(errno.EISDIR, "is a folder, expected the name of a file", os.fspath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "its folder does not exist", os.fspath(path))
     if target.exists() and not target.is_file():
         with open(target, "wb") as stream:
             yield stream

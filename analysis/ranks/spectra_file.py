@@ -21,6 +21,7 @@ from lance_ref.io.whole_file import SEAL, read_bytes, sealed, unsealed, write_te
 MAX_FILE_BYTES = 64 * 2**20
 FORMAT = "lance_ref spectra"
 VERSION = 1
+MEND = "measure the spectra again (python -m analysis.spectra)"
 PROVENANCE = ("weights", "images", "image_count", "batches", "command")
 MODE_NAMES = {
     4: ("batch", "channel", "height", "width"),
@@ -115,7 +116,7 @@ def load_spectra(path: str | os.PathLike[str]) -> Spectra:
         return _spectra_in(content)
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         message = f"no entry {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ValueError(f"spectra file {path}: {message}") from None
+        raise ValueError(f"spectra file {path}: {message.removesuffix(f'; {MEND}')}; {MEND}") from None
 
 
 @lru_cache(maxsize=4)
@@ -124,7 +125,7 @@ def _spectra_in(content: bytes) -> Spectra:
     document = json.loads(content)
     if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
         raise ValueError(f'not a file of spectra, expected an object with "format": "{FORMAT}", "version": {VERSION}')
-    document = unsealed(document, "its contents", "measure the spectra again (python -m analysis.spectra)")
+    document = unsealed(document, "its contents", MEND)
     provenance = document["provenance"]
     if not isinstance(provenance, dict) or any(name not in provenance for name in PROVENANCE):
         raise ValueError(f"provenance must be an object with {', '.join(PROVENANCE)}")

@@ -21,6 +21,7 @@ from lance_ref.conformance.case import FORMAT, FUNCTIONS, SEED, TOLERANCES, VERS
 from lance_ref.conformance.layer_cases import layer_cases
 from lance_ref.conformance.subspace_cases import subspace_cases
 from lance_ref.io.npz import load_npz, save_npz
+from lance_ref.io.whole_file import SEAL, read_bytes, sealed, unsealed, write_text
 
 INDEX = "cases.json"
 MAX_INDEX_BYTES = 16 * 2**20
@@ -71,7 +72,7 @@ def write_kit(directory: str | os.PathLike[str]) -> Kit:
             name = f"{case.name}.npz"
             save_npz(new / name, case.arrays)
             entries.append(_entry(case, name, hashlib.sha256((new / name).read_bytes()).hexdigest()))
-        (new / INDEX).write_text(_document(kit, entries), encoding="utf-8", newline="\n")
+        write_text(new / INDEX, _document(kit, entries))
         if target.exists():
             os.rename(target, old)
         try:
@@ -128,8 +129,8 @@ def _document(kit: Kit, entries: list[dict[str, Any]]) -> str:
         "version": VERSION,
         "seed": SEED,
         "tolerances": dict(kit.tolerances),
-        "sha256": _digest(entries),
     }
+    head[SEAL] = sealed({**head, "cases": entries})[SEAL]
     lines = ["{", *(f"{json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()), '"cases": [']
     for entry in entries:
         facts = ", ".join(f"{json.dumps(key)}: {_text(entry[key])}" for key in entry if key != "checks")
@@ -140,12 +141,6 @@ def _document(kit: Kit, entries: list[dict[str, Any]]) -> str:
 
 def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _digest(entries: Any) -> str:
-    """SHA-256 of the cases as JSON in UTF-8, keys sorted, without spaces."""
-    text = json.dumps(entries, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -168,10 +163,10 @@ def load_kit(directory: str | os.PathLike[str]) -> Kit:
     data = _index_bytes(folder)
     try:
         document = json.loads(data)
-        if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
+        version = document.get("version") if isinstance(document, dict) and document.get("format") == FORMAT else None
+        if (type(version), version) != (int, VERSION):
             raise ValueError(f'expected an object with "format": "{FORMAT}", "version": {VERSION}')
-        if document["sha256"] != _digest(document["cases"]):
-            raise ValueError("the cases are not those of its checksum")
+        document = unsealed(document, "the index", "write the kit again with --write")
         tolerances = {dtype: _tolerance(document["tolerances"][dtype]) for dtype in TOLERANCES}
         entries = [_checked_entry(entry) for entry in document["cases"]]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -184,10 +179,7 @@ def _index_bytes(folder: Path) -> bytes:
     index = folder / INDEX
     if not index.is_file():
         raise ValueError(f"{index}: no such file; expected a folder that --write made")
-    size = index.stat().st_size
-    if size > MAX_INDEX_BYTES:
-        raise ValueError(f"{index}: {size} bytes, expected at most {MAX_INDEX_BYTES}")
-    return index.read_bytes()
+    return read_bytes(index, MAX_INDEX_BYTES)
 
 
 def _tolerance(value: Any) -> float:
@@ -218,9 +210,7 @@ def _load_case(folder: Path, entry: dict[str, Any]) -> Case:
     path = folder / entry["file"]
     if not path.is_file():
         raise ValueError(f"{path}: no such file, but {INDEX} names it")
-    if path.stat().st_size > MAX_CASE_BYTES:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_CASE_BYTES}")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_bytes(path, MAX_CASE_BYTES)).hexdigest()
     if digest != entry["sha256"]:
         raise ValueError(f"{path}: its SHA-256 is {digest}, expected {entry['sha256']}")
     case = Case(entry["name"], entry["about"], entry["dtype"], load_npz(path, MAX_CASE_BYTES))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -23,15 +22,25 @@ from lance_ref.engine.counting import count_macs
 from lance_ref.engine.recording import OpRecord
 from lance_ref.engine.tape_report import tape
 from lance_ref.engine.tensor import Tensor
-from lance_ref.io.npz import load_npz, save_npz
+from lance_ref.io.npz import digest, load_npz, save_npz
 from lance_ref.io.progress import Advance, progress_bar
 from lance_ref.nn.module import Module
 from lance_ref.nn.tracing import record
 from lance_ref.optim import SGD, clip_grad_norm_
-from lance_ref.train.checkpoint import _compare, _plain, _unplain, generators, remove_partial
+from lance_ref.train.checkpoint import (
+    _compare,
+    _examples,
+    _plain,
+    _unplain,
+    check_dtypes,
+    check_sound,
+    checked_path,
+    describe,
+    generators,
+)
 from lance_ref.train.features import in_mode, mixed_batches
 
-FORMAT = 1
+FORMAT = 2
 Bill = Callable[[Sequence[Sequence[OpRecord]]], Mapping[str, Any]]
 """From the op records of each pass of a step to what a prediction says of them, fit for JSON."""
 
@@ -113,13 +122,15 @@ def run(
     Raises
     ------
     ValueError
-        If a task has fewer images than a batch, or the checkpoint is damaged or of another run.
+        If a task has fewer images than a batch, or the checkpoint is damaged, of another run (other pixels included),
+        or to be written to a folder that does not exist. Nothing has been computed then.
     FloatingPointError
         If the loss or a gradient is not finite; says where.
     """
     if every_steps is not None and (isinstance(every_steps, bool) or every_steps < 1):
         raise ValueError(f"every_steps is {every_steps!r}, expected a positive integer or None")
-    own = _Run(learner, bill, None if checkpoint is None else Path(checkpoint), every_steps, settings or {}, on_step)
+    path = None if checkpoint is None else checked_path(checkpoint)
+    own = _Run(learner, bill, path, every_steps, settings or {}, on_step)
     return own.go(progress)
 
 
@@ -140,7 +151,7 @@ class _Run:
         self.heads = heads_of(self.net)
         self.at = _Position()
         self.start: dict[str, np.ndarray] = {}  # weights and learner at the start of the task under way
-        self.settings = json.loads(json.dumps(self._settings(settings)))
+        self.settings = {} if path is None else json.loads(json.dumps(self._settings(settings)))
         for task in self.scenario.tasks:
             if len(task.train) < self.recipe.batch_size:
                 raise ValueError(
@@ -298,10 +309,13 @@ class _Run:
     # ---- stopping and going on -------------------------------------------------------
 
     def _settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        tasks = [[task.name, task.head, _digest(task.train), _digest(task.test)] for task in self.scenario.tasks]
-        shapes = {name: [list(p.shape), str(p.dtype)] for name, p in self.net.named_parameters()}
+        pixels = _Pixels()
+        tasks = {
+            f"task {task.name}": [task.head, *(_digest(part, pixels) for part in (task.train, task.test))]
+            for task in self.scenario.tasks
+        }
         return {"learner": self.learner.name, **asdict(self.recipe), **given, "scenario": self.scenario.about,
-                "tasks": tasks, "network": shapes}  # fmt: skip
+                "order of tasks": list(tasks), **tasks, **describe(self.net)}  # fmt: skip
 
     def _arrays(self) -> dict[str, np.ndarray]:
         """Copies of the weights, and what the learner remembers."""
@@ -322,20 +336,26 @@ class _Run:
         if optimizer is not None:
             arrays |= {f"now/{name}": np.array(array) for name, array in self.net.state_dict().items()}
             arrays |= {f"optimizer/{name}": array for name, array in optimizer.state_dict().items()}
+        try:
+            check_sound(arrays)
+        except ValueError as error:
+            where = f"before step {self.at.step} of task {self.at.task} (counted from 0)"
+            raise FloatingPointError(f"{error} {where}; the learning rate may be too large") from None
         text = np.frombuffer(json.dumps(about, allow_nan=False).encode(), np.uint8)
         save_npz(self.path, {"about": text, **arrays})
 
     def _load(self) -> dict[str, np.ndarray]:
         """Go where the checkpoint says, if there is one; what it holds beside the start of the task."""
-        if self.path is None:
+        if self.path is None or not self.path.exists():
             return {}
-        remove_partial(self.path)
-        if not self.path.exists():
-            return {}
-        arrays = load_npz(self.path)
-        about = _about(self.path, arrays)
+        arrays = load_npz(self.path, needs_checksum=True)
+        about = _about(self.path, arrays.pop("about", None))
         _compare(self.path, about["settings"], self.settings)
         try:
+            check_sound(arrays)
+            own = self._arrays()
+            now = {f"now/{name.removeprefix('net/')}": array for name, array in own.items() if name.startswith("net/")}
+            check_dtypes(arrays, {**own, **now})
             self.at = _Position(**about["position"])
             self.net.load_state_dict(_part(arrays, "net/"))
             self.learner.load_state(_part(arrays, "learner/"))
@@ -349,6 +369,7 @@ class _Run:
     def _take_up(self, saved: Mapping[str, np.ndarray], optimizer: SGD) -> None:
         """The weights and the momentum of a checkpoint inside the task; subspaces were made anew from its start."""
         try:
+            check_dtypes(saved, _examples(saved, self.net, optimizer))
             self.net.load_state_dict(_part(saved, "now/"))
             optimizer.load_state_dict(_part(saved, "optimizer/"))
         except (KeyError, TypeError, ValueError) as error:
@@ -374,23 +395,34 @@ def accuracy(net: Module, scenario: Scenario, samples: Samples, head: int, batch
     return right / len(samples)
 
 
-def _digest(samples: Samples) -> str:
-    """Of labels, size and order of the pixels; images are told by these and their number."""
-    digest = hashlib.sha256(samples.labels.tobytes())
-    digest.update(str((len(samples), samples.shape)).encode())
-    if samples.permutation is not None:
-        digest.update(np.ascontiguousarray(samples.permutation).tobytes())
-    return digest.hexdigest()
+def _digest(samples: Samples, pixels: _Pixels) -> str:
+    """Of the images, the order of their pixels, and the labels."""
+    order = {} if samples.permutation is None else {"permutation": samples.permutation}
+    return digest({"pixels": np.array(pixels.digest(samples.images)), "labels": samples.labels, **order})
+
+
+class _Pixels:
+    """Digests of images, each array's once: the tasks of a permuted scenario share their images."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, str] = {}
+
+    def digest(self, images: np.ndarray) -> str:
+        """Of an array that stays alive as long as this object."""
+        if id(images) not in self._known:
+            self._known[id(images)] = digest({"images": images})
+        return self._known[id(images)]
 
 
 def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
-def _about(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _about(path: Path, text: np.ndarray | None) -> dict[str, Any]:
     try:
-        about = json.loads(arrays["about"].tobytes())
-        if about["format"] != FORMAT or not all(isinstance(about[n], dict) for n in ("settings", "position")):
+        about = json.loads(b"" if text is None else text.tobytes())
+        version, parts = about["format"], [about[name] for name in ("settings", "position", "generators")]
+        if (type(version), version) != (int, FORMAT) or not all(isinstance(part, dict) for part in parts):
             raise ValueError
     except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path}: is no checkpoint of continual learning, format {FORMAT}") from None

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lance_ref.datasets.dataset import check_memory, resize, size_pair, spread
-from lance_ref.datasets.files import EXTENSIONS, MAX_FILE_BYTES, decode, open_zip, read_zip_members
+from lance_ref.datasets.files import EXTENSIONS, MAX_FILE_BYTES, decode, image_archive, read_zip_members
 
 Size = int | tuple[int, int] | None
 Arrays = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
@@ -158,7 +158,7 @@ def read_class_zip(paths: Mapping[str, Path], split: str, image_size: Size, limi
     the test; neighbouring patches of one scene may fall on both sides.
     """
     (path,) = paths.values()
-    with open_zip(path) as archive:
+    with image_archive(path) as archive:
         parts = {name: name.split("/") for name in archive.namelist() if name.lower().endswith(EXTENSIONS)}
         by_class: dict[str, list[str]] = {}
         for name, part in parts.items():

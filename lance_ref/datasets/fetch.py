@@ -1,7 +1,7 @@
 """Files from their published addresses: downloaded once, checked against a pinned checksum, kept in a cache.
 
-A download goes to a temporary name and gets its own name only after its checksum fits, so a broken one
-leaves nothing behind and harms no earlier file.
+A download goes to a temporary name (:mod:`lance_ref.io.whole_file`) and gets its own name only after its checksum
+fits, so a broken one leaves nothing behind and harms no earlier file.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from lance_ref.io.whole_file import whole_file
 
 CACHE_VARIABLE = "LANCE_REF_CACHE"
 OFFLINE_VARIABLE = "LANCE_REF_OFFLINE"
@@ -67,24 +67,25 @@ def download(url: str, path: Path, checksum: str) -> None:
         In one line without the address: cannot connect, an HTTP error, broken off, too large, a checksum that
         does not fit, nowhere to write.
     """
-    import pooch
     import requests
 
-    def get(address: str, output_file: str, _: object) -> None:
+    algorithm, _, digits = checksum.partition(":")
+    found = hashlib.new(algorithm)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with (
-            requests.get(address, stream=True, timeout=TIMEOUT_SECONDS, headers=HEADERS) as response,
-            open(output_file, "wb") as file,
+            whole_file(path) as file,
+            requests.get(url, stream=True, timeout=TIMEOUT_SECONDS, headers=HEADERS) as response,
             _Meter(path.name) as meter,
         ):
             response.raise_for_status()
             meter.expect(int(response.headers.get("content-length", 0)))
             for piece in response.iter_content(CHUNK_BYTES):
                 meter.count(len(piece))
+                found.update(piece)
                 file.write(piece)
-
-    try:
-        with _quiet(pooch.get_logger()):
-            pooch.retrieve(url, known_hash=checksum, fname=path.name, path=path.parent, downloader=get)
+            if found.hexdigest() != digits:
+                raise OSError(f"what came does not have the checksum {checksum}")
     except requests.exceptions.HTTPError as error:
         status = getattr(error.response, "status_code", "unknown")
         raise OSError(f"the server answered with HTTP status {status}") from None
@@ -96,27 +97,12 @@ def download(url: str, path: Path, checksum: str) -> None:
         raise OSError("cannot connect") from None
     except _TooLargeError as error:
         raise OSError(str(error)) from None
-    except ValueError as error:
-        if "does not match the known hash" in str(error):
-            raise OSError(f"what came does not have the checksum {checksum}") from None
-        raise OSError(_one_line(error)) from None
-    except OSError as error:
+    except (ValueError, OSError) as error:
         raise OSError(_one_line(error)) from None
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def _quiet(logger: Any) -> Iterator[None]:
-    """Silence what a logger says below a warning."""
-    level = logger.level
-    logger.setLevel("WARNING")
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 class _TooLargeError(Exception):

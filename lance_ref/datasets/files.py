@@ -5,19 +5,24 @@ from __future__ import annotations
 import io
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lance_ref.datasets.dataset import check_memory, size_pair, spread
+from lance_ref.io.opening import open_zip
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_FILE_BYTES = 32 * 1024**2
 """Largest encoded image that is read."""
+
+MAX_DIRECTORY_BYTES = 32 * 1024**2
+"""Largest table of contents of an archive: some 300,000 images."""
 
 MAX_PIXELS = 64 * 1024**2
 """Largest image that is decoded: 64 Mi pixels."""
@@ -124,7 +129,7 @@ def read_zip(
     ValueError
         Naming the archive and the member, if something is damaged or too large.
     """
-    with open_zip(path) as archive:
+    with image_archive(path) as archive:
         parts = {name: name.split("/") for name in archive.namelist() if name.lower().endswith(EXTENSIONS)}
         pictures = {name: part for name, part in parts.items() if len(part) == 3}
         class_names = tuple(sorted({part[1] for part in pictures.values()}))
@@ -136,12 +141,15 @@ def read_zip(
     return images, labels, class_names
 
 
-def open_zip(path: Path) -> zipfile.ZipFile:
-    """A zip archive; raises ValueError, naming it, if it is none."""
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path}: not a readable zip archive: {error}") from None
+@contextmanager
+def image_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """A zip archive of images; raises ValueError, naming it, if it is none, or has too many entries."""
+    with ExitStack() as stack:
+        try:
+            archive = stack.enter_context(open_zip(path, MAX_DIRECTORY_BYTES))
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a readable zip archive: {str(error).removeprefix(f'{path}: ')}") from None
+        yield archive
 
 
 def read_zip_members(

@@ -6,33 +6,38 @@ that much. Here every size is compared with what is there, and with a bound, bef
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
-import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
+from lance_ref.io.opening import open_zip
 from lance_ref.io.whole_file import whole_file
 
 MAX_BYTES = 2**32
 """Default bound on the bytes of all arrays of a file together."""
 
-MAX_MEMBERS = 50_000
-DIRECTORY_ENTRY = 512  # bytes of the directory for one member, names of a few hundred letters included
-SMALLEST_DIRECTORY, LARGEST_END = 22, 22 + 65535  # bytes of the record at the end of an archive, comment included
 HEADER_BYTES = 2**14  # a header of NumPy's own is below 200 bytes
 CHUNK_BYTES = 2**20
 DEFLATE_RATIO = 1032  # deflate cannot expand its input further than this
 KINDS = "biufcSU"  # bool, integers, floats, complex, bytes, text
+CHECKSUM = b"lance_ref sha256:"
+"""The archive's comment begins so; the digest of names, dtypes, shapes and values follows."""
+
+REMEDY = "if it was sound before, it is damaged or of an earlier version: delete it, and write or fetch it again"
+"""The end of an error on a file that may have decayed."""
 
 
-def load_npz(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
+def load_npz(
+    path: str | os.PathLike[str], max_bytes: int = MAX_BYTES, needs_checksum: bool = False
+) -> dict[str, np.ndarray]:
     """Read all arrays of an ``.npz`` file, whoever wrote it.
 
     Parameters
@@ -40,6 +45,9 @@ def load_npz(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[s
     path : path
     max_bytes : int
         The file is refused if its arrays take more bytes than this together.
+    needs_checksum : bool
+        Whether a file without the checksum that :func:`save_npz` writes is refused. Where there is one, it is
+        always compared.
 
     Returns
     -------
@@ -49,20 +57,16 @@ def load_npz(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[s
     Raises
     ------
     ValueError
-        One line that names the file: not a zip archive, truncated, corrupt, too large, a member that
-        is no ``.npy`` file or occurs twice, a header that asks for another size than the member has,
-        an object array (which would be a pickle), a dtype other than numbers and text.
+        One line that names the file: not a zip archive, truncated, corrupt, too large, too many members, a member
+        that is no ``.npy`` file or occurs twice, a header that asks for another size than the member has, an object
+        array (which would be a pickle), a dtype other than numbers and text, a checksum that does not fit.
     OSError
         If the file cannot be opened.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is no ordinary file")
     size = path.stat().st_size
-    if size >= SMALLEST_DIRECTORY:
-        _check_count(path, size)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             members = archive.infolist()
             _check_directory(members, size, max_bytes)
             arrays = {}
@@ -70,30 +74,45 @@ def load_npz(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[s
                 try:
                     with archive.open(info) as file:
                         arrays[info.filename[: -len(".npy")]] = _read_member(file, info.file_size)
-                except _BROKEN as error:
+                except (*_BROKEN, OSError) as error:  # a place before the file's beginning is an OSError
                     raise ValueError(f"{info.filename}: {error}") from None
+            _check_seal(archive.comment, arrays, needs_checksum)
             return arrays
     except _BROKEN as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split()).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: {reason}; {REMEDY}") from None
 
 
 _BROKEN = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError, MemoryError)
 
 
-def _check_count(path: Path, size: int) -> None:
-    """Refuse an archive of too many members on what its end says, before a list of them is made."""
-    with open(path, "rb") as file:
-        file.seek(max(0, size - LARGEST_END))
-        end = file.read()
-    at = end.rfind(b"PK\x05\x06")
-    if at < 0 or len(end) - at < SMALLEST_DIRECTORY:
-        return  # zipfile says what is wrong with it
-    count, directory_bytes = (
-        struct.unpack("<H", end[at + 10 : at + 12])[0],
-        struct.unpack("<I", end[at + 12 : at + 16])[0],
-    )
-    if count > MAX_MEMBERS or directory_bytes > MAX_MEMBERS * DIRECTORY_ENTRY:
-        raise ValueError(f"{path}: has more than {MAX_MEMBERS} members, or names that are too long")
+def _check_seal(comment: bytes, arrays: Mapping[str, np.ndarray], needed: bool) -> None:
+    """Compare what the archive's comment says of its content with the content."""
+    if comment.startswith(CHECKSUM):
+        if comment != CHECKSUM + digest(arrays).encode():
+            raise ValueError("its checksum is not that of its contents")
+    elif needed:
+        raise ValueError("it has no checksum, so that this version of lance_ref did not write it")
+
+
+def has_checksum(path: str | os.PathLike[str]) -> bool:
+    """Whether :func:`save_npz` of this version wrote the file; :func:`load_npz` compares the checksum."""
+    with open_zip(path) as archive:
+        return archive.comment.startswith(CHECKSUM)
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, dtypes, shapes and values, in this order, in hexadecimal digits.
+
+    >>> x = np.array([[1.0, 2.0]])
+    >>> digest({"x": x}) == digest({"x": x.copy()}), digest({"x": x}) == digest({"x": x.T})
+    (True, False)
+    """
+    result = hashlib.sha256()
+    for name, array in arrays.items():
+        result.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        result.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return result.hexdigest()
 
 
 def _check_directory(members: list[zipfile.ZipInfo], size: int, max_bytes: int) -> None:
@@ -118,17 +137,24 @@ def _check_directory(members: list[zipfile.ZipInfo], size: int, max_bytes: int) 
         raise ValueError(f"holds {total} bytes, expected at most {max_bytes}")
 
 
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, order in memory (whether Fortran's) and dtype of a .npy file; whatever is wrong is a ValueError."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"npy format {version}, expected (1, 0) or (2, 0)")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    try:
+        shape, fortran_order, dtype = read(file)
+    except Exception as error:  # the parser raises whatever a damaged text leads it to, tokenize.TokenError for one
+        raise ValueError(f"its header cannot be read: {error}") from None
+    return shape, fortran_order, dtype
+
+
 def _read_member(file: IO[bytes], member_bytes: int) -> np.ndarray:
     """One array, from a member whose directory entry says ``member_bytes``."""
     head = file.read(min(member_bytes, HEADER_BYTES))
     header = io.BytesIO(head)
-    version = np.lib.format.read_magic(header)
-    if version == (1, 0):
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
-    elif version == (2, 0):
-        shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(header)
-    else:
-        raise ValueError(f"npy format {version}, expected (1, 0) or (2, 0)")
+    shape, fortran_order, dtype = read_header(header)
     if dtype.hasobject:
         raise ValueError("is an object array, which would have to be unpickled")
     if dtype.kind not in KINDS or not dtype.itemsize:
@@ -154,9 +180,10 @@ def _read_member(file: IO[bytes], member_bytes: int) -> np.ndarray:
 
 
 def save_npz(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays as an uncompressed ``.npz`` file, all or nothing, the same bytes every time.
+    """Write arrays as an uncompressed ``.npz`` file with a checksum, all or nothing, the same bytes every time.
 
-    See :func:`~lance_ref.io.whole_file.whole_file`. ``path`` is taken as it is; no suffix is added.
+    See :func:`~lance_ref.io.whole_file.whole_file`. ``path`` is taken as it is; no suffix is added. The checksum is
+    in the archive's comment, so that any program reads the file as any other ``.npz``.
 
     Parameters
     ----------
@@ -181,3 +208,4 @@ def save_npz(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> 
             info.create_system, info.external_attr = 3, 0o644 << 16
             with archive.open(info, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
+        archive.comment = CHECKSUM + digest(plain).encode()

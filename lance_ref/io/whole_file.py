@@ -7,6 +7,7 @@ that write the same file do not meet.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,8 +19,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from lance_ref.io.opening import open_regular
+
 STALE_SECONDS = 3600
 """An unfinished file that nobody wrote to for so long was left by a process that is gone."""
+
+MEND = "delete it, and run again what wrote it"
+"""What can be done about a damaged file, if nothing better is known."""
 
 SEAL = "sha256"
 """The entry of a JSON object that holds the checksum of the others."""
@@ -35,12 +41,16 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     ------
     IsADirectoryError
         If ``path`` is a folder.
+    FileNotFoundError
+        If its folder does not exist.
     OSError
         If the file cannot be written; an earlier one is intact then, and no part of a new one is left.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
-        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder, expected the name of a file")
+        raise IsADirectoryError(errno.EISDIR, "is a folder, expected the name of a file", os.fspath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "its folder does not exist", os.fspath(path))
     if target.exists() and not target.is_file():
         with open(target, "wb") as stream:
             yield stream
@@ -83,7 +93,7 @@ def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, SEAL: _digest(plain)}
 
 
-def unsealed(document: Any, where: str, mend: str = "delete it, and run again what wrote it") -> dict[str, Any]:
+def unsealed(document: Any, where: str, mend: str = MEND) -> dict[str, Any]:
     """A JSON object without its checksum, which is compared.
 
     Parameters
@@ -101,7 +111,7 @@ def unsealed(document: Any, where: str, mend: str = "delete it, and run again wh
         If there is no checksum, or another one.
     """
     if not isinstance(document, dict):
-        raise ValueError(f"{where}: expected a JSON object")
+        raise ValueError(f"{where}: expected a JSON object; {mend}")
     if SEAL not in document:
         raise ValueError(f"{where}: has no checksum ({SEAL!r}): it is damaged or of an earlier version; {mend}")
     plain = {name: value for name, value in document.items() if name != SEAL}
@@ -140,7 +150,7 @@ def read_json(path: str | os.PathLike[str], most_bytes: int) -> dict[str, Any]:
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{os.fspath(path)}: is no JSON: {error}") from None
+        raise ValueError(f"{os.fspath(path)}: is no JSON: {error}; {MEND}") from None
     return unsealed(document, os.fspath(path))
 
 
@@ -154,14 +164,8 @@ def read_bytes(path: str | os.PathLike[str], most_bytes: int) -> bytes:
     OSError
         If it cannot be read.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is no ordinary file")
-    size = path.stat().st_size
-    if size > most_bytes:
-        raise ValueError(f"{path}: {size} bytes, expected at most {most_bytes}")
-    with open(path, "rb") as file:
+    with open_regular(path, most_bytes) as file:
         content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise ValueError(f"{path}: more than {most_bytes} bytes")
+    if len(content) > most_bytes:  # it has grown since it was opened
+        raise ValueError(f"{os.fspath(path)}: more than {most_bytes} bytes, expected at most that many")
     return content

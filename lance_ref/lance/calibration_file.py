@@ -14,12 +14,12 @@ from lance_ref.algebra.frame import Frame, checked_protected, feature_mode
 from lance_ref.algebra.grams import LayerGrams
 from lance_ref.algebra.tucker import check_epsilon
 from lance_ref.engine.tensor import Shape
-from lance_ref.io.npz import load_npz, save_npz
+from lance_ref.io.npz import has_checksum, load_npz, save_npz
 
 KIND = "lance_ref.calibration"
-SCHEMA = 2
-READABLE = (1, 2)
-"""Schema 1 knows neither means nor protected directions."""
+SCHEMA = 3
+READABLE = (1, 2, 3)
+"""Schema 1 knows neither means nor protected directions; files of schemas 1 and 2 have no checksum."""
 
 Ranks = tuple[int | None, ...]
 FRAME = ("protected", "mean")
@@ -69,10 +69,11 @@ def load(path: str | os.PathLike[str]) -> Parts:
     arrays = load_npz(path)
     try:
         metadata = json.loads(arrays.pop("metadata").tobytes())
-        if metadata["kind"] != KIND or metadata["schema"] not in READABLE:
-            raise ValueError(
-                f"it is {metadata['kind']!r} schema {metadata['schema']}, expected {KIND!r} schema {SCHEMA} or 1"
-            )
+        kind, schema = metadata["kind"], metadata["schema"]
+        if kind != KIND or type(schema) is not int or schema not in READABLE:
+            raise ValueError(f"it is {kind!r} schema {schema}, expected {KIND!r} schema {SCHEMA} or an earlier one")
+        if schema == SCHEMA and not has_checksum(path):
+            raise ValueError(f"it has no checksum, as a file of schema {SCHEMA} has: calibrate again")
         grams, epsilon, ranks = {}, {}, {}
         for i, layer in enumerate(metadata["layers"]):
             name = str(layer["path"])

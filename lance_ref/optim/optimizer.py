@@ -26,6 +26,8 @@ class Optimizer:
     ----------
     params : tuple of Tensor
         In the order given; errors and state names speak of positions in it.
+    initial_lr : float
+        The learning rate that it was made with.
     buffers : dict of str to list of (ndarray or None)
         ``buffers[name][position]``: what the optimiser remembers of each parameter, of its shape
         and dtype; None before the parameter's first step.
@@ -37,6 +39,7 @@ class Optimizer:
     def __init__(self, params: Iterable[Tensor], lr: float) -> None:
         self.params = _checked_parameters(params)
         self.lr = lr
+        self.initial_lr = self.lr
         self.steps = [0] * len(self.params)  # updates that each parameter has had
         self.buffers: dict[str, list[np.ndarray | None]] = {
             name: [None] * len(self.params) for name in self.buffer_names

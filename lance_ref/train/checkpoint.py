@@ -7,10 +7,9 @@ network lies beside them, so that a checkpoint of another network, or of another
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,16 @@ from typing import Any
 import numpy as np
 
 from lance_ref.engine.random import as_generator
-from lance_ref.io.npz import load_npz, save_npz
+from lance_ref.io.npz import digest, load_npz, save_npz
 from lance_ref.nn.module import Module
 from lance_ref.nn.selection import weighted_layers
 from lance_ref.optim import LRScheduler, Optimizer
 from lance_ref.stores import ActivationStore
 
-FORMAT = 1
+FORMAT = 2
 VARYING = ("ranks", "shape", "selected")  # in what a store says of itself after a step
+NOT_NEGATIVE = ("running_var", "exp_avg_sq")
+"""Means of squares, by the last part of their name that is no number."""
 
 _BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
@@ -56,7 +57,7 @@ def save(
     Raises
     ------
     ValueError, TypeError
-        If ``meta`` or ``settings`` cannot be written as JSON.
+        If ``meta`` or ``settings`` cannot be written as JSON, or a part of the state is not finite.
     OSError
         If the file cannot be written, a full disk included. The earlier checkpoint is as it was, and
         nothing is left of the new one.
@@ -75,6 +76,7 @@ def save(
     {'step': 7} True
     """
     arrays, randomness = _collect(net, optimizer, scheduler)
+    check_sound(arrays)
     about = {
         "format": FORMAT,
         "description": describe(net, optimizer, scheduler),
@@ -117,17 +119,21 @@ def load(
     Raises
     ------
     ValueError
-        One line: the file is damaged or no checkpoint, or belongs to another network or other settings; then
-        the line names the first difference. Nothing has been changed.
+        One line: the file is damaged or no checkpoint, belongs to another network or other settings (then the line
+        names the first difference), or holds a state that no training leads to: an array of another dtype than what
+        it is for, numbers that are not finite, a negative variance. Nothing has been changed.
     OSError
         If the file cannot be opened.
     """
-    arrays = load_npz(path)
-    about = _about(path, arrays)
-    for name, own in (("description", describe(net, optimizer, scheduler)), ("settings", dict(settings or {}))):
+    arrays = load_npz(path, needs_checksum=True)
+    about = _about(path, arrays.pop("about", None))
+    for name, own in (("settings", dict(settings or {})), ("description", describe(net, optimizer, scheduler))):
         _compare(path, about[name], json.loads(json.dumps(own)))
     earlier = _collect(net, optimizer, scheduler)
     try:
+        check_sound(arrays)
+        check_dtypes(arrays, {**_examples(arrays, net, optimizer), **earlier[0]})
+        _check_settings(arrays, optimizer, scheduler)
         _restore(arrays, about["generators"], net, optimizer, scheduler)
     except _BROKEN as error:
         _restore(*earlier, net, optimizer, scheduler)
@@ -142,7 +148,8 @@ def describe(
     """What must be the same for a checkpoint to fit: one entry for each thing that can differ, JSON-able.
 
     Modules with their settings and stores; shape, dtype and tuning of the parameters; buffers; the values of
-    what never changes (frozen parameters, factors of LANCE) as SHA-256; generators; kind of optimiser and schedule.
+    what never changes (frozen parameters, factors of LANCE) as SHA-256; generators; optimiser and schedule with
+    their settings. (Of the learning rate, which varies, it is the one that the optimiser was made with.)
     """
     entries: dict[str, str | list[Any]] = {"network": type(net).__name__}
     for path, module in net.named_modules():
@@ -162,8 +169,21 @@ def describe(
     for name, generator in generators(net).items():
         entries[f"random generator {name}"] = type(generator.bit_generator).__name__
     entries["optimiser"] = "none" if optimizer is None else f"{type(optimizer).__name__} of {len(optimizer.params)}"
+    if optimizer is not None:
+        made_with = {name: getattr(optimizer, name) for name in optimizer.settings} | {"lr": optimizer.initial_lr}
+        entries |= {f"optimiser's {name}": _setting(value) for name, value in made_with.items()}
     entries["schedule"] = "none" if scheduler is None else type(scheduler).__name__
+    if scheduler is not None:
+        made_with = {name: value for name, value in vars(scheduler).items() if name not in ("optimizer", "last_epoch")}
+        entries |= {f"schedule's {name}": _setting(value) for name, value in made_with.items()}
     return entries
+
+
+def _setting(value: Any) -> str:
+    """As text that is the same in another process: of what has no such text, its kind."""
+    value = value.item() if isinstance(value, np.generic) else value
+    plain = value is None or isinstance(value, (bool, int, float, str, tuple, list))
+    return repr(value) if plain else type(value).__name__
 
 
 def _store_settings(store: ActivationStore) -> list[Any]:
@@ -175,20 +195,6 @@ def _store_settings(store: ActivationStore) -> list[Any]:
     if fixed := store.fixed():
         settings["factors"] = digest(fixed)
     return [f"{name}: {value}" for name, value in settings.items()]
-
-
-def digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over names, dtypes, shapes and values, in this order, in hexadecimal digits.
-
-    >>> x = np.array([[1.0, 2.0]])
-    >>> digest({"x": x}) == digest({"x": x.copy()}), digest({"x": x}) == digest({"x": x.T})
-    (True, False)
-    """
-    result = hashlib.sha256()
-    for name, array in arrays.items():
-        result.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
-        result.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return result.hexdigest()
 
 
 def generators(net: Module) -> dict[str, np.random.Generator]:
@@ -203,11 +209,44 @@ def generators(net: Module) -> dict[str, np.random.Generator]:
     return found
 
 
-def remove_partial(path: str | os.PathLike[str]) -> None:
-    """Delete what a killed process may have left of a checkpoint it was writing; the checkpoint itself is kept."""
-    path = Path(path)
-    for leftover in path.parent.glob(f".{escape(path.name)}.*.unfinished"):
+def checked_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a checkpoint that a run is going to write, cleared of what killed processes left beside it.
+
+    Raises
+    ------
+    ValueError
+        If it is a folder, or its folder does not exist.
+    """
+    checked = Path(path)
+    if checked.is_dir() or not checked.parent.is_dir():
+        what = "is a folder" if checked.is_dir() else "its folder does not exist"
+        raise ValueError(f"checkpoint is {str(path)!r}, expected a file in an existing folder; {what}")
+    target = Path(os.path.realpath(checked))
+    for leftover in target.parent.glob(f".{escape(target.name[:100])}.*.unfinished"):
         leftover.unlink(missing_ok=True)
+    return checked
+
+
+def check_sound(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError, with the array's name, if a state holds what no training leads to.
+
+    That is a number that is not finite, an array of anything but numbers, or a mean of squares below 0.
+    """
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"{name} has dtype {array.dtype}, expected real numbers")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds NaN or infinity")
+        words = [word for word in name.replace("/", ".").split(".") if not word.isdecimal()]
+        if words and words[-1] in NOT_NEGATIVE and (array < 0).any():
+            raise ValueError(f"{name} holds {array.min()}, expected numbers of at least 0")
+
+
+def check_dtypes(arrays: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError, with the array's name, if one has another dtype than what it is to become; none is cast."""
+    for name, array in arrays.items():
+        if name in own and array.dtype != own[name].dtype:
+            raise ValueError(f"{name} has dtype {array.dtype}, expected {own[name].dtype}")
 
 
 # ---- state as arrays -------------------------------------------------------------------
@@ -250,6 +289,29 @@ def _restore(
         generator.bit_generator.state = _unplain(randomness[name])
 
 
+def _check_settings(
+    arrays: Mapping[str, np.ndarray], optimizer: Optimizer | None, scheduler: LRScheduler | None
+) -> None:
+    """The settings among the arrays are those of the description, so that nothing in the file contradicts itself."""
+    own = {} if scheduler is None else {"scheduler/base_lr": scheduler.base_lr}
+    if optimizer is not None:
+        own |= {f"optimizer/{name}": getattr(optimizer, name) for name in optimizer.settings if name != "lr"}
+    for name, value in own.items():
+        if name in arrays and not np.array_equal(arrays[name], value):
+            raise ValueError(f"{name} is {arrays[name]}, expected {value}")
+
+
+def _examples(names: Iterable[str], net: Module, optimizer: Optimizer | None) -> dict[str, np.ndarray]:
+    """An array of the right dtype for what is made at the first step only: buffers, and warm starts of stores."""
+    found: dict[str, np.ndarray] = {}
+    if optimizer is not None:
+        for position, parameter in enumerate(optimizer.params):
+            found |= {f"optimizer/{name}.{position}": parameter.data for name in optimizer.buffer_names}
+    for (prefix, _), layer in zip(_stores(net), weighted_layers(net).values(), strict=True):
+        found |= {name: layer.weight.data for name in names if name.startswith(prefix)}
+    return found
+
+
 def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """The arrays whose names start so, without that start."""
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
@@ -276,12 +338,13 @@ def _unplain(value: Any) -> Any:
 # ---- checks ------------------------------------------------------------------------------
 
 
-def _about(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _about(path: str | os.PathLike[str], text: np.ndarray | None) -> dict[str, Any]:
     """The part that is no array, checked for form."""
     try:
-        about = json.loads(arrays["about"].tobytes())
+        about = json.loads(b"" if text is None else text.tobytes())
+        version = about["format"]
         parts = [about[name] for name in ("description", "settings", "generators", "meta")]
-        if about["format"] != FORMAT or not all(isinstance(part, dict) for part in parts):
+        if (type(version), version) != (int, FORMAT) or not all(isinstance(part, dict) for part in parts):
             raise ValueError
     except (KeyError, TypeError, ValueError, RecursionError):  # a text that is no JSON is a ValueError
         raise ValueError(f"{path}: is no checkpoint of format {FORMAT}") from None
@@ -289,13 +352,18 @@ def _about(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> di
 
 
 def _compare(path: str | os.PathLike[str], saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise ValueError with the first entry in which the two differ."""
-    for name in (*own, *(name for name in saved if name not in own)):
-        there, here = saved.get(name, "absent"), own.get(name, "absent")
-        if there != here:
-            raise ValueError(
-                f"{path}: is a checkpoint of another run: {name} is {_shown(there)} there and {_shown(here)} here"
-            )
+    """Raise ValueError with the first entry in which the two differ, and with the first parameter that does."""
+    names = [*own, *(name for name in saved if name not in own)]
+    unlike = [name for name in names if saved.get(name, "absent") != own.get(name, "absent")]
+    parameters = [
+        name for name in unlike[1:] if name.startswith("parameter ") and not unlike[0].startswith("parameter ")
+    ]
+    differences = [
+        f"{name} is {_shown(saved.get(name, 'absent'))} there and {_shown(own.get(name, 'absent'))} here"
+        for name in (*unlike[:1], *parameters[:1])
+    ]
+    if differences:
+        raise ValueError(f"{path}: is a checkpoint of another run: {'; '.join(differences)}")
 
 
 def _shown(value: Any) -> str:

@@ -21,9 +21,9 @@ from lance_ref.datasets import Dataset, batches
 from lance_ref.datasets.dataset import Normalise
 from lance_ref.engine.autograd import no_grad
 from lance_ref.engine.tensor import Tensor
+from lance_ref.io.npz import digest
 from lance_ref.io.progress import progress_bar
 from lance_ref.nn.module import Module
-from lance_ref.train.checkpoint import digest
 from lance_ref.train.features_file import Rows, stored
 
 ImageSize = int | Sequence[int] | None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -171,7 +170,7 @@ def fit(
     recipe = Recipe(epochs, batch_size, micro_batch or batch_size, clip_norm, seed, eval_batch_size)
     run = Run(net, *data, made, scheduler, recipe)
     cached, cache_note = cache_decision(net, sources, cache_frozen)
-    path = None if checkpoint is None else _checked_path(checkpoint)
+    path = None if checkpoint is None else checkpoints.checked_path(checkpoint)
     settings = {} if path is None else _settings(run, schedule, cached, sources)
     if path is not None and path.exists():
         run.load_state(checkpoints.load(path, net, made, scheduler, settings=settings))
@@ -256,16 +255,6 @@ def _settings(run: Run, schedule: str, cached: bool, sources: Sequence[Source]) 
             settings[f"pixels and labels of {name}"] = data_digest(data)
             settings[f"{name} after image_size and normalise"] = checkpoints.digest({"x": sample})
     return settings
-
-
-def _checked_path(path: str | os.PathLike[str]) -> Path:
-    """The path of a checkpoint, cleared of what a killed process left beside it."""
-    checked = Path(path)
-    if checked.is_dir() or not checked.parent.is_dir():
-        what = "is a folder" if checked.is_dir() else "its folder does not exist"
-        raise ValueError(f"checkpoint is {str(path)!r}, expected a file in an existing folder; {what}")
-    checkpoints.remove_partial(checked)
-    return checked
 
 
 def _check_arguments(

@@ -25,6 +25,7 @@ from lance_ref.conformance import Kit, check, definitions, files, load_kit, make
 from lance_ref.conformance.__main__ import main
 from lance_ref.conformance.case import EXACT, FORMAT, FUNCTIONS, VERSION
 from lance_ref.conformance.numpy_adapter import NumpyAdapter, adapter
+from lance_ref.io.whole_file import sealed
 
 ROOT = Path(__file__).parents[2]
 DIGEST = "1d7df117511d86b92e75204f17851642e4bc04136a269676c52815b09b0556fe"
@@ -298,7 +299,7 @@ def spoil(folder: Path, change: Callable[[dict[str, Any]], Any], seal: bool = Tr
     document = json.loads(index.read_text(encoding="utf-8"))
     change(document)
     if seal:
-        document["sha256"] = files._digest(document["cases"])
+        document = sealed(document)
     index.write_text(json.dumps(document), encoding="utf-8")
 
 
@@ -314,10 +315,14 @@ SPOILED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "array": (lambda d: d["cases"][0]["checks"][0]["arguments"].update(weight={"array": "no"}), "wrong entry: 'no'"),
     "kind": (lambda d: d["cases"][0]["checks"][0].update(expected={"kind": "x"}), "kind 'x'"),
     "type": (lambda d: d.update(cases=7), "not iterable"),
+    "true version": (lambda d: d.update(version=True), '"version": 1'),
 }
 
 
-@pytest.mark.parametrize("what", [*SPOILED, "unsealed", "no json", "npz", "truncated", "empty", "no folder"])
+@pytest.mark.parametrize(
+    "what",
+    [*SPOILED, "unsealed", "another tolerance", "no checksum", "no json", "npz", "truncated", "empty", "no folder"],
+)
 def test_a_spoiled_kit_is_refused_in_one_line(
     what: str, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -331,7 +336,13 @@ def test_a_spoiled_kit_is_refused_in_one_line(
         spoil(folder, SPOILED[what][0])
     elif what == "unsealed":
         spoil(folder, lambda d: d["cases"][0]["checks"][5]["expected"].update(value=1), seal=False)
-        message = "not those of its checksum"
+        message = "its checksum is not that of its contents"
+    elif what == "another tolerance":
+        spoil(folder, lambda d: d["tolerances"].update(float32=0.5), seal=False)
+        message = "its checksum is not that of its contents"
+    elif what == "no checksum":
+        spoil(folder, lambda d: d.pop("sha256"), seal=False)
+        message = "has no checksum"
     elif what == "no json":
         (folder / "cases.json").write_text("[" * 100_000)
         message = "cases.json: "

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from continual_resume_case import STEPS, learner, norm_net, small, timeless, train
 
+from lance_ref import nn
 from lance_ref.continual import networks, protocol
 from lance_ref.continual.learners import LEARNERS, Learner
 from lance_ref.continual.protection import leak
@@ -22,7 +23,7 @@ from lance_ref.continual.protocol import accuracy, run
 from lance_ref.continual.scenario import Samples
 from lance_ref.engine.autograd import no_grad
 from lance_ref.engine.counting import count_macs
-from lance_ref.io.npz import load_npz
+from lance_ref.io.npz import load_npz, save_npz
 from lance_ref.nn.selection import weighted_layers
 from lance_ref.train.features import in_mode
 
@@ -207,8 +208,8 @@ def test_whatever_a_checkpoint_forgets_is_noticed(
         train("lance", path, stop_at(1, 7))  # the checkpoint is of step 6
     load = protocol.load_npz
 
-    def forgetful(file: Any) -> dict[str, np.ndarray]:
-        arrays = load(file)
+    def forgetful(file: Any, **options: Any) -> dict[str, np.ndarray]:
+        arrays = load(file, **options)
         about = json.loads(arrays["about"].tobytes())
         if forgotten == "position":
             about["position"]["step"] -= 1
@@ -277,7 +278,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"run\.npz"):
         train("er", str(path))
-    np.savez(path, about=np.zeros(3, np.uint8))
+    save_npz(path, {"about": np.zeros(3, np.uint8)})
     with pytest.raises(ValueError, match="no checkpoint of continual learning"):
         train("er", str(path))
 
@@ -295,9 +296,97 @@ def test_errors_say_where() -> None:
         run(learner("finetune"), every_steps=0, progress=False)
 
 
-def test_labels_tell_scenarios_apart() -> None:
-    """The same images with other labels, or in another order of pixels, are another run's."""
+def test_labels_and_pixels_tell_scenarios_apart() -> None:
+    """The same images with other labels, or in another order of pixels, or one other pixel, are another run's."""
     samples = small().tasks[0].train
     flipped = Samples(samples.images, 1 - samples.labels)
     turned = Samples(samples.images, samples.labels, np.arange(64)[::-1])
-    assert len({protocol._digest(each) for each in (samples, flipped, turned)}) == 3
+    others = Samples(samples.images.copy(), samples.labels)
+    pixels = protocol._Pixels()
+    assert protocol._digest(others, pixels) == protocol._digest(samples, pixels)
+    changed = samples.images.copy()
+    changed[-1].flat[-1] ^= 1
+    other_pixel = Samples(changed, samples.labels)
+    assert len({protocol._digest(each, pixels) for each in (samples, flipped, turned, other_pixel)}) == 4
+
+
+def other_pixels(part: str) -> Any:
+    scenario = small()
+    samples = getattr(scenario.tasks[2], part)
+    images = samples.images.copy()
+    images[7].flat[20] ^= 1
+    last = replace(scenario.tasks[2], **{part: replace(samples, images=images)})
+    return learner("gpm", replace(scenario, tasks=(*scenario.tasks[:2], last)), norm_net(scenario))
+
+
+def other_network(change: Any) -> Any:
+    scenario = small()
+    net: Any = norm_net(scenario)
+    change(net.features)
+    return learner("gpm", scenario, net)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: other_pixels("train"), "task .* is .* there and"),
+        (lambda: other_pixels("test"), "task .* is .* there and"),
+        (lambda: other_network(lambda f: setattr(f[3], "p", 0.3)), r"features.3 is Dropout\(p=0.2\) there and .*0.3"),
+        (lambda: other_network(lambda f: f.add_module("4", nn.Linear(20, 100, bias=False, rng=1))), "features.4 is L"),
+        (
+            lambda: other_network(lambda f: f.add_module("0", nn.Linear(64, 20, rng=0).to(np.float64))),
+            "0.weight is .*64",
+        ),
+    ],
+)
+def test_a_checkpoint_of_other_images_or_another_network(make: Any, message: str, tmp_path: Path) -> None:
+    """One bit of one pixel of one image, a probability, a layer: the first difference is named."""
+    path = tmp_path / "run.npz"
+    with pytest.raises(Stopped):
+        train("gpm", str(path), stop_at(0, 4))
+    with pytest.raises(ValueError, match=rf"is a checkpoint of another run: .*{message}"):
+        run(make(), checkpoint=path, every_steps=3, progress=False)
+
+
+SPOILED: dict[str, Any] = {
+    "float64 weights": lambda a: a.update({"now/features.0.weight": a["now/features.0.weight"].astype(np.float64)}),
+    "complex weights": lambda a: a.update({"net/features.0.weight": a["net/features.0.weight"] + 0j}),
+    "integer weights": lambda a: a.update({"net/features.4.bias": a["net/features.4.bias"].astype(np.int64)}),
+    "NaN weights": lambda a: a["now/features.4.bias"].fill(np.nan),
+    "infinite momentum": lambda a: a["optimizer/momentum_buffer.0"].fill(np.inf),
+    "float64 momentum": lambda a: a.update({"optimizer/momentum_buffer.0": np.zeros(a["now/features.0.weight"].shape)}),
+    "float32 memory": lambda a: a.update({"learner/features.0": a["learner/features.0"].astype(np.float32)}),
+    "NaN memory": lambda a: a["learner/features.0"].fill(np.nan),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_a_checkpoint_that_no_training_leads_to(spoil: Any, tmp_path: Path) -> None:
+    """Nothing is cast and nothing is carried along that is not a number."""
+    path = tmp_path / "run.npz"
+    with pytest.raises(Stopped):
+        train("gpm", str(path), stop_at(1, 4))
+    arrays = load_npz(path)
+    spoil(arrays)
+    save_npz(path, arrays)
+    with pytest.raises(ValueError, match=r"the checkpoint does not fit: .*(dtype|NaN)"):
+        train("gpm", str(path))
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"format": true, "settings": {}, "position": {}, "generators": {}}', b"[]", b"{"]
+)
+def test_a_format_is_a_number(content: bytes, tmp_path: Path) -> None:
+    """True equals 1, and is no format."""
+    save_npz(tmp_path / "run.npz", {"about": np.frombuffer(content, np.uint8)})
+    with pytest.raises(ValueError, match="is no checkpoint of continual learning, format 2"):
+        train("gpm", str(tmp_path / "run.npz"))
+
+
+def test_a_missing_folder_is_noticed_at_the_start(tmp_path: Path) -> None:
+    """And not when an hour's work is to be saved."""
+    steps: list[int] = []
+    for path, what in ((tmp_path / "no" / "run.npz", "its folder does not exist"), (tmp_path, "a folder")):
+        with pytest.raises(ValueError, match=f"checkpoint is .* expected a file in an existing folder; .*{what}"):
+            run(learner("finetune"), checkpoint=path, on_step=lambda t, step: steps.append(step), progress=False)
+    assert not steps

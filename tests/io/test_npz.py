@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lance_ref.io.npz import load_npz, save_npz
+from lance_ref.io.npz import REMEDY, load_npz, save_npz
 
 DTYPES = [np.bool_, np.uint8, np.int16, np.int64, np.float32, np.float64, np.complex64, "S5", "U7", ">f4"]
 
@@ -240,3 +240,55 @@ def test_reads_the_real_files(data_dir: Path) -> None:
             assert set(loaded) == set(expected.files)
             for name in expected.files:
                 np.testing.assert_array_equal(loaded[name], expected[name], err_msg=f"{path.name}: {name}")
+
+
+def test_every_byte_of_a_small_file(tmp_path: Path) -> None:
+    """Headers, names and the record at the end included: all arrays are the same, or the file is refused by name."""
+    path = tmp_path / "x.npz"
+    save_npz(path, {"x": np.arange(3.0), "names": np.array(["a", "b"])})
+    content = path.read_bytes()
+    for at in range(len(content)):
+        for bit in (0, at % 7 + 1):
+            damaged = bytearray(content)
+            damaged[at] ^= 1 << bit
+            path.write_bytes(damaged)
+            try:
+                found = load_npz(path)
+            except ValueError as error:
+                assert str(error).startswith(f"{path}: "), at  # noqa: PT017
+                assert str(error).endswith(REMEDY), at  # noqa: PT017
+                continue
+            assert list(found) == ["x", "names"], at
+            assert (found["x"].dtype, found["x"].tolist()) == (np.dtype("<f8"), [0, 1, 2]), at
+            assert found["names"].tolist() == ["a", "b"], at
+
+
+def members_of(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {info.filename: archive.read(info) for info in archive.infolist()}
+
+
+def test_exchanged_members_are_refused(tmp_path: Path) -> None:
+    """Within a file or between two, each array with its own right CRC; names and order count too."""
+    path = tmp_path / "x.npz"
+    save_npz(path, {"a": np.arange(3), "b": np.arange(3) + 2})
+    other = members_of(path)
+    save_npz(path, {"a": np.arange(3), "b": np.arange(3) + 1})
+    own = members_of(path)
+    with zipfile.ZipFile(path) as archive:
+        comment = archive.comment
+    for changed in (
+        {"a.npy": own["b.npy"], "b.npy": own["a.npy"]},
+        {"b.npy": own["b.npy"], "a.npy": own["a.npy"]},
+        {"b.npy": own["a.npy"], "a.npy": own["b.npy"]},
+        {"a.npy": own["a.npy"]},
+        {"a.npy": own["a.npy"], "b.npy": other["b.npy"]},
+    ):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in changed.items():
+                archive.writestr(name, data)
+            archive.comment = comment
+        refused(path, "its checksum is not that of its contents; if it was sound before")
+    write_zip(path, list(own.items()))
+    assert list(load_npz(path)) == ["a", "b"], "other programs write no checksum"
+    refused(path, "it has no checksum", needs_checksum=True)

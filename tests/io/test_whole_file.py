@@ -34,6 +34,8 @@ def test_a_folder_is_named(tmp_path: Path) -> None:
     """Not "has an empty name"."""
     with pytest.raises(IsADirectoryError, match="is a folder, expected the name of a file"):
         write_text(tmp_path, "text")
+    with pytest.raises(FileNotFoundError, match=r"its folder does not exist: .*no/x"):
+        write_text(tmp_path / "no" / "x", "text")
 
 
 def test_leftovers_of_dead_processes_alone_are_removed(tmp_path: Path) -> None:

@@ -34,13 +34,15 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
     assert_same(loaded.with_epsilon(1), calibration.with_epsilon(1), rtol=0, atol=0)
     assert os.listdir(tmp_path) == ["calibration.npz"]
     with np.load(path, allow_pickle=False) as arrays:
-        assert json.loads(arrays["metadata"].tobytes())["schema"] == 2
+        assert json.loads(arrays["metadata"].tobytes())["schema"] == 3
 
 
 def _change(metadata: dict[str, Any], arrays: dict[str, np.ndarray], fault: str) -> None:
     layer = metadata["layers"][0]
     if fault == "schema":
-        metadata["schema"] = 3
+        metadata["schema"] = 4
+    elif fault == "true schema":
+        metadata["schema"] = True
     elif fault == "kind":
         del metadata["kind"]
     elif fault == "shape":
@@ -75,8 +77,8 @@ def _change(metadata: dict[str, Any], arrays: dict[str, np.ndarray], fault: str)
 @pytest.mark.parametrize(
     "fault",
     [
-        "schema", "kind", "shape", "negative shape", "text shape", "dimensions", "epsilon", "ranks", "modes",
-        "no layers", "missing gram", "extra array", "dtype", "not finite", "zero",
+        "schema", "true schema", "kind", "shape", "negative shape", "text shape", "dimensions", "epsilon", "ranks",
+        "modes", "no layers", "missing gram", "extra array", "dtype", "not finite", "zero",
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, fault: str) -> None:
@@ -107,3 +109,18 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         Calibration.load(path)
     with pytest.raises(FileNotFoundError):
         Calibration.load(tmp_path / "none.npz")
+
+
+def test_members_of_another_calibration_are_refused(tmp_path: Path) -> None:
+    """Whoever puts the archive together anew; a file of an earlier version has no checksum, and is read."""
+    path, other = tmp_path / "a.npz", tmp_path / "b.npz"
+    calibrate(ThreeLayers(), batches(), layers="conv1").save(path)
+    calibrate(ThreeLayers(), [2 * batch for batch in batches()], layers="conv1").save(other)
+    right = Calibration.load(path)
+    arrays = load_npz(path)
+    np.savez(path, **{**arrays, "gram0.1": load_npz(other)["gram0.1"]})
+    with pytest.raises(ValueError, match=r"a\.npz: not a calibration file: it has no checksum"):
+        Calibration.load(path)
+    metadata = {**json.loads(arrays["metadata"].tobytes()), "schema": 2}
+    np.savez(path, **{**arrays, "metadata": np.frombuffer(json.dumps(metadata).encode(), np.uint8)})
+    assert_same(Calibration.load(path), right, rtol=0, atol=0)

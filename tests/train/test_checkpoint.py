@@ -173,6 +173,32 @@ def test_a_checkpoint_of_another_network_is_refused(make: Callable[[], Any], mes
     assert path.read_bytes() == content
 
 
+def test_the_first_parameter_that_differs_is_named(tmp_path: Path) -> None:
+    """That one network is a Sequential and the other is not says little."""
+    path = tmp_path / "c.npz"
+    checkpoint.save(path, nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4)))
+    for net, message in (
+        (
+            nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 5)),
+            r"module 2 is .* here; parameter 2.weight is \[\[4, 3",
+        ),
+        (
+            nn.Linear(2, 3),
+            r"network is Sequential there and Linear here; parameter weight is absent there and \[\[3, 2",
+        ),
+        (
+            nn.Sequential(nn.Linear(2, 3)),
+            r"module 1 is ReLU\(\) there and absent here; parameter 2.weight is .* absent here",
+        ),
+        (
+            nn.Sequential(nn.Linear(2, 3), nn.GELU(), nn.Linear(3, 4)),
+            r"module 1 is ReLU\(\) there and GELU\([^;]*here$",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"is a checkpoint of another run: {message}"):
+            checkpoint.load(path, net)
+
+
 def test_other_factors_are_refused(tmp_path: Path) -> None:
     """LANCE's fixed factors are no state, but another calibration is another run; quantisation to fewer bits, too."""
     net = make_net()
@@ -266,15 +292,176 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"c\.npz: ") as caught:
             checkpoint.load(path, net)
         assert "\n" not in str(caught.value)
-    for about in (b"{", b"[]", b'{"format": 1}', b'{"format": 2}', b"[" * 100_000, b"\xff"):
+    good = b'"description": {}, "settings": {}, "generators": {}, "meta": {}'
+    for about in (b"{", b"[]", b'{"format": 2}', b'{"format": true, %s}' % good, b"[" * 100_000, b"\xff"):
         save_npz(path, {"about": np.frombuffer(about, np.uint8)})
-        with pytest.raises(ValueError, match="is no checkpoint of format 1"):
+        with pytest.raises(ValueError, match="is no checkpoint of format 2"):
             checkpoint.load(path, net)
     save_npz(path, {"x": np.zeros(2)})
-    with pytest.raises(ValueError, match="is no checkpoint of format 1"):
+    with pytest.raises(ValueError, match="is no checkpoint of format 2"):
         checkpoint.load(path, net)
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path / "none.npz", net)
+
+
+def rescheduled(**options: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        net, sgd, _ = make_all()
+        return net, sgd, optim.CosineAnnealingLR(sgd, **{"T_max": 10, **options})
+
+    return make
+
+
+def reoptimised(**options: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        net, sgd, _ = make_all()
+        sgd = optim.SGD(sgd.params, **{"lr": 0.1, "momentum": 0.9, **options})
+        return net, sgd, optim.CosineAnnealingLR(sgd, T_max=10)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (rescheduled(T_max=11), "schedule's T_max is 10 there and 11 here"),
+        (rescheduled(eta_min=0.01), "schedule's eta_min is 0.0 there and 0.01 here"),
+        (reoptimised(lr=0.2), "optimiser's lr is 0.1 there and 0.2 here"),
+        (reoptimised(momentum=0.8), "optimiser's momentum is 0.9 there and 0.8 here"),
+        (reoptimised(dampening=0.1), "optimiser's dampening is 0.0 there and 0.1 here"),
+        (reoptimised(weight_decay=0.1), "optimiser's weight_decay is 0.0 there and 0.1 here"),
+        (reoptimised(nesterov=True), "optimiser's nesterov is False there and True here"),
+    ],
+)
+def test_another_schedule_or_optimiser_is_another_run(make: Callable[[], Any], message: str, tmp_path: Path) -> None:
+    """Every setting, also after steps have moved the rate."""
+    one = make_all()
+    steps(*one, count=3)
+    checkpoint.save(tmp_path / "c.npz", *one)
+    with pytest.raises(ValueError, match=f"checkpoint of another run: {message}"):
+        checkpoint.load(tmp_path / "c.npz", *make())
+    assert checkpoint.load(tmp_path / "c.npz", *make_all()) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "other"),
+    [({"betas": (0.8, 0.99)}, "beta1 is 0.9 there"), ({"eps": 1e-6}, "eps is 1e-08 there"), ({"lr": 1}, "lr is 0.001")],
+)
+def test_another_adam_is_another_run(settings: dict[str, Any], other: str, tmp_path: Path) -> None:
+    """And another step of a StepLR."""
+    net = make_net()
+    trained = [p for p in net.parameters() if p.requires_grad]
+    adam = optim.Adam(trained)
+    checkpoint.save(tmp_path / "c.npz", net, adam, optim.StepLR(adam, 3))
+    with pytest.raises(ValueError, match=other):
+        checkpoint.load(tmp_path / "c.npz", net, optim.Adam(trained, **settings))
+    for options, name in (({"step_size": 4}, "step_size is 3"), ({"step_size": 3, "gamma": 0.5}, "gamma is 0.1")):
+        with pytest.raises(ValueError, match=name):
+            checkpoint.load(tmp_path / "c.npz", net, adam, optim.StepLR(adam, **options))
+
+
+def casts(name: str, dtype: Any) -> Callable[[dict[str, np.ndarray]], Any]:
+    return lambda arrays: arrays.update({name: arrays[name].astype(dtype)})
+
+
+def fills(name: str, value: float) -> Callable[[dict[str, np.ndarray]], Any]:
+    return lambda arrays: arrays[name].reshape(-1)[-1:].fill(value)
+
+
+UNSOUND: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
+    "float64 weight": (casts("net/7.weight", np.float64), "net/7.weight has dtype float64, expected float32"),
+    "half weight": (casts("net/7.weight", np.float16), "net/7.weight has dtype float16, expected float32"),
+    "integer weight": (casts("net/0.bias", np.int32), "net/0.bias has dtype int32, expected float32"),
+    "complex weight": (casts("net/1.weight", np.complex64), "net/1.weight has dtype complex64, expected real numbers"),
+    "boolean weight": (casts("net/1.weight", bool), "net/1.weight has dtype bool, expected float32"),
+    "text": (casts("net/1.weight", "U9"), "net/1.weight has dtype <U9, expected real numbers"),
+    "swapped bytes": (casts("net/7.weight", ">f4"), "net/7.weight has dtype >f4, expected float32"),
+    "NaN weight": (fills("net/4.weight", np.nan), "net/4.weight holds NaN or infinity"),
+    "infinite weight": (fills("net/4.weight", -np.inf), "net/4.weight holds NaN or infinity"),
+    "NaN mean": (fills("net/2.running_mean", np.nan), "net/2.running_mean holds NaN"),
+    "negative variance": (fills("net/2.running_var", -1e-9), "net/2.running_var holds -.*, expected .* at least 0"),
+    "float64 variance": (casts("net/2.running_var", np.float64), "running_var has dtype float64, expected float32"),
+    "float64 momentum": (casts("optimizer/momentum_buffer.0", np.float64), "momentum_buffer.0 has dtype float64"),
+    "infinite momentum": (fills("optimizer/momentum_buffer.1", np.inf), "momentum_buffer.1 holds NaN or infinity"),
+    "fractional steps": (casts("optimizer/steps", np.float64), "optimizer/steps has dtype float64, expected int64"),
+    "another lr": (fills("scheduler/base_lr", 0.2), "scheduler/base_lr is 0.2, expected 0.1"),
+    "another momentum": (fills("optimizer/momentum", 0.2), "optimizer/momentum is 0.2, expected 0.9"),
+    "float epoch": (casts("scheduler/last_epoch", np.float64), "scheduler/last_epoch has dtype float64"),
+    "NaN warm start": (fills("store/1/factor_1", np.nan), "store/1/factor_1 holds NaN or infinity"),
+    "float64 warm start": (
+        casts("store/1/factor_1", np.float64),
+        "store/1/factor_1 has dtype float64, expected float32",
+    ),
+    "integer warm start": (casts("store/1/factor_1", np.int64), "store/1/factor_1 has dtype int64, expected float32"),
+    "float counter": (casts("store/2/step", np.float32), "store/2/step has dtype float32, expected int64"),
+}
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+@pytest.mark.parametrize("begun", [False, True], ids=["fresh", "begun"])
+def test_a_state_that_no_training_leads_to_is_refused(name: str, begun: bool, tmp_path: Path) -> None:
+    """With its checksum right: nothing is cast, and nothing is carried along that is no number."""
+    path = tmp_path / "c.npz"
+    one = make_all()
+    steps(*one, count=2)
+    checkpoint.save(path, *one)
+    arrays = load_npz(path)
+    change, message = UNSOUND[name]
+    change(arrays)
+    save_npz(path, arrays)
+    two = make_all()
+    steps(*two, count=int(begun), start=50)
+    before = everything(*two)
+    with pytest.raises(ValueError, match=f"the checkpoint does not fit: .*{message}"):
+        checkpoint.load(path, *two)
+    assert equal(everything(*two), before)
+
+
+def test_adams_second_moment_is_not_negative(tmp_path: Path) -> None:
+    """Its root would be NaN."""
+    net = make_net()
+    adam = optim.Adam([p for p in net.parameters() if p.requires_grad])
+    schedule = optim.StepLR(adam, 3)
+    steps(net, adam, schedule, count=1)
+    checkpoint.save(tmp_path / "c.npz", net, adam, schedule)
+    arrays = load_npz(tmp_path / "c.npz")
+    arrays["optimizer/exp_avg.1"] -= 1  # a mean may have any sign
+    save_npz(tmp_path / "c.npz", arrays)
+    checkpoint.load(tmp_path / "c.npz", net, adam, schedule)
+    arrays["optimizer/exp_avg_sq.1"] -= 1
+    save_npz(tmp_path / "c.npz", arrays)
+    with pytest.raises(ValueError, match=r"optimizer/exp_avg_sq.1 holds -.* at least 0"):
+        checkpoint.load(tmp_path / "c.npz", net, adam, schedule)
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    """It could not be loaded; the earlier file stays."""
+    net = make_net()
+    checkpoint.save(tmp_path / "c.npz", net, meta={"step": 1})
+    good = net[7].weight.data
+    net[7].weight.data = good * np.float32(np.nan)
+    with pytest.raises(ValueError, match=r"net/7.weight holds NaN or infinity"):
+        checkpoint.save(tmp_path / "c.npz", net)
+    net[7].weight.data = good
+    assert checkpoint.load(tmp_path / "c.npz", net) == {"step": 1}
+
+
+def test_saving_to_a_folder_says_so(tmp_path: Path) -> None:
+    """And a missing folder, too."""
+    net = nn.Linear(2, 1)
+    with pytest.raises(OSError, match=r"not written \(is a folder, expected the name of a file"):
+        checkpoint.save(tmp_path, net)
+    with pytest.raises(OSError, match=r"not written \(its folder does not exist\)"):
+        checkpoint.save(tmp_path / "no" / "c.npz", net)
+
+
+def test_a_file_without_checksum_is_none_of_ours(tmp_path: Path) -> None:
+    """Whatever is in it: such files were written before checkpoints said enough of their run."""
+    net = nn.Linear(2, 1)
+    checkpoint.save(tmp_path / "c.npz", net)
+    np.savez(tmp_path / "c.npz", **load_npz(tmp_path / "c.npz"))
+    with pytest.raises(ValueError, match=r"c\.npz: it has no checksum"):
+        checkpoint.load(tmp_path / "c.npz", net)
 
 
 @pytest.mark.parametrize("arrays_before", [0, 1, 7])
@@ -309,7 +496,7 @@ def test_leftovers_of_this_checkpoint_alone_are_removed(tmp_path: Path) -> None:
     """A killed process leaves a temporary file; names with wildcards in them are taken literally."""
     for name in ("run[1].npz", ".run[1].npz.abc.unfinished", ".run1.npz.abc.unfinished", ".run[1].npz.tmp.npz"):
         (tmp_path / name).write_bytes(b"")
-    checkpoint.remove_partial(tmp_path / "run[1].npz")
+    checkpoint.checked_path(tmp_path / "run[1].npz")
     assert sorted(os.listdir(tmp_path)) == [".run1.npz.abc.unfinished", ".run[1].npz.tmp.npz", "run[1].npz"]
 
 

@@ -165,7 +165,7 @@ def test_a_finished_run_returns_at_once(tmp_path: Path) -> None:
         ({"batch_size": 16}, "batch_size is 32 there and 16 here"),
         ({"micro_batch": 16}, "micro_batch is 32 there and 16 here"),
         ({"seed": 3}, "seed is 2 there and 3 here"),
-        ({"schedule": "constant"}, "schedule is CosineAnnealingLR there and StepLR here"),
+        ({"schedule": "constant"}, "schedule is cosine there and constant here"),
         ({"clip_norm": None}, "clip_norm is 2.0 there and None here"),
         ({"optimizer": None}, "optimiser's momentum is 0.9 there and 0.0 here"),
         ({"normalise": None}, "train after image_size and normalise is"),

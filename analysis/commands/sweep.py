@@ -347,7 +347,7 @@ def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Outc
                 waiting = [task for task in waiting if task.key not in away]
     finally:
         # else idle processes hold their memory for minutes, and after Ctrl-C a cell would run to its end
-        get_reusable_executor().shutdown(wait=True, kill_workers=True)
+        get_reusable_executor(reuse=True, kill_workers=True).shutdown(wait=True, kill_workers=True)
 
 
 def _pool(tasks: Sequence[Task], jobs: int, taken: list[Task]) -> Iterator[tuple[Task, Outcome]]:

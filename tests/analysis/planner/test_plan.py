@@ -30,7 +30,7 @@ from lance_ref.nn.module import Module
 
 BATCHES = (2, 3)
 SHAPE = (3, 8, 8)
-OPTIONS = options_for(list(METHODS), [0.6], [Fraction(1, 2)], [2], [0.5])
+OPTIONS = options_for(list(METHODS), [0.6], [Fraction(1, 2)], {"patch": [2], "ratio": [0.5]})
 
 
 class Branches(nn.Module):

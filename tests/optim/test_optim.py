@@ -242,6 +242,7 @@ def test_bad_state_is_refused_before_any_change() -> None:
         (KeyError, "unexpected", {**good, "momentum_buffer.3": np.ones(2)}),
         (ValueError, r"momentum_buffer\.0.*shape \(2,\)", {**good, "momentum_buffer.0": np.ones(2)}),
         (ValueError, "finite", {**good, "momentum_buffer.0": np.full(SHAPES[0], np.nan)}),
+        (ValueError, "finite", {**good, "momentum_buffer.0": np.ones(SHAPES[0], complex)}),
         (ValueError, "lr is -1", {**good, "lr": np.asarray(-1.0)}),
         (ValueError, "steps", {**good, "steps": np.asarray([1, -1, 0])}),
         (ValueError, "steps", {**good, "steps": np.asarray([1, 0.5, 0])}),

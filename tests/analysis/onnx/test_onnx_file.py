@@ -282,21 +282,87 @@ def test_gelu_is_recognised_in_every_order(tmp_path: Path, order: tuple[str, ...
     assert [r.op for r in trace(net, (2, 4))] == ["linear", "gelu", "linear"]
 
 
-def test_what_only_looks_like_gelu_is_not(tmp_path: Path) -> None:
-    """Another factor, or a value on the way that somebody else reads: node by node, and with the right numbers."""
+def steps(text: str) -> list[Any]:
+    """Nodes from lines like ``d = Sub h u``; of a mean, after the name, the axis."""
+    nodes = []
+    for line in filter(None, map(str.strip, text.split(";"))):
+        output, _, op, *inputs = line.split()
+        op, _, axis = op.partition(":")
+        nodes.append(helper.make_node(op, inputs, [output], **({"axes": [int(axis)]} if axis else {})))
+    return nodes
+
+
+LIKE_GELU = {
+    "another factor": "s = Div h root; e = Erf s; a = Add one e; m = Mul h a; g = Mul m third",
+    "erf + 2": "s = Div h root; e = Erf s; a = Add two e; m = Mul h a; g = Mul m half",
+    "another root": "s = Div h two; e = Erf s; a = Add one e; m = Mul h a; g = Mul m half",
+    "a divisor as a factor": "s = Mul h root; e = Erf s; a = Add one e; m = Mul h a; g = Mul m half",
+    "a divisor divided": "s = Div root h; e = Erf s; a = Add one e; m = Mul h a; g = Mul m half",
+    "another value": "z = Neg h; s = Div h root; e = Erf s; a = Add one e; m = Mul z a; g = Mul m half",
+    "half of another value": "z = Neg h; s = Div h root; e = Erf s; a = Add one e; t = Mul z half; g = Mul t a",
+    "s is read": "s = Div h root; e = Erf s; a = Add one e; m = Mul h a; n = Mul m half; g = Add n s",
+    "e is read": "s = Div h root; e = Erf s; a = Add one e; m = Mul h a; n = Mul m half; g = Add n e",
+    "a is read": "s = Div h root; e = Erf s; a = Add one e; m = Mul h a; n = Mul m half; g = Add n a",
+    "m is read": "s = Div h root; e = Erf s; a = Add one e; m = Mul h a; n = Mul m half; g = Add n m",
+    "the half is read": "s = Div h root; e = Erf s; a = Add one e; t = Mul h half; n = Mul t a; g = Add n t",
+}
+NORM = {
+    "u": "ReduceMean:-1 h", "d": "Sub h u", "p": "Pow d two", "v": "ReduceMean:-1 p", "w": "Add v eps",
+    "r": "Sqrt w", "q": "Div d r", "k": "Mul q gain", "g": "Add k shift",
+}  # fmt: skip
+
+
+def norm(**changes: str) -> str:
+    """A layer norm from ``h`` to ``g``, some of its steps changed, others in front."""
+    return "; ".join(f"{name} = {step}" for name, step in ({"z": "Neg h"} | NORM | changes).items())
+
+
+LIKE_NORM = {
+    "a fourth power": norm(p="Pow d four"),
+    "difference of another value": norm(d="Sub z u"),
+    "mean of another value": norm(u="ReduceMean:-1 z"),
+    "means over the batch": norm(u="ReduceMean:0 h", v="ReduceMean:0 p"),
+    "a mean over the batch": norm(v="ReduceMean:0 p"),
+    "a negative epsilon": norm(w="Add v minus"),
+    "the quotient turned round": norm(q="Div r d"),
+    "a shift of another size": norm(g="Add k one"),
+    **{f"{name} is read": norm(g="Add k shift").replace("g = ", "n = ") + f"; g = Add n {name}" for name in "udpvwrqk"},
+}
+NUMBERS = (
+    *GELU_NUMBERS,
+    *(array(n, v, np.float32) for n, v in (("two", 2), ("four", 4), ("eps", 0.3), ("minus", -1e-3))),
+    *(array(n, v, np.float32) for n, v in (("gain", [1, 2, 3, 4, 5, 6]), ("shift", [3, 2, 1, 0, 1, 2]))),
+)
+
+
+@pytest.mark.parametrize("name", [*LIKE_GELU, *LIKE_NORM])
+def test_what_only_looks_like_a_group_is_none(tmp_path: Path, name: str) -> None:
+    """Another number or value, or one on the way that somebody else reads: node by node, and the right numbers."""
     from onnx.reference import ReferenceEvaluator
 
-    other_factor = gelu("h", "a", "third")
-    read_elsewhere = gelu("h", "a", "half")
-    read_elsewhere[-1].output[0] = "n"
-    read_elsewhere.append(helper.make_node("Add", ["n", "e"], ["g"]))
     x = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
-    for nodes in (other_factor, read_elsewhere):
-        content = mlp(*nodes, constants=GELU_NUMBERS)
-        net = OnnxNet(save(tmp_path, content))
-        assert "erf" in [r.op for r in trace(net, (2, 4))]
+    content = mlp(*steps((LIKE_GELU | LIKE_NORM)[name]), constants=NUMBERS)
+    net = OnnxNet(save(tmp_path, content))
+    assert {"gelu", "layer_norm"}.isdisjoint(r.op for r in trace(net, (2, 4)))
+    with no_grad():
         np.testing.assert_allclose(
-            net(x).data, ReferenceEvaluator(content).run(None, {"x": x})[0], rtol=1e-5, atol=1e-6
+            net(x).data, ReferenceEvaluator(content).run(None, {"x": x})[0], rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("square", ["Pow d two", "Mul d d"])
+@pytest.mark.parametrize("sum_", ["Add v eps", "Add eps v"])
+def test_a_layer_norm_in_nine_nodes_is_one(tmp_path: Path, square: str, sum_: str) -> None:
+    """With its own epsilon."""
+    from onnx.reference import ReferenceEvaluator
+
+    x = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+    content = mlp(*steps(norm(p=square, w=sum_)), constants=NUMBERS)
+    net = OnnxNet(save(tmp_path, content))
+    assert [r.op for r in trace(net, (2, 4))] == ["linear", "layer_norm", "linear"]
+    with no_grad():
+        np.testing.assert_allclose(
+            net(x).data, ReferenceEvaluator(content).run(None, {"x": x})[0], rtol=1e-4, atol=1e-5
         )
 
 
@@ -340,6 +406,11 @@ def huge(net: onnx.ModelProto) -> None:
     net.graph.initializer[0].dims[0] = 2**50
 
 
+def some(net: onnx.ModelProto) -> None:
+    net.graph.initializer[0].ClearField("raw_data")
+    net.graph.initializer[0].dims[0] = 500
+
+
 def setter(path: str, value: Any) -> Callable[[onnx.ModelProto], None]:
     def change(net: onnx.ModelProto) -> None:
         *way, last = path.split(".")
@@ -369,6 +440,7 @@ REFUSED: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "a circle": (circle, "has nodes in a circle"),
     "values cut off": (cut, "with 95 bytes, expected 96"),
     "values missing": (huge, "without its values"),
+    "most values missing": (some, "without its values"),
     "a negative size": (setter("initializer.0.dims", [-6, 4]), "of shape (-6, 4)"),
     "an unknown type": (setter("initializer.0.data_type", 99), "of unknown type 99"),
     "strings": (setter("initializer.0.data_type", 8), "of strings"),
@@ -398,6 +470,15 @@ def test_a_bad_file_is_one_line(tmp_path: Path, case: str, capsys: pytest.Captur
     change, expected = REFUSED[case]
     change(net)
     assert expected in message(capsys, save(folder, net))
+
+
+def test_an_absolute_path_is_refused_in_the_folder_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such a file could not be moved."""
+    values = tmp_path.resolve() / "here.data"
+    values.write_bytes(bytes(96))
+    net = mlp()
+    external(str(values))(net)
+    assert "outside its folder: refused" in message(capsys, save(tmp_path, net))
 
 
 @pytest.mark.parametrize(

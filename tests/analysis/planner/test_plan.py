@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from typing import Any, NamedTuple
@@ -308,3 +309,62 @@ def test_few_candidates_are_simulated() -> None:
     plan = search(costs, options, (1, 2, 4), parse_bytes("4MiB"))
     assert len(costs.layers) * 3 * len(options) == 378
     assert 0 < plan.tried < 60
+
+
+def normed() -> Module:
+    """Two convolutions with a batch norm between them."""
+    middle = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, rng=0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, rng=0), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5, rng=0)
+    )
+
+
+def test_what_a_device_has_in_ram() -> None:
+    """Weights and buffers where they are not in flash, in training and calibration; nothing calibrated elsewhere."""
+    net = normed()
+    everything = 4 * sum(p.size for p in net.parameters()) + sum(array.nbytes for _, array in net.named_buffers())
+
+    def costs(**device: str) -> Costs:
+        return Costs(net, "net", SHAPE, Device(**device))
+
+    def memory(**device: str) -> Any:
+        return costs(**device).memory(Option("lance", fraction=Fraction(1, 2)), 1, 2)
+
+    flash, ram, kept = memory(), memory(weights="ram"), memory(count="kept")
+    assert ram.weights == everything > flash.weights == flash.gradients
+    assert ram.calibration == flash.calibration + everything
+    assert flash.calibration == kept.calibration + costs().in_flight(2) > kept.calibration > 0
+    assert memory(calibration="elsewhere").calibration == 0
+    assert memory(optimizer="adam").optimizer_state == 2 * flash.gradients
+
+
+def test_micro_batches_need_frozen_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch norm that takes those it has learnt does not see the parts; one that takes the batch's does."""
+    costs = Costs(normed(), "net", SHAPE, Device())
+    assert costs.exact_statistics(2)
+    whole = costs.whole(2)
+    records = [
+        replace(r, attributes={**r.attributes, "training": True}) if r.op == "batch_norm" else r for r in whole.records
+    ]
+    training = replace(whole, records=records)
+    monkeypatch.setattr(costs, "whole", lambda batch: training)
+    assert not costs.exact_statistics(2)
+
+
+def test_limits_that_are_just_met() -> None:
+    """All layers, exactly the memory and exactly the work that are allowed."""
+    costs, option = Costs(Branches(), "net", SHAPE, Device()), Option("lance", fraction=Fraction(1, 2))
+    count = len(costs.layers)
+    total, times = costs.memory(option, count, 2).total, costs.times_bp(option, count, 2)
+    best = search(costs, [option], [2], total, times, most_layers=count).rows[0].best
+    assert best is not None
+    assert (best.layers, best.memory.total, best.times_bp) == (count, total, times)
+    assert search(costs, [option], [2], total, times * Fraction(99, 100), most_layers=count).rows[0].best != best
+
+
+def test_the_closest_lacks_least() -> None:
+    """Of several that do not fit."""
+    plan = search(Costs(Branches(), "net", SHAPE, Device()), OPTIONS, BATCHES, 1)
+    missing = [row.next.over_bytes for row in plan.rows if row.next is not None]
+    assert plan.closest is not None
+    assert plan.closest.over_bytes == min(missing) < max(missing)

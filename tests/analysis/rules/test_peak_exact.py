@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_cost_exact import N, Narrow, Twice, kept, meta_peak, rows, stored
 
-from analysis.peak.lifetimes import lifetimes, lifetimes_from_scopes
+from analysis.peak.lifetimes import lifetimes, lifetimes_from_scopes, renumbered
 from analysis.peak.memory import parameters_bytes, peak
 from analysis.rules.account import account
 from lance_ref import functional as F
@@ -149,3 +149,23 @@ def test_core_and_factors() -> None:
     assert kept(full) == full.paper_bytes == 30 * 4
     assert [saved.what for saved in full.pytorch] == ["input", "weight"]  # PyTorch's own, no copy of it
     assert len(full.tape) == 2  # the input, and the weight for the input gradient
+
+
+class Aside(nn.Module):
+    """Computes something that nobody reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        F.exp(x)
+        return F.neg(x)
+
+
+def test_who_is_never_given_back() -> None:
+    """Input, labels and loss; what nobody reads is gone as soon as it is made."""
+    net = nn.Sequential(nn.Linear(6, 4, rng=0), Aside(), nn.Linear(4, 2, rng=0))
+    records = traced(net, 8, 6)
+    aside = records[1].output.id
+    for ends in (lifetimes(net, (8, 6)), lifetimes_from_scopes(records)):
+        assert ends[aside] == 2
+        never = [records[0].inputs[0], *records[-1].inputs[1:], records[-1].output]
+        assert all(value.id not in ends for value in never)
+    assert renumbered({1: 5, 2: 6}, {1: 10, 3: 11}) == {10: 5}

@@ -23,6 +23,7 @@ def test_random_subspaces_are_orthonormal_and_of_these_ranks() -> None:
     assert space.energy_kept == (None,) * 4
     assert space.factor_bytes() == 4 * (4 * 2 + 6 * 3 + 5 * 1)
     assert space.factor_bytes(np.float64) == 8 * 31
+    assert str(space).endswith("from no calibration")
     for U in space.factors:
         if U is not None:
             assert_allclose(U.T @ U, np.eye(U.shape[1]), atol=1e-13)

@@ -161,6 +161,7 @@ BAD_SETTINGS = [
     (optim.SGD, {"lr": 0.1, "nesterov": True, "momentum": 0.9, "dampening": 0.1}, "nesterov needs momentum"),
     (optim.Adam, {"betas": (0.9, 1.0)}, "beta2 is 1.0"),
     (optim.Adam, {"betas": 0.9}, "betas is 0.9"),
+    (optim.Adam, {"betas": (0.9, 0.99, 0.999)}, "expected a pair of numbers"),
     (optim.Adam, {"eps": -1e-8}, "eps is -1e-08"),
 ]
 
@@ -306,6 +307,8 @@ def test_schedule_state_resumes() -> None:
     assert fresh.lr == optimizer.lr == pytest.approx(0.2)
     resumed.step()
     assert fresh.lr == pytest.approx(0.1)
+    resumed.load_state_dict(optim.StepLR(optim.SGD(parameters(), lr=0.8), 2).state_dict())  # before the first epoch
+    assert (resumed.last_epoch, fresh.lr) == (0, 0.8)
 
 
 def test_bad_schedules_are_refused() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from analysis.cost_model import main
 from analysis.onnx.file import MAX_NODES, count_nodes, input_shape, read_graph
 from analysis.onnx.net import OnnxNet
+from analysis.onnx.tensor import read_constant
 from lance_ref import Tensor, no_grad, trace, tune
 
 onnx = pytest.importorskip("onnx")
@@ -54,6 +55,13 @@ def test_values_beside_the_file_are_read_from_there(tmp_path: Path) -> None:
     assert len(trace(OnnxNet(tmp_path / "net.onnx", with_weights=False), (2, 4))) == 3
     with pytest.raises(ValueError, match=r"values of 'a.weight' in 'net.data', which does not exist"):
         OnnxNet(tmp_path / "net.onnx")
+
+
+def test_types_of_half_the_digits_are_floating(tmp_path: Path) -> None:
+    """bfloat16 is none of NumPy's kinds; integers are not floating."""
+    for kind, floating in (("BFLOAT16", True), ("FLOAT16", True), ("DOUBLE", True), ("INT8", False), ("BOOL", False)):
+        tensor = helper.make_tensor("t", getattr(onnx.TensorProto, kind), [2], [1, 0])
+        assert read_constant(tmp_path / "net.onnx", tensor).is_floating is floating
 
 
 def test_a_layer_that_stands_twice_is_called_twice(tmp_path: Path) -> None:
@@ -439,6 +447,10 @@ REFUSED: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "no location": (external(""), "expected a file, offset and length"),
     "a circle": (circle, "has nodes in a circle"),
     "values cut off": (cut, "with 95 bytes, expected 96"),
+    "a value too many": (
+        lambda net: setattr(net.graph.initializer[0], "raw_data", bytes(97)),
+        "with 97 bytes, expected 96",
+    ),
     "values missing": (huge, "without its values"),
     "most values missing": (some, "without its values"),
     "a negative size": (setter("initializer.0.dims", [-6, 4]), "of shape (-6, 4)"),

@@ -38,6 +38,7 @@ def test_random_subspaces_are_orthonormal_and_of_these_ranks() -> None:
     [
         ({"factors": (np.eye(3), None)}, r"mode 'batch' has shape \(3, 3\), expected \(4, 1 to 4\).*\(4, 6\)"),
         ({"factors": (None, np.ones((6, 7)))}, r"mode 'feature' has shape \(6, 7\)"),
+        ({"factors": (None, np.ones((7, 2)))}, r"mode 'feature' has shape \(7, 2\), expected \(6, 1 to 6\)"),
         ({"factors": (None, np.ones((2, 6)))}, r"mode 'feature' has shape \(2, 6\)"),  # transposed
         ({"factors": (np.ones((4, 0)), None)}, r"mode 'batch' has shape \(4, 0\), expected \(4, 1 to 4\)"),
         ({"factors": (np.array([[1.0], [np.nan], [0], [0]]), None)}, "mode 'batch' is float64 or not finite"),

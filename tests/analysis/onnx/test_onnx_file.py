@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.cost_model import main
-from analysis.onnx.file import MAX_NODES, count_nodes, input_shape, read_graph
+from analysis.onnx.file import MAX_NODES, Node, count_nodes, input_shape, read_graph
+from analysis.onnx.host import MAX_ELEMENTS, evaluate, new_shape
 from analysis.onnx.net import OnnxNet
 from analysis.onnx.tensor import read_constant
 from lance_ref import Tensor, no_grad, trace, tune
@@ -457,8 +458,14 @@ REFUSED: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "an unknown type": (setter("initializer.0.data_type", 99), "of unknown type 99"),
     "strings": (setter("initializer.0.data_type", 8), "of strings"),
     "nothing makes it": (setter("node.1.input", ["nowhere"]), "reads 'nowhere', which nothing makes"),
+    "a node makes a weight": (setter("node.1.output", ["a.weight"]), "has two sources for value 'a.weight'"),
+    "a node makes the input": (setter("node.1.output", ["x"]), "has two sources for value 'x'"),
     "two make it": (setter("node.1.output", ["y"]), "has two sources for value 'y'"),
     "no node": (setter("node", []), "contains no graph"),
+    "a second input": (
+        lambda net: net.graph.input.append(helper.make_tensor_value_info("z", 1, ("batch", 4))),
+        "has 2 inputs beside its weights, expected one",
+    ),
     "no such output": (setter("output.0.name", "z"), "no node that makes its output 'z'"),
     "unknown operations": (setter("node.1.op_type", "Loop"), "no cost rule for Loop; there are rules for Add,"),
     "another domain": (setter("node.1.domain", "com.x"), "no cost rule for com.x.Relu"),
@@ -468,6 +475,16 @@ REFUSED: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
         "Gemm node 'h'",
     ),
 }
+
+
+def test_nodes_of_a_file_that_ends_too_early_are_not_counted() -> None:
+    """In the middle of a field, of its length, or of a number."""
+    content = mlp().SerializeToString()
+    assert count_nodes(content) == 3
+    graph = content.index(b"net")  # the graph's name follows its nodes: all that is cut off here lies within the graph
+    for end in (graph, graph + 10, len(content) // 2):
+        with pytest.raises(EOFError, match="it ends in the middle of a"):
+            count_nodes(content[:end])
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -498,6 +515,7 @@ def test_an_absolute_path_is_refused_in_the_folder_too(tmp_path: Path, capsys: p
     [
         (None, [], "the rank of its input is unknown, expected an input shape"),
         (("batch", "features"), [], "its input has shape (?, ?), expected an input shape in place of it"),
+        (("batch", "channels", 4), [], "its input has shape (?, ?, 4), expected an input shape in place of it"),
         (("batch", 4), ["--input-shape", "5"], "expected (..., 4)"),
         (("batch", 4), ["--input-shape", "3,4,4"], "expected 2 dimensions"),
     ],
@@ -507,6 +525,61 @@ def test_an_input_that_does_not_fit_is_one_line(
 ) -> None:
     """A guess in place of what the file leaves open."""
     assert expected in message(capsys, save(tmp_path, mlp(shape=shape)), *options)
+
+
+def test_a_size_of_zero_is_an_open_one_and_operator_sets_are_onnxs(tmp_path: Path) -> None:
+    """Some exporters write 0 for the batch; the number of another domain's set says nothing about ONNX's."""
+    net = mlp(shape=(0, 4), opset=12)
+    net.opset_import.append(helper.make_opsetid("com.x", 20))
+    graph = read_graph(save(tmp_path, net))
+    assert graph.input_shape == (None, 4)
+    assert {node.opset for node in graph.nodes} == {12}
+
+
+def reshaping(op: str, shape: tuple[int, ...], given: list[int] | None, **attributes: Any) -> tuple[int, ...]:
+    return new_shape(Node(op, "", "", ("x", "s"), ("y",), attributes), shape, [None, given and np.array(given)])
+
+
+def test_new_shapes_by_hand() -> None:
+    """Zeros that stand for a size or for zero, axes from the end, several new ones."""
+    assert reshaping("Reshape", (4, 3), [3, 0]) == (3, 3)
+    assert reshaping("Reshape", (0, 3), [3, 0], allowzero=1) == (3, 0)
+    assert reshaping("Flatten", (2, 3, 4), None, axis=-1) == (6, 4)
+    assert reshaping("Flatten", (2, 3, 4), None, axis=0) == (1, 24)
+    assert reshaping("Flatten", (2, 3, 4), None) == (2, 12)
+    assert reshaping("Unsqueeze", (2, 3), [0, -1]) == (1, 2, 3, 1)
+    assert reshaping("Unsqueeze", (2, 3), [-2]) == (2, 1, 3)
+    assert reshaping("Squeeze", (1, 2, 1), None) == (2,)
+    assert reshaping("Squeeze", (1, 2, 1), [-1]) == (1, 2)
+    with pytest.raises(ValueError, match="are not all of size 1"):
+        reshaping("Squeeze", (1, 2, 1), [0, 1])
+
+
+def host(op: str, *x: Any, outputs: int = 1, **attributes: Any) -> list[np.ndarray]:
+    names = tuple(map(str, range(max(len(x), outputs))))
+    return evaluate(Node(op, "", "", names[: len(x)], names[:outputs], attributes, 18), list(x))
+
+
+def test_numbers_that_are_computed_beforehand() -> None:
+    """Against ONNX's own words: integers are cut towards zero, slices go backwards, parts are rounded up."""
+    assert host("Div", np.array([7, -7, 7]), np.array([2, 2, -2]))[0].tolist() == [3, -3, -3]
+    row = np.arange(5)
+    for starts, ends, steps, expected in (
+        ([4], [-(2**31)], [-1], [4, 3, 2, 1, 0]), ([4], [-4], [-2], [4, 2]), ([-2], [2**31 - 1], [1], [3, 4]),
+    ):  # fmt: skip
+        found = host("Slice", row, np.array(starts), np.array(ends), None, np.array(steps))[0]
+        assert found.tolist() == expected
+    assert [part.tolist() for part in host("Split", row, outputs=2, num_outputs=2)] == [[0, 1, 2], [3, 4]]
+    with pytest.raises(ValueError, match=r"split is \(2, 2\) into 2 outputs, of size 5"):
+        host("Split", row, np.array([2, 2]), outputs=2)
+    (whole,) = host("Constant", value_ints=(1, 2))
+    assert (whole.dtype, whole.tolist()) == (np.int64, [1, 2])
+    (broken,) = host("Constant", value_floats=(0.5, 2.0))
+    assert (broken.dtype, broken.tolist()) == (np.float32, [0.5, 2.0])
+    most = np.array([MAX_ELEMENTS])
+    assert host("ConstantOfShape", most)[0].size == MAX_ELEMENTS
+    with pytest.raises(ValueError, match="expected at most"):
+        host("ConstantOfShape", most + 1)
 
 
 def test_an_unknown_rank_takes_the_shape_that_is_given(tmp_path: Path) -> None:

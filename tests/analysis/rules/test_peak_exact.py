@@ -11,6 +11,7 @@ from test_cost_exact import N, Narrow, Twice, kept, meta_peak, rows, stored
 
 from analysis.peak.lifetimes import lifetimes, lifetimes_from_scopes, renumbered
 from analysis.peak.memory import parameters_bytes, peak
+from analysis.peak.stores import chain, projecting
 from analysis.rules.account import account
 from lance_ref import functional as F
 from lance_ref import nn, record
@@ -169,3 +170,9 @@ def test_who_is_never_given_back() -> None:
         never = [records[0].inputs[0], *records[-1].inputs[1:], records[-1].output]
         assert all(value.id not in ends for value in never)
     assert renumbered({1: 5, 2: 6}, {1: 10, 3: 11}) == {10: 5}
+
+
+def test_height_and_width_as_one_mode_have_one_factor() -> None:
+    """Of 7 × 7 places and 2 · 3 directions; on a larger map there are two, which are kept anyway."""
+    assert projecting((8, 6, 7, 7), (3, None, 2, 3)) == chain((8, 6, 49), (3, None, 6))[0] + 49 * 6
+    assert projecting((8, 6, 14, 14), (3, None, 2, 3)) == chain((8, 6, 14, 14), (3, None, 2, 3))[0]

@@ -16,6 +16,7 @@ from analysis.onnx.file import Node
 from analysis.onnx.host import HOST
 from analysis.onnx.layers import Weight
 from analysis.onnx.net import OnnxNet
+from analysis.onnx.ops import TENSOR_OPS, padding_of
 from lance_ref import Tensor, no_grad, trace, tune
 from lance_ref.nn.tracing import record
 
@@ -383,3 +384,47 @@ def test_scales_that_do_not_fit_a_weight_are_refused(tmp_path: Path) -> None:
     constants = [array("q", np.ones((1, 16)), np.int8), array("s", np.ones(16), np.float32)]
     with pytest.raises(ValueError, match="16 scales or zero points for axis 0"):
         OnnxNet(save(tmp_path, model(nodes, constants, ("batch", 1), 21)))
+
+
+CLIP = [array("low", -1, np.float32), array("six", 6, np.float32), array("zero", 0, np.float32)]
+SINGLE: dict[str, tuple[Any, list[Any]]] = {
+    "clip from below zero": (helper.make_node("Clip", ["x", "low", "six"], ["y"]), CLIP),
+    "clip without an upper bound": (helper.make_node("Clip", ["x", "low"], ["y"]), CLIP),
+    "relu6": (helper.make_node("Clip", ["x", "zero", "six"], ["y"]), CLIP),
+    "gelu": (helper.make_node("Gelu", ["x"], ["y"]), []),
+    "gelu by tanh": (helper.make_node("Gelu", ["x"], ["y"], approximate="tanh"), []),
+    "all axes turned round": (helper.make_node("Transpose", ["x"], ["y"]), []),
+    "pads": (helper.make_node("Pad", ["x", "p"], ["y"]), [array("p", [0, 0, 1, 2, 0, 0, 3, 4])]),
+    "negative pads": (helper.make_node("Pad", ["x", "p"], ["y"]), [array("p", [0, 0, -1, 0, 0, 1, 2, -2])]),
+    "pads of two axes": (
+        helper.make_node("Pad", ["x", "p", "", "a"], ["y"]), [array("p", [1, 2, 3, 0]), array("a", [-1, 1])],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_one_operation_as_onnx_computes_it(tmp_path: Path, name: str) -> None:
+    """Values on an image of four different sizes, within, at and beyond the bounds."""
+    from onnx.reference import ReferenceEvaluator
+
+    node, constants = SINGLE[name]
+    content = model([node], constants, (2, 3, 4, 5), 20)
+    x = (4 * np.random.default_rng(0).standard_normal((2, 3, 4, 5))).astype(np.float32)
+    with no_grad():
+        found = OnnxNet(save(tmp_path, content)).eval()(x).data
+    np.testing.assert_allclose(found, ReferenceEvaluator(content).run(None, {"x": x})[0], rtol=1e-5, atol=1e-6)
+
+
+def test_paddings_by_hand() -> None:
+    """Begins come before ends; SAME reaches as far as a dilated kernel; a dilated pool is refused."""
+
+    def of(op: str = "Conv", **attributes: Any) -> Node:
+        return Node(op, "n", "", ("x", "w"), ("y",), attributes, 17)
+
+    assert padding_of(of(pads=(1, 2, 3, 4)), (7, 8), (3, 2), (1, 1)) == ((1, 3), (2, 4))
+    same = of(auto_pad="SAME_UPPER")
+    assert padding_of(same, (7, 8), (3, 2), (1, 1), (2, 3)) == ((2, 2), (1, 2))
+    assert padding_of(same, (7, 8), (3, 2), (2, 3), (1, 1)) == ((1, 1), (0, 0))
+    assert padding_of(of(auto_pad="SAME_LOWER"), (7, 8), (3, 2), (1, 1)) == ((1, 1), (1, 0))
+    with pytest.raises(ValueError, match="dilations are not 1"):
+        TENSOR_OPS["MaxPool"](of("MaxPool", kernel_shape=(2, 2), dilations=(2, 1)), [Tensor(np.zeros((1, 1, 4, 4)))])

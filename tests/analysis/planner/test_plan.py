@@ -15,9 +15,11 @@ import lance_ref
 from analysis.peak.lifetimes import lifetimes, lifetimes_from_scopes
 from analysis.peak.memory import peak
 from analysis.planner import search as plan_search
-from analysis.planner.costs import Costs, Device
-from analysis.planner.options import Option, options_for, parse_bytes
-from analysis.planner.search import Plan, Row, search
+from analysis.planner.costs import Costs, Device, Memory
+from analysis.planner.fidelity import Fidelity
+from analysis.planner.options import Option, check_lists, options_for, parse_bytes
+from analysis.planner.search import Candidate, Plan, Row, search
+from analysis.planner.tables import conclusion, render, to_json
 from analysis.ranks.batch_law import batch_spectrum
 from analysis.ranks.choose import mean_free
 from analysis.ranks.spectra_file import LayerSpectra, Spectra
@@ -368,3 +370,64 @@ def test_the_closest_lacks_least() -> None:
     missing = [row.next.over_bytes for row in plan.rows if row.next is not None]
     assert plan.closest is not None
     assert plan.closest.over_bytes == min(missing) < max(missing)
+
+
+# ---- what is said of a plan, by hand -----------------------------------------------------------
+
+
+def candidate(option: Option, memory: Memory, fidelity: Fidelity | None = None, **more: Any) -> Candidate:
+    given: dict[str, Any] = {"over_bytes": 0, "too_much_work": False, "times_bp": Fraction(5, 4)} | more
+    return Candidate(option, 2, 3, fidelity, memory, **given)
+
+
+def plan_of(*rows: Row, budget: int = 10 * 1024) -> Plan:
+    return Plan(rows, budget, None, ("a", "b", "c"), facts={"net": "net"})
+
+
+HALF, MOST = (Option("lance", fraction=Fraction(f)) for f in ("0.5", "0.9"))
+ROOM = Memory(step=1025, factors=2048, weights=3072, gradients=1, optimizer_state=0, calibration=4096, at="here")
+
+
+def test_a_row_of_the_table_by_hand() -> None:
+    """Bytes in KiB, rounded up, each in its column; what one layer more would take."""
+    fidelity = Fidelity(0.5, 0.25, 0.75)
+    best = candidate(HALF, ROOM, fidelity)
+    plan = plan_of(Row(HALF, best, {3: 2}, candidate(HALF, ROOM, None, over_bytes=1)))
+    (line,) = [line for line in render(plan, Device()).splitlines() if line.lstrip().startswith("lance")]
+    assert line.split() == ["lance", "ranks", "0.5", "0.500", "0.250", "2", "3", "1.1", "2.0", "3.0", "4.0", "6.1",
+                            "1.250", "0.1", "KiB", "2"]  # fmt: skip
+    shown = to_json(plan, Device())["rows"][0]["best"]
+    assert [shown[f"fidelity{name}"] for name in ("", "_at_least", "_at_most")] == [0.5, 0.25, 0.75]
+
+
+def test_alternatives_are_other_methods() -> None:
+    """The first setting of each, and not the method that comes first."""
+    options = [HALF, MOST, Option("int8"), Option("sketch"), replace(Option("sketch"), epsilon=0.5)]
+    said = conclusion(plan_of(*(Row(o, candidate(o, ROOM, Fidelity(1, 1, 1)), {3: 2}, None) for o in options)))
+    first, _, others = said.partition("Also fit: ")
+    assert first.startswith("First: lance ranks 0.5")
+    assert others.count("lance") == 0
+    assert [others.count(name) for name in ("int8", "sketch ratio", "epsilon 0.5")] == [1, 1, 0]
+
+
+def test_what_is_too_much() -> None:
+    """Work, memory of a step, or memory of the calibration; which alone might be done elsewhere."""
+    while_calibrated = replace(ROOM, calibration=20 * 1024)
+    cases = (
+        (ROOM, {"too_much_work": True}, "1.250x backpropagation's FLOPs, too much work", False),
+        (replace(ROOM, step=20 * 1024), {"over_bytes": 15 * 1024}, "15.0 KiB too much (here).", False),
+        (while_calibrated, {"over_bytes": 10 * 1024}, "10.0 KiB too much while it is calibrated.", True),
+    )
+    for memory, more, end, elsewhere in cases:
+        plan = plan_of(Row(HALF, None, {3: None}, candidate(HALF, memory, **more)))
+        assert end in conclusion(plan)
+        assert ("would fit if calibrated elsewhere: lance ranks 0.5" in render(plan, Device())) is elsewhere
+
+
+def test_settings_and_their_limits() -> None:
+    """A given rank of LoRA is the option's; epsilon and ratio may be 1; True is no batch size."""
+    assert options_for(["lora"], [], [], lora_rank=7)[0].settings.lora_rank == 7
+    check_lists([1, 2], [1.0], [1.0])
+    for wrong in (([True], [1], [1]), ([0], [1], [1]), ([1, 1], [1], [1]), ([1], [0], [1]), ([1], [1], [1.5])):
+        with pytest.raises(ValueError, match="expected"):
+            check_lists(*wrong)

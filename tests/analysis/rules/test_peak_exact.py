@@ -224,3 +224,9 @@ def test_gradients_of_a_layer_one_after_the_other() -> None:
     found = meta_peak(lambda: F.linear(x, w, b))
     assert found.forward_bytes == inputs + result + 8192 * 4
     assert found.backward_bytes == inputs + 2 * result + inputs
+
+
+def test_a_formula_on_exactly_one_block() -> None:
+    """Worked out at once: x, the result, both gradients, and one and a half arrays of the slope of hardswish."""
+    x = Tensor.meta((2**16,), requires_grad=True)
+    assert meta_peak(lambda: F.hardswish(x)).backward_bytes == 11 * 2**17

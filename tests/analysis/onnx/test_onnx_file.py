@@ -478,12 +478,12 @@ REFUSED: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
 
 
 def test_nodes_of_a_file_that_ends_too_early_are_not_counted() -> None:
-    """In the middle of a field, of its length, or of a number."""
+    """The graph says how long it is, and is not."""
     content = mlp().SerializeToString()
     assert count_nodes(content) == 3
     graph = content.index(b"net")  # the graph's name follows its nodes: all that is cut off here lies within the graph
     for end in (graph, graph + 10, len(content) // 2):
-        with pytest.raises(EOFError, match="it ends in the middle of a"):
+        with pytest.raises(EOFError, match="it ends in the middle of a field"):
             count_nodes(content[:end])
 
 

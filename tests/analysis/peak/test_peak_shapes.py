@@ -425,3 +425,10 @@ def test_stores_of_a_linear_layer(name: str) -> None:
     make, shape, outputs = STORES[name]
     store = make()
     check(lambda x, w: F.linear(x, w, store=store), [shape, (outputs, shape[1])], [False, True])
+
+
+@compiled
+def test_the_products_of_quantised_images() -> None:
+    """A block of images takes less than the patches that are made of it."""
+    store = Quantized(8)
+    check(lambda x, w: F.conv2d(x, w, padding=1, store=store), [(8, 16, 32, 32), (16, 16, 3, 3)], [False, True])

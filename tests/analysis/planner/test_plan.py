@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from analysis.peak.lifetimes import lifetimes, lifetimes_from_scopes
 from analysis.peak.memory import peak
 from analysis.planner import search as plan_search
 from analysis.planner.costs import Costs, Device, Memory
-from analysis.planner.fidelity import Fidelity
+from analysis.planner.fidelity import Fidelity, layer_shares, mode_shares
 from analysis.planner.options import Option, check_lists, options_for, parse_bytes
 from analysis.planner.search import Candidate, Plan, Row, search
 from analysis.planner.tables import conclusion, render, to_json
@@ -360,6 +361,7 @@ def test_limits_that_are_just_met() -> None:
     total, times = costs.memory(option, count, 2).total, costs.times_bp(option, count, 2)
     best = search(costs, [option], [2], total, times, most_layers=count).rows[0].best
     assert best is not None
+    assert best.fits
     assert (best.layers, best.memory.total, best.times_bp) == (count, total, times)
     assert search(costs, [option], [2], total, times * Fraction(99, 100), most_layers=count).rows[0].best != best
 
@@ -431,3 +433,17 @@ def test_settings_and_their_limits() -> None:
     for wrong in (([True], [1], [1]), ([0], [1], [1]), ([1, 1], [1], [1]), ([1], [0], [1]), ([1], [1], [1.5])):
         with pytest.raises(ValueError, match="expected"):
             check_lists(*wrong)
+
+
+def test_shares_and_spectra_at_their_limits(tmp_path: Path) -> None:
+    """A layer may be without gradient, not all of them; one image a batch tells about one image."""
+    file = tmp_path / "shares.json"
+    file.write_text('{"a": 0, "b": 2.5}')
+    assert layer_shares(str(file), {"a": 1, "b": 1}) == {"a": 0.0, "b": 1.0}
+    file.write_text('{"a": 0, "b": 0}')
+    with pytest.raises(ValueError, match="all gradients are 0"):
+        layer_shares(str(file), {"a": 1, "b": 1})
+    single = LayerSpectra((1, 2), (np.array([5.0]), np.array([4.0, 1.0])))
+    assert mode_shares(single, 1, (1, 1), fixed=True) == [1.0, pytest.approx(0.8)]
+    with pytest.raises(ValueError, match="say nothing about a batch of 2"):
+        mode_shares(single, 2, (1, 1), fixed=True)

@@ -187,5 +187,8 @@ def test_calls_off_the_tape_and_repeated_costs() -> None:
         assert Call(records[0], inputs, memory.follow(records[0]), on_tape).needs(0) is on_tape
     once = OpCost(**{name: i + 1 for i, name in enumerate(COUNTS)}, paper_bytes=5, subspace_bytes=7)
     thrice = once.repeated(3)
+    with record() as frozen:
+        F.neg(Tensor.meta((2, 3)))
+    assert (backward_reaches(records), backward_reaches(frozen)) == ([True], [False])
     assert [getattr(thrice, name) for name in COUNTS] == [3 * (i + 1) for i in range(len(COUNTS))]
     assert (thrice.paper_bytes, thrice.subspace_bytes) == (5, 7)

@@ -168,6 +168,7 @@ def test_who_is_tuned_by_hand() -> None:
     bills = account(list(records), "2")
     assert [bill.tuned for bill in bills] == [False, True, False, False]
     assert [bill.paper_bytes for bill in bills] == [0, 4 * 6 * 4, 0, 0]
+    assert account(list(records), "2", repeats=3)[0].cost.forward_macs == 3 * bills[0].cost.forward_macs > 0
 
 
 def test_names_of_rows_by_hand() -> None:

@@ -7,8 +7,8 @@ entry here. What the fields of an entry mean is said by :class:`analysis.steps.r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from analysis.commands.cli import count, share
@@ -139,12 +139,10 @@ def _checkpoint(step: TracedStep, settings: Settings) -> MethodStep:
     return checkpointed(step, settings.segments)
 
 
-@contextmanager
-def _recomputed(net: Module, facts: Mapping[str, Any]) -> Iterator[None]:
+def _recomputed(net: Module, facts: Mapping[str, Any]) -> AbstractContextManager[Any]:
     from analysis.steps.changes import recomputed
 
-    with recomputed(net, facts["asked"]):
-        yield
+    return recomputed(net, facts["asked"])
 
 
 def _micro_batch(step: TracedStep, settings: Settings) -> MethodStep:
@@ -159,15 +157,10 @@ def _lora(step: TracedStep, settings: Settings) -> MethodStep:
     return with_lora(step, settings.lora_rank)
 
 
-@contextmanager
-def _adapted(net: Module, facts: Mapping[str, Any]) -> Iterator[None]:
-    from lance_ref.nn.lora import add_lora, put_back
+def _adapted(net: Module, facts: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    from analysis.steps.changes import adapted
 
-    replaced = add_lora(net, facts["layers"], facts["rank"], rng=0)
-    try:
-        yield
-    finally:
-        put_back(net, replaced)
+    return adapted(net, facts["layers"], facts["rank"])
 
 
 # ---- the entries, in the order of --method all -------------------------------------------------

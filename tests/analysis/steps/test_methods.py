@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -456,7 +457,9 @@ def test_planted_one_micro_batch_for_all(
 def test_planted_wrong_bits(monkeypatch: pytest.MonkeyPatch, differences: Callable[[str], set[str]]) -> None:
     """Eight bits billed where four are kept."""
     assert differences("int8") == set()
-    monkeypatch.setattr("analysis.steps.runs.Quantized", lambda bits: Quantized(4))
+    says = {"name": "quantized", "bits": 8}
+    wrong = replace(METHODS["int8"], make=lambda layer: Quantized(4), describe=lambda layer: says)
+    monkeypatch.setitem(METHODS, "int8", wrong)
     assert "tape bytes" in differences("int8")
 
 

@@ -408,7 +408,7 @@ def test_alternatives_are_other_methods() -> None:
     """The first setting of each, and not the method that comes first."""
     options = [HALF, MOST, Option("int8"), Option("sketch"), replace(Option("sketch"), epsilon=0.5)]
     said = conclusion(plan_of(*(Row(o, candidate(o, ROOM, Fidelity(1, 1, 1)), {3: 2}, None) for o in options)))
-    first, _, others = said.partition("Also fit: ")
+    first, _, others = said.partition("Other methods that fit: ")
     assert first.startswith("First: lance ranks 0.5")
     assert others.count("lance") == 0
     assert [others.count(name) for name in ("int8", "sketch ratio", "epsilon 0.5")] == [1, 1, 0]

@@ -429,10 +429,10 @@ def test_what_is_too_much() -> None:
 
 
 def test_settings_and_their_limits() -> None:
-    """A given rank of LoRA is the option's; epsilon and ratio may be 1; True is no batch size."""
-    assert options_for(["lora"], [], [], lora_rank=7)[0].settings.lora_rank == 7
-    check_lists([1, 2], [1.0], [1.0])
-    for wrong in (([True], [1], [1]), ([0], [1], [1]), ([1, 1], [1], [1]), ([1], [0], [1]), ([1], [1], [1.5])):
+    """A given rank of LoRA is the option's; epsilon may be 1; True is no batch size."""
+    assert options_for(["lora"], [], [], {"lora_rank": [7]})[0].settings.lora_rank == 7
+    check_lists([1, 2], [1.0])
+    for wrong in (([True], [1]), ([0], [1]), ([1, 1], [1]), ([1], [0]), ([1], [1.5])):
         with pytest.raises(ValueError, match="expected"):
             check_lists(*wrong)
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from analysis.peak.arrays import UFUNC_BUFFER, like_input, new, packing, reshaping
 from analysis.peak.rules import Backward, backward, forward
-from analysis.peak.stores import STORES, Layer, threads
+from analysis.peak.stores import STORES, Layer, StorePeak, threads
 from analysis.rules.layouts import Layout, Storage
 from analysis.rules.op_cost import Call
+from analysis.rules.stores import STORES as COSTS
 
 COLUMNS = 8 * 2**20
 """Bytes of a block of patches."""
@@ -184,7 +185,7 @@ def weighted(call: Call) -> int:
         workspace = convolution(call).forward_workspace(convolution(call).copied(layout))
     else:
         workspace = reshaping(layout, (x.size // x.shape[-1], x.shape[-1]), call.itemsize)
-    saving = STORES[_store(call)].save(call, _layer(call)) if call.needs(1) else 0
+    saving = _store(call).save(call, _layer(call)) if call.needs(1) else 0
     bias = min(UFUNC_BUFFER, call.n_out) * call.itemsize if len(call.inputs) > 2 else 0  # of adding it
     return result + max(workspace, saving, bias)
 
@@ -193,7 +194,7 @@ def weighted(call: Call) -> int:
 def weighted_backward(call: Call, g: Layout) -> Backward:
     """The three gradients one after the other; what is made stays."""
     item = call.itemsize
-    store, layer = STORES[_store(call)], _layer(call)
+    store, layer = _store(call), _layer(call)
     grads: list[Layout | None] = [None] * len(call.inputs)
     held = most = 0
     if call.needs(0):
@@ -213,14 +214,24 @@ def weighted_backward(call: Call, g: Layout) -> Backward:
     return Backward(most, tuple(grads), frozenset({1}) if store.shared(call) else frozenset())
 
 
-def _store(call: Call) -> str:
-    name: str = call.record.attributes["store"]["name"]
-    if call.needs(1) and name not in STORES:
-        raise LookupError(
-            f"no rule of peak memory for the activation store {name!r} of layer {call.record.path!r}; "
-            f"there are {sorted(STORES)}"
-        )
-    return name if name in STORES else "exact"
+def _store(call: Call) -> StorePeak:
+    """The rules of the layer's store; for one without, an upper estimate."""
+    return STORES.get(call.record.attributes["store"]["name"], ESTIMATED)
+
+
+def _estimated_save(call: Call, layer: Layer) -> int:
+    """What it keeps, and an array of the input's size to make that from."""
+    kept = COSTS[call.record.attributes["store"]["name"]](call, 0).tape
+    return sum(saved.storage.nbytes for saved in kept) + call.n_in * call.itemsize
+
+
+def _estimated_weight(call: Call, layer: Layer, g: Layout) -> int:
+    """The input made again, another array of its size, and the exact product."""
+    return 2 * call.n_in * call.itemsize + layer.weight_workspace(g, call.inputs[0])
+
+
+ESTIMATED = StorePeak(_estimated_save, _estimated_weight)
+"""Of an activation store without rules of its own; the report says so."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ from lance_ref.nn.module import Module
 from lance_ref.optim import Optimizer
 from lance_ref.stores import ActivationStore
 
+ESTIMATED = "no rule, an upper estimate is used"
+"""Of the peak of an operation."""
 STATE_COPIES = {"sgd": 0, "sgd-momentum": 1, "adam": 2}
 """By optimiser: arrays of a parameter's size that it remembers from step to step."""
 
@@ -145,6 +147,11 @@ def peak(
     return peak_of(simulation, optimizer, None if parameters is None else parameters_bytes(parameters))
 
 
+def estimated(records: Iterable[OpRecord]) -> tuple[str, ...]:
+    """Operations among these without a rule of what they hold, for which an upper estimate is used."""
+    return tuple(sorted({r.op for r in records if r.op != SEGMENT and known(r.op).is_estimated}))
+
+
 def parameters_bytes(parameters: Iterable[Tensor]) -> int:
     """Bytes of these parameters."""
     return sum(p.size * p.dtype.itemsize for p in parameters)
@@ -184,7 +191,7 @@ def peak_of(simulation: Simulation, optimizer: str, parameters: int | None) -> P
         parameters_bytes=sum(value.nbytes for value in read.values()) if parameters is None else parameters,
         gradients_bytes=sum(trained.values()),
         optimizer_state_bytes=state,
-        estimated=tuple(sorted({r.op for r in everything if r.op != SEGMENT and known(r.op).is_estimated})),
+        estimated=estimated(everything),
     )
 
 

@@ -14,7 +14,7 @@ MOMENTS = {"forward": "in the forward pass", "backward": "in the backward pass",
 
 
 def footnotes(report: Report) -> list[str]:
-    """Calibrations, settings, what was left out, peaks and what they are estimated of, and what the net itself lacks."""
+    """Calibrations, settings, what was left out, peaks, what of them is estimated, and what the net itself lacks."""
     estimates = [f"{plain(what)}: {said}" for what, said in report.estimates.items()]
     return [*_calibrations(report), *_about(report), *_peaks(report), *estimates, *filter(None, [report.remark])]
 

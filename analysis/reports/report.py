@@ -273,8 +273,10 @@ class Report:
     @property
     def estimates(self) -> dict[str, str]:
         """What is an upper estimate, for want of a rule, and that it is one."""
+        from analysis.peak.memory import ESTIMATED
+
         operations = sorted({name for peak in self.peaks.values() for name in peak.estimated})
-        return {f"peak of operation {name!r}": "no rule, an upper estimate is used" for name in operations}
+        return {f"peak of operation {name!r}": ESTIMATED for name in operations}
 
     @property
     def parameters(self) -> int:

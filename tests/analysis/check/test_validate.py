@@ -27,6 +27,7 @@ from analysis.rules.operations import OPERATIONS
 from analysis.steps.methods import METHODS
 from lance_ref import F, Tensor, nn
 from lance_ref.engine.recording import OpRecord
+from lance_ref.models import NETS
 
 MIB = 2**20
 
@@ -262,6 +263,6 @@ def test_left_out_for_its_batch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One vector has no statistics for batch norm; a net that runs at no batch is not left out in silence."""
     found = validate_cell("alexnet-cl", 1, "float32", ["bp"])
     assert "more than one value per channel" in found["methods"]["bp"]["left_out"]
-    monkeypatch.setitem(validate_cells.SHAPES, "alexnet-cl", (3, 2, 2))
+    monkeypatch.setitem(NETS, "alexnet-cl", replace(NETS["alexnet-cl"], small_shape=(3, 2, 2)))
     with pytest.raises(ValueError, match="cannot run on an input of shape"):
         validate_cell("alexnet-cl", 1, "float32", ["bp"])

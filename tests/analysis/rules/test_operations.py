@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,21 @@ def test_the_layout_of_a_result(columns: dict[str, Any], strides: tuple[int, ...
     assert theirs.of(records[-1].output).strides == in_pytorch
     shared = theirs.of(records[-1].output).storage is theirs.of(records[-1].inputs[0]).storage
     assert shared == callable(columns.get("layout_in_pytorch"))
+
+
+def test_an_onnx_file_is_read_with_it(tmp_path: Path) -> None:
+    """An operator of a domain of its own, which nobody else can read."""
+    onnx_files = pytest.importorskip("onnx_files")
+    node = onnx_files.helper.make_node("Square", ["h"], ["g"], domain="com.theirs")
+    model = onnx_files.mlp(node)
+    model.opset_import.append(onnx_files.helper.make_opsetid("com.theirs", 1))
+    onnx_files.onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match=r"no cost rule for com\.theirs\.Square; there are rules for Add"):
+        predict(str(tmp_path / "net.onnx"), 8)
+    operation("square", **ROW, onnx={"com.theirs.Square": lambda node, inputs: Square.apply(inputs[0])})
+    found = compare(predict(str(tmp_path / "net.onnx"), 8, tune="all", with_weights=True))
+    assert found.agrees, found
+    assert {bill.record.op for bill in predict(str(tmp_path / "net.onnx"), 8).bills["bp"]} >= {"square"}
 
 
 def test_a_missing_cost_names_operation_and_layer() -> None:

@@ -30,7 +30,7 @@ from analysis.peak.arrays import (
 )
 from analysis.rules.layouts import Layout, Shape, Storage, is_basic_index, packed_strides
 from analysis.rules.op_cost import Call, bit_bytes, index_bytes
-from analysis.rules.operations import OPERATIONS, fill
+from analysis.rules.operations import OPERATIONS, column
 
 
 @dataclass(frozen=True)
@@ -56,24 +56,9 @@ ForwardRule = Callable[[Call], int]
 BackwardRule = Callable[[Call, Layout], Backward]
 
 
-def forward(*ops: str) -> Callable[[ForwardRule], ForwardRule]:
-    """Register the forward rule of these operations, which are our own."""
-
-    def register(function: ForwardRule) -> ForwardRule:
-        fill("in_flight_forward", dict.fromkeys(ops, function))
-        return function
-
-    return register
-
-
-def backward(*ops: str) -> Callable[[BackwardRule], BackwardRule]:
-    """Register the backward rule of these operations, which are our own."""
-
-    def register(function: BackwardRule) -> BackwardRule:
-        fill("in_flight_backward", dict.fromkeys(ops, function))
-        return function
-
-    return register
+forward: Callable[..., Callable[[ForwardRule], ForwardRule]] = column("in_flight_forward")
+backward: Callable[..., Callable[[BackwardRule], BackwardRule]] = column("in_flight_backward")
+"""``@backward("add", "sub")``: the function below is the rule of these operations, which are our own."""
 
 
 def most_forward(call: Call) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from analysis.rules.layouts import Layout, Memory, Storage
-from analysis.rules.operations import OPERATIONS, fill, known
+from analysis.rules.operations import OPERATIONS, column, known
 from lance_ref.engine.recording import OpRecord, itemsize
 
 
@@ -158,14 +158,8 @@ def bit_bytes(count: int) -> int:
 Rule = Callable[[Call], OpCost]
 
 
-def rule(*ops: str) -> Callable[[Rule], Rule]:
-    """Register a function as the cost rule of these operations, which are our own."""
-
-    def register(function: Rule) -> Rule:
-        fill("cost", dict.fromkeys(ops, function))
-        return function
-
-    return register
+rule: Callable[..., Callable[[Rule], Rule]] = column("cost")
+"""``@rule("add", "sub")``: the function below is the cost rule of these operations, which are our own."""
 
 
 def cost_of(record: OpRecord, memory: Memory, on_tape: bool) -> OpCost:

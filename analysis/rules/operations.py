@@ -1,6 +1,6 @@
 """The table of operations: everything that the cost model knows of each of them, in one row.
 
-Our own modules fill a column each (:func:`fill`): costs in :mod:`analysis.rules`, what is in flight in
+Our own modules fill a column each (:func:`column`, :func:`fill`): costs in :mod:`analysis.rules`, what is in flight in
 :mod:`analysis.peak`, twins in :mod:`analysis.check.torch_replay`. Who has an operation of their own registers a whole
 row with :func:`operation`, which is ``analysis.operation``.
 """
@@ -130,6 +130,19 @@ def fill(column: str, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         _check_free(column, name, value)
         OPERATIONS[name] = replace(known(name), **{column: value})
+
+
+def column(name: str) -> Callable[..., Callable[[Any], Any]]:
+    """A decorator with which our own modules fill a column of the operations that it is given."""
+
+    def of(*operations: str) -> Callable[[Any], Any]:
+        def register(function: Any) -> Any:
+            fill(name, dict.fromkeys(operations, function))
+            return function
+
+        return register
+
+    return of
 
 
 def _check_free(column: str, name: str, value: Any) -> None:

@@ -94,20 +94,21 @@ def _sketch_weight(call: Call, layer: Layer, g: Layout) -> int:
 STORES["sketch"] = StorePeak(_sketch_save, _sketch_weight)
 
 
-def _row_block(call: Call) -> tuple[int, bool]:
-    """(bytes of the images of a block as floats, whether there are several blocks)."""
+def _row_blocks(call: Call) -> tuple[int, int]:
+    """Bytes of the images of a block as floats, and of those of the next one, which may be smaller; 0 without one."""
     image = call.n_in // call.record.inputs[0].shape[0] * call.itemsize
     least = 8 // call.record.attributes["store"]["bits"]
     images = max(BLOCK_BYTES // image // least * least, least)
     B = call.record.inputs[0].shape[0]
-    return min(images, B) * image, images < B
+    return min(images, B) * image, min(images, max(B - images, 0)) * image
 
 
 def _quantized_save(call: Call, layer: Layer) -> int:
-    block, several = _row_block(call)
+    """The codes, and a block while it is packed, or beside the next one."""
+    block, following = _row_blocks(call)
     bits = call.record.attributes["store"]["bits"]
     packing = 0 if bits == 8 else block // call.itemsize * 2
-    return -(-call.n_in * bits // 8) + block * (1 + several) + max(packing, _buffer(call, block))
+    return -(-call.n_in * bits // 8) + block + max(packing, _buffer(call, block), following)
 
 
 def _buffer(call: Call, block: int) -> int:
@@ -116,12 +117,17 @@ def _buffer(call: Call, block: int) -> int:
 
 
 def _quantized_weight(call: Call, layer: Layer, g: Layout) -> int:
-    block, several = _row_block(call)
+    """Of a block its images and as much again while they are made, the images before still there; or its products."""
+    block, following = _row_blocks(call)
     (x, weight), out = (value.shape for value in call.record.inputs[:2]), call.record.output.shape
     images = max(1, block * x[0] // max(call.n_in * call.itemsize, 1))
-    unpacked = 0 if call.record.attributes["store"]["bits"] == 8 else block // call.itemsize
     products = layer.smaller((images, *x[1:]), weight, (images, *out[1:])) + call.record.inputs[1].nbytes
-    return max(block * (2 + several) + unpacked + _buffer(call, block), block + products)
+
+    def made(nbytes: int) -> int:
+        unpacked = 0 if call.record.attributes["store"]["bits"] == 8 else nbytes // call.itemsize
+        return 2 * nbytes + unpacked + _buffer(call, nbytes)
+
+    return max(made(block), block + made(following), block + products)
 
 
 STORES["quantized"] = StorePeak(_quantized_save, _quantized_weight)

@@ -170,6 +170,7 @@ def test_bad_arguments() -> None:
     calibration = calibrate(net, batches, protected={"0": basis(6, 4, 0)})
     with pytest.raises(ValueError, match="only 2 directions of its feature mode are not protected"):
         calibration.with_ranks({"0": (1, 3)})
+    assert calibration.with_ranks({"0": (1, 2)})["0"].ranks == (1, 2)
 
 
 def test_nan_in_the_first_pass() -> None:

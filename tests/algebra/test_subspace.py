@@ -23,6 +23,7 @@ def test_random_subspaces_are_orthonormal_and_of_these_ranks() -> None:
     assert space.energy_kept == (None,) * 4
     assert space.factor_bytes() == 4 * (4 * 2 + 6 * 3 + 5 * 1)
     assert space.factor_bytes(np.float64) == 8 * 31
+    assert str(space).endswith("from no calibration")
     for U in space.factors:
         if U is not None:
             assert_allclose(U.T @ U, np.eye(U.shape[1]), atol=1e-13)
@@ -37,7 +38,11 @@ def test_random_subspaces_are_orthonormal_and_of_these_ranks() -> None:
     [
         ({"factors": (np.eye(3), None)}, r"mode 'batch' has shape \(3, 3\), expected \(4, 1 to 4\).*\(4, 6\)"),
         ({"factors": (None, np.ones((6, 7)))}, r"mode 'feature' has shape \(6, 7\)"),
+        ({"factors": (None, np.ones((7, 2)))}, r"mode 'feature' has shape \(7, 2\), expected \(6, 1 to 6\)"),
         ({"factors": (None, np.ones((2, 6)))}, r"mode 'feature' has shape \(2, 6\)"),  # transposed
+        ({"factors": (np.ones((4, 0)), None)}, r"mode 'batch' has shape \(4, 0\), expected \(4, 1 to 4\)"),
+        ({"factors": (np.array([[1.0], [np.nan], [0], [0]]), None)}, "mode 'batch' is float64 or not finite"),
+        ({"factors": (np.eye(4, 2, dtype=complex), None)}, "mode 'batch' is complex128 or not finite"),
         ({"factors": (None,)}, "factors has 1 entries, expected one per mode"),  # dropped
         ({"mode_names": ("batch",)}, "mode_names has 1"),
         ({"spectra": (np.ones(3), None)}, r"spectrum of mode 'batch' has shape \(3,\), expected \(4,\)"),
@@ -71,5 +76,7 @@ def test_a_subspace_prints_and_plots() -> None:
     ax = space.plot()
     assert len(ax.lines) == 2 * 2 + 1
     assert_allclose(ax.lines[0].get_ydata()[-1], 1)
+    assert_allclose(ax.lines[0].get_xdata(), [1 / 4, 2 / 4, 3 / 4, 1])
+    assert_allclose(ax.lines[1].get_xydata(), [[space.ranks[1] / 4, space.energy_kept[1]]])
     assert space.plot(ax) is ax
     plt.close("all")

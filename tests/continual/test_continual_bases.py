@@ -283,6 +283,7 @@ def test_thresholds_out_of_range_are_errors(value: float) -> None:
     ("M", "K", "match"),
     [
         (np.ones((3, 1)), np.eye(3), "not orthonormal"),
+        (np.full((3, 1), np.nan), np.eye(3), "not orthonormal"),
         (np.eye(2), np.eye(3), r"M has shape \(2, 2\), expected \(3, m\)"),
         (np.eye(3, dtype=int), np.eye(3), "M is of shape .* and dtype int64"),
         (None, np.array([[1.0, 2.0], [0.0, 1.0]]), "no Gram matrix"),

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from continual_resume_case import STEPS, learner, norm_net, small
 
+from lance_ref import Subspace, models
 from lance_ref.continual.learners import LEARNERS, Gpm, Joint, LanceLearner, Protecting, Recipe, Replay
+from lance_ref.continual.protecting import basis_macs, freeze_beside_weights
 from lance_ref.continual.protocol import run
+from lance_ref.engine.counting import eigh_macs
+from lance_ref.nn.selection import weighted_layers
 
 
 def after(made: Any, tasks: int) -> Any:
@@ -137,6 +141,24 @@ def test_protecting_learners_freeze_the_rest(name: str) -> None:
     made.before_task(1, scenario.tasks[1].train)
     training = {n for n, p in made.net.named_parameters() if p.requires_grad}
     assert training == {"features.0.weight", "features.4.weight", *(f"classifier.{i}.weight" for i in range(3))}
+
+
+def test_what_trains_beside_weights() -> None:
+    """Heads, which belong to one task each; biases and norms of what tasks share do not."""
+    net = models.create("alexnet-cl", num_classes=2, heads=3, rng=0)
+    freeze_beside_weights(net)
+    heads = {name for name, _ in net.named_parameters() if name.startswith("fc3.")}
+    layers = {f"{path}.weight" for path in weighted_layers(net)}
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == heads | layers
+
+
+def test_multiply_adds_of_finding_factors_by_hand() -> None:
+    """Three directions of the batch's 4; of 6 features 2 are protected: QR, NᵀKN, its eigenvectors, and N V."""
+    space = Subspace.random((4, 6), (3, 2), np.random.default_rng(0))
+    qr = (6 * 36 * 2 - 3 * 6 * 4 + 8) // 3
+    by_hand = eigh_macs(4) + eigh_macs(4) + qr + 6 * 4 * 6 + 6 * 4 * 4 + 6 * 4 * 4
+    assert basis_macs(space, 2) == by_hand
+    assert basis_macs(space, 0) == eigh_macs(4) + eigh_macs(6)
 
 
 # ---- bytes ---------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ def test_unbroadcast_is_the_adjoint_of_broadcasting(shapes: tuple[tuple[int, ...
     """⟨broadcast(x), g⟩ = ⟨x, unbroadcast(g)⟩."""
     x, g = RNG.standard_normal(shapes[0]), RNG.standard_normal(np.broadcast_shapes(*shapes))
     folded = unbroadcast(g, x.shape)
+    assert unbroadcast(g.astype(np.float32), x.shape).dtype == np.float32
     assert folded.shape == x.shape
     np.testing.assert_allclose(np.sum(np.broadcast_to(x, g.shape) * g), np.sum(x * folded), rtol=1e-10, atol=1e-10)
 

@@ -175,3 +175,23 @@ def test_bad_arguments_are_named(call: Any, error: type[Exception], says: str) -
     """The message must say which argument, what came and what was expected."""
     with pytest.raises(error, match=says):
         call()
+
+
+@pytest.mark.parametrize(
+    ("function", "slopes"), [(F.hardsigmoid, [0, 1 / 6, 1 / 6, 0]), (F.hardswish, [0, -0.5, 1.5, 1])]
+)
+def test_slopes_at_the_corners(function: Any, slopes: list[float]) -> None:
+    """At −3 and 3 themselves they are those outside, next to them those inside."""
+    just_inside = np.nextafter(3.0, 0)
+    x = Tensor(np.array([-3.0, -just_inside, just_inside, 3.0]), requires_grad=True)
+    function(x).sum().backward()
+    np.testing.assert_allclose(x.grad, slopes, atol=1e-12)
+
+
+def test_the_gradient_of_log_softmax_row_by_row() -> None:
+    """g − softmax · Σg, the sum along the dimension alone."""
+    x = Tensor(np.array([[1.0, 2.0], [3.0, 5.0]]), requires_grad=True)
+    g = np.array([[1.0, 2.0], [4.0, 8.0]])
+    (F.log_softmax(x, 1) * g).sum().backward()
+    shares = np.exp(x.data) / np.exp(x.data).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(x.grad, g - shares * [[3.0], [12.0]])

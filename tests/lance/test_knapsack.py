@@ -190,3 +190,14 @@ def test_a_hopeless_front_is_an_error_not_a_frozen_machine(monkeypatch: pytest.M
     options = [[(int(c), 1e6 - float(c)) for c in rng.integers(0, 10**6, 8)] for _ in range(12)]
     with pytest.raises(RuntimeError, match=r"partial choices up to layer .*coarser unit"):
         choose(options, least(options) + 5 * 10**6)
+
+
+def test_limits_that_are_just_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many partial choices as are allowed; costs whose largest, not least, are too much for float64."""
+    monkeypatch.setattr(knapsack, "MOST_CANDIDATES", 2)
+    assert choose([[(1, 9.0), (5, 1.0)]], budget=5) == (1,)
+    monkeypatch.setattr(knapsack, "MOST_CANDIDATES", 1)
+    with pytest.raises(RuntimeError, match="2 partial choices"):
+        choose([[(1, 9.0), (5, 1.0)]], budget=5)
+    with pytest.raises(ValueError, match=r"expected less than 2\*\*53"):
+        choose([[(1, 1.0), (2**53, 0.0)]], budget=5)

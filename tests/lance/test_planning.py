@@ -195,6 +195,10 @@ def test_bad_arguments() -> None:
         plan_ranks(calibration, 3000, {**samples, "2": []})
     with pytest.raises(ValueError, match=r"layer '2': a sample has an activation of shape \(6, 3, 5, 5\)"):
         plan_ranks(calibration, 3000, {**samples, "2": samples["0"]})
+    fewer = sample_gradients(make_net(), [(x[:2], y[:2]) for x, y in make_batches()[:2]], layers=["0", "2", "5"])
+    plan_ranks(calibration, 3000, fewer)  # without the batch mode of any number
+    with pytest.raises(ValueError, match="a sample has an activation of shape"):
+        plan_ranks(measured(("batch",))[0], 3000, fewer)
 
 
 def layer_of(calibration: Calibration, path: str, include_factors: bool = False) -> planning._Layer:

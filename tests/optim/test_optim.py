@@ -161,6 +161,7 @@ BAD_SETTINGS = [
     (optim.SGD, {"lr": 0.1, "nesterov": True, "momentum": 0.9, "dampening": 0.1}, "nesterov needs momentum"),
     (optim.Adam, {"betas": (0.9, 1.0)}, "beta2 is 1.0"),
     (optim.Adam, {"betas": 0.9}, "betas is 0.9"),
+    (optim.Adam, {"betas": (0.9, 0.99, 0.999)}, "expected a pair of numbers"),
     (optim.Adam, {"eps": -1e-8}, "eps is -1e-08"),
 ]
 
@@ -170,6 +171,8 @@ def test_bad_settings_are_refused(kind: Any, options: dict[str, Any], message: s
     """A setting out of range would train in the wrong direction or not at all."""
     with pytest.raises(ValueError, match=message):
         kind(parameters(), **options)
+    with pytest.raises(TypeError, match="nesterov is 'no', expected True or False"):
+        optim.SGD(parameters(), momentum=0.9, nesterov="no")  # type: ignore[arg-type]
 
 
 def test_bad_parameters_are_refused() -> None:
@@ -200,10 +203,12 @@ def test_state_goes_through_a_file(make: Any, tmp_path: Path) -> None:
     np.savez(tmp_path / "state.npz", **optimizer.state_dict())
     second = [Tensor(p.data, requires_grad=True) for p in first]
     resumed = make(second)
-    resumed.lr = 99.0
+    resumed.lr = 99
     with np.load(tmp_path / "state.npz", allow_pickle=False) as arrays:
         resumed.load_state_dict(arrays)
     assert resumed.lr == 0.1
+    for name in resumed.settings:  # a flag comes back as one
+        assert type(getattr(resumed, name)) is type(getattr(optimizer, name))
     run(resumed, second, steps[3:])
     for p, q in zip(whole, second, strict=True):
         np.testing.assert_array_equal(p.data, q.data)
@@ -238,8 +243,11 @@ def test_bad_state_is_refused_before_any_change() -> None:
         (KeyError, "unexpected", {**good, "momentum_buffer.3": np.ones(2)}),
         (ValueError, r"momentum_buffer\.0.*shape \(2,\)", {**good, "momentum_buffer.0": np.ones(2)}),
         (ValueError, "finite", {**good, "momentum_buffer.0": np.full(SHAPES[0], np.nan)}),
+        (ValueError, "finite", {**good, "momentum_buffer.0": np.ones(SHAPES[0], complex)}),
         (ValueError, "lr is -1", {**good, "lr": np.asarray(-1.0)}),
         (ValueError, "steps", {**good, "steps": np.asarray([1, -1, 0])}),
+        (ValueError, "steps", {**good, "steps": np.asarray([1, 0.5, 0])}),
+        (ValueError, r"steps.*shape \(2,\), expected \(3,\)", {**good, "steps": np.asarray([1, 1])}),
         (ValueError, "nesterov", {**good, "nesterov": np.asarray(1.0), "momentum": np.asarray(0.0)}),
     ]
     for kind, message, state in bad_states:
@@ -299,6 +307,8 @@ def test_schedule_state_resumes() -> None:
     assert fresh.lr == optimizer.lr == pytest.approx(0.2)
     resumed.step()
     assert fresh.lr == pytest.approx(0.1)
+    resumed.load_state_dict(optim.StepLR(optim.SGD(parameters(), lr=0.8), 2).state_dict())  # before the first epoch
+    assert (resumed.last_epoch, fresh.lr) == (0, 0.8)
 
 
 def test_bad_schedules_are_refused() -> None:

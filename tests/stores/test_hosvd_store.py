@@ -16,6 +16,7 @@ import lance_ref as lr
 from lance_ref import F, Tensor, nn, tape
 from lance_ref.algebra.geometry import ConvGeometry, LinearGeometry
 from lance_ref.stores import Hosvd
+from lance_ref.stores.hosvd import all_directions
 
 layers = st.one_of(conv_geometries(), linear_geometries())
 
@@ -251,3 +252,22 @@ def test_planted_faults_are_caught(fault: str) -> None:
     else:
         wrong_geometry = ConvGeometry((3, 4, 5, 5), (2, 4, 3, 3), padding=((2, 0), (2, 0)))
     assert not np.allclose(store.weight_gradient(wrong, grad_output, wrong_geometry), expected, rtol=1e-3)
+
+
+def test_a_mode_whose_directions_are_all_needed_has_no_factor() -> None:
+    """Energies that are alike: a threshold just below 1 takes every direction, and the mode is left alone."""
+    for activation in (np.eye(4), np.eye(3, 5)):
+        store = Hosvd(epsilon=0.999)
+        assert store.factors_of(activation)[0] is None
+        assert store.ranks is not None
+        assert store.ranks[0] is None
+
+
+@pytest.mark.parametrize("factor", [2.0**-100, 2.0**100])
+def test_directions_of_tiny_and_huge_numbers(factor: float) -> None:
+    """Their squares are out of the range of float32."""
+    x = np.random.default_rng(0).standard_normal((4, 6, 3)).astype(np.float32)
+    expected, found = (all_directions(a, {0: None, 1: 2}) for a in (x, x * np.float32(factor)))
+    for mode in expected:
+        assert found[mode].rank(0.8) == expected[mode].rank(0.8) > 1
+        np.testing.assert_array_equal(found[mode].leading(2), expected[mode].leading(2))

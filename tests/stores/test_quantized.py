@@ -179,3 +179,13 @@ def test_planted_faults_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) 
         saved["codes"] = saved["codes"] >> 4 | saved["codes"] << 4
     wrong = dequantise(saved, x.shape, 1, 4)
     assert not (np.abs(wrong - x) <= largest_error(x, 4)).all()
+
+
+def test_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as fit the workspace; with two codes to a byte an even number, at least two."""
+    for room, of_8, of_4 in ((7, [7, 3], [6, 4]), (1, [1] * 10, [2] * 5), (50, [10], [10])):
+        monkeypatch.setattr(quantized, "WORKSPACE_BYTES", room * 5 * 4)
+        for bits, sizes in ((8, of_8), (4, of_4)):
+            blocks = list(quantized.row_blocks((10, 5), 4, bits))
+            assert [block.stop - block.start for block in blocks] == sizes
+            assert [block.start for block in blocks] == [sum(sizes[:i]) for i in range(len(sizes))]

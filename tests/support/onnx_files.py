@@ -40,7 +40,8 @@ def mlp(*between: Any, shape: Any = ("batch", 4), constants: tuple[Any, ...] = (
     nodes = [helper.make_node("Gemm", ["x", "a.weight", "a.bias"], ["h"], transB=1)]
     nodes += between or [helper.make_node("Relu", ["h"], ["g"], name="act")]
     nodes += [helper.make_node("Gemm", ["g", "b.weight", "b.bias"], ["y"], transB=1)]
-    weights = [weight("a.weight", 6, 4), weight("a.bias", 6), weight("b.weight", 3, 6), weight("b.bias", 3)]
+    sizes = {"a.weight": (6, 4), "a.bias": (6,), "b.weight": (3, 6), "b.bias": (3,)}
+    weights = [weight(name, *shape, seed=i) for i, (name, shape) in enumerate(sizes.items())]
     return model(nodes, [*weights, *constants], shape, **options)
 
 

@@ -129,6 +129,7 @@ def test_pools_that_round_up(name: str, tmp_path: Path) -> None:
         ((7, 3), (3, 2), (1, 4), (0, 0)),
         ((2, 2), (3, 3), (2, 2), (1, 1)),
         ((5, 5), (1, 1), (3, 3), (0, 0)),
+        ((3, 6), (2, 2), (3, 3), (0, 0)),  # it would begin just beyond
     ],
 )
 def test_rounding_up_as_pytorch_does(
@@ -157,13 +158,13 @@ def test_rounding_up_as_pytorch_does(
 def test_other_unequal_sides_are_padded_by_their_difference() -> None:
     """One side alone, both axes, either side, with a stride: bytes of the copy by hand, and as replayed."""
     for padding, height, width in (
-        (((0, 1), (0, 0)), 10, 9),
-        (((0, 0), (2, 0)), 9, 11),
-        (((1, 3), (2, 1)), 11, 10),
-        (((2, 2), (1, 1)), 9, 9),
+        (((0, 1), (0, 0)), 10, 11),
+        (((0, 0), (2, 0)), 9, 13),
+        (((1, 3), (2, 1)), 11, 12),
+        (((2, 2), (1, 1)), 9, 11),
     ):
         net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, padding), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-        bills = predict(net, 2, input_shape=(3, 9, 9), tune="all", methods=["bp"]).bills["bp"]
+        bills = predict(net, 2, input_shape=(3, 9, 11), tune="all", methods=["bp"]).bills["bp"]
         assert bills[0].pytorch_bytes == 2 * 3 * height * width * 4
         assert torch_replay.saved_bytes([bill.record for bill in bills])[0] == bills[0].pytorch_bytes
 
@@ -223,6 +224,7 @@ def test_the_odd_zero_of_same_padding(mode: str, stride: int, kernel: int, tmp_p
         ([0, 0, 2, 2], [2, 2], [2, 2]),  # whole windows in the padding alone do not count
         ([0, 0, 3, 1], [2, 3], [3, 3]),
         ([1, 0, 2, 2], [3, 3], [3, 2]),
+        ([2, 2, 1, 1], [5, 5], [2, 2]),
     ],
 )
 def test_a_window_that_begins_beyond_the_image_does_not_count(

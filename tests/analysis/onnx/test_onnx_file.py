@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.cost_model import main
-from analysis.onnx.file import MAX_NODES, count_nodes, input_shape, read_graph
+from analysis.onnx.file import MAX_NODES, Node, count_nodes, input_shape, read_graph
+from analysis.onnx.host import MAX_ELEMENTS, evaluate, new_shape
 from analysis.onnx.net import OnnxNet
+from analysis.onnx.tensor import read_constant
 from lance_ref import Tensor, no_grad, trace, tune
 
 onnx = pytest.importorskip("onnx")
@@ -54,6 +56,13 @@ def test_values_beside_the_file_are_read_from_there(tmp_path: Path) -> None:
     assert len(trace(OnnxNet(tmp_path / "net.onnx", with_weights=False), (2, 4))) == 3
     with pytest.raises(ValueError, match=r"values of 'a.weight' in 'net.data', which does not exist"):
         OnnxNet(tmp_path / "net.onnx")
+
+
+def test_types_of_half_the_digits_are_floating(tmp_path: Path) -> None:
+    """bfloat16 is none of NumPy's kinds; integers are not floating."""
+    for kind, floating in (("BFLOAT16", True), ("FLOAT16", True), ("DOUBLE", True), ("INT8", False), ("BOOL", False)):
+        tensor = helper.make_tensor("t", getattr(onnx.TensorProto, kind), [2], [1, 0])
+        assert read_constant(tmp_path / "net.onnx", tensor).is_floating is floating
 
 
 def test_a_layer_that_stands_twice_is_called_twice(tmp_path: Path) -> None:
@@ -282,21 +291,87 @@ def test_gelu_is_recognised_in_every_order(tmp_path: Path, order: tuple[str, ...
     assert [r.op for r in trace(net, (2, 4))] == ["linear", "gelu", "linear"]
 
 
-def test_what_only_looks_like_gelu_is_not(tmp_path: Path) -> None:
-    """Another factor, or a value on the way that somebody else reads: node by node, and with the right numbers."""
+def steps(text: str) -> list[Any]:
+    """Nodes from lines like ``d = Sub h u``; of a mean, after the name, the axis."""
+    nodes = []
+    for line in filter(None, map(str.strip, text.split(";"))):
+        output, _, op, *inputs = line.split()
+        op, _, axis = op.partition(":")
+        nodes.append(helper.make_node(op, inputs, [output], **({"axes": [int(axis)]} if axis else {})))
+    return nodes
+
+
+LIKE_GELU = {
+    "another factor": "s = Div h root; e = Erf s; a = Add one e; m = Mul h a; g = Mul m third",
+    "erf + 2": "s = Div h root; e = Erf s; a = Add two e; m = Mul h a; g = Mul m half",
+    "another root": "s = Div h two; e = Erf s; a = Add one e; m = Mul h a; g = Mul m half",
+    "a divisor as a factor": "s = Mul h root; e = Erf s; a = Add one e; m = Mul h a; g = Mul m half",
+    "a divisor divided": "s = Div root h; e = Erf s; a = Add one e; m = Mul h a; g = Mul m half",
+    "another value": "z = Neg h; s = Div h root; e = Erf s; a = Add one e; m = Mul z a; g = Mul m half",
+    "half of another value": "z = Neg h; s = Div h root; e = Erf s; a = Add one e; t = Mul z half; g = Mul t a",
+    "s is read": "s = Div h root; e = Erf s; a = Add one e; m = Mul h a; n = Mul m half; g = Add n s",
+    "e is read": "s = Div h root; e = Erf s; a = Add one e; m = Mul h a; n = Mul m half; g = Add n e",
+    "a is read": "s = Div h root; e = Erf s; a = Add one e; m = Mul h a; n = Mul m half; g = Add n a",
+    "m is read": "s = Div h root; e = Erf s; a = Add one e; m = Mul h a; n = Mul m half; g = Add n m",
+    "the half is read": "s = Div h root; e = Erf s; a = Add one e; t = Mul h half; n = Mul t a; g = Add n t",
+}
+NORM = {
+    "u": "ReduceMean:-1 h", "d": "Sub h u", "p": "Pow d two", "v": "ReduceMean:-1 p", "w": "Add v eps",
+    "r": "Sqrt w", "q": "Div d r", "k": "Mul q gain", "g": "Add k shift",
+}  # fmt: skip
+
+
+def norm(**changes: str) -> str:
+    """A layer norm from ``h`` to ``g``, some of its steps changed, others in front."""
+    return "; ".join(f"{name} = {step}" for name, step in ({"z": "Neg h"} | NORM | changes).items())
+
+
+LIKE_NORM = {
+    "a fourth power": norm(p="Pow d four"),
+    "difference of another value": norm(d="Sub z u"),
+    "mean of another value": norm(u="ReduceMean:-1 z"),
+    "means over the batch": norm(u="ReduceMean:0 h", v="ReduceMean:0 p"),
+    "a mean over the batch": norm(v="ReduceMean:0 p"),
+    "a negative epsilon": norm(w="Add v minus"),
+    "the quotient turned round": norm(q="Div r d"),
+    "a shift of another size": norm(g="Add k one"),
+    **{f"{name} is read": norm(g="Add k shift").replace("g = ", "n = ") + f"; g = Add n {name}" for name in "udpvwrqk"},
+}
+NUMBERS = (
+    *GELU_NUMBERS,
+    *(array(n, v, np.float32) for n, v in (("two", 2), ("four", 4), ("eps", 0.3), ("minus", -1e-3))),
+    *(array(n, v, np.float32) for n, v in (("gain", [1, 2, 3, 4, 5, 6]), ("shift", [3, 2, 1, 0, 1, 2]))),
+)
+
+
+@pytest.mark.parametrize("name", [*LIKE_GELU, *LIKE_NORM])
+def test_what_only_looks_like_a_group_is_none(tmp_path: Path, name: str) -> None:
+    """Another number or value, or one on the way that somebody else reads: node by node, and the right numbers."""
     from onnx.reference import ReferenceEvaluator
 
-    other_factor = gelu("h", "a", "third")
-    read_elsewhere = gelu("h", "a", "half")
-    read_elsewhere[-1].output[0] = "n"
-    read_elsewhere.append(helper.make_node("Add", ["n", "e"], ["g"]))
     x = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
-    for nodes in (other_factor, read_elsewhere):
-        content = mlp(*nodes, constants=GELU_NUMBERS)
-        net = OnnxNet(save(tmp_path, content))
-        assert "erf" in [r.op for r in trace(net, (2, 4))]
+    content = mlp(*steps((LIKE_GELU | LIKE_NORM)[name]), constants=NUMBERS)
+    net = OnnxNet(save(tmp_path, content))
+    assert {"gelu", "layer_norm"}.isdisjoint(r.op for r in trace(net, (2, 4)))
+    with no_grad():
         np.testing.assert_allclose(
-            net(x).data, ReferenceEvaluator(content).run(None, {"x": x})[0], rtol=1e-5, atol=1e-6
+            net(x).data, ReferenceEvaluator(content).run(None, {"x": x})[0], rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("square", ["Pow d two", "Mul d d"])
+@pytest.mark.parametrize("sum_", ["Add v eps", "Add eps v"])
+def test_a_layer_norm_in_nine_nodes_is_one(tmp_path: Path, square: str, sum_: str) -> None:
+    """With its own epsilon."""
+    from onnx.reference import ReferenceEvaluator
+
+    x = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+    content = mlp(*steps(norm(p=square, w=sum_)), constants=NUMBERS)
+    net = OnnxNet(save(tmp_path, content))
+    assert [r.op for r in trace(net, (2, 4))] == ["linear", "layer_norm", "linear"]
+    with no_grad():
+        np.testing.assert_allclose(
+            net(x).data, ReferenceEvaluator(content).run(None, {"x": x})[0], rtol=1e-4, atol=1e-5
         )
 
 
@@ -340,6 +415,11 @@ def huge(net: onnx.ModelProto) -> None:
     net.graph.initializer[0].dims[0] = 2**50
 
 
+def some(net: onnx.ModelProto) -> None:
+    net.graph.initializer[0].ClearField("raw_data")
+    net.graph.initializer[0].dims[0] = 500
+
+
 def setter(path: str, value: Any) -> Callable[[onnx.ModelProto], None]:
     def change(net: onnx.ModelProto) -> None:
         *way, last = path.split(".")
@@ -368,13 +448,24 @@ REFUSED: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "no location": (external(""), "expected a file, offset and length"),
     "a circle": (circle, "has nodes in a circle"),
     "values cut off": (cut, "with 95 bytes, expected 96"),
+    "a value too many": (
+        lambda net: setattr(net.graph.initializer[0], "raw_data", bytes(97)),
+        "with 97 bytes, expected 96",
+    ),
     "values missing": (huge, "without its values"),
+    "most values missing": (some, "without its values"),
     "a negative size": (setter("initializer.0.dims", [-6, 4]), "of shape (-6, 4)"),
     "an unknown type": (setter("initializer.0.data_type", 99), "of unknown type 99"),
     "strings": (setter("initializer.0.data_type", 8), "of strings"),
     "nothing makes it": (setter("node.1.input", ["nowhere"]), "reads 'nowhere', which nothing makes"),
+    "a node makes a weight": (setter("node.1.output", ["a.weight"]), "has two sources for value 'a.weight'"),
+    "a node makes the input": (setter("node.1.output", ["x"]), "has two sources for value 'x'"),
     "two make it": (setter("node.1.output", ["y"]), "has two sources for value 'y'"),
     "no node": (setter("node", []), "contains no graph"),
+    "a second input": (
+        lambda net: net.graph.input.append(helper.make_tensor_value_info("z", 1, ("batch", 4))),
+        "has 2 inputs beside its weights, expected one",
+    ),
     "no such output": (setter("output.0.name", "z"), "no node that makes its output 'z'"),
     "unknown operations": (setter("node.1.op_type", "Loop"), "no cost rule for Loop; there are rules for Add,"),
     "another domain": (setter("node.1.domain", "com.x"), "no cost rule for com.x.Relu"),
@@ -384,6 +475,16 @@ REFUSED: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
         "Gemm node 'h'",
     ),
 }
+
+
+def test_nodes_of_a_file_that_ends_too_early_are_not_counted() -> None:
+    """The graph says how long it is, and is not."""
+    content = mlp().SerializeToString()
+    assert count_nodes(content) == 3
+    graph = content.index(b"net")  # the graph's name follows its nodes: all that is cut off here lies within the graph
+    for end in (graph, graph + 10, len(content) // 2):
+        with pytest.raises(EOFError, match="it ends in the middle of a field"):
+            count_nodes(content[:end])
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -400,11 +501,21 @@ def test_a_bad_file_is_one_line(tmp_path: Path, case: str, capsys: pytest.Captur
     assert expected in message(capsys, save(folder, net))
 
 
+def test_an_absolute_path_is_refused_in_the_folder_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such a file could not be moved."""
+    values = tmp_path.resolve() / "here.data"
+    values.write_bytes(bytes(96))
+    net = mlp()
+    external(str(values))(net)
+    assert "outside its folder: refused" in message(capsys, save(tmp_path, net))
+
+
 @pytest.mark.parametrize(
     ("shape", "options", "expected"),
     [
         (None, [], "the rank of its input is unknown, expected an input shape"),
         (("batch", "features"), [], "its input has shape (?, ?), expected an input shape in place of it"),
+        (("batch", "channels", 4), [], "its input has shape (?, ?, 4), expected an input shape in place of it"),
         (("batch", 4), ["--input-shape", "5"], "expected (..., 4)"),
         (("batch", 4), ["--input-shape", "3,4,4"], "expected 2 dimensions"),
     ],
@@ -414,6 +525,61 @@ def test_an_input_that_does_not_fit_is_one_line(
 ) -> None:
     """A guess in place of what the file leaves open."""
     assert expected in message(capsys, save(tmp_path, mlp(shape=shape)), *options)
+
+
+def test_a_size_of_zero_is_an_open_one_and_operator_sets_are_onnxs(tmp_path: Path) -> None:
+    """Some exporters write 0 for the batch; the number of another domain's set says nothing about ONNX's."""
+    net = mlp(shape=(0, 4), opset=12)
+    net.opset_import.append(helper.make_opsetid("com.x", 20))
+    graph = read_graph(save(tmp_path, net))
+    assert graph.input_shape == (None, 4)
+    assert {node.opset for node in graph.nodes} == {12}
+
+
+def reshaping(op: str, shape: tuple[int, ...], given: list[int] | None, **attributes: Any) -> tuple[int, ...]:
+    return new_shape(Node(op, "", "", ("x", "s"), ("y",), attributes), shape, [None, given and np.array(given)])
+
+
+def test_new_shapes_by_hand() -> None:
+    """Zeros that stand for a size or for zero, axes from the end, several new ones."""
+    assert reshaping("Reshape", (4, 3), [3, 0]) == (3, 3)
+    assert reshaping("Reshape", (0, 3), [3, 0], allowzero=1) == (3, 0)
+    assert reshaping("Flatten", (2, 3, 4), None, axis=-1) == (6, 4)
+    assert reshaping("Flatten", (2, 3, 4), None, axis=0) == (1, 24)
+    assert reshaping("Flatten", (2, 3, 4), None) == (2, 12)
+    assert reshaping("Unsqueeze", (2, 3), [0, -1]) == (1, 2, 3, 1)
+    assert reshaping("Unsqueeze", (2, 3), [-2]) == (2, 1, 3)
+    assert reshaping("Squeeze", (1, 2, 1), None) == (2,)
+    assert reshaping("Squeeze", (1, 2, 1), [-1]) == (1, 2)
+    with pytest.raises(ValueError, match="are not all of size 1"):
+        reshaping("Squeeze", (1, 2, 1), [0, 1])
+
+
+def host(op: str, *x: Any, outputs: int = 1, **attributes: Any) -> list[np.ndarray]:
+    names = tuple(map(str, range(max(len(x), outputs))))
+    return evaluate(Node(op, "", "", names[: len(x)], names[:outputs], attributes, 18), list(x))
+
+
+def test_numbers_that_are_computed_beforehand() -> None:
+    """Against ONNX's own words: integers are cut towards zero, slices go backwards, parts are rounded up."""
+    assert host("Div", np.array([7, -7, 7]), np.array([2, 2, -2]))[0].tolist() == [3, -3, -3]
+    row = np.arange(5)
+    for starts, ends, steps, expected in (
+        ([4], [-(2**31)], [-1], [4, 3, 2, 1, 0]), ([4], [-4], [-2], [4, 2]), ([-2], [2**31 - 1], [1], [3, 4]),
+    ):  # fmt: skip
+        found = host("Slice", row, np.array(starts), np.array(ends), None, np.array(steps))[0]
+        assert found.tolist() == expected
+    assert [part.tolist() for part in host("Split", row, outputs=2, num_outputs=2)] == [[0, 1, 2], [3, 4]]
+    with pytest.raises(ValueError, match=r"split is \(2, 2\) into 2 outputs, of size 5"):
+        host("Split", row, np.array([2, 2]), outputs=2)
+    (whole,) = host("Constant", value_ints=(1, 2))
+    assert (whole.dtype, whole.tolist()) == (np.int64, [1, 2])
+    (broken,) = host("Constant", value_floats=(0.5, 2.0))
+    assert (broken.dtype, broken.tolist()) == (np.float32, [0.5, 2.0])
+    most = np.array([MAX_ELEMENTS])
+    assert host("ConstantOfShape", most)[0].size == MAX_ELEMENTS
+    with pytest.raises(ValueError, match="expected at most"):
+        host("ConstantOfShape", most + 1)
 
 
 def test_an_unknown_rank_takes_the_shape_that_is_given(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from analysis.onnx.file import Node
 from analysis.onnx.host import HOST
 from analysis.onnx.layers import Weight
 from analysis.onnx.net import OnnxNet
+from analysis.onnx.ops import TENSOR_OPS, padding_of
 from lance_ref import Tensor, no_grad, trace, tune
 from lance_ref.nn.tracing import record
 
@@ -192,9 +193,9 @@ def test_a_second_output_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("op", ["ReduceMean", "ReduceSum"])
 @pytest.mark.parametrize("given", ["left out", "empty", "as numbers"])
 @pytest.mark.parametrize("noop", [0, 1])
-@pytest.mark.parametrize("keepdims", [0, 1])
-def test_a_reduction_over_no_axes(tmp_path: Path, op: str, given: str, noop: int, keepdims: int) -> None:
-    """Without axes all of them, unless the node says that this means none."""
+@pytest.mark.parametrize("keepdims", [0, 1, None])
+def test_a_reduction_over_no_axes(tmp_path: Path, op: str, given: str, noop: int, keepdims: int | None) -> None:
+    """Without axes all of them, unless the node says that this means none; dimensions are kept unless it says not."""
     constants = {"left out": [], "empty": [array("e", [])], "as numbers": [array("e", [-1])]}[given]
     inputs = ["x", *(["e"] if constants else [])]
     content = model(
@@ -203,7 +204,7 @@ def test_a_reduction_over_no_axes(tmp_path: Path, op: str, given: str, noop: int
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
     function = {"ReduceMean": np.mean, "ReduceSum": np.sum}[op]
     axes = (1,) if given == "as numbers" else None
-    expected = x if noop and axes is None else function(x, axis=axes, keepdims=bool(keepdims))
+    expected = x if noop and axes is None else function(x, axis=axes, keepdims=keepdims != 0)
     with no_grad():
         np.testing.assert_allclose(OnnxNet(save(tmp_path, content))(x).data, expected)
 
@@ -281,11 +282,28 @@ def test_a_softmax_before_the_loss_is_left_out(tmp_path: Path, name: str) -> Non
         np.testing.assert_allclose(OnnxNet(file).eval()(x).data, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("axis", "opset", "left_out"), [(0, 17, False), (1, 12, True), (1, 13, False), (2, 12, False)])
+def test_whether_a_softmax_is_over_the_scores_of_one_input(
+    tmp_path: Path, axis: int, opset: int, left_out: bool
+) -> None:
+    """(4, 2, 2): 4 inputs with 4 scores each are not told apart by their number alone."""
+    nodes = [
+        *HEAD,
+        helper.make_node("Reshape", ["s", "pairs"], ["i"]),
+        helper.make_node("Softmax", ["i"], ["p"], axis=axis),
+        helper.make_node("Flatten", ["p"], ["y"]),
+    ]
+    file = save(tmp_path, model(nodes, [weight("v", 16, 4), array("pairs", [-1, 2, 2])], ROWS, opset))
+    ops = [bill.record.op for bill in predict(str(file), batch=4, tune="all", methods="bp").bills["bp"]]
+    assert ("softmax" in ops) is not left_out
+
+
 def test_softmax_before_operator_set_13_is_over_all_that_follows(tmp_path: Path) -> None:
-    """(2, 3, 4) with axis 1: over 12 numbers; since then over 3."""
+    """(2, 3, 4) with axis 1: over 12 numbers; since then over 3. Without an axis it was 1, and is now the last."""
     x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
-    for opset, axes in ((12, (1, 2)), (13, (1,))):
-        net = OnnxNet(save(tmp_path, model([helper.make_node("Softmax", ["x"], ["y"], axis=1)], [], (2, 3, 4), opset)))
+    for given, opset, axes in ((1, 12, (1, 2)), (1, 13, (1,)), (None, 12, (1, 2)), (None, 13, (2,))):
+        node = helper.make_node("Softmax", ["x"], ["y"], axis=given)
+        net = OnnxNet(save(tmp_path, model([node], [], (2, 3, 4), opset)))
         powers = np.exp(x)
         with no_grad():
             np.testing.assert_allclose(net.eval()(x).data, powers / powers.sum(axis=axes, keepdims=True), rtol=1e-5)
@@ -322,8 +340,11 @@ def test_looks_are_the_same_if_they_show_the_same() -> None:
         assert look is stored.permuted(tuple(dims[d] for d in (1, 2, 0)))
     assert stored.reshaped((6, 4)).reshaped((24,)).reshaped((2, 3, 4)) is stored
     assert stored.reshaped((1, 6, 4)).permuted((2, 1, 0)).reshaped((4, 6)) is stored.reshaped((6, 4)).permuted((1, 0))
-    stored.permuted((2, 0, 1)).reshaped((8, 3)).make_parameter(True)
-    np.testing.assert_array_equal(stored.permuted((1, 0, 2)).tensor(True).data, values.transpose(1, 0, 2))
+    parameter = stored.permuted((2, 0, 1)).reshaped((8, 3)).make_parameter(True)
+    look = stored.permuted((1, 0, 2)).tensor(True)
+    np.testing.assert_array_equal(look.data, values.transpose(1, 0, 2))
+    look.sum().backward()
+    np.testing.assert_array_equal(parameter.grad, np.ones((8, 3)))  # every look trains the one parameter
 
 
 def test_a_product_whose_weight_is_another_layers_keeps_its_bias(tmp_path: Path) -> None:
@@ -363,3 +384,56 @@ def test_scales_that_do_not_fit_a_weight_are_refused(tmp_path: Path) -> None:
     constants = [array("q", np.ones((1, 16)), np.int8), array("s", np.ones(16), np.float32)]
     with pytest.raises(ValueError, match="16 scales or zero points for axis 0"):
         OnnxNet(save(tmp_path, model(nodes, constants, ("batch", 1), 21)))
+
+
+CLIP = [array("low", -1, np.float32), array("six", 6, np.float32), array("zero", 0, np.float32)]
+SINGLE: dict[str, tuple[Any, list[Any]]] = {
+    "clip from below zero": (helper.make_node("Clip", ["x", "low", "six"], ["y"]), CLIP),
+    "clip without an upper bound": (helper.make_node("Clip", ["x", "low"], ["y"]), CLIP),
+    "relu6": (helper.make_node("Clip", ["x", "zero", "six"], ["y"]), CLIP),
+    "gelu": (helper.make_node("Gelu", ["x"], ["y"]), []),
+    "gelu by tanh": (helper.make_node("Gelu", ["x"], ["y"], approximate="tanh"), []),
+    "all axes turned round": (helper.make_node("Transpose", ["x"], ["y"]), []),
+    "pads": (helper.make_node("Pad", ["x", "p"], ["y"]), [array("p", [0, 0, 1, 2, 0, 0, 3, 4])]),
+    "pads of two axes": (
+        helper.make_node("Pad", ["x", "p", "", "a"], ["y"]), [array("p", [1, 2, 3, 0]), array("a", [-1, 1])],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_one_operation_as_onnx_computes_it(tmp_path: Path, name: str) -> None:
+    """Values on an image of four different sizes, within, at and beyond the bounds."""
+    from onnx.reference import ReferenceEvaluator
+
+    node, constants = SINGLE[name]
+    content = model([node], constants, (2, 3, 4, 5), 20)
+    x = (4 * np.random.default_rng(0).standard_normal((2, 3, 4, 5))).astype(np.float32)
+    with no_grad():
+        found = OnnxNet(save(tmp_path, content)).eval()(x).data
+    np.testing.assert_allclose(found, ReferenceEvaluator(content).run(None, {"x": x})[0], rtol=1e-5, atol=1e-6)
+
+
+def test_paddings_by_hand() -> None:
+    """Begins come before ends; SAME reaches as far as a dilated kernel; a dilated pool is refused."""
+
+    def of(op: str = "Conv", **attributes: Any) -> Node:
+        return Node(op, "n", "", ("x", "w"), ("y",), attributes, 17)
+
+    assert padding_of(of(pads=(1, 2, 3, 4)), (7, 8), (3, 2), (1, 1)) == ((1, 3), (2, 4))
+    same = of(auto_pad="SAME_UPPER")
+    assert padding_of(same, (7, 8), (3, 2), (1, 1), (2, 3)) == ((2, 2), (1, 2))
+    assert padding_of(same, (7, 8), (3, 2), (2, 3), (1, 1)) == ((1, 1), (0, 0))
+    assert padding_of(of(auto_pad="SAME_LOWER"), (7, 8), (3, 2), (1, 1)) == ((1, 1), (1, 0))
+    with pytest.raises(ValueError, match="dilations are not 1"):
+        TENSOR_OPS["MaxPool"](of("MaxPool", kernel_shape=(2, 2), dilations=(2, 1)), [Tensor(np.zeros((1, 1, 4, 4)))])
+
+
+def test_negative_pads_take_away(tmp_path: Path) -> None:
+    """At the front of one axis and at the end of another, beside zeros at other ends."""
+    node = helper.make_node("Pad", ["x", "p"], ["y"])
+    net = OnnxNet(save(tmp_path, model([node], [array("p", [0, 0, -1, 0, 0, 1, 2, -2])], (2, 3, 4, 5))))
+    x = np.arange(120, dtype=np.float32).reshape(2, 3, 4, 5)
+    expected = np.pad(x[:, :, 1:, :3], ((0, 0), (0, 1), (0, 2), (0, 0)))
+    with no_grad():
+        np.testing.assert_array_equal(net(x).data, expected)

@@ -23,10 +23,12 @@ from analysis.rules.layouts import Layout, Storage, packed_strides
 from lance_ref import functional as F
 from lance_ref import nn, record
 from lance_ref.algebra.kernels.threads import numba_enabled
+from lance_ref.algebra.subspace import Subspace
 from lance_ref.engine.arguments import unbroadcast
 from lance_ref.engine.blocks import BLOCK_ELEMENTS, pieces
 from lance_ref.engine.state import state
 from lance_ref.engine.tensor import Tensor
+from lance_ref.stores import ActivationStore, Lance, Quantized, Sketch
 
 MIB = 2**20
 compiled = pytest.mark.skipif(not numba_enabled(), reason="the rules are those of the compiled loops")
@@ -392,3 +394,41 @@ def test_the_largest_piece(shape: list[int], data: Any) -> None:
         return
     one = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, [0] * len(shape))
     assert piece(tuple(shape), whole, 4) == max(one[part].size for part in pieces(shape, whole)) * 4
+
+
+STORES: dict[str, tuple[Callable[[], ActivationStore], tuple[int, int], int]] = {
+    "int8 in blocks": (lambda: Quantized(8), (3000, 1024), 16),
+    "int4 in blocks": (lambda: Quantized(4), (3000, 1024), 16),
+    "int8 in full blocks": (lambda: Quantized(8), (4096, 1024), 16),
+    "int4 in full blocks": (lambda: Quantized(4), (4096, 1024), 16),
+    "int8 in one": (lambda: Quantized(8), (500, 1024), 16),
+    "int4 in one": (lambda: Quantized(4), (500, 1024), 16),
+    "int8 of few": (lambda: Quantized(8), (40, 9000), 16),
+    "a sketch of many rows": (lambda: Sketch(0.5), (900, 300), 16),
+    "a sketch of five rows": (lambda: Sketch(0.3), (5, 200_000), 4),
+    "cores of many rows": (
+        lambda: Lance(Subspace.random((600, 900), (500, 10), np.random.default_rng(0))),
+        (600, 900),
+        700,
+    ),
+    "cores of few rows": (
+        lambda: Lance(Subspace.random((600, 900), (10, 500), np.random.default_rng(0))),
+        (600, 900),
+        700,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_stores_of_a_linear_layer(name: str) -> None:
+    """What a store makes while it saves and while it gives the weight gradient."""
+    make, shape, outputs = STORES[name]
+    store = make()
+    check(lambda x, w: F.linear(x, w, store=store), [shape, (outputs, shape[1])], [False, True])
+
+
+@compiled
+def test_the_products_of_quantised_images() -> None:
+    """A block of images takes less than the patches that are made of it."""
+    store = Quantized(8)
+    check(lambda x, w: F.conv2d(x, w, padding=2, store=store), [(8, 16, 32, 32), (16, 16, 5, 5)], [False, True])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +16,11 @@ import lance_ref
 from analysis.peak.lifetimes import lifetimes, lifetimes_from_scopes
 from analysis.peak.memory import peak
 from analysis.planner import search as plan_search
-from analysis.planner.costs import Costs, Device
-from analysis.planner.options import Option, options_for, parse_bytes
-from analysis.planner.search import Plan, Row, search
+from analysis.planner.costs import Costs, Device, Memory
+from analysis.planner.fidelity import Fidelity, layer_shares, mode_shares
+from analysis.planner.options import Option, check_lists, options_for, parse_bytes
+from analysis.planner.search import Candidate, Plan, Row, search
+from analysis.planner.tables import conclusion, render, to_json
 from analysis.ranks.batch_law import batch_spectrum
 from analysis.ranks.choose import mean_free
 from analysis.ranks.spectra_file import LayerSpectra, Spectra
@@ -310,3 +314,138 @@ def test_few_candidates_are_simulated() -> None:
     plan = search(costs, options, (1, 2, 4), parse_bytes("4MiB"))
     assert len(costs.layers) * 3 * len(options) == 378
     assert 0 < plan.tried < 60
+
+
+def normed() -> Module:
+    """Two convolutions with a batch norm between them."""
+    middle = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, rng=0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, rng=0), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5, rng=0)
+    )
+
+
+def test_what_a_device_has_in_ram() -> None:
+    """Weights and buffers where they are not in flash, in training and calibration; nothing calibrated elsewhere."""
+    net = normed()
+    everything = 4 * sum(p.size for p in net.parameters()) + sum(array.nbytes for _, array in net.named_buffers())
+
+    def costs(**device: str) -> Costs:
+        return Costs(net, "net", SHAPE, Device(**device))
+
+    def memory(**device: str) -> Any:
+        return costs(**device).memory(Option("lance", fraction=Fraction(1, 2)), 1, 2)
+
+    flash, ram, kept = memory(), memory(weights="ram"), memory(count="kept")
+    assert ram.weights == everything > flash.weights == flash.gradients
+    assert ram.calibration == flash.calibration + everything
+    assert flash.calibration == kept.calibration + costs().in_flight(2) > kept.calibration > 0
+    assert memory(calibration="elsewhere").calibration == 0
+    assert memory(optimizer="adam").optimizer_state == 2 * flash.gradients
+
+
+def test_micro_batches_need_frozen_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch norm that takes those it has learnt does not see the parts; one that takes the batch's does."""
+    costs = Costs(normed(), "net", SHAPE, Device())
+    assert costs.exact_statistics(2)
+    whole = costs.whole(2)
+    records = [
+        replace(r, attributes={**r.attributes, "training": True}) if r.op == "batch_norm" else r for r in whole.records
+    ]
+    training = replace(whole, records=records)
+    monkeypatch.setattr(costs, "whole", lambda batch: training)
+    assert not costs.exact_statistics(2)
+
+
+def test_limits_that_are_just_met() -> None:
+    """All layers, exactly the memory and exactly the work that are allowed."""
+    costs, option = Costs(Branches(), "net", SHAPE, Device()), Option("lance", fraction=Fraction(1, 2))
+    count = len(costs.layers)
+    total, times = costs.memory(option, count, 2).total, costs.times_bp(option, count, 2)
+    best = search(costs, [option], [2], total, times, most_layers=count).rows[0].best
+    assert best is not None
+    assert best.fits
+    assert (best.layers, best.memory.total, best.times_bp) == (count, total, times)
+    assert search(costs, [option], [2], total, times * Fraction(99, 100), most_layers=count).rows[0].best != best
+
+
+def test_the_closest_lacks_least() -> None:
+    """Of several that do not fit."""
+    plan = search(Costs(Branches(), "net", SHAPE, Device()), OPTIONS, BATCHES, 1)
+    missing = [row.next.over_bytes for row in plan.rows if row.next is not None]
+    assert plan.closest is not None
+    assert plan.closest.over_bytes == min(missing) < max(missing)
+
+
+# ---- what is said of a plan, by hand -----------------------------------------------------------
+
+
+def candidate(option: Option, memory: Memory, fidelity: Fidelity | None = None, **more: Any) -> Candidate:
+    given: dict[str, Any] = {"over_bytes": 0, "too_much_work": False, "times_bp": Fraction(5, 4)} | more
+    return Candidate(option, 2, 3, fidelity, memory, **given)
+
+
+def plan_of(*rows: Row, budget: int = 10 * 1024) -> Plan:
+    return Plan(rows, budget, None, ("a", "b", "c"), facts={"net": "net"})
+
+
+HALF, MOST = (Option("lance", fraction=Fraction(f)) for f in ("0.5", "0.9"))
+ROOM = Memory(step=1025, factors=2048, weights=3072, gradients=1, optimizer_state=0, calibration=4096, at="here")
+
+
+def test_a_row_of_the_table_by_hand() -> None:
+    """Bytes in KiB, rounded up, each in its column; what one layer more would take."""
+    fidelity = Fidelity(0.5, 0.25, 0.75)
+    best = candidate(HALF, ROOM, fidelity)
+    plan = plan_of(Row(HALF, best, {3: 2}, candidate(HALF, ROOM, None, over_bytes=1)))
+    (line,) = [line for line in render(plan, Device()).splitlines() if line.lstrip().startswith("lance")]
+    assert line.split() == ["lance", "ranks", "0.5", "0.500", "0.250", "2", "3", "1.1", "2.0", "3.0", "4.0", "6.1",
+                            "1.250", "0.1", "KiB", "2"]  # fmt: skip
+    shown = to_json(plan, Device())["rows"][0]["best"]
+    assert [shown[f"fidelity{name}"] for name in ("", "_at_least", "_at_most")] == [0.5, 0.25, 0.75]
+
+
+def test_alternatives_are_other_methods() -> None:
+    """The first setting of each, and not the method that comes first."""
+    options = [HALF, MOST, Option("int8"), Option("sketch"), replace(Option("sketch"), epsilon=0.5)]
+    said = conclusion(plan_of(*(Row(o, candidate(o, ROOM, Fidelity(1, 1, 1)), {3: 2}, None) for o in options)))
+    first, _, others = said.partition("Also fit: ")
+    assert first.startswith("First: lance ranks 0.5")
+    assert others.count("lance") == 0
+    assert [others.count(name) for name in ("int8", "sketch ratio", "epsilon 0.5")] == [1, 1, 0]
+
+
+def test_what_is_too_much() -> None:
+    """Work, memory of a step, or memory of the calibration; which alone might be done elsewhere."""
+    while_calibrated = replace(ROOM, calibration=20 * 1024)
+    cases = (
+        (ROOM, {"too_much_work": True}, "1.250x backpropagation's FLOPs, too much work", False),
+        (replace(ROOM, step=20 * 1024), {"over_bytes": 15 * 1024}, "15.0 KiB too much (here).", False),
+        (while_calibrated, {"over_bytes": 10 * 1024}, "10.0 KiB too much while it is calibrated.", True),
+    )
+    for memory, more, end, elsewhere in cases:
+        plan = plan_of(Row(HALF, None, {3: None}, candidate(HALF, memory, **more)))
+        assert end in conclusion(plan)
+        assert ("would fit if calibrated elsewhere: lance ranks 0.5" in render(plan, Device())) is elsewhere
+
+
+def test_settings_and_their_limits() -> None:
+    """A given rank of LoRA is the option's; epsilon and ratio may be 1; True is no batch size."""
+    assert options_for(["lora"], [], [], lora_rank=7)[0].settings.lora_rank == 7
+    check_lists([1, 2], [1.0], [1.0])
+    for wrong in (([True], [1], [1]), ([0], [1], [1]), ([1, 1], [1], [1]), ([1], [0], [1]), ([1], [1], [1.5])):
+        with pytest.raises(ValueError, match="expected"):
+            check_lists(*wrong)
+
+
+def test_shares_and_spectra_at_their_limits(tmp_path: Path) -> None:
+    """A layer may be without gradient, not all of them; one image a batch tells about one image."""
+    file = tmp_path / "shares.json"
+    file.write_text('{"a": 0, "b": 2.5}')
+    assert layer_shares(str(file), {"a": 1, "b": 1}) == {"a": 0.0, "b": 1.0}
+    file.write_text('{"a": 0, "b": 0}')
+    with pytest.raises(ValueError, match="all gradients are 0"):
+        layer_shares(str(file), {"a": 1, "b": 1})
+    single = LayerSpectra((1, 2), (np.array([5.0]), np.array([4.0, 1.0])))
+    assert mode_shares(single, 1, (1, 1), fixed=True) == [1.0, pytest.approx(0.8)]
+    with pytest.raises(ValueError, match="say nothing about a batch of 2"):
+        mode_shares(single, 2, (1, 1), fixed=True)

@@ -35,6 +35,10 @@ def test_no_digit_is_cut_off(net: str, count: int) -> None:
     for method, of in totals.items():
         wanted = [f"{n / 2**20:,.3f}" for n in of["activation_bytes"].values()]
         wanted += [f"{of['flops']['total'] / 1e9:,.3f}", f"{of['activation_bytes']['tape']:,}"]
+        if of["flops"]["total"]:
+            wanted.append(f"{of['flops']['total'] / 1e6:,.3f}")
+        if report.totals[method].subspace_bytes:
+            wanted.append(f"{report.totals[method].subspace_bytes:,}")
         assert set(wanted) <= shown, method
     for row in report.rows:
         for cost_ in row.methods.values():

@@ -21,10 +21,11 @@ from analysis.rules.layouts import (
     packed_strides,
     reshape_strides,
 )
+from analysis.rules.op_cost import COUNTS, Call, OpCost
 from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.engine.autograd import Tensor
-from lance_ref.engine.recording import OpRecord
+from lance_ref.engine.recording import OpRecord, Value
 from lance_ref.nn.tracing import record, trace
 
 
@@ -147,3 +148,48 @@ def test_frozen_layers_below_the_first_trained_one_keep_nothing() -> None:
     assert [bill.tape_bytes for bill in bills] == [0, 0, 0, 0, 2 * 4 * 4, 2 * 2 * 4 + 2]
     assert not any(bill.tuned for bill in bills)
     assert len(trace(net, (2, 4))) == 5
+
+
+def test_a_record_that_was_followed_already_keeps_its_place() -> None:
+    """Taken in twice, its result is not in two places."""
+    with record() as records:
+        F.neg(Tensor.meta((2, 3)))
+    memory = Memory()
+    assert memory.follow(records[0]) is memory.follow(records[0])
+
+
+def test_who_is_tuned_by_hand() -> None:
+    """A frozen layer and the head are not; the papers count the input of the one between them alone."""
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    for parameter in net[0].parameters():
+        parameter.requires_grad_(False)
+    with record(net) as records:
+        F.cross_entropy(net(Tensor.meta((4, 6))), Tensor.meta((4,), np.int64))
+    bills = account(list(records), "2")
+    assert [bill.tuned for bill in bills] == [False, True, False, False]
+    assert [bill.paper_bytes for bill in bills] == [0, 4 * 6 * 4, 0, 0]
+    assert account(list(records), "2", repeats=3)[0].cost.forward_macs == 3 * bills[0].cost.forward_macs > 0
+
+
+def test_names_of_rows_by_hand() -> None:
+    """The operation where a path has several, a number from the second call on."""
+    calls = [("a", "linear"), ("a", "linear"), ("b", "add"), ("b", "mul"), ("", "neg"), ("", "cross_entropy")]
+    records = [OpRecord(op, path, (), Value.__new__(Value), {}) for path, op in calls]
+    assert row_names(records) == ["a", "a#2", "b/add", "b/mul", "(root)/neg", "loss"]
+
+
+def test_calls_off_the_tape_and_repeated_costs() -> None:
+    """Where backward does not come through nothing needs a gradient; operations count as often as they run."""
+    with record() as records:
+        F.neg(Tensor.meta((2, 3), requires_grad=True))
+    memory = Memory()
+    inputs = (memory.of(records[0].inputs[0]),)
+    for on_tape in (True, False):
+        assert Call(records[0], inputs, memory.follow(records[0]), on_tape).needs(0) is on_tape
+    once = OpCost(**{name: i + 1 for i, name in enumerate(COUNTS)}, paper_bytes=5, subspace_bytes=7)
+    thrice = once.repeated(3)
+    with record() as frozen:
+        F.neg(Tensor.meta((2, 3)))
+    assert (backward_reaches(records), backward_reaches(frozen)) == ([True], [False])
+    assert [getattr(thrice, name) for name in COUNTS] == [3 * (i + 1) for i in range(len(COUNTS))]
+    assert (thrice.paper_bytes, thrice.subspace_bytes) == (5, 7)

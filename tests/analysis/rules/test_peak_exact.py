@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from test_cost_exact import N, Narrow, Twice, kept, meta_peak, rows, stored
 
-from analysis.peak.lifetimes import lifetimes, lifetimes_from_scopes
+from analysis.peak import layers
+from analysis.peak.lifetimes import lifetimes, lifetimes_from_scopes, renumbered
 from analysis.peak.memory import parameters_bytes, peak
+from analysis.peak.stores import chain, projecting
 from analysis.rules.account import account
 from lance_ref import functional as F
 from lance_ref import nn, record
@@ -108,6 +110,7 @@ def test_totals() -> None:
     everything = (20 * 20 + 20 + 20 * 5 + 5) * 4
     assert sgd.total_bytes == sgd.peak_bytes + everything
     assert adam.optimizer_bytes == sgd.optimizer_bytes + 2 * everything + 3 * 1600  # the largest has 1600 bytes
+    assert adam.forward_bytes == sgd.forward_bytes + 2 * everything
     assert parameters_bytes([Tensor(np.zeros(3)), Tensor(np.zeros(3, np.float32))]) == 24 + 12
 
 
@@ -149,3 +152,82 @@ def test_core_and_factors() -> None:
     assert kept(full) == full.paper_bytes == 30 * 4
     assert [saved.what for saved in full.pytorch] == ["input", "weight"]  # PyTorch's own, no copy of it
     assert len(full.tape) == 2  # the input, and the weight for the input gradient
+
+
+class Aside(nn.Module):
+    """Computes something that nobody reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        F.exp(x)
+        return F.neg(x)
+
+
+def test_who_is_never_given_back() -> None:
+    """Input, labels and loss; what nobody reads is gone as soon as it is made."""
+    net = nn.Sequential(nn.Linear(6, 4, rng=0), Aside(), nn.Linear(4, 2, rng=0))
+    records = traced(net, 8, 6)
+    aside = records[1].output.id
+    for ends in (lifetimes(net, (8, 6)), lifetimes_from_scopes(records)):
+        assert ends[aside] == 2
+        never = [records[0].inputs[0], *records[-1].inputs[1:], records[-1].output]
+        assert all(value.id not in ends for value in never)
+    assert renumbered({1: 5, 2: 6}, {1: 10, 3: 11}) == {10: 5}
+
+
+def test_height_and_width_as_one_mode_have_one_factor() -> None:
+    """Of 7 × 7 places and 2 · 3 directions; on a larger map there are two, which are kept anyway."""
+    assert projecting((8, 6, 7, 7), (3, None, 2, 3)) == chain((8, 6, 49), (3, None, 6))[0] + 49 * 6
+    assert projecting((8, 6, 14, 14), (3, None, 2, 3)) == chain((8, 6, 14, 14), (3, None, 2, 3))[0]
+
+
+def convolution(**changes: Any) -> layers.Convolution:
+    """Two images (3, 8, 6), 3 × 3 kernels, one zero around."""
+    sizes = {
+        "x": (2, 3, 8, 6), "weight": (4, 3, 3, 3), "out": (2, 4, 8, 6), "stride": (1, 1), "padding": ((1, 1), (1, 1)),
+        "dilation": (1, 1), "groups": 1, "itemsize": 4,
+    }  # fmt: skip
+    return layers.Convolution(**sizes | changes)  # type: ignore[arg-type]
+
+
+def test_workspaces_of_convolutions_by_hand() -> None:
+    """Patches of both images; beside them the padded images, or the output with channels first, or weights."""
+    columns, copied = 2 * 8 * 27 * 6 * 4, 2 * 4 * 8 * 6 * 4
+    assert convolution().forward_workspace(0) == columns + 2 * 3 * 10 * 8 * 4
+    dilated = convolution(padding=((2, 2), (2, 2)), dilation=(2, 2))
+    assert dilated.forward_workspace(0) == columns + 2 * 3 * 12 * 10 * 4
+    one_side = convolution(weight=(1, 3, 2, 1), out=(2, 1, 8, 6), padding=((1, 0), (0, 0)))
+    assert one_side.forward_workspace(0) == 2 * 8 * 6 * 6 * 4 + 2 * 3 * 9 * 6 * 4
+    many = convolution(weight=(40, 3, 3, 3), out=(2, 40, 8, 6))
+    assert many.forward_workspace(0) == columns + 10 * copied
+    assert many.weight_workspace(0) == columns + 10 * copied + 40 * 27 * 4
+    assert many.input_workspace(0) == columns + 10 * copied
+    single = convolution(x=(1, 3, 8, 6), weight=(40, 3, 3, 3), out=(1, 40, 8, 6))
+    assert single.forward_workspace(0) == columns // 2 + 3 * 10 * 8 * 4  # its output lies as it must
+    assert single.weight_workspace(0) == columns // 2 + 40 * 27 * 4
+    assert single.input_workspace(0) == columns // 2
+
+
+def test_workspaces_of_depthwise_loops_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image with its zeros, kernel and sum per channel for each of two threads, or one for the weight gradient."""
+    monkeypatch.setattr(layers, "threads", lambda: 2)
+    loops = convolution(x=(5, 16, 10, 9), weight=(16, 1, 3, 3), out=(5, 16, 10, 9), groups=16)
+    one = (12 * 11 + 9 + 1) * 16 * 4
+    assert loops.forward_workspace(0) == loops.input_workspace(0) == 2 * one
+    assert loops.weight_workspace(100) == 100 + one
+    few = convolution(x=(5, 4, 10, 9), weight=(4, 1, 3, 3), out=(5, 4, 10, 9), groups=4)
+    assert few.forward_workspace(0) == 2 * 12 * 11 * 4
+
+
+def test_gradients_of_a_layer_one_after_the_other() -> None:
+    """What is made stays; adding the bias takes a buffer of NumPy's, at most 32 KiB."""
+    x, w, b = (Tensor.meta(shape, requires_grad=True) for shape in ((100, 50), (200, 50), (200,)))
+    inputs, result = (100 * 50 + 200 * 50 + 200) * 4, 100 * 200 * 4
+    found = meta_peak(lambda: F.linear(x, w, b))
+    assert found.forward_bytes == inputs + result + 8192 * 4
+    assert found.backward_bytes == inputs + 2 * result + inputs
+
+
+def test_a_formula_on_exactly_one_block() -> None:
+    """Worked out at once: x, the result, both gradients, and one and a half arrays of the slope of hardswish."""
+    x = Tensor.meta((2**16,), requires_grad=True)
+    assert meta_peak(lambda: F.hardswish(x)).backward_bytes == 11 * 2**17

@@ -121,6 +121,23 @@ def test_without_a_rule_of_its_own_the_peak_is_an_upper_estimate_and_the_report_
     assert json.loads(estimated.json_text())["notes"] == dict([FOOTNOTE.split(": ", 1)])
 
 
+def test_one_rule_of_two_is_not_enough() -> None:
+    """The other direction is estimated, and that is said."""
+    for column in ("in_flight_forward", "in_flight_backward"):
+        operation("square", **{**ROW, column: None}, replace=True)
+        assert FOOTNOTE in render(report())
+
+
+def test_a_peak_above_its_estimate_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below it, it is not compared, which is said; above it the estimate was too small."""
+    operation("square", cost=square_cost)
+    comparison = compare(predict(net(), 8, **OPTIONS), peaks=True)
+    assert comparison.agrees
+    assert "peak of memory of bp: not compared: at most" in str(comparison)
+    monkeypatch.setattr("analysis.check.measure.measure_peak", lambda *arguments: 2**30)
+    assert not compare(predict(net(), 8, **OPTIONS), peaks=True).agrees
+
+
 def test_the_estimate_is_result_kept_gradient_and_three_arrays_of_each_size() -> None:
     """By hand: 2 x 3 float64, squared, both on the tape."""
     operation("square", cost=lambda call: OpCost(tape=[call.save_input("x", 0), fresh("mask", 10)]))

@@ -15,23 +15,30 @@ from analysis.moved import LateFinder
 
 if TYPE_CHECKING:
     from analysis.cost_model import cost as cost
+    from analysis.rules.op_cost import OpCost as OpCost
+    from analysis.rules.operations import operation as operation
 
-__all__ = ["cost"]
+__all__ = ["OpCost", "cost", "operation"]
 
 sys.meta_path.insert(0, LateFinder())  # old import paths, for one release
 
-NEEDED = ("peak.memory", "ranks.choose", "reports.peaks", "reports.report", "reports.tables", "rules.calibration_costs")
-"""What a call of :func:`cost` runs: imported with it, so that the first call is as fast as the others."""
+NEEDED = {
+    "cost": (
+        *("cost_model", "peak.memory", "ranks.choose", "reports.peaks", "reports.report", "reports.tables"),
+        "rules.calibration_costs",
+    ),
+    "operation": ("rules.operations", "rules.account", "peak.layers", "check.torch_replay"),
+    "OpCost": ("rules.op_cost",),
+}
+"""Where each public name is, and what is imported with it: all that a call of :func:`cost` runs, so that the first one
+is as fast as the others; our own operations before the first of anybody else's."""
 
 
 def __getattr__(name: str) -> Any:
-    """``analysis.cost`` is imported when it is asked for: commands must start without the numerical libraries."""
-    if name == "cost":
+    """Public names are imported when they are asked for: commands must start without the numerical libraries."""
+    if name in NEEDED:
         from importlib import import_module
 
-        from analysis.cost_model import cost
-
-        for module in NEEDED:
-            import_module(f"analysis.{module}")
-        return cost
+        home, *_ = [import_module(f"analysis.{module}") for module in NEEDED[name]]
+        return getattr(home, name)
     raise AttributeError(f"module 'analysis' has no attribute {name!r}")

@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return run_command(parser(), arguments, _run)
+    return run_command(parser, arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return run_command(parser(), arguments, _run)
+    return run_command(parser, arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -128,8 +128,11 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     """
     from dataclasses import replace
 
+    from analysis.commands.names import plain
+    from analysis.peak.memory import ESTIMATED, estimated
     from analysis.planner.fidelity import why_not
     from analysis.planner.search import search
+    from analysis.rules.recompute import flatten
     from analysis.steps.nets import remark
 
     budget = parse_bytes(options.budget)
@@ -156,12 +159,15 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     plan = search(costs, tried, options.batch, budget, times, options.shares, options.layers)
     shares = {"layers": "the same for every layer", "parameters": "in proportion to its weights"}
     size = "x".join(map(str, costs.input_shape))
-    classes = costs.whole(_first(options, costs)).num_classes
+    step = costs.whole(_first(options, costs))
+    remarks = [remark(costs.net)]
+    if costs.device.count == "peak":
+        remarks += [f"peak of operation {plain(name)!r}: {ESTIMATED}" for name in estimated(flatten(step.records))]
     facts = {
-        "net": f"{options.net}, input {size}, {classes} classes, {options.dtype}",
+        "net": f"{options.net}, input {size}, {step.num_classes} classes, {options.dtype}",
         "ranks": ranks_from,
         "shares": shares.get(options.shares, f"from {options.shares}"),
-        "remark": remark(costs.net),
+        "remark": "; ".join(filter(None, remarks)),
         "smaller": _smaller(options, plan),
     }
     return replace(plan, facts=facts)

@@ -313,7 +313,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return run_command(parser(), given, lambda options: _run(options, given))
+    return run_command(parser, given, lambda options: _run(options, given))
 
 
 def _run(options: argparse.Namespace, given: Sequence[str]) -> None:

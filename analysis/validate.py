@@ -131,7 +131,7 @@ def work(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code: 0 all agree, 1 something differs, 2 cannot run."""
-    return run_command(parser(), arguments, work)
+    return run_command(parser, arguments, work)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def work(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return run_command(parser(), arguments, work)
+    return run_command(parser, arguments, work)
 
 
 if __name__ == "__main__":

@@ -15,21 +15,11 @@ from analysis.commands.provenance import code_fingerprint
 from analysis.steps.methods import METHODS
 from analysis.steps.nets import CannotRunError
 from analysis.steps.settings import NotApplicableError
+from lance_ref import models
 
 if TYPE_CHECKING:
     from analysis.reports.predict import Prediction
 
-SHAPES = {
-    "mlp": (64,),
-    "convnet": (3, 12, 16),
-    "resnet8": (3, 24, 32),
-    "alexnet-cl": (3, 32, 32),
-    "deit-tiny": (3, 48, 48),
-    "deit-small": (3, 48, 48),
-}
-"""Shape of one input: small, and where the net allows it not square, so that height and width are told apart."""
-OTHER_SHAPES = (3, 36, 72)
-"""Of nets for 224 pixels; leaves the last layers a map of 2 x 3 places."""
 CLASSES = 10
 SHOWN_DIFFERENCES = 10
 """Of one method and one quantity; all are counted."""
@@ -82,7 +72,7 @@ def validate_cell(
     """
     from analysis.reports.predict import predict
 
-    shape = SHAPES.get(net, OTHER_SHAPES)
+    shape = models.find(net).small_shape
     try:
         plain = predict(
             net, batch, input_shape=shape, num_classes=CLASSES, methods=["bp"], dtype=dtype, with_weights=True

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.rules.layouts import backward_reaches
+from analysis.rules.operations import fill, known
 from lance_ref.engine.recording import OpRecord, Value
-
-VIEWS = ("reshape", "permute", "index")
 
 
 def available() -> bool:
@@ -53,7 +52,7 @@ class Replay:
         self.records = records
         self.values: dict[int, Any] = {}
         self.excluded: list[Any] = []  # parameters and running statistics, which are billed to nobody
-        self._maker = {record.output.id: record for record in records if record.op in VIEWS}
+        self._maker = {record.output.id: record for record in records if callable(known(record.op).layout)}
         self._largest = _label_bounds(records)
         self._generator = torch.Generator().manual_seed(0)
 
@@ -83,16 +82,17 @@ class Replay:
 
     def run(self, record: OpRecord, ranks: Sequence[int | None] | None = None) -> Any:
         """Run one operation; with ``ranks`` its layer keeps a core in place of its input."""
-        if record.op not in OPS and record.op != "recompute":
+        twin = known(record.op).twin
+        if twin is None and record.op != "recompute":
             raise LookupError(f"no PyTorch counterpart for operation {record.op!r} in layer {record.path!r}")
         inputs = [self.get(value) for value in record.inputs]
-        if record.op == "recompute":
+        if twin is None:
             return self._recompute(record, inputs)
         if record.op == "batch_norm":
             self.excluded += _running(inputs, record.attributes)
         if ranks is not None:
-            return _keeping_a_core(self.torch, record, inputs, ranks)
-        return OPS[record.op](self.torch, inputs, record.attributes)
+            return _keeping_a_core(self.torch, twin, record, inputs, ranks)
+        return twin(self.torch, inputs, record.attributes)
 
     def _recompute(self, record: OpRecord, inputs: list[Any]) -> Any:
         """A segment under PyTorch's own checkpointing, told to run all of it again as we do."""
@@ -315,7 +315,7 @@ def _elementwise(name: str) -> Op:
     return lambda torch, inputs, attributes: getattr(torch, name)(inputs[0])
 
 
-OPS: dict[str, Op] = {
+fill("twin", {
     "add": lambda torch, x, a: x[0] + x[1],
     "sub": lambda torch, x, a: x[0] - x[1],
     "mul": lambda torch, x, a: x[0] * x[1],
@@ -359,10 +359,10 @@ OPS: dict[str, Op] = {
     "adaptive_avg_pool2d": _function("adaptive_avg_pool2d", "output_size"),
     "batch_norm": _batch_norm,
     "layer_norm": _layer_norm,
-}
+})  # fmt: skip
 
 
-def _keeping_a_core(torch: Any, record: OpRecord, inputs: list[Any], ranks: Sequence[int | None]) -> Any:
+def _keeping_a_core(torch: Any, twin: Op, record: OpRecord, inputs: list[Any], ranks: Sequence[int | None]) -> Any:
     """The layer's forward pass with, in place of its input, the core by random orthonormal factors kept."""
 
     class Compressed(torch.autograd.Function):
@@ -375,7 +375,7 @@ def _keeping_a_core(torch: Any, record: OpRecord, inputs: list[Any], ranks: Sequ
                     core = torch.tensordot(core, U, ([mode], [0])).movedim(-1, mode)
             kept = [core.contiguous().clone()] if tensors[1].requires_grad else []
             ctx.save_for_backward(*kept, tensors[1])
-            return OPS[record.op](torch, list(tensors), record.attributes)
+            return twin(torch, list(tensors), record.attributes)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:

@@ -90,17 +90,17 @@ def one_line(error: BaseException) -> str:
 
 
 def run_command(
-    parser: argparse.ArgumentParser,
+    parser: argparse.ArgumentParser | Callable[[], argparse.ArgumentParser],
     arguments: Sequence[str] | None,
     work: Callable[[Any], int | None],
     outputs: Sequence[str] = (),
 ) -> int:
-    """Parse, look whether the outputs can be written, and work; whatever the user did wrong is said in one line.
+    """Load plug-ins, parse, look whether outputs can be written, work; whatever the user did wrong is said in one line.
 
     Parameters
     ----------
-    parser : ArgumentParser
-        A :class:`OneLineParser`.
+    parser : ArgumentParser or callable
+        A :class:`OneLineParser`, or what makes it: called when plug-ins, which options may depend on, have been loaded.
     arguments : sequence of str, optional
         Those of the process by default.
     work : callable
@@ -114,6 +114,11 @@ def run_command(
         The exit code; 1 if the reader of the output has gone away. Errors leave through ``parser.error``, with exit
         code 2.
     """
+    try:
+        stopping.load_plugins()
+    except ImportError as error:
+        _made(parser).error(one_line(_cause(error)))
+    parser = _made(parser)
     options = parser.parse_args(arguments)
     try:
         shipped.check_own_packages()
@@ -133,6 +138,10 @@ def run_command(
             raise KeyboardInterrupt from error
         parser.error(one_line(_cause(error)))
     return code or 0
+
+
+def _made(parser: argparse.ArgumentParser | Callable[[], argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    return parser if isinstance(parser, argparse.ArgumentParser) else parser()
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -1,4 +1,4 @@
-"""What Ctrl-C does to a command: the functions of ``lance_ref.io.stopping``, without importing all of ``lance_ref``."""
+"""Ctrl-C in a command, and plug-ins: functions of ``lance_ref.io`` without importing all of ``lance_ref``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lance_ref.io.plugins import load as load_plugins
     from lance_ref.io.stopping import STOPPED, keep, left_to_parent, run, stopping
 else:
 
@@ -15,7 +16,7 @@ else:
         """The one module of that name; ``import`` would run the package's ``__init__`` first, which takes a second."""
         if name not in sys.modules:
             folder = Path(find_spec("lance_ref").origin).parent
-            spec = spec_from_file_location(name, folder / "io" / "stopping.py")
+            spec = spec_from_file_location(name, folder / "io" / f"{name.rpartition('.')[2]}.py")
             sys.modules[name] = module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
         return sys.modules[name]
@@ -23,5 +24,6 @@ else:
     _module = _load("lance_ref.io.stopping")
     STOPPED, keep, left_to_parent = _module.STOPPED, _module.keep, _module.left_to_parent
     run, stopping = _module.run, _module.stopping
+    load_plugins = _load("lance_ref.io.plugins").load
 
-__all__ = ["STOPPED", "keep", "left_to_parent", "run", "stopping"]
+__all__ = ["STOPPED", "keep", "left_to_parent", "load_plugins", "run", "stopping"]

@@ -28,6 +28,7 @@ from typing import Any
 
 from analysis.commands import stopping
 from analysis.commands.cli import one_line
+from lance_ref.io import plugins
 from lance_ref.io.progress import progress_bar
 from lance_ref.io.whole_file import read_json, write_json
 
@@ -193,6 +194,7 @@ def run_cell(task: Task) -> Outcome:
         try:
             where = _where()  # now: at the end of a long run the sources may be others
             started = time.perf_counter()
+            plugins.load()
             result = _load(task.function)(**task.cell)
             if not isinstance(result, dict):
                 raise TypeError(f"{task.function} returned {type(result).__name__}, expected a dict that JSON can hold")

@@ -23,7 +23,7 @@ from analysis.commands.names import plain
 from analysis.onnx.file import Graph, Node, read_graph
 from analysis.onnx.host import HOST, MAX_ELEMENTS, evaluate
 from analysis.onnx.layers import LAYERS, Weight, layer_for, plan_for
-from analysis.onnx.ops import TENSOR_OPS, over_all_of_an_input
+from analysis.onnx.ops import over_all_of_an_input, tensor_ops
 from analysis.onnx.patterns import simplify
 from analysis.onnx.tensor import Constant, shown
 from lance_ref import functional as F
@@ -54,7 +54,7 @@ class Operation(Module):
         self.node, self.stored_weights = node, tuple(stored_weights)
 
     def forward(self, operands: Sequence[Any]) -> Any:
-        return TENSOR_OPS[self.node.op](self.node, operands)
+        return tensor_ops()[self.node.op](self.node, operands)
 
     def extra_repr(self) -> str:
         return self.node.op
@@ -180,7 +180,7 @@ class OnnxNet(Module):
 
     def _operation(self, node: Node) -> Operation:
         """A node that is no layer."""
-        if node.op not in TENSOR_OPS:
+        if node.op not in tensor_ops():
             raise ValueError("no cost rule for this operation on weights alone")
         for position, option in enumerate(("transA", "transB")):
             weight = self._constants.get(node.inputs[position]) if node.op == "Gemm" else None
@@ -386,7 +386,7 @@ def check_operations(graph: Graph) -> None:
         depends = node.op not in ("Shape", "Size") and any(name in live for name in node.inputs)
         if depends:
             live.update(filter(None, node.outputs))
-        if node.op not in TENSOR_OPS and node.op not in LAYERS and (depends or node.op not in HOST):
+        if node.op not in tensor_ops() and node.op not in LAYERS and (depends or node.op not in HOST):
             missing.add(node.op)
     if missing:
         names = ", ".join(plain(name) for name in sorted(missing)[:50])
@@ -395,7 +395,7 @@ def check_operations(graph: Graph) -> None:
 
 def known_operations() -> str:
     """Names of the operations that an input may go through."""
-    return ", ".join(sorted({*TENSOR_OPS, *LAYERS}))
+    return ", ".join(sorted({*tensor_ops(), *LAYERS}))
 
 
 def _weight_or_array(graph: Graph, name: str, constant: Constant) -> Any:

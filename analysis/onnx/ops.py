@@ -7,7 +7,8 @@ Tensor, or a list of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from analysis.onnx.file import Node
 from analysis.onnx.host import argument, axes_of, integers, new_shape, pieces, reduced_axes, slices
+from analysis.rules.operations import OPERATIONS
 from lance_ref import functional as F
 from lance_ref.algebra.geometry import Pair
 from lance_ref.engine.tensor import Tensor
@@ -297,6 +299,11 @@ def _dequantize(node: Node, x: Inputs) -> Tensor:
         raise ValueError("its input does not come from QuantizeLinear to integers")
     limits = np.iinfo(quantized.dtype)
     return F.fake_quantize(quantized.x, quantized.scale, quantized.zero_point, int(limits.min), int(limits.max))
+
+
+def tensor_ops() -> Mapping[str, TensorOp]:
+    """What each operation of ONNX is here: ours, and what operations of somebody's own are read from."""
+    return ChainMap(TENSOR_OPS, *(dict(row.onnx) for row in OPERATIONS.values() if row.onnx))
 
 
 TENSOR_OPS: dict[str, TensorOp] = {

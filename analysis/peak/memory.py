@@ -12,6 +12,7 @@ import importlib
 import tracemalloc
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from analysis.peak.arrays import REUSED_BYTES
 from analysis.peak.lifetimes import Lifetimes, lifetimes_from_scopes
 from analysis.peak.simulation import Simulation
 from analysis.rules.account import Billed, row_names
+from analysis.rules.operations import known
+from analysis.rules.recompute import OP as SEGMENT
 from analysis.rules.recompute import flatten
 from lance_ref import functional as F
 from lance_ref import optim
@@ -29,6 +32,8 @@ from lance_ref.nn.module import Module
 from lance_ref.optim import Optimizer
 from lance_ref.stores import ActivationStore
 
+ESTIMATED = "no rule, an upper estimate is used"
+"""Of the peak of an operation."""
 STATE_COPIES = {"sgd": 0, "sgd-momentum": 1, "adam": 2}
 """By optimiser: arrays of a parameter's size that it remembers from step to step."""
 
@@ -54,6 +59,8 @@ class Peak:
         Of the parameters that train, when backward is done.
     optimizer_state_bytes : int
         Kept from step to step.
+    estimated : tuple of str
+        Operations without a rule, for which an upper estimate is used.
     """
 
     peak_bytes: int
@@ -65,13 +72,14 @@ class Peak:
     parameters_bytes: int
     gradients_bytes: int
     optimizer_state_bytes: int
+    estimated: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
         """Peak and parameters."""
         return self.peak_bytes + self.parameters_bytes
 
-    def to_dict(self) -> dict[str, int | str]:
+    def to_dict(self) -> dict[str, Any]:
         """All of it by name, for JSON."""
         return {**asdict(self), "total_bytes": self.total_bytes}
 
@@ -115,7 +123,7 @@ def peak(
     ValueError
         If there is no such optimiser, or the step is empty.
     MissingRuleError, LookupError
-        If an operation or a store has no rule; names it and the layer.
+        If an operation has no cost rule, or a store none for its peak; names it and the layer.
 
     Notes
     -----
@@ -137,6 +145,11 @@ def peak(
     simulation = Simulation(records, lifetimes_from_scopes(records) if lifetimes is None else lifetimes)
     simulation.run()
     return peak_of(simulation, optimizer, None if parameters is None else parameters_bytes(parameters))
+
+
+def estimated(records: Iterable[OpRecord]) -> tuple[str, ...]:
+    """Operations among these without a rule of what they hold, for which an upper estimate is used."""
+    return tuple(sorted({r.op for r in records if r.op != SEGMENT and known(r.op).is_estimated}))
 
 
 def parameters_bytes(parameters: Iterable[Tensor]) -> int:
@@ -178,6 +191,7 @@ def peak_of(simulation: Simulation, optimizer: str, parameters: int | None) -> P
         parameters_bytes=sum(value.nbytes for value in read.values()) if parameters is None else parameters,
         gradients_bytes=sum(trained.values()),
         optimizer_state_bytes=state,
+        estimated=estimated(everything),
     )
 
 

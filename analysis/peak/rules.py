@@ -29,7 +29,8 @@ from analysis.peak.arrays import (
     temporaries,
 )
 from analysis.rules.layouts import Layout, Shape, Storage, is_basic_index, packed_strides
-from analysis.rules.op_cost import Call, MissingRuleError, bit_bytes, index_bytes
+from analysis.rules.op_cost import Call, bit_bytes, index_bytes
+from analysis.rules.operations import OPERATIONS, column
 
 
 @dataclass(frozen=True)
@@ -53,34 +54,38 @@ class Backward:
 
 ForwardRule = Callable[[Call], int]
 BackwardRule = Callable[[Call, Layout], Backward]
-FORWARD: dict[str, ForwardRule] = {}
-BACKWARD: dict[str, BackwardRule] = {}
 
 
-def forward(*ops: str) -> Callable[[ForwardRule], ForwardRule]:
-    """Register the forward rule of these operations."""
-
-    def register(function: ForwardRule) -> ForwardRule:
-        FORWARD.update(dict.fromkeys(ops, function))
-        return function
-
-    return register
+forward: Callable[..., Callable[[ForwardRule], ForwardRule]] = column("in_flight_forward")
+backward: Callable[..., Callable[[BackwardRule], BackwardRule]] = column("in_flight_backward")
+"""``@backward("add", "sub")``: the function below is the rule of these operations, which are our own."""
 
 
-def backward(*ops: str) -> Callable[[BackwardRule], BackwardRule]:
-    """Register the backward rule of these operations."""
+def most_forward(call: Call) -> int:
+    """Bytes by the operation's forward rule; without one, an upper estimate of result, what is kept and temporaries."""
+    row = OPERATIONS[call.record.op]
+    if row.in_flight_forward is not None:
+        return row.in_flight_forward(call)
+    outside = {call.output.storage, *(x.storage for x in call.inputs)}
+    kept = row.cost(call).tape if row.cost is not None else []
+    return call.record.output.nbytes + sum(s.storage.nbytes for s in kept if s.storage not in outside) + _ordinary(call)
 
-    def register(function: BackwardRule) -> BackwardRule:
-        BACKWARD.update(dict.fromkeys(ops, function))
-        return function
 
-    return register
+def run_backward(call: Call, g: Layout) -> Backward:
+    """By the operation's backward rule; without one, an upper estimate: gradients that leaves copy, and temporaries."""
+    row = OPERATIONS[call.record.op]
+    if row.in_flight_backward is not None:
+        found: Backward = row.in_flight_backward(call, g)
+        return found
+    positions = range(len(call.inputs))
+    grads = tuple(like_input(call, i) if call.needs(i) else None for i in positions)
+    made = sum(grad.storage.nbytes for grad in grads if grad is not None)
+    return Backward(made + _ordinary(call), grads, frozenset(positions))
 
 
-def check_rule(op: str, path: str) -> None:
-    """Raise MissingRuleError unless an operation has both rules; the message names it and the layer."""
-    if op not in FORWARD or op not in BACKWARD:
-        raise MissingRuleError(f"no rule of peak memory for operation {op!r} in layer {path or '(root)'!r}")
+def _ordinary(call: Call) -> int:
+    """Bytes of three arrays of the size of each input and of the result: temporaries of a formula of some length."""
+    return 3 * (call.record.output.nbytes + sum(value.nbytes for value in call.record.inputs))
 
 
 # ---- element by element ------------------------------------------------------------------

@@ -12,10 +12,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from analysis.peak import layers, rules  # noqa: F401  (they register their rules)
+from analysis.peak import layers  # noqa: F401  (it registers its rules)
 from analysis.peak.arrays import new
 from analysis.peak.lifetimes import Lifetimes
-from analysis.peak.rules import BACKWARD, FORWARD, check_rule
+from analysis.peak.rules import most_forward, run_backward
 from analysis.peak.stores import STORES
 from analysis.rules.layouts import Layout, Memory, Storage, backward_reaches
 from analysis.rules.op_cost import Call, Saved, cost_of
@@ -187,14 +187,13 @@ class Simulation:
 
     def _operation(self, record: OpRecord, on_tape: bool) -> tuple[Call, list[Storage]]:
         """One operation: its most, then its result and what it keeps."""
-        check_rule(record.op, record.path)
         for value in record.inputs:
             if value.id not in self.values and value.id not in self.made and value.parameter is None:
                 self._name(value.id, self.memory.of(value).storage)
         inputs = tuple(self.memory.of(value) for value in record.inputs)
         saved: list[Saved] = cost_of(record, self.memory, on_tape).tape
         call = Call(record, inputs, self.memory.of(record.output), on_tape)
-        self.ledger.reach(FORWARD[record.op](call), record)
+        self.ledger.reach(most_forward(call), record)
         self._name(record.output.id, call.output.storage)
         self._carry_on(record, saved)
         return call, [item.storage for item in saved]
@@ -249,7 +248,7 @@ class Simulation:
                 self._backward(again)
                 continue
             del self.pending[each.record.output.id]
-            back = BACKWARD[each.record.op](each.call, gradient)
+            back = run_backward(each.call, gradient)
             self.ledger.reach(back.most, each.record)
             made = [grad.storage for grad in back.gradients if grad is not None]
             for storage in made:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from analysis.commands.names import plain
 from analysis.steps.methods import METHODS
 from analysis.steps.settings import KNOWN
 
@@ -14,8 +15,9 @@ MOMENTS = {"forward": "in the forward pass", "backward": "in the backward pass",
 
 
 def footnotes(report: Report) -> list[str]:
-    """Calibrations, settings, what was left out, the peak of every method, and what the net itself lacks."""
-    return [*_calibrations(report), *_about(report), *_peaks(report), *filter(None, [report.remark])]
+    """Calibrations, settings, what was left out, peaks, what of them is estimated, and what the net itself lacks."""
+    estimates = [f"{plain(what)}: {said}" for what, said in report.estimates.items()]
+    return [*_calibrations(report), *_about(report), *_peaks(report), *estimates, *filter(None, [report.remark])]
 
 
 def _calibrations(report: Report) -> list[str]:

@@ -271,6 +271,14 @@ class Report:
         return self.peaks_of()
 
     @property
+    def estimates(self) -> dict[str, str]:
+        """What is an upper estimate, for want of a rule, and that it is one."""
+        from analysis.peak.memory import ESTIMATED
+
+        operations = sorted({name for peak in self.peaks.values() for name in peak.estimated})
+        return {f"peak of operation {name!r}": ESTIMATED for name in operations}
+
+    @property
     def parameters(self) -> int:
         """Numbers that the net's parameters have, each parameter once; of a report without its net those listed."""
         return sum(row.parameters for row in self.rows) if self.net_parameters is None else self.net_parameters
@@ -306,7 +314,7 @@ class Report:
             },
             "settings": self.settings,
             "calibration": {method: cost.to_json() for method, cost in self.calibration.items()},
-            "notes": self.notes | ({"net": self.remark} if self.remark else {}),
+            "notes": self.notes | ({"net": self.remark} if self.remark else {}) | self.estimates,
             "optimizer": self.optimizer,
             "peak": {method: _peak_json(peak) for method, peak in self.peaks.items()},
             "continual": None if self.continual is None else self.continual.to_json(),

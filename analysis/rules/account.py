@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from analysis.commands.names import plain
 from analysis.rules import elementwise, norms, products  # noqa: F401  (they register their rules)
-from analysis.rules.layouts import NUMPY_KEEPS_ORDER, PYTORCH_KEEPS_ORDER, Memory, Storage
+from analysis.rules.layouts import Memory, Storage
 from analysis.rules.op_cost import OpCost, Saved, cost_of
 from analysis.rules.recompute import OP, Executed, cost_inside, cost_outside, executed, inside
 from lance_ref.engine.recording import OpRecord
@@ -106,8 +106,8 @@ class CostCache:
         What was accounted first.
     """
 
-    memory: Memory = field(default_factory=lambda: Memory(NUMPY_KEEPS_ORDER))
-    in_pytorch: Memory = field(default_factory=lambda: Memory(PYTORCH_KEEPS_ORDER))
+    memory: Memory = field(default_factory=Memory)
+    in_pytorch: Memory = field(default_factory=lambda: Memory(in_pytorch=True))
     costs: dict[tuple[int, bool], tuple[OpRecord, OpCost, list[Saved]]] = field(default_factory=dict)
     first: _Accounted | None = None
 

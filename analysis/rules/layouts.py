@@ -16,19 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from analysis.rules.operations import LIKE_INPUT, PACKED, fill, known
 from lance_ref.engine.recording import OpRecord, Value
 
 Shape = tuple[int, ...]
-
-_ARITHMETIC = frozenset(
-    {"add", "sub", "mul", "div", "neg", "pow", "exp", "sqrt", "tanh", "sigmoid", "log", "gelu"}
-    | {"hardsigmoid", "hardswish", "erf", "gelu_tanh", "clip", "fake_quantize"}
-)
-NUMPY_KEEPS_ORDER = _ARITHMETIC | {"softmax", "log_softmax", "batch_norm", "layer_norm", "concatenate"}
-"""Operations whose result, on our tape, keeps the order of its first input's axes in memory."""
-
-PYTORCH_KEEPS_ORDER = _ARITHMETIC | {"relu", "relu6", "dropout"}
-"""The same in PyTorch."""
 
 
 class Storage:
@@ -137,16 +128,16 @@ class Memory:
 
     Attributes
     ----------
-    keeps_order : set of str
-        Operations whose result keeps the order of its first input's axes.
+    in_pytorch : bool
+        Whether results lie as PyTorch's do, not as our own.
     """
 
-    keeps_order: frozenset[str] = NUMPY_KEEPS_ORDER
+    in_pytorch: bool = False
     layouts: dict[int, Layout] = field(default_factory=dict)
 
     def copied(self) -> Memory:
         """A memory that knows the same values."""
-        return Memory(self.keeps_order, dict(self.layouts))
+        return Memory(self.in_pytorch, dict(self.layouts))
 
     def of(self, value: Value) -> Layout:
         """The layout of a value; one that no operation made (an input, a parameter) is packed."""
@@ -161,19 +152,14 @@ class Memory:
             inputs = [self.of(value) for value in record.inputs]
         for inside in record.attributes.get("records", ()):  # of a recomputed segment
             self.follow(inside)
-        known = self.layouts.get(record.output.id)
-        if known is not None:  # the operation returned its input, or this record has been followed already
-            return known
-        layout: Layout | None = None
-        if record.op == "reshape":
-            layout = inputs[0].reshaped(record.output.shape)
-        elif record.op == "permute":
-            layout = inputs[0].permuted(record.attributes["dims"])
-        elif record.op == "index" and is_basic_index(record.attributes["index"]):
-            layout = inputs[0].indexed(record.attributes["index"])
+        seen = self.layouts.get(record.output.id)
+        if seen is not None:  # the operation returned its input, or this record has been followed already
+            return seen
+        lies = known(record.op).lies(self.in_pytorch)
+        layout: Layout | None = lies(record, inputs) if callable(lies) else None
         if layout is None:
             layout = self._new(record.output, False)
-            if record.op in self.keeps_order:
+            if lies == LIKE_INPUT:
                 alike = [x for x in inputs if x.shape == layout.shape or record.op == "concatenate"]
                 if alike and alike[0].strides != layout.strides:
                     layout = Layout(layout.storage, layout.shape, packed_strides(layout.shape, alike[0].axis_order))
@@ -190,7 +176,8 @@ class Memory:
             theirs = other.of(value)
             alike = self.layouts.setdefault(value.id, theirs) is theirs and alike
             packed = packed and theirs.strides == packed_strides(theirs.shape)
-        same_order = packed or (record.op in self.keeps_order) == (record.op in other.keeps_order)
+        mine, others = (known(record.op).lies(memory.in_pytorch) for memory in (self, other))
+        same_order = mine == others or (packed and not callable(mine) and not callable(others))
         if alike and same_order and "records" not in record.attributes:
             layout = other.of(record.output)
             return self.layouts.setdefault(record.output.id, layout) is layout
@@ -214,3 +201,25 @@ def backward_reaches(records: Sequence[OpRecord], start: Value | None = None) ->
             wanted.update(value.id for value in record.inputs if value.requires_grad)
         reached.append(here)
     return reached[::-1]
+
+
+# ---- how the results of our own operations lie -----------------------------------------------
+
+
+def _indexed(record: OpRecord, inputs: Sequence[Layout]) -> Layout | None:
+    index = record.attributes["index"]
+    return inputs[0].indexed(index) if is_basic_index(index) else None
+
+
+_ARITHMETIC = (
+    *("add", "sub", "mul", "div", "neg", "pow", "exp", "sqrt", "tanh", "sigmoid", "log", "gelu"),
+    *("hardsigmoid", "hardswish", "erf", "gelu_tanh", "clip", "fake_quantize"),
+)
+_ON_OUR_TAPE = ("softmax", "log_softmax", "batch_norm", "layer_norm", "concatenate")
+fill("layout", dict.fromkeys((*_ARITHMETIC, *_ON_OUR_TAPE), LIKE_INPUT))
+fill("layout_in_pytorch", dict.fromkeys(_ON_OUR_TAPE, PACKED) | dict.fromkeys(("relu", "relu6", "dropout"), LIKE_INPUT))
+fill("layout", {
+    "reshape": lambda record, inputs: inputs[0].reshaped(record.output.shape),
+    "permute": lambda record, inputs: inputs[0].permuted(record.attributes["dims"]),
+    "index": _indexed,
+})  # fmt: skip

@@ -1,4 +1,4 @@
-"""What one operation costs, and the register of the rules that say so.
+"""What one operation costs, and how a rule that says so gets into the table of operations.
 
 A rule is a pure function from a :class:`Call` to an :class:`OpCost`. The rules themselves are in
 :mod:`analysis.rules.elementwise` and :mod:`analysis.rules.products`.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from analysis.rules.layouts import Layout, Memory, Storage
+from analysis.rules.operations import OPERATIONS, column, known
 from lance_ref.engine.recording import OpRecord, itemsize
 
 
@@ -155,18 +156,10 @@ def bit_bytes(count: int) -> int:
 
 
 Rule = Callable[[Call], OpCost]
-RULES: dict[str, Rule] = {}
 
 
-def rule(*ops: str) -> Callable[[Rule], Rule]:
-    """Register a function as the cost rule of these operations."""
-
-    def register(function: Rule) -> Rule:
-        for op in ops:
-            RULES[op] = function
-        return function
-
-    return register
+rule: Callable[..., Callable[[Rule], Rule]] = column("cost")
+"""``@rule("add", "sub")``: the function below is the cost rule of these operations, which are our own."""
 
 
 def cost_of(record: OpRecord, memory: Memory, on_tape: bool) -> OpCost:
@@ -177,10 +170,12 @@ def cost_of(record: OpRecord, memory: Memory, on_tape: bool) -> OpCost:
     MissingRuleError
         If the operation has no rule; the message names it and the layer.
     """
-    if record.op not in RULES:
+    price = known(record.op).cost
+    if price is None:
         raise MissingRuleError(
             f"no cost rule for operation {record.op!r} in layer {record.path or '(root)'!r}; "
-            f"there are rules for {', '.join(sorted(RULES))}"
+            f"there are rules for {', '.join(sorted(name for name, row in OPERATIONS.items() if row.cost))}"
         )
     inputs = tuple([memory.of(value) for value in record.inputs])
-    return RULES[record.op](Call(record, inputs, memory.follow(record, inputs), on_tape))
+    cost: OpCost = price(Call(record, inputs, memory.follow(record, inputs), on_tape))
+    return cost

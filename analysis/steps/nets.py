@@ -112,8 +112,8 @@ def input_shape_for(name: str, image_size: int | None, given: Sequence[int] | No
         return input_shape(graph, image_size)
     if image_size is not None:
         return (3, image_size, image_size)
-    known = models.NETS.get(name.partition("@")[0])
-    return (3, DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE) if known is None else known.input_shape
+    base = name.partition("@")[0]
+    return models.find(base).input_shape if base in models.names() else (3, DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE)
 
 
 def build(name: str, num_classes: int | None, input_shape: tuple[int, ...], without_weights: bool) -> Module:
@@ -144,7 +144,7 @@ def build(name: str, num_classes: int | None, input_shape: tuple[int, ...], with
     if ":" in name:
         return _call_factory(name, num_classes)
     base, at, width = name.partition("@")
-    if base not in models.NETS:
+    if base not in models.names():
         known = ", ".join(models.names())
         raise ValueError(f"unknown net {name!r}, expected one of {known}, pkg.module:factory, or a file.onnx")
     options: dict[str, Any] = {"num_classes": DEFAULT_NUM_CLASSES if num_classes is None else num_classes}

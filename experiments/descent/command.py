@@ -308,7 +308,7 @@ def work(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return run_command(parser(), arguments, work)
+    return run_command(parser, arguments, work)
 
 
 def compact(result: dict[str, Any]) -> str:

@@ -230,7 +230,7 @@ def work(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return run_command(parser(), arguments, work)
+    return run_command(parser, arguments, work)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lance_ref.datasets.pixels import preprocess
+from lance_ref.io import plugins
 from lance_ref.models.alexnet_cl import AlexNetCL, alexnet_cl
 from lance_ref.models.convnet import ConvNet, convnet
 from lance_ref.models.deit import DeiT, deit_small, deit_tiny
@@ -25,7 +26,14 @@ PRETRAINED: dict[str, Weights] = {name: of.weights for name, of in NETS.items() 
 
 
 def names() -> list[str]:
-    """The names that :func:`create` takes, in alphabetical order."""
+    """The names that :func:`create` takes, in alphabetical order, those of plug-ins included.
+
+    Raises
+    ------
+    ImportError
+        If a plug-in cannot be imported (:mod:`lance_ref.io.plugins`).
+    """
+    plugins.load()
     return sorted(NETS)
 
 

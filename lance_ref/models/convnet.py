@@ -37,7 +37,7 @@ class ConvNet(nn.Module):
         ]
 
 
-@net("convnet", input_shape=(3, 32, 32), options_for=lambda shape: {"in_channels": shape[0]})
+@net("convnet", input_shape=(3, 32, 32), small_shape=(3, 12, 16), options_for=lambda shape: {"in_channels": shape[0]})
 def convnet(
     num_classes: int = 10,
     in_channels: int = 3,

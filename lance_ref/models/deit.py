@@ -125,7 +125,7 @@ class DeiT(nn.Module):
         return [tokens, *self.blocks, nn.Sequential(self.norm, ClassToken(), self.head)]
 
 
-@net("deit-tiny", options_for=lambda shape: {"image_size": shape[-1]})
+@net("deit-tiny", small_shape=(3, 48, 48), options_for=lambda shape: {"image_size": shape[-1]})
 def deit_tiny(num_classes: int = 1000, image_size: int = 224, rng: Rng = None) -> DeiT:
     """DeiT-Tiny for RGB images (B, 3, image_size, image_size): 192 features, 3 heads, 12 blocks.
 
@@ -158,7 +158,7 @@ def deit_tiny(num_classes: int = 1000, image_size: int = 224, rng: Rng = None) -
     return _deit(192, 3, num_classes, image_size, rng)
 
 
-@net("deit-small", options_for=lambda shape: {"image_size": shape[-1]})
+@net("deit-small", small_shape=(3, 48, 48), options_for=lambda shape: {"image_size": shape[-1]})
 def deit_small(num_classes: int = 1000, image_size: int = 224, rng: Rng = None) -> DeiT:
     """DeiT-Small: 384 features, 6 heads, 12 blocks; parameters as for :func:`deit_tiny`."""
     return _deit(384, 6, num_classes, image_size, rng)

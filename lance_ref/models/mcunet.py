@@ -16,7 +16,7 @@ from lance_ref.datasets.pixels import preprocess_mcunet
 from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive_int, kaiming_fan_out, source
 from lance_ref.models.pretrained import load_plain
-from lance_ref.models.register import Weights, net
+from lance_ref.models.register import SMALL_IMAGE, Weights, net
 
 FIRST_CHANNELS = 16
 
@@ -101,6 +101,7 @@ class MCUNet(nn.Module):
 @net(
     "mcunet",
     input_shape=(3, 128, 128),
+    small_shape=SMALL_IMAGE,
     preprocess=preprocess_mcunet,
     weights=Weights(
         "weights/imagenet_mcunet_5fps.npz",

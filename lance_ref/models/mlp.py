@@ -33,7 +33,7 @@ class MLP(nn.Module):
         return [self.flatten, *self.features, self.classifier]
 
 
-@net("mlp", input_shape=(784,), options_for=lambda shape: {"in_features": math.prod(shape)})
+@net("mlp", input_shape=(784,), small_shape=(64,), options_for=lambda shape: {"in_features": math.prod(shape)})
 def mlp(
     num_classes: int = 10,
     in_features: int = 784,

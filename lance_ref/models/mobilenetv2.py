@@ -10,7 +10,7 @@ from lance_ref.datasets.pixels import preprocess
 from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive, check_positive_int, kaiming_fan_out, source
 from lance_ref.models.pretrained import load_mobilenetv2
-from lance_ref.models.register import Weights, net
+from lance_ref.models.register import SMALL_IMAGE, Weights, net
 
 STAGES = (
     # expansion t, channels c, blocks n, stride s of the first block (Table 2)
@@ -98,6 +98,7 @@ class MobileNetV2(nn.Module):
 
 @net(
     "mobilenetv2",
+    small_shape=SMALL_IMAGE,
     preprocess=preprocess,
     has_widths=True,
     weights=Weights(

@@ -11,7 +11,7 @@ from lance_ref import nn
 from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive, check_positive_int, kaiming_fan_out, normal_weight, source
 from lance_ref.models.mobilenetv2 import divisible
-from lance_ref.models.register import net
+from lance_ref.models.register import SMALL_IMAGE, net
 
 EPS, MOMENTUM = 1e-3, 0.01
 """Of every batch norm; TensorFlow's choices, which torchvision took over."""
@@ -133,7 +133,7 @@ class MobileNetV3(nn.Module):
         return [*self.features, nn.Sequential(self.avgpool, nn.Flatten(), self.classifier)]
 
 
-@net("mobilenetv3-small", has_widths=True)
+@net("mobilenetv3-small", small_shape=SMALL_IMAGE, has_widths=True)
 def mobilenetv3_small(
     num_classes: int = 1000, width: float = 1.0, dropout: float = 0.2, rng: Rng = None
 ) -> MobileNetV3:

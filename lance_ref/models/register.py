@@ -14,7 +14,11 @@ import numpy as np
 
 from lance_ref.datasets.pixels import scale_to_one
 from lance_ref.engine.tensor import Shape
+from lance_ref.io import plugins
 from lance_ref.nn.module import Module
+
+SMALL_IMAGE = (3, 36, 72)
+"""Leaves the last layers of a net for 224 pixels a map of 2 x 3 places."""
 
 Maker = TypeVar("Maker", bound=Callable[..., Module])
 
@@ -63,6 +67,9 @@ class Net:
         Its pretrained weights. Default: none.
     options_for : callable
         From the shape of one input to the options of ``make`` that depend on it. Default: no option does.
+    small_shape : tuple of int
+        A smaller input that it takes too, with other height than width if it can: the validation runs it on that.
+        Default: ``input_shape``.
     has_widths : bool
         Whether ``make`` takes ``width=``, a factor of all channels, written ``name@0.35``. Default: it does not.
     """
@@ -74,6 +81,10 @@ class Net:
     weights: Weights | None = None
     options_for: Callable[[Shape], Mapping[str, Any]] = _nothing
     has_widths: bool = False
+    small_shape: Shape = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "small_shape", self.small_shape or self.input_shape)
 
     @property
     def image_size(self) -> int | None:
@@ -115,13 +126,17 @@ def net(name: str, **spec: Any) -> Callable[[Maker], Maker]:
 
 
 def find(name: str) -> Net:
-    """The network of that name.
+    """The network of that name; where it is not there, plug-ins are loaded.
 
     Raises
     ------
     ValueError
         If there is none.
+    ImportError
+        If a plug-in cannot be imported.
     """
+    if name not in NETS:
+        plugins.load()
     if name not in NETS:
         raise ValueError(f"unknown model {name!r}, expected one of {', '.join(sorted(NETS))}")
     return NETS[name]

@@ -8,7 +8,7 @@ from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.engine.tensor import Tensor
 from lance_ref.models.initialise import Rng, check_positive_int, kaiming_fan_out, source
-from lance_ref.models.register import net
+from lance_ref.models.register import SMALL_IMAGE, net
 
 
 class BasicBlock(nn.Module):
@@ -110,7 +110,7 @@ class ResNet(nn.Module):
         return [stem, *self.layer1, *self.layer2, *self.layer3, *self.layer4, head]
 
 
-@net("resnet18")
+@net("resnet18", small_shape=SMALL_IMAGE)
 def resnet18(num_classes: int = 1000, rng: Rng = None) -> ResNet:
     """ResNet-18 for RGB images (B, 3, H, W).
 
@@ -128,13 +128,13 @@ def resnet18(num_classes: int = 1000, rng: Rng = None) -> ResNet:
     return _resnet(BasicBlock, (2, 2, 2, 2), num_classes, rng)
 
 
-@net("resnet34")
+@net("resnet34", small_shape=SMALL_IMAGE)
 def resnet34(num_classes: int = 1000, rng: Rng = None) -> ResNet:
     """ResNet-34 for RGB images (B, 3, H, W); parameters as for :func:`resnet18`."""
     return _resnet(BasicBlock, (3, 4, 6, 3), num_classes, rng)
 
 
-@net("resnet50")
+@net("resnet50", small_shape=SMALL_IMAGE)
 def resnet50(num_classes: int = 1000, rng: Rng = None) -> ResNet:
     """ResNet-50 for RGB images (B, 3, H, W), of bottleneck blocks; parameters as for :func:`resnet18`."""
     return _resnet(Bottleneck, (3, 4, 6, 3), num_classes, rng)

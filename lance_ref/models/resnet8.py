@@ -78,6 +78,7 @@ class ResNet8(nn.Module):
 @net(
     "resnet8",
     input_shape=(3, 32, 32),
+    small_shape=(3, 24, 32),
     preprocess=preprocess_resnet8,
     weights=Weights(
         "weights/mlperf_tiny_resnet8.npz",

@@ -22,10 +22,12 @@ from analysis.reports.predict import predict
 from analysis.rules import layouts, tucker_costs
 from analysis.rules import stores as store_rules
 from analysis.rules.norms import batch_norm
-from analysis.rules.op_cost import RULES, Call, OpCost
+from analysis.rules.op_cost import Call, OpCost
+from analysis.rules.operations import OPERATIONS
 from analysis.steps.methods import METHODS
 from lance_ref import F, Tensor, nn
 from lance_ref.engine.recording import OpRecord
+from lance_ref.models import NETS
 
 MIB = 2**20
 
@@ -90,7 +92,7 @@ def _batch_norm_keeps_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
         cost = batch_norm(call)
         return replace(cost, tape=cost.tape + cost.pytorch)
 
-    monkeypatch.setitem(RULES, "batch_norm", as_in_pytorch)
+    monkeypatch.setitem(OPERATIONS, "batch_norm", replace(OPERATIONS["batch_norm"], cost=as_in_pytorch))
 
 
 def _half_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +263,6 @@ def test_left_out_for_its_batch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One vector has no statistics for batch norm; a net that runs at no batch is not left out in silence."""
     found = validate_cell("alexnet-cl", 1, "float32", ["bp"])
     assert "more than one value per channel" in found["methods"]["bp"]["left_out"]
-    monkeypatch.setitem(validate_cells.SHAPES, "alexnet-cl", (3, 2, 2))
+    monkeypatch.setitem(NETS, "alexnet-cl", replace(NETS["alexnet-cl"], small_shape=(3, 2, 2)))
     with pytest.raises(ValueError, match="cannot run on an input of shape"):
         validate_cell("alexnet-cl", 1, "float32", ["bp"])

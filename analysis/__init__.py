@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from analysis.cost_model import cost as cost
     from analysis.rules.op_cost import OpCost as OpCost
     from analysis.rules.operations import operation as operation
+    from analysis.steps.register import method as method
+    from analysis.steps.settings import Setting as Setting
 
-__all__ = ["OpCost", "cost", "operation"]
+__all__ = ["OpCost", "Setting", "cost", "method", "operation"]
 
 sys.meta_path.insert(0, LateFinder())  # old import paths, for one release
 
@@ -29,9 +31,11 @@ NEEDED = {
     ),
     "operation": ("rules.operations", "rules.account", "peak.layers", "check.torch_replay"),
     "OpCost": ("rules.op_cost",),
+    "method": ("steps.register", "steps.methods"),
+    "Setting": ("steps.settings",),
 }
 """Where each public name is, and what is imported with it: all that a call of :func:`cost` runs, so that the first one
-is as fast as the others; our own operations before the first of anybody else's."""
+is as fast as the others; our own operations and methods before the first of anybody else's."""
 
 
 def __getattr__(name: str) -> Any:

@@ -128,7 +128,6 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     """
     from dataclasses import replace
 
-    from analysis.commands.names import plain
     from analysis.peak.memory import ESTIMATED, estimated
     from analysis.planner.fidelity import why_not
     from analysis.planner.search import search
@@ -162,7 +161,7 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     step = costs.whole(_first(options, costs))
     remarks = [remark(costs.net)]
     if costs.device.count == "peak":
-        remarks += [f"peak of operation {plain(name)!r}: {ESTIMATED}" for name in estimated(flatten(step.records))]
+        remarks += [f"peak of {what}: {ESTIMATED}" for what in estimated(flatten(step.records))]
     facts = {
         "net": f"{options.net}, input {size}, {step.num_classes} classes, {options.dtype}",
         "ranks": ranks_from,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -182,3 +183,97 @@ def test_an_entry_point_that_fails_is_named(installed: Path) -> None:
     finished = run(COST, installed, installed.parent)
     assert finished.returncode == 2
     assert "plug-in 'their_package.for_lance_ref' (entry point 'theirs' of lance_ref.plugins)" in finished.stderr
+
+
+# ---- a method ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_method(tmp_path: Path) -> Path:
+    """The module that the page on methods shows, in a folder where commands run."""
+    page = (ROOT / "docs" / "own_method.md").read_text(encoding="utf-8")
+    (shown,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if block.startswith("# my_method.py")]
+    (tmp_path / "my_method.py").write_text(shown, encoding="utf-8")
+    return tmp_path
+
+
+def with_it(words: list[str], folder: Path) -> str:
+    finished = run(words, None, folder, "my_method")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+COST_OF_IT = ["-m", "analysis.cost_model", "--net", "mcunet", "--image-size", "32", "--batch", "4", "--method", "bp"]
+
+
+def test_a_method_is_predicted_and_measured(with_method: Path) -> None:
+    """Its bytes are those of a real step; its setting is an option; the estimate of its peak is said to be one."""
+    words = [*COST_OF_IT, "fewer-bits", "--bits", "10"]
+    printed = with_it([*words, "--measure"], with_method)
+    assert "fewer-bits: activations in 16 bits, of which the last are dropped (bits 10)" in printed
+    assert "peak of activation store 'fewer-bits': no rule, an upper estimate is used" in printed
+    assert "no difference" in printed
+    report = json.loads(with_it([*words, "--json"], with_method))
+    bp, theirs = (report["totals"][name]["activation_bytes"]["paper"] for name in ("bp", "fewer-bits"))
+    assert theirs * 2 == bp
+    assert "fewer-bits" in with_it([*words, "--format", "csv"], with_method)
+    with_it([*words, "--plot", "x.png"], with_method)
+    assert (with_method / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert "--bits" in with_it(["-m", "analysis.cost_model", "--help"], with_method)
+
+
+def test_a_method_is_planned(with_method: Path) -> None:
+    """Every value of its grid, with the fidelity that the entry gives."""
+    words = ["-m", "analysis.plan", "--net", "mcunet", "--image-size", "32", "--num-classes", "10", "--budget", "4MiB"]
+    rows = json.loads(with_it([*words, "--json", "--method", "fewer-bits", "bp"], with_method))["rows"]
+    found = {row["setting"]: row["best"]["fidelity"] for row in rows if row["method"] == "fewer-bits"}
+    assert set(found) == {"bits 8", "bits 12"}
+    assert 0.9 < found["bits 8"] < found["bits 12"] < 1
+
+
+def test_a_method_is_validated_and_trained(with_method: Path) -> None:
+    """Also in the processes of a sweep; METHOD@VALUE sets its setting."""
+    with_it(["-m", "analysis.validate", "--quick", "--nets", "mlp", "convnet", "--methods", "fewer-bits"], with_method)
+    words = ["-m", "experiments.finetune", "--quick", "--epochs", "1", "--methods", "bp", "fewer-bits", "fewer-bits@2"]
+    printed = with_it([*words, "--output", "x.json"], with_method)
+    assert "fewer-bits@2" in printed
+    rows = {row["method"]: row for row in json.loads((with_method / "x.json").read_text())["rows"]}
+    seeds = {name: row["seeds"][0] for name, row in rows.items()}
+    assert seeds["fewer-bits"]["tape_bytes"] == seeds["fewer-bits"]["predicted_tape_bytes"] < seeds["bp"]["tape_bytes"]
+    assert seeds["fewer-bits"]["loss"] != seeds["fewer-bits@2"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--method", "bp", "--bits", "10"], "--bits has no effect here: it needs one of fewer-bits"),
+        (["--method", "fewer-bits", "--bits", "17"], "--bits is 17, expected a positive integer, at most 16"),
+        (["--method", "fewer-bit"], "expected some of bp, "),
+    ],
+)
+def test_its_options_are_checked_as_ours_are(words: list[str], says: str, with_method: Path) -> None:
+    finished = run(["-m", "analysis.cost_model", "--net", "mlp", *words], None, with_method, "my_method")
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert says in finished.stderr
+    assert finished.stderr.count("\n") == 1
+
+
+def test_a_name_or_a_setting_that_is_taken(with_method: Path) -> None:
+    """One line that says which."""
+    for text, says in (
+        ("from analysis import method; method('lance', 'mine')", "a method is called 'lance', which is taken"),
+        ("from analysis import method; method('a b', 'mine')", "expected a word without spaces"),
+        (
+            "from analysis import Setting, method; method('x', 'y', settings=(Setting('patch', 1, int, 'z'),))",
+            "setting 'patch' of method 'x' means something else in another method",
+        ),
+        (
+            "from analysis import Setting, method; method('x', 'y', settings=(Setting('net', 1, int, 'z'),))",
+            "setting 'net' of method x has the name of an option of this command",
+        ),
+    ):
+        (with_method / "wrong.py").write_text(text, encoding="utf-8")
+        finished = run(COST, None, with_method, "wrong")
+        assert finished.returncode == 2
+        assert says in finished.stderr
+        assert finished.stderr.count("\n") == 1

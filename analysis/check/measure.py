@@ -210,7 +210,7 @@ def _compare_peaks(comparison: Comparison, prediction: Prediction, images: np.nd
         if peak.estimated and measured <= peak.peak_bytes:
             comparison.notes.append(
                 f"peak of memory of {method}: not compared: at most {peak.peak_bytes:,} bytes, measured {measured:,}; "
-                f"no rule for operation {', '.join(map(repr, peak.estimated))}"
+                f"no rule for {', '.join(peak.estimated)}"
             )
             continue
         comparison.add_peak(method, peak.peak_bytes, measured, len(prediction.bills[method]))

@@ -141,7 +141,12 @@ def run_command(
 
 
 def _made(parser: argparse.ArgumentParser | Callable[[], argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    return parser if isinstance(parser, argparse.ArgumentParser) else parser()
+    if isinstance(parser, argparse.ArgumentParser):
+        return parser
+    try:
+        return parser()
+    except ValueError as error:  # a plug-in's setting that is an option already
+        OneLineParser(prog=stopping.command()).error(one_line(error))
 
 
 def _cause(error: BaseException) -> BaseException:

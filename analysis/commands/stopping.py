@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lance_ref.io.plugins import load as load_plugins
-    from lance_ref.io.stopping import STOPPED, keep, left_to_parent, run, stopping
+    from lance_ref.io.stopping import STOPPED, command, keep, left_to_parent, run, stopping
 else:
 
     def _load(name: str) -> Any:
@@ -23,7 +23,7 @@ else:
 
     _module = _load("lance_ref.io.stopping")
     STOPPED, keep, left_to_parent = _module.STOPPED, _module.keep, _module.left_to_parent
-    run, stopping = _module.run, _module.stopping
+    command, run, stopping = _module.command, _module.run, _module.stopping
     load_plugins = _load("lance_ref.io.plugins").load
 
-__all__ = ["STOPPED", "keep", "left_to_parent", "load_plugins", "run", "stopping"]
+__all__ = ["STOPPED", "command", "keep", "left_to_parent", "load_plugins", "run", "stopping"]

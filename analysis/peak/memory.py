@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from analysis.commands.names import plain
 from analysis.peak.arrays import REUSED_BYTES
 from analysis.peak.lifetimes import Lifetimes, lifetimes_from_scopes
 from analysis.peak.simulation import Simulation
+from analysis.peak.stores import STORES
 from analysis.rules.account import Billed, row_names
 from analysis.rules.operations import known
 from analysis.rules.recompute import OP as SEGMENT
@@ -60,7 +62,7 @@ class Peak:
     optimizer_state_bytes : int
         Kept from step to step.
     estimated : tuple of str
-        Operations without a rule, for which an upper estimate is used.
+        Operations and stores without a rule, for which an upper estimate is used, in words.
     """
 
     peak_bytes: int
@@ -148,8 +150,15 @@ def peak(
 
 
 def estimated(records: Iterable[OpRecord]) -> tuple[str, ...]:
-    """Operations among these without a rule of what they hold, for which an upper estimate is used."""
-    return tuple(sorted({r.op for r in records if r.op != SEGMENT and known(r.op).is_estimated}))
+    """What among these has no rule of what it holds, so that an upper estimate is used: in words, each once."""
+    found = set()
+    for record in records:
+        if record.op != SEGMENT and known(record.op).is_estimated:
+            found.add(f"operation {plain(record.op)!r}")
+        store = record.attributes.get("store", {}).get("name")
+        if store is not None and store not in STORES and record.inputs[1].requires_grad:
+            found.add(f"activation store {plain(store)!r}")
+    return tuple(sorted(found))
 
 
 def parameters_bytes(parameters: Iterable[Tensor]) -> int:

@@ -275,8 +275,8 @@ class Report:
         """What is an upper estimate, for want of a rule, and that it is one."""
         from analysis.peak.memory import ESTIMATED
 
-        operations = sorted({name for peak in self.peaks.values() for name in peak.estimated})
-        return {f"peak of operation {name!r}": ESTIMATED for name in operations}
+        found = sorted({what for peak in self.peaks.values() for what in peak.estimated})
+        return {f"peak of {what}": ESTIMATED for what in found}
 
     @property
     def parameters(self) -> int:

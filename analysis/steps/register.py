@@ -249,7 +249,7 @@ def add_settings(parser: argparse.ArgumentParser, grids: bool = False) -> None:
             )  # fmt: skip
         except argparse.ArgumentError:
             raise ValueError(
-                f"setting {setting.name!r} of method {heeding} has the name of an option of {parser.prog}"
+                f"setting {setting.name!r} of method {heeding} has the name of an option of this command"
             ) from None
 
 

@@ -173,6 +173,6 @@ def test_no_more_is_read_than_is_allowed(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="5 bytes, expected at most 4"):
         read_bytes(path, 4)
     status = os.stat_result((0o100644, *[0] * 9))
-    monkeypatch.setattr(Path, "stat", lambda self: status)
+    monkeypatch.setattr("lance_ref.io.opening.os.fstat", lambda descriptor: status)
     with pytest.raises(ValueError, match="more than 4 bytes"):
         read_bytes(path, 4)

@@ -65,10 +65,12 @@ def stop(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
         ["benchmarks.steps"],
     ],
 )
-@pytest.mark.parametrize("seconds", [0.25, 0.9])
+@pytest.mark.parametrize("seconds", [0, 0.9])
 def test_one_line_wherever_it_is(words: list[str], seconds: float, tmp_path: Path) -> None:
-    """While it starts, imports or works."""
+    """While it imports or works; before the first module of ours, Ctrl-C is Python's."""
     process = start(*(str(tmp_path / "kit") if word == "kit" else word for word in words))
+    mapped = Path(f"/proc/{process.pid}/maps")
+    wait_until(lambda: "numpy" in mapped.read_text(encoding="utf-8"))
     time.sleep(seconds)
     code, lines = stop(process)
     assert code == 130

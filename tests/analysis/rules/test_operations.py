@@ -162,7 +162,7 @@ def test_the_estimate_is_never_below_the_rule(name: str) -> None:
         OPERATIONS[op] = replace(OPERATIONS[op], in_flight_forward=None, in_flight_backward=None)
     found = peak_of(records)
     assert found.peak_bytes >= exact
-    assert set(found.estimated) == {record.op for record in records}
+    assert set(found.estimated) == {f"operation {record.op!r}" for record in records}
 
 
 def test_without_a_twin_the_measurement_says_that_pytorch_was_not_asked() -> None:

@@ -393,7 +393,7 @@ def test_a_ledger_that_never_forgets_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_errors_name_what_came(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line for an unknown optimiser, an empty step, an operation or a store without a rule."""
+    """One line for an unknown optimiser, an empty step, an operation without a rule; a store may be without one."""
     net, images, _ = model("convnet")
     records = traced(net, images)
     with pytest.raises(ValueError, match="optimizer is 'lion', expected one of sgd"):
@@ -404,6 +404,7 @@ def test_errors_name_what_came(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingRuleError, match="no cost rule for operation 'relu' in layer 'relu'"):
         peak(records)
     monkeypatch.undo()
+    exact = peak(records).peak_bytes
     monkeypatch.delitem(peak_layers.STORES, "exact")
-    with pytest.raises(LookupError, match="no rule of peak memory for the activation store 'exact'"):
-        peak(records)
+    assert peak(records).estimated == ("activation store 'exact'",)
+    assert peak(records).peak_bytes >= exact

@@ -28,7 +28,7 @@ from analysis.steps.methods import METHODS
 
 ROOT = Path(__file__).parents[3]
 WIDTHS = (60, 80, 100, 160)
-NETS = ("mobilenetv2", "mcunet", "deit", "mlp", "convnet")
+NETS = ("mobilenetv2", "mcunet", "deit-tiny", "mlp")
 COUNTS = (1, 2, 4, 15)
 NUMBER = re.compile(r"[0-9][0-9,]*(?:\.[0-9]+)?x?")
 
@@ -98,7 +98,7 @@ def test_every_width(net: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("net", ["mobilenetv2", "deit"])
+@pytest.mark.parametrize("net", ["mobilenetv2", "mlp"])
 def test_all_columns_at_any_width(net: str, count: int) -> None:
     """--wide: the columns that do not fit stand in blocks below, and no column is left out."""
     for across in (40, *WIDTHS):
@@ -110,7 +110,7 @@ def test_all_columns_at_any_width(net: str, count: int) -> None:
         assert "Products of one step" in text
         for method in report_of(net, count).methods:
             for name in ("paper", "pytorch", "tape", "total"):
-                assert f"{method} {name}" in text
+                assert f"{method} {name}" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -119,17 +119,19 @@ def test_forty_columns_cut_no_digit(count: int) -> None:
     check(report_of("mobilenetv2", count), render(report_of("mobilenetv2", count), across=40), 40)
 
 
-def test_a_pipe_is_a_hundred_characters_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_is_a_hundred_characters_wide() -> None:
     """Without COLUMNS and without a terminal; with COLUMNS as many as it says."""
     command = [sys.executable, "-m", "analysis.cost_model", "--net", "mobilenetv2", "--batch", "8"]
-    monkeypatch.delenv("COLUMNS", raising=False)
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=ROOT, check=True)
+    without = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    plain, narrow = (
+        subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=True).stdout
+        for env in (without, {**without, "COLUMNS": "60"})
+    )
     assert PIPE_WIDTH == 100
-    assert 90 < max(map(len, done.stdout.splitlines())) <= 100
-    assert len(done.stdout.splitlines()) < 60
-    check(report_of("mobilenetv2", 2), done.stdout, 100)
-    narrow = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "COLUMNS": "60"})
-    check(report_of("mobilenetv2", 2), narrow.stdout, 60)
+    assert 90 < max(map(len, plain.splitlines())) <= 100
+    assert len(plain.splitlines()) < 60
+    check(report_of("mobilenetv2", 2), plain, 100)
+    check(report_of("mobilenetv2", 2), narrow, 60)
 
 
 def in_terminal(command: list[str], across: int, **environment: str) -> str:
@@ -158,14 +160,24 @@ def in_terminal(command: list[str], across: int, **environment: str) -> str:
 def test_a_terminal(across: int, count: int) -> None:
     """The same in a terminal, whose own width counts; colours unless NO_COLOR is set."""
     methods = report_of("mobilenetv2", count).methods
-    command = [sys.executable, "-m", "analysis.cost_model", "--net", "mobilenetv2", "--batch", "8", "--method", *methods]
+    command = [
+        sys.executable,
+        "-m",
+        "analysis.cost_model",
+        "--net",
+        "mobilenetv2",
+        "--batch",
+        "8",
+        "--method",
+        *methods,
+    ]
     no_color = {"NO_COLOR": "1"} if count == 1 else {}
     text = in_terminal(command, across, **no_color)
     assert bool(re.search(r"\x1b\[(?:\d;)*(?:3|4|9)\d", text)) == (not no_color)
     check(report_of("mobilenetv2", count), re.sub(r"\x1b\[[0-9;]*m", "", text), across)
 
 
-@pytest.mark.parametrize("across", (40, *WIDTHS))
+@pytest.mark.parametrize("across", [40, *WIDTHS])
 def test_a_plan(across: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Prose and tables of the planner keep to the width as well."""
     monkeypatch.setenv("COLUMNS", str(across))
@@ -211,7 +223,7 @@ def test_columns_go_in_the_order_of_their_importance() -> None:
     assert heads[20] == heads[34] == ["layer", "a", "b"]
     assert heads[35] == ["layer", "op", "a", "b", "c"]
     last = {across: table.lines(across)[-1][0] for across in (19, 34, 35)}
-    assert last[19] == "(3 more columns with --wide)"[:28]
+    assert last[19] == "(3 more columns with --wide)"
     assert last[34] == "(2 more columns with --wide)"
     assert last[35].split()[0] == "layer"
     assert all(len(a) <= len(b) for a, b in pairwise(heads[n] for n in range(12, 40)))

@@ -74,15 +74,8 @@ class Sheet:
         """Lines of at most ``across`` characters with their styles; one with a single number may be longer."""
         every = [[plain(name) for name in self.columns], [RULE] * len(self.columns), *self.rows]
         sizes = [max(len(row[i]) for row in every) for i in range(len(self.columns))]
-        names = [row[0] for row in every]
-        if self.optional:
-            shortest = self._shortest(names, sizes[0])
-            shown, sizes[0] = self._chosen(sizes, shortest, across)
-            names = [shortened(name, sizes[0]) for name in names]
-        else:
-            shown = list(range(len(self.columns)))
-        every = [[name, *row[1:]] for name, row in zip(names, every, strict=True)]
-        table = [[self._padded(row[i], sizes[i], i) for i in shown] for row in every]
+        shown, sizes[0] = self._layout(sizes, [row[0] for row in every], across)
+        table = [[self._padded(shortened(row[i], sizes[i]), sizes[i], i) for i in shown] for row in every]
         styles = ["bold cyan", "", *self.styles]
         lines = [(line, "italic") for line in paragraph(plain(self.title), across).split("\n")]
         for i, block in enumerate(blocks(table[0], table[1:], across).split("\n\n")):
@@ -90,27 +83,22 @@ class Sheet:
         more = len(self.columns) - len(shown)
         return lines + [(f"({more} more column{'' if more == 1 else 's'} with --wide)", "dim")] * (more > 0)
 
-    def _chosen(self, sizes: Sequence[int], shortest: int, across: int) -> tuple[list[int], int]:
-        """The columns that are shown, and how many characters are left for the names of the rows."""
-        left_out = [name for group in self.optional for name in group]
-        shown = [i for i, name in enumerate(self.columns) if name not in left_out]
+    def _layout(self, sizes: Sequence[int], names: Sequence[str], across: int) -> tuple[list[int], int]:
+        """The columns that are shown, and how many characters the names of the rows get, all of them different."""
+        groups = [[self.columns.index(name) for name in group] for group in self.optional]
+        shown = [i for i in range(len(self.columns)) if not any(i in group for group in groups)]
+        different = (n for n in range(NAME, sizes[0]) if len({shortened(name, n) for name in names}) == len(set(names)))
+        shortest = next(different, sizes[0]) if groups else sizes[0]
 
         def room(columns: Sequence[int]) -> int:
             return across - sum(len(GAP) + sizes[i] for i in columns if i)
 
-        for group in self.optional:
-            more = [*shown, *(self.columns.index(name) for name in group)]
-            if room(more) < shortest:
+        for group in groups:
+            if room([*shown, *group]) < shortest:
                 break
-            shown = more
-        widest = max(shown, key=lambda i: sizes[i] if i else 0)
-        left = room(shown) if room(shown) >= shortest else room([widest])
+            shown += group
+        left = room(shown) if room(shown) >= shortest else min(room([i]) for i in shown)
         return sorted(shown), max(min(sizes[0], left), shortest)
-
-    def _shortest(self, names: Sequence[str], longest: int) -> int:
-        """Characters with which the names of the rows are still different from each other."""
-        enough = (n for n in range(NAME, longest) if len({shortened(name, n) for name in names}) == len(set(names)))
-        return min(next(enough, longest), longest)
 
     def _padded(self, cell: str, size: int, column: int) -> str:
         """A rule across the column, words at its left, numbers at its right."""

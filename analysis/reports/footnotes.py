@@ -65,7 +65,7 @@ def _peaks(report: Report) -> list[str]:
             f"{peak.parameters_bytes / 2**20:,.3f} MiB."
         )
         methods.setdefault(sentences, []).append(method)
-    return [f"The peak of a step with {', '.join(names)}{text}" for text, names in methods.items()]
+    return [f"The peak of a step with {' and '.join(names)}{text}" for text, names in methods.items()]
 
 
 def _setting(value: Any) -> str:

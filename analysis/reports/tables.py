@@ -107,8 +107,7 @@ def _memory_table(report: Report, accountings: Sequence[str], wide: bool) -> She
     first = kept_by.pop("tape" if "tape" in kept_by else accountings[0])
     one_by_one = [*first[2:], *of_ranks, "activation", *factors_of, "op"]
     optional = [*([name] for name in one_by_one), *reversed(kept_by.values()), ["output"]]
-    unit = "bytes" if wide else "MiB"
-    title = f"Kept for the backward pass ({unit}; each buffer billed once)"
+    title = f"Kept for the backward pass ({'bytes' if wide else 'MiB'}; each buffer billed once)"
     table = Sheet(title, columns, 4 + len(of_ranks), () if wide else optional)
 
     def numbers(costs: dict[str, MethodCost]) -> list[str]:
@@ -215,17 +214,20 @@ def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS, wide:
         memory |= {"peak": peaks[method]} if method in peaks else {}
         giga = {**cost.flops, work: cost.flops["total"], "elementwise": cost.elementwise}
         add(method, {k: _mib(n) for k, n in memory.items()} | {k: f"{n / 1e9:,.3f}" for k, n in giga.items()})
-    for method in [name for name in totals if name != "bp" and "bp" in totals]:
+    for method in totals:
         ratios = _reductions(report, method)
-        add(f"bp / {method}", {k: _ratio(n) for k, n in {**ratios, work: ratios["flops"]}.items()}, "green")
+        if ratios:
+            add(f"bp / {method}", {k: _ratio(n) for k, n in {**ratios, work: ratios["flops"]}.items()}, "green")
     return table
 
 
 def _reductions(report: Report, method: str) -> dict[str, float | None]:
-    """How many times less the method takes than bp, the peak included."""
-    ratios = reductions(report.totals["bp"], report.totals[method])
-    peaks = report.peaks
-    return {**ratios, "peak": peaks["bp"].peak_bytes / peaks[method].peak_bytes} if method in peaks else ratios
+    """How many times less the method takes than bp, the peak included; nothing for bp, or where there is no bp."""
+    totals, peaks = report.totals, report.peaks
+    if method == "bp" or "bp" not in totals:
+        return {}
+    peak = {"peak": peaks["bp"].peak_bytes / peaks[method].peak_bytes} if peaks else {}
+    return {**reductions(totals["bp"], totals[method]), **peak}
 
 
 def continual_table(continual: Continual) -> Sheet:
@@ -255,22 +257,25 @@ def continual_table(continual: Continual) -> Sheet:
 
 def explain(report: Report) -> list[str]:
     """What the totals mean, in one paragraph; then the other accountings, and which layers keep next to nothing."""
-    totals = report.totals
-    others = [method for method in totals if method != "bp"] if "bp" in totals else []
-    ratios = {method: _reductions(report, method) for method in others}
-    lances = [method for method in totals if method.startswith("lance")]
-    told, whole, details = [], {method: of["tape + factors"] for method, of in ratios.items()}, []
-    for method, times_less in whole.items():
-        if times_less is not None and times_less < 1 / SAME:
-            told.append(f"{method} takes more memory than bp here: what this library keeps {change(times_less)}.")
+    totals, told, details = report.totals, [], []
+    ratios = {method: found for method in totals if (found := _reductions(report, method))}
+    for method, found in ratios.items():
+        whole = found["tape + factors"]
+        if whole is not None and whole < 1 / SAME:
+            told.append(f"{method} takes more memory than bp here: what this library keeps {change(whole)}.")
+    lances = [method for method in ratios if method.startswith("lance")]
     of_tape, beside = ", what this library keeps for the backward pass,", ", which stay in memory beside it,"
-    for method in [m for m in lances if m in others] or others or list(totals):
-        tape, both, peak = _becomes(report, method, ratios.get(method))
-        with_factors = f"; with the fixed factors{beside} it {both}" if totals[method].subspace_bytes else ""
-        told.append(f"{'With' if told else 'with'} {method} the tape{of_tape} {tape}{with_factors}.")
-        told += [f"The peak of the step {peak}."] if peak else []
+    for method in lances or list(ratios or totals):
+        kept = {"tape": totals[method].activation_bytes["tape"], "tape + factors": totals[method].tape_and_factors}
+        kept |= {"peak": report.peaks[method].peak_bytes} if report.peaks else {}
+        of = ratios.get(method)
+        becomes = {name: change(of[name]) if of else f"takes {_mib(n)} MiB" for name, n in kept.items()}
+        beside_it = f"; with the fixed factors{beside} it {becomes['tape + factors']}"
+        with_factors = beside_it if totals[method].subspace_bytes else ""
+        told.append(f"{'With' if told else 'with'} {method} the tape{of_tape} {becomes['tape']}{with_factors}.")
+        told += [f"The peak of the step {becomes['peak']}."] if report.peaks else []
         of_tape = beside = ""
-    for method in [m for m in lances if m in others]:
+    for method in lances:
         r = ratios[method]
         details.append(
             f"What the papers count with {method}, the inputs of the tuned layers alone, {change(r['paper'])}. What "
@@ -286,19 +291,6 @@ def explain(report: Report) -> list[str]:
                 "the mean activation, which holds most of the energy. A larger --epsilon, or --ranks, keeps more."
             )
     return [f"What it means: {' '.join(told)}", *dict.fromkeys(details)]
-
-
-def _becomes(report: Report, method: str, ratios: dict[str, float | None] | None) -> tuple[str, str, str]:
-    """Predicates for the tape, for tape and factors, and for the peak: against bp, or in MiB where there is no bp."""
-    if ratios is not None:
-        return (
-            change(ratios["tape"]),
-            change(ratios["tape + factors"]),
-            change(ratios["peak"]) if "peak" in ratios else "",
-        )
-    cost = report.totals[method]
-    peak = f"takes {_mib(report.peaks[method].peak_bytes)} MiB" if method in report.peaks else ""
-    return f"takes {_mib(cost.activation_bytes['tape'])} MiB", f"takes {_mib(cost.tape_and_factors)} MiB", peak
 
 
 SAME = 1.05

@@ -191,6 +191,18 @@ def test_a_plan_in_a_terminal() -> None:
     assert not too_long(text, 70)
 
 
+@pytest.mark.parametrize("across", [60, 80])
+def test_a_measured_step(across: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """--measure: each line keeps to the width, but for one of a name and a number."""
+    monkeypatch.setenv("COLUMNS", str(across))
+    assert main(["--net", "convnet", "--batch", "2", "--tune", "last:1", "--method", "bp", "--measure"]) == 0
+    out = capsys.readouterr().out
+    table = out[out.index("Predicted beside measured") :]
+    assert "no difference" in " ".join(table.split())
+    assert all(len(line) <= across or len(re.findall(r"(?<= )[0-9,]+$", line)) == 1 for line in table.splitlines())
+    assert across < 80 or not too_long(out, across)
+
+
 def test_wide_needs_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     """JSON and CSV have everything anyway."""
     with pytest.raises(SystemExit):

@@ -65,7 +65,8 @@ def _peaks(report: Report) -> list[str]:
             f"{peak.parameters_bytes / 2**20:,.3f} MiB."
         )
         methods.setdefault(sentences, []).append(method)
-    return [f"The peak of a step with {' and '.join(names)}{text}" for text, names in methods.items()]
+    named = {text: [", ".join(names[:-1])] * (len(names) > 1) + names[-1:] for text, names in methods.items()}
+    return [f"The peak of a step with {' and '.join(names)}{text}" for text, names in named.items()]
 
 
 def _setting(value: Any) -> str:

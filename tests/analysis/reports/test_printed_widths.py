@@ -12,7 +12,7 @@ import subprocess
 import sys
 import termios
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from analysis.plan import main as plan_main
 from analysis.reports.report import Report
 from analysis.reports.tables import render
 from analysis.steps.methods import METHODS
+from lance_ref import models
 
 ROOT = Path(__file__).parents[3]
 WIDTHS = (60, 80, 100, 160)
 NETS = ("mobilenetv2", "mcunet", "deit-tiny", "mlp")
 COUNTS = (1, 2, 4, 15)
+CASES = sorted({*product(NETS, COUNTS), *((net, 2) for net in models.names())})
 NUMBER = re.compile(r"[0-9][0-9,]*(?:\.[0-9]+)?x?")
 
 
@@ -89,8 +91,7 @@ def check(report: Report, text: str, across: int) -> None:
     assert numbers <= printed(document)
 
 
-@pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("net", "count"), CASES)
 def test_every_width(net: str, count: int) -> None:
     """Lines fit, the sentence stands first, the peak stands in the first table, each number is the JSON's."""
     for across in WIDTHS:

@@ -95,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
         help="the same as --format json",
     )  # fmt: skip
+    p.add_argument("--wide", action="store_true", help="print all columns, and the products of every layer")
     p.add_argument("--output", type=any_file, help="write to this file, whole or not at all")
     p.add_argument(
         "--plot", type=figure_file, metavar="FILE", help="draw the report into this .png or .svg, whole or not at all"
@@ -142,6 +143,7 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("accounting", "panels"):
         if getattr(options, name) is not None:
             check_once(options, name)
+    check_effect(options, "wide", options.format == "table", "--format table, whose columns it shows")
     if options.format == "csv":
         check_no_effect(options, ("continual", "calibration_batches"), "CSV has the rows of the layers alone")
         check_effect(options, "optimizer", options.measure, "--measure, or a format that has the peak of memory")
@@ -179,10 +181,10 @@ def _write(options: argparse.Namespace, prediction: Prediction) -> None:
 
     report = prediction.report
     if options.format == "table" and options.output is None:
-        show(report, options.accounting)
+        show(report, options.accounting, options.wide)
         return
     writers: dict[str, Any] = {"json": report.json_text, "csv": report.csv_text}
-    text = writers.get(options.format, lambda: render(report, options.accounting))()
+    text = writers.get(options.format, lambda: render(report, options.accounting, wide=options.wide))()
     if options.output is None:
         sys.stdout.write(text)
     else:

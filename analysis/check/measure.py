@@ -22,6 +22,7 @@ import numpy as np
 
 import lance_ref
 from analysis.check import torch_replay
+from analysis.commands.blocks import blocks, paragraph
 from analysis.commands.memory import check_memory
 from analysis.commands.names import plain
 from analysis.peak.memory import make_optimizer, measure_peak
@@ -109,22 +110,19 @@ class Comparison:
         wrong = [line for line in self.lines if not line.agrees]
         shown = [line for line in self.lines if line.what.endswith("bytes")]
         shown += [line for line in wrong if line not in shown]
-        rows = [("method", "layer", "what", "predicted", "measured", "")]
+        sizes = [max(map(len, words), default=0) for words in ([x.method for x in shown], [x.layer for x in shown])]
+        columns = ["method, layer, what", "predicted", "measured", *["verdict"] * bool(wrong)]
+        rows = []
         for group in (shown, self.totals()):
-            rows += [("", "", "", "", "", "")]
-            rows += [
-                (x.method, x.layer, x.what, f"{x.predicted:,}", f"{x.measured:,}", "" if x.agrees else "DIFFERS")
-                for x in group
-            ]
-        widths = [max(len(row[column]) for row in rows) for column in range(6)]
-        lines = ["Predicted beside measured"]
-        for row in rows:
-            padded = [
-                cell.rjust(w) if cell[:1].isdigit() else cell.ljust(w) for cell, w in zip(row, widths, strict=True)
-            ]
-            lines.append("  ".join(padded).rstrip())
+            rows.append([""] * len(columns))
+            for x in group:
+                name = f"{x.method:{sizes[0]}}  {x.layer:{sizes[1]}}  {x.what}"
+                cells = [name, f"{x.predicted:,}", f"{x.measured:,}", "" if x.agrees else "DIFFERS"]
+                rows.append(cells[: len(columns)])
         verdict = f"{len(wrong) or 'no'} difference{'s' if len(wrong) > 1 else ''}"
-        return "\n".join([*lines, "", *self.notes, f"{len(self.lines)} numbers compared layer by layer: {verdict}"])
+        notes = [*self.notes, f"{len(self.lines)} numbers compared layer by layer: {verdict}"]
+        table = blocks(columns, rows)
+        return "\n".join(["Predicted beside measured", table, "", *(paragraph(note) for note in notes)])
 
 
 def compare(prediction: Prediction, data: str | None = None, peaks: bool = False) -> Comparison:

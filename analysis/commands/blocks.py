@@ -6,7 +6,7 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 
-PIPE_WIDTH = 200
+PIPE_WIDTH = 100
 """Where the output is no terminal, and COLUMNS is not set."""
 GAP = "  "
 
@@ -55,7 +55,17 @@ def blocks(columns: Sequence[str], rows: Sequence[Sequence[str]], across: int | 
     return "\n\n".join(texts)
 
 
-def paragraph(text: str, across: int | None = None) -> str:
-    """The text in lines of at most that many characters; no word is broken."""
+def paragraph(text: str, across: int | None = None, indent: str = "") -> str:
+    """The text in lines of at most that many characters, all but the first indented; no word is broken."""
     across = width() if across is None else across
-    return textwrap.fill(text, across, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, across, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def shortened(name: str, size: int) -> str:
+    """The name in at most that many characters, without its middle if it is longer.
+
+    >>> shortened("features.17.conv.0.0", 17)
+    'features…conv.0.0'
+    """
+    end = (size - 1) // 2
+    return name if len(name) <= size else f"{name[: size - 1 - end]}…{name[len(name) - end :]}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from analysis.commands.blocks import PIPE_WIDTH, blocks, paragraph, width
+from analysis.commands.blocks import GAP, PIPE_WIDTH, blocks, paragraph, shortened, width
 from analysis.commands.names import plain
 
 if TYPE_CHECKING:
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 RULE = "─"
+NAME = 20
+"""Characters that a row's name keeps, at least, where it is shortened to make room for a column."""
 Draw = Callable[["Console"], None]
 """Prints something to a rich console."""
 
 
 @dataclass
 class Sheet:
-    """A table that becomes several blocks where it is wider than the console; a rich renderable.
+    """A table with as many columns as fit the console, those that must stand there in blocks; a rich renderable.
 
     Attributes
     ----------
@@ -31,6 +33,8 @@ class Sheet:
         The first column names the rows and stands in every block.
     left : int
         Number of columns, from the first on, that are words; the others are numbers, at the right of their column.
+    optional : sequence of sequence of str
+        Columns that may be left out, the most important first; those that are named together stand there together.
     rows : list of list of str
     styles : list of str
         A rich style for each row; empty for none.
@@ -39,6 +43,7 @@ class Sheet:
     title: str
     columns: Sequence[str]
     left: int = 1
+    optional: Sequence[Sequence[str]] = ()
     rows: list[list[str]] = field(default_factory=list)
     styles: list[str] = field(default_factory=list)
 
@@ -67,17 +72,33 @@ class Sheet:
 
     def lines(self, across: int) -> list[tuple[str, str]]:
         """Lines of at most ``across`` characters with their styles; one with a single number may be longer."""
-        columns = [plain(name) for name in self.columns]
-        every = [columns, [RULE] * len(columns), *self.rows]
-        sizes = [max(len(row[i]) for row in every) for i in range(len(columns))]
-        table = [
-            [self._padded(cell, n, i) for i, (cell, n) in enumerate(zip(row, sizes, strict=True))] for row in every
-        ]
+        every = [[plain(name) for name in self.columns], [RULE] * len(self.columns), *self.rows]
+        sizes = [max(len(row[i]) for row in every) for i in range(len(self.columns))]
+        shown, sizes[0] = self._layout(sizes, [row[0] for row in every], across)
+        table = [[self._padded(shortened(row[i], sizes[i]), sizes[i], i) for i in shown] for row in every]
         styles = ["bold cyan", "", *self.styles]
-        lines = [(plain(self.title), "italic")]
+        lines = [(line, "italic") for line in paragraph(plain(self.title), across).split("\n")]
         for i, block in enumerate(blocks(table[0], table[1:], across).split("\n\n")):
             lines += [("", "")] * (i > 0) + list(zip(block.split("\n"), styles, strict=True))
-        return lines
+        more = len(self.columns) - len(shown)
+        return lines + [(f"({more} more column{'' if more == 1 else 's'} with --wide)", "dim")] * (more > 0)
+
+    def _layout(self, sizes: Sequence[int], names: Sequence[str], across: int) -> tuple[list[int], int]:
+        """The columns that are shown, and how many characters the names of the rows get, all of them different."""
+        groups = [[self.columns.index(name) for name in group] for group in self.optional]
+        shown = [i for i in range(len(self.columns)) if not any(i in group for group in groups)]
+        different = (n for n in range(NAME, sizes[0]) if len({shortened(name, n) for name in names}) == len(set(names)))
+        shortest = next(different, sizes[0]) if groups else sizes[0]
+
+        def room(columns: Sequence[int]) -> int:
+            return across - sum(len(GAP) + sizes[i] for i in columns if i)
+
+        for group in groups:
+            if room([*shown, *group]) < shortest:
+                break
+            shown += group
+        left = room(shown) if room(shown) >= shortest else min(room([i]) for i in shown)
+        return sorted(shown), max(min(sizes[0], left), shortest)
 
     def _padded(self, cell: str, size: int, column: int) -> str:
         """A rule across the column, words at its left, numbers at its right."""
@@ -98,9 +119,8 @@ def _is_rule(row: Sequence[str]) -> bool:
 
 
 def say(on: Console, text: str) -> None:
-    """Print a sentence: broken between words to the width of a terminal, one line of a pipe or a file."""
-    text = plain(text)
-    on.print(paragraph(text, on.width) if on.is_terminal else text, markup=False, highlight=False, soft_wrap=True)
+    """Print a sentence, broken between words to the width."""
+    on.print(paragraph(plain(text), on.width, "  "), markup=False, highlight=False, soft_wrap=True)
 
 
 def as_text(draw: Draw, across: int | None = None) -> str:
@@ -111,14 +131,16 @@ def as_text(draw: Draw, across: int | None = None) -> str:
     draw : callable
         Gets a rich console.
     across : int, optional
-        Characters of a line, 200 by default.
+        Characters of a line, 100 by default.
     """
     from rich.console import Console
 
     text = io.StringIO()
     size = PIPE_WIDTH if across is None else across
     draw(Console(file=text, width=size, color_system=None, force_jupyter=False, force_terminal=False))
-    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().replace(RULE, "-").split("\n")[:-1])
+    return "".join(
+        f"{line.rstrip()}\n" for line in text.getvalue().replace(RULE, "-").replace("…", "~").split("\n")[:-1]
+    )
 
 
 def show(draw: Draw) -> None:

@@ -36,7 +36,7 @@ COUNTED = {
 
 
 def render(plan: Plan, device: Device, across: int | None = None) -> str:
-    """The whole plan as plain text, lines of tables at most ``across`` characters long (200)."""
+    """The whole plan as plain text, lines at most ``across`` characters long (100)."""
     return console.as_text(_drawn(plan, device), across)
 
 

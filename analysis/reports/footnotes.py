@@ -15,13 +15,16 @@ MOMENTS = {"forward": "in the forward pass", "backward": "in the backward pass",
 
 
 def footnotes(report: Report) -> list[str]:
-    """Calibrations, settings, what was left out, peaks, what of them is estimated, and what the net itself lacks."""
+    """Peaks, what of them is estimated, ranks, calibrations, settings, what was left out, and what the net itself lacks."""
+    ranked = any(cost.ranks for row in report.rows for cost in row.methods.values())
+    ranks = [f"ranks from: {report.ranks_from}"] if ranked else []
     estimates = [f"{plain(what)}: {said}" for what, said in report.estimates.items()]
-    return [*_calibrations(report), *_about(report), *_peaks(report), *estimates, *filter(None, [report.remark])]
+    remarks = filter(None, [report.remark])
+    return [*_peaks(report), *estimates, *ranks, *_calibrations(report), *_about(report), *remarks]
 
 
 def _calibrations(report: Report) -> list[str]:
-    """Two lines for each method that is calibrated; in billions of multiply-adds, whatever the convention."""
+    """Three sentences for each method that is calibrated; in billions of multiply-adds, whatever the convention."""
     sentences = []
     for method, cost in report.calibration.items():
         parts = {
@@ -32,14 +35,14 @@ def _calibrations(report: Report) -> list[str]:
         }
         listed = ", ".join(f"{name} {macs / 1e9:,.3f}" for name, macs in parts.items() if macs)
         steps = cost.steps_to_pay_back
-        back = f"paid back after {steps:,} step{'' if steps == 1 else 's'}" if steps else "never paid back"
+        back = f"is paid back after {steps:,} step{'' if steps == 1 else 's'}" if steps else "is never paid back"
         saved = cost.saved_macs_per_step
-        sentences += [
-            f"Calibration of {method}, once, on {cost.batches} batches: {cost.total_macs / 1e9:,.3f} GMACs ({listed}), "
-            f"and {cost.gram_bytes / 2**20:,.3f} MiB of Gram matrices",
-            f"    against a HOSVD at every step at these ranks, which takes "
-            f"{abs(saved) / 1e9:,.3f} GMACs {'less' if saved < 0 else 'more'} a step, it is {back}",
-        ]
+        sentences.append(
+            f"The calibration of {method} takes {cost.total_macs / 1e9:,.3f} GMACs, once, on {cost.batches} batches "
+            f"({listed}). Its Gram matrices take {cost.gram_bytes / 2**20:,.3f} MiB. A HOSVD at every step at these "
+            f"ranks takes {abs(saved) / 1e9:,.3f} GMACs {'less' if saved < 0 else 'more'} a step; against it, the "
+            f"calibration {back}."
+        )
     return sentences
 
 
@@ -58,13 +61,18 @@ def _about(report: Report) -> list[str]:
 
 
 def _peaks(report: Report) -> list[str]:
-    """One line for each method: the most that is alive at once, when, and what is a part of it."""
-    return [
-        f"Peak memory of a step, {method}: {peak.peak_bytes / 2**20:,.3f} MiB, {MOMENTS[peak.moment]} ({peak.at}); "
-        f"gradients {peak.gradients_bytes / 2**20:,.3f}, state of {report.optimizer} "
-        f"{peak.optimizer_state_bytes / 2**20:,.3f}, and {peak.parameters_bytes / 2**20:,.3f} of parameters beside it"
-        for method, peak in report.peaks.items()
-    ]
+    """The most that is alive at once, when, and what stands beside it; methods with the same peak together."""
+    methods: dict[str, list[str]] = {}
+    for method, peak in report.peaks.items():
+        sentences = (
+            f" is {peak.peak_bytes / 2**20:,.3f} MiB, {MOMENTS[peak.moment]} ({peak.at}). The gradients take "
+            f"{peak.gradients_bytes / 2**20:,.3f} MiB, the state of {report.optimizer} takes "
+            f"{peak.optimizer_state_bytes / 2**20:,.3f} MiB; the parameters, which the peak leaves out, take "
+            f"{peak.parameters_bytes / 2**20:,.3f} MiB."
+        )
+        methods.setdefault(sentences, []).append(method)
+    named = {text: [", ".join(names[:-1])] * (len(names) > 1) + names[-1:] for text, names in methods.items()}
+    return [f"The peak of a step with {' and '.join(names)}{text}" for text, names in named.items()]
 
 
 def _setting(value: Any) -> str:

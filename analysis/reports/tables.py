@@ -1,4 +1,4 @@
-"""The printed report: per-layer tables, totals, reductions, and what they mean."""
+"""The printed report: what it means, totals, reductions, and tables of all layers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from analysis.reports.report import ACCOUNTINGS, FLOP_KINDS, Continual, MethodCo
 if TYPE_CHECKING:
     from rich.console import Console
 
-FEW = 4
-"""Methods of which every layer is shown under every accounting; of more, one column each."""
 
-
-def render(report: Report, accountings: Sequence[str] = ACCOUNTINGS, across: int | None = None) -> str:
+def render(
+    report: Report, accountings: Sequence[str] = ACCOUNTINGS, across: int | None = None, wide: bool = False
+) -> str:
     """The whole report as plain text.
 
     Parameters
@@ -26,59 +25,57 @@ def render(report: Report, accountings: Sequence[str] = ACCOUNTINGS, across: int
     accountings : sequence of str
         Which columns of activation memory to show.
     across : int, optional
-        Characters of a line, 200 by default; columns that do not fit stand in further blocks.
+        Characters of a line, 100 by default.
+    wide : bool
+        All columns, in blocks below each other, and the products of every layer; otherwise the columns that fit.
     """
-    return console.as_text(_drawn(report, accountings), across)
+    return console.as_text(_drawn(report, accountings, wide), across)
 
 
-def show(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> None:
+def show(report: Report, accountings: Sequence[str] = ACCOUNTINGS, wide: bool = False) -> None:
     """Print the report: in colour to a terminal, unless NO_COLOR is set; as plain text to a pipe."""
-    console.show(_drawn(report, accountings))
+    console.show(_drawn(report, accountings, wide))
 
 
 def html(report: Report) -> str:
     """The totals with what stands above and below them, as HTML without scripts."""
     from html import escape
 
-    def draw(on: Console) -> None:
-        _print_heading(report, on)
-        on.print(totals_table(report))
-        _print_footer(report, on)
-        _print_continual(report, on)
-
+    draw = _drawn(report, ACCOUNTINGS, layers=False)
     return f'<pre style="overflow-x: auto; white-space: pre">{escape(console.as_text(draw))}</pre>'
 
 
 Report._repr_html_ = html  # type: ignore[attr-defined]  # what a notebook shows; a report is data and knows no table
 
 
-def _drawn(report: Report, accountings: Sequence[str]) -> Callable[[Console], None]:
+def _drawn(
+    report: Report, accountings: Sequence[str], wide: bool = False, layers: bool = True
+) -> Callable[[Console], None]:
     """Prints all of it to a rich console."""
 
     def draw(on: Console) -> None:
-        _print_heading(report, on)
-        on.print(_memory_table(report, accountings))
-        on.print(_flops_table(report))
-        on.print(totals_table(report, accountings))
-        _print_footer(report, on)
+        meaning, *details = explain(report)
+        say(on, _heading(report))
+        say(on, meaning)
+        on.print(totals_table(report, accountings, wide))
+        if layers:
+            on.print(_memory_table(report, accountings, wide))
+        if layers and wide:
+            on.print(_flops_table(report))
+        for sentence in (*footnotes(report), *details):
+            say(on, sentence)
         _print_continual(report, on)
 
     return draw
 
 
-def _print_heading(report: Report, on: Console) -> None:
+def _heading(report: Report) -> str:
     size = "" if report.image_size is None else f", {report.image_size} pixels"
-    say(on, f"{report.net}, batch {report.batch}{size}, {report.num_classes} classes, {report.dtype}")
     count = len(report.tuned_layers)
-    say(on, f"tuned: {count} layer{'' if count == 1 else 's'} and the classifier head")
-    if any(cost.ranks for row in report.rows for cost in row.methods.values()):
-        say(on, f"ranks from: {report.ranks_from}")
-
-
-def _print_footer(report: Report, on: Console) -> None:
-    """Calibrations, settings, what was left out, the peaks, and what it all means."""
-    for sentence in (*footnotes(report), *explain(report)):
-        say(on, sentence)
+    return (
+        f"{report.net}, batch {report.batch}{size}, {report.num_classes} classes, {report.dtype}; "
+        f"tuned: {count} layer{'' if count == 1 else 's'} and the classifier head"
+    )
 
 
 def _print_continual(report: Report, on: Console) -> None:
@@ -98,15 +95,20 @@ def _print_continual(report: Report, on: Console) -> None:
 # ---- per layer ---------------------------------------------------------------------------
 
 
-def _memory_table(report: Report, accountings: Sequence[str]) -> Sheet:
+def _memory_table(report: Report, accountings: Sequence[str], wide: bool) -> Sheet:
+    """Every layer: the tapes of two methods, and what fits beside them; all columns, in bytes, where it is wide."""
     methods = report.methods
-    accountings = accountings if len(methods) <= FEW else accountings[-1:]
     with_factors = [m for m in methods if report.totals[m].subspace_bytes]
     of_ranks = _rank_columns(report)
-    columns = ["layer", "op", "output", *of_ranks]
-    columns += [f"{method} {name}" for method in methods for name in accountings]
-    columns += [f"{method} factors" for method in with_factors]
-    table = Sheet("Kept for the backward pass (bytes; each buffer billed once)", columns, 3 + len(of_ranks))
+    kept_by = {name: [f"{method} {name}" for method in methods] for name in accountings}
+    factors_of = ["factors"] if len(with_factors) == 1 else [f"{method} factors" for method in with_factors]
+    columns = ["layer", "op", "activation", "output", *of_ranks]
+    columns += [f"{method} {name}" for method in methods for name in accountings] + factors_of
+    first = kept_by.pop("tape" if "tape" in kept_by else accountings[0])
+    one_by_one = [*first[2:], *of_ranks, "activation", *factors_of, "op"]
+    optional = [*([name] for name in one_by_one), *reversed(kept_by.values()), ["output"]]
+    title = f"Kept for the backward pass ({'bytes' if wide else 'MiB'}; each buffer billed once)"
+    table = Sheet(title, columns, 4 + len(of_ranks), () if wide else optional)
 
     def numbers(costs: dict[str, MethodCost]) -> list[str]:
         kept = [
@@ -115,7 +117,7 @@ def _memory_table(report: Report, accountings: Sequence[str]) -> Sheet:
             for name in accountings
         ]
         factors = [costs[method].subspace_bytes if method in costs else None for method in with_factors]
-        return [_count(n) for n in kept + factors]
+        return [_count(n) if wide else _mib(n) for n in kept + factors]
 
     skipped = 0
     for row in report.rows:
@@ -123,11 +125,11 @@ def _memory_table(report: Report, accountings: Sequence[str]) -> Sheet:
             skipped += 1
             continue
         ranks = [next((_ranks(row.methods[m].ranks) for m in of if m in row.methods), "") for of in of_ranks.values()]
-        table.add(row.name, row.op, _shape(row.output_shape), *ranks, *numbers(row.methods))
+        table.add(row.name, row.op, _shape(row.input_shape), _shape(row.output_shape), *ranks, *numbers(row.methods))
     if skipped:
-        table.add(f"({skipped} more, which keep nothing)", style="dim")
+        table.add(f"({skipped} keep nothing)", style="dim")
     table.rule()
-    table.add("total", "", "", *[""] * len(of_ranks), *numbers(report.totals))
+    table.add("total", *[""] * (3 + len(of_ranks)), *numbers(report.totals))
     return table
 
 
@@ -144,15 +146,10 @@ def _rank_columns(report: Report) -> dict[str, list[str]]:
 
 
 def _flops_table(report: Report) -> Sheet:
-    """FLOPs by kind; a kind that all methods agree on in every row has one column, one that is always 0 none.
-
-    Of many methods the sums alone, with one column of the forward pass.
-    """
+    """FLOPs by kind; a kind that all methods agree on in every row has one column, one that is always 0 none."""
     totals, methods = report.totals, report.methods
     shared = [kind for kind in FLOP_KINDS if _agreed(report, kind)]
     own = [(method, kind) for method in methods for kind in FLOP_KINDS if kind not in shared]
-    if len(methods) > FEW:
-        shared, own = [kind for kind in shared if kind == "forward"], []
     shared = [kind for kind in shared if totals[methods[0]].flops[kind]]
     own = [(method, kind) for method, kind in own if totals[method].flops[kind]]
     unit = "millions of multiply-adds of the tuned layers" if report.convention == "paper" else "MFLOPs"
@@ -178,7 +175,7 @@ def _flops_table(report: Report) -> Sheet:
         table.add(row.name, row.op, _shape(row.weight_shape), *numbers(row.methods))
     if folded:
         sums = {method: MethodCost.sum([row.methods[method] for row in folded]) for method in methods}
-        table.add(f"({len(folded)} more, forward only)", "", "", *numbers(sums), style="dim")
+        table.add(f"({len(folded)} forward only)", "", "", *numbers(sums), style="dim")
     table.rule()
     table.add("total", "", "", *numbers(totals))
     return table
@@ -195,25 +192,42 @@ def _agreed(report: Report, kind: str) -> bool:
 # ---- totals ------------------------------------------------------------------------------
 
 
-def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS) -> Sheet:
+def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS, wide: bool = False) -> Sheet:
     """Memory, work and, where bp is among the methods, how many times less each of the others takes."""
     work = "multiply-adds" if report.convention == "paper" else "FLOPs"
     rare = ("decomposition", "recompute")
-    kinds = [k for k in FLOP_KINDS if k not in rare or any(c.flops[k] for c in report.totals.values())]
-    columns = ["", *accountings, "factors", "tape + factors", *kinds, f"{work}, all", "elementwise"]
-    table = Sheet(f"Totals (memory in MiB, {work} in billions, element-wise operations in billions)", columns, 1)
-    totals = report.totals
+    totals, peaks = report.totals, {method: peak.peak_bytes for method, peak in report.peaks.items()}
+    kinds = [k for k in FLOP_KINDS if k not in rare or any(c.flops[k] for c in totals.values())]
+    first = ["tape"] if "tape" in accountings else []
+    others = [name for name in accountings if name not in first]
+    columns = ["method", *first, "factors", "tape + factors", *["peak"] * bool(peaks), work]
+    columns += [*others, "elementwise", *kinds]
+    optional = [["tape + factors"], *([name] for name in (*reversed(others), "elementwise")), kinds]
+    title = f"Totals (memory in MiB, {work} and element-wise operations in billions)"
+    table = Sheet(title, columns, 1, () if wide else optional)
+
+    def add(name: str, cells: dict[str, str], style: str = "") -> None:
+        table.add(name, *(cells.get(column, "") for column in columns[1:]), style=style)
+
     for method, cost in totals.items():
-        memory = [cost.activation_bytes[name] for name in accountings] + [cost.subspace_bytes, cost.tape_and_factors]
-        giga = [cost.flops[kind] / 1e9 for kind in (*kinds, "total")] + [cost.elementwise / 1e9]
-        table.add(method, *(f"{n / 2**20:,.3f}" for n in memory), *(f"{n:,.3f}" for n in giga))
-    for method in [name for name in totals if name != "bp"]:
-        ratios = reductions(totals["bp"], totals[method]) if "bp" in totals else {}
+        memory = {**cost.activation_bytes, "factors": cost.subspace_bytes, "tape + factors": cost.tape_and_factors}
+        memory |= {"peak": peaks[method]} if method in peaks else {}
+        giga = {**cost.flops, work: cost.flops["total"], "elementwise": cost.elementwise}
+        add(method, {k: _mib(n) for k, n in memory.items()} | {k: f"{n / 1e9:,.3f}" for k, n in giga.items()})
+    for method in totals:
+        ratios = _reductions(report, method)
         if ratios:
-            shown = [_ratio(ratios[name]) for name in accountings] + ["", _ratio(ratios["tape + factors"])]
-            shown += [""] * len(kinds) + [_ratio(ratios["flops"])]
-            table.add(f"bp / {method}", *shown, style="green")
+            add(f"bp / {method}", {k: _ratio(n) for k, n in {**ratios, work: ratios["flops"]}.items()}, "green")
     return table
+
+
+def _reductions(report: Report, method: str) -> dict[str, float | None]:
+    """How many times less the method takes than bp, the peak included; nothing for bp, or where there is no bp."""
+    totals, peaks = report.totals, report.peaks
+    if method == "bp" or "bp" not in totals:
+        return {}
+    peak = {"peak": peaks["bp"].peak_bytes / peaks[method].peak_bytes} if peaks else {}
+    return {**reductions(totals["bp"], totals[method]), **peak}
 
 
 def continual_table(continual: Continual) -> Sheet:
@@ -242,32 +256,41 @@ def continual_table(continual: Continual) -> Sheet:
 
 
 def explain(report: Report) -> list[str]:
-    """What the reductions mean, one sentence per method beside bp; and which layers keep next to nothing."""
-    totals = report.totals
-    if "bp" not in totals:
-        return []
-    sentences: list[str] = []
-    for method in [name for name in totals if name != "bp"]:
-        whole = reductions(totals["bp"], totals[method])["tape + factors"]
+    """What the totals mean, in one paragraph; then the other accountings, and which layers keep next to nothing."""
+    totals, told, details = report.totals, [], []
+    ratios = {method: found for method in totals if (found := _reductions(report, method))}
+    for method, found in ratios.items():
+        whole = found["tape + factors"]
         if whole is not None and whole < 1 / SAME:
-            sentences.append(f"{method} takes more memory than bp here: what this library keeps {change(whole)}.")
-    for method in [name for name in totals if name.startswith("lance")]:
-        r = reductions(totals["bp"], totals[method])
-        sentences.append(
-            f"What it means: with {method} the tape of this library {change(r['tape'])}; with the fixed factors, which "
-            f"stay in memory beside it, it {change(r['tape + factors'])}. What the papers count, the inputs of the "
-            f"tuned layers alone, {change(r['paper'])}. What PyTorch would keep, which includes what batch norm and "
-            f"activation functions save, {change(r['pytorch'])}. From PyTorch's memory of bp to this tape, memory "
-            f"{change(r['bp pytorch / tape'])} ({change(r['bp pytorch / tape + factors'])} with the factors)."
+            told.append(f"{method} takes more memory than bp here: what this library keeps {change(whole)}.")
+    lances = [method for method in ratios if method.startswith("lance")]
+    of_tape, beside = ", what this library keeps for the backward pass,", ", which stay in memory beside it,"
+    for method in lances or list(ratios or totals):
+        kept = {"tape": totals[method].activation_bytes["tape"], "tape + factors": totals[method].tape_and_factors}
+        kept |= {"peak": report.peaks[method].peak_bytes} if report.peaks else {}
+        of = ratios.get(method)
+        becomes = {name: change(of[name]) if of else f"takes {_mib(n)} MiB" for name, n in kept.items()}
+        beside_it = f"; with the fixed factors{beside} it {becomes['tape + factors']}"
+        with_factors = beside_it if totals[method].subspace_bytes else ""
+        told.append(f"{'With' if told else 'with'} {method} the tape{of_tape} {becomes['tape']}{with_factors}.")
+        told += [f"The peak of the step {becomes['peak']}."] if report.peaks else []
+        of_tape = beside = ""
+    for method in lances:
+        r = ratios[method]
+        details.append(
+            f"What the papers count with {method}, the inputs of the tuned layers alone, {change(r['paper'])}. What "
+            "PyTorch would keep, which includes what batch norm and activation functions save, "
+            f"{change(r['pytorch'])}. From PyTorch's memory of bp to this tape, memory "
+            f"{change(r['bp pytorch / tape'])}; with the factors, it {change(r['bp pytorch / tape + factors'])}."
         )
         rows = [row for row in report.rows if method in row.methods]
         single = [row.name for row in rows if set(row.methods[method].ranks or (0,)) == {1}]
         if single:
-            sentences.append(
+            details.append(
                 f"Mind the ranks: {', '.join(single)} would keep one number, rank 1 in every mode: little more than "
                 "the mean activation, which holds most of the energy. A larger --epsilon, or --ranks, keeps more."
             )
-    return list(dict.fromkeys(sentences))
+    return [f"What it means: {' '.join(told)}", *dict.fromkeys(details)]
 
 
 SAME = 1.05
@@ -278,24 +301,28 @@ def change(times_less: float | None) -> str:
     """What becomes of memory that is divided by this number, as the predicate of a sentence; None: nothing is left.
 
     >>> change(1060.954), change(0.5556), change(1.004), change(None)
-    ('shrinks 1060.95 times', 'grows 1.80 times', 'hardly changes (to 99.6 %)', 'shrinks to nothing')
+    ('shrinks 1,060.95 times', 'grows 1.80 times', 'hardly changes (to 99.6 %)', 'shrinks to nothing')
     """
     if times_less is None:
         return "shrinks to nothing"
     if times_less > SAME:
-        return f"shrinks {times_less:.2f} times"
+        return f"shrinks {times_less:,.2f} times"
     if times_less < 1 / SAME:
-        return f"grows {1 / times_less:.2f} times" if times_less else "grows from nothing"
+        return f"grows {1 / times_less:,.2f} times" if times_less else "grows from nothing"
     return f"hardly changes (to {100 / times_less:.1f} %)"
 
 
 def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
+    return "-" if value is None else f"{value:,.2f}x"
 
 
 def _count(n: int | None) -> str:
     """``-``: the method does not run the operation."""
     return "-" if n is None else f"{n:,}"
+
+
+def _mib(n: int | None) -> str:
+    return "-" if n is None else f"{n / 2**20:,.3f}"
 
 
 def _millions(n: int | None) -> str:

@@ -317,7 +317,7 @@ def test_missing_operations_are_absent() -> None:
     down = next(row for row in table if row["name"] == "features.0.down")
     assert down["methods.lora.activation_bytes.tape"] == str(8 * 20 * 4)  # x, which the frozen weight does not keep
     assert down["methods.bp.activation_bytes.tape"] == ""
-    text = render(report)
+    text = render(report, across=300, wide=True)
     line = next(line for line in text.splitlines() if line.split()[:1] == ["features.0.up"])
     assert line.split().count("-") >= 6  # three accountings of two methods
     assert "checkpoint: segments keep their input and run twice (segments 2)" in text
@@ -333,7 +333,7 @@ def test_the_order_of_methods_does_not_matter() -> None:
 
 def test_all_methods_of_the_main_net(capsys: pytest.CaptureFixture[str]) -> None:
     """`--method all` from the shell: every method has a total, and every line is whole and in ASCII."""
-    assert main(["--net", "mobilenetv2", "--tune", "last:2", "--batch", "8", "--method", "all"]) == 0
+    assert main(["--net", "mobilenetv2", "--tune", "last:2", "--batch", "8", "--method", "all", "--wide"]) == 0
     text = capsys.readouterr().out
     assert text.isascii()
     lines = text[text.index("Totals (memory in MiB") :].splitlines()
@@ -347,8 +347,9 @@ def test_paper_convention_names_its_unit() -> None:
     """Multiply-adds are not called FLOPs, in table and JSON."""
     report = cost("mlp", method=["bp", "hosvd"], convention="paper", **MLP)
     assert report.to_json()["units"]["flops"] == "multiply-adds of the tuned layers"
-    assert "MFLOPs" not in render(report)
-    assert "multiply-adds in billions" in render(report)
+    text = render(report, wide=True)
+    assert "FLOPs" not in text
+    assert "multiply-adds and element-wise operations in billions" in text
 
 
 def test_cost_of_a_traced_step() -> None:
@@ -382,7 +383,7 @@ def test_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     html = report._repr_html_()
     assert html.startswith("<pre")
     assert "bp / lora" in html
-    assert "Calibration of lance" in html
+    assert "The calibration of lance" in html
     assert "<built-in" not in html
 
 

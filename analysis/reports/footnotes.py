@@ -15,7 +15,7 @@ MOMENTS = {"forward": "in the forward pass", "backward": "in the backward pass",
 
 
 def footnotes(report: Report) -> list[str]:
-    """Peaks, what of them is estimated, ranks, calibrations, settings, what was left out, and what the net itself lacks."""
+    """Peaks and estimates, ranks, calibrations, settings, what was left out, and what the net itself lacks."""
     ranked = any(cost.ranks for row in report.rows for cost in row.methods.values())
     ranks = [f"ranks from: {report.ranks_from}"] if ranked else []
     estimates = [f"{plain(what)}: {said}" for what, said in report.estimates.items()]

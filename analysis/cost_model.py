@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from analysis.commands.cli import (
@@ -40,7 +39,8 @@ from analysis.reports.predict import (
     predict,
 )
 from analysis.steps.methods import METHODS, check_methods_heed, chosen_methods
-from analysis.steps.settings import Settings
+from analysis.steps.register import add_settings
+from analysis.steps.settings import KNOWN, Settings
 
 __all__ = ["Prediction", "cost", "main", "parser", "predict"]
 
@@ -67,16 +67,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--epsilon", type=share, default=DEFAULT_EPSILON, help="energy threshold for ranks from spectra")
     p.add_argument("--ranks", help="a fraction for every mode, or layer=r1,r2,r3,r4;layer=... (-: mode left alone)")
-    p.add_argument("--segments", type=count, help="of checkpoint (one for each stage that trains, but the last)")
-    p.add_argument("--micro-batch", type=count, help="images at a time of micro-batch (a quarter of the batch)")
-    defaults = Settings()
-    p.add_argument("--lora-rank", type=count, default=defaults.lora_rank, help="of lora's updates")
-    p.add_argument("--patch", type=count, default=defaults.patch, help="places that gradient-filter takes together")
-    p.add_argument("--ratio", type=share, default=defaults.ratio, help="directions of sketch by images of a batch")
-    p.add_argument(
-        "--calibration-batches", type=count, default=defaults.calibration_batches,
-        help="from which lance's subspaces are found, once",
-    )  # fmt: skip
+    add_settings(p)
     p.add_argument("--spectra", help="file of measured spectra, from python -m analysis.spectra")
     p.add_argument(
         "--accounting", nargs="+", default=["paper", "pytorch", "tape"], choices=["paper", "pytorch", "tape"],
@@ -165,23 +156,6 @@ def _check_ranks(options: argparse.Namespace, prediction: Prediction) -> None:
         check_no_effect(options, ("epsilon", "spectra"), f"no rank is chosen by energy; ranks are from {choice.source}")
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What was said of each method's settings; None where nothing was."""
-    return {field.name: getattr(options, field.name) for field in fields(Settings)}
-
-
-def _check_effect(options: argparse.Namespace) -> None:
-    """Raise ValueError for an option that none of the chosen methods heeds."""
-    chosen = [METHODS[name] for name in chosen_methods(options.method)]
-    for name, value in _settings(options).items():
-        if value is not None and not any(name in method.settings for method in chosen):
-            heeding = ", ".join(known for known, method in METHODS.items() if name in method.settings)
-            raise ValueError(f"--{name.replace('_', '-')} has no effect: only these methods heed it: {heeding}")
-    for name in ("epsilon", "ranks", "spectra"):
-        if getattr(options, name) is not None and not any(method.ranks for method in chosen):
-            raise ValueError(f"--{name} has no effect: none of the methods {', '.join(options.method)} has ranks")
-
-
 def _predict(options: argparse.Namespace) -> Prediction:
     return predict(
         options.net, options.batch, options.image_size,
@@ -190,7 +164,7 @@ def _predict(options: argparse.Namespace) -> Prediction:
         options.method, options.epsilon, options.ranks,
         options.spectra, options.convention, options.dtype,
         with_weights=options.measure,
-        settings=Settings(**{name: value for name, value in _settings(options).items() if value is not None}),
+        settings=Settings(**{name: getattr(options, name) for name in KNOWN}),
         continual=options.continual,
         protected=DEFAULT_PROTECTED if options.protected is None else options.protected,
         basis_batches=DEFAULT_BASIS_BATCHES if options.basis_batches is None else options.basis_batches,

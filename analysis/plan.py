@@ -27,9 +27,6 @@ from analysis.planner.options import (
     ASSUMED_FRACTION,
     DEFAULT_BATCHES,
     DEFAULT_EPSILONS,
-    DEFAULT_PATCHES,
-    DEFAULT_RATIOS,
-    WITHOUT_LAYERS,
     check_lists,
     options_for,
     parse_bytes,
@@ -37,6 +34,8 @@ from analysis.planner.options import (
     parse_times,
 )
 from analysis.steps.methods import METHODS, check_methods_heed, chosen_methods
+from analysis.steps.register import add_settings
+from analysis.steps.settings import KNOWN
 
 if TYPE_CHECKING:
     from analysis.planner.costs import Costs, Device
@@ -66,11 +65,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         help="fractions of each mode in place of thresholds, or beside --epsilon (without spectra: 0.25)",
     )
-    p.add_argument("--patch", type=count, nargs="+", default=list(DEFAULT_PATCHES), help="of gradient-filter")
-    p.add_argument("--ratio", type=share, nargs="+", default=list(DEFAULT_RATIOS), help="of sketch")
-    p.add_argument("--micro-batch", type=count, default=1, help="images at a time of micro-batch")
-    p.add_argument("--lora-rank", type=count, default=4, help="of lora's updates")
-    p.add_argument("--segments", type=count, help="of checkpoint (one for each stage that trains, but the last)")
+    add_settings(p, grids=True)
     p.add_argument(
         "--count", default="peak", choices=["peak", "kept"],
         help="peak: the simulated peak of a step; kept: tape, gradients and optimiser state alone",
@@ -145,9 +140,11 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     methods = chosen_methods(options.method)
     fractions = [parse_fraction_of_modes(text) for text in options.ranks or []]
     epsilons = list(DEFAULT_EPSILONS) if options.epsilon is None else options.epsilon
-    check_lists(options.batch, epsilons, options.ratio)
-    if len(set(options.patch)) < len(options.patch) or len(set(fractions)) < len(fractions):
-        raise ValueError("--patch and --ranks take every value once")
+    check_lists(options.batch, epsilons)
+    grids = {name: getattr(options, name) for name, setting in KNOWN.items() if setting.grid is not None}
+    for name, values in {"ranks": fractions, **grids}.items():
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{name.replace('_', '-')} takes every value once")
     _check_effects(options, methods)
     costs, ranks_from = _costs(options, device)
     if costs.spectra is None:
@@ -156,11 +153,8 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
         epsilons, fractions = [], fractions or [ASSUMED_FRACTION]
     elif options.ranks and options.epsilon is None:
         epsilons = []
-    tried = options_for(
-        methods, epsilons, fractions, options.patch, options.ratio, options.micro_batch, options.lora_rank,
-        options.segments,
-    )  # fmt: skip
-    predicted = any(of.method not in WITHOUT_LAYERS and not why_not(of, costs.spectra is not None) for of in tried)
+    tried = options_for(methods, epsilons, fractions, grids)
+    predicted = any(METHODS[of.method].layers and not why_not(of, costs.spectra is not None) for of in tried)
     check_effect(options, "shares", predicted, "a method whose fidelity is predicted")
     plan = search(costs, tried, options.batch, budget, times, options.shares, options.layers)
     shares = {"layers": "the same for every layer", "parameters": "in proportion to its weights"}
@@ -185,8 +179,8 @@ def _check_effects(options: argparse.Namespace, methods: Sequence[str]) -> None:
     check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")
     calibrated = [name for name, method in METHODS.items() if method.calibration]
     check_effect(options, "calibration", bool(set(calibrated) & set(methods)), f"one of {', '.join(calibrated)}")
-    with_layers = any(name not in WITHOUT_LAYERS for name in methods)
-    check_effect(options, "layers", with_layers, f"another method than {', '.join(WITHOUT_LAYERS)}")
+    without = [name for name, method in METHODS.items() if not method.layers]
+    check_effect(options, "layers", not set(methods) <= set(without), f"another method than {', '.join(without)}")
 
 
 def _smaller(options: argparse.Namespace, plan: Plan) -> str:

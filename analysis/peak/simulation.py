@@ -16,6 +16,7 @@ from analysis.peak import layers  # noqa: F401  (it registers its rules)
 from analysis.peak.arrays import new
 from analysis.peak.lifetimes import Lifetimes
 from analysis.peak.rules import most_forward, run_backward
+from analysis.peak.stores import STORES
 from analysis.rules.layouts import Layout, Memory, Storage, backward_reaches
 from analysis.rules.op_cost import Call, Saved, cost_of
 from analysis.rules.recompute import OP as SEGMENT
@@ -209,12 +210,14 @@ class Simulation:
                 self.ledger.drop(storage)
 
     def _carry_over(self) -> None:
-        """Factors of ASI from the step before: there from the start, until this step has found its own."""
+        """What stores carry from the step before: there from the start, until this step has found its own."""
         for record in flatten(self.records):
             store = record.attributes.get("store", {})
-            if store.get("name") == "asi" and record.inputs[1].requires_grad and record.path not in self._carried:
-                pairs = zip(record.inputs[0].shape, store["ranks"], strict=True)
-                elements = sum(n * r for n, r in pairs if r is not None and r < n)
+            rule = STORES.get(store.get("name", ""))
+            if rule is None or rule.carried is None or not record.inputs[1].requires_grad:
+                continue
+            if record.path not in self._carried:
+                elements = rule.carried(record.inputs[0].shape, store)
                 item = record.output.nbytes // max(record.output.size, 1)
                 self._carried[record.path] = Storage(elements * item)
         self.ledger.hold_from_the_start(self._carried.values())

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations
+from typing import Any
 
 from analysis.peak.arrays import UFUNC_BUFFER
 from analysis.rules import tucker_costs
@@ -53,12 +54,16 @@ class Layer(ABC):
 
 @dataclass(frozen=True)
 class StorePeak:
-    """The rules of one activation store."""
+    """The rules of one activation store.
+
+    ``carried``: (input shape, what the store says of itself) -> elements that it has from the step before.
+    """
 
     save: Callable[[Call, Layer], int]
     weight_gradient: Callable[[Call, Layer, Layout], int]
     input_gradient: Callable[[Call, Layer, Layout], int] | None = None
     shared: Callable[[Call], bool] = lambda call: False
+    carried: Callable[[tuple[int, ...], Mapping[str, Any]], int] | None = None
 
 
 STORES: dict[str, StorePeak] = {}
@@ -437,8 +442,13 @@ def _own_weight(call: Call, layer: Layer, g: Layout) -> int:
     return core_gradient(call, layer, ranks)
 
 
+def _asi_carried(shape: tuple[int, ...], store: Mapping[str, Any]) -> int:
+    """The factors, from which the iteration of the next step starts."""
+    return sum(n * r for n, r in zip(shape, store["ranks"], strict=True) if r is not None and r < n)
+
+
 STORES["hosvd"] = StorePeak(_hosvd_save, _own_weight)
-STORES["asi"] = StorePeak(_asi_save, _own_weight)
+STORES["asi"] = StorePeak(_asi_save, _own_weight, carried=_asi_carried)
 
 
 # ---- the gradient filter ---------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy as np
 import lance_ref
 from analysis.peak.lifetimes import Lifetimes, lifetimes_from_scopes
 from analysis.peak.memory import STATE_COPIES, peak
-from analysis.planner.options import WITHOUT_LAYERS, Option
+from analysis.planner.options import Option
 from analysis.ranks.choose import fraction_of, mean_free
 from analysis.ranks.spectra_file import Spectra
 from analysis.rules.account import WEIGHTED, account
@@ -251,10 +251,9 @@ class Costs:
 
     def _factors(self, changed: MethodStep) -> int:
         """The fixed factors of every layer that has some; those of a layer that is called twice once."""
-        with_factors = {path for path, store in changed.stores.items() if store["name"] == "lance"}
         factors = {}
         for record in flatten(changed.records):
-            if record.path in with_factors and record.op in WEIGHTED:
+            if record.path in changed.stores and record.op in WEIGHTED:
                 factors[record.path] = cost_of(record, Layouts(), True).subspace_bytes
         return sum(factors.values())
 
@@ -266,7 +265,7 @@ class Costs:
 
     def _lifetimes(self, option: Option, batch: int, changed: MethodStep) -> Lifetimes:
         """When the tensors of a candidate's step are given back."""
-        if option.method == "lora":
+        if "parameters" in changed.facts:  # of layers that the plain step does not have
             return lifetimes_from_scopes(changed.records)
         return self.whole(batch).lifetimes if changed.lifetimes is None else changed.lifetimes
 
@@ -309,7 +308,7 @@ class Costs:
 
 def layers_of(option: Option) -> Callable[[int], int]:
     """How many layers a step of this option tunes when n were chosen."""
-    return (lambda n: 0) if option.method in WITHOUT_LAYERS else (lambda n: n)
+    return (lambda n: n) if METHODS[option.method].layers else (lambda n: 0)
 
 
 def weights_by_layer(records: list[OpRecord], layers: tuple[str, ...]) -> Mapping[str, int]:

@@ -42,22 +42,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.planner.options import EXACT, WITHOUT_LAYERS, Option
+from analysis.planner.options import Option
 from analysis.ranks.batch_law import batch_spectrum, fit_batch_law
+from analysis.steps.methods import METHODS
+from analysis.steps.register import ENERGY
 from lance_ref.io.whole_file import read_bytes
 
 if TYPE_CHECKING:
     from analysis.ranks.spectra_file import LayerSpectra
 
 Ranks = tuple[int | None, ...]
-BITS = {"int8": 8, "int4": 4}
-UNPREDICTED = {
-    "bias-only": "biases are other parameters than the weights",
-    "lora": "its updates are other parameters than the weights",
-    "gradient-filter": "it changes the gradients of all layers below as well",
-    "lance-mean-free": "the spectra are those of activations with their mean",
-    "lance-center": "the spectra are those of activations with their mean",
-}
 MAX_FILE_BYTES = 2**24
 
 
@@ -72,12 +66,10 @@ class Fidelity:
 
 def why_not(option: Option, spectra: bool) -> str | None:
     """Why an option's fidelity is not predicted; None if it is."""
-    if option.method in UNPREDICTED:
-        return UNPREDICTED[option.method]
-    if (option.epsilon is not None or option.fraction is not None) and not spectra:
-        return "there are no spectra"
-    known = (*EXACT, *WITHOUT_LAYERS, *BITS, "sketch", "lance", "hosvd", "asi")
-    return None if option.method in known else "there is no formula for it"
+    fidelity = METHODS[option.method].fidelity
+    if fidelity == ENERGY:
+        return None if spectra else "there are no spectra"
+    return fidelity if isinstance(fidelity, str) else None
 
 
 def whole_fidelity(shares: Mapping[str, float], kept: Mapping[str, Fidelity]) -> Fidelity:
@@ -108,18 +100,12 @@ def layer_fidelity(
     spectra : LayerSpectra, optional
         Measured at any batch size.
     """
-    method = option.method
-    if method in EXACT:
-        return Fidelity(1.0, 1.0, 1.0)
-    if method in BITS:
-        return _quantised(BITS[method], shape)
-    if method == "sketch":
-        directions = max(1, round(option.settings.ratio * shape[0]))
-        share = directions / shape[0]
-        return Fidelity(share, 1.0 if share == 1 else 0.0, 1.0)
-    if method in UNPREDICTED or method in WITHOUT_LAYERS or ranks is None or spectra is None:
+    method = METHODS[option.method]
+    if not isinstance(method.fidelity, str):
+        return Fidelity(*method.fidelity(shape, option.settings))
+    if method.fidelity != ENERGY or ranks is None or spectra is None:
         return None
-    return tucker_fidelity(mode_shares(spectra, shape[0], ranks, fixed=method == "lance"))
+    return tucker_fidelity(mode_shares(spectra, shape[0], ranks, fixed=method.calibration is not None))
 
 
 def mode_shares(spectra: LayerSpectra, batch: int, ranks: Ranks, fixed: bool) -> list[float]:
@@ -152,14 +138,6 @@ def tucker_fidelity(shares: list[float]) -> Fidelity:
     Fidelity(estimate=0.375, least=0.25, most=0.5)
     """
     return Fidelity(math.prod(shares), max(0.0, 1 - math.fsum(1 - s for s in shares)), min(shares))
-
-
-def _quantised(bits: int, shape: tuple[int, ...]) -> Fidelity:
-    levels = 2**bits - 1
-    feature = 1 if len(shape) == 4 else len(shape) - 1
-    values = math.prod(shape) // shape[feature]
-    worst = max(values - 2, 0) / (2 * levels**2)
-    return Fidelity(1 - min(3 / (4 * levels**2), worst), max(0.0, 1 - worst), 1.0)
 
 
 # ---- the shares of the layers ----------------------------------------------------------------

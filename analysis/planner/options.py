@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import product
+from typing import Any
 
 from analysis.steps.methods import METHODS
 from analysis.steps.settings import Settings
 
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-EXACT = ("bp", "checkpoint", "micro-batch")
-"""Methods whose weight gradients are those of plain backpropagation."""
-
-WITHOUT_LAYERS = ("head-only",)
-"""Methods for which it does not matter how many layers are tuned."""
-
 DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32)
 DEFAULT_EPSILONS = (0.7, 0.9, 0.99)
-DEFAULT_PATCHES = (2, 4)
-DEFAULT_RATIOS = (1 / 8, 1 / 2)
 ASSUMED_FRACTION = Fraction(1, 4)
 """Of each mode, where there are no spectra: what the cost model assumes."""
 
@@ -56,14 +50,8 @@ class Option:
             return f"epsilon {self.epsilon:g}"
         if self.fraction is not None:
             return f"ranks {float(self.fraction):g}"
-        shown = {
-            "gradient-filter": f"patch {self.settings.patch}",
-            "sketch": f"ratio {self.settings.ratio:g}",
-            "lora": f"rank {self.settings.lora_rank}",
-            "micro-batch": f"parts of {self.settings.micro_batch}",
-            "checkpoint": f"{self.settings.segments} segments" if self.settings.segments else "",
-        }
-        return shown.get(self.method, "")
+        offered = [setting for setting in METHODS[self.method].settings if setting.grid is not None]
+        return ", ".join(filter(None, (of.shown(getattr(self.settings, of.name)) for of in offered)))
 
     @property
     def name(self) -> str:
@@ -75,31 +63,32 @@ def options_for(
     methods: Sequence[str],
     epsilons: Sequence[float],
     fractions: Sequence[Fraction],
-    patches: Sequence[int] = DEFAULT_PATCHES,
-    ratios: Sequence[float] = DEFAULT_RATIOS,
-    micro_batch: int = 1,
-    lora_rank: int = 4,
-    segments: int | None = None,
+    grids: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Option]:
     """Every method with every one of its settings, in the order of the register.
+
+    Parameters
+    ----------
+    methods : sequence of str
+    epsilons, fractions : sequence
+        Of methods that have ranks.
+    grids : mapping of setting to values, optional
+        Default: the grid of each setting.
 
     >>> [option.name for option in options_for(["int8", "lance"], [0.7], [Fraction(1, 2)])]
     ['int8', 'lance epsilon 0.7', 'lance ranks 0.5']
     """
     options: list[Option] = []
     for method in methods:
-        if METHODS[method].ranks is not None:
-            options += [Option(method, epsilon=epsilon) for epsilon in epsilons]
-            options += [Option(method, fraction=fraction) for fraction in fractions]
-        elif method == "gradient-filter":
-            options += [Option(method, Settings(patch=patch)) for patch in patches]
-        elif method == "sketch":
-            options += [Option(method, Settings(ratio=ratio)) for ratio in ratios]
-        elif method in ("micro-batch", "lora", "checkpoint"):
-            given = Settings(micro_batch=micro_batch, lora_rank=lora_rank, segments=segments)
-            options.append(Option(method, given))
-        else:
-            options.append(Option(method))
+        entry = METHODS[method]
+        tried = {of.name: (grids or {}).get(of.name, of.grid) for of in entry.settings if of.grid is not None}
+        for values in product(*tried.values()):
+            settings = Settings(**dict(zip(tried, values, strict=True)))
+            if entry.ranks is None:
+                options.append(Option(method, settings))
+            else:
+                options += [Option(method, settings, epsilon=epsilon) for epsilon in epsilons]
+                options += [Option(method, settings, fraction=fraction) for fraction in fractions]
     return options
 
 
@@ -153,15 +142,14 @@ def parse_fraction_of_modes(text: str) -> Fraction:
     return Fraction(text)
 
 
-def check_lists(batches: Sequence[int], epsilons: Sequence[float], ratios: Sequence[float]) -> None:
-    """Raise ValueError unless these are batch sizes, energy thresholds and ratios, each once."""
+def check_lists(batches: Sequence[int], epsilons: Sequence[float]) -> None:
+    """Raise ValueError unless these are batch sizes and energy thresholds, each once."""
     for batch in batches:
         if isinstance(batch, bool) or not isinstance(batch, int) or not 0 < batch < 2**20:
             raise ValueError(f"--batch is {batch}, expected integers from 1 to {2**20 - 1}")
-    for name, values in (("--epsilon", epsilons), ("--ratio", ratios)):
-        for value in values:
-            if not 0 < value <= 1:
-                raise ValueError(f"{name} is {value}, expected numbers in (0, 1]")
-    for name, given in (("--batch", batches), ("--epsilon", epsilons), ("--ratio", ratios)):
+    for value in epsilons:
+        if not 0 < value <= 1:
+            raise ValueError(f"--epsilon is {value}, expected numbers in (0, 1]")
+    for name, given in (("--batch", batches), ("--epsilon", epsilons)):
         if not given or len(set(given)) < len(given):
             raise ValueError(f"{name} is {list(given)}, expected at least one value, each once")

@@ -14,7 +14,8 @@ from fractions import Fraction
 
 from analysis.planner.costs import Costs, Memory, layers_of, weights_by_layer
 from analysis.planner.fidelity import Fidelity, layer_fidelity, layer_shares, whole_fidelity, why_not
-from analysis.planner.options import WITHOUT_LAYERS, Option
+from analysis.planner.options import Option
+from analysis.steps.methods import METHODS
 
 DIGITS = 4
 """Of fidelities, that have to differ for one to be better; of equals the larger batch is."""
@@ -207,9 +208,9 @@ class _Finder:
         note = why_not(option, self.costs.spectra is not None) or ""
         layers: dict[int, int | None] = {}
         found: list[tuple[tuple[float, int], int, int]] = []  # (order, layers, batch)
-        if option.method == "micro-batch" and not self.costs.exact_statistics(self.runs):
+        if METHODS[option.method].parts and not self.costs.exact_statistics(self.runs):
             note = "batch norm takes the statistics of each part"
-        most = 1 if option.method in WITHOUT_LAYERS else self.most_layers
+        most = self.most_layers if METHODS[option.method].layers else 1
         guess, self.reason = most, ""
         for batch in batches:
             n = 0 if self.costs.runs(batch) else self._most_layers(option, batch, most, guess)
@@ -224,7 +225,7 @@ class _Finder:
         _, n, batch = min(found)
         best = self.candidate(option, n, batch, predict=not note)
         after = None
-        if option.method not in WITHOUT_LAYERS and best.layers < self.most_layers:
+        if METHODS[option.method].layers and best.layers < self.most_layers:
             after = self._try(option, best.layers + 1, best.batch)
         return Row(option, best, layers, after, note)
 
@@ -265,7 +266,7 @@ class _Finder:
 
     def _hopeless(self, option: Option, batch: int) -> bool:
         """Whether not even the forward pass of the whole batch fits."""
-        whole_batch = option.method != "micro-batch" and self.costs.device.count == "peak"
+        whole_batch = not METHODS[option.method].parts and self.costs.device.count == "peak"
         return whole_batch and self.costs.in_flight(batch) > self.budget
 
     def _bisect(self, option: Option, batch: int, most: int, guess: int) -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.commands.names import plain
 from analysis.steps.methods import METHODS
+from analysis.steps.settings import KNOWN
 
 if TYPE_CHECKING:
     from analysis.reports.report import Report
@@ -47,7 +48,9 @@ def _about(report: Report) -> list[str]:
     lines = []
     for method in report.methods:
         if method not in ("bp", "lance"):
-            shown = {n: v for n, v in report.settings.get(method, {}).items() if n != "calibration_batches"}
+            shown = {
+                n: v for n, v in report.settings.get(method, {}).items() if n not in KNOWN or KNOWN[n].grid is not None
+            }
             chosen = "; ".join(f"{name} {_setting(value)}" for name, value in shown.items() if value is not None)
             lines.append(f"{method}: {METHODS[method].about}{f' ({chosen})' if chosen else ''}")
     lines += [f"{method}: left out: {why}" for method, why in report.notes.items()]

@@ -101,7 +101,7 @@ class Prediction:
             ranks_from=self.choice.source if self.choice else "not needed: no method compresses",
             calibration=self.calibration,
             settings={
-                name: {**settings.of(METHODS[name].settings), **_shown(self.steps[name].facts)} for name in self.bills
+                name: {**settings.of(METHODS[name].names), **_shown(self.steps[name].facts)} for name in self.bills
             },
             notes=self.notes,
             continual=self.continual,
@@ -181,7 +181,7 @@ def cost(
     optimizer : {"sgd", "sgd-momentum", "adam"}
         Whose state and temporaries count at the peak of memory.
     **settings
-        Of the methods: the attributes of :class:`analysis.steps.methods.Settings`.
+        Of the methods: :data:`analysis.steps.settings.KNOWN`.
 
     Returns
     -------
@@ -244,7 +244,7 @@ def predict_step(
     from analysis.rules.account import CostCache, account
 
     tuned, choice = {}, None
-    if any(METHODS[name].store is not None for name in names):
+    if any(METHODS[name].make is not None for name in names):
         tuned = tuned_inputs(step)
     if any(METHODS[name].ranks is not None for name in names):
         choice = _choose_ranks(step, tuned, asked.epsilon, asked.ranks, asked.spectra)

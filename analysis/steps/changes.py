@@ -17,6 +17,7 @@ from analysis.steps.settings import MethodStep, NotApplicableError
 from lance_ref import nn
 from lance_ref.engine.recording import OpRecord, Value
 from lance_ref.engine.tensor import Tensor
+from lance_ref.nn.lora import add_lora, put_back
 from lance_ref.nn.module import Module
 from lance_ref.nn.selection import choose
 from lance_ref.train.features import stages_of
@@ -154,6 +155,16 @@ def with_lora(step: TracedStep, rank: int) -> MethodStep:
 
 
 _POINTWISE = {"stride": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1)}
+
+
+@contextmanager
+def adapted(net: Module, layers: Sequence[str], rank: int) -> Iterator[None]:
+    """Inside the ``with`` block these layers of the net have updates of low rank."""
+    replaced = add_lora(net, layers, rank, rng=0)
+    try:
+        yield
+    finally:
+        put_back(net, replaced)
 
 
 def _can_adapt(record: OpRecord) -> bool:

@@ -1,65 +1,148 @@
-"""The register of methods: for each, how the traced step changes, and which settings it has.
+"""The methods of this library, one entry of the register each.
 
-A method may change three things, each of them a field of :class:`Method`:
-
-what trains   arguments of :func:`lance_ref.tune` in place of the step's own (``head-only``, ``bias-only``, ``lora``);
-what runs     other records than those of the plain step (``checkpoint``, ``micro-batch``, ``lora``);
-what is kept  another activation store in every tuned layer, as it would describe itself (all others).
-
-:mod:`analysis.steps.runs` does the same to a real net.
+A method is written in three places: its activation store or its change of the step, the cost rule of that, and the
+entry here. What the fields of an entry mean is said by :class:`analysis.steps.register.Method`.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from analysis.commands.cli import check_effect
-from analysis.steps.settings import Description, MethodStep, Settings
+from analysis.commands.cli import count, share
+from analysis.steps.register import (
+    ENERGY,
+    METHODS,
+    Kept,
+    Method,
+    check_methods_heed,
+    chosen_methods,
+    exact,
+    method,
+    method_step,
+)
+from analysis.steps.settings import Description, MethodStep, Setting, Settings, TunedLayer
 
 if TYPE_CHECKING:
     from analysis.steps.nets import TracedStep
+    from lance_ref.nn.module import Module
+    from lance_ref.stores import ActivationStore
 
-Ranks = tuple[int | None, ...]
+__all__ = ["METHODS", "Method", "check_methods_heed", "chosen_methods", "method", "method_step"]
+
+PATCH = Setting(
+    "patch", 2, count, "places of the output map, in each direction, that are taken together", grid=(2, 4)
+)  # fmt: skip
+RATIO = Setting("ratio", 1 / 8, share, "directions by images of a batch", grid=(1 / 8, 1 / 2))
+SEGMENTS = Setting(
+    "segments", None, count, "stages that are put together (each stage that trains, but the last, is one)",
+    grid=(None,), label="{} segments",
+)  # fmt: skip
+MICRO_BATCH = Setting(
+    "micro_batch", None, count, "images at a time, a divisor of the batch (the largest up to a quarter of it)",
+    grid=(1,), label="parts of {}",
+)  # fmt: skip
+LORA_RANK = Setting("lora_rank", 4, count, "rank of the updates", grid=(4,), label="rank {}")
+CALIBRATION_BATCHES = Setting("calibration_batches", 100, count, "batches from which the subspaces are found, once")
 
 
-@dataclass(frozen=True)
-class Method:
-    """One method, as data.
+# ---- what is kept ------------------------------------------------------------------------------
 
-    Attributes
-    ----------
-    about : str
-        In a few words, for the help and beneath the table.
-    settings : tuple of str
-        Names of those :class:`Settings` that it heeds.
-    tune : mapping
-        Arguments of :func:`lance_ref.tune` that replace those of the step.
-    runs : callable, optional
-        (step, settings) -> MethodStep, where other operations run; before ``tune`` is heeded.
-    store : callable, optional
-        (ranks, settings) -> Description of the store of one tuned layer.
-    ranks : {None, "given", "mean-free"}
-        Whether the store has the ranks of ``--ranks`` or the spectra, or these with the mean's direction left out.
-    calibration : {None, "plain", "mean-free", "center"}
-        How the fixed subspaces are found.
-    """
 
-    about: str
-    settings: tuple[str, ...] = ()
-    tune: Mapping[str, str] = field(default_factory=dict)
-    runs: Callable[[TracedStep, Settings], MethodStep] | None = None
-    store: Callable[[Ranks | None, Settings], Description] | None = None
-    ranks: str | None = None
-    calibration: str | None = None
+def _lance(layer: TunedLayer) -> ActivationStore:
+    """With random subspaces: bytes and multiply-adds depend on the ranks alone."""
+    from lance_ref.algebra.subspace import Subspace
+    from lance_ref.stores import Lance
+
+    return Lance(Subspace.random(layer.shape, layer.ranks, layer.rng), dtype=layer.dtype)
+
+
+def _lance_center(layer: TunedLayer) -> ActivationStore:
+    from dataclasses import replace
+
+    import numpy as np
+
+    from lance_ref.algebra.frame import Frame, feature_mode
+    from lance_ref.algebra.subspace import Subspace
+    from lance_ref.stores import Lance
+
+    space = Subspace.random(layer.shape, layer.ranks, layer.rng)
+    mean = np.ones(layer.shape[feature_mode(layer.shape)])
+    return Lance(replace(space, frame=Frame(None, mean)), dtype=layer.dtype)
+
+
+def _described_lance(layer: TunedLayer) -> Description:
+    """Said without making random subspaces, which takes long for large layers."""
+    return {"name": "lance", "ranks": layer.ranks, "order": "auto"}
+
+
+def _hosvd(layer: TunedLayer) -> ActivationStore:
+    from lance_ref.stores import Hosvd
+
+    return Hosvd(ranks=layer.ranks)
+
+
+def _asi(layer: TunedLayer) -> ActivationStore:
+    from lance_ref.stores import Asi
+
+    return Asi(layer.ranks)
+
+
+def _gradient_filter(layer: TunedLayer) -> ActivationStore:
+    from lance_ref.stores import GradientFilter
+
+    return GradientFilter(layer.settings.patch)
+
+
+def _quantized(bits: int) -> Callable[[TunedLayer], ActivationStore]:
+    def make(layer: TunedLayer) -> ActivationStore:
+        from lance_ref.stores import Quantized
+
+        return Quantized(bits)
+
+    return make
+
+
+def _sketch(layer: TunedLayer) -> ActivationStore:
+    from lance_ref.stores import Sketch
+
+    return Sketch(layer.settings.ratio, seed=int(layer.rng.integers(2**31)))
+
+
+def _kept_by_codes(bits: int) -> Callable[[tuple[int, ...], Settings], Kept]:
+    """Of codes with L = 2ᵇ − 1 steps: 1 − η, η = 3/(4L²), and η ≤ (k − 2)/(2L²) for k values a channel."""
+
+    def kept(shape: tuple[int, ...], settings: Settings) -> Kept:
+        levels = 2**bits - 1
+        feature = 1 if len(shape) == 4 else len(shape) - 1
+        values = math.prod(shape) // shape[feature]
+        worst = max(values - 2, 0) / (2 * levels**2)
+        return 1 - min(3 / (4 * levels**2), worst), max(0.0, 1 - worst), 1.0
+
+    return kept
+
+
+def _kept_by_sketch(shape: tuple[int, ...], settings: Settings) -> Kept:
+    """r/n for r random directions of n images, whatever the spectrum."""
+    kept = max(1, round(settings.ratio * shape[0])) / shape[0]
+    return kept, 1.0 if kept == 1 else 0.0, 1.0
+
+
+# ---- what runs ---------------------------------------------------------------------------------
 
 
 def _checkpoint(step: TracedStep, settings: Settings) -> MethodStep:
     from analysis.steps.changes import checkpointed
 
     return checkpointed(step, settings.segments)
+
+
+def _recomputed(net: Module, facts: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    from analysis.steps.changes import recomputed
+
+    return recomputed(net, facts["asked"])
 
 
 def _micro_batch(step: TracedStep, settings: Settings) -> MethodStep:
@@ -74,136 +157,64 @@ def _lora(step: TracedStep, settings: Settings) -> MethodStep:
     return with_lora(step, settings.lora_rank)
 
 
-def _lance(ranks: Ranks | None, settings: Settings) -> Description:
-    return {"name": "lance", "ranks": ranks, "order": "auto"}
+def _adapted(net: Module, facts: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    from analysis.steps.changes import adapted
+
+    return adapted(net, facts["layers"], facts["rank"])
 
 
-def _with_ranks(name: str, **more: Any) -> Callable[[Ranks | None, Settings], Description]:
-    return lambda ranks, settings: {"name": name, "ranks": ranks, **more}
+# ---- the entries, in the order of --method all -------------------------------------------------
 
+OTHER_SPECTRA = "the spectra are those of activations with their mean"
 
-METHODS: dict[str, Method] = {
-    "bp": Method("plain backpropagation"),
-    "head-only": Method("the classifier alone trains", tune={"selection": "head"}),
-    "bias-only": Method("the biases of the tuned layers and the classifier train", tune={"parameters": "bias"}),
-    "lance": Method(
-        "cores by fixed, calibrated factors", ("calibration_batches",), store=_lance, ranks="given", calibration="plain"
-    ),
-    "lance-mean-free": Method(
-        "as lance, orthogonal to the mean activation",
-        ("calibration_batches",), store=_lance, ranks="mean-free", calibration="mean-free",
-    ),
-    "lance-center": Method(
-        "as lance, of the activation without its mean, whose gradient is added exactly",
-        ("calibration_batches",), store=_with_ranks("lance", order="auto", centred=True), ranks="given",
-        calibration="center",
-    ),
-    "hosvd": Method(
-        "cores and factors of a fresh HOSVD at every step, at lance's ranks",
-        store=_with_ranks("hosvd", epsilon=None), ranks="given",
-    ),
-    "asi": Method(
-        "cores and factors by one subspace iteration a step, at lance's ranks", store=_with_ranks("asi"), ranks="given"
-    ),
-    "gradient-filter": Method(
-        "sums over patches of activation and gradient", ("patch",),
-        store=lambda ranks, settings: {"name": "gradient-filter", "patch": settings.patch},
-    ),
-    "int8": Method("activations as 8-bit codes", store=lambda ranks, settings: {"name": "quantized", "bits": 8}),
-    "int4": Method("activations as 4-bit codes", store=lambda ranks, settings: {"name": "quantized", "bits": 4}),
-    "sketch": Method(
-        "random combinations of the images of a batch", ("ratio",),
-        store=lambda ranks, settings: {"name": "sketch", "ratio": settings.ratio},
-    ),
-    "checkpoint": Method("segments keep their input and run twice", ("segments",), runs=_checkpoint),
-    "micro-batch": Method("the batch in parts, one after the other", ("micro_batch",), runs=_micro_batch),
-    "lora": Method(
-        "updates of low rank beside frozen linear layers and 1x1 convolutions, and the classifier", ("lora_rank",),
-        tune={"selection": "head"}, runs=_lora,
-    ),
-}  # fmt: skip
-"""Every method by its name on the command line, in the order of ``--method all``."""
-
-
-def chosen_methods(asked: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
-    """The names of the methods that were asked for; ``"all"`` means every one.
-
-    Raises
-    ------
-    ValueError
-        If a name is unknown, given twice, or stands beside ``"all"``.
-
-    Examples
-    --------
-    >>> chosen_methods(["lance", "bp"]), len(chosen_methods("all")) == len(METHODS)
-    (('lance', 'bp'), True)
-    """
-    names = [asked] if isinstance(asked, str) else list(asked)
-    if names == ["all"]:
-        return tuple(METHODS)
-    if not names or len(set(names)) < len(names) or any(name not in METHODS for name in names):
-        raise ValueError(f"methods are {names}, expected some of {', '.join(METHODS)}, each once, or all alone")
-    return tuple(names)
-
-
-def method_step(
-    name: str, step: TracedStep, settings: Settings, ranks: Mapping[str, Ranks], tuned: Mapping[str, tuple[int, ...]]
-) -> MethodStep:
-    """The step of a method.
-
-    Parameters
-    ----------
-    name : str
-        One of :data:`METHODS`.
-    step : TracedStep
-        Plain backpropagation of the same net.
-    settings : Settings
-    ranks : mapping of layer path to ranks
-        For methods that have ranks; a layer that is missing stays exact.
-    tuned : mapping of layer path to input shape
-        The tuned layers.
-
-    Raises
-    ------
-    NotApplicableError
-        If the method does not fit the net.
-    """
-    from dataclasses import replace
-
-    from analysis.rules.account import with_described_stores
-
-    method = METHODS[name]
-    changed = MethodStep(step.records)
-    if method.runs is not None or method.tune:
-        changed = step.remember(
-            (name, *settings.of(method.settings).values()), lambda: _changed(method, step, settings)
-        )
-    stores: dict[str, Description] = {}
-    if method.store is not None:
-        paths = tuned if method.ranks is None else ranks
-        stores = {path: method.store(ranks.get(path), settings) for path in paths}
-    return replace(changed, records=with_described_stores(changed.records, stores), stores=stores)
-
-
-def _changed(method: Method, step: TracedStep, settings: Settings) -> MethodStep:
-    """What a method runs in place of the plain step, activation stores aside."""
-    from dataclasses import replace
-
-    from analysis.steps.changes import retrained, trained_parameters
-
-    changed = MethodStep(step.records) if method.runs is None else method.runs(step, settings)
-    if not method.tune:
-        return changed
-    trains = trained_parameters(step, method.tune) | set(changed.facts.get("parameters", ()))
-    return replace(changed, records=retrained(changed.records, trains))
-
-
-def check_methods_heed(options: argparse.Namespace, methods: Iterable[str]) -> None:
-    """Raise ValueError for an option of methods that none of the chosen methods has."""
-    chosen = [METHODS[name] for name in methods]
-    for name in Settings.__dataclass_fields__:
-        heeding = [known for known, method in METHODS.items() if name in method.settings]
-        check_effect(options, name, any(name in method.settings for method in chosen), f"one of {', '.join(heeding)}")
-    ranked = [known for known, method in METHODS.items() if method.ranks is not None]
-    for name in ("epsilon", "ranks", "spectra"):
-        check_effect(options, name, any(method.ranks for method in chosen), f"one of {', '.join(ranked)}")
+method("bp", "plain backpropagation", fidelity=exact)
+method("head-only", "the classifier alone trains", tune={"selection": "head"}, fidelity=exact, layers=False)
+method(
+    "bias-only", "the biases of the tuned layers and the classifier train", tune={"parameters": "bias"},
+    fidelity="biases are other parameters than the weights",
+)  # fmt: skip
+method(
+    "lance", "cores by fixed, calibrated factors", settings=(CALIBRATION_BATCHES,), make=_lance,
+    describe=_described_lance, ranks="given", calibration="plain", fidelity=ENERGY,
+)  # fmt: skip
+method(
+    "lance-mean-free", "as lance, orthogonal to the mean activation", settings=(CALIBRATION_BATCHES,), make=_lance,
+    describe=_described_lance, ranks="mean-free", calibration="mean-free", fidelity=OTHER_SPECTRA,
+)  # fmt: skip
+method(
+    "lance-center", "as lance, of the activation without its mean, whose gradient is added exactly",
+    settings=(CALIBRATION_BATCHES,), make=_lance_center,
+    describe=lambda layer: {**_described_lance(layer), "centred": True}, ranks="given", calibration="center",
+    fidelity=OTHER_SPECTRA,
+)  # fmt: skip
+method(
+    "hosvd", "cores and factors of a fresh HOSVD at every step, at lance's ranks", make=_hosvd,
+    describe=lambda layer: {"name": "hosvd", "ranks": layer.ranks, "epsilon": None}, ranks="given", fidelity=ENERGY,
+)  # fmt: skip
+method(
+    "asi", "cores and factors by one subspace iteration a step, at lance's ranks", make=_asi,
+    describe=lambda layer: {"name": "asi", "ranks": layer.ranks}, ranks="given", fidelity=ENERGY,
+)  # fmt: skip
+method(
+    "gradient-filter", "sums over patches of activation and gradient", settings=(PATCH,), make=_gradient_filter,
+    fidelity="it changes the gradients of all layers below as well",
+)  # fmt: skip
+method("int8", "activations as 8-bit codes", make=_quantized(8), fidelity=_kept_by_codes(8))
+method("int4", "activations as 4-bit codes", make=_quantized(4), fidelity=_kept_by_codes(4))
+method(
+    "sketch", "random combinations of the images of a batch", settings=(RATIO,), make=_sketch,
+    fidelity=_kept_by_sketch,
+)  # fmt: skip
+method(
+    "checkpoint", "segments keep their input and run twice", settings=(SEGMENTS,), runs=_checkpoint,
+    on_net=_recomputed, fidelity=exact,
+)  # fmt: skip
+method(
+    "micro-batch", "the batch in parts, one after the other", settings=(MICRO_BATCH,), runs=_micro_batch,
+    fidelity=exact, parts=True,
+)  # fmt: skip
+method(
+    "lora", "updates of low rank beside frozen linear layers and 1x1 convolutions, and the classifier",
+    settings=(LORA_RANK,), tune={"selection": "head"}, runs=_lora, on_net=_adapted,
+    fidelity="its updates are other parameters than the weights",
+)  # fmt: skip

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+import argparse
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from analysis.peak.lifetimes import Lifetimes
     from lance_ref.engine.recording import OpRecord
 
 Description = dict[str, Any]
 """What an activation store says about itself in a trace."""
+
+Ranks = tuple[int | None, ...]
 
 
 class NotApplicableError(ValueError):
@@ -19,43 +24,127 @@ class NotApplicableError(ValueError):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the methods can be told.
+class Setting:
+    """A number that a method can be told: an option of every command, and an argument of :func:`analysis.cost`.
 
     Attributes
     ----------
-    patch : int
-        Places of the output map, in each direction, that the gradient filter takes together.
-    ratio : float
-        Directions of a sketch by images of a batch.
-    segments : int, optional
-        Of checkpointing: into how many segments the stages from the first that trains to the last but one are put
-        together; by default each of them that trains is a segment.
-    micro_batch : int, optional
-        Images that run at a time, a divisor of the batch; by default the largest up to a quarter of it.
-    lora_rank : int
-    calibration_batches : int
-        From which LANCE's subspaces are found.
+    name : str
+        As in Python; the option is ``--`` and the name with dashes.
+    default : object
+        None where the method finds its own value.
+    check : callable
+        From the text of the option to the value; raises :class:`argparse.ArgumentTypeError`. The types of
+        :mod:`analysis.commands.cli`, such as ``count`` and ``share``, will do.
+    help : str
+        What it is, in a few words.
+    grid : tuple, optional
+        Values that the planner tries. Default: None, and the planner does not offer it.
+    label : str
+        How a plan shows a value, for instance ``"patch {}"``. Default: the name and the value.
     """
 
-    patch: int = 2
-    ratio: float = 1 / 8
-    segments: int | None = None
-    micro_batch: int | None = None
-    lora_rank: int = 4
-    calibration_batches: int = 100
+    name: str
+    default: Any
+    check: Callable[[str], Any]
+    help: str
+    grid: tuple[Any, ...] | None = None
+    label: str = ""
 
-    def __post_init__(self) -> None:
-        for name in ("patch", "segments", "micro_batch", "lora_rank", "calibration_batches"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is {value!r}, expected a positive integer")
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio is {self.ratio}, expected a number in (0, 1]")
+    @property
+    def option(self) -> str:
+        """``--lora-rank`` of ``lora_rank``."""
+        return f"--{self.name.replace('_', '-')}"
+
+    def checked(self, value: Any) -> Any:
+        """A value as the option would give it; ValueError where the option would be refused."""
+        if value is None and self.default is None:
+            return None
+        try:
+            if isinstance(value, bool):
+                raise argparse.ArgumentTypeError(f"is {value!r}, expected a number")
+            return self.check(str(value))
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise ValueError(f"{self.name} {error}") from None
+
+    def shown(self, value: Any) -> str:
+        """A value in words; empty for None."""
+        number = f"{value:g}" if isinstance(value, float) else value
+        return "" if value is None else (self.label or f"{self.name.replace('_', ' ')} {{}}").format(number)
+
+
+KNOWN: dict[str, Setting] = {}
+"""The settings of all registered methods, by name: one name means one thing."""
+
+
+class Settings:
+    """A value for every setting of the registered methods.
+
+    Parameters
+    ----------
+    **given
+        By name. Default: each setting's own.
+
+    Raises
+    ------
+    TypeError
+        If no method has a setting of that name.
+    ValueError
+        If a setting cannot have that value.
+
+    >>> Settings(patch=4).patch, Settings() == Settings(patch=2)
+    (4, True)
+    """
+
+    def __init__(self, **given: Any) -> None:
+        for name in given:
+            if name not in KNOWN:
+                raise TypeError(f"{name!r} is no setting of a method, expected one of {', '.join(KNOWN)}")
+        self._given = {name: KNOWN[name].checked(value) for name, value in given.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in KNOWN:
+            raise AttributeError(f"no method has a setting {name!r}")
+        return self._given.get(name, KNOWN[name].default)
 
     def of(self, names: Collection[str]) -> dict[str, Any]:
         """The settings of these names."""
-        return {name: value for name, value in asdict(self).items() if name in names}
+        return {name: getattr(self, name) for name in KNOWN if name in names}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Settings) and self.of(KNOWN) == other.of(KNOWN)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.of(KNOWN).items()))
+
+    def __repr__(self) -> str:
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in self._given.items())})"
+
+
+@dataclass(frozen=True)
+class TunedLayer:
+    """A layer for which a method makes an activation store.
+
+    Attributes
+    ----------
+    path : str
+    shape : tuple of int
+        Of its input, batch first.
+    dtype : dtype
+        Of its weight.
+    ranks : tuple
+        Rank of each mode, None for a mode that is left alone; empty for a method without ranks.
+    settings : Settings
+    rng : Generator
+        For stores that begin with random numbers.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    ranks: Ranks
+    settings: Settings
+    rng: np.random.Generator
 
 
 @dataclass(frozen=True)
@@ -70,6 +159,9 @@ class MethodStep:
         How often the records run in one step.
     stores : mapping of layer path to description
         Of the layers whose store is not the exact one.
+    ranks : mapping of layer path to ranks
+        With which these stores are made, where they have ranks.
+    settings : Settings
     facts : mapping
         Settings as they turned out, for instance the number of images in a micro-batch.
     own_trace : bool
@@ -81,6 +173,8 @@ class MethodStep:
     records: list[OpRecord]
     repeats: int = 1
     stores: Mapping[str, Description] = field(default_factory=dict)
+    ranks: Mapping[str, Ranks] = field(default_factory=dict)
+    settings: Settings = field(default_factory=Settings)
     facts: Mapping[str, Any] = field(default_factory=dict)
     own_trace: bool = False
     lifetimes: Lifetimes | None = None

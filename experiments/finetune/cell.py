@@ -14,7 +14,7 @@ import numpy as np
 
 import lance_ref
 from analysis.rules.account import WEIGHTED, Billed, account
-from experiments.finetune.methods import METHODS, Setting, prepare
+from experiments.finetune.methods import Start, methods, prepare
 from lance_ref import F, datasets, models
 from lance_ref.datasets import Dataset
 from lance_ref.nn.module import Module
@@ -46,10 +46,9 @@ def run(
     epsilon: float,
     modes: Sequence[str],
     budget_kib: float,
-    patch: int,
-    ratio: float,
     validation: bool,
     folder: str,
+    **values: Any,
 ) -> dict[str, Any]:
     """Train one network and measure what it took; all arguments are JSON, and so is the result.
 
@@ -58,7 +57,7 @@ def run(
     Parameters
     ----------
     net, data, tune, method : str
-        Names of a model, a data set, a selection of layers, and one of :data:`experiments.finetune.methods.METHODS`.
+        Names of a model, a data set, a selection of layers, and one of :func:`experiments.finetune.methods.methods`.
     image_size : int or None
         None: the data set's own.
     train_images, test_images : int or None
@@ -70,6 +69,8 @@ def run(
         a training that diverged.
     folder : str
         Where the outputs of the frozen part are kept between cells; "" keeps none.
+    **values
+        Of the other settings of methods, by name.
     """
     module, sources = _data_and_network(
         net, data, tune, seed, image_size, train_images, test_images, validation, folder
@@ -77,14 +78,13 @@ def run(
     tuning = prepare(module, tune, method)
     started = tail(module, sources[0].stage) if isinstance(sources[0], Features) else module
     batches = _calibration_batches(sources[0], batch, calibration_batches, seed, net, image_size)
-    setting = Setting(
-        started, tuning, batches, epsilon, tuple(modes), int(budget_kib * 1024), patch, ratio, seed
-    )  # fmt: skip
+    values |= {"epsilon": epsilon, "budget_kib": budget_kib}
     began = time.perf_counter()
     with lance_ref.count_macs() as counter:
-        notes = METHODS[method](setting)
+        notes = methods()[method].begin(Start(started, tuning, batches, tuple(modes), values, seed))
     prepared = time.perf_counter() - began
-    micro = max(1, batch // 4) if method == "micro-batch" else None
+    parts = methods()[method].parts
+    micro = max(1, batch // parts) if parts > 1 else None
     cost = measure_step(started, tuning, batches[0], micro)
     watch = Watch(tuning)
     try:

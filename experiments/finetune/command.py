@@ -11,7 +11,6 @@ A finished run of one method and seed is kept in --folder and never run again.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +35,6 @@ from analysis.commands.cli import (
     run_command,
     run_main,
     scheduler_address,
-    share,
 )
 
 CELL = "experiments.finetune.cell:run"
@@ -51,50 +49,37 @@ DEFAULTS = {
     "net": "mcunet", "data": "cifar10", "tune": "last:4", "epochs": 15, "batch": 128, "image_size": None,
     "calibration_batches": 100, "lr": PAPERS_LR, "seeds": 3, "budget_kib": 200.0, "recipe": ["papers"],
 }  # fmt: skip
-SETTINGS = {"epsilon": float, "budget_kib": float, "patch": int, "ratio": float}
-"""What ``method@value`` may set, and its type."""
-
-VALUE_OF = {
-    **dict.fromkeys(("lance", "lance-sketch", "lance-int8", "lance-mean-free-epsilon", "hosvd"), "epsilon"),
-    **dict.fromkeys(
-        ("lance-mean-free", "lance-planned", "lance-uniform", "lance-channels", "lance-center",
-         "lance-planned-channels", "lance-planned-modes", "asi"),
-        "budget_kib",
-    ),
-    "gradient-filter": "patch",
-    "sketch": "ratio",
-}  # fmt: skip
-"""Which setting the value after ``@`` is, by method."""
-
 MODES = ("batch", "channel", "height", "width")
-WITH_MODES = ("lance", "lance-sketch", "lance-int8", "lance-mean-free-epsilon", "lance-uniform", "lance-planned-modes")
-"""Methods that compress the modes of ``--modes``; the others have modes of their own."""
 
 
 def parser() -> argparse.ArgumentParser:
-    from experiments.finetune.methods import ABOUT, METHODS
+    from experiments.finetune.methods import all_settings, methods
 
+    known = methods()
     p = OneLineParser(
         prog="python -m experiments.finetune", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False,
-        epilog="; ".join(f"{name}: {about}" for name, about in ABOUT.items()) + ".",
+        epilog="; ".join(f"{name}: {of.about}" for name, of in known.items()) + ".",
     )  # fmt: skip
     p.add_argument("--quick", action="store_true", help="a small net on the digits of the package, within a minute")
     p.add_argument("--net", type=built_in_net, help="mcunet, mobilenetv2, resnet8, convnet, ... (mcunet)")
     p.add_argument("--data", type=data_set, help="a data set by name, or a folder with train/ and test/ (cifar10)")
     p.add_argument("--tune", help="last:n, all, or a glob of layer names (last:4)")
     p.add_argument(
-        "--methods", "--method", nargs="+", default=list(METHODS), metavar="METHOD",
-        help=f"any of {', '.join(METHODS)}; METHOD@VALUE sets its threshold, KiB, patch or ratio (all)",
+        "--methods", "--method", nargs="+", default=list(known), metavar="METHOD",
+        help=f"any of {', '.join(known)}; METHOD@VALUE sets its first setting (all)",
     )  # fmt: skip
     p.add_argument("--recipe", nargs="+", choices=["papers", "tuned"], help="one learning rate, or each its own best")
-    p.add_argument("--epsilon", type=share, default=0.7, help="energy threshold (0.7)")
+    for name, setting in all_settings().items():
+        takers = ", ".join(method for method, of in known.items() if setting in of.settings)
+        default = DEFAULTS.get(name, setting.default)
+        p.add_argument(
+            setting.option, type=setting.check, default=None if name in DEFAULTS else default,
+            help=f"{setting.help}, of {takers}{'' if default is None else f' ({default:g})'}",
+        )  # fmt: skip
     p.add_argument(
         "--modes", type=name_of(lambda: MODES), nargs="+", default=list(MODES), metavar="MODE",
         help="modes that LANCE compresses (all four)",
     )  # fmt: skip
-    p.add_argument("--budget-kib", type=positive, help="KiB of cores, for methods with a budget (200)")
-    p.add_argument("--patch", type=count, default=2, help="of the gradient filter (2)")
-    p.add_argument("--ratio", type=share, default=0.125, help="of random sketches of the batch (0.125)")
     p.add_argument("--seeds", type=few, help="runs of each method, seeds 0, 1, ... (3)")
     p.add_argument("--epochs", type=count, help="(15)")
     p.add_argument("--batch", type=count, help="images a step (128)")
@@ -128,12 +113,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def checked(options: argparse.Namespace) -> argparse.Namespace:
     """Defaults of the chosen size, and everything checked that can be before anything runs."""
+    from experiments.finetune.methods import all_settings, methods
+
     fill_in(options, QUICK if options.quick else DEFAULTS)
     if options.image_size is None:
         from lance_ref import models
 
         options.image_size = models.find(options.net).image_size
-    own = [own_settings(spec) for spec in options.methods]
+    known, own = methods(), [own_settings(spec) for spec in options.methods]
     for name in ("methods", "recipe", "modes", "lr_grid"):
         check_once(options, name)
     tuned = "tuned" in options.recipe
@@ -141,11 +128,11 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     check_effect(options, "lr_grid", tuned, "--recipe tuned")
     check_effect(options, "tuning_epochs", tuned, "--recipe tuned")
     check_effect(options, "jobs", options.scheduler is None, "a run without --scheduler")
-    open_modes = any(settings["method"] in WITH_MODES for settings in own)
-    check_effect(options, "modes", open_modes, f"a method of {', '.join(WITH_MODES)}")
-    for name in SETTINGS:
-        takers = [method for method, takes in VALUE_OF.items() if takes == name]
-        takers += ["lance-sketch"] if name == "ratio" else []
+    with_modes = [name for name, of in known.items() if of.modes]
+    open_modes = any(settings["method"] in with_modes for settings in own)
+    check_effect(options, "modes", open_modes, f"a method of {', '.join(with_modes)}")
+    for name, setting in all_settings().items():
+        takers = [method for method, of in known.items() if setting in of.settings]
         effective = any(settings["method"] in takers and name not in settings for settings in own)
         check_effect(options, name, effective, f"a method of {', '.join(takers)}, without a value of its own")
     check_tune(options.net, options.tune)
@@ -158,28 +145,28 @@ def own_settings(spec: str) -> dict[str, Any]:
     >>> own_settings("asi@50")
     {'method': 'asi', 'budget_kib': 50.0}
     """
-    from experiments.finetune.methods import METHODS
+    from experiments.finetune.methods import methods
 
+    known = methods()
     method, at, value = spec.partition("@")
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}, expected some of {', '.join(METHODS)}")
+    if method not in known:
+        raise ValueError(f"unknown method {method!r}, expected some of {', '.join(known)}")
     if not at:
         return {"method": method}
-    if method not in VALUE_OF:
-        raise ValueError(f"method {spec!r}: {method} takes no value; these do: {', '.join(VALUE_OF)}")
-    name = VALUE_OF[method]
+    if not known[method].settings:
+        takers = ", ".join(name for name, of in known.items() if of.settings)
+        raise ValueError(f"method {spec!r}: {method} takes no value; these do: {takers}")
+    setting = known[method].settings[0]
     try:
-        number = SETTINGS[name](value)
-    except ValueError:
-        number = -1
-    if not (0 < number < math.inf and (number <= 1 or name in ("budget_kib", "patch"))):
-        allowed = {"budget_kib": "a positive number of KiB", "patch": "a positive integer"}.get(name, "in (0, 1]")
-        raise ValueError(f"method {spec!r}: {name} is {value!r}, expected {allowed}")
-    return {"method": method, name: number}
+        return {"method": method, setting.name: setting.check(value)}
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise ValueError(f"method {spec!r}: {setting.name} {error}") from None
 
 
 def cell(options: argparse.Namespace, spec: str, seed: int, lr: float, validation: bool = False) -> dict[str, Any]:
     """The arguments of one run."""
+    from experiments.finetune.methods import all_settings
+
     return {
         "net": options.net,
         "data": options.data,
@@ -193,11 +180,8 @@ def cell(options: argparse.Namespace, spec: str, seed: int, lr: float, validatio
         "test_images": options.test_images,
         "calibration_batches": options.calibration_batches,
         "clip": options.clip,
-        "epsilon": options.epsilon,
         "modes": list(options.modes),
-        "budget_kib": options.budget_kib,
-        "patch": options.patch,
-        "ratio": options.ratio,
+        **{name: getattr(options, name) for name in all_settings()},
         "validation": validation,
         "folder": f"{options.folder}/frozen",
         **own_settings(spec),

@@ -17,7 +17,7 @@ from analysis.rules import stores as store_rules
 from experiments.finetune import cell as finetune_cell
 from experiments.finetune import command as finetune
 from experiments.finetune.cell import Watch, measure_step, run
-from experiments.finetune.methods import ABOUT, METHODS, Setting, prepare
+from experiments.finetune.methods import Start, methods, prepare
 from experiments.finetune.report import Row, markdown, results
 from lance_ref import models
 from lance_ref.nn.module import Module
@@ -49,7 +49,7 @@ def test_every_method_has_its_row(table: tuple[Path, dict[str, Any]]) -> None:
     """The quick command prints the table for every method; bytes and multiply-adds are those predicted."""
     folder, document = table
     rows = {row["method"]: row for row in document["rows"]}
-    assert list(rows) == list(METHODS)
+    assert list(rows) == list(methods())
     for method, row in rows.items():
         assert row["predicted_equals_measured"], method
         assert 0 <= row["accuracy_mean"] <= 1
@@ -57,7 +57,7 @@ def test_every_method_has_its_row(table: tuple[Path, dict[str, Any]]) -> None:
     assert tape["head-only"] < tape["lance"] < tape["lance-uniform"] < tape["int8"] < tape["bp"]
     assert tape["micro-batch"] * 4 == tape["bp"]  # at the same images, a fourth at a time
     assert (folder / "r.png").read_bytes()[:4] == b"\x89PNG"
-    assert (folder / "r.md").read_text().count("| lance") == sum(m.startswith("lance") for m in METHODS)
+    assert (folder / "r.md").read_text().count("| lance") == sum(m.startswith("lance") for m in methods())
     assert document["settings"]["epochs"] == 2
     assert document["arguments"][0] == "--quick"
 
@@ -136,7 +136,7 @@ def test_the_watch_leaves_no_trace() -> None:
         tuning = prepare(net, "last:2", "sketch")
         x = np.random.default_rng(0).random((16, 1, 8, 8), np.float32)
         y = np.arange(16) % 10
-        METHODS["sketch"](Setting(net, tuning, [(x, y)], 0.7, ALL_MODES, 8192, 2, 0.25, 0))
+        methods()["sketch"].begin(Start(net, tuning, [(x, y)], ALL_MODES, {"ratio": 0.25}, 0))
         if watched:
             watch = Watch(tuning)
             watch(StepInfo(0, 0, 2, net, x, y))
@@ -170,7 +170,7 @@ def frozen_outputs(name: str) -> tuple[int, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "head-only"])
+@pytest.mark.parametrize("method", [method for method in methods() if method != "head-only"])
 def test_predicted_equals_measured_on_the_last_four_layers(name: str, method: str) -> None:
     """Bytes and executed multiply-adds of one step of every method, depthwise layers among them."""
     net = made(name)
@@ -180,7 +180,8 @@ def test_predicted_equals_measured_on_the_last_four_layers(name: str, method: st
     labels = np.arange(IMAGES) % 10
     batches = [(half.copy(), labels) for half in np.split(outputs, 2)]  # the tape would keep all through a view
     last = tail(net, stage)
-    METHODS[method](Setting(last, tuning, batches, 0.9, ALL_MODES, 16_000, 2, 0.25, 0))
+    values = {"epsilon": 0.9, "budget_kib": 16_000 / 1024, "patch": 2, "ratio": 0.25}
+    methods()[method].begin(Start(last, tuning, batches, ALL_MODES, values, 0))
     cost = measure_step(last, tuning, batches[0], 2 if method == "micro-batch" else None)
     assert cost["tape_bytes"] == cost["predicted_tape_bytes"]
     assert {kind: cost["macs"].get(kind, 0) for kind in cost["predicted_macs"]} == cost["predicted_macs"]
@@ -203,8 +204,8 @@ def test_a_wrong_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--methods", "lanse"], "unknown method 'lanse'"),
         (["--methods", "bp", "bp"], "each once"),
         (["--methods", "bp@3"], "takes no value"),
-        (["--methods", "lance@1.5"], "epsilon is '1.5', expected in (0, 1]"),
-        (["--methods", "asi@-3"], "a positive number of KiB"),
+        (["--methods", "lance@1.5"], "epsilon is 1.5, expected a number in (0, 1]"),
+        (["--methods", "asi@-3"], "budget_kib is -3, expected a positive number"),
         (["--methods", "gradient-filter@x"], "a positive integer"),
         (["--data", "nowhere"], "nowhere"),
         (["--net", "nonet"], "nonet"),
@@ -245,7 +246,7 @@ def test_own_pictures_of_one_class(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_help_says_what_each_method_is(capsys: pytest.CaptureFixture[str]) -> None:
     """A name that the table prints must be explained somewhere."""
-    assert list(ABOUT) == list(METHODS)
+    assert all(of.about for of in methods().values())
     with pytest.raises(SystemExit):
         finetune.main(["--help"])
     assert "lance-center: lance-mean-free, the mean's own gradient" in " ".join(capsys.readouterr().out.split())

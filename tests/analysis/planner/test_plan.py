@@ -34,7 +34,7 @@ from lance_ref.nn.module import Module
 
 BATCHES = (2, 3)
 SHAPE = (3, 8, 8)
-OPTIONS = options_for(list(METHODS), [0.6], [Fraction(1, 2)], [2], [0.5])
+OPTIONS = options_for(list(METHODS), [0.6], [Fraction(1, 2)], {"patch": [2], "ratio": [0.5]})
 
 
 class Branches(nn.Module):
@@ -408,7 +408,7 @@ def test_alternatives_are_other_methods() -> None:
     """The first setting of each, and not the method that comes first."""
     options = [HALF, MOST, Option("int8"), Option("sketch"), replace(Option("sketch"), epsilon=0.5)]
     said = conclusion(plan_of(*(Row(o, candidate(o, ROOM, Fidelity(1, 1, 1)), {3: 2}, None) for o in options)))
-    first, _, others = said.partition("Also fit: ")
+    first, _, others = said.partition("Other methods that fit: ")
     assert first.startswith("First: lance ranks 0.5")
     assert others.count("lance") == 0
     assert [others.count(name) for name in ("int8", "sketch ratio", "epsilon 0.5")] == [1, 1, 0]
@@ -429,10 +429,10 @@ def test_what_is_too_much() -> None:
 
 
 def test_settings_and_their_limits() -> None:
-    """A given rank of LoRA is the option's; epsilon and ratio may be 1; True is no batch size."""
-    assert options_for(["lora"], [], [], lora_rank=7)[0].settings.lora_rank == 7
-    check_lists([1, 2], [1.0], [1.0])
-    for wrong in (([True], [1], [1]), ([0], [1], [1]), ([1, 1], [1], [1]), ([1], [0], [1]), ([1], [1], [1.5])):
+    """A given rank of LoRA is the option's; epsilon may be 1; True is no batch size."""
+    assert options_for(["lora"], [], [], {"lora_rank": [7]})[0].settings.lora_rank == 7
+    check_lists([1, 2], [1.0])
+    for wrong in (([True], [1]), ([0], [1]), ([1, 1], [1]), ([1], [0]), ([1], [1.5])):
         with pytest.raises(ValueError, match="expected"):
             check_lists(*wrong)
 

@@ -235,7 +235,7 @@ def test_ranges_of_a_coded_core() -> None:
 def test_directions() -> None:
     """To the nearest integer, of two the even one, and at least one; all of them keep everything."""
     assert [directions(n, ratio) for n, ratio in ((8, 0.7), (5, 0.5), (7, 0.5), (3, 0.01))] == [6, 2, 4, 1]
-    every = options_for(["sketch"], [], [], ratios=[1.0])[0]
+    every = options_for(["sketch"], [], [], {"ratio": [1.0]})[0]
     assert layer_fidelity(every, (4, 3), None, None) == Fidelity(1.0, 1.0, 1.0)
 
 
@@ -557,7 +557,8 @@ def test_options() -> None:
         with pytest.raises(ValueError, match="is '"):
             parse(text)
     names = [
-        o.name for o in options_for(["bp", "gradient-filter", "sketch", "lora"], [], [], [2, 4], [0.5], lora_rank=3)
+        o.name
+        for o in options_for(["bp", "gradient-filter", "sketch", "lora"], [], [], {"ratio": [0.5], "lora_rank": [3]})
     ]
     assert names == ["bp", "gradient-filter patch 2", "gradient-filter patch 4", "sketch ratio 0.5", "lora rank 3"]
 
@@ -572,7 +573,7 @@ def test_fidelities() -> None:
     assert tucker_fidelity([0.5, 0.25]) == Fidelity(0.125, 0.0, 0.25)
     assert layer_fidelity(Option("bp"), (4, 3), None, None) == Fidelity(1.0, 1.0, 1.0)
     assert layer_fidelity(Option("lora"), (4, 3), (1, 1), spectra) is None
-    sketch = options_for(["sketch"], [], [], ratios=[0.5])[0]
+    sketch = options_for(["sketch"], [], [], {"ratio": [0.5]})[0]
     assert layer_fidelity(sketch, (4, 3), None, None) == Fidelity(0.5, 0.0, 1.0)
     int4 = layer_fidelity(Option("int4"), (4, 3, 5, 5), None, None)
     assert int4 == Fidelity(1 - 3 / 900, 1 - 98 / 450, 1.0)
@@ -580,7 +581,7 @@ def test_fidelities() -> None:
     ranked, plain = Option("lance", epsilon=0.9), Option("bp")
     assert [why_not(ranked, True), why_not(plain, False), why_not(plain, True)] == [None, None, None]
     assert why_not(ranked, False) == why_not(Option("lance", fraction=Fraction(1, 2)), False) == "there are no spectra"
-    assert layer_fidelity(options_for(["sketch"], [], [], ratios=[0.01])[0], (4, 3), None, None).estimate == 0.25
+    assert layer_fidelity(options_for(["sketch"], [], [], {"ratio": [0.01]})[0], (4, 3), None, None).estimate == 0.25
     assert layer_shares("layers", {"a": 1, "b": 9}) == {"a": 0.5, "b": 0.5}
 
 

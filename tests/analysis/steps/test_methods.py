@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from analysis.steps.changes import numbers, retrained, trained_parameters, with_
 from analysis.steps.methods import METHODS, chosen_methods, method_step
 from analysis.steps.nets import build, step_records, trace_step
 from analysis.steps.runs import running
-from analysis.steps.settings import MethodStep, NotApplicableError, Settings
+from analysis.steps.settings import KNOWN, MethodStep, NotApplicableError, Settings
 from lance_ref import functional as F
 from lance_ref import models, nn
 from lance_ref.engine.recording import OpRecord
@@ -86,7 +87,10 @@ def test_all_methods_measure_as_predicted(name: str, tune: str) -> None:
 @pytest.mark.usefixtures("without_pytorch")
 @pytest.mark.parametrize(
     "settings",
-    [Settings(segments=1, micro_batch=1, lora_rank=1, patch=1, ratio=1.0), Settings(3, 0.5, 2, 4, 9)],
+    [
+        Settings(segments=1, micro_batch=1, lora_rank=1, patch=1, ratio=1.0),
+        Settings(patch=3, ratio=0.5, segments=2, micro_batch=4, lora_rank=9),
+    ],
 )
 def test_other_settings_measure_as_predicted(settings: Settings) -> None:
     """One segment and several, one image and the whole batch, ranks above a layer's width."""
@@ -402,8 +406,7 @@ def test_to_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_registry_names_settings_that_exist() -> None:
     """A setting that a method heeds is one that can be given, and every setting belongs to a method."""
-    known = set(Settings.__dataclass_fields__)
-    assert {name for method in METHODS.values() for name in method.settings} == known
+    assert {name for method in METHODS.values() for name in method.names} == set(KNOWN)
     assert all(
         (method.about and method.about[0].islower()) or method.about[:4].isupper() for method in METHODS.values()
     )
@@ -454,7 +457,9 @@ def test_planted_one_micro_batch_for_all(
 def test_planted_wrong_bits(monkeypatch: pytest.MonkeyPatch, differences: Callable[[str], set[str]]) -> None:
     """Eight bits billed where four are kept."""
     assert differences("int8") == set()
-    monkeypatch.setattr("analysis.steps.runs.Quantized", lambda bits: Quantized(4))
+    says = {"name": "quantized", "bits": 8}
+    wrong = replace(METHODS["int8"], make=lambda layer: Quantized(4), describe=lambda layer: says)
+    monkeypatch.setitem(METHODS, "int8", wrong)
     assert "tape bytes" in differences("int8")
 
 

@@ -20,7 +20,7 @@ LEAST = 150
 
 
 def test_the_list_fits_the_code() -> None:
-    """Every old text is there exactly once and is changed; with the fault the file is still Python."""
+    """Every old text is there exactly once and is changed; with the fault a module is still Python."""
     found, problems = read_list(), []
     for mutation in found:
         source = (ROOT / mutation.path).read_text(encoding="utf-8")
@@ -28,7 +28,8 @@ def test_the_list_fits_the_code() -> None:
             planted = mutation.planted(source)
             if planted == source:
                 problems.append(f"{mutation}: changes nothing")
-            compile(planted, mutation.path, "exec")
+            if mutation.path.endswith(".py"):
+                compile(planted, mutation.path, "exec")
         except (ValueError, SyntaxError) as error:
             problems.append(f"{mutation}: {error}")
         if not mutation.why or not (mutation.equivalent or mutation.tests):

@@ -199,6 +199,26 @@ def test_no_such_command(given: list[str], said: str, capsys: pytest.CaptureFixt
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("lance-ref ", {"cost", "plan", "finetune"}),
+        ("lance-ref pl", {"plan"}),
+        ("lance-ref cost --ne", {"--net"}),
+        ("lance-ref cost --net mobilenetv3", {"mobilenetv3-small"}),
+        ("lance-ref plan --method lance-", {"lance-center", "lance-mean-free"}),
+        ("lance-ref  cost --net mlp --dtype ", {"float32", "float64"}),
+    ],
+)
+def test_the_shell_is_told_what_may_follow(line: str, offered: set[str], tmp_path: Path) -> None:
+    """As bash asks: the line and the cursor in the environment, the answer in a file."""
+    answer = tmp_path / "answer"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    done = run(tmp_path, "-m", "experiments.command", **asked, _ARGCOMPLETE_STDOUT_FILENAME=str(answer))
+    assert done.returncode == 0, done.stderr
+    assert offered <= set(answer.read_text(encoding="utf-8").split())
+
+
 def test_no_hint_installs_a_package_that_is_on_no_index() -> None:
     """``pip install lance-ref`` fails; from the checkout it is ``-e .``."""
     files = [

@@ -397,7 +397,7 @@ def test_a_row_of_the_table_by_hand() -> None:
     fidelity = Fidelity(0.5, 0.25, 0.75)
     best = candidate(HALF, ROOM, fidelity)
     plan = plan_of(Row(HALF, best, {3: 2}, candidate(HALF, ROOM, None, over_bytes=1)))
-    (line,) = [line for line in render(plan, Device()).splitlines() if line.lstrip().startswith("lance")]
+    (line,) = [line for line in render(plan, Device(), 200).splitlines() if line.lstrip().startswith("lance")]
     assert line.split() == ["lance", "ranks", "0.5", "0.500", "0.250", "2", "3", "1.1", "2.0", "3.0", "4.0", "6.1",
                             "1.250", "0.1", "KiB", "2"]  # fmt: skip
     shown = to_json(plan, Device())["rows"][0]["best"]

@@ -304,7 +304,17 @@ def _lance_save(call: Call, layer: Layer) -> int:
     if store.get("centred"):  # the core of the mean; then the activation without it, a few images at a time
         image = call.n_in // shape[0]
         most = max(most, 2 * core, core + min(max(BLOCK_BYTES // (image * call.itemsize), 1), shape[0]) * image)
+        most = max(most, core + _core_of_mean(shape, ranks))
     return most * call.itemsize
+
+
+def _core_of_mean(shape: Sequence[int], ranks: Ranks) -> int:
+    """Elements while the core of the mean is made: a factor times its vector, beside the outer product so far."""
+    most, outer = 0, 1
+    for n, r in zip(shape, ranks, strict=True):
+        most = max(most, outer + n * (r or 1))
+        outer *= r or n
+    return most
 
 
 def _lance_weight(call: Call, layer: Layer, g: Layout) -> int:
@@ -477,7 +487,10 @@ def _at_a_time(elements: Sequence[int]) -> int:
 
 
 def _filter_save(call: Call, layer: Layer) -> int:
-    return _at_a_time(_pooled(call, call.record.inputs[0].shape, _strides(call))) * call.itemsize
+    """Sums axis by axis; then, for each number that is kept, whether it is finite."""
+    sums = _pooled(call, call.record.inputs[0].shape, _strides(call))
+    made, kept = (sums[-1], sums[-1]) if sums else (0, call.n_in)
+    return max(_at_a_time(sums) * call.itemsize, made * call.itemsize + kept)
 
 
 def _filter_weight(call: Call, layer: Layer, g: Layout) -> int:

@@ -353,15 +353,19 @@ class StoreTestCase:
             for bad in (np.nan, np.inf, -np.inf):
                 with case.named(), np.errstate(all="ignore"):
                     g, (x, _, grad_output) = case.geometry, case.arrays()
-                    x[tuple(n // 2 for n in x.shape)] = bad
-                    if np.isfinite(g.weight_gradient(x, grad_output)).all():
-                        continue  # no kernel looks there
-                    store = self.make(case.layer())
-                    try:
-                        found = store.weight_gradient(store.save_for(x, g), grad_output, g)
-                    except NotFiniteError:
-                        continue
-                    require(not np.isfinite(found).all(), f"{bad} in the activation, and nothing of it in the gradient")
+                    place = tuple(n // 2 for n in x.shape)
+                    gradients = []
+                    for value in (1, 2, bad):
+                        x[place] = value
+                        store = self.make(case.layer())
+                        try:
+                            gradients.append(store.weight_gradient(store.save_for(x, g), grad_output, g))
+                        except NotFiniteError:
+                            require(value is bad, f"{value} in the activation was refused")
+                    if np.array_equal(gradients[0], gradients[1]) or len(gradients) == 2:
+                        continue  # nothing is computed from that place, or what is bad was refused
+                    hidden = np.isfinite(gradients[-1]).all()
+                    require(not hidden, f"{bad} in the activation at {place}, and nothing of it in the gradient")
 
     def test_memory_is_at_most_what_is_predicted(self) -> None:
         """While it saves, and while it makes the weight gradient; convolutions where their compiled loops are on."""

@@ -86,14 +86,20 @@ def _sketch_rows(call: Call) -> int:
 
 def _sketch_save(call: Call, layer: Layer) -> int:
     n, r = call.record.inputs[0].shape[0], _sketch_rows(call)
-    return call.n_in // n * r * call.itemsize + n * r * (call.itemsize + 24)
+    sketch = call.n_in // n * r
+    return sketch * call.itemsize + max(_drawing(n, r, call.itemsize), sketch)  # is each number of it finite?
+
+
+def _drawing(n: int, r: int, itemsize: int) -> int:
+    """Bytes while n by r random directions are drawn: in float64 three times, and R with its mask or the result."""
+    return 24 * n * r + max(n * r * itemsize, 9 * r * r)
 
 
 def _sketch_weight(call: Call, layer: Layer, g: Layout) -> int:
     n, r = call.record.inputs[0].shape[0], _sketch_rows(call)
     (x, weight), out = (value.shape for value in call.record.inputs[:2]), call.record.output.shape
     sketched = call.n_out // n * r * call.itemsize
-    return sketched + max(n * r * (call.itemsize + 24), layer.smaller((r, *x[1:]), weight, (r, *out[1:])))
+    return sketched + max(_drawing(n, r, call.itemsize), layer.smaller((r, *x[1:]), weight, (r, *out[1:])))
 
 
 STORES["sketch"] = StorePeak(_sketch_save, _sketch_weight)
@@ -299,12 +305,31 @@ def _lance_save(call: Call, layer: Layer) -> int:
     store, shape, ranks = call.record.attributes["store"], call.record.inputs[0].shape, _lance_ranks(call)
     most = projecting(shape, ranks, store.get("order", "auto"))
     core = tucker_costs.core_elements(shape, ranks)
+    directions, drawn = _lance_directions(call)
     if "core_bits" in store:
         most = max(most, 3 * core)
     if store.get("centred"):  # the core of the mean; then the activation without it, a few images at a time
         image = call.n_in // shape[0]
         most = max(most, 2 * core, core + min(max(BLOCK_BYTES // (image * call.itemsize), 1), shape[0]) * image)
-    return most * call.itemsize
+        most = max(most, core + _core_of_mean(shape, ranks))
+    return max(directions + most * call.itemsize, drawn)
+
+
+def _lance_directions(call: Call) -> tuple[int, int]:
+    """Bytes of the directions of a sketched batch, which are there all the while, and while they are drawn."""
+    if call.record.attributes["store"].get("batch_mode") != "sketch":
+        return 0, 0
+    n, r = call.record.inputs[0].shape[0], _lance_ranks(call)[0] or 0
+    return n * r * call.itemsize, _drawing(n, r, call.itemsize)
+
+
+def _core_of_mean(shape: Sequence[int], ranks: Ranks) -> int:
+    """Elements while the core of the mean is made: a factor times its vector, beside the outer product so far."""
+    most, outer = 0, 1
+    for n, r in zip(shape, ranks, strict=True):
+        most = max(most, outer + n * (r or 1))
+        outer *= r or n
+    return most
 
 
 def _lance_weight(call: Call, layer: Layer, g: Layout) -> int:
@@ -312,7 +337,8 @@ def _lance_weight(call: Call, layer: Layer, g: Layout) -> int:
     unpacked = 2 * tucker_costs.core_elements(call.record.inputs[0].shape, ranks) if "core_bits" in store else 0
     mean = _mean_weight(call) if store.get("centred") else 0
     gradient = unpacked * call.itemsize + core_gradient(call, layer, ranks, store.get("order", "auto"))
-    return max(gradient, mean)
+    directions, drawn = _lance_directions(call)
+    return max(directions + max(gradient, mean), drawn)
 
 
 def _mean_weight(call: Call) -> int:
@@ -477,7 +503,10 @@ def _at_a_time(elements: Sequence[int]) -> int:
 
 
 def _filter_save(call: Call, layer: Layer) -> int:
-    return _at_a_time(_pooled(call, call.record.inputs[0].shape, _strides(call))) * call.itemsize
+    """Sums axis by axis; then, for each number that is kept, whether it is finite."""
+    sums = _pooled(call, call.record.inputs[0].shape, _strides(call))
+    made, kept = (sums[-1], sums[-1]) if sums else (0, call.n_in)
+    return max(_at_a_time(sums) * call.itemsize, made * call.itemsize + kept)
 
 
 def _filter_weight(call: Call, layer: Layer, g: Layout) -> int:

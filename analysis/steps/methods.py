@@ -75,7 +75,7 @@ def _lance_center(layer: TunedLayer) -> ActivationStore:
 
 def _described_lance(layer: TunedLayer) -> Description:
     """Said without making random subspaces, which takes long for large layers."""
-    return {"name": "lance", "ranks": layer.ranks, "order": "auto"}
+    return {"name": "lance", "ranks": layer.ranks, "shape": layer.shape, "order": "auto"}
 
 
 def _hosvd(layer: TunedLayer) -> ActivationStore:
@@ -189,11 +189,11 @@ method(
 )  # fmt: skip
 method(
     "hosvd", "cores and factors of a fresh HOSVD at every step, at lance's ranks", make=_hosvd,
-    describe=lambda layer: {"name": "hosvd", "ranks": layer.ranks, "epsilon": None}, ranks="given", fidelity=ENERGY,
+    ranks="given", fidelity=ENERGY,
 )  # fmt: skip
 method(
     "asi", "cores and factors by one subspace iteration a step, at lance's ranks", make=_asi,
-    describe=lambda layer: {"name": "asi", "ranks": layer.ranks}, ranks="given", fidelity=ENERGY,
+    ranks="given", fidelity=ENERGY,
 )  # fmt: skip
 method(
     "gradient-filter", "sums over patches of activation and gradient", settings=(PATCH,), make=_gradient_filter,

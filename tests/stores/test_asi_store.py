@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +16,8 @@ from strategies import arrays, conv_geometries, linear_geometries, ranks_for
 from tucker_cases import low_rank, rebuild, singular
 
 import lance_ref as lr
+from analysis.check.store_case import StoreTestCase
+from analysis.steps.settings import TunedLayer
 from lance_ref import F, Tensor, nn
 from lance_ref.algebra.geometry import ConvGeometry
 from lance_ref.stores import Asi, Hosvd
@@ -36,16 +38,21 @@ def distance(U: np.ndarray, V: np.ndarray) -> float:
     return float(np.linalg.norm(U - V @ (V.T @ U), 2))
 
 
-@given(g=layers, seed=st.integers(0, 99))
-def test_at_full_rank_the_gradient_is_backpropagations(g: Any, seed: int) -> None:
-    """All modes left alone: the activation itself is kept, and dW is exact."""
-    x, _, grad_output = arrays(g, seed)
-    store = Asi(g.input_shape)
-    saved = store.save(x)
-    assert saved["core"] is x
-    np.testing.assert_allclose(
-        store.weight_gradient(saved, grad_output, g), g.weight_gradient(x, grad_output), rtol=1e-10, atol=1e-10
-    )
+class TestAsi(StoreTestCase):
+    """Cold in its first step, warm in the others."""
+
+    method = "asi"
+    wrong: ClassVar = {
+        "ranks are (True, 2)": lambda: Asi((True, 2)),
+        "seed is -1": lambda: Asi((1, 2), seed=-1),
+        "float16": lambda: Asi((1, 2)).save(np.ones((2, 3), np.float16)),
+    }
+
+    def make(self, layer: TunedLayer) -> Asi:
+        return Asi(layer.ranks)
+
+    def exactly(self, layer: TunedLayer) -> Asi:
+        return Asi(layer.shape)
 
 
 @given(data=st.data(), g=layers, seed=st.integers(0, 99), dtype=st.sampled_from([np.float32, np.float64]))
@@ -225,22 +232,6 @@ def test_the_seed_fixes_everything() -> None:
     assert not np.allclose(a["factor_1"] @ a["factor_1"].T, c["factor_1"] @ c["factor_1"].T)
 
 
-def test_a_checkpoint_goes_on_bit_by_bit() -> None:
-    """state() → load_state() into a new store, of another seed even: the next step is the same."""
-    rng = np.random.default_rng(0)
-    batches = [rng.standard_normal((4, 6, 3, 5)).astype(np.float32) for _ in range(4)]
-    store = Asi((2, None, 1, 2))
-    for x in batches[:3]:
-        store.save(x)
-    state = store.state()
-    assert {name: U.shape for name, U in state.items()} == {"factor_0": (4, 2), "factor_2": (3, 1), "factor_3": (5, 2)}
-    other = Asi((2, None, 1, 2), seed=9)
-    other.load_state({name: U.copy() for name, U in state.items()})
-    expected, found = store.save(batches[3]), other.save(batches[3])
-    assert all((expected[name] == found[name]).all() for name in expected)
-    assert Asi((2, 3)).state() == {}
-
-
 def test_a_state_that_does_not_fit_is_refused() -> None:
     """The factors of another layer would give wrong directions without a word."""
     store = Asi((2, None))
@@ -326,14 +317,8 @@ def test_a_layer_that_runs_twice_goes_on_from_call_to_call() -> None:
     np.testing.assert_allclose(net[0].weight.grad, grad_out.T @ low[1] + inner.T @ low[0], rtol=1e-10)
 
 
-def test_wrong_settings_are_named() -> None:
+def test_wrong_shapes_are_named() -> None:
     """Ranks are never clipped in silence: larger than the mode is an error with the layer's name."""
-    with pytest.raises(ValueError, match=r"ranks are \(True, 2\)"):
-        Asi((True, 2))
-    with pytest.raises(ValueError, match="seed is -1"):
-        Asi((1, 2), seed=-1)
-    with pytest.raises(TypeError, match="float16"):
-        Asi((1, 2)).save(np.ones((2, 3), np.float16))
     net = nn.Sequential(nn.Linear(3, 2, rng=0))
     net[0].store = Asi((6, 2))
     with pytest.raises(ValueError, match=r"layer 0: .*rank of mode 0 is 6.*from 1 to 5"):

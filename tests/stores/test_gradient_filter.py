@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,12 +11,48 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import arrays, conv_geometries, linear_geometries
 
+from analysis.check.store_case import StoreTestCase
+from analysis.steps.settings import TunedLayer
 from lance_ref import F, Tensor, tape
 from lance_ref.algebra.geometry import ConvGeometry, LinearGeometry
 from lance_ref.nn.module import Parameter
 from lance_ref.stores import GradientFilter, gradient_filter
 
 PATCHES = st.sampled_from([1, 2, 3, 4, 7])
+
+
+class TestGradientFilter(StoreTestCase):
+    """Patches of two. Only of one place and on the maps of the output are they exact."""
+
+    method, patch, exact_input = "gradient-filter", 2, False
+    wrong: ClassVar = {
+        f"patch is {patch!r}, expected a positive integer": lambda patch=patch: GradientFilter(patch)
+        for patch in (0, -2, 2.0, True)
+    } | {"save_for": lambda: GradientFilter(2).save(np.ones((1, 1, 2, 2)))}
+
+    def make(self, layer: TunedLayer) -> GradientFilter:
+        return GradientFilter(self.patch)
+
+    def exactly(self, layer: TunedLayer) -> GradientFilter | None:
+        return GradientFilter(1) if layer.path == "pointwise" or len(layer.shape) < 4 else None
+
+
+class TestPatchesOfOne(TestGradientFilter):
+    """Windows as large as the stride."""
+
+    method, patch = None, 1
+
+
+class TestPatchesOfThree(TestGradientFilter):
+    """They divide no map evenly."""
+
+    method, patch = None, 3
+
+
+class TestPatchesOfSeven(TestGradientFilter):
+    """Larger than most maps."""
+
+    method, patch = None, 7
 
 
 def filtered(g: Any, patch: int, x: np.ndarray, weight: np.ndarray, grad_output: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -241,12 +277,3 @@ def test_planted_faults_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) 
     wrong = filtered(g, 4, x, weight, grad_output)
     assert not np.allclose(wrong[0], expected[0], rtol=1e-3)
     assert not np.allclose(wrong[1], expected[1], rtol=1e-3)
-
-
-def test_wrong_use_is_named() -> None:
-    """A patch that is no positive integer, and a save without the geometry."""
-    for patch in (0, -2, 2.0, True):
-        with pytest.raises(ValueError, match=f"patch is {patch!r}, expected a positive integer"):
-            GradientFilter(patch)
-    with pytest.raises(TypeError, match="save_for"):
-        GradientFilter(2).save(np.ones((1, 1, 2, 2)))

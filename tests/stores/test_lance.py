@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,13 +11,48 @@ from hypothesis import strategies as st
 from strategies import arrays, conv_geometries, linear_geometries, ranks_for
 
 import lance_ref as lr
+from analysis.check.store_case import StoreTestCase
 from analysis.rules import tucker_costs
-from lance_ref import F, Subspace, Tensor, count_macs, nn, tape
+from analysis.steps.settings import TunedLayer
+from lance_ref import F, Subspace, count_macs, nn, tape
 from lance_ref.algebra import projection
 from lance_ref.algebra.geometry import ConvGeometry, LinearGeometry
 from lance_ref.stores import EXACT, Lance
 
 layers = st.one_of(conv_geometries(), linear_geometries())
+
+
+SUBSPACE = Subspace.random((2, 3), (1, 2), np.random.default_rng(0))
+
+
+class TestLance(StoreTestCase):
+    """Random subspaces. The founding property: with nothing discarded, dW is plain backpropagation's."""
+
+    method, order = "lance", "auto"
+    wrong: ClassVar = {
+        "order is 'fast'": lambda: Lance(SUBSPACE, order="fast"),
+        "dtype is int64": lambda: Lance(SUBSPACE, dtype=np.int64),
+        "dtype float64, but the factors were made for float32": lambda: Lance(SUBSPACE).save(np.ones((2, 3))),
+        "(2, 4), but the feature mode was calibrated with 3": lambda: Lance(SUBSPACE).save(np.ones((2, 4), np.float32)),
+    }
+
+    def make(self, layer: TunedLayer) -> Lance:
+        return Lance(Subspace.random(layer.shape, layer.ranks, layer.rng), self.order, layer.dtype)
+
+    def exactly(self, layer: TunedLayer) -> Lance:
+        return Lance(Subspace.random(layer.shape, layer.shape, layer.rng), self.order, layer.dtype)
+
+
+class TestThePapersOrder(TestLance):
+    """The activation is put back a slice at a time."""
+
+    method, order = None, "papers"
+
+
+class TestTheSeparableOrder(TestLance):
+    """Height after width, of small maps too."""
+
+    method, order = None, "separable"
 
 
 def random_store(shape: tuple[int, ...], ranks: tuple[int | None, ...], order: str = "auto", seed: int = 0) -> Lance:
@@ -34,16 +69,6 @@ def reconstruct(activation: np.ndarray, store: Lance) -> np.ndarray:
 
 def gradient(g: Any, store: Lance, x: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
     return store.weight_gradient(store.save(x), grad_output, g)
-
-
-@given(g=layers, seed=st.integers(0, 99), order=st.sampled_from(["auto", "papers", "separable"]))
-def test_full_rank_equals_backpropagation(g: Any, seed: int, order: str) -> None:
-    """The founding property: with nothing discarded, dW is plain backpropagation's."""
-    x, _, grad_output = arrays(g, seed)
-    store = random_store(g.input_shape, g.input_shape, order, seed)
-    np.testing.assert_allclose(
-        gradient(g, store, x, grad_output), g.weight_gradient(x, grad_output), rtol=1e-10, atol=1e-10
-    )
 
 
 @given(data=st.data(), g=layers, seed=st.integers(0, 99), order=st.sampled_from(["auto", "papers", "separable"]))
@@ -107,27 +132,6 @@ def test_a_mode_left_alone_equals_a_full_rank_mode(data: Any, g: Any, seed: int)
     np.testing.assert_allclose(
         gradient(g, sparse, x, grad_output), gradient(g, full, x, grad_output), rtol=1e-10, atol=1e-10
     )
-
-
-@given(data=st.data(), g=layers, seed=st.integers(0, 99))
-def test_input_gradient_is_exact_at_any_rank(data: Any, g: Any, seed: int) -> None:
-    """dA needs the weight alone: compression must not touch it, nor the output."""
-    ranks = data.draw(ranks_for(g.input_shape))
-    x, weight, grad_output = arrays(g, seed)
-    store = random_store(g.input_shape, ranks, seed=seed)
-    results = []
-    for kept in (EXACT, store):
-        tensor, parameter = Tensor(x, requires_grad=True), Tensor(weight, requires_grad=True)
-        if isinstance(g, LinearGeometry):
-            out = F.linear(tensor, parameter, store=kept)
-        else:
-            out = F.conv2d(
-                tensor, parameter, stride=g.stride, padding=g.padding, dilation=g.dilation, groups=g.groups, store=kept
-            )
-        out.backward(grad_output)
-        results.append((out.data, tensor.grad))
-    np.testing.assert_array_equal(results[0][0], results[1][0])
-    np.testing.assert_array_equal(results[0][1], results[1][1])
 
 
 @given(data=st.data(), g=layers, seed=st.integers(0, 9))
@@ -472,19 +476,6 @@ def test_another_batch_size() -> None:
         assert net(x[:3]).shape == (3, 3)  # nothing is saved, so any batch will do
     lr.compress(net, lr.calibrate(net, [x], modes=("channel", "height", "width")))
     F.cross_entropy(net(x[:3]), np.array([0, 1, 2])).backward()
-
-
-def test_wrong_store_settings_are_named() -> None:
-    """Order and dtype are checked when the store is made, the activation when it is saved."""
-    subspace = Subspace.random((2, 3), (1, 2), np.random.default_rng(0))
-    with pytest.raises(ValueError, match="order is 'fast'"):
-        Lance(subspace, order="fast")
-    with pytest.raises(TypeError, match="int64"):
-        Lance(subspace, dtype=np.int64)
-    with pytest.raises(TypeError, match=r"float64.*float32"):
-        Lance(subspace).save(np.ones((2, 3)))
-    with pytest.raises(ValueError, match=r"\(2, 4\).*feature mode was calibrated with 3"):
-        Lance(subspace).save(np.ones((2, 4), np.float32))
 
 
 def test_changing_the_store_after_forward_does_not_change_the_gradient() -> None:

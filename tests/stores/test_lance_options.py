@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from strategies import arrays, conv_geometries, linear_geometries, ranks_for
 
 import lance_ref as lr
+from analysis.check.store_case import StoreTestCase
+from analysis.steps.settings import TunedLayer
 from lance_ref import F, Subspace, nn, tape
 from lance_ref.algebra import projection
 from lance_ref.algebra.frame import Frame, along, feature_mode
@@ -23,6 +25,72 @@ from lance_ref.stores.sketch import sketch_variance
 
 layers = st.one_of(conv_geometries(), linear_geometries())
 Ranks = tuple[int | None, ...]
+
+
+SUBSPACE = Subspace.random((8, 6), (4, 3), np.random.default_rng(0))
+
+
+class OptionsCase(StoreTestCase):
+    """Random subspaces with some options; where they lose something at full rank too, :meth:`exactly` is left out."""
+
+    options: ClassVar[dict[str, Any]]
+    centred = False
+
+    def of_ranks(self, layer: TunedLayer, ranks: Ranks, **options: Any) -> Lance:
+        space = Subspace.random(layer.shape, ranks, layer.rng)
+        if self.centred:
+            mean = layer.rng.standard_normal(layer.shape[feature_mode(layer.shape)])
+            space = replace(space, frame=Frame(None, mean))
+        return Lance(space, dtype=layer.dtype, **options)
+
+    def make(self, layer: TunedLayer) -> Lance:
+        return self.of_ranks(layer, layer.ranks, **self.options)
+
+
+class TestCoresOfEightBits(OptionsCase):
+    """Codes of the core in place of floats."""
+
+    options: ClassVar = {"core_bits": 8}
+    wrong: ClassVar = {"core_bits is 7": lambda: Lance(SUBSPACE, core_bits=7)}
+
+
+class TestCoresOfFourBits(OptionsCase):
+    """Two codes to a byte."""
+
+    options: ClassVar = {"core_bits": 4}
+
+
+class TestSketchedBatch(OptionsCase):
+    """Directions of the batch that are drawn at every step; all of them lose nothing."""
+
+    options: ClassVar = {"batch_mode": "sketch", "batch_ratio": 0.4}
+    wrong: ClassVar = {
+        "batch_mode is 'random'": lambda: Lance(SUBSPACE, batch_mode="random"),
+        "batch_ratio is 0.5, but batch_mode is 'calibrated'": lambda: Lance(SUBSPACE, batch_ratio=0.5),
+        "batch_ratio is 2, expected a number in (0, 1]": lambda: Lance(SUBSPACE, batch_mode="sketch", batch_ratio=2),
+        "seed is -1": lambda: Lance(SUBSPACE, batch_mode="sketch", seed=-1),
+    }
+
+    def exactly(self, layer: TunedLayer) -> Lance:
+        return self.of_ranks(layer, layer.shape, batch_mode="sketch", batch_ratio=1.0)
+
+
+class TestCentred(OptionsCase):
+    """A = μ + R: the gradient from R's full core and the exact one of μ add up to dW, with padding and groups too."""
+
+    method = "lance-center"
+    options: ClassVar = {}
+    centred = True
+
+    def exactly(self, layer: TunedLayer) -> Lance:
+        return self.of_ranks(layer, layer.shape)
+
+
+class TestAllOptions(OptionsCase):
+    """Each adds to the others."""
+
+    options: ClassVar = {"core_bits": 8, "batch_mode": "sketch", "batch_ratio": 0.25, "order": "papers"}
+    centred = True
 
 
 def store_of(shape: tuple[int, ...], ranks: Ranks, seed: int = 0, **options: Any) -> Lance:
@@ -156,19 +224,6 @@ def test_any_batch_size_and_no_batch_factor() -> None:
     assert Lance(subspace, batch_mode="sketch").ranks == (1, 3)  # an eighth
 
 
-def test_steps_resume_from_a_checkpoint() -> None:
-    """The counter is the state; plain LANCE has none."""
-    x = np.random.default_rng(0).standard_normal((8, 6))
-    store, resumed = (store_of((8, 6), (None, 3), batch_mode="sketch", batch_ratio=0.5) for _ in range(2))
-    store.save(x)
-    resumed.load_state(store.state())
-    np.testing.assert_array_equal(store.save(x)["core"], resumed.save(x)["core"])
-    plain = store_of((8, 6), (4, 3))
-    assert plain.state() == {}
-    with pytest.raises(ValueError, match="has no state"):
-        plain.load_state(store.state())
-
-
 # ---- both, on a network ------------------------------------------------------------------------
 
 
@@ -210,25 +265,6 @@ def test_compress_passes_the_options_on(dtype: Any) -> None:
         assert parameter.grad is not None
         assert parameter.grad.dtype == dtype
         assert np.isfinite(parameter.grad).all()
-
-
-def test_wrong_options_are_named() -> None:
-    """Each says what came and what was expected."""
-    subspace = Subspace.random((8, 6), (4, 3), np.random.default_rng(0))
-    with pytest.raises(ValueError, match="core_bits is 7"):
-        Lance(subspace, core_bits=7)
-    with pytest.raises(ValueError, match="batch_mode is 'random'"):
-        Lance(subspace, batch_mode="random")
-    with pytest.raises(ValueError, match=r"batch_ratio is 0.5, but batch_mode is 'calibrated'"):
-        Lance(subspace, batch_ratio=0.5)
-    with pytest.raises(ValueError, match=r"batch_ratio is 2, expected a number in \(0, 1\]"):
-        Lance(subspace, batch_mode="sketch", batch_ratio=2)
-    with pytest.raises(ValueError, match="seed is -1"):
-        Lance(subspace, batch_mode="sketch", seed=-1)
-    x = np.ones((8, 6), np.float32)
-    x[3, 4] = np.nan
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        Lance(subspace, core_bits=8).save(x)
 
 
 # ---- what is true of the gradient, one test a statement of Lance's notes ---------------------------
@@ -317,19 +353,6 @@ def test_planted_faults_are_caught(fault: str) -> None:
 
 
 @given(g=layers, seed=st.integers(0, 99))
-def test_centred_at_full_rank_is_backpropagation(g: Any, seed: int) -> None:
-    """A = μ + R: the gradient from R's full core and the exact one of μ add up to dW, with padding and groups too."""
-    x, _, grad_output = arrays(g, seed, np.float64)
-    space = Subspace.random(x.shape, x.shape, np.random.default_rng(seed))
-    n = x.shape[feature_mode(x.shape)]
-    space = replace(space, frame=Frame(None, np.random.default_rng(seed + 1).standard_normal(n)))
-    store = Lance(space, dtype=np.float64)
-    expected = g.weight_gradient(x, grad_output)
-    np.testing.assert_allclose(store.weight_gradient(store.save(x), grad_output, g), expected, rtol=1e-9, atol=1e-9)
-    assert store.factor_bytes == 8 * (sum(m * m for m in x.shape) + n)
-
-
-@given(g=layers, seed=st.integers(0, 99))
 def test_the_gradient_of_the_mean_by_filling_an_activation(g: Any, seed: int) -> None:
     """mean_weight_gradient is the weight gradient of an input that is μ at every place."""
     x, _, grad_output = arrays(g, seed, np.float64)
@@ -337,15 +360,6 @@ def test_the_gradient_of_the_mean_by_filling_an_activation(g: Any, seed: int) ->
     filled = np.broadcast_to(along(mean, x.shape), x.shape).copy()
     actual = projection.mean_weight_gradient(mean, grad_output, g)
     np.testing.assert_allclose(actual, g.weight_gradient(filled, grad_output), rtol=1e-9, atol=1e-9)
-
-
-def test_centring_leaves_the_activation_as_it_was() -> None:
-    """The layers behind compute with the same array."""
-    x = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
-    before = x.copy()
-    space = replace(Subspace.random((4, 3), (2, 2), np.random.default_rng(1)), frame=Frame(None, np.ones(3)))
-    Lance(space).save(x)
-    np.testing.assert_array_equal(x, before)
 
 
 @given(g=layers, data=st.data(), seed=st.integers(0, 99))

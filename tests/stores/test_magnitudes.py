@@ -51,13 +51,3 @@ def test_decompositions_of_any_magnitude(function: Any, dtype: Any, power: int) 
     for U, V in zip(plain.factors, scaled.factors, strict=True):
         np.testing.assert_allclose(U @ U.T, V @ V.T, atol=1e-4)
     assert energy_ratio(scaled.core, np.ldexp(A, power)) == pytest.approx(energy_ratio(plain.core, A), rel=1e-4)
-
-
-@pytest.mark.parametrize("store", [Hosvd(0.9), Asi((2, 3, 2, 2))])
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_still_refused(store: Any, bad: float) -> None:
-    """Scaling hides neither NaN nor infinity."""
-    A = activation(np.float32)
-    A[1, 2, 3, 4] = bad
-    with pytest.raises(ValueError, match="contains NaN or infinity"):
-        store.save(A)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,6 +14,8 @@ from numpy.testing import assert_allclose
 from patch_cases import patches_by_loops
 from strategies import arrays, conv_geometries, linear_geometries, ranks_for
 
+from analysis.check.store_case import GEOMETRIES, LARGE, StoreTestCase
+from analysis.steps.settings import TunedLayer
 from lance_ref import F, Subspace, Tensor, nn, tape
 from lance_ref.algebra import geometry
 from lance_ref.algebra.geometry import ConvGeometry, LinearGeometry
@@ -36,6 +38,28 @@ def one_group(draw: Any) -> ConvGeometry:
 def store_of(g: ConvGeometry, ranks: tuple[int | None, ...], dtype: Any = np.float64, seed: int = 0) -> PatchLance:
     """Random factors of these ranks."""
     return PatchLance(Subspace.random(patch_shape(g), ranks, np.random.default_rng(seed)), dtype)
+
+
+class TestPatchLance(StoreTestCase):
+    """Half of every mode of the patches, of convolutions of one group."""
+
+    wrong: ClassVar = {
+        "expected (B, L, K)": lambda: PatchLance(Subspace.random((2, 3), (1, 1), np.random.default_rng(0))),
+        "dtype is float16": lambda: PatchLance(
+            Subspace.random((2, 3, 4), (1, 1, 1), np.random.default_rng(0)), np.float16
+        ),
+    }
+
+    def takes(self, geometry: ConvGeometry | LinearGeometry) -> bool:
+        return isinstance(geometry, ConvGeometry) and geometry.groups == 1
+
+    def make(self, layer: TunedLayer) -> PatchLance:
+        g = {**GEOMETRIES, **LARGE}[layer.path]
+        return store_of(g, tuple((n + 1) // 2 for n in patch_shape(g)), layer.dtype)
+
+    def exactly(self, layer: TunedLayer) -> PatchLance:
+        g = GEOMETRIES[layer.path]
+        return store_of(g, patch_shape(g), layer.dtype)
 
 
 def gradient(g: ConvGeometry, store: PatchLance, x: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
@@ -215,10 +239,6 @@ def test_what_does_not_fit_is_refused() -> None:
         store.save(np.zeros((8, 2, 9, 7)))
     with pytest.raises(ValueError, match="expected the input of a convolution"):
         store.check((8, 12))
-    with pytest.raises(ValueError, match=r"expected \(B, L, K\)"):
-        PatchLance(Subspace.random((2, 3), (1, 1), np.random.default_rng(0)))
-    with pytest.raises(TypeError, match="expected float32 or float64"):
-        PatchLance(Subspace.random(store.shape, store.ranks, np.random.default_rng(0)), np.float16)
 
 
 @given(linear_geometries())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import arrays, conv_geometries, linear_geometries
 
-from lance_ref import F, Tensor, count_macs, tape
+from analysis.check.store_case import StoreTestCase
+from analysis.steps.settings import TunedLayer
+from lance_ref import F, count_macs
 from lance_ref.algebra.frame import feature_mode
 from lance_ref.algebra.geometry import ConvGeometry, LinearGeometry
 from lance_ref.nn.module import Parameter
@@ -21,6 +23,29 @@ from lance_ref.stores.quantized import dequantise, quantise
 layers = st.one_of(conv_geometries(), linear_geometries())
 bits_of = st.sampled_from([8, 4])
 dtypes = st.sampled_from([np.float32, np.float64])
+
+
+def of_a_vector() -> None:
+    """Each of its entries would need a range."""
+    F.linear(np.ones(3, np.float32), Parameter(np.ones((2, 3), np.float32)), store=Quantized())
+
+
+class TestEightBits(StoreTestCase):
+    """One byte an entry."""
+
+    method, bits = "int8", 8
+    wrong: ClassVar = {f"bits is {bits!r}": lambda bits=bits: Quantized(bits) for bits in (16, 0, True, "8")} | {
+        "(3,), expected a batch": of_a_vector
+    }
+
+    def make(self, layer: TunedLayer) -> Quantized:
+        return Quantized(self.bits)
+
+
+class TestFourBits(TestEightBits):
+    """Half a byte; of an odd number of entries the last byte is half empty."""
+
+    method, bits = "int4", 4
 
 
 def restored(x: np.ndarray, bits: int) -> np.ndarray:
@@ -135,16 +160,6 @@ def test_images_are_restored_a_few_at_a_time(bits: int, g: Any, monkeypatch: pyt
     assert rows == ([1] * 7 if bits == 8 else [2, 2, 2, 1])
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_bytes_on_the_tape(bits: int, dtype: Any) -> None:
-    """One or half a byte an entry, and two floats a channel; not the activation."""
-    x, weight = Tensor(np.ones((3, 5, 3, 7), dtype), requires_grad=True), Parameter(np.ones((2, 5, 1, 1), dtype))
-    codes = {8: 3 * 5 * 3 * 7, 4: 158}[bits]  # 315 / 2, rounded up
-    out = F.conv2d(x * 2, weight, store=Quantized(bits))
-    assert tape(out).by_op()["conv2d"] == codes + 2 * 5 * np.dtype(dtype).itemsize
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_numbers_that_are_not_finite_are_named(bad: float, bits: int) -> None:
@@ -153,15 +168,6 @@ def test_numbers_that_are_not_finite_are_named(bad: float, bits: int) -> None:
     x[1, 2, 3, 4] = bad
     with pytest.raises(ValueError, match=r"\(2, 3, 4, 5\) contains NaN or infinity at index 2 of mode 1"):
         Quantized(bits).save(x)
-
-
-def test_wrong_settings_are_named() -> None:
-    """Other numbers of bits, and a single vector, of which each entry would need a range."""
-    for bits in (16, 0, True, "8"):
-        with pytest.raises(ValueError, match=f"bits is {bits!r}"):
-            Quantized(bits)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"\(3,\), expected a batch"):
-        F.linear(np.ones(3, np.float32), Parameter(np.ones((2, 3), np.float32)), store=Quantized())
 
 
 @pytest.mark.parametrize("fault", ["truncate", "forget the minimum", "swap the halves"])

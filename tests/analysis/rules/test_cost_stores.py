@@ -14,7 +14,6 @@ from strategies import arrays, conv_geometries, linear_geometries, ranks_for
 
 import lance_ref
 from analysis.rules import account
-from analysis.rules import stores as store_rules
 from analysis.rules.op_cost import OpCost
 from analysis.rules.stores import gradient_filter, quantized, sketch, tucker
 from lance_ref import F, Subspace, Tensor, count_macs, nn, tape
@@ -56,29 +55,6 @@ def differences(cost: OpCost, measured: dict[str, int]) -> dict[str, tuple[int, 
     pairs["tape"] = (measured["billed tape"], measured["tape"])
     pairs["factors"] = (cost.subspace_bytes, measured["factors"])
     return {what: pair for what, pair in pairs.items() if pair[0] != pair[1]}
-
-
-@settings(max_examples=EXAMPLES)
-@given(
-    g=layers, patch=st.integers(1, 7), dtype=dtypes, needs=st.sampled_from([(True, True), (True, False), (False, True)])
-)
-def test_gradient_filter_costs_what_is_predicted(g: Any, patch: int, dtype: Any, needs: tuple[bool, bool]) -> None:
-    """Patch sums on the tape, and both products on the grid of patches; of a frozen layer the input gradient alone."""
-    assert not differences(*step(g, GradientFilter(patch), dtype, needs))
-
-
-@settings(max_examples=EXAMPLES)
-@given(g=layers, bits=st.sampled_from([8, 4]), dtype=dtypes)
-def test_quantized_costs_what_is_predicted(g: Any, bits: int, dtype: Any) -> None:
-    """Codes and ranges on the tape, and the multiply-adds of backpropagation."""
-    assert not differences(*step(g, Quantized(bits), dtype))
-
-
-@settings(max_examples=EXAMPLES)
-@given(g=layers, ratio=ratios, dtype=dtypes)
-def test_sketch_costs_what_is_predicted(g: Any, ratio: float, dtype: Any) -> None:
-    """The sketch and its seed; projection, two QR decompositions, and the weight gradient of r images."""
-    assert not differences(*step(g, Sketch(ratio), dtype))
 
 
 @settings(max_examples=EXAMPLES)
@@ -247,9 +223,3 @@ def test_planted_faults_are_caught(
     assert not differences(*step(g, store, np.float32))
     monkeypatch.setattr(module, attribute, wrong)
     assert what in differences(*step(g, store, np.float32))
-
-
-def test_every_store_has_a_rule() -> None:
-    """A store without one would be an error only when somebody costs it."""
-    names = {store.name for store in (GradientFilter, Quantized, Sketch, Lance)}
-    assert names <= set(store_rules.STORES)

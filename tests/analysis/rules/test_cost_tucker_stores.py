@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import arrays, conv_geometries, linear_geometries, ranks_for
+from strategies import arrays, conv_geometries, linear_geometries
 
 import lance_ref
 from analysis.check.measure import MAC_KINDS
@@ -76,25 +76,11 @@ def test_hosvd_of_any_linear_layer(g: LinearGeometry, epsilon: float, dtype: Any
     agree(g, Hosvd(epsilon), dtype)
 
 
-@given(data=st.data(), g=st.one_of(conv_geometries(), linear_geometries()), dtype=DTYPES)
-@settings(max_examples=80)
-def test_hosvd_of_given_ranks(data: Any, g: Any, dtype: Any) -> None:
-    """Only the modes below full rank are decomposed; ranks above what the other side has need the larger Gram."""
-    agree(g, Hosvd(ranks=data.draw(ranks_for(g.input_shape))), dtype)
-
-
 @given(g=conv_geometries(), dtype=DTYPES, modes=st.sets(st.sampled_from(["batch", "channel", "height"]), min_size=1))
 @settings(max_examples=30)
 def test_hosvd_of_some_modes(g: ConvGeometry, dtype: Any, modes: set[str]) -> None:
     """Modes that are not selected are not looked at."""
     agree(g, Hosvd(0.8, modes=sorted(modes)), dtype)
-
-
-@given(data=st.data(), g=st.one_of(conv_geometries(), linear_geometries()), dtype=DTYPES)
-@settings(max_examples=120)
-def test_asi_of_any_layer(data: Any, g: Any, dtype: Any) -> None:
-    """Any geometry, any ranks, first and second step alike."""
-    agree(g, Asi(data.draw(ranks_for(g.input_shape))), dtype)
 
 
 def test_a_large_layer_in_blocks() -> None:

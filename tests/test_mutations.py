@@ -156,7 +156,7 @@ def test_a_stop_leaves_nothing_behind(how: signal.Signals, project: Path) -> Non
 
 def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     """One line and 2 before anything is copied."""
-    for arguments, says in ((["--jobs", "0"], "--jobs is 0"), (["README.md"], "no fault in README.md is listed")):
+    for arguments, says in ((["--jobs", "0"], "--jobs is 0"), (["LICENSE"], "no fault in LICENSE is listed")):
         assert main(arguments) == 2
         message = capsys.readouterr().err
         assert says in message

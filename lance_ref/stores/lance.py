@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lance_ref.algebra import projection
+from lance_ref.algebra import projection, projection_fast
 from lance_ref.algebra.frame import along, feature_mode
 from lance_ref.algebra.geometry import WORKSPACE_BYTES, Geometry
 from lance_ref.algebra.magnitude import exponent, scaled
@@ -39,9 +39,9 @@ class Lance(ActivationStore):
         One factor (n, r) per mode of the activation, None for a mode left alone.
     order : {"auto", "papers", "separable"}
         Order of contraction of a convolution's weight gradient; ``"auto"`` takes that of fewest multiply-adds
-        (:func:`~lance_ref.algebra.projection.cheapest_order`), and height and width of a small map in one product,
+        (:func:`~lance_ref.algebra.projection_fast.cheapest_order`), and height and width of a small map in one product,
         here and in the projection: more multiply-adds, less time
-        (:func:`~lance_ref.algebra.projection.product_of_modes`). A linear layer has one order only.
+        (:func:`~lance_ref.algebra.projection_fast.product_of_modes`). A linear layer has one order only.
     dtype : numpy dtype
         float32 or float64: the dtype of the activations, to which the factors are converted.
     core_bits : {None, 8, 4}
@@ -202,7 +202,7 @@ class Lance(ActivationStore):
         seed = {} if self.sketch is None else {"seed": self.sketch.next_seed()}
         factors = self._factors(seed, len(activation))
         with np.errstate(invalid="ignore", over="ignore"):  # reported below, by name
-            core = projection.project(activation, factors, self.order)
+            core = projection_fast.project(activation, factors, self.order)
             if self.mean is not None:  # A − μ is never laid out whole: its core is that of A less that of μ
                 core -= projection.project_mean(self.mean, factors, activation.shape)
         check_kept("Lance", core, activation.shape)
@@ -214,7 +214,7 @@ class Lance(ActivationStore):
     ) -> np.ndarray:
         factors = self._factors(saved, len(grad_output))
         core = self._unpacked(saved, geometry.input_shape, factors)
-        gradient = projection.weight_gradient(core, factors, grad_output, geometry, self.order)
+        gradient = projection_fast.weight_gradient(core, factors, grad_output, geometry, self.order)
         if self.mean is not None:
             gradient += projection.mean_weight_gradient(self.mean, grad_output, geometry)
         return gradient

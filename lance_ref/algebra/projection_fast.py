@@ -170,12 +170,12 @@ def separable_order(
         core = multi_mode_product(core, [U if mode in expanded else None for mode, U in enumerate(factors)])
         factors = [None if mode in expanded else U for mode, U in enumerate(factors)]
     U_batch, U_channel, U_height, U_width = factors
-    C_out, dtype, ranks = geometry.weight_shape[0], grad_output.dtype, core.shape
+    (C_out, _, k_h, k_w), dtype, ranks = geometry.weight_shape, grad_output.dtype, core.shape
     rows = projection.shifted_rows(U_height, geometry, axis=0).astype(dtype, copy=False)
     columns = projection.shifted_rows(U_width, geometry, axis=1).astype(dtype, copy=False)
     shape, after = chain_of(_ranks(ranks, factors), geometry, one_product)
     if len(shape) == 4 and depthwise_alone(factors, geometry) and kernels.numba_enabled():
-        return depthwise_core_gradient(core, grad_output, rows, columns, geometry.weight_shape[2:])
+        return depthwise_core_gradient(core, grad_output, rows, columns, (k_h, k_w))
     products = product_of_modes if one_product else multi_mode_product
     matrices = transposed((U_batch, None, rows, columns))
     S, of_groups = projection.lay_out(core, U_channel, geometry), projection.rows_of_groups(U_channel, geometry)

@@ -13,6 +13,7 @@ from strategies import arrays, conv_geometries, linear_geometries, ranks_for
 from lance_ref import Subspace
 from lance_ref.algebra import projection, projection_fast
 from lance_ref.algebra.geometry import ConvGeometry, LinearGeometry
+from lance_ref.stores import Lance
 
 ORDERS = st.sampled_from(["auto", "papers", "separable"])
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -65,3 +66,18 @@ def test_the_order_is_decided_once_for_a_geometry() -> None:
         projection_fast.weight_gradient(core, factors, grad_output, g)
     assert projection_fast.cheapest_order.cache_info().misses == 1
     assert projection_fast.cheapest_order.cache_info().hits == 2
+
+
+@pytest.mark.parametrize(("order", "said"), [
+    ("auto", "separable, batch and channel put back first"), ("papers", "papers"), ("separable", "separable"),
+])  # fmt: skip
+@pytest.mark.parametrize("batch_mode", ["calibrated", "sketch"])
+def test_a_store_says_its_order(order: str, said: str, batch_mode: str) -> None:
+    """What ``"auto"`` comes to for one geometry; the batch that a sketch had last does not matter."""
+    g = ConvGeometry((128, 96, 7, 7), (96, 1, 3, 3), padding=((1, 1), (1, 1)), groups=96)
+    subspace = Subspace.random(g.input_shape, (32, 24, 2, 2), np.random.default_rng(0))
+    store = Lance(subspace, order, batch_mode=batch_mode, batch_ratio=0.25 if batch_mode == "sketch" else None)
+    if batch_mode == "sketch":
+        store.save(np.ones((4, 96, 7, 7), np.float32))
+    assert store.order_for(g) == said
+    assert store.describe()["order"] == order

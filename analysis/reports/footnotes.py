@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from analysis.commands.names import plain
+from analysis.rules.tucker_costs import ConvSizes, conv_cheapest
 from analysis.steps.methods import METHODS
 from analysis.steps.settings import KNOWN
 
@@ -21,6 +22,21 @@ def footnotes(report: Report) -> list[str]:
     estimates = [f"{plain(what)}: {said}" for what, said in report.estimates.items()]
     remarks = filter(None, [report.remark])
     return [*_peaks(report), *estimates, *ranks, *_calibrations(report), *_about(report), *remarks]
+
+
+def orders(report: Report) -> list[str]:
+    """The orders in which LANCE's weight gradients are contracted, each with its layers; for a wide report."""
+    layers: dict[str, list[str]] = {}
+    for row in report.rows:
+        ranks = row.methods["lance"].ranks if "lance" in row.methods else None
+        if row.op == "conv2d" and ranks is not None and row.weight_shape is not None:
+            (_, width, *kernel), (_, C_in, *_) = row.weight_shape, row.input_shape
+            sizes = ConvSizes(*(*row.input_shape, *row.output_shape[1:], *kernel, C_in // width))
+            _, order, expanded = conv_cheapest(sizes, ranks)
+            back = " and ".join(("batch", "channels")[mode] for mode in expanded)
+            layers.setdefault(f"{order}, {back} put back first" if back else order, []).append(row.name)
+    found = "; ".join(f"{order}: {', '.join(names)}" for order, names in layers.items())
+    return [f"Order of contraction of lance's weight gradients. {found}."] if layers else []
 
 
 def _calibrations(report: Report) -> list[str]:

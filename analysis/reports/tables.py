@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from analysis.commands import console
 from analysis.commands.console import Sheet, say
-from analysis.reports.footnotes import footnotes
+from analysis.reports.footnotes import footnotes, orders
 from analysis.reports.report import ACCOUNTINGS, FLOP_KINDS, Continual, MethodCost, Report, Row, reductions
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _drawn(
             on.print(_memory_table(report, accountings, wide))
         if layers and wide:
             on.print(_flops_table(report))
-        for sentence in (*footnotes(report), *details):
+        for sentence in (*footnotes(report), *(orders(report) if wide else ()), *details):
             say(on, sentence)
         _print_continual(report, on)
 

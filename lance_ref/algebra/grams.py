@@ -91,7 +91,9 @@ class LayerGrams:
         self._check_shape(activation.shape, "activation has", "that of the first batch")
         if not activation.size:
             raise ValueError(f"layer {self.layer!r}: activation has shape {activation.shape}, which is empty")
+        # Mean or protected directions are taken out before anything is squared.
         activation = self._in_unit(self.frame.apply(activation))
+        # Equation (1): the sums are all that stays, so no activation has to be kept.
         for mode, total in enumerate(self.grams):
             if total is not None:
                 total += gram(activation, mode)
@@ -107,6 +109,7 @@ class LayerGrams:
         """The activation in the unit of the Grams, which are brought to a larger one first if it needs that."""
         before = self.unit
         self._unit = common_unit(self._unit, activation, f"layer {self.layer!r}: an activation")
+        # A Gram is quadratic in A, so a unit of 2^u for A is one of 2^2u for K.
         for K in self.grams:
             if K is not None and self.unit > before:
                 K[:] = scaled(K, 2 * (before - self.unit))
@@ -133,6 +136,7 @@ class LayerGrams:
         units = [grams._unit for grams in (self, other) if grams._unit is not None]
         result._unit = max(units, default=None)
         down, theirs_down = 2 * (self.unit - result.unit), 2 * (other.unit - result.unit)
+        # Equation (1) is a sum over batches, so two calibrations add up like two batches.
         result.grams = tuple(
             None if a is None or b is None else scaled(a, down) + scaled(b, theirs_down)
             for a, b in zip(self.grams, other.grams, strict=True)
@@ -165,6 +169,7 @@ class LayerGrams:
             K = self.grams[mode]
             assert K is not None
             if mode == feature_mode(self.shape) and self.frame.protected is not None:
+                # Eigenvectors are sought among the combinations of N's columns, which are all orthogonal to M.
                 N = self.frame.free_directions(len(K))  # (n, n - m)
                 energies, vectors = eigenbasis(N.T @ K @ N)
                 self._bases[mode] = np.pad(energies, (0, len(K) - len(energies))), N @ vectors
@@ -181,6 +186,7 @@ class LayerGrams:
                 factors.append(None)
                 spectra.append(None)
                 continue
+            # Equations (2) and (3): directions by falling energy, and the first few that hold the share.
             energies, vectors = self.basis(mode)
             rank = energy_rank(energies[: vectors.shape[1]], epsilon) if ranks is None else ranks[mode]
             factors.append(None if rank is None else np.ascontiguousarray(vectors[:, :rank]))

@@ -100,6 +100,7 @@ class Subspace:
         """
         shape = tuple(int(n) for n in shape)
         check_ranks("Subspace.random", shape, ranks)
+        # The Q of a random matrix has orthonormal columns, which is all that a factor has to have.
         factors = tuple(
             None if r is None else np.linalg.qr(rng.standard_normal((n, r)))[0]
             for n, r in zip(shape, ranks, strict=True)
@@ -164,6 +165,7 @@ class Subspace:
         for name, n, r, spectrum in zip(self.mode_names, self.shape, self.ranks, self.spectra, strict=True):
             if spectrum is None:
                 continue
+            # The share that equation (3) compares with epsilon, for every rank.
             kept = np.cumsum(spectrum) / spectrum.sum()
             (line,) = ax.plot(np.arange(1, n + 1) / n, kept, label=f"{name} ({'all' if r is None else r} of {n})")
             if r is not None:

@@ -136,6 +136,8 @@ def mode_product(tensor: np.ndarray, matrix: np.ndarray, mode: int) -> np.ndarra
     J = matrix.shape[0]
     pre, post = math.prod(tensor.shape[:mode]), math.prod(tensor.shape[mode + 1 :])
     out = np.empty((*tensor.shape[:mode], J, *tensor.shape[mode + 1 :]), tensor.dtype)
+    # Around mode n a contiguous tensor is (pre, n, post), so no unfolding has to be laid out: the mode is the
+    # last, the first, or the rows of a matrix for each index of the modes before it.
     if post == 1:
         matmul(tensor.reshape(pre, n), matrix.T, out=out.reshape(pre, J))
     elif pre == 1:
@@ -174,6 +176,7 @@ def multi_mode_product(tensor: np.ndarray, matrices: Sequence[np.ndarray | None]
                 f"multi_mode_product: matrix {mode} has shape {matrix.shape}, expected (J, {tensor.shape[mode]}) "
                 f"for mode {mode} of a tensor of shape {tensor.shape}"
             )
+    # Products along different modes commute, so the cheapest order gives the same tensor.
     for mode in contraction_order(tensor.shape, [None if M is None else M.shape[0] for M in matrices]):
         matrix = matrices[mode]
         assert matrix is not None
@@ -262,6 +265,7 @@ def gram(tensor: np.ndarray, mode: int) -> np.ndarray:
         for start in range(0, pre, fibres):
             block = rows[start : start + fibres]  # (fibres, n); lets go of the last block's copy
             block = block.astype(np.float64, order="C", copy=False)
+            # A Aᵀ is the sum of a aᵀ over the columns a, so blocks of columns add up: equation (1).
             total = _with_product(total, block.T)
     else:
         slabs = tensor.reshape(pre, n, post)
@@ -271,6 +275,7 @@ def gram(tensor: np.ndarray, mode: int) -> np.ndarray:
                 block = slabs[first : first + depth, :, start : start + width].transpose(1, 0, 2)  # (n, depth, width)
                 block = block.astype(np.float64, order="C", copy=False).reshape(n, -1)  # (n, depth·width)
                 total = _with_product(total, block)
+    # BLAS has computed the upper triangle alone, because a Gram matrix is symmetric.
     for i in range(n):
         total[i + 1 :, i] = total[i, i + 1 :]
     return total.T
@@ -312,6 +317,7 @@ def eigenbasis(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"eigenbasis: matrix has shape {matrix.shape}, expected (n, n)")
     if not np.isfinite(matrix).all():
         raise ValueError(f"eigenbasis: the matrix of shape {matrix.shape} contains NaN or infinity")
+    # The eigenvalues of K·2^−k are those of K times 2^−k, and the eigenvectors are the same: equation (2).
     k = exponent(matrix)
     # all vectors are wanted: this driver is faster, and they are closer to orthonormal
     values, vectors = eigh(scaled(matrix, -k), driver="evd")
@@ -374,6 +380,7 @@ def energy_rank(energies: np.ndarray, epsilon: float) -> int:
             f"energies contain a negative number, {share:.3g} of the largest, expected squared singular values, which "
             "are not negative"
         )
+    # Equation (3): the first place where the running sum reaches the share.
     kept = np.cumsum(np.sort(np.maximum(energies, 0.0))[::-1])
     if kept[-1] == 0:
         raise ValueError("energies are all 0: a zero activation has no subspace")
@@ -431,6 +438,7 @@ def st_hosvd(tensor: np.ndarray, *, epsilon: float | None = None, ranks: Sequenc
     for mode, rank in enumerate(wanted):
         U = _leading(core, mode, rank, epsilon)
         factors.append(U)
+        # Later modes see the tensor that is already smaller, which is what makes the sequence cheap.
         core = core if U is None else mode_product(core, U.T, mode)
     return Tucker(_in_range("st_hosvd", scaled(core, k), tensor), tuple(factors))
 
@@ -442,6 +450,7 @@ def _leading(tensor: np.ndarray, mode: int, rank: int | None, epsilon: float | N
     n = tensor.shape[mode]
     rest = tensor.size // n
     wide = n <= rest
+    # A Aᵀ and Aᵀ A have the same nonzero eigenvalues: the smaller of the two is decomposed.
     energies, vectors = eigenbasis(gram(tensor, mode) if wide else gram(unfold(tensor, mode), 1))
     if epsilon is not None:
         rank = n if epsilon == 1 else energy_rank(energies, epsilon)
@@ -468,6 +477,7 @@ def _left_directions(tall: np.ndarray, vectors: np.ndarray, rank: int) -> np.nda
     for start in range(0, len(tall), GRAM_FIBRES):
         rows = slice(start, start + GRAM_FIBRES)
         images[rows, : known.shape[1]] = matmul(tall[rows].astype(np.float64), known)
+    # The columns σ_i u_i are orthogonal but for rounding, and QR gives them length one.
     Q, _ = qr(images, mode="economic", overwrite_a=True, check_finite=False)
     result: np.ndarray = Q
     return result

@@ -99,10 +99,12 @@ class Function:
             data = cls.forward(node, *[tensor.data for tensor in inputs], **attributes)
             if data.shape != shape or data.dtype != dtype:
                 raise AssertionError(f"{cls.op}: forward gave {data.shape} {data.dtype}, expected {shape} {dtype}")
+            # A view shares its version too: writing into one of the two spoils what the tape saved of either.
             output = Tensor(data)
             if cls.returns_view:
                 output._version = inputs[0]._version
             if requires_grad:
+                # From here on the tape holds what forward saved by name, and no input.
                 node.close(output)
                 output._node = node if segment is None else segment.dropped
                 output.requires_grad = True
@@ -292,6 +294,7 @@ def _run_backward(root: Node, seed: np.ndarray, retain_graph: bool) -> None:
             node, grad_output = nodes.pop(sequence), pending.pop(sequence)
             if node.freed:
                 raise RuntimeError(f"{node.function.op} in {node.path or 'the root module'}: {node.freed_because}")
+            # A saved array that was written to since would give a wrong gradient without a word.
             node.check_unchanged()
             state.path = node.path
             last = node.function.second_run(node)
@@ -303,6 +306,7 @@ def _run_backward(root: Node, seed: np.ndarray, retain_graph: bool) -> None:
                 del last, grad_output
                 continue
             grads = node.function.backward(node, grad_output)
+            # The saved arrays go before earlier nodes run, so memory falls during the backward pass.
             edges, shapes = node.edges, node.input_shapes
             if not retain_graph:
                 node.release()
@@ -314,6 +318,7 @@ def _run_backward(root: Node, seed: np.ndarray, retain_graph: bool) -> None:
                         f"{node.function.op}: gradient {position} is {grad.shape} {grad.dtype}, "
                         f"expected {shape} {grad_output.dtype}"
                     )
+                # The chain rule adds up over all uses of a tensor: in ``.grad`` of a leaf, in ``pending`` of a result.
                 if isinstance(edge, Tensor):
                     shared = grad is grad_output or grad.base is not None or sum(grad is g for g in grads) > 1
                     edge.accumulate_grad(grad, owned=not shared)

@@ -109,6 +109,7 @@ class Tensor:
             raise ValueError(f"data has shape {array.shape}, expected {self._shape} (the tensor's own)")
         if self.requires_grad and array.dtype not in FLOATS:
             raise TypeError(f"data has dtype {array.dtype}, expected float32 or float64 for a tensor with gradients")
+        # The tape compares versions, and so notices that a saved buffer is no longer what it was.
         self._data, self._dtype = array, array.dtype
         self._version.value += 1
 
@@ -216,6 +217,7 @@ class Tensor:
                 raise RuntimeError(
                     f"backward() without a gradient needs a single element, this has shape {self._shape}"
                 )
+            # The derivative of a number with respect to itself.
             seed = np.ones(self._shape, self._dtype)
         else:
             seed = np.asarray(gradient.data if isinstance(gradient, Tensor) else gradient)
@@ -230,6 +232,7 @@ class Tensor:
 
     def accumulate_grad(self, grad: np.ndarray, owned: bool) -> None:
         """Add to this leaf's ``.grad``; an array that is not ``owned`` (may be in use elsewhere) is copied."""
+        # A new array and not +=, because somebody may hold the old gradient.
         if self.grad is not None:
             grad = self.grad + grad
         elif not owned:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lance_ref.algebra import projection
+from lance_ref.algebra import projection_fast
 from lance_ref.algebra.magnitude import norm
 from lance_ref.algebra.subspace import shape_text
 from lance_ref.algebra.tucker import check_epsilon
@@ -202,8 +202,8 @@ def _perplexities(sample: LayerSample, directions: Mapping[int, Directions], ran
     errors = []
     for chosen in ranks:
         factors = tuple(None if r is None else directions[mode].leading(r) for mode, r in enumerate(chosen))
-        core = projection.project(sample.activation, factors)
-        errors.append(exact - projection.weight_gradient(core, factors, sample.grad_output, sample.geometry))
+        core = projection_fast.project(sample.activation, factors)
+        errors.append(exact - projection_fast.weight_gradient(core, factors, sample.grad_output, sample.geometry))
     return np.array([norm(error) for error in errors])
 
 

@@ -258,6 +258,7 @@ def calibrate(
         raise TypeError(f"batches is a single array of shape {batches.shape}, expected an iterable of them: [array]")
     epsilon, modes = check_epsilon(epsilon), check_modes(modes)
     paths = chosen_layers(net, layers)
+    # What is taken out of the activations has to be known before their Grams are summed.
     frames = _frames(net, batches, paths, progress, dict(protected or {}), mean_free, center)
     grams: dict[str, LayerGrams] = {}
 
@@ -265,11 +266,13 @@ def calibrate(
         if path not in grams:
             selected = select_modes(path, activation.shape, modes)
             grams[path] = LayerGrams(path, activation.shape, selected, frames.get(path))
+        # Equation (1), while the network runs: the activation is let go when this returns.
         grams[path].add(activation, again)
 
     run_over(net, batches, paths, add_grams, progress)
     for layer in grams.values():
         layer.check_energy()
+    # Equations (2) and (3) wait until a subspace is asked for; another epsilon then needs no data.
     return Calibration({path: grams[path] for path in paths}, dict.fromkeys(paths, epsilon))
 
 

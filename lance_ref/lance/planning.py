@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.algebra import projection
+from lance_ref.algebra import projection_fast
 from lance_ref.algebra.frame import Frame, feature_mode
 from lance_ref.algebra.geometry import LinearGeometry
 from lance_ref.algebra.subspace import Subspace, shape_text
@@ -212,14 +212,16 @@ def gradient_errors(
         if only_feature and _ungrouped(sample):
             errors += _feature_errors(target, whole, U_all[f], candidates, f)
             continue
-        core = projection.project(centred, U_all)
+        core = projection_fast.project(centred, U_all)
         for i, ranks in enumerate(candidates):
             if ranks is None:
                 errors[i] += _energy(whole)
                 continue
             part = core[tuple(slice(r) for r in ranks)]
             factors = [None if U is None else U[:, :r] for U, r in zip(U_all, ranks, strict=True)]
-            ours = projection.weight_gradient(np.ascontiguousarray(part), factors, sample.grad_output, sample.geometry)
+            ours = projection_fast.weight_gradient(
+                np.ascontiguousarray(part), factors, sample.grad_output, sample.geometry
+            )
             errors[i] += _energy(target - ours)
     return [float(error) for error in errors / len(samples)]
 

@@ -77,12 +77,14 @@ class Asi(CoreAndFactors):
         for mode, (n, rank) in enumerate(zip(activation.shape, self.ranks, strict=True)):
             if rank is not None and rank < n:
                 factors[mode] = self._iterate(activation, mode, rank)
+        # The warm start: the next activation is nearly this one, so these directions are nearly right.
         self._factors = {mode: U for mode, U in enumerate(factors) if U is not None}
         return factors
 
     def _iterate(self, activation: np.ndarray, mode: int, rank: int) -> np.ndarray:
         """U = orth(A_(n) A_(n)ᵀ U_prev), block by block of the columns of A_(n)."""
         U_prev = self._start(mode, activation.shape[mode], rank).astype(activation.dtype, copy=False)
+        # A_(n) A_(n)ᵀ is K_n of equation (1). Each product with it turns U towards its leading eigenvectors (2).
         image = _image(activation, mode, U_prev)
         return orthonormal_basis(image if image.any() else U_prev)
 
@@ -119,6 +121,7 @@ def _image(activation: np.ndarray, mode: int, U: np.ndarray) -> np.ndarray:
     """A_(n) A_(n)ᵀ U, (n, rank), block by block of the columns of A_(n)."""
     image = np.zeros_like(U, order="C")
     for block in unfolded_blocks(activation, mode):  # (n, columns)
+        # From right to left, so that no (n, n) Gram matrix is formed.
         V = matmul(U.T, block)  # (rank, columns)
         image += matmul(block, V.T)
     return image

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from lance_ref.algebra import projection
+from lance_ref.algebra import projection_fast
 from lance_ref.algebra.geometry import Geometry
 from lance_ref.algebra.magnitude import near_one, scaled
 from lance_ref.engine.counting import add, qr_macs, spending_on
@@ -51,7 +51,7 @@ class CoreAndFactors(ActivationStore):
         with spending_on("decomposition"):
             factors = self.factors_of(unit)
         untouched = all(U is None for U in factors)
-        core = unit if untouched else projection.project(unit, factors)
+        core = unit if untouched else projection_fast.project(unit, factors)
         self.energy_kept = energy_ratio(core, unit)
         core = activation if untouched else scaled(core, k)
         check_kept(name, core, activation.shape)
@@ -66,7 +66,7 @@ class CoreAndFactors(ActivationStore):
     ) -> np.ndarray:
         core = saved["core"]
         factors = tuple(saved.get(factor_name(mode)) for mode in range(core.ndim))
-        return projection.weight_gradient(core, factors, grad_output, geometry)
+        return projection_fast.weight_gradient(core, factors, grad_output, geometry)
 
 
 def factor_name(mode: int) -> str:

@@ -90,8 +90,10 @@ class Hosvd(CoreAndFactors):
 
     def factors_of(self, activation: np.ndarray) -> list[np.ndarray | None]:
         factors: list[np.ndarray | None] = [None] * activation.ndim
+        # Every mode is decomposed from the whole activation, equations (1) to (3) on this batch alone.
         for mode, directions in all_directions(activation, self._wanted(activation.shape)).items():
             rank = directions.rank(self.epsilon) if self.given is None else self.given[mode]
+            # A factor of full rank would lose nothing and keep n² numbers more.
             if rank is not None and rank < activation.shape[mode]:
                 factors[mode] = directions.leading(rank)
         self.shape = activation.shape
@@ -173,6 +175,7 @@ def all_directions(activation: np.ndarray, wanted: Mapping[int, int | None]) -> 
         rest = activation.size // n
         if n > rest and (rank is None or rank <= rest):
             tall = unfold(activation, mode)  # (n, rest)
+            # The unfoldings of a matrix are transposes of each other: what was found for one serves the other.
             if activation.ndim == 2 and 1 - mode in found:
                 found[mode] = Directions(found[1 - mode].energies, found[1 - mode].vectors, tall)
             else:
@@ -186,6 +189,7 @@ def _eigenbasis(blocks: Any) -> tuple[np.ndarray, np.ndarray]:
     """Energies, descending and up to a power of two, and eigenvectors of Σ X Xᵀ over blocks X, in their dtype."""
     from scipy.linalg import eigh
 
+    # Equations (1) and (2), in the activation's own dtype.
     gram = _gram(blocks)
     gram = scaled(gram, -exponent(gram))  # LAPACK divides large and small matrices itself, by no power of two
     values, vectors = eigh(gram, driver="evd", check_finite=False, overwrite_a=True)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lance_ref.algebra import projection
-from lance_ref.algebra.frame import along, feature_mode
-from lance_ref.algebra.geometry import WORKSPACE_BYTES, Geometry
+from lance_ref.algebra import projection, projection_fast
+from lance_ref.algebra.frame import along
+from lance_ref.algebra.geometry import WORKSPACE_BYTES, ConvGeometry, Geometry
 from lance_ref.algebra.magnitude import exponent, scaled
 from lance_ref.engine.tensor import FLOATS, Shape
 from lance_ref.stores.base import ActivationStore, check_kept
-from lance_ref.stores.quantized import checked_bits, dequantise, quantise
+from lance_ref.stores.core_wrappers import CalibratedBatch, Codes, Numbers, SketchedBatch
 from lance_ref.stores.sketch import BatchSketch
 
 if TYPE_CHECKING:
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
 ORDERS = ("auto", "papers", "separable")
 BATCH_MODES = ("calibrated", "sketch")
 DEFAULT_BATCH_RATIO = 1 / 8
-SLICE_ENTRIES = 32
-"""Slices of the core's feature mode with fewer entries than this share one range of codes."""
+BATCH_HINT = "; a compressed batch mode fixes the batch size: calibrate with this one, or leave 'batch' out of modes"
 
 
 class Lance(ActivationStore):
@@ -39,17 +37,18 @@ class Lance(ActivationStore):
         One factor (n, r) per mode of the activation, None for a mode left alone.
     order : {"auto", "papers", "separable"}
         Order of contraction of a convolution's weight gradient; ``"auto"`` takes that of fewest multiply-adds
-        (:func:`~lance_ref.algebra.projection.cheapest_order`), and height and width of a small map in one product,
+        (:func:`~lance_ref.algebra.projection_fast.cheapest_order`), and height and width of a small map in one product,
         here and in the projection: more multiply-adds, less time
-        (:func:`~lance_ref.algebra.projection.product_of_modes`). A linear layer has one order only.
+        (:func:`~lance_ref.algebra.projection_fast.product_of_modes`). A linear layer has one order only.
     dtype : numpy dtype
         float32 or float64: the dtype of the activations, to which the factors are converted.
     core_bits : {None, 8, 4}
         Keep the core as affine codes of so many bits (:func:`~lance_ref.stores.quantized.quantise`): one range
-        for each slice of the feature mode, or for the whole core where such a slice has fewer than
-        :data:`SLICE_ENTRIES` entries. The slices belong to directions of falling energy, and a common range would
-        spend most of its steps on the first: in MobileNetV2's last layers ranges of their own made the error 3 to 8
-        times smaller, as 1.4 to 3 bits more would. Two float32 a slice cost 64/m bits an entry, m entries a slice.
+        for each slice of the feature mode, or for the whole core where such a slice is small
+        (:data:`~lance_ref.stores.core_wrappers.SLICE_ENTRIES`). The slices belong to directions of falling energy, and
+        a common range would spend most of its steps on the first: in MobileNetV2's last layers ranges of their own made
+        the error 3 to 8 times smaller, as 1.4 to 3 bits more would. Two float32 a slice cost 64/m bits an entry, m
+        entries a slice.
     batch_mode : {"calibrated", "sketch"}
         ``"sketch"``: the batch mode is projected on directions drawn anew at every step
         (:class:`~lance_ref.stores.sketch.BatchSketch`). A calibrated batch factor is then ignored and not kept,
@@ -121,14 +120,23 @@ class Lance(ActivationStore):
         self.factors = tuple(None if U is None else np.ascontiguousarray(U, dtype=dtype) for U in subspace.factors)
         mean = subspace.frame.mean
         self.mean = None if mean is None else mean.astype(dtype)
-        self.core_bits = None if core_bits is None else checked_bits("core_bits", core_bits)
-        self.sketch: BatchSketch | None = None
-        self._batch = subspace.shape[0]  # of the last activation
+        self.coding = Numbers() if core_bits is None else Codes(core_bits)
+        self.batch = CalibratedBatch()
+        self._batch_size = subspace.shape[0]  # of the last activation
         if batch_mode == "sketch":
-            ratio = DEFAULT_BATCH_RATIO if batch_ratio is None else batch_ratio
-            self.sketch = BatchSketch(ratio, seed, "batch_ratio")
+            self.batch = SketchedBatch(DEFAULT_BATCH_RATIO if batch_ratio is None else batch_ratio, seed)
             self.factors = (None, *self.factors[1:])
         self.energy_kept: float | None = None
+
+    @property
+    def core_bits(self) -> int | None:
+        """Bits of the core's codes, None for a core that is kept as it is."""
+        return self.coding.bits
+
+    @property
+    def sketch(self) -> BatchSketch | None:
+        """Where the directions of a sketched batch mode come from."""
+        return self.batch.sketch
 
     @property
     def batch_mode(self) -> str:
@@ -138,9 +146,12 @@ class Lance(ActivationStore):
     @property
     def ranks(self) -> tuple[int | None, ...]:
         """Rank of each mode, None for a mode left alone; that of a sketch belongs to the last batch."""
+        return self._ranks_for(self._batch_size)
+
+    def _ranks_for(self, batch: int) -> tuple[int | None, ...]:
         ranks = [None if U is None else U.shape[1] for U in self.factors]
         if self.sketch is not None:
-            ranks[0] = self.sketch.rank(self._batch)
+            ranks[0] = self.sketch.rank(batch)
         return tuple(ranks)
 
     @property
@@ -149,12 +160,7 @@ class Lance(ActivationStore):
         return sum(array.nbytes for array in (*self.factors, self.mean) if array is not None)
 
     def describe(self) -> dict[str, Any]:
-        description: dict[str, Any] = {
-            "name": self.name,
-            "ranks": self.ranks,
-            "shape": self.shape,
-            "order": self.order,
-        }
+        description: dict[str, Any] = {"name": self.name, "ranks": self.ranks, "shape": self.shape, "order": self.order}
         if self.mean is not None:
             description["centred"] = True
         if self.core_bits is not None:
@@ -182,12 +188,7 @@ class Lance(ActivationStore):
             raise ValueError(f"activation has shape {input_shape}, but was calibrated with shape {calibrated}")
         for name, n, U in zip(names, input_shape, self.factors, strict=True):
             if U is not None and n != U.shape[0]:
-                hint = (
-                    "; a compressed batch mode fixes the batch size: calibrate with this one, or leave 'batch' out of "
-                    "modes"
-                    if name == "batch"
-                    else ""
-                )
+                hint = BATCH_HINT if name == "batch" else ""
                 raise ValueError(
                     f"activation has shape {input_shape}, but the {name} mode was calibrated with {U.shape[0]} "
                     f"(shape {calibrated}){hint}"
@@ -195,48 +196,58 @@ class Lance(ActivationStore):
 
     def save(self, activation: np.ndarray) -> dict[str, np.ndarray]:
         """``core``, or its ``codes``, ``minimum`` and ``maximum``; with a sketch its ``seed`` too."""
-        self.check(activation.shape)
-        if activation.dtype != self.dtype:
-            raise TypeError(f"activation has dtype {activation.dtype}, but the factors were made for {self.dtype}")
-        self._batch = len(activation)
-        seed = {} if self.sketch is None else {"seed": self.sketch.next_seed()}
-        factors = self._factors(seed, len(activation))
-        with np.errstate(invalid="ignore", over="ignore"):  # reported below, by name
-            core = projection.project(activation, factors, self.order)
-            if self.mean is not None:  # A − μ is never laid out whole: its core is that of A less that of μ
-                core -= projection.project_mean(self.mean, factors, activation.shape)
-        check_kept("Lance", core, activation.shape)
+        self._check(activation)
+        step = self.batch.next_step()  # a seed, where the directions of the batch are drawn anew
+        core = self._core(activation, self._factors(step, len(activation)))
         self.energy_kept = energy_ratio(core, activation, self.mean)
-        return {**self._packed(core), **seed}
+        return {**self.coding.pack(core), **step}
 
     def weight_gradient(
         self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry
     ) -> np.ndarray:
         factors = self._factors(saved, len(grad_output))
-        core = self._unpacked(saved, geometry.input_shape, factors)
-        gradient = projection.weight_gradient(core, factors, grad_output, geometry, self.order)
+        shape = tuple(n if U is None else U.shape[1] for n, U in zip(geometry.input_shape, factors, strict=True))
+        core = self.coding.unpack(saved, shape)
+        # Equations (5) to (8), in the order of fewest multiply-adds.
+        gradient = projection_fast.weight_gradient(core, factors, grad_output, geometry, self.order)
         if self.mean is not None:
+            # The weight gradient is linear in A, so that of μ, which is exact, and that of A − μ add up.
             gradient += projection.mean_weight_gradient(self.mean, grad_output, geometry)
         return gradient
 
-    def _factors(self, saved: Mapping[str, np.ndarray], batch: int) -> projection.Factors:
-        """The factors of one step: the fixed ones, and for a sketched batch mode the directions of its seed."""
-        if self.sketch is None:
-            return self.factors
-        return (self.sketch.directions(saved["seed"], batch, self.dtype), *self.factors[1:])
+    def order_for(self, geometry: ConvGeometry) -> str:
+        """The order in which a weight gradient of that geometry is contracted, in words: what ``"auto"`` comes to.
 
-    def _packed(self, core: np.ndarray) -> dict[str, np.ndarray]:
-        """What is kept of the core: itself, or codes."""
-        if self.core_bits is None:
-            return {"core": core}
-        return quantise(core, _range_mode(core.shape), self.core_bits)
+        >>> from lance_ref.algebra.subspace import Subspace
+        >>> store = Lance(Subspace.random((8, 6, 5, 4), (2, 3, 1, 2), np.random.default_rng(0)))
+        >>> store.order_for(ConvGeometry((8, 6, 5, 4), (10, 6, 3, 2)))
+        'separable, channel put back first'
+        """
+        if self.order != "auto":
+            return self.order
+        order, expanded = projection_fast.cheapest_order(self._ranks_for(geometry.input_shape[0]), geometry)
+        back = " and ".join(self.mode_names[mode] for mode in expanded)
+        return f"{order}, {back} put back first" if back else order
 
-    def _unpacked(self, saved: Mapping[str, np.ndarray], input_shape: Shape, factors: projection.Factors) -> np.ndarray:
-        """The core, back from what was kept of it."""
-        if self.core_bits is None:
-            return saved["core"]
-        shape = tuple(n if U is None else U.shape[1] for n, U in zip(input_shape, factors, strict=True))
-        return dequantise(saved, shape, _range_mode(shape), self.core_bits)
+    def _check(self, activation: np.ndarray) -> None:
+        """Raise ValueError or TypeError unless the factors fit; note the size of the batch."""
+        self.check(activation.shape)
+        if activation.dtype != self.dtype:
+            raise TypeError(f"activation has dtype {activation.dtype}, but the factors were made for {self.dtype}")
+        self._batch_size = len(activation)
+
+    def _factors(self, step: Mapping[str, np.ndarray], batch: int) -> projection.Factors:
+        return self.batch.factors(self.factors, step, batch, self.dtype)
+
+    def _core(self, activation: np.ndarray, factors: projection.Factors) -> np.ndarray:
+        """S of A, or of A − μ, equation (4); it is finite."""
+        with np.errstate(invalid="ignore", over="ignore"):  # reported below, by name
+            core = projection_fast.project(activation, factors, self.order)
+            if self.mean is not None:
+                # A − μ is never laid out whole, because its core is that of A less that of μ.
+                core -= projection.project_mean(self.mean, factors, activation.shape)
+        check_kept("Lance", core, activation.shape)
+        return core
 
 
 def energy_ratio(core: np.ndarray, activation: np.ndarray, mean: np.ndarray | None = None) -> float | None:
@@ -262,9 +273,3 @@ def _energy_around(mean: np.ndarray | None, activation: np.ndarray) -> float:
 
 def _energy(array: np.ndarray) -> float:
     return float(np.vdot(array, array))
-
-
-def _range_mode(core_shape: Shape) -> int | None:
-    """The mode each of whose indices has a range of its own; None for one range of the whole core."""
-    mode = feature_mode(core_shape)
-    return mode if math.prod(core_shape) // core_shape[mode] >= SLICE_ENTRIES else None

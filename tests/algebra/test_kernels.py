@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from strategies import arrays, conv_geometries
 
 from lance_ref import Subspace, count_macs
-from lance_ref.algebra import projection
+from lance_ref.algebra import projection_fast as projection
 from lance_ref.algebra.geometry import ConvGeometry
 from lance_ref.algebra.kernels import columns as kernels_columns
 from lance_ref.algebra.kernels import depthwise as kernels_depthwise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from analysis import cost
@@ -17,7 +19,9 @@ from analysis.commands import shipped
 from analysis.cost_model import main
 from analysis.reports.tables import change, explain, render
 from analysis.steps.methods import METHODS
-from lance_ref import models
+from lance_ref import Subspace, models
+from lance_ref.algebra.geometry import ConvGeometry
+from lance_ref.stores import Lance
 
 CASES = [(net, count) for net in models.names() for count in (1, 4)] + [("mobilenetv2", 15), ("mlp", 9)]
 
@@ -43,6 +47,23 @@ def test_no_digit_is_cut_off(net: str, count: int) -> None:
     for row in report.rows:
         for cost_ in row.methods.values():
             assert f"{cost_.activation_bytes['tape']:,}" in shown or not cost_.activation_bytes["tape"], row.name
+
+
+def test_a_wide_report_says_the_order_of_every_compressed_convolution() -> None:
+    """The orders are those that the stores themselves name; a narrow report is silent about them."""
+    report = cost("mobilenetv2", batch=16)
+    said = " ".join(render(report, wide=True).split())
+    for row in report.rows:
+        ranks = row.methods["lance"].ranks
+        if row.op == "conv2d" and ranks is not None and row.weight_shape is not None:
+            assert row.name in said.split("lance's weight gradients.")[1]
+            geometry = ConvGeometry(row.input_shape, row.weight_shape, groups=row.input_shape[1] // row.weight_shape[1])
+            if row.weight_shape[2:] == (3, 3):
+                geometry = dataclasses.replace(geometry, padding=((1, 1), (1, 1)))
+            store = Lance(Subspace.random(row.input_shape, ranks, np.random.default_rng(0)))
+            of_store = store.order_for(geometry).replace("channel", "channels")
+            assert re.search(rf"\b{of_store}: [^;:]*{re.escape(row.name)}", said)
+    assert "Order of contraction" not in render(report)
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "300"])

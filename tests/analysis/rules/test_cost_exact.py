@@ -35,7 +35,7 @@ from analysis.steps.changes import _stretches
 from analysis.steps.nets import trace_step
 from lance_ref import functional as F
 from lance_ref import nn, record
-from lance_ref.algebra import projection
+from lance_ref.algebra import projection_fast as projection
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.tracing import OpRecord
 

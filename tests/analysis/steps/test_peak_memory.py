@@ -24,7 +24,7 @@ from analysis.rules.op_cost import MissingRuleError
 from analysis.rules.operations import OPERATIONS
 from lance_ref import functional as F
 from lance_ref import models, nn, record
-from lance_ref.algebra import projection
+from lance_ref.algebra import projection_fast as projection
 from lance_ref.algebra.geometry import ConvGeometry
 from lance_ref.algebra.kernels import depthwise as kernels_depthwise
 from lance_ref.algebra.kernels.threads import numba_enabled
@@ -218,9 +218,8 @@ def test_weight_gradients_of_depthwise_cores_in_one_pass(ranks: tuple[int | None
     shape = (64, 160, 14, 14)
     middle.store = Lance(Subspace.random(shape, ranks, np.random.default_rng(1)))
     geometry = ConvGeometry(shape, middle.weight.shape, padding=((1, 1), (1, 1)), groups=160)
-    core_shape = [n if r is None else r for n, r in zip(shape, ranks, strict=True)]
     expanded = (0, 1) if ranks[0] else ()
-    assert projection.cheapest_order(tuple(core_shape), middle.store.factors, geometry) == ("separable", expanded)
+    assert projection.cheapest_order(ranks, geometry) == ("separable", expanded)
     assert (kernels_depthwise.LANES, kernels_depthwise.MOST_PLACES) == (peak_stores.LANES, peak_stores.MOST_PLACES)
     assert projection.depthwise_alone((None, None, *middle.store.factors[2:]), geometry)
     assert not projection.in_one_product((14, 14), (3 * (ranks[2] or 0), 3 * (ranks[3] or 0)))

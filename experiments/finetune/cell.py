@@ -250,8 +250,7 @@ def measure_step(
     net.zero_grad()
     for path, layer in weighted_layers(net).items():
         layer.store.load_state(states[path])
-        if hasattr(layer.store, "energy_kept"):
-            layer.store.energy_kept = None
+        layer.store.energy_kept = None
     return {
         "tape_bytes": tape.total_bytes,
         "predicted_tape_bytes": sum(bill.tape_bytes for bill in bills),
@@ -329,7 +328,7 @@ class Watch:
         stores = {path: layer.store for path, layer in watched.items()}
         states = {path: store.state() for path, store in stores.items()}
         compressed = _weight_gradients(info, watched)
-        energies = {path: getattr(store, "energy_kept", None) for path, store in stores.items()}
+        energies = {path: store.energy_kept for path, store in stores.items()}
         self.energies[when] = {path: float(e) for path, e in energies.items() if e is not None}
         for layer in watched.values():
             layer.store = EXACT

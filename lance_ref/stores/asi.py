@@ -69,6 +69,9 @@ class Asi(CoreAndFactors):
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "ranks": self.ranks}
 
+    def settings(self) -> dict[str, Any]:
+        return {"seed": self.seed}
+
     def check(self, input_shape: Shape) -> None:
         check_ranks("Asi", input_shape, self.ranks)
 

@@ -34,6 +34,8 @@ class ActivationStore(ABC):
     """
 
     name: str
+    energy_kept: float | None = None
+    """Share of the last activation's energy that was kept; None for a store that does not measure it."""
 
     @abstractmethod
     def save(self, activation: np.ndarray) -> dict[str, np.ndarray]:
@@ -67,6 +69,10 @@ class ActivationStore(ABC):
         is that of this step.
         """
         return {"name": self.name}
+
+    def settings(self) -> dict[str, Any]:
+        """What it was made with beside what :meth:`describe` says, which a checkpoint compares. Default: nothing."""
+        return {}
 
     @property
     def factor_bytes(self) -> int:

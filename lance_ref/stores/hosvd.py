@@ -83,6 +83,9 @@ class Hosvd(CoreAndFactors):
             "selected": selected,
         }
 
+    def settings(self) -> dict[str, Any]:
+        return {"given": self.given, "modes": self.modes}
+
     def check(self, input_shape: Shape) -> None:
         if self.given is not None:
             check_ranks("Hosvd", input_shape, self.given)

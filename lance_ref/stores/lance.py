@@ -169,6 +169,9 @@ class Lance(ActivationStore):
             description |= {"batch_mode": "sketch", "batch_ratio": self.sketch.ratio}
         return description
 
+    def settings(self) -> dict[str, Any]:
+        return {} if self.sketch is None else {"seed": self.sketch.seed}
+
     def fixed(self) -> dict[str, np.ndarray]:
         arrays = {f"factor_{mode}": U for mode, U in enumerate(self.factors)} | {"mean": self.mean}
         return {name: array for name, array in arrays.items() if array is not None}

@@ -100,6 +100,9 @@ class Sketch(ActivationStore):
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "ratio": self.sketch.ratio}
 
+    def settings(self) -> dict[str, Any]:
+        return {"seed": self.sketch.seed}
+
     def check(self, input_shape: Shape) -> None:
         if len(input_shape) < 2:
             raise ValueError(f"activation has shape {input_shape}, expected a batch (B, I), (B, L, I) or (B, C, H, W)")

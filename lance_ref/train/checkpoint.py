@@ -189,9 +189,7 @@ def _setting(value: Any) -> str:
 def _store_settings(store: ActivationStore) -> list[Any]:
     """What a store was made with, without what varies from step to step."""
     settings = {name: value for name, value in store.describe().items() if name not in VARYING}
-    settings |= {name: getattr(store, name) for name in ("given", "modes", "seed") if hasattr(store, name)}
-    if getattr(store, "sketch", None) is not None:
-        settings["seed"] = store.sketch.seed  # type: ignore[attr-defined]
+    settings |= store.settings()
     if fixed := store.fixed():
         settings["factors"] = digest(fixed)
     return [f"{name}: {value}" for name, value in settings.items()]

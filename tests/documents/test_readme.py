@@ -141,6 +141,13 @@ def test_the_printed_totals_are_todays(capsys: pytest.CaptureFixture[str], monke
     assert "bp / lance" in shown
 
 
+def test_the_page_of_methods_is_that_of_the_register() -> None:
+    """After a change of an entry: python -m docs.methods."""
+    from docs.methods import MARK, PAGE, tables
+
+    assert text_of(PAGE).partition(MARK)[2] == tables()
+
+
 def test_the_map_names_every_file_and_no_other() -> None:
     """By package, in the table below each package's heading."""
     named: set[str] = set()

@@ -17,7 +17,12 @@ MARK = "<!-- from here on written by python -m docs.methods -->\n"
 
 def tables() -> str:
     """Methods of the cost model and of the planner, then those of the fine-tuning experiment."""
-    columns = ("method", "what it is", "settings (default)", "how much of the weight gradient of a layer that trains is kept")
+    columns = (
+        "method",
+        "what it is",
+        "settings (default)",
+        "how much of the weight gradient of a layer that trains is kept",
+    )
     step = [(f"`{name}`", of.about, _settings(of.settings), _kept(of)) for name, of in METHODS.items()]
     trained = [(f"`{name}`", of.about, _settings(of.settings)) for name, of in methods().items()]
     return (

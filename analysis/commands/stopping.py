@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lance_ref.io.plugins import load as load_plugins
+    from lance_ref.io.plugins import load_plugins
     from lance_ref.io.stopping import STOPPED, command, keep, left_to_parent, run, stopping
 else:
 
@@ -24,6 +24,6 @@ else:
     _module = _load("lance_ref.io.stopping")
     STOPPED, keep, left_to_parent = _module.STOPPED, _module.keep, _module.left_to_parent
     command, run, stopping = _module.command, _module.run, _module.stopping
-    load_plugins = _load("lance_ref.io.plugins").load
+    load_plugins = _load("lance_ref.io.plugins").load_plugins
 
 __all__ = ["STOPPED", "command", "keep", "left_to_parent", "load_plugins", "run", "stopping"]

@@ -194,7 +194,7 @@ def run_cell(task: Task) -> Outcome:
         try:
             where = _where()  # now: at the end of a long run the sources may be others
             started = time.perf_counter()
-            plugins.load()
+            plugins.load_plugins()
             result = _load(task.function)(**task.cell)
             if not isinstance(result, dict):
                 raise TypeError(f"{task.function} returned {type(result).__name__}, expected a dict that JSON can hold")

@@ -26,7 +26,7 @@ from lance_ref.algebra.projection import Factors, transposed
 from lance_ref.algebra.tucker import contraction_order, multi_mode_product
 from lance_ref.engine.tensor import Shape
 
-Ranks = Sequence[int | None]
+ModeRanks = Sequence[int | None]
 """One rank per mode, or None for a mode that is left alone."""
 
 CONTRACTION_BYTES = 32 * 2**20
@@ -110,7 +110,7 @@ def product_of_modes(tensor: np.ndarray, matrices: Sequence[np.ndarray | None]) 
     return product.reshape(*product.shape[:2], r_h, r_w)
 
 
-def in_one_product(size: Shape, ranks: Ranks) -> bool:
+def in_one_product(size: Shape, ranks: ModeRanks) -> bool:
     """Whether :func:`product_of_modes` takes height and width together: small maps, and rank one, which is cheaper so.
 
     Parameters
@@ -203,7 +203,7 @@ def depthwise_alone(factors: Factors, geometry: ConvGeometry) -> bool:
     return geometry.is_depthwise and small and factors[0] is None and factors[1] is None
 
 
-def chain_of(ranks: Ranks, geometry: ConvGeometry, one_product: bool) -> tuple[Shape, Ranks]:
+def chain_of(ranks: ModeRanks, geometry: ConvGeometry, one_product: bool) -> tuple[Shape, ModeRanks]:
     """Sizes of the output gradient and of Z in :func:`separable_order`, with three modes where a map is one."""
     r3, r4 = core_shape(ranks, geometry)[2:]
     shape, after = geometry.output_shape, (ranks[0], None, geometry.weight_shape[2] * r3, geometry.weight_shape[3] * r4)
@@ -212,7 +212,7 @@ def chain_of(ranks: Ranks, geometry: ConvGeometry, one_product: bool) -> tuple[S
     return shape, after
 
 
-def channels_at_a_time(geometry: ConvGeometry, shape: Shape, ranks: Ranks, itemsize: int) -> int:
+def channels_at_a_time(geometry: ConvGeometry, shape: Shape, ranks: ModeRanks, itemsize: int) -> int:
     """Output channels that :func:`separable_order` works on at a time: all, or whole groups in the workspace.
 
     Parameters
@@ -257,7 +257,7 @@ def cheapest_order(ranks: tuple[int | None, ...], geometry: ConvGeometry) -> tup
     return best
 
 
-def core_shape(ranks: Ranks, geometry: ConvGeometry) -> Shape:
+def core_shape(ranks: ModeRanks, geometry: ConvGeometry) -> Shape:
     """The ranks, and the full size of each mode that is left alone."""
     return tuple(n if r is None else r for n, r in zip(geometry.input_shape, ranks, strict=True))
 
@@ -267,7 +267,7 @@ def _ranks(sizes: Shape, factors: Factors) -> tuple[int | None, ...]:
     return tuple(None if U is None else r for U, r in zip(factors, sizes, strict=True))
 
 
-def _papers_macs(ranks: Ranks, geometry: ConvGeometry) -> int:
+def _papers_macs(ranks: ModeRanks, geometry: ConvGeometry) -> int:
     """Multiply-adds of :func:`papers_order`: Z1, Z2, Z3 and dW."""
     B, _, H, W = geometry.input_shape
     _, C_out, H_out, W_out = geometry.output_shape
@@ -278,14 +278,14 @@ def _papers_macs(ranks: Ranks, geometry: ConvGeometry) -> int:
     return first + _chain_macs((r1, c, r3, r4), wide) + r1 * H_out * W_out * narrow + last
 
 
-def _separable_macs(ranks: Ranks, geometry: ConvGeometry) -> int:
+def _separable_macs(ranks: ModeRanks, geometry: ConvGeometry) -> int:
     """Multiply-adds of :func:`separable_order` with nothing to put back, and small maps in one product."""
     r1, _, r3, r4 = core_shape(ranks, geometry)
     narrow, last = _channel_macs(ranks, geometry)
     return _chain_macs(*chain_of(ranks, geometry, True)) + r1 * r3 * r4 * narrow + last
 
 
-def _channel_macs(ranks: Ranks, geometry: ConvGeometry) -> tuple[int, int]:
+def _channel_macs(ranks: ModeRanks, geometry: ConvGeometry) -> tuple[int, int]:
     """Numbers of (the gradient with r2 or with its group's channels, as each meets the core; the product ×₂ U_2)."""
     (C_out, width, k_h, k_w), r2 = geometry.weight_shape, ranks[1]
     if r2 is None:
@@ -293,7 +293,7 @@ def _channel_macs(ranks: Ranks, geometry: ConvGeometry) -> tuple[int, int]:
     return C_out * r2 * k_h * k_w, C_out * k_h * k_w * r2 * width
 
 
-def _chain_macs(shape: Shape, ranks: Ranks) -> int:
+def _chain_macs(shape: Shape, ranks: ModeRanks) -> int:
     """Multiply-adds of :func:`~lance_ref.algebra.tucker.multi_mode_product` from ``shape`` to ``ranks``."""
     sizes = list(shape)
     macs = 0

@@ -19,7 +19,7 @@ GROUP, VARIABLE = "lance_ref.plugins", "LANCE_REF_PLUGINS"
 
 
 @cache
-def load() -> None:
+def load_plugins() -> None:
     """Import every plug-in, once a process; modules that ``LANCE_REF_PLUGINS`` names may lie in the current folder.
 
     Raises

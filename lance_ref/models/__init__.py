@@ -33,7 +33,7 @@ def names() -> list[str]:
     ImportError
         If a plug-in cannot be imported (:mod:`lance_ref.io.plugins`).
     """
-    plugins.load()
+    plugins.load_plugins()
     return sorted(NETS)
 
 

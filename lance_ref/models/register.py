@@ -136,7 +136,7 @@ def find(name: str) -> Net:
         If a plug-in cannot be imported.
     """
     if name not in NETS:
-        plugins.load()
+        plugins.load_plugins()
     if name not in NETS:
         raise ValueError(f"unknown model {name!r}, expected one of {', '.join(sorted(NETS))}")
     return NETS[name]

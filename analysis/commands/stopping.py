@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from lance_ref.io.plugins import load_plugins
     from lance_ref.io.stopping import STOPPED, command, keep, left_to_parent, run, stopping
 else:
+    ROOT = Path(__file__).resolve().parents[2]  # whatever lies in the folder where a command runs
 
     def _load(name: str) -> Any:
         """The one module of that name; ``import`` would run the package's ``__init__`` first, which takes a second."""
         if name not in sys.modules:
-            folder = Path(find_spec("lance_ref").origin).parent
-            spec = spec_from_file_location(name, folder / "io" / f"{name.rpartition('.')[2]}.py")
+            spec = spec_from_file_location(name, ROOT / f"{name.replace('.', '/')}.py")
             sys.modules[name] = module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
         return sys.modules[name]

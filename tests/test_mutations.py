@@ -98,7 +98,10 @@ def start(root: Path, entries: str, *arguments: str) -> subprocess.Popen[str]:
     temporary.mkdir(exist_ok=True)
     env = {**os.environ, "TMPDIR": str(temporary), "NOTE": str(root.parent / "note")}
     command = [sys.executable, "tests/mutations.py", *arguments]
-    return subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background of a shell
+    )  # fmt: skip
 
 
 def finish(root: Path, entries: str, *arguments: str) -> tuple[int, str, str]:

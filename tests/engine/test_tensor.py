@@ -142,3 +142,12 @@ def test_the_number_of_a_copy() -> None:
         assert other.uid not in (x.uid, shallow.uid)
         assert not np.shares_memory(other.data, x.data)
         assert other.requires_grad
+
+
+def test_an_array_or_a_number_on_the_left() -> None:
+    """Operators whose operands do not commute keep their order."""
+    x = Tensor(np.array([4.0, 8.0], np.float32))
+    assert (2 / x).data.tolist() == [0.5, 0.25]
+    assert (2 - x).data.tolist() == [-2.0, -6.0]
+    assert (x / 2).data.tolist() == [2.0, 4.0]
+    assert (x - 2).data.tolist() == [2.0, 6.0]

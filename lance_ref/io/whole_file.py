@@ -17,12 +17,19 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 from lance_ref.io.opening import open_regular
 
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 STALE_SECONDS = 3600
-"""An unfinished file that nobody wrote to for so long was left by a process that is gone."""
+"""An unfinished file that nobody wrote to for so long was left by a process that is gone, if nobody has its lock."""
 
 MEND = "delete it, and run again what wrote it"
 """What can be done about a damaged file, if nothing better is known."""
@@ -55,26 +62,64 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         with open(target, "wb") as stream:
             yield stream
         return
-    _remove_leftovers(target)
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.unfinished")
+    remove_leftovers(target)
+    temporary, file = _begin(target)
     try:
-        with open(temporary, "xb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+            if fcntl is None:
+                file.close()  # Windows moves no open file
+            os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _remove_leftovers(target: Path) -> None:
-    ours = re.compile(re.escape(f".{target.name[:100]}.") + r"[0-9a-f]{12}\.unfinished")
+def _begin(target: Path) -> tuple[Path, IO[bytes]]:
+    """A new unfinished file, locked until it is closed; another one if somebody has just taken it for a leftover."""
+    while True:
+        temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.unfinished")
+        file = open(temporary, "xb")  # noqa: SIM115  (whoever asked for it closes it)
+        with suppress(BlockingIOError):
+            _lock(file)
+            if os.fstat(file.fileno()).st_nlink:
+                return temporary, file
+        file.close()
+
+
+def remove_leftovers(path: str | os.PathLike[str], older_than: float = STALE_SECONDS) -> None:
+    """Remove unfinished files of this name that no process writes any more.
+
+    Parameters
+    ----------
+    path : path
+        Of the finished file.
+    older_than : float
+        Seconds since something was written to them. Default: an hour, for file systems without locks.
+    """
+    target = Path(os.path.realpath(path))
+    ours = re.compile(re.escape(f".{target.name[:100]}.") + r"\w+\.unfinished")
     with suppress(OSError), os.scandir(target.parent) as entries:  # a folder that cannot be listed has none
         for entry in entries:
             with suppress(OSError):  # another process finishes or removes it just now
-                if ours.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > STALE_SECONDS:
-                    os.unlink(entry.path)
+                if ours.fullmatch(entry.name) and time.time() - entry.stat().st_mtime >= older_than:
+                    with open(entry.path, "rb") as file:
+                        _lock(file)
+                        os.unlink(entry.path)
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Lock an open file until it is closed; BlockingIOError if another process has it, nothing without locks."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # a file system without locks
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from lance_ref.engine.random import as_generator
 from lance_ref.io.npz import digest, load_npz, save_npz
+from lance_ref.io.whole_file import remove_leftovers
 from lance_ref.nn.module import Module
 from lance_ref.nn.selection import weighted_layers
 from lance_ref.optim import LRScheduler, Optimizer
@@ -219,9 +219,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     if checked.is_dir() or not checked.parent.is_dir():
         what = "is a folder" if checked.is_dir() else "its folder does not exist"
         raise ValueError(f"checkpoint is {str(path)!r}, expected a file in an existing folder; {what}")
-    target = Path(os.path.realpath(checked))
-    for leftover in target.parent.glob(f".{escape(target.name[:100])}.*.unfinished"):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(checked, older_than=0)
     return checked
 
 

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from lance_ref.io.whole_file import STALE_SECONDS, read_bytes, read_json, whole_file, write_json, write_text
+from lance_ref.io.whole_file import (
+    STALE_SECONDS,
+    read_bytes,
+    read_json,
+    remove_leftovers,
+    whole_file,
+    write_json,
+    write_text,
+)
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -51,6 +59,27 @@ def test_leftovers_of_dead_processes_alone_are_removed(tmp_path: Path) -> None:
         os.utime(file, (long_ago, long_ago))
     write_text(tmp_path / "a", "text")
     assert [file.exists() for file in (old, young, other)] == [False, True, True]
+
+
+def test_what_is_being_written_is_no_leftover(tmp_path: Path) -> None:
+    """However old it looks: a process that waits holds the file's lock, and its file becomes whole."""
+    code = (
+        "import sys; from lance_ref.io.whole_file import whole_file\n"
+        "with whole_file(sys.argv[1]) as file:\n    file.write(b'whole'); print(flush=True); input()"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "a")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    (unfinished,) = tmp_path.glob(".a.*.unfinished")
+    os.utime(unfinished, (1, 1))
+    remove_leftovers(tmp_path / "a")
+    remove_leftovers(tmp_path / "a", older_than=0)
+    assert unfinished.exists()
+    writer.communicate("\n", timeout=60)
+    assert (writer.returncode, (tmp_path / "a").read_bytes()) == (0, b"whole")
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_checksum_notices_every_changed_entry(tmp_path: Path) -> None:

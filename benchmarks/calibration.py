@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import blas
 
-from analysis.commands.cli import run_main
+from analysis.commands.cli import count, run_main
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, once, parser, peer, run, span, timed
 from lance_ref import Tensor, calibrate, models, no_grad, tune
 from lance_ref.algebra.grams import LayerGrams
@@ -171,10 +171,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     p = parser("benchmarks.calibration", __doc__, repeats=3)
-    p.add_argument("--batch", type=int, default=32, help="images of a batch of the net's (default: %(default)s)")
-    p.add_argument("--batches", type=int, default=10, help="of the net's calibration (default: %(default)s)")
+    p.add_argument("--batch", type=count, default=32, help="images of a batch of the net's (default: %(default)s)")
+    p.add_argument("--batches", type=count, default=10, help="of the net's calibration (default: %(default)s)")
     p.add_argument("--no-tensorly", dest="tensorly", action="store_false", help="leave out the peer that takes minutes")
-    return run(p, arguments, measure, peers=("tensorly",), counts=("batch", "batches"))
+    return run(p, arguments, measure, peers=("tensorly",))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 
 from analysis import cost
 from analysis.commands import stopping
-from analysis.commands.cli import run_main
+from analysis.commands.cli import count, run_main
 from analysis.reports.predict import predict
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, parser, peer, run, timed
 from lance_ref import models, nn
@@ -181,8 +181,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     p = parser("benchmarks.cost_model", __doc__, repeats=9)
-    p.add_argument("--batch", type=int, default=128, help="images (default: %(default)s)")
-    return run(p, arguments, measure, peers=("torch", "fvcore"), counts=("batch",))
+    p.add_argument("--batch", type=count, default=128, help="images (default: %(default)s)")
+    return run(p, arguments, measure, peers=("torch", "fvcore"))
 
 
 if __name__ == "__main__":

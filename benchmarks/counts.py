@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.commands.cli import OneLineParser, run_command, run_main
+from analysis.commands.cli import OneLineParser, json_file, run_command, run_main
 from analysis.commands.provenance import provenance
 from benchmarks.buffers import count_buffers
 from benchmarks.side_by_side import Table
@@ -88,7 +88,7 @@ def differences(found: Mapping[str, Counts], recorded: Mapping[str, Any]) -> lis
 
 def main(arguments: Sequence[str] | None = None) -> int:
     p = OneLineParser(prog="python -m benchmarks.counts", description=(__doc__ or "").split("\n\n")[0])
-    p.add_argument("--output", help="also write them as JSON")
+    p.add_argument("--output", type=json_file, help="also write them as JSON")
 
     def work(options: argparse.Namespace) -> None:
         found = count_all()
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             document = {"libraries": libraries(), "counts": found}
             write_json(options.output, document)
 
-    return run_command(p, arguments, work, ("output",))
+    return run_command(p, arguments, work)
 
 
 if __name__ == "__main__":

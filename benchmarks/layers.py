@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.commands.cli import run_main
+from analysis.commands.cli import count, run_main
 from benchmarks import roofline
 from benchmarks.roofline import Product, Roofline
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, parser, peer, run, span, timed
@@ -279,11 +279,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     p = parser("benchmarks.layers", __doc__, repeats=5)
-    p.add_argument("--batch", type=int, default=BATCH, help="images (default: %(default)s)")
+    p.add_argument("--batch", type=count, default=BATCH, help="images (default: %(default)s)")
     p.add_argument("--layers", nargs="+", choices=list(LAYERS), default=list(LAYERS), help="all by default")
     p.add_argument("--ranks", choices=RANKS, default=RANKS[0], help="default: %(default)s")
     p.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="all by default")
-    return run(p, arguments, measure, peers=("torch",), counts=("batch",))
+    return run(p, arguments, measure, peers=("torch",))
 
 
 if __name__ == "__main__":

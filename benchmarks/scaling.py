@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.commands.cli import run_main
+from analysis.commands.cli import figure_file, run_main
 from analysis.reports.figures import save_figure
 from analysis.reports.plots import check_path
 from analysis.rules.account import account
@@ -219,8 +219,8 @@ def _draw_panel(panel: Axes, row: Mapping[str, Any], what: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     p = parser("benchmarks.scaling", __doc__, repeats=3)
-    p.add_argument("--figure", help="also draw them into this .png or .svg")
-    return run(p, arguments, measure, outputs=("figure",))
+    p.add_argument("--figure", type=figure_file, help="also draw them into this .png or .svg")
+    return run(p, arguments, measure)
 
 
 if __name__ == "__main__":

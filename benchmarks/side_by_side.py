@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from analysis.commands.cli import OneLineParser, check_counts, run_command
+from analysis.commands.cli import OneLineParser, count, json_file, run_command
 from analysis.commands.provenance import provenance
 from lance_ref.algebra.kernels import threads as kernels
 from lance_ref.io.whole_file import write_json
@@ -251,10 +251,10 @@ class Target:
 def parser(module: str, doc: str | None, repeats: int) -> argparse.ArgumentParser:
     """The options that every benchmark has; its description is the first paragraph of ``doc``."""
     p = OneLineParser(prog=f"python -m {module}", description=(doc or "").split("\n\n")[0])
-    p.add_argument("--threads", type=int, default=2, help="of every side (default: %(default)s)")
-    p.add_argument("--repeats", type=int, default=repeats, help="counted turns of each side (default: %(default)s)")
+    p.add_argument("--threads", type=count, default=2, help="of every side (default: %(default)s)")
+    p.add_argument("--repeats", type=count, default=repeats, help="counted turns of each side (default: %(default)s)")
     p.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    p.add_argument("--output", help="also write the figures as JSON")
+    p.add_argument("--output", type=json_file, help="also write the figures as JSON")
     p.set_defaults(module=module)
     return p
 
@@ -264,8 +264,6 @@ def run(
     arguments: Sequence[str] | None,
     measure: Callable[[argparse.Namespace], dict[str, Any]],
     peers: Sequence[str] = (),
-    counts: Sequence[str] = (),
-    outputs: Sequence[str] = (),
 ) -> int:
     """Parse, pin, measure, judge and write; gives the exit code, which is 0 if a target is missed, too.
 
@@ -280,12 +278,9 @@ def run(
         which are for the full sizes.
     peers : sequence of str
         Libraries that take part, if they are installed.
-    counts, outputs : sequence of str
-        Names of options beside those of :func:`parser` that are positive integers, or name files to write.
     """
 
     def work(options: argparse.Namespace) -> None:
-        check_counts(options, ("threads", "repeats", *counts))
         with pinned(options.threads, peers) as threads:
             versions = {**provenance(options.module, 0)["versions"], **{k: v for k, v in peer_versions().items() if v}}
             print(
@@ -300,4 +295,4 @@ def run(
             document |= {**found, "targets": [target.as_json() for target in targets]}
             write_json(options.output, document)
 
-    return run_command(p, arguments, work, ("output", *outputs))
+    return run_command(p, arguments, work)

@@ -1,1 +1,1 @@
-"""What all commands share: checks of options, provenance of results, and runs of many cells."""
+"""What all commands share: options and their checks, printing, Ctrl-C, provenance of results, runs of many cells."""

@@ -93,9 +93,8 @@ def run_command(
     parser: argparse.ArgumentParser | Callable[[], argparse.ArgumentParser],
     arguments: Sequence[str] | None,
     work: Callable[[Any], int | None],
-    outputs: Sequence[str] = (),
 ) -> int:
-    """Load plug-ins, parse, look whether outputs can be written, work; whatever the user did wrong is said in one line.
+    """Load plug-ins, parse, and work; whatever the user did wrong is said in one line.
 
     Parameters
     ----------
@@ -105,8 +104,6 @@ def run_command(
         Those of the process by default.
     work : callable
         Gets the options; gives the exit code, or None for 0.
-    outputs : sequence of str
-        Names of options that name files to write, and whose type is not an :class:`OutputFile`.
 
     Returns
     -------
@@ -122,9 +119,6 @@ def run_command(
     options = parser.parse_args(arguments)
     try:
         shipped.check_own_packages()
-        for name in outputs:
-            if getattr(options, name):
-                check_writable(getattr(options, name), f"--{name}")
         code = work(options)
         sys.stdout.flush()  # a reader who has gone away is noticed here, not at exit
     except BrokenPipeError:
@@ -320,6 +314,20 @@ def folder_to_write(text: str) -> str:
     return text
 
 
+def add_sweep(parser: argparse.ArgumentParser, folder: str, of: str = "of finished runs") -> None:
+    """The options of a command that runs many cells: ``--folder``, ``--jobs`` and ``--scheduler``."""
+    parser.add_argument("--folder", type=folder_to_write, default=folder, help=f"{of} (%(default)s)")
+    parser.add_argument("--jobs", type=few, default=2, help="processes, one thread each (2)")
+    parser.add_argument(
+        "--scheduler", type=scheduler_address, help="address of a Dask scheduler, in place of processes of this machine"
+    )
+
+
+def check_sweep(options: argparse.Namespace) -> None:
+    """Raise ValueError for ``--jobs`` beside ``--scheduler``, which has processes of its own."""
+    check_effect(options, "jobs", options.scheduler is None, "a run without --scheduler")
+
+
 # ---- options beside each other -------------------------------------------------------------------
 
 
@@ -373,14 +381,6 @@ def check_once(options: argparse.Namespace, name: str) -> None:
     if len(set(values)) < len(values):
         shown = " ".join(str(value) for value in values)
         raise ValueError(f"--{name.replace('_', '-')} is {shown}, expected each once")
-
-
-def check_counts(options: argparse.Namespace, names: Sequence[str]) -> None:
-    """Raise ValueError unless these options are positive integers, or were not given."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a positive integer")
 
 
 def check_writable(output: str, option: str = "--output") -> None:

@@ -151,9 +151,7 @@ def cost(
     batch : int, optional
         Images of a step, 128 by default; a traced step has its own, and its own shapes, dtype and tuning.
     method : str or sequence of str, optional
-        Names of :data:`analysis.steps.methods.METHODS`, or ``"all"``; "bp" and "lance" by default. Those at "lance"'s
-        ranks are "lance-mean-free" (orthogonal to the mean activation), "lance-center" (of the activation without it),
-        "hosvd" and "asi".
+        Names of :data:`analysis.steps.methods.METHODS`, or ``"all"``; "bp" and "lance" by default.
     image_size : int, optional
     num_classes : int, optional
         For names, 1000 by default, and for factories that take it; a net that has another number is an error.

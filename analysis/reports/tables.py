@@ -263,7 +263,7 @@ def explain(report: Report) -> list[str]:
         whole = found["tape + factors"]
         if whole is not None and whole < 1 / SAME:
             told.append(f"{method} takes more memory than bp here: what this library keeps {change(whole)}.")
-    lances = [method for method in ratios if method.startswith("lance")]
+    lances = [method for method in ratios if method in report.calibration]
     of_tape, beside = ", what this library keeps for the backward pass,", ", which stay in memory beside it,"
     for method in lances or list(ratios or totals):
         kept = {"tape": totals[method].activation_bytes["tape"], "tape + factors": totals[method].tape_and_factors}

@@ -51,15 +51,8 @@ CALIBRATION_BATCHES = Setting("calibration_batches", 100, count, "batches from w
 # ---- what is kept ------------------------------------------------------------------------------
 
 
-def _lance(layer: TunedLayer) -> ActivationStore:
-    """With random subspaces: bytes and multiply-adds depend on the ranks alone."""
-    from lance_ref.algebra.subspace import Subspace
-    from lance_ref.stores import Lance
-
-    return Lance(Subspace.random(layer.shape, layer.ranks, layer.rng), dtype=layer.dtype)
-
-
-def _lance_center(layer: TunedLayer) -> ActivationStore:
+def _lance(layer: TunedLayer, centred: bool = False) -> ActivationStore:
+    """With random subspaces, and a mean of ones: bytes and multiply-adds depend on the ranks alone."""
     from dataclasses import replace
 
     import numpy as np
@@ -69,8 +62,9 @@ def _lance_center(layer: TunedLayer) -> ActivationStore:
     from lance_ref.stores import Lance
 
     space = Subspace.random(layer.shape, layer.ranks, layer.rng)
-    mean = np.ones(layer.shape[feature_mode(layer.shape)])
-    return Lance(replace(space, frame=Frame(None, mean)), dtype=layer.dtype)
+    if centred:
+        space = replace(space, frame=Frame(None, np.ones(layer.shape[feature_mode(layer.shape)])))
+    return Lance(space, dtype=layer.dtype)
 
 
 def _described_lance(layer: TunedLayer) -> Description:
@@ -183,7 +177,7 @@ method(
 )  # fmt: skip
 method(
     "lance-center", "as lance, of the activation without its mean, whose gradient is added exactly",
-    settings=(CALIBRATION_BATCHES,), make=_lance_center,
+    settings=(CALIBRATION_BATCHES,), make=lambda layer: _lance(layer, centred=True),
     describe=lambda layer: {**_described_lance(layer), "centred": True}, ranks="given", calibration="center",
     fidelity=OTHER_SPECTRA,
 )  # fmt: skip

@@ -220,32 +220,43 @@ def _changed(method: Method, step: TracedStep, settings: Settings) -> MethodStep
 # ---- on the command line -----------------------------------------------------------------------
 
 
-def add_settings(parser: argparse.ArgumentParser, grids: bool = False) -> None:
-    """An option for every setting of the registered methods.
+def add_settings(
+    parser: argparse.ArgumentParser,
+    methods: Mapping[str, Any] = METHODS,
+    grids: bool = False,
+    later: Mapping[str, Any] | None = None,
+) -> None:
+    """An option for every setting of methods.
 
     Parameters
     ----------
     parser : ArgumentParser
+    methods : mapping of name to method
+        With ``settings`` each. Default: those of the register.
     grids : bool
         Whether an option takes several values, by default the setting's grid, as the planner does. Settings without a
         grid are left out then.
+    later : mapping of setting to default, optional
+        Of settings whose default is only known beside other options: the option is None where it is not given.
 
     Raises
     ------
     ValueError
         If the command has an option of that name already.
     """
-    for setting in KNOWN.values():
+    for setting in {setting.name: setting for method in methods.values() for setting in method.settings}.values():
         if grids and setting.grid is None:
             continue
-        heeding = ", ".join(name for name, of in METHODS.items() if setting in of.settings)
-        many: dict[str, Any] = {"nargs": "+", "default": list(setting.grid or ())} if grids else {}
-        shown = many.get("default", [setting.default])
-        default = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in shown if value)
-        help = f"{setting.help}, of {heeding}{f' ({default})' if default else ''}"
+        heeding = ", ".join(name for name, of in methods.items() if setting in of.settings)
+        default = (later or {}).get(setting.name, setting.default)
+        several: dict[str, Any] = {"nargs": "+", "default": list(setting.grid or ())} if grids else {}
+        stated = several.get("default", [default])
+        shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in stated if value)
+        one = {"default": None if later and setting.name in later else default}
         try:
             parser.add_argument(
-                setting.option, type=setting.check, help=help, **{"default": setting.default, **many}
+                setting.option, type=setting.check,
+                help=f"{setting.help}, of {heeding}{f' ({shown})' if shown else ''}", **(several or one),
             )  # fmt: skip
         except argparse.ArgumentError:
             raise ValueError(

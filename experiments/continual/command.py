@@ -16,13 +16,14 @@ from typing import Any
 
 from analysis.commands.cli import (
     OneLineParser,
+    add_sweep,
     check_effect,
     check_once,
+    check_sweep,
     count,
     few,
     figure_file,
     fill_in,
-    folder_to_write,
     integer,
     json_file,
     markdown_file,
@@ -30,7 +31,6 @@ from analysis.commands.cli import (
     positive,
     run_command,
     run_main,
-    scheduler_address,
     share,
     share_below_one,
 )
@@ -115,13 +115,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--basis-samples", type=count, help="images for subspaces and protected directions")
     p.add_argument("--memory", type=count, help="images that er keeps, of all tasks")
     p.add_argument("--eval-batch", type=count, help="images at a time in evaluation")
-    p.add_argument(
-        "--folder", type=folder_to_write, default="runs/continual", help="of finished and stopped runs (%(default)s)"
-    )
-    p.add_argument("--jobs", type=few, default=2, help="processes, one thread each (2)")
-    p.add_argument(
-        "--scheduler", type=scheduler_address, help="address of a Dask scheduler, in place of processes of this machine"
-    )
+    add_sweep(p, "runs/continual", "of finished and stopped runs")
     p.add_argument("--output", type=json_file, help="write the results as JSON")
     p.add_argument("--table", type=markdown_file, help="write the table as Markdown")
     p.add_argument(
@@ -144,7 +138,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     fill_in(options, {**defaults, **QUICK} if options.quick else defaults)
     check_once(options, "learners")
     chosen = set(options.learners)
-    check_effect(options, "jobs", options.scheduler is None, "a run without --scheduler")
+    check_sweep(options)
     check_effect(options, "memory", "er" in chosen, "the learner er")
     check_effect(options, "epsilon", bool(chosen & {"lance", "lance-no-batch"}), "a learner of lance, lance-no-batch")
     for name in ("threshold", "threshold_step", "basis_samples"):

@@ -17,16 +17,17 @@ from typing import Any
 
 from analysis.commands.cli import (
     OneLineParser,
+    add_sweep,
     built_in_net,
     check_effect,
     check_once,
+    check_sweep,
     check_tune,
     count,
     data_set,
     few,
     figure_file,
     fill_in,
-    folder_to_write,
     json_file,
     markdown_file,
     name_of,
@@ -34,7 +35,6 @@ from analysis.commands.cli import (
     positive,
     run_command,
     run_main,
-    scheduler_address,
 )
 
 CELL = "experiments.finetune.cell:run"
@@ -53,7 +53,8 @@ MODES = ("batch", "channel", "height", "width")
 
 
 def parser() -> argparse.ArgumentParser:
-    from experiments.finetune.methods import all_settings, methods
+    from analysis.steps.register import add_settings
+    from experiments.finetune.methods import methods
 
     known = methods()
     p = OneLineParser(
@@ -69,13 +70,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"any of {', '.join(known)}; METHOD@VALUE sets its first setting (all)",
     )  # fmt: skip
     p.add_argument("--recipe", nargs="+", choices=["papers", "tuned"], help="one learning rate, or each its own best")
-    for name, setting in all_settings().items():
-        takers = ", ".join(method for method, of in known.items() if setting in of.settings)
-        default = DEFAULTS.get(name, setting.default)
-        p.add_argument(
-            setting.option, type=setting.check, default=None if name in DEFAULTS else default,
-            help=f"{setting.help}, of {takers}{'' if default is None else f' ({default:g})'}",
-        )  # fmt: skip
+    add_settings(p, known, later=DEFAULTS)
     p.add_argument(
         "--modes", type=name_of(lambda: MODES), nargs="+", default=list(MODES), metavar="MODE",
         help="modes that LANCE compresses (all four)",
@@ -94,11 +89,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image-size", type=pixels, help="pixels (what the net was trained with)")
     p.add_argument("--train-images", type=count, help="at most so many, spread over the classes (all)")
     p.add_argument("--test-images", type=count, help="(all)")
-    p.add_argument("--folder", type=folder_to_write, default="runs/finetune", help="of finished runs (%(default)s)")
-    p.add_argument("--jobs", type=few, default=2, help="processes, one thread each (2)")
-    p.add_argument(
-        "--scheduler", type=scheduler_address, help="address of a Dask scheduler, in place of processes of this machine"
-    )
+    add_sweep(p, "runs/finetune")
     p.add_argument("--output", type=json_file, help="write the results as JSON")
     p.add_argument("--table", type=markdown_file, help="write the table as Markdown")
     p.add_argument("--figure", type=figure_file, help="draw accuracy against bytes, .png or .svg")
@@ -127,7 +118,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     check_effect(options, "lr", "papers" in options.recipe, "--recipe papers")
     check_effect(options, "lr_grid", tuned, "--recipe tuned")
     check_effect(options, "tuning_epochs", tuned, "--recipe tuned")
-    check_effect(options, "jobs", options.scheduler is None, "a run without --scheduler")
+    check_sweep(options)
     with_modes = [name for name, of in known.items() if of.modes]
     open_modes = any(settings["method"] in with_modes for settings in own)
     check_effect(options, "modes", open_modes, f"a method of {', '.join(with_modes)}")

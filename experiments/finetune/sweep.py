@@ -15,21 +15,19 @@ from typing import Any
 from analysis.commands.chance import sentence
 from analysis.commands.cli import (
     OneLineParser,
+    add_sweep,
     built_in_net,
-    check_effect,
     check_once,
+    check_sweep,
     check_tune,
     count,
     data_set,
-    few,
     figure_file,
     fill_in,
-    folder_to_write,
     json_file,
     positive,
     run_command,
     run_main,
-    scheduler_address,
     seed,
 )
 from analysis.reports.figures import save_figure
@@ -69,11 +67,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--test-images", type=count, default=2000, help="at most so many (%(default)s)")
     p.add_argument("--lr", type=positive, help=f"({PAPERS_LR})")
     p.add_argument("--seed", type=seed, default=0, help="(%(default)s)")
-    p.add_argument("--folder", type=folder_to_write, default="runs/finetune", help="of finished runs (%(default)s)")
-    p.add_argument("--jobs", type=few, default=2, help="processes, one thread each (2)")
-    p.add_argument(
-        "--scheduler", type=scheduler_address, help="address of a Dask scheduler, in place of processes of this machine"
-    )
+    add_sweep(p, "runs/finetune")
     p.add_argument("--output", type=json_file, help="write the results as JSON")
     p.add_argument("--figure", type=figure_file, help="draw accuracy against bytes, .png or .svg")
     return p
@@ -213,7 +207,7 @@ def work(options: argparse.Namespace) -> None:
     """Check, run, show and write."""
     fill_in(options, QUICK if options.quick else DEFAULTS)
     check_once(options, "batch")
-    check_effect(options, "jobs", options.scheduler is None, "a run without --scheduler")
+    check_sweep(options)
     for selection in {options.tune, *(setting["changes"].get("tune", options.tune) for setting in settings(options))}:
         check_tune(options.net, selection)
     points = run(options)

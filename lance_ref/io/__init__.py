@@ -1,1 +1,1 @@
-"""Files and progress: whole-file writing, arrays on disk, and what a long run prints."""
+"""Files, progress, Ctrl-C and plug-ins: whole-file writing, arrays on disk, what a long run prints and how it stops."""

@@ -15,7 +15,6 @@ from analysis import plan
 from analysis import spectra as spectra_cli
 from analysis.cost_model import cost
 from lance_ref import datasets, nn
-from lance_ref.io.whole_file import read_bytes
 
 OWN = """
 import numpy as np
@@ -163,16 +162,3 @@ def test_what_never_ends_is_not_read(option: str, capsys: pytest.CaptureFixture[
         assert "is no ordinary file" in error
         assert path in error
         assert error.count("\n") == 1
-
-
-def test_no_more_is_read_than_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file whose size says less than it holds, as those of /proc do; and one that is exactly as large."""
-    path = tmp_path / "file"
-    path.write_bytes(b"12345")
-    assert read_bytes(path, 5) == b"12345"
-    with pytest.raises(ValueError, match="5 bytes, expected at most 4"):
-        read_bytes(path, 4)
-    status = os.stat_result((0o100644, *[0] * 9))
-    monkeypatch.setattr("lance_ref.io.opening.os.fstat", lambda descriptor: status)
-    with pytest.raises(ValueError, match="more than 4 bytes"):
-        read_bytes(path, 4)

@@ -1,0 +1,455 @@
+"""From segments to instructions and arrays: what is alive when, and where it lies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lance_ref.device.arena import Array, live_bytes, place
+from lance_ref.device.graph import Conv, Graph, Node
+from lance_ref.device.instructions import Backward, Forward, Loss, Plan, Update
+from lance_ref.device.layers import Core, Input, Layer, Pixels
+from lance_ref.device.segments import ELEMENTWISE, Segment, consumers, segments
+from lance_ref.device.windows import Span, needed, size_of, union, whole
+from lance_ref.engine.tensor import Shape
+
+Factors = tuple[np.ndarray | None, ...]
+"""U of channels or features, of height and of width; None for a mode left alone."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a step trains, whatever it is compiled to.
+
+    Attributes
+    ----------
+    factors : mapping of layer path to Factors
+        Layers that keep a core. Other layers whose weight trains keep their input.
+    in_subspace : bool
+        Whether D trains, in W = W_0 + D ×₂ U, where that is smaller than W.
+    forward : {"auto", "factored", "merged"}
+        How D comes into the forward pass.
+    has_sums : bool
+        Whether gradients are added up before an update.
+    head : str
+        Path of the classifier.
+    pixels : Pixels or None
+        How an image in bytes is read; None for images of floats.
+    """
+
+    factors: Mapping[str, Factors]
+    in_subspace: bool
+    forward: str
+    has_sums: bool
+    head: str
+    pixels: Pixels | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the compiler is free to choose.
+
+    Attributes
+    ----------
+    heads : mapping of Node to bool
+        See :func:`lance_ref.device.segments.segments`.
+    tiled : int
+        How many segments, from the first, run tile by tile; 0 for none.
+    tile : pair of int
+        Height and width of a tile of the last of these segments' output.
+    """
+
+    heads: Mapping[Node, bool]
+    tiled: int = 0
+    tile: tuple[int, int] = (0, 0)
+
+
+@dataclass(eq=False)
+class Layout:
+    """A step whose arrays have addresses.
+
+    Attributes
+    ----------
+    tiles : list of list of Forward
+        The instructions of each tile.
+    forward : list of Forward
+        Those after the tiles.
+    loss, backward, update
+        The others, in order.
+    arrays : list of Array
+    times : list of str
+        The title of each instruction, by the number in ``Array.first``.
+    image, logits : Array
+    layers : dict of str to Layer
+        Those that train, by path.
+    recomputed_macs : int
+        Multiply-adds of halos that several tiles compute.
+    """
+
+    choice: Choice
+    segments: list[Segment]
+    tiles: list[list[Forward]]
+    forward: list[Forward]
+    loss: Loss
+    backward: list[Backward]
+    update: Update | None
+    arrays: list[Array]
+    times: list[str]
+    image: Array
+    logits: Array
+    layers: dict[str, Layer]
+    recomputed_macs: int = 0
+    ram_bytes: int = 0
+    lower_bound_bytes: int = field(init=False)
+    live: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.live = [int(n) for n in live_bytes(self.arrays, len(self.times))]
+        self.lower_bound_bytes = max(self.live)
+
+    def place(self) -> None:
+        """Give every array its address."""
+        self.ram_bytes = place(self.arrays)
+
+
+class NotTiledError(ValueError):
+    """These segments cannot run tile by tile."""
+
+
+def lay_out(graph: Graph, recipe: Recipe, choice: Choice) -> Layout:
+    """The layout of a choice; addresses are given by :meth:`Layout.place`.
+
+    Raises
+    ------
+    NotTiledError
+        If the segments that are to run in tiles train, or something after them needs what they leave inside.
+    """
+    return _Builder(graph, recipe, choice).build()
+
+
+class _Builder:
+    def __init__(self, graph: Graph, recipe: Recipe, choice: Choice) -> None:
+        self.graph, self.recipe, self.choice = graph, recipe, choice
+        self.dtype = graph.dtype
+        self.segments = segments(graph, choice.heads)
+        self.arrays: list[Array] = []
+        self.trained: dict[str, Layer] = {}
+        self.layers: dict[Node, Layer] = {}
+        self.maps: dict[int, Array] = {}
+        self.gradients: dict[int, Array] = {}
+        self.draws: Array | None = None
+
+    def build(self) -> Layout:
+        g, n = self.graph, self.choice.tiled
+        tiled, rest = self.segments[:n], self.segments[n:]
+        spans = self._tile_spans(tiled) if n else []
+        C, H, W = g.shapes[0]
+        in_bytes = self.recipe.pixels is not None
+        image = self._array("image", (H, W, C) if in_bytes else (C, H, W), np.uint8 if in_bytes else self.dtype, "image")
+        self.maps[0] = image
+        if any(node.op == "dropout" for node in g.nodes):
+            self.draws = self._array("counter of random numbers", (1,), np.uint32, "trained")
+        self._place_maps(tiled, spans)
+        plans = [self._plan(segment, [s for s in spans] if i < n else []) for i, segment in enumerate(self.segments)]
+        full = {number: whole(shape[1:]) for number, shape in g.shapes.items()}  # type: ignore[arg-type]
+        tiles = [[Forward(plan, part, True) for plan in plans[:n]] for part in spans]
+        forward = [Forward(plan, full) for plan in plans[n:]]
+        logits = self.maps[g.output]
+        loss = Loss(logits, self._gradient(g.output))
+        needs = frozenset(g.needs_gradient)
+        backward = [Backward(plan, needs) for plan in reversed(plans[n:]) if plan.segment.output in needs]
+        self._first_uses(backward)
+        pairs = [pair for layer in self.trained.values() for pair in layer.gradients.items()]
+        update = Update(pairs) if pairs else None
+        del rest
+        steps: list[Any] = [*(tiles[0] if tiles else []), *forward, loss, *backward, *([update] if update else [])]
+        self._lifetimes(steps, n, plans)
+        layout = Layout(
+            self.choice, self.segments, tiles, forward, loss, backward, update, self.arrays,
+            [step.name for step in steps], image, logits, self.trained,
+        )  # fmt: skip
+        once = {number: [whole(shape[1:])] for number, shape in g.shapes.items()}  # type: ignore[arg-type]
+        parts = {number: [part[number] for part in spans] for number in (spans[0] if spans else ())}
+        layout.recomputed_macs = _macs(tiled, parts) - _macs(tiled, once) if n else 0
+        return layout
+
+    # ---- arrays ---------------------------------------------------------------------------------
+
+    def _array(self, name: str, shape: Shape, dtype: Any, kind: str) -> Array:
+        array = Array(name, tuple(int(n) for n in shape), np.dtype(dtype), kind)
+        self.arrays.append(array)
+        return array
+
+    def _place_maps(self, tiled: Sequence[Segment], spans: Sequence[Mapping[int, Span]]) -> None:
+        """Every segment's output; one that is added to a map which nothing else needs later takes its place."""
+        kept = {s.source for s in self.segments for node in s.nodes if self._keeps_source(s, node)}
+        last = {number: i for i, s in enumerate(self.segments) for number in (s.source, s.residual)}
+        for i, segment in enumerate(self.segments):
+            C, H, W = self.graph.shapes[segment.output]
+            inside = i < len(tiled) - 1
+            if inside:
+                H, W = _largest(part[segment.output] for part in spans)
+            added = segment.residual
+            free = added is not None and added not in kept and last[added] == i and added not in (segment.source, 0)
+            if free and added is not None and i >= len(tiled):
+                self.maps[segment.output] = self.maps[added]
+            else:
+                name = f"map of {_named(segment)}"
+                self.maps[segment.output] = self._array(name, (C, H, W), self.dtype, "tiles" if inside else "maps")
+
+    def _gradient(self, number: int) -> Array:
+        if number not in self.gradients:
+            name = next(f"gradient of map of {_named(s)}" for s in self.segments if s.output == number)
+            self.gradients[number] = self._array(name, self.graph.shapes[number], self.dtype, "maps")
+        return self.gradients[number]
+
+    def _keeps_source(self, segment: Segment, node: Node) -> bool:
+        """Whether a layer keeps the source of its segment as it is."""
+        conv = node.conv
+        exact = conv is not None and conv.weight_name is not None and conv.path not in self.recipe.factors
+        return exact and node.inputs[0] == segment.source
+
+    def _plan(self, segment: Segment, spans: Sequence[Mapping[int, Span]]) -> Plan:
+        g, needs = self.graph, self.graph.needs_gradient
+        for node in segment.nodes:
+            if node.conv is not None:
+                self.layers[node] = self._layer(segment, node, node.conv)
+        plan = Plan(
+            segment, g.shapes, self.layers, self.maps, gradients=self.gradients, pixels=self.recipe.pixels,
+            draws=self.draws if any(node.op == "dropout" for node in segment.everything) else None,
+        )  # fmt: skip
+        inner = [segment.head, *segment.body]
+        first_body = segment.body[0] if segment.body else None
+        if segment.head is None and first_body is not None and first_body.op in ELEMENTWISE:
+            plan.channels[segment.source] = self._channel(segment.source, spans)
+        for node in inner:
+            if node is not None and (node is segment.head or node.op not in ELEMENTWISE):
+                plan.channels[node.output] = self._channel(node.output, spans)
+        for node in (*segment.body, *segment.post):
+            if node.inputs[0] in needs:
+                shape = self._mask(node)
+                if shape is not None:
+                    plan.masks[node] = self._array(f"signs of {_node(node)}", shape[0], shape[1], "masks")
+        if segment.output in needs:
+            self._gradient(segment.output)
+            before_tail = inner[-1].output if inner[-1] is not None else segment.source
+            if segment.tail is not None and before_tail in needs:
+                self._step(plan, before_tail)
+            for node in segment.body:
+                if node.op not in ELEMENTWISE and node.inputs[0] in needs:
+                    self._step(plan, node.inputs[0])
+        return plan
+
+    def _channel(self, number: int, spans: Sequence[Mapping[int, Span]]) -> Array:
+        H, W = self.graph.shapes[number][1:]
+        if spans:
+            H, W = _largest(part[number] for part in spans)
+        return self._array(f"channel {number}", (H, W), self.dtype, "channels")
+
+    def _step(self, plan: Plan, number: int) -> None:
+        plan.steps.setdefault(number, self._array(f"gradient of channel {number}", self.graph.shapes[number][1:], self.dtype, "channels"))
+
+    def _mask(self, node: Node) -> tuple[Shape, Any] | None:
+        C, H, W = self.graph.shapes[node.output]
+        if node.op in ("relu", "relu6", "dropout"):
+            return (C, -(-H * W // 8)), np.uint8
+        if node.op == "hardswish":
+            return (C, H * W), self.dtype
+        if node.op == "max_pool":
+            assert node.window is not None
+            return (C, H * W), np.uint8 if math.prod(node.window.kernel) <= 256 else np.uint16
+        return None
+
+    # ---- layers ---------------------------------------------------------------------------------
+
+    def _layer(self, segment: Segment, node: Node, conv: Conv) -> Layer:
+        recipe = self.recipe
+        C, H, W = self.graph.shapes[node.inputs[0]]
+        layer = Layer(conv, (H, W), self.graph.shapes[node.output][1:])  # type: ignore[arg-type]
+        if not conv.trains:
+            return layer
+        self.trained[conv.path] = layer
+        kind = "head" if conv.path == recipe.head else "trained"
+        reaches = node.inputs[0] in self.graph.needs_gradient
+        if conv.weight_name is not None:
+            factors = recipe.factors.get(conv.path)
+            if factors is not None:
+                layer.keeps = self._core(conv, (C, H, W), factors, node is segment.head or node is segment.tail)
+                U = factors[0]
+                if recipe.in_subspace and U is not None and conv.groups == 1 and U.shape[1] < len(U):
+                    self._subspace(layer, conv, U.shape[1], (H, W), reaches)
+            else:
+                alias = self._keeps_source(segment, node)
+                array = self.maps[segment.source] if alias else self._array(f"input of {conv.path}", (C, H, W), self.dtype, "kept")
+                pixels = recipe.pixels if alias and segment.source == 0 else None
+                layer.keeps = Input(array, not alias, pixels)
+            if layer.change is None:
+                layer.weight = self._array(conv.weight_name, conv.weight.shape, self.dtype, kind)
+        if conv.bias_name is not None:
+            layer.bias = self._array(conv.bias_name, conv.shift.shape, self.dtype, kind)
+        if recipe.has_sums:
+            for array in layer.trained:
+                kind = "head" if kind == "head" else "gradients"
+                layer.gradients[array] = self._array(f"gradient of {array.name}", array.shape, self.dtype, kind)
+        return layer
+
+    def _core(self, conv: Conv, shape: Shape, factors: Factors, at_once: bool) -> Core:
+        C, H, W = shape
+        U, rows, columns = (None if f is None else np.ascontiguousarray(f, self.dtype) for f in factors)
+        if conv.is_linear and U is not None:
+            return Core(self._array(f"core of {conv.path}", (U.shape[1], 1, 1), self.dtype, "kept"), U.reshape(C, H, W, -1))
+        h, w = (n if f is None else f.shape[1] for n, f in ((H, rows), (W, columns)))
+        R = C if U is None else U.shape[1]
+        array = self._array(f"core of {conv.path}", (R, h, w), self.dtype, "kept")
+        scratch = []
+        if rows is not None or columns is not None:
+            half = max(h * W, H * w)
+            scratch.append(self._array(f"half of {conv.path}", (half,), self.dtype, "channels"))
+            if at_once and conv.groups == 1:
+                scratch.append(self._array(f"expanded core of {conv.path}", (R, H, W), self.dtype, "channels"))
+            else:
+                scratch.append(self._array(f"expanded channel of {conv.path}", (H, W), self.dtype, "channels"))
+        basis = None if U is None else U.reshape(C, 1, 1, -1)
+        return Core(array, basis, rows, columns, (H, W), tuple(scratch), at_once and conv.groups == 1)
+
+    def _subspace(self, layer: Layer, conv: Conv, rank: int, size: tuple[int, int], reaches: bool) -> None:
+        C_out, C_in, k_h, k_w = conv.weight.shape
+        kernel = (1, 1) if conv.is_linear else (k_h, k_w)
+        name = f"change of {conv.weight_name}"
+        layer.change = self._array(name, (C_out, rank, *kernel), self.dtype, "trained")
+        places = math.prod(layer.output_size)
+        merged = C_out * C_in * rank * math.prod(kernel)
+        factored = C_out * rank * math.prod(kernel) * places
+        has_modes = isinstance(layer.keeps, Core) and bool(layer.keeps.scratch)
+        factored += C_in * rank * math.prod(size) if has_modes else 0
+        if self.recipe.forward == "auto":
+            layer.is_merged = not conv.is_linear and merged < factored
+        else:
+            layer.is_merged = self.recipe.forward == "merged" and not conv.is_linear
+        if layer.is_merged:
+            return
+        inner = (1, 1) if conv.is_linear else size
+        if has_modes:
+            layer.projected = self._array(f"projected input of {conv.path}", (rank, *inner), self.dtype, "channels")
+        if reaches:
+            layer.returned = self._array(f"returned gradient of {conv.path}", (rank, *inner), self.dtype, "channels")
+
+    # ---- tiles and lifetimes -------------------------------------------------------------------
+
+    def _tile_spans(self, tiled: Sequence[Segment]) -> list[dict[int, Span]]:
+        """For each tile the part of every map that it needs, from the last output back to the image."""
+        g = self.graph
+        inside = {segment.output for segment in tiled[:-1]} | {node.output for s in tiled for node in s.everything}
+        inside -= {tiled[-1].output}
+        for segment in self.segments[len(tiled) :]:
+            if {segment.source, segment.residual} & inside:
+                raise NotTiledError(f"a map that {_named(segment)} needs is made in tiles")
+        for segment in tiled:
+            nodes = segment.everything
+            if segment.trains or any(n.op in ("adaptive_pool", "dropout") or (n.conv and n.conv.is_linear) for n in nodes):
+                raise NotTiledError(f"{_named(segment)} cannot run in tiles")
+        _, H, W = g.shapes[tiled[-1].output]
+        tile_h, tile_w = self.choice.tile
+        tiles = []
+        for top in range(0, H, tile_h):
+            for left in range(0, W, tile_w):
+                part: dict[int, Span] = {}
+                self._need(part, tiled[-1].output, ((top, min(top + tile_h, H)), (left, min(left + tile_w, W))))
+                for segment in reversed(tiled):
+                    for node in reversed(segment.everything):
+                        span = part[node.output]
+                        if node.op == "add":
+                            for number in node.inputs:
+                                self._need(part, number, span)
+                        else:
+                            window = node.conv.window if node.conv is not None else node.window
+                            size = g.shapes[node.inputs[0]][1:]
+                            back = span if window is None else needed(window, span, size)  # type: ignore[arg-type]
+                            self._need(part, node.inputs[0], back)
+                tiles.append(part)
+        return tiles
+
+    @staticmethod
+    def _need(part: dict[int, Span], number: int, span: Span) -> None:
+        part[number] = union(part[number], span) if number in part else span
+
+    def _first_uses(self, backward: Iterable[Backward]) -> None:
+        seen = {self.graph.output}
+        for step in backward:
+            segment = step.plan.segment
+            for number in (segment.residual, segment.source):
+                if number is not None and number in self.gradients:
+                    step.plan.is_first_use.setdefault(number, number not in seen)
+                    seen.add(number)
+
+    def _lifetimes(self, steps: Sequence[Any], tiled: int, plans: Sequence[Plan]) -> None:
+        for time, step in enumerate(steps):
+            for array in step.touches:
+                array.touch(time)
+        for array in self.arrays:
+            if array.kind in ("trained", "gradients", "head"):
+                array.first, array.last = 0, len(steps) - 1
+        if tiled:  # what comes in and what goes out lives through all tiles
+            for array in (self.maps[0], self.maps[self.segments[tiled - 1].output]):
+                array.touch(0)
+                array.touch(tiled - 1)
+        self.maps[0].touch(0)
+        self.arrays[:] = [array for array in self.arrays if array.first >= 0]
+
+
+def _largest(spans: Iterable[Span]) -> tuple[int, int]:
+    sizes = [size_of(span) for span in spans]
+    # One array serves all tiles: the largest that any of them needs.
+    best = max(sizes, key=lambda size: size[0] * size[1])
+    return best
+
+
+def _macs(tiled: Sequence[Segment], spans: Mapping[int, Sequence[Span]]) -> int:
+    """Multiply-adds of the convolutions of these segments, on these parts of their outputs."""
+    total = 0
+    for segment in tiled:
+        for node in segment.nodes:
+            if node.conv is not None:
+                total += node.conv.weight.size * sum(math.prod(size_of(span)) for span in spans[node.output])
+    return total
+
+
+def _named(segment: Segment) -> str:
+    last = segment.everything[-1]
+    convs = [node for node in segment.nodes if node.conv is not None]
+    return _node(convs[-1] if convs else last)
+
+
+def _node(node: Node) -> str:
+    return f"{node.path or node.op}" if node.conv is not None else f"{node.op} {node.output}"
+
+
+def flash(graph: Graph, recipe: Recipe, layers: Mapping[str, Layer]) -> dict[str, np.ndarray]:
+    """What never changes and lies in flash: frozen weights, what is added to channels, and factors."""
+    found: dict[str, np.ndarray] = {}
+    for node in graph.nodes:
+        conv = node.conv
+        if conv is None:
+            continue
+        layer = layers.get(conv.path)
+        if layer is None or layer.weight is None:
+            found[f"{conv.path}.weight"] = conv.weight
+        if conv.shift.any() or conv.bias is None:
+            found[f"{conv.path}.shift"] = conv.shift
+        for name, array in (("weight scale", conv.weight_scale), ("bias scale", conv.bias_scale)):
+            if array is not None:
+                found[f"{conv.path} {name}"] = array
+        if layer is not None and isinstance(layer.keeps, Core):
+            for name, array in (("U", layer.keeps.basis), ("U_h", layer.keeps.rows), ("U_w", layer.keeps.columns)):
+                if array is not None:
+                    found[f"{conv.path} {name}"] = array
+    if recipe.pixels is not None:
+        found["pixel scale"], found["pixel shift"] = recipe.pixels.scale, recipe.pixels.shift
+    return found
+
+
+__all__ = ["Choice", "Factors", "Layout", "NotTiledError", "Recipe", "consumers", "flash", "lay_out"]

@@ -38,6 +38,12 @@ class Array:
         The first and the last instruction that touches it.
     offset : int
         Its address in the arena, in bytes.
+    rows_first : bool
+        Whether a map (C, H, W) lies in memory as (H, C, W).
+    lead : int
+        Bytes in front of its numbers that belong to it; ``over`` begins there.
+    over : Array, optional
+        An array that is written over this one while it is read, from its first byte on, and lives longer.
     """
 
     name: str
@@ -47,11 +53,14 @@ class Array:
     first: int = -1
     last: int = -1
     offset: int = -1
+    rows_first: bool = False
+    lead: int = 0
+    over: Array | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return self.lead + math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def touch(self, time: int) -> None:
         """It is alive at this instruction."""
@@ -111,16 +120,22 @@ def _in_order(arrays: Sequence[Array]) -> tuple[dict[Array, int], int]:
     """First fit: offsets, and the bytes of all."""
     offsets: dict[Array, int] = {}
     end = 0
+    followers = {array.over for array in arrays if array.over is not None}
     for array in arrays:
-        align = np.dtype(array.dtype).itemsize
-        others = sorted((offsets[o], offsets[o] + o.nbytes) for o in offsets if o.meets(array))
+        if array in followers:  # it was placed with the array that it is written over, or will be
+            continue
+        parts = [array] if array.over is None else [array, array.over]
+        align = max(np.dtype(part.dtype).itemsize for part in parts)
+        taken = sorted(
+            {(offsets[o], offsets[o] + o.nbytes, part.nbytes) for o in offsets for part in parts if o.meets(part)}
+        )
         at = 0
-        for start, stop in others:
-            if at + array.nbytes <= start:
-                break
-            at = max(at, -(-stop // align) * align)
-        offsets[array] = at
-        end = max(end, at + array.nbytes)
+        for start, stop, nbytes in taken:
+            if at + nbytes > start:
+                at = max(at, -(-stop // align) * align)
+        for part in parts:
+            offsets[part] = at
+            end = max(end, at + part.nbytes)
     return offsets, end
 
 
@@ -147,8 +162,13 @@ class Memory:
         if key not in self._views:
             nbytes = math.prod(key[1]) * np.dtype(array.dtype).itemsize
             assert nbytes <= array.nbytes, (array.name, key[1], array.shape)
-            raw = self.buffer[array.offset : array.offset + nbytes]
-            self._views[key] = raw.view(array.dtype).reshape(key[1])
+            start = array.offset + array.lead
+            raw = self.buffer[start : start + nbytes].view(array.dtype)
+            if array.rows_first:
+                C, H, W = key[1]
+                self._views[key] = raw.reshape(H, C, W).transpose(1, 0, 2)
+            else:
+                self._views[key] = raw.reshape(key[1])
         return self._views[key]
 
     __getitem__ = view

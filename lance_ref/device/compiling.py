@@ -62,7 +62,7 @@ def compile(  # noqa: A001  (device.compile is what it does)
         each image, which needs no room for gradients.
     budget : int or str, optional
         Bytes that the arena may have, such as ``"256KiB"``. The program with the fewest multiply-adds that fits is
-        chosen. Default: the smallest arena whose tiles recompute at most as much as the network's forward pass.
+        chosen. Default: the smallest arena whose tiles recompute at most twice the network's forward pass.
     method : {"lance", "bp", "bias", "head"}, optional
         LANCE; backpropagation with exact weights and inputs; the biases of the chosen layers; the classifier alone.
         Default: ``"lance"`` with a calibration, ``"bp"`` without.
@@ -175,7 +175,7 @@ def _best(graph: Graph, tried: Sequence[Layout], budget: int | None) -> Layout:
                     return layout
         limit = None
     else:
-        limit = sum(
+        limit = 2 * sum(
             node.conv.weight.size * graph.shapes[node.output][1] * graph.shapes[node.output][2]
             for node in graph.nodes
             if node.conv is not None
@@ -197,7 +197,12 @@ def _tilings(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool]) -> Iterato
     """Layouts without tiles, and with more and more segments in tiles of several sizes."""
     plain = lay_out(graph, recipe, Choice(heads))
     yield plain
+    peak = plain.live.index(plain.lower_bound_bytes)
     for count, segment in enumerate(plain.segments, 1):
+        if count <= peak:  # tiles before the peak do not change it
+            continue
+        if max(plain.live[count:]) == plain.lower_bound_bytes:
+            return
         _, H, W = graph.shapes[segment.output]
         for tile_h in _cuts(H):
             for tile_w in _cuts(W):

@@ -13,7 +13,7 @@ from lance_ref.device.arithmetic import apply, pack
 from lance_ref.device.graph import Node, Window
 from lance_ref.device.layers import Layer, Pixels
 from lance_ref.device.segments import Segment
-from lance_ref.device.windows import Span, size_of, taps, whole
+from lance_ref.device.windows import Span, reach, size_of, whole
 from lance_ref.engine.tensor import Shape
 
 
@@ -409,14 +409,14 @@ def pool(
     assert node.window is not None
     if node.op == "max_pool":
         out[:] = -np.inf
-        for p, q, written, read in taps(node.window, output, source):
+        for p, q, written, read in reach(node.window, output, source).taps:
             larger = h[read] > out[written]
             if place is not None:
                 np.copyto(place[written], p * node.window.kernel[1] + q, where=larger)
             np.maximum(out[written], h[read], out=out[written])
         return
     out[:] = 0
-    for _, _, written, read in taps(node.window, output, source):
+    for _, _, written, read in reach(node.window, output, source).taps:
         out[written] += h[read]
     out /= divisors(node, output, size).astype(out.dtype)
 
@@ -433,7 +433,7 @@ def pool_back(node: Node, g: np.ndarray, gradient: np.ndarray, place: Any) -> No
     assert node.window is not None
     if node.op == "avg_pool":
         g = g / divisors(node, whole(g.shape), gradient.shape).astype(g.dtype)  # type: ignore[arg-type]
-    for p, q, written, read in taps(node.window, whole(g.shape), whole(gradient.shape)):  # type: ignore[arg-type]
+    for p, q, written, read in reach(node.window, whole(g.shape), whole(gradient.shape)).taps:  # type: ignore[arg-type]
         if node.op == "avg_pool":
             gradient[read] += g[written]
         else:

@@ -22,7 +22,7 @@ from lance_ref.device.arithmetic import (
     spread_back,
 )
 from lance_ref.device.graph import Conv, Pair, Window
-from lance_ref.device.windows import Span, taps, whole
+from lance_ref.device.windows import Reach, Span, reach, whole
 from lance_ref.engine.tensor import Shape
 
 
@@ -252,12 +252,12 @@ class Layer:
         """Whether products with D run beside those with W_0."""
         return self.change is not None and not self.is_merged
 
-    def _taps(self) -> Any:
-        return taps(self.conv.window, whole(self.output_size), whole(self.input_size))
+    def _reach(self) -> Reach:
+        return reach(self.conv.window, whole(self.output_size), whole(self.input_size))
 
-    def _core_taps(self) -> Any:
+    def _core_reach(self) -> Reach:
         size = (1, 1) if self.core_window != self.conv.window else self.input_size
-        return taps(self.core_window, whole(self.output_size), whole(size))
+        return reach(self.core_window, whole(self.output_size), whole(size))
 
     # ---- forward: a head makes channels, a tail uses them up ---------------------------------
 
@@ -274,17 +274,17 @@ class Layer:
         """Channel ``o`` of the output from all channels of the input."""
         kernels, inputs = self.row(m, o), self.inputs_of(o)
         out[:] = self.shift(m, o)
-        correlate(out, x[inputs], kernels, taps(self.conv.window, output, source))
+        correlate(out, x[inputs], kernels, reach(self.conv.window, output, source))
         m.count("forward", out.size * kernels.size)
         if self.is_factored:
             D = self._scaled(m[self.change][o][None], [o])[0]  # type: ignore[index]
-            correlate(out, self._projections(m), D, self._core_taps())
+            correlate(out, self._projections(m), D, self._core_reach())
             m.count("forward", out.size * D.size)
 
     def use(self, m: Memory, i: int, x: np.ndarray, out: np.ndarray, output: Span, source: Span) -> None:
         """Add what channel ``i`` of the input gives to all channels of the output."""
         kernels, outputs = self.column(m, i), self.outputs_of(i)
-        spread(out[outputs], x, kernels, taps(self.conv.window, output, source))
+        spread(out[outputs], x, kernels, reach(self.conv.window, output, source))
         m.count("forward", out[outputs].size * math.prod(kernels.shape[1:]))
 
     def finish(self, m: Memory, out: np.ndarray) -> None:
@@ -292,7 +292,7 @@ class Layer:
         if self.is_factored:
             D, S = self._scaled(m[self.change], slice(None)), self._projections(m)  # type: ignore[index]
             for r in range(len(S)):
-                spread(out, S[r], D[:, r], self._core_taps())
+                spread(out, S[r], D[:, r], self._core_reach())
             m.count("forward", out.size * math.prod(D.shape[1:]))
 
     def _projections(self, m: Memory) -> np.ndarray:
@@ -311,14 +311,14 @@ class Layer:
             T, D = m[self.returned], self._scaled(m[self.change], slice(None))  # type: ignore[index]
             T[:] = 0
             for r in range(len(T)):
-                spread_back(T[r], g, D[:, r], self._core_taps())
+                spread_back(T[r], g, D[:, r], self._core_reach())
             m.count("grad_input", g.size * math.prod(D.shape[1:]))
 
     def use_back(self, m: Memory, i: int, g: np.ndarray, gradient: np.ndarray) -> None:
         """The gradient of input channel ``i`` of a tail."""
         kernels, outputs = self.column(m, i), self.outputs_of(i)
         gradient[:] = 0
-        spread_back(gradient, g[outputs], kernels, self._taps())
+        spread_back(gradient, g[outputs], kernels, self._reach())
         m.count("grad_input", g[outputs].size * math.prod(kernels.shape[1:]))
         if self.is_factored:
             self._add_turned(m, i, gradient)
@@ -326,12 +326,12 @@ class Layer:
     def make_back(self, m: Memory, o: int, g: np.ndarray, gradient: np.ndarray) -> None:
         """What output channel ``o`` of a head, or of a depthwise convolution, gives to its input's gradient."""
         kernels, inputs = self.row(m, o), self.inputs_of(o)
-        correlate_back(gradient[inputs], g, kernels, self._taps())
+        correlate_back(gradient[inputs], g, kernels, self._reach())
         m.count("grad_input", g.size * kernels.size)
         if self.is_factored:
             assert self.returned is not None
             D = self._scaled(m[self.change][o][None], [o])[0]  # type: ignore[index]
-            correlate_back(m[self.returned], g, D, self._core_taps())
+            correlate_back(m[self.returned], g, D, self._core_reach())
             m.count("grad_input", g.size * D.size)
 
     def finish_back(self, m: Memory, gradient: np.ndarray) -> None:
@@ -361,20 +361,20 @@ class Layer:
         if trained is None:
             return
         assert self.keeps is not None
-        window, pixels = self.core_window, self._core_taps()
+        places = self._core_reach()
         if self.conv.groups > 1:
             for o in range(outputs.start, outputs.stop):
                 inputs = self.inputs_of(o)
                 for i in range(inputs.start, inputs.stop):
-                    kernel = kernel_gradient(
-                        self.keeps.channel(m, i)[None], g[o - outputs.start][None], pixels, window.kernel
-                    )
+                    one = slice(o - outputs.start, o - outputs.start + 1)
+                    kernel = kernel_gradient(self.keeps.channel(m, i), g[one], places)  # (1, k_h, k_w)
                     m.count("grad_weight", g[0].size * kernel.size)
-                    self._add(m, trained, (slice(o, o + 1), i - inputs.start), self._scaled(kernel[:, 0], slice(o, o + 1)))
+                    row = slice(o, o + 1)
+                    self._add(m, trained, (row, i - inputs.start), self._scaled(kernel, row))
             return
         maps = self.keeps.maps(m)
         for r in range(len(maps)):
-            kernel = kernel_gradient(maps[r][None], g, pixels, window.kernel)[:, 0]  # (n, k_h, k_w)
+            kernel = kernel_gradient(maps[r], g, places)  # (n, k_h, k_w)
             m.count("grad_weight", g.size * math.prod(kernel.shape[1:]))
             kernel = self._scaled(kernel, outputs)
             if self.change is not None or self.basis is None:

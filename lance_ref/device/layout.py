@@ -145,7 +145,7 @@ class _Builder:
 
     def build(self) -> Layout:
         g, n = self.graph, self.choice.tiled
-        tiled, rest = self.segments[:n], self.segments[n:]
+        tiled = self.segments[:n]
         spans = self._tile_spans(tiled) if n else []
         C, H, W = g.shapes[0]
         in_bytes = self.recipe.pixels is not None
@@ -154,7 +154,7 @@ class _Builder:
         if any(node.op == "dropout" for node in g.nodes):
             self.draws = self._array("counter of random numbers", (1,), np.uint32, "trained")
         self._place_maps(tiled, spans)
-        plans = [self._plan(segment, [s for s in spans] if i < n else []) for i, segment in enumerate(self.segments)]
+        plans = [self._plan(segment, spans if i < n else []) for i, segment in enumerate(self.segments)]
         full = {number: whole(shape[1:]) for number, shape in g.shapes.items()}  # type: ignore[arg-type]
         tiles = [[Forward(plan, part, True) for plan in plans[:n]] for part in spans]
         forward = [Forward(plan, full) for plan in plans[n:]]
@@ -165,9 +165,10 @@ class _Builder:
         self._first_uses(backward)
         pairs = [pair for layer in self.trained.values() for pair in layer.gradients.items()]
         update = Update(pairs) if pairs else None
-        del rest
         steps: list[Any] = [*(tiles[0] if tiles else []), *forward, loss, *backward, *([update] if update else [])]
-        self._lifetimes(steps, n, plans)
+        self._lifetimes(steps, n)
+        if n and in_bytes:
+            self._overlap(image, self.maps[tiled[-1].output], spans)
         layout = Layout(
             self.choice, self.segments, tiles, forward, loss, backward, update, self.arrays,
             [step.name for step in steps], image, logits, self.trained,
@@ -386,7 +387,25 @@ class _Builder:
                     step.plan.is_first_use.setdefault(number, number not in seen)
                     seen.add(number)
 
-    def _lifetimes(self, steps: Sequence[Any], tiled: int, plans: Sequence[Plan]) -> None:
+    def _overlap(self, image: Array, output: Array, spans: Sequence[Mapping[int, Span]]) -> None:
+        """The tiles' output is written over rows of the image that no later tile reads.
+
+        Both lie in memory row by row. The output begins so many bytes before the image that it never reaches a row
+        which is still needed: after a row of tiles it ends at or before the first byte that the next row reads.
+        """
+        number = self.segments[self.choice.tiled - 1].output
+        C, H, W = output.shape
+        row, image_row = C * W * self.dtype.itemsize, image.shape[1] * image.shape[2]
+        lead = 0
+        for part in spans:
+            still_read = min(other[0][0][0] for other in spans if other[number][0][0] >= part[number][0][0])
+            lead = max(lead, part[number][0][1] * row - still_read * image_row)
+        lead = -(-lead // self.dtype.itemsize) * self.dtype.itemsize
+        if lead < output.nbytes:
+            output.rows_first, image.lead, image.over = True, lead, output
+            output.first = self.choice.tiled  # until then its bytes are counted as the image's
+
+    def _lifetimes(self, steps: Sequence[Any], tiled: int) -> None:
         for time, step in enumerate(steps):
             for array in step.touches:
                 array.touch(time)

@@ -6,7 +6,10 @@ input that is larger by a halo; outside of the true image there are zeros.
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import numpy as np
 
 from lance_ref.device.graph import Pair, Window
 
@@ -53,32 +56,82 @@ def needed(window: Window, span: Span, size: Pair) -> Span:
     return ends[0], ends[1]
 
 
-@cache
-def taps(window: Window, output: Span, source: Span) -> tuple[Tap, ...]:
-    """For each place of the kernel: the places of the output that see the input there, and what they see.
+@dataclass(frozen=True)
+class Reach:
+    """How one part of a map is computed from one part of another.
 
-    Places are counted from the start of the spans. What would be read outside of ``source`` is padding, and is left out.
-
-    >>> taps(Window((1, 2), before=(0, 1)), ((0, 1), (0, 3)), ((0, 1), (0, 3)))[0]
-    (0, 0, (slice(0, 1, None), slice(1, 3, None)), (slice(0, 1, 1), slice(0, 2, 1)))
+    Attributes
+    ----------
+    window : Window
+    start : pair of int
+        Where the kernel begins for the first place that is written, in the part that is read; negative in the padding.
+    size : pair of int
+        Of the part that is written.
+    available : pair of int
+        Of the part that is read.
     """
-    found = []
-    for p in range(window.kernel[0]):
-        rows = _one_axis(window, 0, p, output[0], source[0])
-        for q in range(window.kernel[1]):
-            columns = _one_axis(window, 1, q, output[1], source[1])
-            if rows and columns:
-                found.append((p, q, (rows[0], columns[0]), (rows[1], columns[1])))
-    return tuple(found)
+
+    window: Window
+    start: Pair
+    size: Pair
+    available: Pair
+
+    @cached_property
+    def taps(self) -> tuple[Tap, ...]:
+        """For each place of the kernel: the places that are written, and what they see there; padding is left out.
+
+        >>> reach(Window((1, 2), before=(0, 1)), ((0, 1), (0, 3)), ((0, 1), (0, 3))).taps[0]
+        (0, 0, (slice(0, 1, None), slice(1, 3, None)), (slice(0, 1, 1), slice(0, 2, 1)))
+        """
+        rows, columns = ([self._tap(axis, p) for p in range(self.window.kernel[axis])] for axis in (0, 1))
+        return tuple(
+            (p, q, (row[0], column[0]), (row[1], column[1]))
+            for p, row in enumerate(rows)
+            for q, column in enumerate(columns)
+            if row is not None and column is not None
+        )
+
+    def _tap(self, axis: int, place: int) -> tuple[slice, slice] | None:
+        stride = self.window.stride[axis]
+        start = self.start[axis] + place * self.window.dilation[axis]
+        first = max(0, -(start // stride))
+        end = min(self.size[axis], (self.available[axis] - 1 - start) // stride + 1)
+        if end <= first:
+            return None
+        low = start + first * stride
+        return slice(first, end), slice(low, low + (end - first - 1) * stride + 1, stride)
+
+    def seen(self, x: np.ndarray) -> np.ndarray:
+        """What every place sees: (..., h, w, k_h, k_w) of maps (..., rows, columns), zero in the padding."""
+        if self.window.kernel == (1, 1) and min(self.start) >= 0:
+            (rows, columns) = (slice(a, a + (n - 1) * s + 1, s) for a, n, s in zip(
+                self.start, self.size, self.window.stride, strict=True))  # fmt: skip
+            return x[..., rows, columns, None, None]
+        ends = [
+            a + (n - 1) * s + d * (k - 1) + 1
+            for a, n, s, d, k in zip(
+                self.start, self.size, self.window.stride, self.window.dilation, self.window.kernel, strict=True
+            )
+        ]
+        padded = np.zeros((*x.shape[:-2], ends[0] - self.start[0], ends[1] - self.start[1]), x.dtype)
+        inside, outside = [], []
+        for axis in (0, 1):
+            low, high = max(self.start[axis], 0), min(ends[axis], self.available[axis])
+            inside.append(slice(low, max(high, low)))
+            outside.append(slice(low - self.start[axis], max(high, low) - self.start[axis]))
+        padded[..., outside[0], outside[1]] = x[..., inside[0], inside[1]]
+        (s_h, s_w), (d_h, d_w) = self.window.stride, self.window.dilation
+        by, bx = padded.strides[-2:]
+        return np.lib.stride_tricks.as_strided(
+            padded,
+            (*x.shape[:-2], *self.size, *self.window.kernel),
+            (*padded.strides[:-2], by * s_h, bx * s_w, by * d_h, bx * d_w),
+            writeable=False,
+        )
 
 
-def _one_axis(window: Window, axis: int, place: int, output: Pair, source: Pair) -> tuple[slice, slice] | None:
-    stride = window.stride[axis]
-    start = output[0] * stride - window.before[axis] + place * window.dilation[axis] - source[0]
-    count, available = output[1] - output[0], source[1] - source[0]
-    first = max(0, -(start // stride))
-    end = min(count, (available - 1 - start) // stride + 1)
-    if end <= first:
-        return None
-    low = start + first * stride
-    return slice(first, end), slice(low, low + (end - first - 1) * stride + 1, stride)
+@cache
+def reach(window: Window, output: Span, source: Span) -> Reach:
+    """How the span ``output`` of a map is computed from the span ``source`` of another."""
+    start = tuple(output[axis][0] * window.stride[axis] - window.before[axis] - source[axis][0] for axis in (0, 1))
+    return Reach(window, start, size_of(output), size_of(source))  # type: ignore[arg-type]

@@ -209,7 +209,7 @@ def _tilings(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool]) -> Iterato
                 if (tile_h, tile_w) == (H, W):
                     continue
                 try:
-                    yield lay_out(graph, recipe, Choice(heads, count, (tile_h, tile_w)))
+                    yield lay_out(graph, recipe, Choice(heads, count, (tile_h, tile_w)), plain.segments)
                 except NotTiledError:
                     break
             else:

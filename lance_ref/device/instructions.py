@@ -74,7 +74,6 @@ class Forward:
 
     plan: Plan
     spans: Spans
-    is_tiled: bool = False
 
     @property
     def name(self) -> str:

@@ -14,9 +14,11 @@ from lance_ref.device.graph import Conv, Graph, Node
 from lance_ref.device.instructions import Backward, Forward, Loss, Plan, Update
 from lance_ref.device.layers import Core, Input, Layer, Pixels
 from lance_ref.device.segments import ELEMENTWISE, Segment, consumers, segments
-from lance_ref.device.windows import Span, needed, size_of, union, whole
+from lance_ref.device.windows import needed, whole
 from lance_ref.engine.tensor import Shape
 
+Parts = dict[int, tuple[int, int]]
+"""Along one axis, the part of each map."""
 Factors = tuple[np.ndarray | None, ...]
 """U of channels or features, of height and of width; None for a mode left alone."""
 
@@ -120,22 +122,23 @@ class NotTiledError(ValueError):
     """These segments cannot run tile by tile."""
 
 
-def lay_out(graph: Graph, recipe: Recipe, choice: Choice) -> Layout:
-    """The layout of a choice; addresses are given by :meth:`Layout.place`.
+def lay_out(graph: Graph, recipe: Recipe, choice: Choice, split: list[Segment] | None = None) -> Layout:
+    """The layout of a choice; addresses are given by :meth:`Layout.place`. ``split`` are its segments, if they are known.
 
     Raises
     ------
     NotTiledError
         If the segments that are to run in tiles train, or something after them needs what they leave inside.
     """
-    return _Builder(graph, recipe, choice).build()
+    return _Builder(graph, recipe, choice, split or segments(graph, choice.heads)).build()
 
 
 class _Builder:
-    def __init__(self, graph: Graph, recipe: Recipe, choice: Choice) -> None:
+    def __init__(self, graph: Graph, recipe: Recipe, choice: Choice, split: list[Segment]) -> None:
         self.graph, self.recipe, self.choice = graph, recipe, choice
         self.dtype = graph.dtype
-        self.segments = segments(graph, choice.heads)
+        self.segments = split
+        self.largest: dict[int, tuple[int, ...]] = {}
         self.arrays: list[Array] = []
         self.trained: dict[str, Layer] = {}
         self.layers: dict[Node, Layer] = {}
@@ -146,17 +149,20 @@ class _Builder:
     def build(self) -> Layout:
         g, n = self.graph, self.choice.tiled
         tiled = self.segments[:n]
-        spans = self._tile_spans(tiled) if n else []
+        rows, columns = self._tile_parts(tiled) if n else ([], [])
+        self.largest = {m: tuple(max(p[m][1] - p[m][0] for p in parts) for parts in (rows, columns)) for m in rows[0]} if n else {}
         C, H, W = g.shapes[0]
         in_bytes = self.recipe.pixels is not None
         image = self._array("image", (H, W, C) if in_bytes else (C, H, W), np.uint8 if in_bytes else self.dtype, "image")
         self.maps[0] = image
         if any(node.op == "dropout" for node in g.nodes):
             self.draws = self._array("counter of random numbers", (1,), np.uint32, "trained")
-        self._place_maps(tiled, spans)
-        plans = [self._plan(segment, spans if i < n else []) for i, segment in enumerate(self.segments)]
+        self._place_maps(n)
+        plans = [self._plan(segment, i < n) for i, segment in enumerate(self.segments)]
         full = {number: whole(shape[1:]) for number, shape in g.shapes.items()}  # type: ignore[arg-type]
-        tiles = [[Forward(plan, part, True) for plan in plans[:n]] for part in spans]
+        tiles = [
+            [Forward(plan, {m: (row[m], column[m]) for m in row}) for plan in plans[:n]] for row in rows for column in columns
+        ]
         forward = [Forward(plan, full) for plan in plans[n:]]
         logits = self.maps[g.output]
         loss = Loss(logits, self._gradient(g.output))
@@ -168,14 +174,14 @@ class _Builder:
         steps: list[Any] = [*(tiles[0] if tiles else []), *forward, loss, *backward, *([update] if update else [])]
         self._lifetimes(steps, n)
         if n and in_bytes:
-            self._overlap(image, self.maps[tiled[-1].output], spans)
+            self._overlap(image, self.maps[tiled[-1].output], rows)
         layout = Layout(
             self.choice, self.segments, tiles, forward, loss, backward, update, self.arrays,
             [step.name for step in steps], image, logits, self.trained,
         )  # fmt: skip
-        once = {number: [whole(shape[1:])] for number, shape in g.shapes.items()}  # type: ignore[arg-type]
-        parts = {number: [part[number] for part in spans] for number in (spans[0] if spans else ())}
-        layout.recomputed_macs = _macs(tiled, parts) - _macs(tiled, once) if n else 0
+        for node in (node for segment in tiled for node in segment.nodes if node.conv is not None):
+            places = math.prod(sum(p[node.output][1] - p[node.output][0] for p in parts) for parts in (rows, columns))
+            layout.recomputed_macs += node.conv.weight.size * (places - math.prod(g.shapes[node.output][1:]))
         return layout
 
     # ---- arrays ---------------------------------------------------------------------------------
@@ -185,18 +191,18 @@ class _Builder:
         self.arrays.append(array)
         return array
 
-    def _place_maps(self, tiled: Sequence[Segment], spans: Sequence[Mapping[int, Span]]) -> None:
+    def _place_maps(self, tiled: int) -> None:
         """Every segment's output; one that is added to a map which nothing else needs later takes its place."""
         kept = {s.source for s in self.segments for node in s.nodes if self._keeps_source(s, node)}
         last = {number: i for i, s in enumerate(self.segments) for number in (s.source, s.residual)}
         for i, segment in enumerate(self.segments):
             C, H, W = self.graph.shapes[segment.output]
-            inside = i < len(tiled) - 1
+            inside = i < tiled - 1
             if inside:
-                H, W = _largest(part[segment.output] for part in spans)
+                H, W = self.largest[segment.output]
             added = segment.residual
             free = added is not None and added not in kept and last[added] == i and added not in (segment.source, 0)
-            if free and added is not None and i >= len(tiled):
+            if free and added is not None and i >= tiled:
                 self.maps[segment.output] = self.maps[added]
             else:
                 name = f"map of {_named(segment)}"
@@ -214,7 +220,7 @@ class _Builder:
         exact = conv is not None and conv.weight_name is not None and conv.path not in self.recipe.factors
         return exact and node.inputs[0] == segment.source
 
-    def _plan(self, segment: Segment, spans: Sequence[Mapping[int, Span]]) -> Plan:
+    def _plan(self, segment: Segment, is_tiled: bool) -> Plan:
         g, needs = self.graph, self.graph.needs_gradient
         for node in segment.nodes:
             if node.conv is not None:
@@ -226,10 +232,10 @@ class _Builder:
         inner = [segment.head, *segment.body]
         first_body = segment.body[0] if segment.body else None
         if segment.head is None and first_body is not None and first_body.op in ELEMENTWISE:
-            plan.channels[segment.source] = self._channel(segment.source, spans)
+            plan.channels[segment.source] = self._channel(segment.source, is_tiled)
         for node in inner:
             if node is not None and (node is segment.head or node.op not in ELEMENTWISE):
-                plan.channels[node.output] = self._channel(node.output, spans)
+                plan.channels[node.output] = self._channel(node.output, is_tiled)
         for node in (*segment.body, *segment.post):
             if node.inputs[0] in needs:
                 shape = self._mask(node)
@@ -245,10 +251,8 @@ class _Builder:
                     self._step(plan, node.inputs[0])
         return plan
 
-    def _channel(self, number: int, spans: Sequence[Mapping[int, Span]]) -> Array:
-        H, W = self.graph.shapes[number][1:]
-        if spans:
-            H, W = _largest(part[number] for part in spans)
+    def _channel(self, number: int, is_tiled: bool) -> Array:
+        H, W = self.largest[number] if is_tiled else self.graph.shapes[number][1:]
         return self._array(f"channel {number}", (H, W), self.dtype, "channels")
 
     def _step(self, plan: Plan, number: int) -> None:
@@ -341,11 +345,10 @@ class _Builder:
 
     # ---- tiles and lifetimes -------------------------------------------------------------------
 
-    def _tile_spans(self, tiled: Sequence[Segment]) -> list[dict[int, Span]]:
-        """For each tile the part of every map that it needs, from the last output back to the image."""
+    def _tile_parts(self, tiled: Sequence[Segment]) -> tuple[list[Parts], list[Parts]]:
+        """For each row of tiles the rows of every map that it needs, from the last output back; then for columns."""
         g = self.graph
-        inside = {segment.output for segment in tiled[:-1]} | {node.output for s in tiled for node in s.everything}
-        inside -= {tiled[-1].output}
+        inside = {node.output for s in tiled for node in s.everything} - {tiled[-1].output}
         for segment in self.segments[len(tiled) :]:
             if {segment.source, segment.residual} & inside:
                 raise NotTiledError(f"a map that {_named(segment)} needs is made in tiles")
@@ -353,30 +356,24 @@ class _Builder:
             nodes = segment.everything
             if segment.trains or any(n.op in ("adaptive_pool", "dropout") or (n.conv and n.conv.is_linear) for n in nodes):
                 raise NotTiledError(f"{_named(segment)} cannot run in tiles")
-        _, H, W = g.shapes[tiled[-1].output]
-        tile_h, tile_w = self.choice.tile
-        tiles = []
-        for top in range(0, H, tile_h):
-            for left in range(0, W, tile_w):
-                part: dict[int, Span] = {}
-                self._need(part, tiled[-1].output, ((top, min(top + tile_h, H)), (left, min(left + tile_w, W))))
-                for segment in reversed(tiled):
-                    for node in reversed(segment.everything):
-                        span = part[node.output]
-                        if node.op == "add":
-                            for number in node.inputs:
-                                self._need(part, number, span)
-                        else:
-                            window = node.conv.window if node.conv is not None else node.window
-                            size = g.shapes[node.inputs[0]][1:]
-                            back = span if window is None else needed(window, span, size)  # type: ignore[arg-type]
-                            self._need(part, node.inputs[0], back)
-                tiles.append(part)
-        return tiles
-
-    @staticmethod
-    def _need(part: dict[int, Span], number: int, span: Span) -> None:
-        part[number] = union(part[number], span) if number in part else span
+        nodes = [node for segment in tiled for node in segment.everything]
+        both = []
+        for axis in (0, 1):
+            n, tile = g.shapes[tiled[-1].output][1 + axis], self.choice.tile[axis]
+            parts = []
+            for start in range(0, n, tile):
+                part: Parts = {tiled[-1].output: (start, min(start + tile, n))}
+                for node in reversed(nodes):
+                    window = node.conv.window if node.conv is not None else node.window
+                    for number in node.inputs:
+                        low, high = part[node.output]
+                        if window is not None:
+                            low, high = needed(window, axis, (low, high), g.shapes[number][1 + axis])
+                        before = part.get(number, (low, high))
+                        part[number] = min(low, before[0]), max(high, before[1])
+                parts.append(part)
+            both.append(parts)
+        return both[0], both[1]
 
     def _first_uses(self, backward: Iterable[Backward]) -> None:
         seen = {self.graph.output}
@@ -387,7 +384,7 @@ class _Builder:
                     step.plan.is_first_use.setdefault(number, number not in seen)
                     seen.add(number)
 
-    def _overlap(self, image: Array, output: Array, spans: Sequence[Mapping[int, Span]]) -> None:
+    def _overlap(self, image: Array, output: Array, rows: Sequence[Parts]) -> None:
         """The tiles' output is written over rows of the image that no later tile reads.
 
         Both lie in memory row by row. The output begins so many bytes before the image that it never reaches a row
@@ -396,11 +393,10 @@ class _Builder:
         number = self.segments[self.choice.tiled - 1].output
         C, H, W = output.shape
         row, image_row = C * W * self.dtype.itemsize, image.shape[1] * image.shape[2]
-        lead = 0
-        for part in spans:
-            still_read = min(other[0][0][0] for other in spans if other[number][0][0] >= part[number][0][0])
-            lead = max(lead, part[number][0][1] * row - still_read * image_row)
-        lead = -(-lead // self.dtype.itemsize) * self.dtype.itemsize
+        lead = max(
+            part[number][1] * row - min(later[0][0] for later in rows[i:]) * image_row for i, part in enumerate(rows)
+        )
+        lead = max(0, -(-lead // self.dtype.itemsize) * self.dtype.itemsize)
         if lead < output.nbytes:
             output.rows_first, image.lead, image.over = True, lead, output
             output.first = self.choice.tiled  # until then its bytes are counted as the image's
@@ -418,23 +414,6 @@ class _Builder:
                 array.touch(tiled - 1)
         self.maps[0].touch(0)
         self.arrays[:] = [array for array in self.arrays if array.first >= 0]
-
-
-def _largest(spans: Iterable[Span]) -> tuple[int, int]:
-    sizes = [size_of(span) for span in spans]
-    # One array serves all tiles: the largest that any of them needs.
-    best = max(sizes, key=lambda size: size[0] * size[1])
-    return best
-
-
-def _macs(tiled: Sequence[Segment], spans: Mapping[int, Sequence[Span]]) -> int:
-    """Multiply-adds of the convolutions of these segments, on these parts of their outputs."""
-    total = 0
-    for segment in tiled:
-        for node in segment.nodes:
-            if node.conv is not None:
-                total += node.conv.weight.size * sum(math.prod(size_of(span)) for span in spans[node.output])
-    return total
 
 
 def _named(segment: Segment) -> str:

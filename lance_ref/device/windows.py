@@ -33,27 +33,17 @@ def size_of(span: Span) -> Pair:
     return span[0][1] - span[0][0], span[1][1] - span[1][0]
 
 
-def union(a: Span, b: Span) -> Span:
-    """The smallest span that holds both."""
-    rows, columns = ((min(x[0], y[0]), max(x[1], y[1])) for x, y in zip(a, b, strict=True))
-    return rows, columns
+def needed(window: Window, axis: int, ends: Pair, n: int) -> Pair:
+    """Along one axis, the part of an input of ``n`` places that a part of the output is computed from.
 
-
-def needed(window: Window, span: Span, size: Pair) -> Span:
-    """The span of an input of height and width ``size`` that a span of the output is computed from.
-
-    >>> needed(Window((3, 3), (2, 2), (1, 1), (1, 1)), ((0, 2), (2, 4)), (8, 8))
-    ((0, 4), (3, 8))
+    >>> needed(Window((3, 3), (2, 2), (1, 1), (1, 1)), 0, (2, 4), 8)
+    (3, 8)
     """
-    ends = []
-    for axis, n in enumerate(size):
-        first, end = span[axis]
-        stride, before = window.stride[axis], window.before[axis]
-        low = first * stride - before
-        high = (end - 1) * stride - before + window.dilation[axis] * (window.kernel[axis] - 1) + 1
-        low = min(max(low, 0), n - 1)
-        ends.append((low, max(min(high, n), low + 1)))
-    return ends[0], ends[1]
+    stride, before = window.stride[axis], window.before[axis]
+    low = ends[0] * stride - before
+    high = (ends[1] - 1) * stride - before + window.dilation[axis] * (window.kernel[axis] - 1) + 1
+    low = min(max(low, 0), n - 1)
+    return low, max(min(high, n), low + 1)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ import numpy as np
 
 from lance_ref.engine.tensor import Shape
 
-KINDS = ("image", "maps", "tiles", "channels", "masks", "kept", "trained", "gradients", "head")
+KINDS = ("image", "maps", "tiles", "channels", "masks", "cores", "trained weights", "gradients", "optimiser", "head")
 """What an array is for: the image; whole maps and their gradients; maps of a tile; single channels on their way; signs
-of activations, as bits; what layers keep of their inputs; weights that train; their gradients, added up over a batch
-(with momentum, the velocity); the classifier, its weights and gradients."""
+of activations, as bits; what layers keep of their inputs; weights that train; their gradients, added up over a batch;
+with momentum, the velocity in their place; the classifier, its weights and gradients."""
+PERSISTENT = ("trained weights", "gradients", "optimiser", "head")
+"""Kinds of arrays that outlive a step."""
 POISON = 0xFF
 """Every float of such bytes is NaN."""
 

@@ -117,9 +117,9 @@ def compile(  # noqa: A001  (device.compile is what it does)
     factors = _factors(graph, calibration or {})
     pixels = _pixels(net, tuple(input_shape), preprocess, graph)
     head = [node.conv.path for node in graph.nodes if node.conv is not None][-1]
-    recipe = Recipe(factors, train == "subspace", forward, update == "batch" or momentum > 0, head, pixels)
+    recipe = Recipe(factors, train == "subspace", forward, update, float(momentum), head, pixels)
     layout = choose(graph, recipe, allowed_bytes)
-    return Program(graph, recipe, layout, update, float(momentum), allowed_bytes, method, poison)
+    return Program(graph, recipe, layout, method, allowed_bytes, poison)
 
 
 def _tuned(net: Module) -> Any:

@@ -362,7 +362,7 @@ class Layer:
             return
         assert self.keeps is not None
         places = self._core_reach()
-        if self.conv.groups > 1:
+        if self.conv.groups > 1 or self.conv.is_depthwise:
             for o in range(outputs.start, outputs.stop):
                 inputs = self.inputs_of(o)
                 for i in range(inputs.start, inputs.stop):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.device.arena import Array, live_bytes, place
+from lance_ref.device.arena import PERSISTENT, Array, live_bytes, place
 from lance_ref.device.graph import Conv, Graph, Node
 from lance_ref.device.instructions import Backward, Forward, Loss, Plan, Update
 from lance_ref.device.layers import Core, Input, Layer, Pixels
@@ -35,8 +35,10 @@ class Recipe:
         Whether D trains, in W = W_0 + D ×₂ U, where that is smaller than W.
     forward : {"auto", "factored", "merged"}
         How D comes into the forward pass.
-    has_sums : bool
-        Whether gradients are added up before an update.
+    update : {"batch", "image"}
+        Whether gradients are added up over the images of a step, or every image is an update.
+    momentum : float
+        Of SGD.
     head : str
         Path of the classifier.
     pixels : Pixels or None
@@ -46,9 +48,15 @@ class Recipe:
     factors: Mapping[str, Factors]
     in_subspace: bool
     forward: str
-    has_sums: bool
+    update: str
+    momentum: float
     head: str
     pixels: Pixels | None
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether there is an array beside each one that trains: its gradient, or with momentum its velocity."""
+        return self.update == "batch" or self.momentum > 0
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,7 @@ class _Builder:
         image = self._array("image", (H, W, C) if in_bytes else (C, H, W), np.uint8 if in_bytes else self.dtype, "image")
         self.maps[0] = image
         if any(node.op == "dropout" for node in g.nodes):
-            self.draws = self._array("counter of random numbers", (1,), np.uint32, "trained")
+            self.draws = self._array("counter of random numbers", (1,), np.uint32, "trained weights")
         self._place_maps(n)
         plans = [self._plan(segment, i < n) for i, segment in enumerate(self.segments)]
         full = {number: whole(shape[1:]) for number, shape in g.shapes.items()}  # type: ignore[arg-type]
@@ -170,7 +178,7 @@ class _Builder:
         backward = [Backward(plan, needs) for plan in reversed(plans[n:]) if plan.segment.output in needs]
         self._first_uses(backward)
         pairs = [pair for layer in self.trained.values() for pair in layer.gradients.items()]
-        update = Update(pairs) if pairs else None
+        update = Update(pairs, self.recipe.momentum) if pairs else None
         steps: list[Any] = [*(tiles[0] if tiles else []), *forward, loss, *backward, *([update] if update else [])]
         self._lifetimes(steps, n)
         if n and in_bytes:
@@ -278,7 +286,7 @@ class _Builder:
         if not conv.trains:
             return layer
         self.trained[conv.path] = layer
-        kind = "head" if conv.path == recipe.head else "trained"
+        kind = "head" if conv.path == recipe.head else "trained weights"
         reaches = node.inputs[0] in self.graph.needs_gradient
         if conv.weight_name is not None:
             factors = recipe.factors.get(conv.path)
@@ -289,7 +297,7 @@ class _Builder:
                     self._subspace(layer, conv, U.shape[1], (H, W), reaches)
             else:
                 alias = self._keeps_source(segment, node)
-                array = self.maps[segment.source] if alias else self._array(f"input of {conv.path}", (C, H, W), self.dtype, "kept")
+                array = self.maps[segment.source] if alias else self._array(f"input of {conv.path}", (C, H, W), self.dtype, "cores")
                 pixels = recipe.pixels if alias and segment.source == 0 else None
                 layer.keeps = Input(array, not alias, pixels)
             if layer.change is None:
@@ -298,7 +306,7 @@ class _Builder:
             layer.bias = self._array(conv.bias_name, conv.shift.shape, self.dtype, kind)
         if recipe.has_sums:
             for array in layer.trained:
-                kind = "head" if kind == "head" else "gradients"
+                kind = "head" if kind == "head" else "optimiser" if recipe.momentum else "gradients"
                 layer.gradients[array] = self._array(f"gradient of {array.name}", array.shape, self.dtype, kind)
         return layer
 
@@ -306,10 +314,10 @@ class _Builder:
         C, H, W = shape
         U, rows, columns = (None if f is None else np.ascontiguousarray(f, self.dtype) for f in factors)
         if conv.is_linear and U is not None:
-            return Core(self._array(f"core of {conv.path}", (U.shape[1], 1, 1), self.dtype, "kept"), U.reshape(C, H, W, -1))
+            return Core(self._array(f"core of {conv.path}", (U.shape[1], 1, 1), self.dtype, "cores"), U.reshape(C, H, W, -1))
         h, w = (n if f is None else f.shape[1] for n, f in ((H, rows), (W, columns)))
         R = C if U is None else U.shape[1]
-        array = self._array(f"core of {conv.path}", (R, h, w), self.dtype, "kept")
+        array = self._array(f"core of {conv.path}", (R, h, w), self.dtype, "cores")
         scratch = []
         if rows is not None or columns is not None:
             half = max(h * W, H * w)
@@ -325,7 +333,7 @@ class _Builder:
         C_out, C_in, k_h, k_w = conv.weight.shape
         kernel = (1, 1) if conv.is_linear else (k_h, k_w)
         name = f"change of {conv.weight_name}"
-        layer.change = self._array(name, (C_out, rank, *kernel), self.dtype, "trained")
+        layer.change = self._array(name, (C_out, rank, *kernel), self.dtype, "trained weights")
         places = math.prod(layer.output_size)
         merged = C_out * C_in * rank * math.prod(kernel)
         factored = C_out * rank * math.prod(kernel) * places
@@ -406,7 +414,7 @@ class _Builder:
             for array in step.touches:
                 array.touch(time)
         for array in self.arrays:
-            if array.kind in ("trained", "gradients", "head"):
+            if array.kind in PERSISTENT:
                 array.first, array.last = 0, len(steps) - 1
         if tiled:  # what comes in and what goes out lives through all tiles
             for array in (self.maps[0], self.maps[self.segments[tiled - 1].output]):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.device.arena import Array, Memory
+from lance_ref.device.arena import PERSISTENT, Array, Memory
 from lance_ref.device.graph import Graph
 from lance_ref.device.instructions import Forward
 from lance_ref.device.layout import Layout, Recipe, flash, lay_out
@@ -26,8 +26,8 @@ class Program:
         Bytes of the arena: everything that changes while the device runs, in one block.
     lower_bound_bytes : int
         The largest sum of bytes that are alive at once; no placing needs less.
-    update : {"image", "batch"}
     method : str
+        One of ``lance``, ``bp``, ``bias`` and ``head``.
     budget : int or None
         Bytes that were allowed.
     """
@@ -37,14 +37,12 @@ class Program:
         graph: Graph,
         recipe: Recipe,
         layout: Layout,
-        update: str,
-        momentum: float,
-        budget: int | None,
         method: str,
+        budget: int | None = None,
         poison: bool = False,
     ) -> None:
         self.graph, self.recipe, self.layout = graph, recipe, layout
-        self.update, self.momentum, self.budget, self.method = update, momentum, budget, method
+        self.method, self.budget = method, budget
         self.flash = flash(graph, recipe, layout.layers)
         self._poison = poison
         self._load(layout, None)
@@ -53,8 +51,6 @@ class Program:
         """A fresh arena with the trained arrays in it."""
         self.layout = layout
         self._memory = Memory(layout.ram_bytes, self._poison)
-        if layout.update is not None:
-            layout.update.momentum = self.momentum
         for array in self._persistent():
             self._memory[array][...] = 0
         for layer in layout.layers.values():
@@ -70,7 +66,7 @@ class Program:
         self._ends = ends
 
     def _persistent(self) -> list[Array]:
-        return [array for array in self.layout.arrays if array.kind in ("trained", "gradients", "head")]
+        return [array for array in self.layout.arrays if array.kind in PERSISTENT]
 
     # ---- what it needs --------------------------------------------------------------------------
 
@@ -132,7 +128,7 @@ class Program:
         m, update = self._memory, self.layout.update
         before = {array: m[array].copy() for array in self._persistent()}
         m.macs, m.rate = {}, float(lr)
-        by_image = self.update == "image"
+        by_image = self.recipe.update == "image"
         losses = []
         try:
             with np.errstate(all="ignore"):  # reported below
@@ -259,10 +255,10 @@ class Program:
                     weight = m[layer.weight].copy()
                 else:
                     assert layer.basis is not None
-                    D = m[layer.change]  # (C_out, r, k_h, k_w), of a linear layer (C_out, r, 1, 1)
-                    weight = conv.weight + np.einsum("orpq,ipqr->oipq" if False else "orhw,ixyr->oixyhw", D, layer.basis)[
-                        ..., 0, 0
-                    ] if conv.is_linear else conv.weight + np.einsum("orpq,ir->oipq", D, layer.basis[:, 0, 0])
+                    D = m[layer.change]  # (C_out, r, k_h, k_w); of a linear layer (C_out, r, 1, 1)
+                    # U has (C, 1, 1, r), or (C, H, W, r) of a linear layer, whose kernel is the whole input.
+                    change = np.tensordot(D, layer.basis, ((1,), (3,)))  # (C_out, k_h, k_w, C, H, W)
+                    weight = conv.weight + change[:, 0, 0] if conv.is_linear else conv.weight + change[..., 0, 0].transpose(0, 3, 1, 2)
                 found[conv.weight_name] = weight.reshape(len(weight), -1) if conv.is_linear else weight
             if conv.bias_name is not None:
                 assert layer.bias is not None
@@ -302,13 +298,35 @@ class Program:
         for title, live, step in zip(layout.times, layout.live, steps, strict=True):
             yield title, live, step
 
+    def describe(self) -> dict[str, Any]:
+        """Everything that a report says, as plain data."""
+        layout = self.layout
+        return {
+            "method": self.method,
+            "update": self.recipe.update,
+            "budget_bytes": self.budget,
+            "ram_bytes": self.ram_bytes,
+            "lower_bound_bytes": self.lower_bound_bytes,
+            "ram": self.ram,
+            "flash_bytes": self.flash_bytes,
+            "tiled_segments": layout.choice.tiled,
+            "tile": list(layout.choice.tile),
+            "tiles": len(layout.tiles),
+            "recomputed_macs": layout.recomputed_macs,
+            "arena": [
+                {"name": a.name, "kind": a.kind, "offset": a.offset, "bytes": a.nbytes, "first": a.first, "last": a.last}
+                for a in sorted(layout.arrays, key=lambda a: a.offset)
+            ],
+            "instructions": layout.times,
+        }
+
     def __str__(self) -> str:
         from lance_ref.device.report import text
 
         return text(self)
 
     def __repr__(self) -> str:
-        return f"Program({self.method}, update={self.update!r}, {self.ram_bytes:,} bytes of RAM)"
+        return f"Program({self.method}, update={self.recipe.update!r}, {self.ram_bytes:,} bytes of RAM)"
 
     def plot(self, path: Any) -> None:
         """Draw the arena: addresses against time, a rectangle for each array, and the peak."""

@@ -183,4 +183,5 @@ class Memory:
         """Overwrite arrays that are dead, if this memory poisons them."""
         if self.poison:
             for array in arrays:
-                self.buffer[array.offset : array.offset + array.nbytes] = POISON
+                lives_on = 0 if array.over is None else array.over.nbytes
+                self.buffer[array.offset + lives_on : array.offset + array.nbytes] = POISON

@@ -179,6 +179,7 @@ class _Builder:
         self.maps[0] = image
         if any(node.op == "dropout" for node in g.nodes):
             self.draws = self._array("counter of random numbers", (1,), np.uint32, "trained weights")
+            self.draws.is_state = True
         self._place_maps(n)
         plans = [self._plan(segment, i < n) for i, segment in enumerate(self.segments)]
         full = {number: whole(shape[1:]) for number, shape in g.shapes.items()}  # type: ignore[arg-type]
@@ -320,6 +321,8 @@ class _Builder:
                 layer.weight = self._array(conv.weight_name, conv.weight.shape, self.dtype, kind)
         if conv.bias_name is not None:
             layer.bias = self._array(conv.bias_name, conv.shift.shape, self.dtype, kind)
+        for array in layer.trained:
+            array.is_state = True
         if recipe.has_sums:
             for array in layer.trained:
                 kind = "head" if kind == "head" else "optimiser" if recipe.momentum else "gradients"

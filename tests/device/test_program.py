@@ -254,6 +254,15 @@ def test_every_byte_is_inside_of_the_arena() -> None:
                 assert a.offset + a.nbytes <= b.offset or b.offset + b.nbytes <= a.offset, (a.name, b.name)
 
 
+def test_what_was_learned_lies_together() -> None:
+    """From the first byte on, without a gap: an application can store it as one block."""
+    _, program = small(momentum=0.9)
+    state = sorted((a for a in program.layout.arrays if a.is_state), key=lambda a: a.offset)
+    assert {a.name for a in state} >= {"5.weight", "5.bias", "2.body.2.weight"}
+    assert not any(a.name.startswith("gradient") for a in state)
+    assert [a.offset for a in state] == [sum(b.nbytes for b in state[:i]) for i in range(len(state))]
+
+
 def test_a_budget_takes_the_fewest_multiply_adds() -> None:
     """A larger budget never recomputes more; one that is too small says what is needed and what stands in the way."""
     net = models.create("mcunet", num_classes=4, rng=0)

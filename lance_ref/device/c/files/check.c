@@ -28,7 +28,8 @@ static void compare(const char *what, const float *got, int count, FILE *file, f
     }
     float relative = off / fmaxf(most, 1e-9f);
     bool is_good = relative <= tolerance;
-    printf("%-34s off by %.1e, allowed %.0e  %s\n", what, (double)relative, (double)tolerance, is_good ? "ok" : "WRONG");
+    printf("%-34s off by %.1e, allowed %.0e  %s\n", what, (double)relative, (double)tolerance,
+           is_good ? "ok" : "WRONG");
     failures += !is_good;
 }
 

@@ -175,8 +175,8 @@ static void adaptive_pool_back(const lance_plane *g, const lance_plane *gradient
     for (int y = 0; y < g->H; y++)
         for (int x = 0; x < g->W; x++) {
             lance_range rows = adaptive(y, gradient->H, g->H), columns = adaptive(x, gradient->W, g->W);
-            float share = g->at[y * g->row + x] /
-                          (float)((rows.end - rows.first) * (columns.end - columns.first));
+            float share =
+                g->at[y * g->row + x] / (float)((rows.end - rows.first) * (columns.end - columns.first));
             for (int i = rows.first; i < rows.end; i++)
                 for (int j = columns.first; j < columns.end; j++)
                     gradient->at[i * gradient->row + j] += share;

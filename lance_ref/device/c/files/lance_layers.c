@@ -12,7 +12,7 @@ static int outputs_per_group(const lance_layer *l)
     return l->C_out / l->groups;
 }
 
-/* The first input channel that output channel o looks at, and the first output channel that looks at input i. */
+/* The first input that output o looks at, and the first output that looks at input i. */
 static int first_input(const lance_layer *l, int o)
 {
     return o / outputs_per_group(l) * inputs_per_group(l);
@@ -166,8 +166,8 @@ void lance_look(const lance_layer *l, int c, const lance_plane *x)
                         kept->U[c * kept->directions + r] * lance_get(x, i, j);
 }
 
-/* Put a part of the core back to height and width: out = U_h s U_w^T. With c >= 0, s is channel c of the core, summed
- * over its directions; otherwise s is direction r. */
+/* Put a part of the core back to height and width: out = U_h s U_w^T. With c >= 0, s is channel c of the
+ * core, summed over its directions; otherwise s is direction r. */
 static void expand(const lance_layer *l, int c, int r, const lance_plane *out)
 {
     const lance_kept *kept = &l->kept;
@@ -257,7 +257,8 @@ static void make_from_projections(const lance_layer *l, int o, const lance_plane
 }
 
 /* out = shift[o] + sum over i, p, q of W[o, i, p, q] x[i, s y + d p - top, s x + d q - left] */
-void lance_make(const lance_layer *l, int o, const lance_stack *x, const lance_plane *out, const lance_reach *reach)
+void lance_make(const lance_layer *l, int o, const lance_stack *x, const lance_plane *out,
+                const lance_reach *reach)
 {
     lance_tap tap;
     lance_fill(out, lance_shift(l, o));
@@ -283,8 +284,10 @@ void lance_make_depthwise(const lance_layer *l, int c, const lance_plane *x, con
                 lance_gather(out, x, weight_at(l, c, 0, p, q), &tap);
 }
 
-/* out[o] += sum over p, q of W[o, i, p, q] x[s y + d p - top, s x + d q - left], for every o that looks at i */
-void lance_use(const lance_layer *l, int i, const lance_plane *x, const lance_stack *out, const lance_reach *reach)
+/* For every o that looks at input i:
+ * out[o] += sum over p, q of W[o, i, p, q] x[s y + d p - top, s x + d q - left] */
+void lance_use(const lance_layer *l, int i, const lance_plane *x, const lance_stack *out,
+               const lance_reach *reach)
 {
     int first = first_output(l, i), place = i % inputs_per_group(l);
     lance_tap tap;
@@ -421,7 +424,8 @@ static void learn_number(int trained, int gradient, int n, float value, float ra
         lance_floats(trained)[n] -= rate * value;
 }
 
-/* dW[o, i, p, q] = sum over y, x of g[y, x] a[s y + d p - top, s x + d q - left], for one channel a of the input. */
+/* From one channel a of the input:
+ * dW[o, i, p, q] = sum over y, x of g[y, x] a[s y + d p - top, s x + d q - left] */
 static void learn_from_plane(const lance_layer *l, int o, int i, const lance_plane *g, const lance_plane *a,
                              float rate)
 {
@@ -437,15 +441,16 @@ static void learn_from_plane(const lance_layer *l, int o, int i, const lance_pla
             }
 }
 
-/* The output place whose window has this input place at place p of its kernel, along one axis; -1 if there is none. */
+/* Along one axis, the output place whose window has this input place at place p of its kernel; -1 if there is
+ * none. */
 static int seen_from(int input, int p, int before, int dilation, int stride, int outputs)
 {
     int n = input + before - p * dilation;
     return n >= 0 && n % stride == 0 && n / stride < outputs ? n / stride : -1;
 }
 
-/* The same, for channel c of a core without room for it: a[i, j] = sum over r of U[c, r] S[r, i, j], one place at a
- * time, and its share of all places of the kernel. */
+/* The same, for channel c of a core without room for it: one place a[i, j] = sum over r of U[c, r] S[r, i, j]
+ * at a time, and what it gives to all places of the kernel. */
 static void learn_from_directions(const lance_layer *l, int o, int i, int c, const lance_plane *g, float rate)
 {
     const lance_stack S = kept_maps(l);
@@ -490,8 +495,9 @@ static void learn_by_channel(const lance_layer *l, int o, const lance_plane *g, 
     }
 }
 
-/* Z[o, r, p, q] = sum over y, x of g[y, x] S[r, s y + d p - top, s x + d q - left]. That is the gradient of D;
- * the weight itself, if it trains, gets dW[o, i, p, q] = sum over r of U[i, r] Z[o, r, p, q], equation (8). */
+/* Z[o, r, p, q] = sum over y, x of g[y, x] S[r, s y + d p - top, s x + d q - left]. That is the gradient of
+ * D; the weight itself, if it trains, gets dW[o, i, p, q] = sum over r of U[i, r] Z[o, r, p, q], equation
+ * (8). */
 static void learn_by_direction(const lance_layer *l, int o, const lance_plane *g, float rate)
 {
     const lance_stack S = kept_maps(l);

@@ -1,7 +1,7 @@
 /* Layers with weights: forward, backward, and what they learn.
  *
- * A head makes one output channel from all channels of its input; a tail adds what one input channel gives to all
- * channels of its output; a depthwise convolution makes channel c from channel c. */
+ * A head makes one output channel from all channels of its input; a tail adds what one input channel gives to
+ * all channels of its output; a depthwise convolution makes channel c from channel c. */
 #ifndef LANCE_LAYERS_H
 #define LANCE_LAYERS_H
 
@@ -27,11 +27,12 @@ void lance_prepare(const lance_layer *layer);
 void lance_turn(const lance_layer *layer, const lance_stack *g);
 void lance_use_back(const lance_layer *layer, int i, const lance_stack *g, const lance_plane *gradient);
 void lance_make_back(const lance_layer *layer, int o, const lance_plane *g, const lance_stack *gradient);
-void lance_make_back_depthwise(const lance_layer *layer, int c, const lance_plane *g, const lance_plane *gradient);
+void lance_make_back_depthwise(const lance_layer *layer, int c, const lance_plane *g,
+                               const lance_plane *gradient);
 void lance_finish_back(const lance_layer *layer, const lance_stack *gradient);
 
-/* The gradient of the weights of output channel o. It is added up; where there is no room for that, the weights
- * change at once, by -rate times the gradient. */
+/* The gradient of the weights of output channel o. It is added up; where there is no room for that, the
+ * weights change at once, by -rate times the gradient. */
 void lance_learn(const lance_layer *layer, int o, const lance_plane *g, float rate);
 
 #endif

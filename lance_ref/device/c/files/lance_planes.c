@@ -123,7 +123,8 @@ static void lines(const lance_plane *a, const lance_plane *b, const lance_tap *t
 {
     *rows = tap->rows.count;
     *columns = tap->columns.count;
-    if (tap->rows.stride == 1 && tap->columns.stride == 1 && a->row == *columns && b->row == *columns && b->at) {
+    if (tap->rows.stride == 1 && tap->columns.stride == 1 && a->row == *columns && b->row == *columns &&
+        b->at) {
         *columns *= *rows;
         *rows = 1;
     }

@@ -28,13 +28,15 @@ typedef struct {
     const lance_range *rows, *columns;
 } lance_tile;
 
-/* Where a window begins for the first place that is written, in the part that is read, and the sizes of both. */
+/* Where a window begins for the first place that is written, in the part that is read, and the sizes of both.
+ */
 typedef struct {
     const lance_window *window;
     lance_pair start, size, available;
 } lance_reach;
 
-/* Along an axis, what one place of a kernel reads: read, read + stride, ... for the places written, written + 1, ... */
+/* Along an axis, what one place of a kernel reads: read, read + stride, ... for the places written, written +
+ * 1, ... */
 typedef struct {
     int written, read, count, stride;
 } lance_line;

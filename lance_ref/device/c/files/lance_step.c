@@ -30,7 +30,8 @@ static void bury(int time)
 /* ---- a segment forward ---- */
 
 /* The output before the first channel: the map that is added, and the tail's shift. */
-static void begin(const lance_segment *s, const lance_tile tile, const lance_stack *out, const lance_layer *tail)
+static void begin(const lance_segment *s, const lance_tile tile, const lance_stack *out,
+                  const lance_layer *tail)
 {
     lance_stack added = {0};
     int down = 0, right = 0;
@@ -201,8 +202,8 @@ static void channels_back(const lance_segment *s, const lance_stack *g, float ra
     for (int i = 0; s->clears_source && i < source.C * source.channel; i++)
         source.at[i] = 0;
     if (head && head->returned != LANCE_NONE)
-        for (int i = 0; i < head->kept.directions * (head->is_linear ? 1 : head->input.rows * head->input.columns);
-             i++)
+        for (int i = 0;
+             i < head->kept.directions * (head->is_linear ? 1 : head->input.rows * head->input.columns); i++)
             lance_floats(head->returned)[i] = 0;
     if (tail)
         lance_turn(tail, g);
@@ -258,7 +259,8 @@ static int kernel_numbers(const lance_layer *l)
 
 static int change_numbers(const lance_layer *l)
 {
-    return l->C_out * l->kept.directions * (l->is_linear ? 1 : l->window.kernel.rows * l->window.kernel.columns);
+    return l->C_out * l->kept.directions *
+           (l->is_linear ? 1 : l->window.kernel.rows * l->window.kernel.columns);
 }
 
 void lance_reset(void)

@@ -1,7 +1,8 @@
-/* One training step with LANCE on a small device: everything that changes lies in one arena of LANCE_ARENA_BYTES.
+/* One training step with LANCE on a small device: everything that changes lies in one arena of
+ * LANCE_ARENA_BYTES.
  *
- * A step takes one image. Its frozen layers are only run; of each layer that trains it keeps a core of its input,
- * makes the weight's gradient from the core, and changes the weight in the subspace: W = W_0 + D x U.
+ * A step takes one image. Its frozen layers are only run; of each layer that trains it keeps a core of its
+ * input, makes the weight's gradient from the core, and changes the weight in the subspace: W = W_0 + D x U.
  */
 #ifndef LANCE_STEP_H
 #define LANCE_STEP_H
@@ -26,8 +27,8 @@ enum {
 /* Back to the state of the export. Call it once before anything else. */
 void lance_reset(void);
 
-/* Where LANCE_IMAGE_NUMBERS numbers of an image lie in the arena. An image that a camera or a file puts here needs no
- * room beside the arena; it is gone after a step or a prediction. */
+/* Where LANCE_IMAGE_NUMBERS numbers of an image lie in the arena. An image that a camera or a file puts here
+ * needs no room beside the arena; it is gone after a step or a prediction. */
 lance_number *lance_image(void);
 
 /* The LANCE_CLASSES logits of an image. */
@@ -40,8 +41,8 @@ int lance_step(const lance_number *image, int label, float rate, float *loss);
 /* Forward and backward pass of one image; its gradients are added to those of the images before it. */
 int lance_step(const lance_number *image, int label, float *loss);
 
-/* W -= rate * the sum of the gradients since the last update. For the mean over B images, give the rate divided by
- * B. With momentum m, a sum starts from m times the last one. */
+/* W -= rate * the sum of the gradients since the last update. For the mean over B images, give the rate
+ * divided by B. With momentum m, a sum starts from m times the last one. */
 int lance_update(float rate);
 #endif
 

@@ -49,7 +49,8 @@ typedef enum {
     LANCE_KEEP_CORE,   /* S = A x2 U^T x3 U_h^T x4 U_w^T at `at` */
 } lance_keeping;
 
-/* What a layer keeps of its input A for the weight's gradient. A factor may be NULL: that mode is left alone. */
+/* What a layer keeps of its input A for the weight's gradient. A factor may be NULL: that mode is left alone.
+ */
 typedef struct {
     lance_keeping how;
     int at;
@@ -74,11 +75,11 @@ typedef struct {
     const float *shift;        /* added to each output channel; NULL for zero */
     const float *weight_scale; /* batch norm's factor of what trains; NULL for one */
     const float *bias_scale;
-    int W, D, bias;             /* what trains */
+    int W, D, bias;              /* what trains */
     int gradient, bias_gradient; /* of W or D, and of the bias; LANCE_NONE: they change at once */
     const float *W_start, *D_start, *bias_start; /* what lance_reset writes; NULL for zero */
-    bool is_merged;             /* the forward pass uses W_0 + D x U, rather than W_0 x + D (U^T x) */
-    int projected, returned;    /* U^T x and D^T g, where they are no core */
+    bool is_merged;          /* the forward pass uses W_0 + D x U, rather than W_0 x + D (U^T x) */
+    int projected, returned; /* U^T x and D^T g, where they are no core */
     lance_kept kept;
 } lance_layer;
 
@@ -109,8 +110,9 @@ typedef struct {
     float raised;        /* and multiplies them with this */
 } lance_operation;
 
-/* A stretch of the network whose inner maps exist one channel at a time: the head makes a channel from all channels
- * of the source, the body works on that channel, the tail adds what it gives to all channels of the output. */
+/* A stretch of the network whose inner maps exist one channel at a time: the head makes a channel from all
+ * channels of the source, the body works on that channel, the tail adds what it gives to all channels of the
+ * output. */
 typedef struct {
     int source, output; /* maps */
     int residual;       /* the map that is added to the output */

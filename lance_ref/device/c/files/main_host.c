@@ -1,5 +1,5 @@
-/* train FILE [PASSES [BATCH [RATE [STATE]]]]: trains on a file of images and prints loss and accuracy. With STATE,
- * what was learned is written to a file. */
+/* train FILE [PASSES [BATCH [RATE [STATE]]]]: trains on a file of images and prints loss and accuracy. With
+ * STATE, what was learned is written to a file. */
 #include "train.h"
 
 #include <stdlib.h>
@@ -31,7 +31,9 @@ int main(int argc, char **argv)
     lance_reset();
     int passes = argc > 2 ? atoi(argv[2]) : LANCE_PASSES, batch = argc > 3 ? atoi(argv[3]) : LANCE_BATCH;
     float rate = argc > 4 ? strtof(argv[4], 0) : LANCE_RATE;
+    printf("accuracy before: %.3f\n", (double)accuracy(file));
     int failed = train(file, passes, batch, rate);
+    printf("accuracy after: %.3f\n", (double)accuracy(file));
     fclose(file);
     return failed ? failed : argc > 5 ? store(argv[5]) : 0;
 }

@@ -53,7 +53,6 @@ float accuracy(FILE *file)
 
 int train(FILE *file, int passes, int batch, float rate)
 {
-    printf("accuracy before: %.3f\n", (double)accuracy(file));
     for (int pass = 1; pass <= passes; pass++) {
         float sum = 0, loss;
         int images = 0, count;
@@ -68,6 +67,5 @@ int train(FILE *file, int passes, int batch, float rate)
         }
         printf("pass %d: loss %.4f\n", pass, (double)(sum / (float)images));
     }
-    printf("accuracy after: %.3f\n", (double)accuracy(file));
     return 0;
 }

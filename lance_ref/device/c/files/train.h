@@ -12,14 +12,14 @@
 /* The next image goes into the arena; false at the end of the file. */
 bool read_image(FILE *file, int *label);
 
-/* Train on the images that follow, at most `images` of them, with one update; their mean loss in *loss. Returns how
- * many there were, or -1 if a number was not finite or a label is none. */
+/* Train on the images that follow, at most `images` of them, with one update; their mean loss in *loss.
+ * Returns how many there were, or -1 if a number was not finite or a label is none. */
 int train_batch(FILE *file, int images, float rate, float *loss);
 
 /* The share of images whose class is predicted rightly. */
 float accuracy(FILE *file);
 
-/* Print the loss of each pass over the file, and the accuracy before and after; 0 if all went well. */
+/* Print the loss of each pass over the file; 0 if all went well. */
 int train(FILE *file, int passes, int batch, float rate);
 
 #endif

@@ -81,8 +81,8 @@ class Conv:
 
     @property
     def is_depthwise(self) -> bool:
-        """Whether output channel c looks at input channel c alone."""
-        return self.weight.shape[1] == 1 and self.groups == len(self.weight)
+        """Whether output channel c looks at input channel c alone, place by place."""
+        return not self.is_linear and self.weight.shape[1] == 1 and self.groups == len(self.weight)
 
     @property
     def trains(self) -> bool:

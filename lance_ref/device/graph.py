@@ -268,7 +268,7 @@ class _Reader:
         if value.requires_grad and value.parameter in self.seen:
             raise UnsupportedError(f"{here} trains {value.parameter!r}, which another operation uses too")
         self.seen.add(value.parameter)
-        data: np.ndarray = self.parameters[value.parameter].data
+        data: np.ndarray = self.parameters[value.parameter].data.copy()  # the net may train on
         if not np.isfinite(data).all():
             raise ValueError(f"parameter {value.parameter!r} contains NaN or infinity, expected finite numbers")
         return data

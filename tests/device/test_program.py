@@ -172,6 +172,15 @@ def test_weights_go_into_a_net() -> None:
         program.load_into(nn.Sequential(nn.Linear(2, 2, rng=0)))
 
 
+def test_a_program_keeps_its_weights() -> None:
+    """Numbers of the net that are overwritten later are not those of a program compiled before."""
+    net, program = small()
+    x, _ = batch()
+    before = program.logits(x)
+    net[0].weight.data[...] = 0
+    np.testing.assert_array_equal(program.logits(x), before)
+
+
 def test_a_linear_layer_of_one_output_behind_one_channel() -> None:
     """It is no depthwise convolution, though one output looks at one channel: it keeps a core and trains D."""
     layers = [nn.Conv2d(1, 1, 3, rng=0), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1, rng=1), nn.Linear(1, 3, rng=2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -123,8 +124,7 @@ class Program:
             If the loss or a trained number becomes NaN or infinite. Weights and gradients are then as before.
         """
         images, labels = self._checked(images, labels)
-        if isinstance(lr, bool) or not isinstance(lr, (int, float, np.floating)) or not 0 <= lr < np.inf:
-            raise ValueError(f"lr is {lr!r}, expected a finite number that is not negative")
+        _check_rate(lr)
         m, update = self._memory, self.layout.update
         before = {array: m[array].copy() for array in self._persistent()}
         m.macs, m.rate = {}, float(lr)
@@ -358,6 +358,13 @@ class Program:
         for name, count in (("passes", passes), ("batch", batch)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} is {count!r}, expected a positive integer")
+        _check_rate(lr)
+        for name, section in (("ram_section", ram_section), ("flash_section", flash_section)):
+            if section is not None and not re.fullmatch(r"[\w.$]+", section):
+                raise ValueError(f"{name} is {section!r}, expected the name of a section such as '.bss.dtcm'")
+        if (images is None) != (labels is None):
+            given, missing = ("labels", "images") if images is None else ("images", "labels")
+            raise ValueError(f"{given} are given without {missing}, expected both or neither")
         if images is None:
             rng = np.random.default_rng(0)
             C, H, W = self.graph.shapes[0]
@@ -403,3 +410,8 @@ class Program:
     def plot(self, path: Any) -> None:
         """Draw the arena: addresses against time, a rectangle for each array, and the peak."""
         report.plot(self.layout, path)
+
+
+def _check_rate(lr: Any) -> None:
+    if isinstance(lr, bool) or not isinstance(lr, (int, float, np.floating)) or not 0 <= lr < np.inf:
+        raise ValueError(f"lr is {lr!r}, expected a finite number that is not negative")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -13,11 +14,13 @@ import pytest
 from device_nets import case
 
 from lance_ref import device, models, nn, tune
+from lance_ref import functional as F
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.device.c.constants import dequantised, quantised
 from lance_ref.device.c.expected import image_file
 from lance_ref.device.c.folder import FILES
 from lance_ref.device.layout import Choice, NotTiledError, lay_out
+from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.tracing import trace
 
 LIBRARY = ("lance_step", "lance_layers", "lance_channels", "lance_planes", "lance_net", "lance_weights")
@@ -366,3 +369,98 @@ def test_sections_of_the_linker(tmp_path: Path) -> None:
     assert '__attribute__((section(".bss.dtcm")))' in (tmp_path / "out" / "lance_net.h").read_text()
     run(tmp_path / "out", "gcc", "-std=c99", "-c", "lance_weights.c")
     assert ".qspi" in run(tmp_path / "out", "objdump", "-h", "lance_weights.o").stdout
+
+
+# ---- the functions that an application calls -----------------------------------------------------
+
+
+def shared(folder: Path) -> ctypes.CDLL:
+    """The library of an export, to be called from here."""
+    sources = [f"{name}.c" for name in LIBRARY]
+    done = run(folder, "gcc", *STRICT, "-O1", "-shared", "-fPIC", *sources, "-lm", "-o", "lance.so")
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(folder / "lance.so"))
+
+
+def state_of(library: ctypes.CDLL) -> bytes:
+    start, nbytes = ctypes.c_void_p(), ctypes.c_size_t()
+    library.lance_state(ctypes.byref(start), ctypes.byref(nbytes))
+    return ctypes.string_at(start.value or 0, nbytes.value)
+
+
+@needs_gcc
+def test_what_is_wrong_is_said_and_changes_nothing(tmp_path: Path) -> None:
+    """A label that is none, a gradient that is not finite, and an image that is: three codes."""
+    program, images, labels = small()
+    exported = program.export_c(tmp_path / "out", images=images, labels=labels, lr=LR)
+    library, loss = shared(exported.folder), ctypes.c_float()
+    library.lance_reset()
+    image = images[0].tobytes()  # outside of the arena, so that it is copied
+    before = state_of(library)
+    assert [library.lance_step(image, label, ctypes.byref(loss)) for label in (-1, 4)] == [1, 1]
+    assert state_of(library) == before
+    assert library.lance_step(image, 0, ctypes.byref(loss)) == 0
+    assert loss.value == pytest.approx(1.4, abs=2)
+    assert program.layout.update is not None
+    _, gradient = program.layout.update.pairs[-1]
+    arena = (ctypes.c_uint8 * exported.ram_bytes).in_dll(library, "lance_arena")
+    numbers = np.frombuffer(arena, np.float32, 1, gradient.offset)
+    before = state_of(library)
+    numbers[0] = np.nan
+    library.lance_update.argtypes = [ctypes.c_float]
+    assert library.lance_update(0.1) == 2
+    assert numbers[0] == 0
+    assert state_of(library) == before
+
+
+@needs_gcc
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 3, rng=0))
+    program = device.compile(net, None, (4,), update="image")
+    library, loss = shared(program.export_c(tmp_path / "out").folder), ctypes.c_float()
+    library.lance_reset()
+    before = state_of(library)
+    library.lance_step.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_float, ctypes.c_void_p]
+    image = np.full(4, np.nan, np.float32).tobytes()
+    assert library.lance_step(image, 0, 0.1, ctypes.byref(loss)) == 2
+    assert state_of(library) == before
+
+
+# ---- roles and sums that random nets seldom have -------------------------------------------------
+
+
+class Preactivated(nn.Module):
+    """x + f(relu(x)), and x once more: the map has three users, one of which must not change it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(2, 4, 3, padding=1, rng=0)
+        self.b, self.c = nn.Conv2d(4, 4, 3, padding=1, rng=1), nn.Conv2d(4, 4, 1, rng=2)
+        self.hidden, self.head = nn.Linear(64, 6, rng=3), nn.Linear(6, 3, rng=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y = x + self.b(F.relu(x))
+        y = y + self.c(x)
+        return self.head(F.hardswish(self.hidden(F.avg_pool2d(y, 2).reshape(y.shape[0], -1))))
+
+
+@needs_gcc
+@pytest.mark.parametrize("forward", ["factored", "merged"])
+@pytest.mark.parametrize("is_head", [True, False])
+def test_heads_and_tails(is_head: bool, forward: str, tmp_path: Path) -> None:
+    """Every convolution as a head, or as a tail; all of them train in subspaces."""
+    net, rng = Preactivated(), np.random.default_rng(0)
+    tune(net, "all")
+    inputs = {r.path: r.inputs[0].shape for r in trace(net, (1, 2, 8, 8)) if r.op in ("conv2d", "linear")}
+    ranks = {path: (None, 1, *(None,) * (len(shape) - 2)) for path, shape in inputs.items()}
+    calibration = {path: Subspace.random(inputs[path], ranks[path], rng) for path in inputs}
+    program = device.compile(net, calibration, (2, 8, 8), forward=forward)
+    images = rng.normal(size=(2, 2, 8, 8)).astype(np.float32)
+    program.logits(images)
+    choice = Choice(dict.fromkeys(program.layout.choice.heads, is_head))
+    layout = lay_out(program.graph, program.recipe, choice)
+    layout.place()
+    program._load(layout, None)
+    program.export_c(tmp_path / "out", images=images, labels=np.array([0, 2]), lr=LR)
+    check(tmp_path / "out", "-O0", "-DLANCE_POISON")

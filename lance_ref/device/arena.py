@@ -183,4 +183,5 @@ class Memory:
         """Overwrite arrays that are dead, if this memory poisons them."""
         if self.poison:
             for array in arrays:
-                self.buffer[array.offset : array.offset + array.nbytes] = POISON
+                written = 0 if array.over is None else array.over.nbytes  # these bytes hold what was written over it
+                self.buffer[array.offset + written : array.offset + array.nbytes] = POISON

@@ -181,7 +181,7 @@ class _Builder:
         update = Update(pairs, self.recipe.momentum) if pairs else None
         steps: list[Any] = [*(tiles[0] if tiles else []), *forward, loss, *backward, *([update] if update else [])]
         self._lifetimes(steps, n)
-        if n and in_bytes:
+        if n and in_bytes and image.last < n:  # nothing after the tiles reads the image
             self._overlap(image, self.maps[tiled[-1].output], rows)
         layout = Layout(
             self.choice, self.segments, tiles, forward, loss, backward, update, self.arrays,

@@ -294,7 +294,7 @@ class _Builder:
                 layer.keeps = self._core(conv, (C, H, W), factors, node is segment.head or node is segment.tail)
                 U = factors[0]
                 if recipe.in_subspace and U is not None and conv.groups == 1 and U.shape[1] < len(U):
-                    self._subspace(layer, conv, U.shape[1], (H, W), reaches)
+                    self._subspace(layer, conv, U.shape[1], (H, W), reaches, kind)
             else:
                 alias = self._keeps_source(segment, node)
                 array = self.maps[segment.source] if alias else self._array(f"input of {conv.path}", (C, H, W), self.dtype, "cores")
@@ -329,11 +329,13 @@ class _Builder:
         basis = None if U is None else U.reshape(C, 1, 1, -1)
         return Core(array, basis, rows, columns, (H, W), tuple(scratch), at_once and conv.groups == 1)
 
-    def _subspace(self, layer: Layer, conv: Conv, rank: int, size: tuple[int, int], reaches: bool) -> None:
+    def _subspace(
+        self, layer: Layer, conv: Conv, rank: int, size: tuple[int, int], reaches: bool, kind: str
+    ) -> None:
         C_out, C_in, k_h, k_w = conv.weight.shape
         kernel = (1, 1) if conv.is_linear else (k_h, k_w)
         name = f"change of {conv.weight_name}"
-        layer.change = self._array(name, (C_out, rank, *kernel), self.dtype, "trained weights")
+        layer.change = self._array(name, (C_out, rank, *kernel), self.dtype, kind)
         places = math.prod(layer.output_size)
         merged = C_out * C_in * rank * math.prod(kernel)
         factored = C_out * rank * math.prod(kernel) * places

@@ -446,7 +446,7 @@ def flash(graph: Graph, recipe: Recipe, layers: Mapping[str, Layer]) -> dict[str
         layer = layers.get(conv.path)
         if layer is None or layer.weight is None:
             found[f"{conv.path}.weight"] = conv.weight
-        if conv.shift.any() or conv.bias is None:
+        if conv.has_norm or conv.bias is None:  # decided by shapes alone: a fresh norm's shift may be zero
             found[f"{conv.path}.shift"] = conv.shift
         for name, array in (("weight scale", conv.weight_scale), ("bias scale", conv.bias_scale)):
             if array is not None:

@@ -48,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     p.add_argument("--net", required=True, help=NET_HELP)
-    p.add_argument("--num-classes", type=count, help=f"outputs of the classifier ({DEFAULT_NUM_CLASSES}; a factory's own)")
+    p.add_argument(
+        "--num-classes", type=count, help=f"outputs of the classifier ({DEFAULT_NUM_CLASSES}; a factory's own)"
+    )
     p.add_argument("--image-size", type=pixels, help="height and width in pixels (what the net is made for)")
     p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
     p.add_argument("--tune", nargs="+", help="last:n, all, head, or globs of layer names (last:4, all if fewer)")
@@ -59,9 +61,13 @@ def parser() -> argparse.ArgumentParser:
         help=f"of lance: mean-free directions of the channels of each layer that has more ({DEFAULT_DIRECTIONS})",
     )  # fmt: skip
     ranks.add_argument("--epsilon", type=share, help="of lance: energy threshold for ranks from spectra")
-    ranks.add_argument("--ranks", help="of lance: a fraction for every mode, or layer=r1,r2,r3,r4;... (r1: the batch, not used)")
+    ranks.add_argument(
+        "--ranks", help="of lance: a fraction for every mode, or layer=r1,r2,r3,r4;... (r1: the batch, not used)"
+    )
     p.add_argument("--spectra", help="of --epsilon: file of measured spectra, from python -m analysis.spectra")
-    p.add_argument("--train", default="subspace", choices=["subspace", "weight"], help="of lance: D alone, or the weight")
+    p.add_argument(
+        "--train", default="subspace", choices=["subspace", "weight"], help="of lance: D alone, or the weight"
+    )
     p.add_argument("--update", default="batch", choices=["batch", "image"], help="after a batch, or after each image")
     p.add_argument("--momentum", action="store_true", help="SGD with momentum")
     p.add_argument("--budget", help="of RAM: 256KiB, 1.5MiB, 300000 (the smallest that is found)")
@@ -72,7 +78,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--output", type=any_file, help="write to this file, whole or not at all")
     p.add_argument("--plot", type=figure_file, metavar="FILE", help="draw the arena into this .png or .svg file")
-    p.add_argument("--measure", action="store_true", help="run a step of one random image and compare; exit 1 on a difference")
+    p.add_argument(
+        "--measure", action="store_true", help="run a step of one random image and compare; exit 1 on a difference"
+    )
     return p
 
 
@@ -101,7 +109,9 @@ def _check(options: argparse.Namespace) -> None:
         check_effect(options, name, options.method == "lance", "--method lance")
     check_effect(options, "spectra", options.epsilon is not None, "--epsilon, for which it has the spectra")
     check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")
-    check_effect(options, "tune", options.method != "head", "another method than head, which trains the classifier alone")
+    check_effect(
+        options, "tune", options.method != "head", "another method than head, which trains the classifier alone"
+    )
 
 
 def compiled(options: argparse.Namespace) -> tuple[Module, tuple[int, ...], Program, str]:
@@ -160,7 +170,11 @@ def _ranks(
     epsilon = 1.0 if options.epsilon is None else options.epsilon
     choice = choose_ranks(shapes, options.net, shape, epsilon, options.ranks, options.spectra)
     if options.epsilon is not None and not choice.by_energy:
-        raise ValueError(f"--epsilon has no effect here: ranks are {choice.source}")
+        size = "x".join(map(str, shape))
+        raise ValueError(
+            f"--epsilon needs spectra, and there are none of {options.net} at {size}: give --spectra with a file from "
+            "python -m analysis.spectra, or --directions"
+        )
     return shapes, {path: of[1:] for path, of in choice.ranks.items()}, choice.source
 
 
@@ -208,10 +222,8 @@ def _write(
     from lance_ref.io.whole_file import write_text
 
     verdict = None if found is None else verdict_text(found)
-    if options.format == "json":
-        text = json_text(facts, program, predicted, found)
-    else:
-        text = table(facts, program, predicted)
+    as_json = options.format == "json"
+    text = json_text(facts, program, predicted, found) if as_json else table(facts, program, predicted)
     if options.output is None:
         sys.stdout.write(text)
     else:
@@ -244,9 +256,7 @@ def table(facts: dict[str, Any], program: Program, predicted: Prediction) -> str
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def json_text(
-    facts: dict[str, Any], program: Program, predicted: Prediction, found: list[Difference] | None
-) -> str:
+def json_text(facts: dict[str, Any], program: Program, predicted: Prediction, found: list[Difference] | None) -> str:
     """The whole report for machines; sizes in bytes, multiply-adds of one image."""
     import json
 

@@ -81,9 +81,10 @@ def layer(net: Network, operation: Operation, settings: Settings, is_end: bool) 
     assert weights is not None
     ranks = settings.ranks.get(operation.path, ()) if weights.trains else ()
     channels, height, width = (*ranks, None, None, None)[:3]
-    fewer = channels is not None and weights.groups == 1 and channels < _features(weights, net.maps[operation.inputs[0]])
+    source = net.maps[operation.inputs[0]]
+    fewer = channels is not None and weights.groups == 1 and channels < _features(weights, source)
     return Layer(
-        weights, net.maps[operation.inputs[0]], net.maps[operation.output], channels, height, width,
+        weights, source, net.maps[operation.output], channels, height, width,
         settings.in_subspace and fewer, is_end and weights.groups == 1,
     )  # fmt: skip
 

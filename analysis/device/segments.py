@@ -131,9 +131,7 @@ def _place(
     return segment
 
 
-def _add(
-    operation: Operation, time: int, by_output: dict[int, Segment], uses: dict[int, int], ends: _Ends
-) -> Segment:
+def _add(operation: Operation, time: int, by_output: dict[int, Segment], uses: dict[int, int], ends: _Ends) -> Segment:
     """An addition goes to the segment that makes the later of the two maps, if nothing else reads that map."""
     made = []
     for i, number in enumerate(operation.inputs):

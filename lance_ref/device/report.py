@@ -46,7 +46,7 @@ def text(layout: Layout, flash_bytes: int) -> str:
 
 
 def plot(layout: Layout, path: str | os.PathLike[str]) -> None:
-    """Draw addresses against time, a rectangle for each array, with the peak marked, into an image file, whole or not at all."""
+    """Draw addresses against time, a rectangle for each array, into an image file, whole or not at all."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 

@@ -104,7 +104,7 @@ def small() -> nn.Module:
 
 
 def test_a_head_by_hand() -> None:
-    """One segment: the image, a channel of 4x4 and one of 1x1, the logits, the classifier's input and the classifier."""
+    """One segment: the image, channels of 4x4 and 1x1, the logits, the classifier's input and the classifier."""
     found = predict(step_records(small(), (1, 4, 4)), Settings(), Choices((True, False)))
     assert found.live == (16 + 64 + 4 + 12 + 8 + 72, 12 + 12 + 8 + 72, 12 + 8 + 72, 72)
     assert found.ram == {"image": 16, "channels": 68, "maps": 12, "cores": 8, "head": 72}
@@ -115,9 +115,7 @@ def test_a_head_by_hand() -> None:
 
 def test_a_layer_in_the_subspace_by_hand() -> None:
     """A 1x1 convolution from 4 to 6 channels of 2x2 places, two directions, behind a convolution that trains too."""
-    net = nn.Sequential(
-        nn.Conv2d(4, 4, 1, bias=False, rng=0), nn.Conv2d(4, 6, 1, bias=False, rng=0), nn.Flatten(), nn.Linear(24, 2, rng=0)
-    )
+    net = nn.Sequential(*(nn.Conv2d(4, n, 1, bias=False, rng=0) for n in (4, 6)), nn.Flatten(), nn.Linear(24, 2, rng=0))
     tune(net, "all")
     records = step_records(net, (4, 2, 2))
     ranks = {"0": (2, None, None), "1": (2, None, None)}

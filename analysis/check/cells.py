@@ -55,7 +55,6 @@ def validate_cell(
     ----------
     net : str
         A name of ``lance_ref.models.names()``.
-    batch : int
     dtype : {"float32", "float64"}
     methods : sequence of str
         Of :data:`analysis.steps.methods.METHODS`.

@@ -63,22 +63,12 @@ LARGE: Mapping[str, Geometry] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One layer of the tests.
+    """One layer of the tests."""
 
-    Attributes
-    ----------
-    name : str
-        A key of :data:`GEOMETRIES`, or of :data:`LARGE`.
-    geometry : ConvGeometry or LinearGeometry
-    dtype : dtype
-    ranks : tuple of int or None
-        One for each mode of the input: none, 1, half of the mode, or all of it.
-    """
-
-    name: str
+    name: str  #: A key of :data:`GEOMETRIES`, or of :data:`LARGE`.
     geometry: Geometry
     dtype: np.dtype[Any]
-    ranks: tuple[int | None, ...]
+    ranks: tuple[int | None, ...]  #: One for each mode of the input: none, 1, half of the mode, or all of it.
 
     def layer(self) -> TunedLayer:
         """What a method is told of the layer; its random numbers are the same at every call."""

@@ -24,28 +24,16 @@ Draw = Callable[["Console"], None]
 
 @dataclass
 class Sheet:
-    """A table with as many columns as fit the console, those that must stand there in blocks; a rich renderable.
-
-    Attributes
-    ----------
-    title : str
-    columns : sequence of str
-        The first column names the rows and stands in every block.
-    left : int
-        Number of columns, from the first on, that are words; the others are numbers, at the right of their column.
-    optional : sequence of sequence of str
-        Columns that may be left out, the most important first; those that are named together stand there together.
-    rows : list of list of str
-    styles : list of str
-        A rich style for each row; empty for none.
-    """
+    """A table with as many columns as fit the console, those that must stand there in blocks; a rich renderable."""
 
     title: str
-    columns: Sequence[str]
+    columns: Sequence[str]  #: The first column names the rows and stands in every block.
+    #: Number of columns, from the first on, that are words; the others are numbers, at the right of their column.
     left: int = 1
+    #: Columns that may be left out, the most important first; those that are named together stand there together.
     optional: Sequence[Sequence[str]] = ()
     rows: list[list[str]] = field(default_factory=list)
-    styles: list[str] = field(default_factory=list)
+    styles: list[str] = field(default_factory=list)  #: A rich style for each row; empty for none.
 
     def add(self, *cells: str, style: str = "") -> None:
         """Add a row; cells that are missing at its end stay empty.

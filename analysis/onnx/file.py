@@ -24,29 +24,18 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 @dataclass(frozen=True)
 class Node:
-    """One operation of the graph.
+    """One operation of the graph."""
 
-    Attributes
-    ----------
-    op : str
-        ONNX's name; with the domain in front if that is not ONNX's own.
-    name, scope : str
-        The name in the file, and the dotted path of the module that made it, as far as the file tells.
-    inputs, outputs : tuple of str
-        Names of values; "" for an optional one that is absent.
-    attributes : mapping
-        Numbers, lists of numbers, strings, and tensors as :class:`Constant`.
-    opset : int
-        Version of the operator set.
-    """
-
-    op: str
+    op: str  #: ONNX's name; with the domain in front if that is not ONNX's own.
+    #: The name in the file, and the dotted path of the module that made it, as far as the file tells.
     name: str
     scope: str
+    #: Names of values; "" for an optional one that is absent.
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    #: Numbers, lists of numbers, strings, and tensors as :class:`Constant`.
     attributes: Mapping[str, Any] = field(default_factory=dict)
-    opset: int = 1
+    opset: int = 1  #: Version of the operator set.
 
     def __str__(self) -> str:
         return f"{self.op} node {shown(self.name or self.outputs[0])}"
@@ -54,26 +43,13 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A file's graph as far as its output depends on it.
-
-    Attributes
-    ----------
-    file : str
-    nodes : list of Node
-        Every node after those that it reads from.
-    constants : dict
-        By name.
-    input : str
-        The one input that is no constant.
-    input_shape : tuple or None
-        Batch first; None for a size that the file leaves open, and for an unknown rank.
-    output : str
-    """
+    """A file's graph as far as its output depends on it."""
 
     file: str
-    nodes: list[Node]
-    constants: dict[str, Constant]
-    input: str
+    nodes: list[Node]  #: Every node after those that it reads from.
+    constants: dict[str, Constant]  #: By name.
+    input: str  #: The one input that is no constant.
+    #: Batch first; None for a size that the file leaves open, and for an unknown rank.
     input_shape: tuple[int | None, ...] | None
     output: str
 

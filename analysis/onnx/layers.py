@@ -37,7 +37,6 @@ class Weight:
 
     Attributes
     ----------
-    constant : Constant
     key : tuple
         The same for the same values: the name in the file, and what was done to it.
     source : Weight or None
@@ -225,24 +224,13 @@ Values = Mapping[str, Any]
 
 
 class LayerPlan(NamedTuple):
-    """A layer before it is made.
+    """A layer before it is made."""
 
-    Attributes
-    ----------
-    make : callable
-        Gives the module, with weights of the right shapes.
-    weight, bias : Weight or None
-    key : hashable
-        Its options: layers of the same options and weights are one.
-    reads : tuple of int
-        Which inputs of the node it takes; the others are its weights.
-    """
-
-    make: Callable[[], Module]
+    make: Callable[[], Module]  #: Gives the module, with weights of the right shapes.
     weight: Weight | None
     bias: Weight | None
-    key: Any
-    reads: tuple[int, ...] = (0,)
+    key: Any  #: Its options: layers of the same options and weights are one.
+    reads: tuple[int, ...] = (0,)  #: Which inputs of the node it takes; the others are its weights.
 
 
 class Made(NamedTuple):
@@ -259,7 +247,6 @@ def plan_for(node: Node, values: Values) -> LayerPlan | None:
 
     Parameters
     ----------
-    node : Node
     values : mapping
         Constants by name.
 
@@ -288,7 +275,6 @@ def layer_for(node: Node, values: Values, with_weights: bool, made: Mapping[Any,
 
     Parameters
     ----------
-    node : Node
     values : mapping
         Constants by name.
     with_weights : bool
@@ -367,9 +353,6 @@ class _Product(nn.Linear):
 
     Parameters
     ----------
-    I, O : int
-    bias : bool
-    alpha, beta : float
     left : bool
         Whether the weight stands on the left.
     turned : bool

@@ -44,7 +44,6 @@ class Operation(Module):
 
     Attributes
     ----------
-    node : Node
     stored_weights : tuple of Parameter
         That it multiplies with: :func:`lance_ref.tune` must not pass over them.
     """
@@ -65,14 +64,12 @@ class OnnxNet(Module):
 
     Parameters
     ----------
-    file : path
     with_weights : bool
         False: parameters have shapes alone, which is enough for a trace, and files with the values need not
         be there.
 
     Attributes
     ----------
-    graph : Graph
     remark : str
         What the cost model says beneath its tables; empty for most.
 

@@ -267,27 +267,3 @@ class _Linear(Layer):
 def _layer(call: Call) -> Layer:
     return _Convolved(convolution(call)) if call.record.op == "conv2d" else _Linear(call.itemsize)
 
-
-@forward("matmul")
-def matmul(call: Call) -> int:
-    return call.n_out * call.itemsize
-
-
-@backward("matmul")
-def matmul_backward(call: Call, g: Layout) -> Backward:
-    """One product for each operand that needs it; where broadcasting repeated the operand, it is summed afterwards."""
-    batch = call.record.output.shape[: -2 if min(len(v.shape) for v in call.record.inputs) > 1 else -1]
-    held = most = 0
-    grads: list[Layout | None] = [None, None]
-    for position in (0, 1):
-        if not call.needs(position):
-            continue
-        value = call.record.inputs[position]
-        grads[position] = new(value.shape, call.itemsize)
-        full = value.nbytes
-        if len(value.shape) > 2 or position == 0:
-            full = max(full, math.prod(batch) * math.prod(value.shape[-2:]) * call.itemsize)
-        summed = value.nbytes if full > value.nbytes else 0
-        most = max(most, held + full + summed)
-        held += value.nbytes
-    return Backward(most, tuple(grads), frozenset({0, 1}))

@@ -42,38 +42,21 @@ STATE_COPIES = {"sgd": 0, "sgd-momentum": 1, "adam": 2}
 
 @dataclass(frozen=True)
 class Peak:
-    """The peak of one training step, in bytes.
+    """The peak of one training step, in bytes."""
 
-    Attributes
-    ----------
-    peak_bytes : int
-        The largest total of live buffers: the batch, activations in flight, tape, gradients, optimiser state,
-        workspaces. Parameters, module buffers and fixed factors, which are there all the time, are not in it.
-    moment : {"forward", "backward", "optimiser"}
-        When it occurs.
-    at : str
-        The operation, as the table names it; the parameter's name for the optimiser.
-    forward_bytes, backward_bytes, optimizer_bytes : int
-        The peak of each part.
-    parameters_bytes : int
-        All parameters.
-    gradients_bytes : int
-        Of the parameters that train, when backward is done.
-    optimizer_state_bytes : int
-        Kept from step to step.
-    estimated : tuple of str
-        Operations and stores without a rule, for which an upper estimate is used, in words.
-    """
-
+    #: The largest total of live buffers: the batch, activations in flight, tape, gradients, optimiser state,
+    #: workspaces. Parameters, module buffers and fixed factors, which are there all the time, are not in it.
     peak_bytes: int
-    moment: str
-    at: str
+    moment: str  #: When it occurs: "forward", "backward" or "optimiser".
+    at: str  #: The operation, as the table names it; the parameter's name for the optimiser.
+    #: The peak of each part.
     forward_bytes: int
     backward_bytes: int
     optimizer_bytes: int
-    parameters_bytes: int
-    gradients_bytes: int
-    optimizer_state_bytes: int
+    parameters_bytes: int  #: All parameters.
+    gradients_bytes: int  #: Of the parameters that train, when backward is done.
+    optimizer_state_bytes: int  #: Kept from step to step.
+    #: Operations and stores without a rule, for which an upper estimate is used, in words.
     estimated: tuple[str, ...] = ()
 
     @property
@@ -115,10 +98,6 @@ def peak(
     lifetimes : mapping, optional
         From :func:`analysis.peak.lifetimes.lifetimes`: exact. By default guessed from the paths of the records, which
         misses activations that a ``forward`` goes on naming.
-
-    Returns
-    -------
-    Peak
 
     Raises
     ------

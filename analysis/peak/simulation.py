@@ -30,7 +30,6 @@ class Ledger:
 
     Attributes
     ----------
-    live : int
     moment : {"forward", "backward"}
         What goes on.
     most : dict of str to int

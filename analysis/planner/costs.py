@@ -39,25 +39,19 @@ MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decompositio
 
 @dataclass(frozen=True)
 class Device:
-    """How memory is counted.
+    """How memory is counted."""
 
-    Attributes
-    ----------
-    count : {"peak", "kept"}
-        "peak": the simulated peak of a step (:mod:`analysis.peak.memory`): batch, activations in flight, tape,
-        gradients, optimiser state, workspaces. "kept": tape, gradients and optimiser state as if all of
-        them were there at once, without activations in flight and workspaces, which another engine may do without.
-    weights : {"flash", "ram"}
-        "flash": of the parameters only those that train are in RAM; "ram": all of them, and the module buffers.
-    calibration : {"device", "elsewhere"}
-        "device": the Gram matrices have to fit too, beside the activations in flight of a forward pass.
-    optimizer : {"sgd", "sgd-momentum", "adam"}
-    """
-
+    #: "peak": the simulated peak of a step (:mod:`analysis.peak.memory`): batch, activations in
+    #: flight, tape, gradients, optimiser state, workspaces. "kept": tape, gradients and optimiser state as if all of
+    #: them were there at once, without activations in flight and workspaces, which another engine may do without.
     count: str = "peak"
+    #: "flash": of the parameters only those that train are in RAM; "ram": all of them, and the module
+    #: buffers.
     weights: str = "flash"
+    #: "device": the Gram matrices have to fit too, beside the activations in flight of a
+    #: forward pass.
     calibration: str = "device"
-    optimizer: str = "sgd"
+    optimizer: str = "sgd"  #: {"sgd", "sgd-momentum", "adam"}
 
     def __post_init__(self) -> None:
         allowed = {
@@ -105,10 +99,8 @@ class Costs:
     ----------
     net : Module
         Is tuned again and again.
-    name : str
     input_shape : tuple of int
         Without the batch.
-    device : Device
     dtype : {"float32", "float64"}
     spectra : Spectra, optional
         Of every layer.

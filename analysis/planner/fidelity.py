@@ -92,7 +92,6 @@ def layer_fidelity(
 
     Parameters
     ----------
-    option : Option
     shape : tuple of int
         Of the layer's input, batch first.
     ranks : tuple, optional

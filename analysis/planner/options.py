@@ -21,23 +21,12 @@ ASSUMED_FRACTION = Fraction(1, 4)
 
 @dataclass(frozen=True)
 class Option:
-    """One method with its settings, for any number of layers and any batch.
+    """One method with its settings, for any number of layers and any batch."""
 
-    Attributes
-    ----------
-    method : str
-        One of :data:`analysis.steps.methods.METHODS`.
-    settings : Settings
-    epsilon : float, optional
-        Energy threshold of the ranks, for methods that have ranks.
-    fraction : Fraction, optional
-        Of each mode, in place of ``epsilon``.
-    """
-
-    method: str
+    method: str  #: One of :data:`analysis.steps.methods.METHODS`.
     settings: Settings = field(default_factory=Settings)
-    epsilon: float | None = None
-    fraction: Fraction | None = None
+    epsilon: float | None = None  #: Energy threshold of the ranks, for methods that have ranks.
+    fraction: Fraction | None = None  #: Of each mode, in place of ``epsilon``.
 
     @property
     def setting(self) -> str:
@@ -69,7 +58,6 @@ def options_for(
 
     Parameters
     ----------
-    methods : sequence of str
     epsilons, fractions : sequence
         Of methods that have ranks.
     grids : mapping of setting to values, optional

@@ -25,23 +25,15 @@ SHOWN_DIGITS = 3
 
 @dataclass(frozen=True)
 class Candidate:
-    """One option with so many layers and such a batch, and what it takes.
-
-    Attributes
-    ----------
-    fidelity : Fidelity or None
-        None: not predicted.
-    over_bytes : int
-        Beyond the budget; 0 if it fits.
-    """
+    """One option with so many layers and such a batch, and what it takes."""
 
     option: Option
     layers: int
     batch: int
-    fidelity: Fidelity | None
+    fidelity: Fidelity | None  #: None: not predicted.
     memory: Memory
     times_bp: Fraction
-    over_bytes: int
+    over_bytes: int  #: Beyond the budget; 0 if it fits.
     too_much_work: bool
 
     @property
@@ -52,56 +44,34 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for one option.
-
-    Attributes
-    ----------
-    best : Candidate or None
-        The most faithful that fits (the one with most layers, where that is not predicted), of equals the one with the
-        largest batch.
-    layers : dict of batch to int or None
-        The most layers that fit; None if not even one does (of a method for which layers do not matter: if it does
-        not fit).
-    next : Candidate or None
-        The one that does not fit and comes first: one layer more than ``best``; if nothing fits, the one that takes
-        least. None where all layers fit.
-    note : str
-        Why it could not be tried, or why its fidelity is not predicted.
-    """
+    """What was found for one option."""
 
     option: Option
+    #: The most faithful that fits (the one with most layers, where that is not predicted), of equals the one with the
+    #: largest batch.
     best: Candidate | None
+    #: The most layers that fit; None if not even one does (of a method for which layers do not matter: if it does not
+    #: fit).
     layers: Mapping[int, int | None]
+    #: The one that does not fit and comes first: one layer more than ``best``; if nothing fits, the one that takes
+    #: least. None where all layers fit.
     next: Candidate | None
-    note: str = ""
+    note: str = ""  #: Why it could not be tried, or why its fidelity is not predicted.
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer; see :func:`search`.
+    """The answer; see :func:`search`."""
 
-    Attributes
-    ----------
-    rows : tuple of Row
-        Those that fit, the most faithful first, those whose fidelity is not predicted before those with 0.000; then
-        those that do not fit, by what is missing.
-    paths : tuple of str
-        The layers that could be tuned.
-    tried : int
-        Candidates whose memory was worked out.
-    skipped : mapping
-        Batch sizes that the net cannot run on, and why.
-    facts : mapping
-        For the heading.
-    """
-
+    #: Those that fit, the most faithful first, those whose fidelity is not predicted before those with 0.000; then
+    #: those that do not fit, by what is missing.
     rows: tuple[Row, ...]
     budget: int
     flops_at_most: Fraction | None
-    paths: tuple[str, ...]
-    tried: int = 0
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    facts: Mapping[str, str] = field(default_factory=dict)
+    paths: tuple[str, ...]  #: The layers that could be tuned.
+    tried: int = 0  #: Candidates whose memory was worked out.
+    skipped: Mapping[str, str] = field(default_factory=dict)  #: Batch sizes that the net cannot run on, and why.
+    facts: Mapping[str, str] = field(default_factory=dict)  #: For the heading.
 
     @property
     def fitting(self) -> tuple[Row, ...]:
@@ -129,9 +99,7 @@ def search(
 
     Parameters
     ----------
-    costs : Costs
     options : sequence of Option
-    batches : sequence of int
     budget : int
         Bytes of RAM.
     flops_at_most : Fraction, optional

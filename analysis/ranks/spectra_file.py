@@ -33,18 +33,10 @@ MODE_NAMES = {
 
 @dataclass(frozen=True)
 class LayerSpectra:
-    """One layer's measured spectra.
+    """One layer's measured spectra."""
 
-    Attributes
-    ----------
-    shape : tuple of int
-        Of the activation that was measured, batch first.
-    energies : tuple of arrays
-        Eigenvalues of each mode's Gram matrix, descending.
-    """
-
-    shape: tuple[int, ...]
-    energies: tuple[np.ndarray, ...]
+    shape: tuple[int, ...]  #: Of the activation that was measured, batch first.
+    energies: tuple[np.ndarray, ...]  #: Eigenvalues of each mode's Gram matrix, descending.
 
     def ranks(self, epsilon: float, batch: int) -> tuple[int, ...]:
         """Rank of each mode at a batch size, by energy; see :mod:`analysis.ranks.batch_law`."""

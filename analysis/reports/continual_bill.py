@@ -26,32 +26,16 @@ MOST_TASKS = 10_000
 
 @dataclass(frozen=True)
 class TaskBill:
-    """One learner's cost of one task.
+    """One learner's cost of one task."""
 
-    Attributes
-    ----------
-    learner : str
-        One of :data:`LEARNERS`.
-    task : int
-        From 0.
-    tape_bytes : int
-        Kept between forward and backward pass.
-    beside_bytes : int
-        What every step needs in memory beside network and tape: GPM's bases (float32), LANCE's factors.
-    flash_bytes : int
-        Kept after the task for the next one: the bases (float64).
-    step_macs : int
-        Multiply-adds of one step.
-    between_macs : int
-        Before and after the task: calibration and protected directions, with the forward passes that they need.
-    """
-
-    learner: str
-    task: int
-    tape_bytes: int
+    learner: str  #: One of :data:`LEARNERS`.
+    task: int  #: From 0.
+    tape_bytes: int  #: Kept between forward and backward pass.
+    #: What every step needs in memory beside network and tape: GPM's bases (float32), LANCE's factors.
     beside_bytes: int
-    flash_bytes: int
-    step_macs: int
+    flash_bytes: int  #: Kept after the task for the next one: the bases (float64).
+    step_macs: int  #: Multiply-adds of one step.
+    #: Before and after the task: calibration and protected directions, with the forward passes that they need.
     between_macs: int
 
     @property

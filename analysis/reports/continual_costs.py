@@ -64,8 +64,6 @@ def predict(
 
     Parameters
     ----------
-    learner : str
-    t : int
     history : sequence of dict
         What the run noted of each task: shapes of the bases during and after it, layers that stood still, the bill.
     scenario, recipe

@@ -88,10 +88,6 @@ def draw(
     method : str, optional
         Which one stands beside bp: by default lance, or the first that is not bp.
 
-    Returns
-    -------
-    matplotlib Figure
-
     Raises
     ------
     ValueError

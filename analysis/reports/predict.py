@@ -52,34 +52,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a report is made from.
-
-    Attributes
-    ----------
-    asked : Asked
-    step : TracedStep
-        Of plain backpropagation.
-    choice : RankChoice or None
-        Where LANCE's ranks come from; None if no method has ranks.
-    bills : dict of method to list of Billed
-    ranks : dict of method to ranks by layer
-        Empty for methods that have none.
-    steps : dict of method to MethodStep
-        What each method runs.
-    calibration : dict of method to CalibrationCost
-    notes : dict of method to str
-        Why a method was left out.
-    continual : Continual or None
-    """
+    """What a report is made from."""
 
     asked: Asked
-    step: TracedStep
-    choice: RankChoice | None
+    step: TracedStep  #: Of plain backpropagation.
+    choice: RankChoice | None  #: Where LANCE's ranks come from; None if no method has ranks.
     bills: dict[str, list[Billed]]
-    ranks: dict[str, Ranks]
-    steps: dict[str, MethodStep]
+    ranks: dict[str, Ranks]  #: Empty for methods that have none.
+    steps: dict[str, MethodStep]  #: What each method runs.
     calibration: dict[str, CalibrationCost]
-    notes: dict[str, str]
+    notes: dict[str, str]  #: Why a method was left out.
     continual: Continual | None = None
 
     @cached_property
@@ -152,7 +134,6 @@ def cost(
         Images of a step, 128 by default; a traced step has its own, and its own shapes, dtype and tuning.
     method : str or sequence of str, optional
         Names of :data:`analysis.steps.methods.METHODS`, or ``"all"``; "bp" and "lance" by default.
-    image_size : int, optional
     num_classes : int, optional
         For names, 1000 by default, and for factories that take it; a net that has another number is an error.
     input_shape : sequence of int, optional
@@ -180,10 +161,6 @@ def cost(
         Whose state and temporaries count at the peak of memory.
     **settings
         Of the methods: :data:`analysis.steps.settings.KNOWN`.
-
-    Returns
-    -------
-    Report
 
     Raises
     ------

@@ -29,28 +29,15 @@ FLOP_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decompositi
 
 @dataclass(frozen=True)
 class MethodCost:
-    """What one method costs, in one layer or in total.
+    """What one method costs, in one layer or in total."""
 
-    Attributes
-    ----------
-    ranks : tuple or None
-        Rank of each mode (None: left alone) of a compressed layer.
-    activation_bytes : dict
-        Bytes under each of :data:`ACCOUNTINGS`.
-    subspace_bytes : int
-        Fixed factors, in memory beside the tape.
-    flops : dict
-        One entry for each of :data:`FLOP_KINDS`, and their sum, ``"total"``. Under the convention
-        ``"paper"`` these are multiply-adds of the tuned layers alone.
-    elementwise : int
-        Scalar operations outside of products.
-    """
-
-    ranks: tuple[int | None, ...] | None
-    activation_bytes: dict[str, int]
-    subspace_bytes: int
+    ranks: tuple[int | None, ...] | None  #: Rank of each mode (None: left alone) of a compressed layer.
+    activation_bytes: dict[str, int]  #: Bytes under each of :data:`ACCOUNTINGS`.
+    subspace_bytes: int  #: Fixed factors, in memory beside the tape.
+    #: One entry for each of :data:`FLOP_KINDS`, and their sum, ``"total"``. Under the convention ``"paper"`` these are
+    #: multiply-adds of the tuned layers alone.
     flops: dict[str, int]
-    elementwise: int
+    elementwise: int  #: Scalar operations outside of products.
 
     @classmethod
     def of(cls, billed: Billed, convention: str) -> MethodCost:
@@ -164,23 +151,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Continual:
-    """The bill of learning several tasks one after the other.
-
-    Attributes
-    ----------
-    tasks : int
-    protected : float
-        Share of each layer's directions that the last task must leave alone.
-    basis_batches : int
-        Batches from which directions are found.
-    bills : tuple of TaskBill
-        By learner, then by task.
-    """
+    """The bill of learning several tasks one after the other."""
 
     tasks: int
-    protected: float
-    basis_batches: int
-    bills: tuple[TaskBill, ...]
+    protected: float  #: Share of each layer's directions that the last task must leave alone.
+    basis_batches: int  #: Batches from which directions are found.
+    bills: tuple[TaskBill, ...]  #: By learner, then by task.
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "bills": [bill.to_json() for bill in self.bills]}
@@ -192,7 +168,6 @@ class Report:
 
     Attributes
     ----------
-    methods : tuple of str
     rows : tuple of Row
         Every operation that keeps a byte or costs an operation, in order of execution. Operations of different
         methods are the same if layer, operation and its how-manieth call are; one that a method does not run has no

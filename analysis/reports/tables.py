@@ -21,7 +21,6 @@ def render(
 
     Parameters
     ----------
-    report : Report
     accountings : sequence of str
         Which columns of activation memory to show.
     across : int, optional

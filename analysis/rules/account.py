@@ -95,21 +95,14 @@ class CostCache:
 
     For the methods of one trace, where a number stands for one value. A record that a method leaves as it is
     (the same object) is costed once for all of them.
-
-    Attributes
-    ----------
-    memory, in_pytorch : Memory
-    costs : dict
-        By identity of the record, and whether backward comes through: the record itself, its cost here,
-        and what PyTorch keeps.
-    first : _Accounted or None
-        What was accounted first.
     """
 
     memory: Memory = field(default_factory=Memory)
     in_pytorch: Memory = field(default_factory=lambda: Memory(in_pytorch=True))
+    #: By identity of the record, and whether backward comes through: the record itself, its cost here, and what PyTorch
+    #: keeps.
     costs: dict[tuple[int, bool], tuple[OpRecord, OpCost, list[Saved]]] = field(default_factory=dict)
-    first: _Accounted | None = None
+    first: _Accounted | None = None  #: What was accounted first.
 
     def frozen_start(self, steps: Sequence[Executed], names: Sequence[str], head: str | None) -> list[Billed]:
         """The bills of those operations off the tape with which a step begins like the first one: the same again.
@@ -160,7 +153,6 @@ def account(
 
     Parameters
     ----------
-    records : sequence of OpRecord
     head : str or None
         Path of the classifier.
     repeats : int

@@ -46,21 +46,12 @@ class LayerCalibration:
 
 @dataclass(frozen=True)
 class CalibrationCost:
-    """The calibration of all tuned layers.
-
-    Attributes
-    ----------
-    batches : int
-    forward_macs : int
-        Of the forward passes, all batches.
-    layers : tuple of LayerCalibration
-    saved_macs_per_step : int
-        Multiply-adds of decomposition and projection that every step saves against a HOSVD at the same ranks.
-    """
+    """The calibration of all tuned layers."""
 
     batches: int
-    forward_macs: int
+    forward_macs: int  #: Of the forward passes, all batches.
     layers: tuple[LayerCalibration, ...]
+    #: Multiply-adds of decomposition and projection that every step saves against a HOSVD at the same ranks.
     saved_macs_per_step: int = 0
 
     @property

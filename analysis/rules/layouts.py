@@ -124,15 +124,9 @@ def is_basic_index(parts: Sequence[Any]) -> bool:
 
 @dataclass
 class Memory:
-    """The layout of every value seen so far while walking through a trace.
+    """The layout of every value seen so far while walking through a trace."""
 
-    Attributes
-    ----------
-    in_pytorch : bool
-        Whether results lie as PyTorch's do, not as our own.
-    """
-
-    in_pytorch: bool = False
+    in_pytorch: bool = False  #: Whether results lie as PyTorch's do, not as our own.
     layouts: dict[int, Layout] = field(default_factory=dict)
 
     def copied(self) -> Memory:

@@ -88,21 +88,13 @@ COUNTS = (
 
 @dataclass(frozen=True)
 class Call:
-    """One operation as a rule sees it.
-
-    Attributes
-    ----------
-    record : OpRecord
-    inputs, output : Layout
-        Where its values live.
-    on_tape : bool
-        Whether the backward pass comes through here.
-    """
+    """One operation as a rule sees it."""
 
     record: OpRecord
+    #: Where its values live.
     inputs: tuple[Layout, ...]
     output: Layout
-    on_tape: bool
+    on_tape: bool  #: Whether the backward pass comes through here.
 
     def needs(self, position: int) -> bool:
         """Whether the gradient of that input is computed."""

@@ -92,7 +92,6 @@ def operation(name: str, *, cost: Callable[..., Any], replace: bool = False, **c
 
     Parameters
     ----------
-    name : str
     cost : callable
         What it computes and keeps.
     replace : bool

@@ -18,18 +18,12 @@ NONE = ((0, 0), (0, 0))
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: its input, the size of its weight, and the ranks that LANCE keeps.
-
-    Attributes
-    ----------
-    weight : tuple of int
-        (C_out, k_h, k_w) of a convolution, (O,) of a linear layer.
-    """
+    """One layer: its input, the size of its weight, and the ranks that LANCE keeps."""
 
     name: str
     about: str
     input_shape: tuple[int, ...]
-    weight: tuple[int, ...]
+    weight: tuple[int, ...]  #: (C_out, k_h, k_w) of a convolution, (O,) of a linear layer.
     ranks: Ranks
     stride: tuple[int, int] = (1, 1)
     padding: tuple[tuple[int, int], tuple[int, int]] = NONE

@@ -16,22 +16,14 @@ DTYPES = ("float32", "float64")
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The inputs of one layer in several batches, and what is asked of them.
-
-    Attributes
-    ----------
-    modes : tuple of bool
-        Which modes are compressed.
-    protected : int
-        Number of directions of the feature mode to leave alone.
-    """
+    """The inputs of one layer in several batches, and what is asked of them."""
 
     name: str
     about: str
     shapes: Sequence[tuple[int, ...]]
     epsilon: float
-    modes: tuple[bool, ...]
-    protected: int = 0
+    modes: tuple[bool, ...]  #: Which modes are compressed.
+    protected: int = 0  #: Number of directions of the feature mode to leave alone.
     mean_free: bool = False
 
 

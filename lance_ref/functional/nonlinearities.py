@@ -285,7 +285,6 @@ def dropout(x: Any, p: float = 0.5, training: bool = True, rng: np.random.Genera
 
     Parameters
     ----------
-    x : Tensor
     p : float in [0, 1]
     training : bool
         If False, or if ``p`` is 0, ``x`` itself is returned and nothing is recorded.

@@ -118,10 +118,6 @@ def alexnet_cl(num_classes: int = 10, heads: int = 1, rng: Rng = None) -> AlexNe
         Seed or generator of the initial weights (PyTorch's default initialisation) and of the dropout masks;
         the library's default generator otherwise.
 
-    Returns
-    -------
-    AlexNetCL
-
     Raises
     ------
     ValueError

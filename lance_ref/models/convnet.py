@@ -48,7 +48,6 @@ def convnet(
 
     Parameters
     ----------
-    num_classes, in_channels : int
     channels : int
         Of the first convolution; the second and third have twice and four times as many.
     rng : int or numpy.random.Generator, optional

@@ -99,7 +99,6 @@ class DeiT(nn.Module):
         Features C of a token.
     num_heads : int
         Of each attention.
-    num_classes : int
     image_size : int
         Height and width; there are N = (image_size / 16)² + 1 tokens, each with its own position embedding.
     rng : int, numpy.random.Generator or None
@@ -131,15 +130,10 @@ def deit_tiny(num_classes: int = 1000, image_size: int = 224, rng: Rng = None) -
 
     Parameters
     ----------
-    num_classes : int
     image_size : int
         A multiple of 16.
     rng : int or numpy.random.Generator, optional
         Seed or generator of the initial weights; the library's default generator otherwise.
-
-    Returns
-    -------
-    DeiT
 
     Raises
     ------

@@ -44,7 +44,6 @@ class MCUBlock(nn.Module):
 
     Parameters
     ----------
-    C_in, C_out : int
     stride : {1, 2}
         Of the depthwise convolution.
     expand_ratio : int
@@ -115,7 +114,6 @@ def mcunet(num_classes: int = 1000, pretrained: bool | str | os.PathLike[str] | 
 
     Parameters
     ----------
-    num_classes : int
     pretrained : bool or path, optional
         True reads the ImageNet weights of :data:`~lance_ref.models.PRETRAINED` from the folder of
         data (``LANCE_REF_DATA``) and checks their SHA-256; a path reads a file of the same layout.
@@ -123,10 +121,6 @@ def mcunet(num_classes: int = 1000, pretrained: bool | str | os.PathLike[str] | 
         Feed such a net with :func:`models.preprocessing("mcunet") <lance_ref.models.preprocessing>`.
     rng : int or numpy.random.Generator, optional
         Seed or generator of the initial weights; the library's default generator otherwise.
-
-    Returns
-    -------
-    MCUNet
 
     Raises
     ------

@@ -45,7 +45,6 @@ def mlp(
 
     Parameters
     ----------
-    num_classes, in_features : int
     hidden : sequence of int
         Widths of the hidden layers; () leaves the classifier alone.
     bias : bool

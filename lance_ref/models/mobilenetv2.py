@@ -42,7 +42,6 @@ class InvertedResidual(nn.Module):
 
     Parameters
     ----------
-    C_in, C_out : int
     stride : {1, 2}
         Of the depthwise convolution.
     expand_ratio : int
@@ -120,7 +119,6 @@ def mobilenetv2(
 
     Parameters
     ----------
-    num_classes : int
     width : float
         Multiplies all channel counts, which are then rounded to multiples of 8.
     dropout : float
@@ -138,10 +136,6 @@ def mobilenetv2(
     rng : int or numpy.random.Generator, optional
         Seed or generator of the initial weights and of the dropout masks; the library's default generator
         otherwise.
-
-    Returns
-    -------
-    MobileNetV2
 
     Raises
     ------

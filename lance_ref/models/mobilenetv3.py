@@ -69,7 +69,6 @@ class InvertedResidual(nn.Module):
 
     Parameters
     ----------
-    C_in : int
     block : Block
         Its channels as they are to be, already scaled. Without more channels there is no expansion.
     rng : int, numpy.random.Generator or None
@@ -99,9 +98,6 @@ class MobileNetV3(nn.Module):
 
     Parameters
     ----------
-    num_classes : int
-    width : float
-    dropout : float
     rng : int, numpy.random.Generator or None
     """
 
@@ -141,7 +137,6 @@ def mobilenetv3_small(
 
     Parameters
     ----------
-    num_classes : int
     width : float
         Multiplies all channel counts, which are then rounded to multiples of 8.
     dropout : float
@@ -149,10 +144,6 @@ def mobilenetv3_small(
     rng : int or numpy.random.Generator, optional
         Seed or generator of the initial weights and of the dropout masks; the library's default generator
         otherwise.
-
-    Returns
-    -------
-    MobileNetV3
 
     Raises
     ------

@@ -76,7 +76,6 @@ class ResNet(nn.Module):
         :class:`BasicBlock` or :class:`Bottleneck`.
     blocks : sequence of 4 int
         Blocks in each of the four stages.
-    num_classes : int
     rng : int, numpy.random.Generator or None
     """
 
@@ -116,7 +115,6 @@ def resnet18(num_classes: int = 1000, rng: Rng = None) -> ResNet:
 
     Parameters
     ----------
-    num_classes : int
     rng : int or numpy.random.Generator, optional
         Seed or generator of the initial weights; the library's default generator otherwise.
 

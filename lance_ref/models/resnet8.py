@@ -92,7 +92,6 @@ def resnet8(num_classes: int = 10, pretrained: bool | str | os.PathLike[str] | N
 
     Parameters
     ----------
-    num_classes : int
     pretrained : bool or path, optional
         True reads the CIFAR-10 weights of :data:`~lance_ref.models.PRETRAINED` from the folder of
         data (``LANCE_REF_DATA``) and checks their SHA-256; a path reads a file of the same layout.
@@ -101,10 +100,6 @@ def resnet8(num_classes: int = 10, pretrained: bool | str | os.PathLike[str] | N
         <lance_ref.models.preprocessing>`.
     rng : int or numpy.random.Generator, optional
         Seed or generator of the initial weights; the library's default generator otherwise.
-
-    Returns
-    -------
-    ResNet8
 
     Raises
     ------

@@ -32,8 +32,6 @@ class Linear(Module):
 
     Parameters
     ----------
-    in_features, out_features : int
-    bias : bool
     rng : numpy.random.Generator or int, optional
         Source of the initial weights; the library's default generator otherwise.
 
@@ -68,12 +66,10 @@ class Conv2d(Module):
 
     Parameters
     ----------
-    in_channels, out_channels : int
     kernel_size, stride, dilation : int or pair
     padding : int, pair, ((top, bottom), (left, right)), "valid" or "same"
     groups : int
         Divides both numbers of channels.
-    bias : bool
     rng : numpy.random.Generator or int, optional
         Source of the initial weights; the library's default generator otherwise.
 

@@ -88,7 +88,6 @@ class LoRAConv2d(Conv2d):
 
     Parameters
     ----------
-    base : Conv2d
     rank, alpha, rng
         As there.
 
@@ -148,11 +147,8 @@ def add_lora(
 
     Parameters
     ----------
-    net : Module
     layers : sequence of str
         Paths of linear layers and 1x1 convolutions of one group.
-    rank : int
-    alpha : float, optional
     rng : int or numpy.random.Generator, optional
 
     Returns

@@ -18,24 +18,12 @@ _SHOWN = 6  # layer names, or shapes, that an error lists
 
 @dataclass(frozen=True)
 class Tuning:
-    """What :func:`tune` decided.
+    """What :func:`tune` decided."""
 
-    Attributes
-    ----------
-    layers : tuple of str
-        Paths of the Conv2d and Linear layers that train, in module order, without the head.
-    head : str or None
-        Path of the classifier head, which always trains; None if every layer stands in ``layers``.
-    selection : str or tuple of str
-        What was asked for.
-    parameters : {"all", "bias"}
-        Whether ``layers`` train whole, or their biases alone.
-    """
-
-    layers: tuple[str, ...]
-    head: str | None
-    selection: str | tuple[str, ...]
-    parameters: str = "all"
+    layers: tuple[str, ...]  #: Paths of the Conv2d and Linear layers that train, in module order, without the head.
+    head: str | None  #: Path of the classifier head, which always trains; None if every layer stands in ``layers``.
+    selection: str | tuple[str, ...]  #: What was asked for.
+    parameters: str = "all"  #: "all", or "bias": of ``layers`` the biases alone.
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -83,10 +71,6 @@ def tune(
         statistics would keep activations; ``train_batchnorm`` has the biases of all batch norms after
         the first selected layer train.
 
-    Returns
-    -------
-    Tuning
-
     Raises
     ------
     ValueError
@@ -127,20 +111,11 @@ def tune(
 
 
 class Choice(NamedTuple):
-    """What :func:`tune` would do to a net.
-
-    Attributes
-    ----------
-    tuning : Tuning
-    trains : set of int
-        Identities of the parameters that train; no other does.
-    frozen : list of (BatchNorm2d, bool)
-        Whether each of the net is frozen.
-    """
+    """What :func:`tune` would do to a net."""
 
     tuning: Tuning
-    trains: set[int]
-    frozen: list[tuple[nn.BatchNorm2d, bool]]
+    trains: set[int]  #: Identities of the parameters that train; no other does.
+    frozen: list[tuple[nn.BatchNorm2d, bool]]  #: Whether each of the net is frozen.
 
 
 def choose(

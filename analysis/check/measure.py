@@ -27,6 +27,7 @@ from analysis.commands.memory import check_memory
 from analysis.commands.names import plain
 from analysis.peak.memory import make_optimizer, measure_peak
 from analysis.rules.account import Billed
+from analysis.rules.op_cost import MAC_KINDS
 from analysis.rules.recompute import flatten
 from analysis.steps.runs import running
 from lance_ref import functional as F
@@ -44,8 +45,6 @@ PEAK = "peak bytes"
 PEAK_SHARE = 0.05
 OBJECT_BYTES, MOST_OBJECT_BYTES = 6 * 1024, 256 * 1024
 """Python's own objects, of each operation and of all, that ``tracemalloc`` may see beside the arrays."""
-
-MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
 
 
 @dataclass(frozen=True)
@@ -126,16 +125,10 @@ class Comparison:
 
 
 def compare(prediction: Prediction, data: str | None = None, peaks: bool = False) -> Comparison:
-    """Run one real step per method and compare it with the prediction.
+    """Run one real step per method of a prediction with weights, and compare the two.
 
-    Parameters
-    ----------
-    prediction : Prediction
-        Of a net with weights.
-    data : str, optional
-        A data set of ``lance_ref.datasets``, or a folder of pictures; the bundled digits by default.
-    peaks : bool
-        Whether the peak of memory is measured as well, in two more steps of each method.
+    ``data`` is a data set of ``lance_ref.datasets`` or a folder of pictures, by default the bundled digits. With
+    ``peaks`` the peak of memory is measured as well, in two more steps of each method.
     """
     step = prediction.step
     kept = max((sum(bill.tape_bytes for bill in bills) for bills in prediction.bills.values()), default=0)

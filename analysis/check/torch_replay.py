@@ -34,15 +34,7 @@ def version() -> str:
 
 
 class Replay:
-    """The values of a replayed step, made when they are first needed.
-
-    Parameters
-    ----------
-    records : sequence of OpRecord
-        One step, the loss last.
-    device : {"cpu", "meta"}
-        "meta": shapes alone.
-    """
+    """The values of a replayed step, made when they are first needed; on the device "meta" they are shapes alone."""
 
     def __init__(self, records: Sequence[OpRecord], device: str = "cpu") -> None:
         import torch
@@ -114,14 +106,9 @@ def _label_bounds(records: Sequence[OpRecord]) -> dict[int, int]:
 
 
 def saved_bytes(records: Sequence[OpRecord], ranks: Mapping[str, Sequence[int | None]] | None = None) -> list[int]:
-    """Bytes that PyTorch keeps for backward, by record.
+    """Bytes that PyTorch keeps for backward, by record; operations that backward does not come through are not run.
 
-    Parameters
-    ----------
-    records : sequence of OpRecord
-        One step, the loss last. Operations that backward does not come through are not run.
-    ranks : mapping, optional
-        Layers (by path) whose convolution or linear product keeps a core of these ranks.
+    The convolutions and linear products of the layers (by path) in ``ranks`` keep a core of these ranks.
     """
     replay = Replay(records)
     torch = replay.torch

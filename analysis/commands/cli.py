@@ -94,22 +94,11 @@ def run_command(
     arguments: Sequence[str] | None,
     work: Callable[[Any], int | None],
 ) -> int:
-    """Load plug-ins, parse, and work; whatever the user did wrong is said in one line.
+    """Load plug-ins, parse, and work; whatever the user did wrong is said in one line, with exit code 2.
 
-    Parameters
-    ----------
-    parser : ArgumentParser or callable
-        A :class:`OneLineParser`, or what makes it: called when plug-ins, which options may depend on, have been loaded.
-    arguments : sequence of str, optional
-        Those of the process by default.
-    work : callable
-        Gets the options; gives the exit code, or None for 0.
-
-    Returns
-    -------
-    int
-        The exit code; 1 if the reader of the output has gone away. Errors leave through ``parser.error``, with exit
-        code 2.
+    ``parser`` may be what makes the parser: it is called when the plug-ins, which options may depend on, are loaded.
+    ``work`` gets the options and gives the exit code, or None for 0. The code is 1 if the reader of the output has
+    gone.
     """
     try:
         stopping.load_plugins()
@@ -339,18 +328,10 @@ def fill_in(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
 
 
 def check_effect(options: argparse.Namespace, name: str, effective: bool, needs: str) -> None:
-    """Raise ValueError if an option was given that changes nothing.
+    """Raise ValueError if the option ``name`` was given and changes nothing (``effective`` is False).
 
-    Parameters
-    ----------
-    options : Namespace
-        Of a :class:`OneLineParser`; of others, where it is not known what was given, nothing is refused.
-    name : str
-        Of the option, as in the namespace.
-    effective : bool
-        Whether it changes anything, given the other options.
-    needs : str
-        What it would take, for the message: ``"--recipe tuned"``.
+    ``needs`` says what it would take: ``"--recipe tuned"``. Only a :class:`OneLineParser` knows what was given; with
+    the options of another parser nothing is refused.
     """
     if not effective and name in getattr(options, "given", ()):
         raise ValueError(f"--{name.replace('_', '-')} has no effect here: it needs {needs}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from analysis.commands.blocks import GAP, PIPE_WIDTH, blocks, paragraph, shortened, width
 from analysis.commands.names import plain
@@ -112,14 +113,9 @@ def say(on: Console, text: str) -> None:
 
 
 def as_text(draw: Draw, across: int | None = None) -> str:
-    """What is drawn, as text without colours and with lines in ASCII, since a pipe's encoding is anybody's guess.
+    """What is drawn, as text without colours, with lines in ASCII, since a pipe's encoding is anybody's guess.
 
-    Parameters
-    ----------
-    draw : callable
-        Gets a rich console.
-    across : int, optional
-        Characters of a line, 100 by default.
+    ``across``: characters of a line, 100 by default.
     """
     from rich.console import Console
 
@@ -139,3 +135,26 @@ def show(draw: Draw) -> None:
         draw(Console())
     else:
         sys.stdout.write(as_text(draw, width()))
+
+
+def emit(draw: Draw, texts: Mapping[str, Callable[[], str]], kind: str, output: str | None) -> None:
+    """Print what is drawn, or one of the ``texts`` if ``kind`` names it; or write it to a file, whole or not at all."""
+    if kind not in texts and output is None:
+        show(draw)
+        return
+    text = texts[kind]() if kind in texts else as_text(draw)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        from lance_ref.io.whole_file import write_text
+
+        write_text(output, text)
+
+
+def csv_text(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Rows as CSV with these columns; nothing stands where a row lacks one."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -55,13 +55,9 @@ class Graph:
 
 
 def read_graph(file: str | os.PathLike[str]) -> Graph:
-    """Read an ONNX file.
+    """Read an ONNX file, without the values that it keeps elsewhere ("external data").
 
-    Parameters
-    ----------
-    file : path
-        Values that the file keeps elsewhere ("external data") are read only when asked for, and only
-        from regular files in the same folder or below it.
+    Those are read only when asked for, and only from regular files in the same folder or below it.
 
     Raises
     ------
@@ -96,13 +92,7 @@ def read_graph(file: str | os.PathLike[str]) -> Graph:
 
 
 def input_shape(file: str | os.PathLike[str] | Graph, image_size: int | None = None) -> tuple[int, ...]:
-    """Shape of one input as the file has it, without the batch.
-
-    Parameters
-    ----------
-    file : path or Graph
-    image_size : int, optional
-        Height and width in place of the file's, for an input of (batch, channels, height, width).
+    """Shape of one input as the file has it, without the batch; ``image_size`` replaces height and width of an image.
 
     Raises
     ------

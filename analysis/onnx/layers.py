@@ -245,15 +245,7 @@ class Made(NamedTuple):
 def plan_for(node: Node, values: Values) -> LayerPlan | None:
     """What layer a node is; its weights are claimed, so that whoever reads them in another shape looks at these.
 
-    Parameters
-    ----------
-    values : mapping
-        Constants by name.
-
-    Returns
-    -------
-    LayerPlan or None
-        None for an operation without stored weights, or on weights that a layer before has in another shape.
+    None for an operation without stored weights, or on weights that a layer before has in another shape.
     """
     if node.op not in LAYERS:
         return None
@@ -273,14 +265,8 @@ def plan_for(node: Node, values: Values) -> LayerPlan | None:
 def layer_for(node: Node, values: Values, with_weights: bool, made: Mapping[Any, Module]) -> Made | None:
     """The layer of a node whose weights are stored; None for any other operation.
 
-    Parameters
-    ----------
-    values : mapping
-        Constants by name.
-    with_weights : bool
-        False: parameters have shapes alone.
-    made : mapping
-        Layers by key, so far: the same weights and options give the same layer.
+    Without ``with_weights`` the parameters have shapes alone. ``made`` has the layers so far: the same weights and
+    options give the same layer.
     """
     plan = plan_for(node, values)
     if plan is None:
@@ -351,12 +337,7 @@ class _SameLower(nn.Conv2d):
 class _Product(nn.Linear):
     """alpha·x Wᵀ + beta·b, or alpha·W x + beta·b with b along the rows; b its bias, or anything else that is given.
 
-    Parameters
-    ----------
-    left : bool
-        Whether the weight stands on the left.
-    turned : bool
-        Whether x, a matrix, is transposed before.
+    ``left``: the weight stands on the left. ``turned``: x, a matrix, is transposed before.
     """
 
     def __init__(self, I: int, O: int, bias: bool, alpha: float, beta: float, left: bool, turned: bool) -> None:  # noqa: E741

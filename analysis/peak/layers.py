@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from analysis.peak.arrays import UFUNC_BUFFER, like_input, new, packing, reshaping
+from analysis.peak.arrays import UFUNC_BUFFER, like_input, packing, reshaping
 from analysis.peak.rules import Backward, backward, forward
 from analysis.peak.stores import STORES, Layer, StorePeak, threads
 from analysis.rules.layouts import Layout, Storage
@@ -266,4 +266,3 @@ class _Linear(Layer):
 
 def _layer(call: Call) -> Layer:
     return _Convolved(convolution(call)) if call.record.op == "conv2d" else _Linear(call.itemsize)
-

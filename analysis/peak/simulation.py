@@ -7,10 +7,9 @@ what it kept once its gradients are there; gradients that meet are added into a 
 
 from __future__ import annotations
 
-import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from analysis.peak import layers  # noqa: F401  (it registers its rules)
 from analysis.peak.arrays import new
@@ -69,12 +68,6 @@ class Ledger:
             self.live -= storage.nbytes
             del self.holders[storage]
 
-    def copied(self) -> Ledger:
-        """The same bytes, alive for themselves."""
-        return replace(
-            self, most=dict(self.most), at=dict(self.at), holders=self.holders.copy(), outside=set(self.outside)
-        )
-
     def reach(self, extra: int, at: OpRecord) -> None:
         """During this operation so many bytes are allocated beside what is alive."""
         if self.live + extra > self.most[self.moment]:
@@ -92,14 +85,9 @@ class _Ran:
 
 
 class Simulation:
-    """Run a step; afterwards ``ledger`` has the peak of forward and backward, ``gradients`` those of leaves.
+    """Run a step, its loss last; ``ledger`` then has the peak of forward and backward, ``gradients`` those of leaves.
 
-    Parameters
-    ----------
-    records : sequence of OpRecord
-        The loss last.
-    ends : mapping
-        Lifetimes of the values, see :mod:`analysis.peak.lifetimes`.
+    ``ends``: lifetimes of the values, see :mod:`analysis.peak.lifetimes`.
     """
 
     def __init__(self, records: Sequence[OpRecord], ends: Lifetimes) -> None:
@@ -112,21 +100,8 @@ class Simulation:
         self.dying: defaultdict[int, list[int]] = defaultdict(list)
         for value, end in ends.items():
             self.dying[end].append(value)
-        self.begun = 0  # operations that have run
         self._carried: dict[str, Storage] = {}
         self._take_in_inputs()
-
-    def begin(self, count: int) -> None:
-        """Run the first operations, of which none is a segment or on the tape."""
-        self._forward(self.records[:count], [False] * count, 0)
-        self.begun = count
-
-    def continued(self, records: Sequence[OpRecord]) -> Simulation:
-        """A simulation that goes on from here with other records, of which those that have run are the same."""
-        other = copy.copy(self)
-        other.records, other.memory, other.ledger = records, self.memory.copied(), self.ledger.copied()
-        other.values, other.gradients, other.pending, other._carried = dict(self.values), {}, {}, {}
-        return other
 
     def gradients_before(self, gradients: Mapping[int, Storage]) -> None:
         """Gradients of leaves, by id of the value, that are there before the step, which adds to them."""
@@ -137,7 +112,7 @@ class Simulation:
         """Forward and backward."""
         self._carry_over()
         reached = backward_reaches(self.records)
-        ran = self._forward(self.records[self.begun :], reached[self.begun :], self.begun)
+        ran = self._forward(self.records, reached, 0)
         if not self.records or not self.records[-1].output.requires_grad:
             return
         self.ledger.moment = "backward"

@@ -88,17 +88,7 @@ def whole_fidelity(shares: Mapping[str, float], kept: Mapping[str, Fidelity]) ->
 def layer_fidelity(
     option: Option, shape: tuple[int, ...], ranks: Ranks | None, spectra: LayerSpectra | None
 ) -> Fidelity | None:
-    """c_l of one layer that trains; None if it is not predicted.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        Of the layer's input, batch first.
-    ranks : tuple, optional
-        Of its modes, for an option that has ranks.
-    spectra : LayerSpectra, optional
-        Measured at any batch size.
-    """
+    """c_l of one layer that trains, with an input of this shape, batch first, at these ranks; None if not predicted."""
     method = METHODS[option.method]
     if not isinstance(method.fidelity, str):
         return Fidelity(*method.fidelity(shape, option.settings))

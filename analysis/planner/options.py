@@ -56,13 +56,6 @@ def options_for(
 ) -> list[Option]:
     """Every method with every one of its settings, in the order of the register.
 
-    Parameters
-    ----------
-    epsilons, fractions : sequence
-        Of methods that have ranks.
-    grids : mapping of setting to values, optional
-        Default: the grid of each setting.
-
     >>> [option.name for option in options_for(["int8", "lance"], [0.7], [Fraction(1, 2)])]
     ['int8', 'lance epsilon 0.7', 'lance ranks 0.5']
     """
@@ -128,16 +121,3 @@ def parse_fraction_of_modes(text: str) -> Fraction:
     if match is None or not 0 < Fraction(text) <= 1:
         raise ValueError(f"--ranks is {text[:60]!r}, expected fractions of each mode in (0, 1], like 0.25")
     return Fraction(text)
-
-
-def check_lists(batches: Sequence[int], epsilons: Sequence[float]) -> None:
-    """Raise ValueError unless these are batch sizes and energy thresholds, each once."""
-    for batch in batches:
-        if isinstance(batch, bool) or not isinstance(batch, int) or not 0 < batch < 2**20:
-            raise ValueError(f"--batch is {batch}, expected integers from 1 to {2**20 - 1}")
-    for value in epsilons:
-        if not 0 < value <= 1:
-            raise ValueError(f"--epsilon is {value}, expected numbers in (0, 1]")
-    for name, given in (("--batch", batches), ("--epsilon", epsilons)):
-        if not given or len(set(given)) < len(given):
-            raise ValueError(f"{name} is {list(given)}, expected at least one value, each once")

@@ -99,7 +99,6 @@ def search(
 
     Parameters
     ----------
-    options : sequence of Option
     budget : int
         Bytes of RAM.
     flops_at_most : Fraction, optional
@@ -107,12 +106,7 @@ def search(
     shares : str
         See :func:`analysis.planner.fidelity.layer_shares`.
     most_layers : int, optional
-        To try; all by default. Fidelity is about all layers in any case.
-
-    Raises
-    ------
-    ValueError
-        If ``most_layers`` is not a number of layers of the net.
+        To try, of the layers of the net; all by default. Fidelity is about all layers in any case.
     """
     count = len(costs.layers)
     if not count:
@@ -221,21 +215,19 @@ class _Finder:
 
     def _most_layers(self, option: Option, batch: int, most: int, guess: int) -> int:
         """The largest number of layers that fits, 0 if none does; ``guess`` is tried before bisection."""
-        if self._hopeless(option, batch):
-            return 0
+        whole_batch = not METHODS[option.method].parts and self.costs.device.count == "peak"
+        if whole_batch and self.costs.in_flight(batch) > self.budget:
+            return 0  # not even the forward pass of the whole batch fits
         try:
             n = self._bisect(option, batch, most, guess)
         except ValueError as error:  # some numbers of layers cannot be had, others may
             self.reason = str(error)
-            return next((n for n in range(most, 0, -1) if self._fits_somehow(option, n, batch)), 0)
+            tried = ((n, self._try(option, n, batch)) for n in range(most, 0, -1))
+            return next((n for n, candidate in tried if candidate is not None and candidate.fits), 0)
         if self.flops_at_most is not None:
-            n = next((k for k in range(n, 0, -1) if self._cheap_enough(option, k, batch)), 0)
+            cheap = (k for k in range(n, 0, -1) if self._times_bp(option, k, batch) <= self.flops_at_most)
+            n = next(cheap, 0)
         return n
-
-    def _hopeless(self, option: Option, batch: int) -> bool:
-        """Whether not even the forward pass of the whole batch fits."""
-        whole_batch = not METHODS[option.method].parts and self.costs.device.count == "peak"
-        return whole_batch and self.costs.in_flight(batch) > self.budget
 
     def _bisect(self, option: Option, batch: int, most: int, guess: int) -> int:
         low, high = 0, most + 1  # low fits (nothing does), high does not
@@ -250,13 +242,8 @@ class _Finder:
     def _fits_in_memory(self, option: Option, layers: int, batch: int) -> bool:
         return self.costs.memory(option, layers_of(option)(layers), batch).total <= self.budget
 
-    def _cheap_enough(self, option: Option, layers: int, batch: int) -> bool:
-        times = self.costs.times_bp(option, layers_of(option)(layers), batch)
-        return self.flops_at_most is None or times <= self.flops_at_most
-
-    def _fits_somehow(self, option: Option, layers: int, batch: int) -> bool:
-        candidate = self._try(option, layers, batch)
-        return candidate is not None and candidate.fits
+    def _times_bp(self, option: Option, layers: int, batch: int) -> Fraction:
+        return self.costs.times_bp(option, layers_of(option)(layers), batch)
 
     def _try(self, option: Option, layers: int, batch: int) -> Candidate | None:
         try:

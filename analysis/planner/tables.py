@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,15 +35,10 @@ COUNTED = {
 
 def render(plan: Plan, device: Device, across: int | None = None) -> str:
     """The whole plan as plain text, lines at most ``across`` characters long (100)."""
-    return console.as_text(_drawn(plan, device), across)
+    return console.as_text(drawn(plan, device), across)
 
 
-def show(plan: Plan, device: Device) -> None:
-    """Print the plan: in colour to a terminal unless ``NO_COLOR`` is set, as plain text to a pipe."""
-    console.show(_drawn(plan, device))
-
-
-def _drawn(plan: Plan, device: Device) -> Callable[[Console], None]:
+def drawn(plan: Plan, device: Device) -> Callable[[Console], None]:
     """Prints all of it to a rich console."""
     limit = "" if plan.flops_at_most is None else f", at most {float(plan.flops_at_most):g}x backpropagation's FLOPs"
 
@@ -207,13 +200,7 @@ def to_json(plan: Plan, device: Device) -> dict[str, Any]:
         "ranks_from": plan.facts.get("ranks", ""),
         "fidelity": MEANING.format(count=len(plan.paths), shares=plan.facts.get("shares", "")),
         "memory": COUNTED[device.count],
-        "device": {
-            "budget_bytes": plan.budget,
-            "count": device.count,
-            "weights": device.weights,
-            "calibration": device.calibration,
-            "optimizer": device.optimizer,
-        },
+        "device": {"budget_bytes": plan.budget, **vars(device)},
         "flops_at_most": None if plan.flops_at_most is None else float(plan.flops_at_most),
         "layers": list(plan.paths),
         "answer": conclusion(plan),
@@ -273,9 +260,5 @@ def csv_text(plan: Plan) -> str:
         }
         for row, c in shown
     ]  # fmt: skip
-    text = io.StringIO()
     names = dict.fromkeys(name for line in lines for name in line if name != "note")
-    writer = csv.DictWriter(text, [*names, "note"], restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return console.csv_text(lines, [*names, "note"])

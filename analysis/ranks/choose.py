@@ -41,18 +41,8 @@ def choose_ranks(
 ) -> RankChoice:
     """Ranks for the tuned layers: those given, else from spectra, else a quarter of each mode.
 
-    Parameters
-    ----------
-    shapes : mapping
-        Input shape of each tuned layer.
-    net, input_shape
-        Which net it is, and the shape of one input, for looking up the shipped spectra.
-    epsilon : float
-        Energy threshold for ranks from spectra.
-    given : str, optional
-        What ``--ranks`` says.
-    spectra : str, optional
-        What ``--spectra`` says: a file.
+    ``net`` and ``input_shape`` find the shipped spectra; ``given`` is what ``--ranks`` says, ``spectra`` the file of
+    ``--spectra``.
 
     Raises
     ------

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from analysis.rules.account import WEIGHTED, account
+from analysis.rules.op_cost import MAC_KINDS
 from analysis.rules.protection_costs import calibration_macs, gram_macs, update_macs
 from lance_ref.continual.learners import Recipe
 from lance_ref.continual.scenario import Scenario
 from lance_ref.engine.recording import OpRecord
 
-MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
 LABEL_BYTES = 2
 LANCE_MODES = {"lance": (True, True), "lance-no-batch": (False, True)}
 """Whether batch and token are compressed; the feature mode always is."""
@@ -62,18 +62,9 @@ def predict(
 ) -> dict[str, Any]:
     """What task t takes beside the tape, from shapes alone.
 
-    Parameters
-    ----------
-    history : sequence of dict
-        What the run noted of each task: shapes of the bases during and after it, layers that stood still, the bill.
-    scenario, recipe
-    outputs : mapping of str to int
-        C_out of each layer.
-
-    Notes
-    -----
-    M is 4·n·m bytes in memory, as float32, and 8·n·m between tasks. GPM's projection G − (G M) Mᵀ of a gradient
-    (C_out, n) takes 2·C_out·n·m multiply-adds at every step.
+    ``history`` is what the run noted of each task: shapes of the bases during and after it, layers that stood still,
+    the bill. ``outputs`` has C_out of each layer. M is 4·n·m bytes in memory, as float32, and 8·n·m between tasks.
+    GPM's projection G − (G M) Mᵀ of a gradient (C_out, n) takes 2·C_out·n·m multiply-adds at every step.
     """
     done = history[t]
     macs = dict(done["predicted"]["step_macs"])

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from analysis.commands.console import csv_text
 from analysis.commands.names import plain
 from analysis.rules.account import Billed
 from analysis.rules.calibration_costs import CalibrationCost
+from analysis.rules.op_cost import MAC_KINDS as FLOP_KINDS
 
 if TYPE_CHECKING:
     from analysis.peak.memory import Peak
@@ -24,7 +24,6 @@ ACCOUNTINGS = ("paper", "pytorch", "tape")
 CONVENTIONS = ("flops", "paper")
 OPTIMIZERS = ("sgd", "sgd-momentum", "adam")
 _Place = tuple[str, str, int]
-FLOP_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,7 @@ class MethodCost:
         cost, paper = billed.cost, convention == "paper"
         counts = dict.fromkeys(FLOP_KINDS, 0)
         if not paper:
-            counts = {
-                "forward": 2 * cost.forward_macs,
-                "grad_input": 2 * cost.grad_input_macs,
-                "grad_weight": 2 * cost.grad_weight_macs,
-                "projection": 2 * cost.projection_macs,
-                "decomposition": 2 * cost.decomposition_macs,
-                "recompute": 2 * cost.recompute_macs,
-            }
+            counts = {kind: 2 * getattr(cost, f"{kind}_macs") for kind in FLOP_KINDS}
         elif billed.tuned:
             counts["forward"] = cost.forward_macs
             counts["grad_weight"] = cost.paper_grad_weight_macs
@@ -87,13 +79,7 @@ class MethodCost:
         return not (any(self.activation_bytes.values()) or any(self.flops.values()) or self.elementwise)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "ranks": None if self.ranks is None else list(self.ranks),
-            "activation_bytes": self.activation_bytes,
-            "subspace_bytes": self.subspace_bytes,
-            "flops": self.flops,
-            "elementwise": self.elementwise,
-        }
+        return {**vars(self), "ranks": None if self.ranks is None else list(self.ranks)}
 
 
 @dataclass(frozen=True)
@@ -137,16 +123,8 @@ class Row:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "op": self.op,
-            "input_shape": list(self.input_shape),
-            "output_shape": list(self.output_shape),
-            "weight_shape": None if self.weight_shape is None else list(self.weight_shape),
-            "parameters": self.parameters,
-            "tuned": self.tuned,
-            "methods": {method: cost.to_json() for method, cost in self.methods.items()},
-        }
+        shown = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if k != "path"}
+        return {**shown, "methods": {method: cost.to_json() for method, cost in self.methods.items()}}
 
 
 @dataclass(frozen=True)
@@ -212,16 +190,8 @@ class Report:
         """Fold the bills of all methods into rows; ``facts`` are the report's other attributes."""
         seen: dict[tuple[Any, ...], MethodCost] = {}
 
-        of_bill: dict[int, MethodCost] = {}
-
         def cost(bill: Billed) -> MethodCost:
             """The same object for bills that say the same."""
-            known = of_bill.get(id(bill))
-            if known is None:
-                known = of_bill[id(bill)] = priced(bill)
-            return known
-
-        def priced(bill: Billed) -> MethodCost:
             bytes_ = (bill.paper_bytes, bill.pytorch_bytes, bill.tape_bytes, bill.subspace_bytes)
             key = (id(bill.cost), bill.tuned, *bytes_)
             if key not in seen:
@@ -304,11 +274,7 @@ class Report:
         Nothing stands where a method does not run the operation.
         """
         flat = self._flat_rows()
-        text = io.StringIO()
-        writer = csv.DictWriter(text, _names(flat) or ["name"], restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(flat)
-        return text.getvalue()
+        return csv_text(flat, _names(flat) or ["name"])
 
     def to_pandas(self) -> Any:
         """The rows as a ``pandas.DataFrame``, the columns named as in :meth:`csv_text`; missing where not run.
@@ -351,17 +317,9 @@ def _over(a: int, b: int) -> float | None:
 
 
 def _peak_json(peak: Peak) -> dict[str, Any]:
-    return {
-        "peak_bytes": peak.peak_bytes,
-        "peak_moment": peak.moment,
-        "peak_at": peak.at,
-        "parameters_bytes": peak.parameters_bytes,
-        "gradients_bytes": peak.gradients_bytes,
-        "optimizer_state_bytes": peak.optimizer_state_bytes,
-        "forward_bytes": peak.forward_bytes,
-        "backward_bytes": peak.backward_bytes,
-        "optimizer_bytes": peak.optimizer_bytes,
-    }
+    bytes_ = ("parameters", "gradients", "optimizer_state", "forward", "backward", "optimizer")
+    first = {"peak_bytes": peak.peak_bytes, "peak_moment": peak.moment, "peak_at": peak.at}
+    return first | {f"{name}_bytes": getattr(peak, f"{name}_bytes") for name in bytes_}
 
 
 def _matched(bills: Mapping[str, Sequence[Billed]]) -> list[dict[str, Billed]]:
@@ -373,7 +331,7 @@ def _matched(bills: Mapping[str, Sequence[Billed]]) -> list[dict[str, Billed]]:
     for method, listed in bills.items():
         behind: dict[_Place | None, list[_Place]] = {}
         last: _Place | None = None
-        for place, bill in zip(_places(tuple([(b.record.path, b.record.op) for b in listed])), listed, strict=True):
+        for place, bill in zip(_places((b.record.path, b.record.op) for b in listed), listed, strict=True):
             if place in rows:
                 rows[place][method], last = bill, place
                 continue
@@ -384,15 +342,14 @@ def _matched(bills: Mapping[str, Sequence[Billed]]) -> list[dict[str, Billed]]:
     return list(rows.values())
 
 
-@lru_cache(maxsize=32)
-def _places(operations: tuple[tuple[str, str], ...]) -> tuple[_Place, ...]:
-    """Layer and operation with its how-manieth call; most methods run the same."""
+def _places(operations: Iterable[tuple[str, str]]) -> list[_Place]:
+    """Layer and operation with the number of its call."""
     times: Counter[tuple[str, str]] = Counter()
     places = []
     for operation in operations:
         times[operation] += 1
         places.append((*operation, times[operation]))
-    return tuple(places)
+    return places
 
 
 def _in_order(rows: Iterable[Any], behind: Mapping[Any, list[Any]]) -> list[Any]:

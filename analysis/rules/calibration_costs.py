@@ -125,21 +125,10 @@ def calibration_cost(
     kind: str = "plain",
     saved_macs_per_step: int = 0,
 ) -> CalibrationCost:
-    """The cost of :func:`lance_ref.calibrate` on the modes that have a rank.
+    """The cost of :func:`lance_ref.calibrate` on the modes that have a rank, in batches of the size of the step's.
 
-    Parameters
-    ----------
-    records : sequence of OpRecord
-        Of one step, those inside of segments included.
-    forward_macs : int
-        Of its forward pass.
-    ranks : mapping of layer path to ranks
-        None: a mode that is not calibrated.
-    batches : int
-        How many, of the size of the step's batch.
-    kind : {"plain", "mean-free", "center"}
-    saved_macs_per_step : int
-        See :class:`CalibrationCost`.
+    ``records`` are those of one step, those inside of segments included, and ``forward_macs`` of its forward pass;
+    ``kind`` is "plain", "mean-free" or "center".
     """
     calls: dict[str, list[tuple[int, ...]]] = {}
     for record in records:

@@ -15,6 +15,9 @@ from analysis.rules.layouts import Layout, Memory, Storage
 from analysis.rules.operations import OPERATIONS, column, known
 from lance_ref.engine.recording import OpRecord, itemsize
 
+MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
+"""The kinds of products whose multiply-adds are counted."""
+
 
 class MissingRuleError(LookupError):
     """An operation that nobody has written a cost rule for. Never counted as zero."""
@@ -78,7 +81,7 @@ class OpCost:
 
 
 COUNTS = (
-    *(f"{kind}_macs" for kind in ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")),
+    *(f"{kind}_macs" for kind in MAC_KINDS),
     "paper_projection_macs",
     "paper_grad_weight_macs",
     "elementwise",

@@ -101,7 +101,7 @@ def cost_inside(item: Executed, memory: Memory) -> OpCost:
 def cost_outside(item: Executed, memory: Memory) -> OpCost:
     """The cost of an operation that stands in no segment, or of a segment itself."""
     cost = cost_of(item.record, memory, item.on_tape)
-    return replace(cost, second_tape_bytes=_second_tape_bytes(item, memory))
+    return replace(cost, second_tape_bytes=_second_tape_bytes(item, memory)) if item.record.op == OP else cost
 
 
 def _second_tape_bytes(item: Executed, memory: Memory) -> int:

@@ -40,16 +40,9 @@ def factor_elements(shape: Sequence[int], ranks: Ranks) -> int:
 
 
 def mode_products_macs(shape: Sequence[int], ranks: Ranks) -> int:
-    """Multiply-adds of a chain of mode products, in its cheapest order.
+    """Multiply-adds of mode products from ``shape`` to ``ranks`` (None: no product), in the cheapest of all orders.
 
-    Each product takes (current number of elements)·(new size of its mode). All orders are tried.
-
-    Parameters
-    ----------
-    shape : sequence of int
-        Sizes before the chain.
-    ranks : sequence of int or None
-        Size of each mode after it; a mode may shrink or grow. None: no product.
+    Each product takes (current number of elements)·(new size of its mode); a mode may shrink or grow.
 
     >>> mode_products_macs((2, 3), (None, 5))
     30

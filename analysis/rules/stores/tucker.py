@@ -43,7 +43,7 @@ def asi(call: Call, macs: int) -> StoreCost:
 
 
 def hosvd_macs(shape: Sequence[int], ranks: Ranks, decomposed: Sequence[bool]) -> int:
-    """Multiply-adds of finding the factors of a truncated HOSVD.
+    """Multiply-adds of finding the factors of a truncated HOSVD; ``decomposed`` says of which modes.
 
     The Gram of the unfolding's smaller side:
 
@@ -51,12 +51,6 @@ def hosvd_macs(shape: Sequence[int], ranks: Ranks, decomposed: Sequence[bool]) -
     n > m                                K = A_(n)ᵀ A_(n): P·m; eigenvectors of (m, m); U = orth(A_(n) V): P·r, QR
 
     A matrix has one Gram of its smaller side for both modes.
-
-    Parameters
-    ----------
-    shape, ranks : sequences of int; a rank of None is full
-    decomposed : sequence of bool
-        Which modes are decomposed.
 
     >>> hosvd_macs((2, 3), (1, None), (True, False))  # 6·2 + 9·8/2
     48

@@ -49,18 +49,26 @@ def mode_products_macs(shape: Sequence[int], ranks: Ranks) -> int:
     >>> mode_products_macs((4, 10), (3, 1))  # 4·10·1 first, then 4·1·3; the other order takes 150
     52
     """
-    targets = [(mode, rank) for mode, rank in enumerate(ranks) if rank is not None]
+    return cheapest_chain(shape, ranks)[0]
+
+
+def cheapest_chain(shape: Sequence[int], ranks: Ranks) -> tuple[int, list[int]]:
+    """(multiply-adds, elements after each product) of the chain of :func:`mode_products_macs`.
+
+    >>> cheapest_chain((4, 10), (3, 1))
+    (52, [4, 3])
+    """
     if len(shape) != len(ranks):
         raise ValueError(f"ranks are {tuple(ranks)}, expected one for each mode of shape {tuple(shape)}")
-    cheapest: int | None = None
-    for order in permutations(targets):
-        sizes, macs = list(shape), 0
+    found: list[tuple[int, list[int]]] = []
+    for order in permutations((mode, rank) for mode, rank in enumerate(ranks) if rank is not None):
+        sizes, macs, elements = list(shape), 0, []
         for mode, rank in order:
             macs += math.prod(sizes) * rank
             sizes[mode] = rank
-        cheapest = macs if cheapest is None else min(cheapest, macs)
-    assert cheapest is not None  # there is always one order, if only the empty one
-    return cheapest
+            elements.append(math.prod(sizes))
+        found.append((macs, elements))
+    return min(found, key=lambda chain: chain[0])
 
 
 def projection_macs(shape: Sequence[int], ranks: Ranks, order: str = "auto") -> int:

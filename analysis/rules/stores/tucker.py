@@ -28,8 +28,8 @@ def hosvd(call: Call, macs: int) -> StoreCost:
     those that ``store["selected"]`` leaves out.
     """
     shape, store = call.record.inputs[0].shape, call.record.attributes["store"]
-    ranks = _ranks(call)
-    return _core_and_factors(call, ranks, hosvd_macs(shape, ranks, _decomposed(shape, ranks, store)))
+    ranks = own_ranks(call)
+    return _core_and_factors(call, ranks, hosvd_macs(shape, ranks, decomposed(shape, ranks, store)))
 
 
 @store_rule("asi")
@@ -38,7 +38,7 @@ def asi(call: Call, macs: int) -> StoreCost:
 
     Between steps the factors are what the next one starts from; during a step they are the arrays on the tape.
     """
-    ranks = _ranks(call)
+    ranks = own_ranks(call)
     return _core_and_factors(call, ranks, asi_macs(call.record.inputs[0].shape, ranks))
 
 
@@ -92,7 +92,7 @@ def orthonormal_macs(n: int, r: int) -> int:
     return (6 * n * r * r - 2 * r * r * r) // 3
 
 
-def _ranks(call: Call) -> tuple[int | None, ...]:
+def own_ranks(call: Call) -> tuple[int | None, ...]:
     """The ranks of the store, None for a mode of full rank.
 
     Raises
@@ -111,7 +111,7 @@ def _ranks(call: Call) -> tuple[int | None, ...]:
     )
 
 
-def _decomposed(shape: Sequence[int], ranks: Ranks, store: Mapping[str, Any]) -> tuple[bool, ...]:
+def decomposed(shape: Sequence[int], ranks: Ranks, store: Mapping[str, Any]) -> tuple[bool, ...]:
     """Which modes the HOSVD looked at: those with a rank below full, and those that only it found to be full."""
     epsilon = store.get("epsilon")
     if epsilon is None:

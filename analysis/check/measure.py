@@ -9,9 +9,7 @@ and its counter counts for the same operations (:mod:`analysis.check.torch_repla
 
 from __future__ import annotations
 
-import gc
 import math
-import tracemalloc
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +23,7 @@ from analysis.check import torch_replay
 from analysis.commands.blocks import blocks, paragraph
 from analysis.commands.memory import check_memory
 from analysis.commands.names import plain
-from analysis.peak.memory import make_optimizer, measure_peak
+from analysis.peak.memory import measure_peak
 from analysis.rules.account import Billed
 from analysis.rules.op_cost import MAC_KINDS
 from analysis.rules.recompute import flatten
@@ -194,10 +192,7 @@ def _compare_peaks(comparison: Comparison, prediction: Prediction, images: np.nd
     for method, peak in prediction.report.peaks.items():
         changed = prediction.steps[method]
         with running(step, method, changed):
-            if changed.repeats == 1:
-                measured = measure_peak(step.net, images, labels, optimizer)
-            else:
-                measured = measure_peak_in_parts(step.net, images, labels, changed.repeats, optimizer)
+            measured = measure_peak(step.net, images, labels, optimizer, changed.repeats)
         if peak.estimated and measured <= peak.peak_bytes:
             comparison.notes.append(
                 f"peak of memory of {method}: not compared: at most {peak.peak_bytes:,} bytes, measured {measured:,}; "
@@ -209,38 +204,6 @@ def _compare_peaks(comparison: Comparison, prediction: Prediction, images: np.nd
         f"peaks of memory, with {optimizer}, agree within {PEAK_SHARE:.0%}, or {OBJECT_BYTES // 1024} KiB for each "
         f"operation, at most {MOST_OBJECT_BYTES // 1024} KiB, for Python's own objects; all other numbers must be equal"
     )
-
-
-def measure_peak_in_parts(net: Module, images: np.ndarray, labels: np.ndarray, parts: int, optimizer: str) -> int:
-    """As :func:`analysis.peak.memory.measure_peak`, of a step that takes its images in parts, one after the other.
-
-    Counted are the images of one part; parameters are put back afterwards.
-    """
-    x, y = ([part.copy() for part in np.split(array, parts)] for array in (images, labels))
-    before = [(parameter, parameter.data) for parameter in net.parameters()]
-    optimiser = make_optimizer(optimizer, net)
-
-    def one_step() -> None:
-        for of_part, its_labels in zip(x, y, strict=True):
-            F.cross_entropy(net(Tensor(of_part)), Tensor(its_labels)).backward()
-        optimiser.step()
-
-    try:
-        tracemalloc.start()
-        one_step()  # warms up, as there
-        optimiser.zero_grad()
-        gc.collect()
-        start = tracemalloc.get_traced_memory()[0]
-        tracemalloc.reset_peak()
-        one_step()
-        most = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-        optimiser.zero_grad()
-        for parameter, data in before:
-            parameter.data = data
-    state = sum(array.nbytes for arrays in optimiser.buffers.values() for array in arrays if array is not None)
-    return most - start + state + x[0].nbytes + y[0].nbytes
 
 
 def _by_path(bills: Sequence[Billed], what: str) -> dict[str, int]:

@@ -219,43 +219,33 @@ def make_optimizer(name: str, net: Module, lr: float = 1e-300) -> Optimizer:
     return optim.SGD(parameters, lr, momentum=0.9 if name == "sgd-momentum" else 0.0)
 
 
-def measure_peak(net: Module, images: np.ndarray, labels: np.ndarray, optimizer: str = "sgd") -> int:
+def measure_peak(net: Module, images: np.ndarray, labels: np.ndarray, optimizer: str = "sgd", parts: int = 1) -> int:
     """The peak of a real training step, in bytes, as :attr:`Peak.peak_bytes` counts it.
 
-    A first step warms up (compiled loops, state of the optimiser); the second is measured. Parameters, buffers and the
-    state of stores are put back afterwards; random generators (dropout) have gone on.
-
-    Parameters
-    ----------
-    net : Module
-        In the mode, with the selection and the stores of the step.
-    images : array (B, ...)
-    labels : integer array (B,)
-    optimizer : {"sgd", "sgd-momentum", "adam"}
+    A first step warms up (compiled loops, state of the optimiser); the second is measured. The net is in the mode, with
+    the selection and the stores of the step. Parameters, buffers and the state of stores are put back afterwards;
+    random generators (dropout) have gone on. A step may take its images in ``parts``, one after the other; then the
+    images of one part are counted. ``tracemalloc`` sees every Python object as well, some kilobytes for each operation.
 
     Raises
     ------
     RuntimeError
         If ``tracemalloc`` runs already.
-
-    Notes
-    -----
-    ``tracemalloc`` sees every Python object as well, some kilobytes for each operation.
     """
     if tracemalloc.is_tracing():
         raise RuntimeError("tracemalloc runs already, its peak would be somebody else's")
     if numba_enabled():
         importlib.import_module("numba")  # takes a minute under tracemalloc
-    before = _Before(net)
+    before, batches = _Before(net), [[part.copy() for part in np.split(a, parts)] for a in (images, labels)]
     optimiser = make_optimizer(optimizer, net)
     try:
         tracemalloc.start()
-        _one_step(net, images, labels, optimiser)
+        _one_step(net, batches, optimiser)
         optimiser.zero_grad()
         gc.collect()
         start = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
-        _one_step(net, images, labels, optimiser)
+        _one_step(net, batches, optimiser)
         most = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -263,13 +253,13 @@ def measure_peak(net: Module, images: np.ndarray, labels: np.ndarray, optimizer:
         carried = sum(array.nbytes for store in _stores(net).values() for array in store.state().values())
         before.put_back()
     state = sum(array.nbytes for arrays in optimiser.buffers.values() for array in arrays if array is not None)
-    return most - start + state + carried + images.nbytes + labels.nbytes
+    return most - start + state + carried + sum(arrays[0].nbytes for arrays in batches)
 
 
-def _one_step(net: Module, images: np.ndarray, labels: np.ndarray, optimiser: Optimizer) -> None:
-    x, y = Tensor(images), Tensor(labels)
-    loss = F.cross_entropy(net(x), y)
-    loss.backward()
+def _one_step(net: Module, batches: Sequence[Sequence[np.ndarray]], optimiser: Optimizer) -> None:
+    for images, labels in zip(*batches, strict=True):
+        loss = F.cross_entropy(net(Tensor(images)), Tensor(labels))
+        loss.backward()
     optimiser.step()
 
 

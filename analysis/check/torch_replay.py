@@ -284,16 +284,16 @@ def _layer_norm(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) ->
     return torch.nn.functional.layer_norm(x, attributes["normalized_shape"], weight, bias, attributes["eps"])
 
 
+def _named(name: str) -> Op:
+    """A function of torch with one argument."""
+    return lambda torch, inputs, attributes: getattr(torch, name)(inputs[0])
+
+
 def _function(name: str, *names: str) -> Op:
     """A function of torch.nn.functional that takes these attributes by name."""
     return lambda torch, inputs, attributes: getattr(torch.nn.functional, name)(
         *inputs, **{key: attributes[key] for key in names}
     )
-
-
-def _elementwise(name: str) -> Op:
-    """A function of torch with one argument."""
-    return lambda torch, inputs, attributes: getattr(torch, name)(inputs[0])
 
 
 fill("twin", {
@@ -311,7 +311,7 @@ fill("twin", {
     "pad": _pad,
     **{op: _reduce(op) for op in ("sum", "mean", "var")},
     "max": _max,
-    **{op: _elementwise(op) for op in ("exp", "sqrt", "tanh", "sigmoid", "log", "erf")},
+    **{op: _named(op) for op in ("exp", "sqrt", "tanh", "sigmoid", "log", "erf")},
     "clip": lambda torch, x, a: torch.clamp(x[0], a["low"], a["high"]),
     "expand": lambda torch, x, a: x[0].expand(a["shape"]).contiguous(),
     "fake_quantize": _fake_quantize,

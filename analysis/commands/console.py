@@ -57,7 +57,7 @@ class Sheet:
     @property
     def row_count(self) -> int:
         """Number of rows, lines between them left out."""
-        return sum(not _is_rule(row) for row in self.rows)
+        return sum(set(row) != {RULE} for row in self.rows)
 
     def lines(self, across: int) -> list[tuple[str, str]]:
         """Lines of at most ``across`` characters with their styles; one with a single number may be longer."""
@@ -101,10 +101,6 @@ class Sheet:
         for line, style in [("", ""), *self.lines(options.max_width), ("", "")]:
             # a line that is too long breaks between words: a name and its number stand below each other
             yield Text(line, style=style, overflow="fold")
-
-
-def _is_rule(row: Sequence[str]) -> bool:
-    return set(row) == {RULE}
 
 
 def say(on: Console, text: str) -> None:

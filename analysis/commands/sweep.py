@@ -262,11 +262,6 @@ def _from_before(found: Mapping[str, Outcome], total: int, folder: Path) -> str:
     return line
 
 
-def _write(path: Path, task: Task, outcome: Outcome) -> None:
-    document = {"format": FORMAT, "version": VERSION, "function": task.function, "cell": task.cell, **outcome}
-    write_json(path, document)
-
-
 def _collect(
     arriving: Iterator[tuple[Task, Outcome]],
     outcomes: dict[str, Outcome],
@@ -280,7 +275,8 @@ def _collect(
     with progress_bar("cells", total, progress, done=len(outcomes)) as advance:
         for task, outcome in arriving:
             if "error" not in outcome:
-                _write(folder / f"{task.key}.json", task, outcome)
+                about = {"format": FORMAT, "version": VERSION, "function": task.function, "cell": task.cell}
+                write_json(folder / f"{task.key}.json", about | outcome)
             outcomes[task.key] = outcome
             how = f"failed, {outcome['error']}" if "error" in outcome else f"{outcome['seconds']:.1f} s"
             advance(1, how.partition(",")[0])

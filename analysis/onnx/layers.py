@@ -358,18 +358,11 @@ class _Product(nn.Linear):
         return y + (summand if self.beta == 1 else summand * self.beta)
 
 
-def _gemm(node: Node, x: list[Any]) -> LayerPlan | None:
-    turned = [bool(node.attributes.get(name, 0)) for name in ("transA", "transB")]
-    return _product(node, x, turned)
-
-
-def _matmul(node: Node, x: list[Any]) -> LayerPlan | None:
-    """x @ W or W @ x, with the bias of an Add behind it where :mod:`analysis.onnx.patterns` joined the two."""
-    return _product(node, x, [False, False])
-
-
 def _product(node: Node, x: list[Any], turned: list[bool]) -> LayerPlan | None:
-    """Of a matrix that is stored and something that is not, each transposed before if ``turned`` says so."""
+    """Of a matrix that is stored and something that is not, each transposed before if ``turned`` says so.
+
+    The third input is a bias; of a MatMul it is that of the Add which :mod:`analysis.onnx.patterns` joined to it.
+    """
     bias = (*x, None)[2]
     left = isinstance(x[0], Weight)
     weight = x[0] if left else x[1]
@@ -436,8 +429,8 @@ def _dropout(node: Node, x: list[Any]) -> LayerPlan | None:
 
 LAYERS: dict[str, Callable[[Node, list[Any]], LayerPlan | None]] = {
     "Conv": _conv,
-    "Gemm": _gemm,
-    "MatMul": _matmul,
+    "Gemm": lambda node, x: _product(node, x, [bool(node.attributes.get(name, 0)) for name in ("transA", "transB")]),
+    "MatMul": lambda node, x: _product(node, x, [False, False]),
     "BatchNormalization": _batch_norm,
     "LayerNormalization": _layer_norm,
     "Dropout": _dropout,

@@ -70,10 +70,6 @@ def _unary(function: Callable[[Tensor], Tensor]) -> TensorOp:
     return lambda node, x: function(x[0])
 
 
-def _pow(node: Node, x: Inputs) -> Tensor:
-    return F.pow(x[0], number(x[1], "the exponent"))
-
-
 def _clip(node: Node, x: Inputs) -> Tensor:
     """Between 0 and 6, and from 0 up, it goes by the name of the activation function."""
     low = number(argument(node, x, 1, "min"), "the lower bound", -math.inf)
@@ -125,10 +121,6 @@ def _reshaped(node: Node, x: Inputs) -> Tensor:
     return F.reshape(x[0], new_shape(node, x[0].shape, x))
 
 
-def _transpose(node: Node, x: Inputs) -> Tensor:
-    return F.permute(x[0], node.attributes.get("perm") or range(x[0].ndim)[::-1])
-
-
 def _concat(node: Node, x: Inputs) -> Tensor:
     like = next(v for v in x if isinstance(v, Tensor))
     tensors = [v if isinstance(v, Tensor) else Tensor(v.astype(like.dtype)) for v in x]
@@ -148,10 +140,6 @@ def _gather(node: Node, x: Inputs) -> Tensor:
         raise ValueError("the positions are not known beforehand")
     where: Any = int(positions) if positions.ndim == 0 else positions
     return x[0][(slice(None),) * axis + (where,)]
-
-
-def _expand(node: Node, x: Inputs) -> Tensor:
-    return F.expand(x[0], np.broadcast_shapes(x[0].shape, integers(x[1], "shape")))
 
 
 def _pad(node: Node, x: Inputs) -> Tensor:
@@ -311,7 +299,7 @@ TENSOR_OPS: dict[str, TensorOp] = {
     "Sub": _binary(F.sub),
     "Mul": _binary(F.mul),
     "Div": _binary(F.div),
-    "Pow": _pow,
+    "Pow": lambda node, x: F.pow(x[0], number(x[1], "the exponent")),
     "Sqrt": _unary(F.sqrt),
     "Exp": _unary(F.exp),
     "Log": _unary(F.log),
@@ -336,12 +324,12 @@ TENSOR_OPS: dict[str, TensorOp] = {
     "Reshape": _reshaped,
     "Squeeze": _reshaped,
     "Unsqueeze": _reshaped,
-    "Transpose": _transpose,
+    "Transpose": lambda node, x: F.permute(x[0], node.attributes.get("perm") or range(x[0].ndim)[::-1]),
     "Concat": _concat,
     "Split": _split,
     "Slice": lambda node, x: x[0][slices(node, x[0].ndim, x)],
     "Gather": _gather,
-    "Expand": _expand,
+    "Expand": lambda node, x: F.expand(x[0], np.broadcast_shapes(x[0].shape, integers(x[1], "shape"))),
     "Pad": _pad,
     "Identity": lambda node, x: x[0],
     "Cast": _cast,

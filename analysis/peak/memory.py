@@ -11,8 +11,7 @@ import gc
 import importlib
 import tracemalloc
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -63,10 +62,6 @@ class Peak:
     def total_bytes(self) -> int:
         """Peak and parameters."""
         return self.peak_bytes + self.parameters_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it by name, for JSON."""
-        return {**asdict(self), "total_bytes": self.total_bytes}
 
     def __str__(self) -> str:
         where = f"{self.peak_bytes / 2**20:.1f} MiB in {self.moment}, at {self.at}"

@@ -69,11 +69,7 @@ STORES: dict[str, StorePeak] = {}
 # ---- plain backpropagation, sketches, codes, patches -----------------------------------------
 
 
-def _exact_weight(call: Call, layer: Layer, g: Layout) -> int:
-    return layer.weight_workspace(g, call.inputs[0])
-
-
-STORES["exact"] = StorePeak(lambda call, layer: 0, _exact_weight)
+STORES["exact"] = StorePeak(lambda call, layer: 0, lambda call, layer, g: layer.weight_workspace(g, call.inputs[0]))
 
 
 def _sketch_rows(call: Call) -> tuple[int, int]:
@@ -413,17 +409,13 @@ def _asi_save(call: Call, layer: Layer) -> int:
     return max(most, held + projecting(shape, ranks) * item)
 
 
-def _own_weight(call: Call, layer: Layer, g: Layout) -> int:
-    return core_gradient(call, layer, tucker.own_ranks(call))
-
-
 def _asi_carried(shape: tuple[int, ...], store: Mapping[str, Any]) -> int:
     """The factors, from which the iteration of the next step starts."""
     return sum(n * r for n, r in zip(shape, store["ranks"], strict=True) if r is not None and r < n)
 
 
-STORES["hosvd"] = StorePeak(_hosvd_save, _own_weight)
-STORES["asi"] = StorePeak(_asi_save, _own_weight, carried=_asi_carried)
+STORES["hosvd"] = StorePeak(_hosvd_save, lambda call, layer, g: core_gradient(call, layer, tucker.own_ranks(call)))
+STORES["asi"] = StorePeak(_asi_save, STORES["hosvd"].weight_gradient, carried=_asi_carried)
 
 
 # ---- the gradient filter ---------------------------------------------------------------------

@@ -25,6 +25,7 @@ MEANING = (
     "keeps. 'at least': what is certain of that energy on the images measured. It is about one step's gradient, "
     "not about accuracy."
 )
+WEIGHTS = {"flash": "weights that do not train in flash", "ram": "all weights and buffers in RAM"}
 COUNTED = {
     "peak": "memory: the simulated peak of a step (batch, activations in flight, tape, gradients, optimiser state, "
     "workspaces)",
@@ -40,13 +41,14 @@ def render(plan: Plan, device: Device, across: int | None = None) -> str:
 
 def drawn(plan: Plan, device: Device) -> Callable[[Console], None]:
     """Prints all of it to a rich console."""
+    calibrated = "calibrated on the device" if device.calibration == "device" else "calibrated elsewhere"
     limit = "" if plan.flops_at_most is None else f", at most {float(plan.flops_at_most):g}x backpropagation's FLOPs"
 
     def draw(on: Console) -> None:
         say(on, f"{plan.facts.get('net', '')}: {_kib(plan.budget)} KiB of RAM{limit}")
         say(on, conclusion(plan))
         say(on, f"ranks from: {plan.facts.get('ranks', '')}")
-        say(on, f"{COUNTED[device.count]}; optimiser {device.optimizer}; {_weights(device)}; {_calibrated(device)}")
+        say(on, f"{COUNTED[device.count]}; optimiser {device.optimizer}; {WEIGHTS[device.weights]}; {calibrated}")
         say(on, MEANING.format(count=len(plan.paths), shares=plan.facts.get("shares", "")))
         if plan.fitting:
             on.print(_fitting(plan, device))
@@ -123,14 +125,6 @@ def _what(candidate: Candidate, plan: Plan) -> str:
     count = len(plan.paths)
     which = f"the last {candidate.layers} of {count} layers, " if candidate.layers else ""
     return f"{f'all {count} layers, ' if candidate.layers == count else which}batch {candidate.batch}"
-
-
-def _weights(device: Device) -> str:
-    return "weights that do not train in flash" if device.weights == "flash" else "all weights and buffers in RAM"
-
-
-def _calibrated(device: Device) -> str:
-    return "calibrated on the device" if device.calibration == "device" else "calibrated elsewhere"
 
 
 # ---- tables ----------------------------------------------------------------------------------

@@ -74,17 +74,14 @@ class Spectra:
         layers = []
         for name, layer in self.layers.items():
             modes = zip(MODE_NAMES[len(layer.shape)], layer.energies, strict=True)
-            rows = [f"  {json.dumps(mode)}: [{', '.join(_shares(energies))}]" for mode, energies in modes]
+            shares = [(mode, ", ".join(f"{share:.6g}" for share in of / of.sum())) for mode, of in modes]
+            rows = [f"  {json.dumps(mode)}: [{listed}]" for mode, listed in shares]
             shape = f'  "shape": {json.dumps(list(layer.shape))}'
             layers.append(f" {json.dumps(name)}: {{\n" + ",\n".join([shape, *rows]) + "}")
         lines.append('"layers": {\n' + ",\n".join(layers) + "}")
         plain = "{" + ",\n".join(lines)
         seal = sealed(json.loads(plain + "}"))[SEAL]
         write_text(path, f"{plain},\n{json.dumps(SEAL)}: {json.dumps(seal)}}}\n")
-
-
-def _shares(energies: np.ndarray) -> list[str]:
-    return [f"{share:.6g}" for share in energies / energies.sum()]
 
 
 def load_spectra(path: str | os.PathLike[str]) -> Spectra:

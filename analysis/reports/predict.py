@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 DEFAULT_METHODS = ("bp", "lance")
 DEFAULT_BATCH = 128
 DEFAULT_EPSILON = 0.7
-MOST = 2**31 - 1
-"""Of images, classes and pixels; and a thousand tasks at the most."""
 MOST_TASKS = 1000
+HIDDEN_FACTS = ("parameters", "asked", "rank")
+"""Of a method's step: what only a real run needs."""
 DEFAULT_PROTECTED = 0.5
 DEFAULT_BASIS_BATCHES = 10
 LARGEST = 2**31 - 1
@@ -83,7 +83,9 @@ class Prediction:
             ranks_from=self.choice.source if self.choice else "not needed: no method compresses",
             calibration=self.calibration,
             settings={
-                name: {**settings.of(METHODS[name].names), **_shown(self.steps[name].facts)} for name in self.bills
+                name: settings.of(METHODS[name].names)
+                | {fact: value for fact, value in self.steps[name].facts.items() if fact not in HIDDEN_FACTS}
+                for name in self.bills
             },
             notes=self.notes,
             continual=self.continual,
@@ -216,13 +218,14 @@ def predict_step(
     step: TracedStep, names: Sequence[str], asked: Asked, continual: Continual | None = None
 ) -> Prediction:
     """The prediction for a step that was traced, by methods of these names."""
+    from analysis.ranks.choose import choose_ranks
     from analysis.rules.account import CostCache, account
 
     tuned, choice = {}, None
     if any(METHODS[name].make is not None for name in names):
         tuned = tuned_inputs(step)
     if any(METHODS[name].ranks is not None for name in names):
-        choice = _choose_ranks(step, tuned, asked.epsilon, asked.ranks, asked.spectra)
+        choice = choose_ranks(tuned, step.name, step.input_shape, asked.epsilon, asked.ranks, asked.spectra)
     cache, steps, given, bills, notes = CostCache(), {}, {}, {}, {}
     for name in names:
         try:
@@ -361,26 +364,6 @@ def _named_step(
     return trace_step(build(name, num_classes, input_shape, True), name, input_shape, batch, tune, dtype)
 
 
-def _choose_ranks(
-    step: TracedStep, tuned: Shapes, epsilon: float, ranks: str | None, spectra: str | None
-) -> RankChoice:
-    """The ranks; those of shipped spectra are read from their file once."""
-    from analysis.ranks.choose import choose_ranks
-
-    if ranks is not None or spectra is not None:
-        return choose_ranks(tuned, step.name, step.input_shape, epsilon, ranks, spectra)
-    return _shipped_ranks(tuple(tuned.items()), step.name, step.input_shape, epsilon)
-
-
-@lru_cache(maxsize=64)
-def _shipped_ranks(
-    tuned: tuple[tuple[str, tuple[int, ...]], ...], net: str, input_shape: tuple[int, ...], epsilon: float
-) -> RankChoice:
-    from analysis.ranks.choose import choose_ranks
-
-    return choose_ranks(dict(tuned), net, input_shape, epsilon, None, None)
-
-
 def ranks_of(name: str, choice: RankChoice | None, tuned: Shapes) -> Ranks:
     """The ranks of a method, by layer; none for a method without ranks."""
     from analysis.ranks.choose import mean_free
@@ -425,11 +408,6 @@ def _calibrations(
             flatten(step.records), forward, given[name], settings.calibration_batches, kind, saved
         )
     return costs
-
-
-def _shown(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that a reader wants to see, without those that only a real run needs."""
-    return {name: value for name, value in facts.items() if name not in ("parameters", "asked", "rank")}
 
 
 def tuned_inputs(step: TracedStep) -> dict[str, tuple[int, ...]]:

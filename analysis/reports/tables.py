@@ -205,7 +205,8 @@ def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS, wide:
     for method in totals:
         ratios = _reductions(report, method)
         if ratios:
-            add(f"bp / {method}", {k: _ratio(n) for k, n in {**ratios, work: ratios["flops"]}.items()}, "green")
+            times = {**ratios, work: ratios["flops"]}
+            add(f"bp / {method}", {k: "-" if n is None else f"{n:,.2f}x" for k, n in times.items()}, "green")
     return table
 
 
@@ -288,10 +289,6 @@ def change(times_less: float | None) -> str:
     if times_less < 1 / SAME:
         return f"grows {1 / times_less:,.2f} times" if times_less else "grows from nothing"
     return f"hardly changes (to {100 / times_less:.1f} %)"
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.2f}x"
 
 
 def _count(n: int | None) -> str:

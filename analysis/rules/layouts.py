@@ -172,11 +172,6 @@ def backward_reaches(records: Sequence[OpRecord], start: Value | None = None) ->
 # ---- how the results of our own operations lie -----------------------------------------------
 
 
-def _indexed(record: OpRecord, inputs: Sequence[Layout]) -> Layout | None:
-    index = record.attributes["index"]
-    return inputs[0].indexed(index) if is_basic_index(index) else None
-
-
 _ARITHMETIC = (
     *("add", "sub", "mul", "div", "neg", "pow", "exp", "sqrt", "tanh", "sigmoid", "log", "gelu"),
     *("hardsigmoid", "hardswish", "erf", "gelu_tanh", "clip", "fake_quantize"),
@@ -187,5 +182,5 @@ fill("layout_in_pytorch", dict.fromkeys(_ON_OUR_TAPE, PACKED) | dict.fromkeys(("
 fill("layout", {
     "reshape": lambda record, inputs: inputs[0].reshaped(record.output.shape),
     "permute": lambda record, inputs: inputs[0].permuted(record.attributes["dims"]),
-    "index": _indexed,
+    "index": lambda record, x: x[0].indexed(i) if is_basic_index(i := record.attributes["index"]) else None,
 })  # fmt: skip

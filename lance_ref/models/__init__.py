@@ -1,4 +1,13 @@
-"""Networks by name, laid out and named as in torchvision where they come from there."""
+"""Networks by name, laid out and named as in torchvision where they come from there.
+
+Each function that makes a network takes ``rng``, the seed or the generator of the initial weights and of dropout masks
+(by default the library's generator), and raises ValueError for an option that is out of range.
+
+``pretrained=True`` reads the weights of :data:`PRETRAINED` from the folder of data (``LANCE_REF_DATA``) and checks
+their SHA-256; a path reads a file of the same layout. The classifier is loaded where the numbers of classes agree;
+otherwise a fresh one stays. FileNotFoundError says that the weights are not there, ValueError that they do not fit.
+:func:`preprocessing` prepares the pixels.
+"""
 
 from __future__ import annotations
 

@@ -42,14 +42,6 @@ class Heads(nn.Sequential):
 class AlexNetCL(nn.Module):
     """``conv1`` … ``conv3``, ``fc1``, ``fc2`` with ``bn1`` … ``bn5``, and the heads ``fc3.0``, ``fc3.1``, ….
 
-    Parameters
-    ----------
-    num_classes : int
-        Of each head.
-    heads : int
-        Classifiers on the same features, one for each task.
-    rng : int, numpy.random.Generator or None
-
     Attributes
     ----------
     head : int
@@ -114,14 +106,8 @@ def alexnet_cl(num_classes: int = 10, heads: int = 1, rng: Rng = None) -> AlexNe
         Of each head.
     heads : int
         One for each task; ``net.head = t`` selects the one that runs. With 1 the net is an ordinary classifier.
-    rng : int or numpy.random.Generator, optional
-        Seed or generator of the initial weights (PyTorch's default initialisation) and of the dropout masks;
-        the library's default generator otherwise.
-
-    Raises
-    ------
-    ValueError
-        If ``num_classes`` or ``heads`` is no positive integer.
+    rng
+        See :mod:`lance_ref.models`; the initialisation is PyTorch's default.
 
     Notes
     -----

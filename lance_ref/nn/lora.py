@@ -16,7 +16,7 @@ the adapted one, B a 1x1 convolution of stride 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -205,14 +205,9 @@ def merge_lora(net: Module) -> None:
 
 def _exchange(net: Module, old: Module, new: Module) -> None:
     """Put a module in the place of another wherever that is a child; the order of the children stays."""
-    for parent, name in list(_places(net, old)):
-        parent._modules[name] = new
+    for parent in list(net.modules()):
+        parent._modules.update(dict.fromkeys([name for name, module in parent._modules.items() if module is old], new))
     _structure_changed()
-
-
-def _places(net: Module, child: Module) -> Iterator[tuple[Module, str]]:
-    for parent in net.modules():
-        yield from ((parent, name) for name, module in parent._modules.items() if module is child)
 
 
 def _check(base: Module, kind: type[Module], rank: int) -> None:

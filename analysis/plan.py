@@ -114,10 +114,7 @@ def _run(options: argparse.Namespace) -> None:
 def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     """The plan for the options of the command line.
 
-    Raises
-    ------
-    ValueError, TypeError, LookupError, OSError
-        In one line that names what came and what is allowed.
+    Raises ValueError, TypeError, LookupError or OSError in one line that names what came and what is allowed.
     """
     from dataclasses import replace
 

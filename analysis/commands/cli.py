@@ -367,10 +367,7 @@ def check_once(options: argparse.Namespace, name: str) -> None:
 def check_writable(output: str, option: str = "--output") -> None:
     """Fail before the work, not after it.
 
-    Raises
-    ------
-    ValueError
-        If a file of that name cannot be made.
+    Raises ValueError if a file of that name cannot be made.
     """
     path = Path(output)
     if path.is_dir():

@@ -39,10 +39,7 @@ class Sheet:
     def add(self, *cells: str, style: str = "") -> None:
         """Add a row; cells that are missing at its end stay empty.
 
-        Raises
-        ------
-        ValueError
-            If there are more cells than columns.
+        Raises ValueError if there are more cells than columns.
         """
         if len(cells) > len(self.columns):
             raise ValueError(f"a row has {len(cells)} cells, the table {len(self.columns)} columns")

@@ -59,11 +59,8 @@ def read_graph(file: str | os.PathLike[str]) -> Graph:
 
     Those are read only when asked for, and only from regular files in the same folder or below it.
 
-    Raises
-    ------
-    ValueError
-        In one line: no such file, one that is no ONNX, damaged, too large or cyclic, or a graph that is not one
-        tensor to one tensor.
+    Raises ValueError, in one line, for no such file, one that is no ONNX, damaged, too large or cyclic, and for a graph
+    that is not one tensor to one tensor.
     """
     path = Path(file)
     model = _parse(path)
@@ -94,10 +91,7 @@ def read_graph(file: str | os.PathLike[str]) -> Graph:
 def input_shape(file: str | os.PathLike[str] | Graph, image_size: int | None = None) -> tuple[int, ...]:
     """Shape of one input as the file has it, without the batch; ``image_size`` replaces height and width of an image.
 
-    Raises
-    ------
-    ValueError
-        If the file cannot be read or leaves a size open.
+    Raises ValueError if the file cannot be read or leaves a size open.
     """
     graph = file if isinstance(file, Graph) else read_graph(file)
     declared, file = graph.input_shape, graph.file
@@ -144,10 +138,7 @@ def count_nodes(content: bytes) -> int:
 
     A message of two bytes takes a hundred when it is parsed: so they are counted before.
 
-    Raises
-    ------
-    EOFError
-        If the file ends in the middle of a field.
+    Raises EOFError if the file ends in the middle of a field.
     """
     count = 0
     for graph in _fields(content, 0, len(content), 7):  # ModelProto.graph

@@ -27,10 +27,7 @@ Arrays = Sequence[Any]
 def evaluate(node: Node, x: Arrays) -> list[np.ndarray]:
     """The outputs of a node whose inputs are arrays (None: absent).
 
-    Raises
-    ------
-    ValueError
-        If the inputs do not fit, or a result would be too large.
+    Raises ValueError if the inputs do not fit, or a result would be too large.
     """
     with np.errstate(all="ignore"):
         result = HOST[node.op](node, x)

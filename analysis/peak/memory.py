@@ -143,10 +143,7 @@ def parameters_bytes(parameters: Iterable[Tensor]) -> int:
 def peak_of(simulation: Simulation, optimizer: str, parameters: int | None) -> Peak:
     """The peak of a step that was simulated; ``parameters``: bytes of all of the net, else those that the step reads.
 
-    Raises
-    ------
-    ValueError
-        If there is no such optimiser.
+    Raises ValueError if there is no such optimiser.
     """
     if optimizer not in STATE_COPIES:
         raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(STATE_COPIES)}")
@@ -222,10 +219,7 @@ def measure_peak(net: Module, images: np.ndarray, labels: np.ndarray, optimizer:
     random generators (dropout) have gone on. A step may take its images in ``parts``, one after the other; then the
     images of one part are counted. ``tracemalloc`` sees every Python object as well, some kilobytes for each operation.
 
-    Raises
-    ------
-    RuntimeError
-        If ``tracemalloc`` runs already.
+    Raises RuntimeError if ``tracemalloc`` runs already.
     """
     if tracemalloc.is_tracing():
         raise RuntimeError("tracemalloc runs already, its peak would be somebody else's")

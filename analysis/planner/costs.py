@@ -174,10 +174,7 @@ class Costs:
     def changed(self, option: Option, layers: int, batch: int) -> MethodStep:
         """The step of a candidate.
 
-        Raises
-        ------
-        ValueError
-            If the method does not fit the net with so many layers, or this batch.
+        Raises ValueError if the method does not fit the net with so many layers, or this batch.
         """
         key = (option, layers, batch)
         if self._last is None or self._last[0] != key:

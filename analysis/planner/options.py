@@ -76,10 +76,7 @@ def options_for(
 def parse_bytes(text: str) -> int:
     """A budget: a number and a unit, ``B``, ``KiB``, ``MiB`` or ``GiB``; parts of a byte are dropped.
 
-    Raises
-    ------
-    ValueError
-        For anything else: signs, exponents, NaN, decimal units, no unit, nothing at all.
+    Raises ValueError for anything else: signs, exponents, NaN, decimal units, no unit, nothing at all.
 
     >>> parse_bytes("256KiB"), parse_bytes("0.5 MiB")
     (262144, 524288)
@@ -97,10 +94,7 @@ def parse_bytes(text: str) -> int:
 def parse_times(text: str) -> Fraction:
     """A limit relative to backpropagation: ``1.5x`` or ``1.5``.
 
-    Raises
-    ------
-    ValueError
-        For anything that is no positive number.
+    Raises ValueError for anything that is no positive number.
 
     >>> parse_times("1.5x")
     Fraction(3, 2)

@@ -26,10 +26,7 @@ FRACTIONS = tuple(Fraction(n, 16) for n in range(1, 17))
 def at_batch(step: TracedStep, batch: int) -> TracedStep:
     """The same training step with that many images, traced anew.
 
-    Raises
-    ------
-    ValueError
-        If the net does not run on so many, or was changed since ``step`` was traced.
+    Raises ValueError if the net does not run on so many, or was changed since ``step`` was traced.
     """
     if batch == step.batch:
         return step

@@ -160,10 +160,7 @@ rule: Callable[..., Callable[[Rule], Rule]] = column("cost")
 def cost_of(record: OpRecord, memory: Memory, on_tape: bool) -> OpCost:
     """The cost of one record; ``memory`` must have followed all records before it.
 
-    Raises
-    ------
-    MissingRuleError
-        If the operation has no rule; the message names it and the layer.
+    Raises MissingRuleError if the operation has no rule; the message names it and the layer.
     """
     price = known(record.op).cost
     if price is None:

@@ -33,10 +33,7 @@ MICRO_BATCHES = 4
 def retuned(net: Module, **changes: str) -> Iterator[None]:
     """Inside the ``with`` block the net is tuned with other arguments of :func:`lance_ref.tune`.
 
-    Raises
-    ------
-    NotApplicableError
-        If that selection does not fit the net.
+    Raises NotApplicableError if that selection does not fit the net.
     """
     tuning = net.tuning
     flags = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
@@ -58,10 +55,7 @@ def retuned(net: Module, **changes: str) -> Iterator[None]:
 def trained_parameters(step: TracedStep, changes: Mapping[str, str]) -> set[str]:
     """Names of the parameters that train after :func:`lance_ref.tune` with these arguments.
 
-    Raises
-    ------
-    NotApplicableError
-        If that selection does not fit the net.
+    Raises NotApplicableError if that selection does not fit the net.
     """
     net = step.net
     try:
@@ -116,10 +110,7 @@ def with_lora(step: TracedStep, rank: int) -> MethodStep:
     y = Wx + b becomes base = Wx + b, low = Ax, update = B·low, y = base + update, with records of the paths
     ``layer``, ``layer.down``, ``layer.up`` and ``layer.sum``. Which parameters are new is said in the step's facts.
 
-    Raises
-    ------
-    NotApplicableError
-        If no tuned layer can be adapted.
+    Raises NotApplicableError if no tuned layer can be adapted.
     """
     layers = sorted({r.path for r in flatten(step.records) if r.path in step.tuned_layers and _can_adapt(r)})
     if not layers:
@@ -246,10 +237,7 @@ def recomputed(net: Module, segments: int | None) -> Iterator[int]:
 def modules_of_stages(net: Module) -> list[Module]:
     """What ``net.stages()`` gives, with parameters to look for in each.
 
-    Raises
-    ------
-    ValueError
-        In one line, if it raises, or gives anything but modules of the library.
+    Raises ValueError in one line, if it raises, or gives anything but modules of the library.
     """
     title = type(net).__name__
     try:
@@ -279,10 +267,7 @@ def _together(stages: list[Module]) -> Module:
 def checkpointed(step: TracedStep, segments: int | None) -> MethodStep:
     """The step with its stages recomputed (:func:`recomputed`), traced anew.
 
-    Raises
-    ------
-    NotApplicableError
-        If the net has no stages, or these run other operations than its forward pass.
+    Raises NotApplicableError if the net has no stages, or these run other operations than its forward pass.
     """
     with recomputed(step.net, segments) as count:
         records, _, ends = step_records(step.net, step.name, step.input_shape, step.batch, step.dtype)

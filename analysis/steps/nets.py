@@ -279,11 +279,8 @@ def trace_step(
 
     Without a ``tune``, what the register of networks says trains: the last four layers, or all of a net that has fewer.
 
-    Raises
-    ------
-    ValueError, TypeError
-        If the selection fits nothing, the input does not fit the net, its output is not (batch, classes), or
-        parameters get gradients that ``net.parameters()`` does not give.
+    Raises ValueError or TypeError if the selection fits nothing, the input does not fit the net, its output is not
+    (batch, classes), or parameters get gradients that ``net.parameters()`` does not give.
     """
     if dtype not in ("float32", "float64"):
         raise ValueError(f"dtype is {dtype!r}, expected float32 or float64")

@@ -95,10 +95,7 @@ def orthonormal_macs(n: int, r: int) -> int:
 def own_ranks(call: Call) -> tuple[int | None, ...]:
     """The ranks of the store, None for a mode of full rank.
 
-    Raises
-    ------
-    ValueError
-        If no step has chosen them yet; names the layer.
+    Raises ValueError if no step has chosen them yet; names the layer.
     """
     store = call.record.attributes["store"]
     if store["ranks"] is None:

@@ -211,13 +211,11 @@ def name_of(names: Callable[[], Iterable[str]]) -> Callable[[str], str]:
     return convert
 
 
-def _nets() -> Iterable[str]:
+def built_in_net(text: str) -> str:
+    """A type: a net by its name."""
     from lance_ref import models
 
-    return models.names()
-
-
-built_in_net = name_of(_nets)
+    return name_of(models.names)(text)
 
 
 def data_set(text: str) -> str:

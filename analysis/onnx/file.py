@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -254,26 +254,10 @@ def _ordered(path: Path, nodes: Sequence[Node], given: set[str], output: str) ->
             if name in maker and maker[name] not in needed:
                 needed.add(maker[name])
                 stack.append(maker[name])
-    return _sorted(path, nodes, sorted(needed), maker)
-
-
-def _sorted(path: Path, nodes: Sequence[Node], needed: Sequence[int], maker: Mapping[str, int]) -> list[Node]:
-    readers: dict[int, list[int]] = {i: [] for i in needed}
-    waiting = dict.fromkeys(needed, 0)
-    for i in needed:
-        for source in {maker[name] for name in nodes[i].inputs if name in maker}:
-            readers[source].append(i)
-            waiting[i] += 1
-    if all(source < i for source in needed for i in readers[source]):
-        return [nodes[i] for i in needed]  # as ONNX requires
-    ready, order = deque(i for i in needed if not waiting[i]), []
-    while ready:
-        order.append(ready.popleft())
-        for reader in readers[order[-1]]:
-            waiting[reader] -= 1
-            if not waiting[reader]:
-                ready.append(reader)
-    if len(order) < len(needed):
-        stuck = next(i for i in needed if waiting[i])
-        refuse(path, f"has nodes in a circle, {nodes[stuck]} among them or behind them")
-    return [nodes[i] for i in order]
+    sources = {i: {maker[name] for name in nodes[i].inputs if name in maker} for i in sorted(needed)}
+    if all(source < i for i, before in sources.items() for source in before):
+        return [nodes[i] for i in sources]  # as ONNX requires
+    try:
+        return [nodes[i] for i in TopologicalSorter(sources).static_order()]
+    except CycleError as error:
+        refuse(path, f"has nodes in a circle, {nodes[error.args[1][0]]} among them")

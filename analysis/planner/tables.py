@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = 1
+PARTS = ("step", "gradients", "optimizer_state", "factors", "weights", "calibration", "total")
 KIB = 2**10
 NAMED = 4
 """Methods beside the first whose settings the answer states; the table has all of them."""
@@ -226,13 +227,7 @@ def _candidate_json(c: Candidate) -> dict[str, Any]:
         "fidelity": None if of is None else of.estimate,
         "fidelity_at_least": None if of is None else of.least,
         "fidelity_at_most": None if of is None else of.most,
-        "step_bytes": m.step,
-        "gradients_bytes": m.gradients,
-        "optimizer_state_bytes": m.optimizer_state,
-        "factors_bytes": m.factors,
-        "weights_bytes": m.weights,
-        "calibration_bytes": m.calibration,
-        "total_bytes": m.total,
+        **{f"{name}_bytes": getattr(m, name) for name in PARTS},
         "over_bytes": c.over_bytes,
         "flops_over_bp": float(c.times_bp),
         "too_much_work": c.too_much_work,

@@ -162,13 +162,10 @@ def undominated(points: Sequence[Point]) -> tuple[Point, ...]:
 def _spectra(prediction: Prediction, shapes: Shapes) -> Spectra | None:
     """The spectra that were given or that are shipped, if they have all of these layers, in these shapes."""
     step, given = prediction.step, prediction.asked.spectra
-    shipped = shipped_spectra(step.name, step.input_shape) if given is None else None
-    if given is not None:
-        spectra = load_spectra(given)
-    elif shipped is not None:
-        spectra = load_spectra(shipped)
-    else:
+    file = shipped_spectra(step.name, step.input_shape) if given is None else given
+    if file is None:
         return None
+    spectra = load_spectra(file)
     fits = all(path in spectra.layers and spectra.layers[path].shape[1:] == n[1:] for path, n in shapes.items())
     return spectra if fits else None
 

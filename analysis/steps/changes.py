@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import lance_ref
-from analysis.peak.lifetimes import renumbered
 from analysis.rules.account import WEIGHTED
 from analysis.rules.recompute import OP, flatten, inside
 from analysis.steps.nets import RAISED, CannotRunError, TracedStep, said_by, step_records
@@ -79,7 +78,10 @@ def _retrained(records: Sequence[OpRecord], trains: Collection[str], needs: dict
     changed = []
     for record in records:
         within = _retrained(inside(record), trains, needs)
-        inputs = tuple(_flagged(value, _needs(value, trains, needs)) for value in record.inputs)
+        inputs = tuple(
+            _flagged(v, v.parameter in trains if v.parameter is not None else needs.get(v.id, v.requires_grad))
+            for v in record.inputs
+        )
         if within:
             needed = needs[record.output.id]
             record = replace(record, attributes={**record.attributes, "records": within})
@@ -91,10 +93,6 @@ def _retrained(records: Sequence[OpRecord], trains: Collection[str], needs: dict
         same = output is record.output and all(a is b for a, b in zip(inputs, record.inputs, strict=True))
         changed.append(record if same else replace(record, inputs=inputs, output=output))
     return changed
-
-
-def _needs(value: Value, trains: Collection[str], needs: Mapping[int, bool]) -> bool:
-    return value.parameter in trains if value.parameter is not None else needs.get(value.id, value.requires_grad)
 
 
 def _flagged(value: Value, requires_grad: bool) -> Value:
@@ -180,25 +178,9 @@ def _expanded(records: Sequence[OpRecord], expand: Callable[[OpRecord], list[OpR
 def recomputed(net: Module, segments: int | None) -> Iterator[int]:
     """Inside the ``with`` block stages of the net run again in the backward pass.
 
-    Parameters
-    ----------
-    net : Module
-        With ``stages()``, whose composition is its ``forward()``.
-    segments : int, optional
-        The stages from the first that trains to the last but one are put together into so many segments, the first
-        ones longer where it does not come out even; by default each of them with parameters that train is one.
-
-    Yields
-    ------
-    int
-        How many segments there are.
-
-    Raises
-    ------
-    NotApplicableError
-        If the net has no stages.
-    ValueError
-        If there are fewer such stages than segments.
+    The stages from the first that trains to the last but one are put together into so many ``segments``, the first ones
+    longer where it does not come out even; by default each of them with parameters that train is one. Yields how many
+    segments there are. Raises NotApplicableError if the net has no stages, ValueError if it has too few.
     """
     if not hasattr(net, "stages"):
         raise NotApplicableError(f"checkpointing takes a net with stages(), a {type(net).__name__} has none")
@@ -215,7 +197,10 @@ def recomputed(net: Module, segments: int | None) -> Iterator[int]:
         again = [nn.Recompute(stage) if yes else stage for stage, yes in zip(stretch, trains[first:], strict=True)]
         count = sum(trains)
     else:
-        again = [nn.Recompute(_together(stages)) for stages in _stretches(stretch, segments)]
+        again = [
+            nn.Recompute(stages[0] if len(stages) == 1 else nn.Sequential(*stages))
+            for stages in _stretches(stretch, segments)
+        ]
         count = segments
     parts = [*body[:first], *again, last]
 
@@ -260,10 +245,6 @@ def _stretches(stages: list[Module], count: int) -> Iterator[list[Module]]:
         start = stop
 
 
-def _together(stages: list[Module]) -> Module:
-    return stages[0] if len(stages) == 1 else nn.Sequential(*stages)
-
-
 def checkpointed(step: TracedStep, segments: int | None) -> MethodStep:
     """The step with its stages recomputed (:func:`recomputed`), traced anew.
 
@@ -271,14 +252,10 @@ def checkpointed(step: TracedStep, segments: int | None) -> MethodStep:
     """
     with recomputed(step.net, segments) as count:
         records, _, ends = step_records(step.net, step.name, step.input_shape, step.batch, step.dtype)
-    facts = {"segments": count, "asked": segments}
-    plain, ours = ([r for r in flatten(each) if r.op != OP] for each in (step.records, records))
-    if [(r.op, r.path) for r in ours] != [(r.op, r.path) for r in plain]:
+    plain, ours = ([(r.op, r.path) for r in flatten(each) if r.op != OP] for each in (step.records, records))
+    if ours != plain:
         raise NotApplicableError("checkpointing runs the stages() of the net, and these are not its forward()")
-    as_plain = numbers(ours, plain)
-    if any(r.op == OP for r in step.records) or not all(map(_same_but_numbers, ours, plain)):
-        return MethodStep(records, facts=facts, own_trace=True, lifetimes=ends)
-    return MethodStep(_in_segments(records, iter(plain), as_plain), facts=facts, lifetimes=renumbered(ends, as_plain))
+    return MethodStep(records, facts={"segments": count, "asked": segments}, own_trace=True, lifetimes=ends)
 
 
 def numbers(records: Sequence[OpRecord], others: Sequence[OpRecord]) -> dict[int, int]:
@@ -290,37 +267,11 @@ def numbers(records: Sequence[OpRecord], others: Sequence[OpRecord]) -> dict[int
     return found
 
 
-def _same_but_numbers(one: OpRecord, other: OpRecord) -> bool:
-    pairs = zip((*one.inputs, one.output), (*other.inputs, other.output), strict=True)
-    return one.attributes == other.attributes and all(
-        a.shape == b.shape and a.requires_grad == b.requires_grad and a.parameter == b.parameter and a.dtype == b.dtype
-        for a, b in pairs
-    )
-
-
-def _in_segments(records: Sequence[OpRecord], plain: Iterator[OpRecord], as_plain: Mapping[int, int]) -> list[OpRecord]:
-    """The plain step's own records, put into the segments of a trace of the same operations."""
-    found = []
-    for record in records:
-        if record.op != OP:
-            found.append(next(plain))
-            continue
-        within = _in_segments(inside(record), plain, as_plain)
-        inputs = tuple(replace(value, id=as_plain[value.id]) for value in record.inputs)
-        output = replace(record.output, id=as_plain[record.output.id])
-        found.append(replace(record, inputs=inputs, output=output, attributes={**record.attributes, "records": within}))
-    return found
-
-
 def in_micro_batches(step: TracedStep, images: int | None) -> MethodStep:
     """The step in parts of so many images, traced anew.
 
-    Raises
-    ------
-    ValueError
-        If that is no divisor of the batch.
-    NotApplicableError
-        If the net does not run on so few: batch norm with the statistics of one vector.
+    Raises ValueError if that is no divisor of the batch, NotApplicableError if the net does not run on so few: batch
+    norm with the statistics of one vector.
     """
     if images is None:
         images = next(k for k in range(max(step.batch // MICRO_BATCHES, 1), 0, -1) if step.batch % k == 0)

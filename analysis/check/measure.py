@@ -63,18 +63,10 @@ class Line:
 
 @dataclass
 class Comparison:
-    """All numbers of a measurement; prints as a table, differences marked.
+    """All numbers of a measurement; prints as a table, differences marked."""
 
-    Attributes
-    ----------
-    lines : list of Line
-        By layer; the totals are their sums.
-    notes : list of str
-        What was measured on, and what was left out.
-    """
-
-    lines: list[Line] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)  #: By layer; the totals are their sums.
+    notes: list[str] = field(default_factory=list)  #: What was measured on, and what was left out.
 
     @property
     def agrees(self) -> bool:

@@ -34,29 +34,15 @@ class Weight:
 
     All looks at a tensor share one parameter. It has the shape of the look that claims it first; every other look is
     computed from it, so that gradients are summed.
-
-    Attributes
-    ----------
-    key : tuple
-        The same for the same values: the name in the file, and what was done to it.
-    source : Weight or None
-        The stored tensor that this is a look at; None for that itself.
-    steps : tuple of Step
-        From the stored tensor to this look.
-    owner : Weight or None
-        Of a stored tensor: the look whose shape the parameter has.
-    parameter : Parameter or None
-        Of the owner; made when a step first needs it.
-    looks : dict
-        Of a stored tensor: other looks at it, and what is computed from it beforehand.
     """
 
     constant: Constant
-    key: tuple[Any, ...]
-    source: Weight | None = None
-    steps: tuple[Step, ...] = ()
-    owner: Weight | None = None
-    parameter: Parameter | None = None
+    key: tuple[Any, ...]  #: The same for the same values: the name in the file, and what was done to it.
+    source: Weight | None = None  #: The stored tensor that this is a look at; None for that itself.
+    steps: tuple[Step, ...] = ()  #: From the stored tensor to this look.
+    owner: Weight | None = None  #: Of a stored tensor: the look whose shape the parameter has.
+    parameter: Parameter | None = None  #: Of the owner; made when a step first needs it.
+    #: Of a stored tensor: other looks at it, and what is computed from it beforehand.
     looks: dict[Any, Weight] = field(default_factory=dict)
 
     @property

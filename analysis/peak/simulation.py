@@ -25,22 +25,12 @@ from lance_ref.engine.recording import OpRecord, Value
 
 @dataclass
 class Ledger:
-    """Bytes that are alive, and the most there have been.
-
-    Attributes
-    ----------
-    moment : {"forward", "backward"}
-        What goes on.
-    most : dict of str to int
-        By moment.
-    at : dict of str to OpRecord
-        During which operation that was.
-    """
+    """Bytes that are alive, and the most there have been."""
 
     live: int = 0
-    moment: str = "forward"
-    most: dict[str, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})
-    at: dict[str, OpRecord] = field(default_factory=dict)
+    moment: str = "forward"  #: What goes on: "forward" or "backward".
+    most: dict[str, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})  #: By moment.
+    at: dict[str, OpRecord] = field(default_factory=dict)  #: During which operation that was.
     holders: Counter[Storage] = field(default_factory=Counter)
     outside: set[Storage] = field(default_factory=set)
 

@@ -49,36 +49,18 @@ class CannotRunError(ValueError):
 
 @dataclass(frozen=True)
 class TracedStep:
-    """One training step of a net as its op records, the loss last.
+    """One training step of a net as its op records, the loss last."""
 
-    Attributes
-    ----------
-    net : Module
-        Tuned as asked for.
-    name : str
-    input_shape : tuple of int
-        Without the batch.
-    num_classes : int
-        Outputs of the net.
-    records : list of OpRecord
-    tuned_layers : tuple of str
-        Layers that train, the head left out.
-    head : str or None
-        The classifier, which always trains.
-    lifetimes : Lifetimes
-        When the tensors of the forward pass are given back: the same for every batch size and selection.
-    derived : dict
-        What methods make of the step, by method and settings: made once (:meth:`remember`).
-    """
-
-    net: Module
+    net: Module  #: Tuned as asked for.
     name: str
-    input_shape: tuple[int, ...]
-    num_classes: int
+    input_shape: tuple[int, ...]  #: Without the batch.
+    num_classes: int  #: Outputs of the net.
     records: list[OpRecord]
-    tuned_layers: tuple[str, ...]
-    head: str | None
+    tuned_layers: tuple[str, ...]  #: Layers that train, the head left out.
+    head: str | None  #: The classifier, which always trains.
+    #: When the tensors of the forward pass are given back: the same for every batch size and selection.
     lifetimes: Lifetimes
+    #: What methods make of the step, by method and settings: made once (:meth:`remember`).
     derived: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:

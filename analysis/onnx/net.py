@@ -60,24 +60,11 @@ class Operation(Module):
 
 
 class OnnxNet(Module):
-    """The network in an ONNX file.
+    """The network in an ONNX file; ``remark`` is what the cost model says beneath its tables, empty for most.
 
-    Parameters
-    ----------
-    with_weights : bool
-        False: parameters have shapes alone, which is enough for a trace, and files with the values need not
-        be there.
-
-    Attributes
-    ----------
-    remark : str
-        What the cost model says beneath its tables; empty for most.
-
-    Raises
-    ------
-    ValueError
-        In one line: what :func:`analysis.onnx.file.read_graph` refuses, operations without a rule, all of
-        them named, or a node that does not fit.
+    Without weights the parameters have shapes alone, which is enough for a trace, and files with the values need not be
+    there. Raises ValueError, in one line, for what :func:`analysis.onnx.file.read_graph` refuses, operations without a
+    rule, all of them named, or a node that does not fit.
 
     Notes
     -----

@@ -82,6 +82,8 @@ def peak(
 ) -> Peak:
     """The peak memory of one training step, simulated over its records in the order of execution.
 
+    The work arrays of BLAS are not counted, and those of the compiled loops for as many threads as they have here.
+
     Parameters
     ----------
     step : sequence of OpRecord or of Billed
@@ -93,17 +95,6 @@ def peak(
     lifetimes : mapping, optional
         From :func:`analysis.peak.lifetimes.lifetimes`: exact. By default guessed from the paths of the records, which
         misses activations that a ``forward`` goes on naming.
-
-    Raises
-    ------
-    ValueError
-        If there is no such optimiser, or the step is empty.
-    MissingRuleError, LookupError
-        If an operation has no cost rule, or a store none for its peak; names it and the layer.
-
-    Notes
-    -----
-    The work arrays of BLAS are not counted, and those of the compiled loops for as many threads as they have here.
 
     Examples
     --------

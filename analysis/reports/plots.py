@@ -72,12 +72,10 @@ def draw(
     panels: Sequence[str] = ("tape", "macs", "batch", "frontier"),
     method: str | None = None,
 ) -> Figure:
-    """Draw the report of a prediction.
+    """Draw the report of a prediction; two panels ask it what other batches and ranks would cost.
 
     Parameters
     ----------
-    prediction : Prediction
-        What :func:`analysis.reports.predict.predict` gives; two panels ask it what other batches and ranks would cost.
     path : str, optional
         A .png or .svg file to write, whole or not at all.
     panels : sequence of str
@@ -87,11 +85,6 @@ def draw(
         the ranks where there are none.
     method : str, optional
         Which one stands beside bp: by default lance, or the first that is not bp.
-
-    Raises
-    ------
-    ValueError
-        If a panel, the method or the file's suffix is unknown.
     """
     check_path(path)
     names = [panels] if isinstance(panels, str) else list(panels)

@@ -101,23 +101,11 @@ def input_shape_for(name: str, image_size: int | None, given: Sequence[int] | No
 def build(name: str, num_classes: int | None, input_shape: tuple[int, ...], without_weights: bool) -> Module:
     """A built-in net, what ``pkg.module:factory`` returns, or the network in an ONNX file.
 
-    Parameters
-    ----------
-    name : str
-        One of ``lance_ref.models.names()``, a file ``*.onnx``, or ``pkg.module:factory``. The factory is called with
-        ``num_classes=`` if that is given and it takes it, else with nothing; a Module of that name is taken as it is.
-        ``mobilenetv2@0.35`` has 0.35 times the channels.
-    num_classes : int or None
-        None: :data:`DEFAULT_NUM_CLASSES`, or what the factory makes by itself.
-    input_shape : tuple of int
-        The small built-in nets are made for it.
-    without_weights : bool
-        Built-in nets get parameters that have shapes only.
-
-    Raises
-    ------
-    ValueError
-        In one line: no such net or factory, the factory failed, or what it returned is no Module.
+    A factory is called with ``num_classes=`` if that is given and it takes it, else with nothing; a Module of that name
+    is taken as it is. ``mobilenetv2@0.35`` has 0.35 times the channels. Without ``num_classes`` a built-in net has
+    :data:`DEFAULT_NUM_CLASSES`; it is made for ``input_shape`` where it must be, and without weights its parameters
+    have shapes only. Raises ValueError, in one line, where there is no such net or factory, the factory failed, or what
+    it returned is no Module.
     """
     if name.endswith(".onnx"):
         from analysis.onnx.net import OnnxNet

@@ -23,13 +23,7 @@ WIDTH = 2048
 
 
 class Heads(nn.Sequential):
-    """Linear classifiers ``0``, ``1``, … on the same features, of which one runs.
-
-    Attributes
-    ----------
-    selected : int
-        The head of ``forward``.
-    """
+    """Linear classifiers ``0``, ``1``, … on the same features, of which ``selected`` runs."""
 
     def __init__(self, in_features: int, num_classes: int, heads: int, rng: Rng) -> None:
         super().__init__(*(nn.Linear(in_features, num_classes, bias=False, rng=rng) for _ in range(heads)))
@@ -40,12 +34,8 @@ class Heads(nn.Sequential):
 
 
 class AlexNetCL(nn.Module):
-    """``conv1`` … ``conv3``, ``fc1``, ``fc2`` with ``bn1`` … ``bn5``, and the heads ``fc3.0``, ``fc3.1``, ….
-
-    Attributes
-    ----------
-    head : int
-        Which head runs, from 0; the first until another is chosen.
+    """``conv1`` … ``conv3``, ``fc1``, ``fc2`` with ``bn1`` … ``bn5``, and the heads ``fc3.0``, ``fc3.1``, …, of which
+    ``head`` runs.
     """
 
     def __init__(self, num_classes: int, heads: int, rng: Rng) -> None:

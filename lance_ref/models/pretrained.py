@@ -24,19 +24,13 @@ MAX_BYTES = 64 * 1024**2
 def load_mobilenetv2(net: Module, path: str | os.PathLike[str] | None = None) -> None:
     """Put the pretrained weights into a MobileNetV2 of width 1.0; checks everything before any change.
 
-    Parameters
-    ----------
-    net : MobileNetV2
-        With ``padding="same"``. Its classifier is loaded if it has 1001 outputs, or 1000 (without
-        "background"), and left as it is otherwise.
-    path : path, optional
-        A file of the same layout; the pinned one of :data:`~lance_ref.models.PRETRAINED` by default.
+    The net has ``padding="same"``; its classifier is loaded if it has 1001 outputs, or 1000 (without "background"), and
+    left as it is otherwise. ``path`` is a file of the same layout, by default the pinned one of
+    :data:`~lance_ref.models.PRETRAINED`.
 
-    Notes
-    -----
-    The file has batch norm folded into the weights. To keep the architecture that of a network
-    trained from scratch, each batch norm becomes x ↦ x + b: weight 1, bias b, running mean 0 and
-    running variance 1 − eps, so that (x − 0) / √(1 − eps + eps) = x up to rounding.
+    The file has batch norm folded into the weights. To keep the architecture that of a network trained from scratch,
+    each batch norm becomes x ↦ x + b: weight 1, bias b, running mean 0 and running variance 1 − eps, so that (x − 0) /
+    √(1 − eps + eps) = x up to rounding.
     """
     file, arrays = _read("mobilenetv2", path)
     try:

@@ -36,7 +36,7 @@ class Sum(Module):
 
 
 class LoRALinear(Linear):
-    """A linear layer with a trained update of low rank.
+    """A linear layer with a trained update of low rank: ``down`` is A, ``up`` is B, ``scale`` is α/r.
 
     Parameters
     ----------
@@ -48,15 +48,6 @@ class LoRALinear(Linear):
         α; by default r, so that the update counts once.
     rng : int or numpy.random.Generator, optional
         Source of A.
-
-    Attributes
-    ----------
-    weight, bias
-        Those of ``base``.
-    down, up : Linear
-        A and B.
-    scale : float
-        α/r.
     """
 
     down: Linear
@@ -143,18 +134,8 @@ def add_lora(
 ) -> dict[str, Module]:
     """Put a trained update of low rank beside some layers of a network, in place.
 
-    The weights and biases of these layers are frozen; what else trains is left as it is.
-
-    Parameters
-    ----------
-    layers : sequence of str
-        Paths of linear layers and 1x1 convolutions of one group.
-    rng : int or numpy.random.Generator, optional
-
-    Returns
-    -------
-    dict of str to Module
-        The layers that were replaced, by path: :func:`put_back` takes them.
+    ``layers`` are paths of linear layers and 1x1 convolutions of one group. Their weights and biases are frozen; what
+    else trains is left as it is. Gives the layers that were replaced, by path, which :func:`put_back` takes.
 
     Raises
     ------

@@ -34,8 +34,9 @@ class Heads(nn.Sequential):
 
 
 class AlexNetCL(nn.Module):
-    """``conv1`` … ``conv3``, ``fc1``, ``fc2`` with ``bn1`` … ``bn5``, and the heads ``fc3.0``, ``fc3.1``, …, of which
-    ``head`` runs.
+    """``conv1`` … ``conv3``, ``fc1``, ``fc2`` with ``bn1`` … ``bn5``, and the heads ``fc3.0``, ``fc3.1``, ….
+
+    ``head`` selects the one that runs.
     """
 
     def __init__(self, num_classes: int, heads: int, rng: Rng) -> None:

@@ -1,16 +1,8 @@
 """What the command lines share: options that are checked while they are read, one line for an error, and Ctrl-C.
 
 Every command ends with ``sys.exit(run_main(main))``, and its ``main`` calls :func:`run_command`. Types for
-``add_argument(type=...)``, so that nothing is looked up or run before every option is sound:
-
-- :data:`count`, :data:`few` (1 to 1000), :data:`pixels`, :data:`seed`, or :func:`integer` with limits of its own;
-- :data:`finite`, :data:`positive`, :data:`share` in (0, 1], :data:`share_below_one` in [0, 1), or :func:`number` with
-  any condition;
-- :func:`name_of`: one of a list of names; :data:`built_in_net`, :func:`data_set`, :func:`named_data_set`;
-- :func:`input_shape`; :func:`scheduler_address` of Dask;
-- :func:`check_tune` for a selection of layers, when the net is known;
-- :class:`OutputFile`: the name of a file that can be written, with one of some suffixes; :data:`figure_file`,
-  :data:`json_file`, :data:`markdown_file`, :data:`any_file`; :func:`folder_to_write`.
+``add_argument(type=...)`` check an option before anything is looked up or run: numbers (:func:`integer`,
+:func:`number`), names (:func:`name_of`), data sets, shapes, and files that can be written (:class:`OutputFile`).
 
 An option that has no effect beside the others is refused by :func:`check_effect` or :func:`check_no_effect`;
 :func:`fill_in` gives defaults that depend on other options, such as ``--quick``.

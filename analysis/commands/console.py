@@ -51,11 +51,6 @@ class Sheet:
         self.rows.append([RULE] * len(self.columns))
         self.styles.append("")
 
-    @property
-    def row_count(self) -> int:
-        """Number of rows, lines between them left out."""
-        return sum(set(row) != {RULE} for row in self.rows)
-
     def lines(self, across: int) -> list[tuple[str, str]]:
         """Lines of at most ``across`` characters with their styles; one with a single number may be longer."""
         every = [[plain(name) for name in self.columns], [RULE] * len(self.columns), *self.rows]

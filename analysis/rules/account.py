@@ -18,7 +18,6 @@ from analysis.rules.op_cost import OpCost, Saved
 from analysis.rules.recompute import OP, Executed, cost_inside, cost_outside, executed, inside
 from lance_ref.engine.recording import OpRecord
 
-Ranks = tuple[int | None, ...]
 WEIGHTED = ("conv2d", "linear")
 EXACT = {"name": "exact"}
 """What the store of plain backpropagation says of itself."""
@@ -39,19 +38,6 @@ class Billed(NamedTuple):
     tape_bytes: int
     subspace_bytes: int
     in_segment: bool = False
-
-
-def with_stores(
-    records: Sequence[OpRecord], ranks: Mapping[str, Ranks] | None = None, centred: bool = False
-) -> list[OpRecord]:
-    """The same records with other activation stores: LANCE on the layers in ``ranks``, exact elsewhere.
-
-    ``centred``: LANCE of the activation without its mean, whose own weight gradient is added exactly.
-    """
-    more = {"centred": True} if centred else {}
-    return with_described_stores(
-        records, {path: {"name": "lance", "ranks": of, "order": "auto", **more} for path, of in (ranks or {}).items()}
-    )
 
 
 def with_described_stores(records: Sequence[OpRecord], stores: Mapping[str, Mapping[str, Any]]) -> list[OpRecord]:

@@ -40,15 +40,13 @@ COUNTS = ("peak", "kept")
 class Device:
     """How memory is counted."""
 
-    #: "peak": the simulated peak of a step (:mod:`analysis.peak.memory`): batch, activations in
-    #: flight, tape, gradients, optimiser state, workspaces. "kept": tape, gradients and optimiser state as if all of
-    #: them were there at once, without activations in flight and workspaces, which another engine may do without.
+    #: "peak": the simulated peak of a step (:mod:`analysis.peak.memory`): batch, activations in flight, tape,
+    #: gradients, optimiser state, workspaces. "kept": tape, gradients and optimiser state as if all of them were there
+    #: at once, without activations in flight and workspaces, which another engine may do without.
     count: str = "peak"
-    #: "flash": of the parameters only those that train are in RAM; "ram": all of them, and the module
-    #: buffers.
+    #: "flash": of the parameters only those that train are in RAM; "ram": all of them, and the module buffers.
     weights: str = "flash"
-    #: "device": the Gram matrices have to fit too, beside the activations in flight of a
-    #: forward pass.
+    #: "device": the Gram matrices have to fit too, beside the activations in flight of a forward pass.
     calibration: str = "device"
     optimizer: str = "sgd"  #: {"sgd", "sgd-momentum", "adam"}
 

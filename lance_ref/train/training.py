@@ -18,7 +18,7 @@ from lance_ref.optim import SGD, CosineAnnealingLR, LRScheduler, Optimizer, Step
 from lance_ref.train import checkpoint as checkpoints
 from lance_ref.train.cache import MAX_FEATURE_BYTES, cache, cache_decision
 from lance_ref.train.features import Features, ImageSize, data_digest, extract, sample_of
-from lance_ref.train.run import Recipe, Run, Source, StepInfo, accuracy
+from lance_ref.train.run import FitRun, Recipe, Source, StepInfo, accuracy
 
 __all__ = ["MAX_FEATURE_BYTES", "Features", "FitResult", "StepInfo", "evaluate", "extract", "fit"]
 
@@ -168,7 +168,7 @@ def fit(
     scheduler = _schedule(schedule, made, epochs * (len(train) // batch_size))
     data = (sources[0], None if test is None else sources[1])
     recipe = Recipe(epochs, batch_size, micro_batch or batch_size, clip_norm, seed, eval_batch_size)
-    run = Run(net, *data, made, scheduler, recipe)
+    run = FitRun(net, *data, made, scheduler, recipe)
     cached, cache_note = cache_decision(net, sources, cache_frozen)
     path = None if checkpoint is None else checkpoints.checked_path(checkpoint)
     settings = {} if path is None else _settings(run, schedule, cached, sources)
@@ -180,11 +180,11 @@ def fit(
         run.test = None if run.test is None else cache(run.test, net, eval_batch_size, progress)
         run.seconds["frozen"] += perf_counter() - began
 
-    def save() -> None:
+    def write() -> None:
         if path is not None:
             checkpoints.save(path, net, made, scheduler, meta=run.state(), settings=settings)
 
-    run.go(on_step, progress, save, checkpoint_every_steps)
+    run.train_all(on_step, progress, write, checkpoint_every_steps)
     once = cached or isinstance(train, Features)
     return FitResult(run.history, run.history[-1]["test_accuracy"], run.steps, once, cache_note, run.seconds)
 
@@ -240,7 +240,7 @@ def _schedule(name: str, optimizer: Optimizer, steps: int) -> LRScheduler:
     return CosineAnnealingLR(optimizer, T_max=steps) if name == "cosine" else StepLR(optimizer, steps, gamma=1.0)
 
 
-def _settings(run: Run, schedule: str, cached: bool, sources: Sequence[Source]) -> dict[str, Any]:
+def _settings(run: FitRun, schedule: str, cached: bool, sources: Sequence[Source]) -> dict[str, Any]:
     """What must be the same when the run is taken up again, beside the network."""
     settings: dict[str, Any] = {**asdict(run.recipe), "schedule": schedule}
     settings["frozen part run once"] = cached

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from analysis.commands.blocks import blocks, paragraph
 from analysis.commands.chance import sentence
-from analysis.commands.provenance import provenance
 from analysis.reports.continual_costs import MAC_KINDS
 from analysis.reports.figures import save_figure
+from experiments import frame
 from lance_ref.continual.metrics import DEFINITIONS
 
 SHORTEST_TIMED_RUN = 10.0
@@ -100,7 +100,7 @@ def cells(row: Row) -> list[str]:
     beside, ram = row.ram
     return [
         row.learner,
-        *(spread([100 * value for value in row.metric(name)]) for name in METRICS),
+        *(frame.spread([100 * value for value in row.metric(name)]) for name in METRICS),
         *(f"{value / 1024:,.1f}" for value in (row.largest("tape_bytes"), beside, ram, row.flash)),
         "equal" if row.agrees else "DIFFERS",
         *(f"{row.macs(part) / 1e6:,.{digits}f}" for part, digits in (("step", 3), ("between", 0), ("whole", 0))),
@@ -112,16 +112,6 @@ def _seconds(row: Row) -> str:
     """Of training, mean over the seeds, unless that is too short to compare with others."""
     seconds = fmean(sum(task["seconds"] for task in seed["tasks"]) for seed in row.seeds)
     return "too short" if seconds < SHORTEST_TIMED_RUN else f"{seconds:,.1f}"
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation; the mean alone of one value.
-
-    >>> spread([1.0, 2.0, 3.0]), spread([5.0])
-    ('2.00 ± 1.00', '5.00')
-    """
-    text = f"{fmean(values):.2f}".replace("-0.00", "0.00")
-    return f"{text} ± {stdev(values):.2f}" if len(values) > 1 else text
 
 
 NOTES = (
@@ -152,36 +142,19 @@ def chance(rows: Sequence[Row], images: int) -> str:
 
 def markdown(rows: Sequence[Row], title: str, arguments: Sequence[str], images: int) -> str:
     """The same table in Markdown, with the command that made it."""
-    lines = [
-        f"`python -m experiments.continual {' '.join(arguments)}`",
-        "",
-        title,
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-    ]
-    lines += ["|" + "|".join(["---"] + ["---:"] * (len(COLUMNS) - 1)) + "|"]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    return "\n".join([*lines, "", NOTES, "", chance(rows, images), ""])
+    table = {title: map(cells, rows)}
+    return frame.markdown("experiments.continual", arguments, COLUMNS, table, NOTES, chance(rows, images))
 
 
 def results(rows: Sequence[Row], settings: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
     """Everything, as it goes into the result file."""
-    return {
-        **provenance("experiments.continual", 0),
-        "arguments": list(arguments),
-        "settings": dict(settings),
-        "definitions": DEFINITIONS,
-        "rows": [
-            {
-                "learner": row.learner,
-                **{f"{name}_mean": fmean(row.metric(name)) for name in METRICS},
-                **{f"{name}_sd": stdev(row.metric(name)) if len(row.seeds) > 1 else None for name in METRICS},
-                "predicted_equals_measured": row.agrees,
-                "seeds": [dict(seed) for seed in row.seeds],
-            }
-            for row in rows
-        ],
-    }
+    shown = []
+    for row in rows:
+        numbers: dict[str, Any] = {"learner": row.learner}
+        for name in METRICS:
+            numbers |= frame.statistics(name, row.metric(name))
+        shown.append({**numbers, "predicted_equals_measured": row.agrees, "seeds": list(row.seeds)})
+    return frame.document("experiments.continual", settings, arguments, shown, definitions=DEFINITIONS)
 
 
 def draw(rows: Sequence[Row], path: str, title: str) -> None:

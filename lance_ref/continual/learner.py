@@ -91,6 +91,8 @@ class Learner:
     """
 
     name: ClassVar[str] = "finetune"
+    heeds: ClassVar[tuple[str, ...]] = ()
+    """The numbers of the recipe that only some learners look at, and this one does."""
 
     def __init__(self, net: Module, scenario: Scenario, recipe: Recipe) -> None:
         self.net, self.scenario, self.recipe = net, scenario, recipe

@@ -80,6 +80,7 @@ class Replay(Learner):
     """
 
     name = "er"
+    heeds = ("memory",)
 
     def __init__(self, net: Module, scenario: Scenario, recipe: Recipe) -> None:
         super().__init__(net, scenario, recipe)

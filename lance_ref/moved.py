@@ -28,6 +28,7 @@ MOVED: dict[str, str] = {
     "lance_ref.compression": "lance_ref.lance.compression",
     "lance_ref.continual.patches": "lance_ref.lance.patches",
     "lance_ref.counting": "lance_ref.engine.counting",
+    "lance_ref.datasets.locate": "lance_ref.datasets.fetch",
     "lance_ref.features": "lance_ref.train.features",
     "lance_ref.features_file": "lance_ref.train.features_file",
     "lance_ref.frame": "lance_ref.algebra.frame",

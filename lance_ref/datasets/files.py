@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -160,20 +160,32 @@ def read_zip_members(
     limit: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 (N, H, W, 3) and labels int64 (N,) of these (member, label) pairs, as ``limit`` spreads them."""
-    size = None if image_size is None else size_pair(image_size)
     labels = np.array([label for _, label in members], dtype=np.int64)
     chosen = spread(labels, limit)
+    names = [members[i][0] for i in chosen]
+    encoded = ((f"{path}: member {name}", _read_member(archive, path, name)) for name in names)
+    return decode_all(encoded, len(names), None if image_size is None else size_pair(image_size)), labels[chosen]
+
+
+def decode_all(
+    encoded: Iterable[tuple[str, bytes]], count: int, size: tuple[int, int] | None, channels: int = 3
+) -> np.ndarray:
+    """Images uint8 (N, H, W, channels) of (what errors call it, file) pairs, ``count`` of them.
+
+    Without a ``size`` all must be as large as the first; the memory is checked as soon as that is known.
+    """
     images: np.ndarray | None = None
-    for row, member in enumerate(members[i][0] for i in chosen):
-        image = decode(_read_member(archive, path, member), f"{path}: member {member}", size)
+    for row, (where, file) in enumerate(encoded):
+        image = decode(file, where, size, channels)
         if images is None:
-            check_memory(len(chosen), image.shape[:2], 3)
-            images = np.empty((len(chosen), *image.shape), dtype=np.uint8)
+            check_memory(count, image.shape[:2], channels)
+            images = np.empty((count, *image.shape), dtype=np.uint8)
         if image.shape != images.shape[1:]:
-            raise ValueError(f"{path}: member {member}: size {image.shape}, the first image has {images.shape[1:]}")
+            (height, width), (first, across) = image.shape[:2], images.shape[1:3]
+            raise ValueError(f"{where}: {height}x{width} pixels, the first image has {first}x{across}: give image_size")
         images[row] = image
     assert images is not None
-    return images, labels[chosen]
+    return images
 
 
 def _read_member(archive: zipfile.ZipFile, path: Path, member: str) -> bytes:

@@ -10,8 +10,8 @@ import numpy as np
 
 from lance_ref.datasets.dataset import Dataset, check_memory, resize, size_pair, spread, to_channels
 from lance_ref.datasets.digits import load_digits
+from lance_ref.datasets.fetch import find_files
 from lance_ref.datasets.files import read_zip
-from lance_ref.datasets.locate import find_files
 from lance_ref.datasets.published import PUBLISHED, Published
 from lance_ref.io.npz import load_npz
 
@@ -121,10 +121,6 @@ def load(
         :func:`data_files`. ``digits`` needs none.
     channels : int, optional
         3 repeats a grey channel.
-
-    Returns
-    -------
-    Dataset
 
     Raises
     ------

@@ -46,10 +46,6 @@ def metrics(R: np.ndarray, b: np.ndarray) -> Metrics:
     b : (T,) array
         Accuracy of the random initialisation on each task.
 
-    Returns
-    -------
-    Metrics
-
     Raises
     ------
     ValueError

@@ -33,20 +33,7 @@ Rng = np.random.Generator | int | None
 
 
 class TaskHeads(Heads):
-    """Linear classifiers without bias on the same features, of any numbers of classes, of which one runs.
-
-    Parameters
-    ----------
-    in_features : int
-    classes : sequence of int
-        Of each head.
-    rng : int, numpy.random.Generator or None
-
-    Attributes
-    ----------
-    selected : int
-        The head of ``forward``.
-    """
+    """Linear classifiers without bias on the same features, of any numbers of classes, of which ``selected`` runs."""
 
     def __init__(self, in_features: int, classes: Sequence[int], rng: Rng) -> None:
         nn.Sequential.__init__(self, *(nn.Linear(in_features, width, bias=False, rng=rng) for width in classes))
@@ -71,17 +58,7 @@ def body_layers(net: Module) -> list[str]:
 def make(name: str, scenario: Scenario, rng: Rng = None) -> Module:
     """A network for a scenario, freshly drawn, with as many heads as that asks for.
 
-    Parameters
-    ----------
-    name : str
-        One of :data:`NETWORKS`: the MLP has two hidden layers of 100, and no biases.
-    scenario : Scenario
-    rng : int, numpy.random.Generator or None
-
-    Raises
-    ------
-    ValueError
-        If there is no such network.
+    ``name`` is one of :data:`NETWORKS`, else ValueError; the MLP has two hidden layers of 100, and no biases.
     """
     rng = np.random.default_rng(rng) if isinstance(rng, int) else rng
     shape, widest = scenario.input_shape, max(scenario.heads)

@@ -74,15 +74,7 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One task.
-
-    Attributes
-    ----------
-    name : str
-    train, test : Samples
-    head : int
-        Which head of the network answers.
-    """
+    """One task, answered by head number ``head`` of the network."""
 
     name: str
     train: Samples
@@ -96,8 +88,6 @@ class Scenario:
 
     Attributes
     ----------
-    name : str
-    tasks : tuple of Task
     heads : tuple of int
         Classes of each head: one head for each task, or a single shared one.
     convert : callable
@@ -175,20 +165,8 @@ class Scenario:
 def split(name: str, train: Dataset, test: Dataset, tasks: int, statistics: tuple[Channels, Channels]) -> Scenario:
     """Consecutive classes, the same number in each task, one head for each.
 
-    Parameters
-    ----------
-    name : str
-    train, test : Dataset
-        With the same classes.
-    tasks : int
-        Divides the number of classes.
-    statistics : pair of tuples
-        Mean and standard deviation of each channel; x = (pixel/255 − mean) / std.
-
-    Raises
-    ------
-    ValueError
-        If the classes cannot be divided so, or a task would be empty or have one class.
+    ``statistics`` are mean and standard deviation of each channel: x = (pixel/255 − mean) / std. ValueError if the
+    classes, which must be those of both parts, cannot be divided so, or a task would be empty or have one class.
     """
     classes = train.num_classes
     if test.num_classes != classes or tasks < 1 or classes % tasks:
@@ -214,15 +192,9 @@ def _of_classes(data: Dataset, first: int, width: int) -> Samples:
 def permuted(
     name: str, train: Dataset, test: Dataset, tasks: int, statistics: tuple[Channels, Channels], seed: int = 0
 ) -> Scenario:
-    """The same images in every task, their pixels in another order, and one head for all.
+    """The same images in every task, their pixels in another order, and one head for all; arguments as for :func:`split`.
 
-    Parameters
-    ----------
-    name, train, test, statistics
-        As for :func:`split`.
-    tasks : int
-    seed : int
-        Of the permutations, each drawn from (seed, task); that of task 0 is the identity.
+    The order of each task is drawn from (``seed``, task); that of task 0 is the identity.
     """
     if tasks < 1:
         raise ValueError(f"tasks is {tasks}, expected a positive integer")
@@ -239,13 +211,7 @@ def permuted(
 def domains(name: str, features: Sequence[tuple[Features, Features]], classes: Sequence[int]) -> Scenario:
     """One data set after the other, seen through the same frozen part of a network; a head for each.
 
-    Parameters
-    ----------
-    name : str
-    features : sequence of (train, test)
-        Of :func:`lance_ref.train.features.extract`.
-    classes : sequence of int
-        Number of classes of each data set.
+    ``features`` are (train, test) of :func:`lance_ref.train.features.extract` for each data set.
     """
     made = []
     for t, (train, test) in enumerate(features):
@@ -299,7 +265,7 @@ def names() -> list[str]:
 
 
 def load(name: str, seed: int = 0) -> Scenario:
-    """A scenario of images by name.
+    """A scenario of images by name, its pixels normalised with :data:`STATISTICS` of the data set's training images.
 
     Parameters
     ----------
@@ -315,10 +281,6 @@ def load(name: str, seed: int = 0) -> Scenario:
         If there is no such scenario; ``domains`` needs a network, see :func:`lance_ref.continual.networks.domains`.
     FileNotFoundError
         If the data set is not there.
-
-    Notes
-    -----
-    Pixels are normalised with :data:`STATISTICS` of the data set's training images.
     """
     if name not in SPLITS and name not in PERMUTED:
         raise ValueError(f"unknown scenario {name!r}, expected one of {', '.join([*SPLITS, *PERMUTED])}")

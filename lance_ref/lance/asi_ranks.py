@@ -20,6 +20,7 @@ from lance_ref.algebra.subspace import shape_text
 from lance_ref.algebra.tucker import check_epsilon
 from lance_ref.engine.counting import spending_on
 from lance_ref.engine.tensor import Shape
+from lance_ref.io.progress import aligned
 from lance_ref.lance.gradient_samples import LayerSample
 from lance_ref.lance.knapsack import choose
 from lance_ref.nn.module import Module
@@ -102,14 +103,7 @@ class AsiPlan:
         ]
         total, budget = self.total_bytes, self.budget_bytes
         rows.append(("total", "", "", f"{self.total_perplexity:.3g}", f"{total:,}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = []
-        for row in rows:
-            cells = [
-                cell.ljust(w) if i in (0, 2) else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
+        lines = aligned(rows, right=(1, 3, 4))
         return "\n".join([*lines, f"budget {budget:,} bytes"])
 
 

@@ -35,11 +35,8 @@ class Event:
     ----------
     step : int
         The first step with the new subspaces.
-    layer : str
-    energy_before : float
-        Share kept over the window that gave the alarm.
-    reference : float
-        What it was compared with.
+    energy_before, reference : float
+        Share kept over the window that gave the alarm, and what it was compared with.
     batches : int
         Batches that the new subspaces come from.
     macs : int
@@ -182,22 +179,10 @@ class _Collection:
 
 
 def measure_energy(net: Module, batches: Iterable[Any]) -> dict[str, float]:
-    """The share of the energy that each compressed layer keeps, mean over the batches.
+    """The share of the energy that each compressed layer keeps, as a mean over the batches, by layer path.
 
-    Parameters
-    ----------
-    net : Module
-        With LANCE on some of its layers; left as it was found, but for ``energy_kept`` of their stores.
-    batches : iterable of arrays, or tuples that start with one
-
-    Returns
-    -------
-    dict of layer path to float
-
-    Raises
-    ------
-    ValueError
-        If no layer is compressed, or there are no batches.
+    The network is left as it was found, but for ``energy_kept`` of its stores. ValueError if no layer is compressed by
+    LANCE, or there are no batches.
     """
     stores = {path: layer.store for path, layer in weighted_layers(net).items() if isinstance(layer.store, Lance)}
     if not stores:

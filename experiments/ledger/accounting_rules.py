@@ -51,14 +51,8 @@ class Work:
 class Figures:
     """What the cost model says of one method: bytes under each accounting, and multiply-adds.
 
-    Attributes
-    ----------
-    paper, pytorch, tape, factors : int
-        Bytes.
-    bases : int
-        Bytes of an orthogonal basis of the whole input space of every tuned layer, Σ n² numbers, n = C_in·k_h·k_w: the
-        most that a projection memory such as GPM's can grow to.
-    net, tuned : Work
+    ``bases`` are the bytes of an orthogonal basis of the whole input space of every tuned layer, Σ n² numbers, n =
+    C_in·k_h·k_w: the most that a projection memory such as GPM's can grow to.
     """
 
     paper: int

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from analysis.commands.cli import OneLineParser, check_once, run_command, run_main
+from analysis.commands import cli
+from experiments import frame
 from experiments.ledger.accounting_rules import (
     MIB,
     OF_COMPRESSION,
@@ -40,18 +41,8 @@ if TYPE_CHECKING:
 class Explanation:
     """What was found for one figure.
 
-    Attributes
-    ----------
-    status : str
-        One of :data:`STATUSES`.
-    reading : Reading
-        That gives the number, or the nearest.
-    figures : dict of method to Figures
-    tried : int
-        Readings.
-    also : tuple of rules
-        Other readings with as few rules that give it too.
-    note : str
+    ``reading`` gives the number, or the nearest; ``tried`` is the number of readings, and ``also`` are other readings
+    with as few rules that give it too.
     """
 
     published: Published
@@ -128,11 +119,7 @@ def _work(method: str, plain: Sequence[Row], papers: Sequence[Row], tuned_only: 
 def explain(row: Published, threshold: bool = False) -> Explanation:
     """Try all rules on our figures.
 
-    Parameters
-    ----------
-    row : Published
-    threshold : bool
-        For a figure of LANCE that nothing explains, look as well for the ε that would.
+    With ``threshold``, a figure of LANCE that nothing explains is looked at again, for the ε that would give it.
     """
     case = dict(row.case)
     method = case.pop("method", "bp")
@@ -308,9 +295,7 @@ def to_json(found: Explanation) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = OneLineParser(
-        prog="python -m experiments.ledger.explain", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
-    )
+    p = frame.parser("experiments.ledger.explain", __doc__)
     p.add_argument("--claim", nargs="+", default=[], metavar="ID", help="published figures (all, a line each)")
     p.add_argument("--json", action="store_true", help="as JSON")
     return p
@@ -318,11 +303,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return run_command(parser, arguments, _run)
+    return cli.run_command(parser, arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> None:
-    check_once(options, "claim")
+    cli.check_once(options, "claim")
     rows = choose("published figure", options.claim, published()[1])
     found = [explain(row, threshold=bool(options.claim)) for row in rows]
     if options.json:
@@ -338,4 +323,4 @@ def _run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

@@ -21,12 +21,10 @@ class Published:
 
     Attributes
     ----------
-    id, what : str
     quantity : str
         One of :data:`QUANTITIES`.
     value : str
         As printed: its last digit says how exact it is. ``"22..33"`` is a range.
-    unit : str
     source, where : str
         A name of the file's sources, and the place there.
     case : dict
@@ -37,7 +35,6 @@ class Published:
         ``"ranks"`` where the figure depends on ranks that are not printed.
     like : str
         Id of a figure beside it that is counted in the same way, so that its rules are this one's too.
-    remark : str
     """
 
     id: str

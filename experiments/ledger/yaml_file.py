@@ -12,22 +12,14 @@ from typing import Any
 def load_entries(
     path: str | os.PathLike[str], kind: type, sources_required: bool = True
 ) -> tuple[dict[str, dict[str, str]], list[dict[str, Any]]]:
-    """Sources and entries of a YAML file with the keys ``sources`` and ``entries``.
+    """Sources by name, and entries as written, of a YAML file with these two keys.
 
     Parameters
     ----------
-    path : path
     kind : dataclass type
         What an entry will become: its fields are the keys that are known, those without a default are required.
     sources_required : bool
         Whether each entry's ``source`` must name one of the sources.
-
-    Returns
-    -------
-    sources : dict of name to dict
-        With ``paper`` and ``url`` each.
-    entries : list of dict
-        As written; every ``id`` once.
 
     Raises
     ------
@@ -72,13 +64,7 @@ def _check(path: Path, entry: Any, kind: type, seen: set[str]) -> None:
 
 
 def choose(what: str, asked: Sequence[str], known: Mapping[str, Any]) -> list[Any]:
-    """Those of the entries that were asked for, all of them if none was.
-
-    Raises
-    ------
-    LookupError
-        That names an unknown id, and those that are like it.
-    """
+    """Those of the entries that were asked for, or all; LookupError for an unknown id, with those that are like it."""
     from difflib import get_close_matches
 
     for name in asked:

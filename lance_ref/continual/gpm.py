@@ -26,7 +26,6 @@ class GPM:
 
     Parameters
     ----------
-    net : Module
     protected : mapping of layer path to (n, m) array or None
         Orthonormal bases. None, or no columns: nothing to protect. Layers that are not named are left alone.
 

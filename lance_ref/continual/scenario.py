@@ -9,7 +9,7 @@ import numpy as np
 
 from lance_ref import datasets
 from lance_ref.datasets import Dataset
-from lance_ref.datasets.dataset import spread
+from lance_ref.datasets.dataset import affine, spread, to_network
 from lance_ref.train.features import Features
 
 Channels = tuple[float, ...]
@@ -178,21 +178,19 @@ def split(name: str, train: Dataset, test: Dataset, tasks: int, statistics: tupl
     made = []
     for t in range(tasks):
         first = t * width
-        parts = [_of_classes(data, first, width) for data in (train, test)]
+        parts = []
+        for data in (train, test):
+            rows = np.flatnonzero((data.labels >= first) & (data.labels < first + width))
+            parts.append(Samples(data.images[rows], data.labels[rows] - first))
         made.append(Task(f"classes {first}-{first + width - 1}", parts[0], parts[1], head=t))
     about = f"{train.name}, {tasks} tasks of {width} classes in their order, a head for each; {_about(statistics)}"
     return Scenario(name, tuple(made), (width,) * tasks, normaliser(statistics), about)
 
 
-def _of_classes(data: Dataset, first: int, width: int) -> Samples:
-    rows = np.flatnonzero((data.labels >= first) & (data.labels < first + width))
-    return Samples(data.images[rows], data.labels[rows] - first)
-
-
 def permuted(
     name: str, train: Dataset, test: Dataset, tasks: int, statistics: tuple[Channels, Channels], seed: int = 0
 ) -> Scenario:
-    """The same images in every task, their pixels in another order, and one head for all; arguments as for :func:`split`.
+    """The same images in every task, their pixels in another order, and one head for all (see :func:`split`).
 
     The order of each task is drawn from (``seed``, task); that of task 0 is the identity.
     """
@@ -227,15 +225,12 @@ def normaliser(statistics: tuple[Channels, Channels]) -> Callable[[np.ndarray], 
 
     Images (B, H, W, C) become (B, C, H, W); vectors (B, n), of one channel, stay vectors.
     """
-    mean, std = (np.asarray(part, dtype=np.float64) for part in statistics)
-    scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+    scale, shift = affine(statistics, len(statistics[0]))
 
     def convert(stored: np.ndarray) -> np.ndarray:
         if stored.ndim == 2:
-            return stored * scale[0] + shift[0]
-        pixels = np.ascontiguousarray(stored.transpose(0, 3, 1, 2), dtype=np.float32)  # (B, C, H, W)
-        result: np.ndarray = pixels * scale[:, None, None] + shift[:, None, None]
-        return result
+            return stored * scale[0, 0, 0] + shift[0, 0, 0]
+        return to_network(stored, scale, shift)
 
     return convert
 

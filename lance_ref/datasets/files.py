@@ -33,12 +33,10 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 
 
 def decode(encoded: bytes, where: str, image_size: tuple[int, int] | None, channels: int = 3) -> np.ndarray:
-    """One image as uint8 (H, W, C); its declared size is checked before it is decoded.
+    """One JPEG, PNG, BMP or WebP file as uint8 (H, W, C); its declared size is checked before it is decoded.
 
     Parameters
     ----------
-    encoded : bytes
-        A JPEG, PNG, BMP or WebP file.
     where : str
         How errors call the image.
     image_size : (height, width) or None
@@ -91,14 +89,9 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
     turn = Image.Transpose
     turns = {
-        2: turn.FLIP_LEFT_RIGHT,
-        3: turn.ROTATE_180,
-        4: turn.FLIP_TOP_BOTTOM,
-        5: turn.TRANSPOSE,
-        6: turn.ROTATE_270,
-        7: turn.TRANSVERSE,
-        8: turn.ROTATE_90,
-    }
+        2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE, 6: turn.ROTATE_270,
+        7: turn.TRANSVERSE, 8: turn.ROTATE_90,
+    }  # fmt: skip
     if not isinstance(orientation, int) or orientation not in turns:
         return picture
     return picture.transpose(turns[orientation])
@@ -122,12 +115,8 @@ def read_zip(
     """Images, labels and class names of ``<split>/<class>/<file>`` in a zip archive.
 
     Members are taken in sorted order; a class's index is the position of its name among the sorted
-    names of all splits. Only the members that ``limit`` leaves are read and decoded.
-
-    Raises
-    ------
-    ValueError
-        Naming the archive and the member, if something is damaged or too large.
+    names of all splits. Only the members that ``limit`` leaves are read and decoded. What is damaged or too large is a
+    ValueError that names archive and member.
     """
     with image_archive(path) as archive:
         parts = {name: name.split("/") for name in archive.namelist() if name.lower().endswith(EXTENSIONS)}

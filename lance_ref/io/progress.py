@@ -11,14 +11,14 @@ Advance = Callable[[int, str], None]
 
 
 @contextmanager
-def progress_bar(title: str, total: int, wanted: bool | None, done: int = 0) -> Iterator[Advance]:
+def progress_bar(title: str, total: int | None, wanted: bool | None, done: int = 0) -> Iterator[Advance]:
     """A bar of ``total`` units on standard error, and the function that moves it on.
 
     Parameters
     ----------
     title : str
     total, done : int
-        Units altogether, and those that lie behind at the start.
+        Units altogether, None if that is not known, and those that lie behind at the start.
     wanted : bool or None
         None: if standard error is a terminal.
     """

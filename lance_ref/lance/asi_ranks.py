@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -36,15 +37,8 @@ GRID = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 class RankOption:
     """What one threshold means for one layer.
 
-    Attributes
-    ----------
-    epsilon : float
-    ranks : tuple of int or None
-        One per mode, None for a mode of full rank.
-    kept_bytes : int
-        Core and factors, of every call of the layer in a step.
-    perplexity : float
-        ‖dW − dŴ‖_F, the mean over the samples.
+    ``ranks`` has one per mode, None for a full one; ``kept_bytes`` are those of core and factors, of every call of the
+    layer in a step; ``perplexity`` is ‖dW − dŴ‖_F, the mean over the samples.
     """
 
     epsilon: float
@@ -55,17 +49,12 @@ class RankOption:
 
 @dataclass(frozen=True)
 class AsiPlan:
-    """The ranks chosen for each layer, by layer path.
+    """The ranks chosen for each layer, by layer path, with thresholds, perplexities and bytes of core and factors.
 
-    Attributes
-    ----------
-    ranks : dict of str to tuple of int or None
-    epsilon, perplexity : dict of str to float
-    kept_bytes : dict of str to int
-        Core and factors on the tape.
-    budget_bytes : int
-        What ``total_bytes`` had to stay within.
+    ``budget_bytes`` is what ``total_bytes`` had to stay within.
     """
+
+    OF_LAYER: ClassVar[tuple[str, ...]] = ("ranks", "epsilon", "perplexity", "kept_bytes")
 
     ranks: dict[str, Ranks]
     epsilon: dict[str, float]
@@ -91,16 +80,9 @@ class AsiPlan:
 
     def __str__(self) -> str:
         rows = [("layer", "epsilon", "ranks", "perplexity", "bytes")]
-        rows += [
-            (
-                path or "(root)",
-                f"{self.epsilon[path]:g}",
-                shape_text(ranks),
-                f"{self.perplexity[path]:.3g}",
-                f"{self.kept_bytes[path]:,}",
-            )
-            for path, ranks in self.ranks.items()
-        ]
+        for path, ranks in self.ranks.items():
+            numbers = f"{self.perplexity[path]:.3g}", f"{self.kept_bytes[path]:,}"
+            rows.append((path or "(root)", f"{self.epsilon[path]:g}", shape_text(ranks), *numbers))
         total, budget = self.total_bytes, self.budget_bytes
         rows.append(("total", "", "", f"{self.total_perplexity:.3g}", f"{total:,}"))
         lines = aligned(rows, right=(1, 3, 4))
@@ -120,10 +102,6 @@ def choose_ranks(
         For core and factors of all these layers together.
     grid : sequence of float
         The thresholds to choose from, in (0, 1].
-
-    Returns
-    -------
-    AsiPlan
 
     Raises
     ------
@@ -147,11 +125,8 @@ def choose_ranks(
         path: of_layer[i] for (path, of_layer), i in zip(options.items(), choose(pairs, budget_bytes), strict=True)
     }
     return AsiPlan(
-        {path: option.ranks for path, option in chosen.items()},
-        {path: option.epsilon for path, option in chosen.items()},
-        {path: option.perplexity for path, option in chosen.items()},
-        {path: option.kept_bytes for path, option in chosen.items()},
-        int(budget_bytes),
+        *({path: getattr(option, name) for path, option in chosen.items()} for name in AsiPlan.OF_LAYER),
+        budget_bytes=int(budget_bytes),
     )
 
 
@@ -169,25 +144,28 @@ def rank_options(path: str, samples: Sequence[LayerSample], grid: Sequence[float
         raise ValueError("grid is empty, expected energy thresholds in (0, 1]")
     shape = _shape_of(path, samples)
     with spending_on("calibration"):
-        directions = [_directions(sample.activation) for sample in samples]
+        directions = [
+            all_directions(x, {mode: None for mode, n in enumerate(x.shape) if n > 1})  # of every mode that has any
+            for x in (sample.activation for sample in samples)
+        ]
         ranks = [_largest_ranks(shape, directions, epsilon) for epsilon in grid]
         perplexity = np.mean([_perplexities(*pair, ranks) for pair in zip(samples, directions, strict=True)], axis=0)
     calls = 1 + max(sample.call for sample in samples)
     itemsize = samples[0].activation.itemsize
     return [
-        RankOption(epsilon, chosen, calls * itemsize * kept_elements(shape, chosen), float(loss))
+        RankOption(epsilon, chosen, calls * itemsize * sum(kept_elements(shape, chosen)), float(loss))
         for epsilon, chosen, loss in zip(grid, ranks, perplexity, strict=True)
     ]
 
 
-def kept_elements(shape: Shape, ranks: Ranks) -> int:
-    """Elements of core and factors: Π r_n + Σ n·r_n, a mode of None with its full size and without a factor.
+def kept_elements(shape: Shape, ranks: Ranks) -> tuple[int, int]:
+    """Elements of the core and of the factors, Π r_n and Σ n·r_n; a mode of None is left whole and has no factor.
 
-    >>> kept_elements((8, 6, 5), (2, None, 1))  # 2·6·1 + 8·2 + 5·1
-    33
+    >>> kept_elements((8, 6, 5), (2, None, 1))  # 2·6·1, and 8·2 + 5·1
+    (12, 21)
     """
     core = math.prod(n if r is None else r for n, r in zip(shape, ranks, strict=True))
-    return core + sum(n * r for n, r in zip(shape, ranks, strict=True) if r is not None)
+    return core, sum(n * r for n, r in zip(shape, ranks, strict=True) if r is not None)
 
 
 def _perplexities(sample: LayerSample, directions: Mapping[int, Directions], ranks: Sequence[Ranks]) -> np.ndarray:
@@ -199,11 +177,6 @@ def _perplexities(sample: LayerSample, directions: Mapping[int, Directions], ran
         core = projection_fast.project(sample.activation, factors)
         errors.append(exact - projection_fast.weight_gradient(core, factors, sample.grad_output, sample.geometry))
     return np.array([norm(error) for error in errors])
-
-
-def _directions(activation: np.ndarray) -> dict[int, Directions]:
-    """The singular directions of every mode that is larger than 1."""
-    return all_directions(activation, {mode: None for mode, n in enumerate(activation.shape) if n > 1})
 
 
 def _largest_ranks(shape: Shape, directions: Sequence[Mapping[int, Directions]], epsilon: float) -> Ranks:

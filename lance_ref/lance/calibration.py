@@ -22,7 +22,7 @@ from lance_ref.engine.tensor import Tensor
 from lance_ref.io.progress import aligned
 from lance_ref.lance import calibration_file
 from lance_ref.lance.calibration_file import Ranks
-from lance_ref.lance.compression import check_shapes, chosen_layers
+from lance_ref.lance.compression import check_shapes, chosen_layers, features_of
 from lance_ref.lance.listening import run_over
 from lance_ref.lance.patches import PatchGrams, geometry_of, patch_shape, patch_tokens
 from lance_ref.nn import Conv2d
@@ -89,7 +89,7 @@ class Calibration(Mapping[str, Subspace]):
         return Calibration(self._grams, self._epsilon, {**self._ranks, **given})
 
     def merge(self, other: Calibration) -> Calibration:
-        """Both calibrations as one, as if one run had seen the batches of both, at the thresholds and ranks of ``self``.
+        """Both calibrations as one, as if one run had seen the batches of both, with thresholds and ranks of ``self``.
 
         Raises ValueError, with the layer and both shapes, if the layers, shapes or modes differ (with the batch mode
         calibrated, also the batch size).
@@ -228,7 +228,7 @@ def calibrate(
     if unknown := [path for path in given if path not in paths]:
         raise ValueError(f"protected names layer {unknown[0]!r}, expected one of {', '.join(map(repr, paths))}")
     bases = {
-        path: checked_protected(path, given[path], _features(modules[path])) if path in given else None
+        path: checked_protected(path, given[path], features_of(modules[path])) if path in given else None
         for path in paths
     }
     # What is taken out of the activations has to be known before their Grams are summed.
@@ -314,9 +314,3 @@ def grams_of(
     if frames:
         run_over(net, batches, list(frames), add, progress)
     return {path: grams[path] for path in frames}
-
-
-def _features(layer: Module) -> int:
-    """Size of the feature mode of the layer's input."""
-    width: int = layer.weight.shape[1]
-    return width * layer.groups if isinstance(layer, Conv2d) else width

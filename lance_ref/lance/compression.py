@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def compress(
     batch_ratio: float | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Have calibrated layers keep the core of their input in place of the input.
+    """Have calibrated layers keep the core of their input in place of the input; gives the paths of these layers.
 
     From the next forward pass on, each of these layers saves the projection of its activation on its
     subspace, and computes its weight gradient from that. Output and input gradient stay exact.
@@ -46,11 +47,6 @@ def compress(
         As :class:`~lance_ref.stores.Lance` takes them: cores as codes, and a random sketch of the batch.
     seed : int
         Of the sketches; each layer's is drawn independently of the others'.
-
-    Returns
-    -------
-    list of str
-        Paths of the layers that are compressed now.
 
     Raises
     ------
@@ -81,24 +77,30 @@ def restore(net: Module) -> list[str]:
     return changed
 
 
+@contextmanager
+def uncompressed(net: Module) -> Iterator[None]:
+    """Every layer keeps its whole input inside the ``with`` block; afterwards each has its own store again."""
+    stores = [(layer, layer.store) for layer in weighted_layers(net).values()]
+    restore(net)  # a batch size that an earlier calibration fixed is of no concern inside
+    try:
+        yield
+    finally:
+        for layer, store in stores:
+            layer.store = store
+
+
 def attach(
     net: Module, make: Callable[[str, Module], ActivationStore], layers: str | Sequence[str] | None = None
 ) -> list[str]:
-    """Give every chosen layer an activation store of its own.
+    """Give every chosen layer an activation store of its own; gives the paths of these layers.
 
     Parameters
     ----------
-    net : Module
     make : callable
         ``make(path, layer)`` is the store of that layer; a new one each time, as stores remember things.
     layers : glob or sequence of globs, optional
         By default the layers that ``tune`` selected (without the head), or, for a network that was not tuned, all
         whose weight requires gradients.
-
-    Returns
-    -------
-    list of str
-        Paths of these layers.
 
     Raises
     ------
@@ -118,9 +120,8 @@ def attach(
     for path, store in stores.items():
         if not isinstance(store, ActivationStore):
             raise TypeError(f"make returned a {type(store).__name__} for layer {path!r}, expected an ActivationStore")
-    if len({id(store) for store in stores.values() if store is not EXACT}) < sum(
-        s is not EXACT for s in stores.values()
-    ):
+    new = [store for store in stores.values() if store is not EXACT]
+    if len({id(store) for store in new}) < len(new):
         raise ValueError(f"make returned one store for several layers of {list(stores)}, expected a new one for each")
     for path, store in stores.items():
         modules[path].store = store
@@ -150,18 +151,8 @@ def chosen_layers(net: Module, layers: str | Sequence[str] | None) -> list[str]:
 def match_layers(layers: str | Sequence[str], available: Sequence[str], what: str) -> list[str]:
     """The paths among ``available`` that a glob matches, in their own order.
 
-    Parameters
-    ----------
-    layers : glob or sequence of globs
-        Matched against whole dotted paths; ``*`` also matches dots.
-    available : sequence of str
-    what : str
-        What ``available`` holds, for the error.
-
-    Raises
-    ------
-    ValueError
-        If ``layers`` is empty or one of the globs matches nothing.
+    Globs are matched against whole dotted paths; ``*`` also matches dots. ValueError if there are none, or one of them
+    matches nothing; ``what`` says in it what is available.
     """
     globs = [layers] if isinstance(layers, str) else list(layers)
     if not globs:
@@ -173,6 +164,12 @@ def match_layers(layers: str | Sequence[str], available: Sequence[str], what: st
             raise ValueError(f"layers: {glob!r} matches no {what}, expected one of {_listed(available)}")
         selected.update(matches)
     return [path for path in available if path in selected]
+
+
+def features_of(layer: Module) -> int:
+    """Size of the feature mode of the layer's input."""
+    width: int = layer.weight.shape[1]
+    return width * layer.groups if isinstance(layer, Conv2d) else width
 
 
 def check_shapes(net: Module, shapes: Mapping[str, Shape]) -> None:
@@ -188,17 +185,13 @@ def check_shapes(net: Module, shapes: Mapping[str, Shape]) -> None:
                 f"net has no Conv2d or Linear layer {path!r}, which was calibrated with shape {shape}; "
                 f"it has {_listed(list(modules))}"
             )
-        layer, weight = modules[path], modules[path].weight.shape
-        if isinstance(layer, Conv2d):
-            expected: tuple[int | str, ...] = ("B", weight[1] * layer.groups, "H", "W")
-            fits = len(shape) == 4 and shape[1] == expected[1]
-        else:
-            expected = ("B", weight[1]) if len(shape) != 3 else ("B", "L", weight[1])
-            fits = len(shape) in (2, 3) and shape[-1] == weight[1]
-        if not fits:
+        layer, n = modules[path], features_of(modules[path])
+        takes = ("B", n, "H", "W") if isinstance(layer, Conv2d) else ("B", "L", n) if len(shape) == 3 else ("B", n)
+        if len(shape) != len(takes) or shape[takes.index(n)] != n:
             raise ValueError(
                 f"layer {path!r} was calibrated with activations of shape {shape}, but this net's "
-                f"{type(layer).__name__} with a weight of shape {weight} takes ({', '.join(map(str, expected))})"
+                f"{type(layer).__name__} with a weight of shape {layer.weight.shape} takes "
+                f"({', '.join(map(str, takes))})"
             )
 
 

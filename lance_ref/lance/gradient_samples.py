@@ -18,10 +18,11 @@ from lance_ref.engine.counting import spending_on
 from lance_ref.engine.state import state
 from lance_ref.engine.tensor import Tensor
 from lance_ref.functional import cross_entropy
-from lance_ref.lance.compression import chosen_layers
+from lance_ref.lance.compression import chosen_layers, uncompressed
 from lance_ref.nn.module import Module
 from lance_ref.nn.selection import weighted_layers
-from lance_ref.stores import EXACT, ActivationStore
+from lance_ref.stores import ActivationStore
+from lance_ref.train.features import in_mode
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,10 +33,9 @@ class LayerSample:
 
     Attributes
     ----------
-    activation : array of shape ``geometry.input_shape``
-        What the layer took in.
-    grad_output : array of shape ``geometry.output_shape``
-        The gradient of the loss with respect to what it gave out.
+    activation, grad_output : array
+        What the layer took in, of shape ``geometry.input_shape``, and the gradient of the loss with respect to what it
+        gave out.
     geometry : ConvGeometry or LinearGeometry
         The sizes of the call; ``geometry.weight_gradient(activation, grad_output)`` is its weight gradient.
     call : int
@@ -62,7 +62,6 @@ def sample_gradients(
 
     Parameters
     ----------
-    net : Module
     batches : iterable of (inputs, targets) pairs
         Arrays or Tensors. Two copies of every sampled activation's size stay in memory: use few batches.
     layers : glob or sequence of globs, optional
@@ -79,10 +78,9 @@ def sample_gradients(
 
     Raises
     ------
-    ValueError
-        If there are no batches, a glob matches no layer, or the loss never depends on a chosen layer.
-    TypeError
-        If a batch is not a pair.
+    ValueError, TypeError
+        If there are no batches, one is not a pair, a glob matches no layer, or the loss never depends on a chosen
+        layer.
     """
     if not isinstance(net, Module):
         raise TypeError(f"net is a {type(net).__name__}, expected a lance_ref.nn.Module")
@@ -149,27 +147,19 @@ def _write_down(net: Module, paths: Sequence[str]) -> dict[str, _Notebook]:
 @contextmanager
 def _as_found(net: Module) -> Iterator[None]:
     """Evaluation mode, nothing compressed, no parameter that trains, gradients on; all put back at the end."""
-    training = [(module, module.training) for module in net.modules()]
-    stores = [(layer, layer.store) for layer in weighted_layers(net).values()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in net.parameters()]
     grad_enabled = state.grad_enabled
-    try:
-        net.eval()
-        state.grad_enabled = True
-        for layer, _ in stores:
-            layer.store = EXACT
-        for parameter, _, _ in parameters:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        state.grad_enabled = grad_enabled
-        for module, mode in training:
-            module.training = mode
-        for layer, store in stores:
-            layer.store = store
-        for parameter, requires_grad, grad in parameters:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
+    with in_mode(net, training=False), uncompressed(net):
+        try:
+            state.grad_enabled = True
+            for parameter, _, _ in parameters:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            state.grad_enabled = grad_enabled
+            for parameter, requires_grad, grad in parameters:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
 
 
 def _pair(batch: Any, index: int) -> tuple[Tensor, Tensor]:

@@ -143,12 +143,10 @@ class Recalibrator:
         store = layer.store
         ranks = tuple([None if U is None else U.shape[1] for U in store.factors])
         fresh = Calibration({path: collection.grams}, {path: 1.0}, {path: ranks})
-        sizes = [U.shape[0] for U in fresh[path].factors if U is not None]
-        macs = collection.macs + sum(counting.eigh_macs(n) for n in sizes)
-        sketch = store.sketch
+        macs = collection.macs + sum(counting.eigh_macs(len(U)) for U in fresh[path].factors if U is not None)
         options: dict[str, Any] = {"core_bits": store.core_bits, "order": store.order}
-        if sketch is not None:
-            options |= {"batch_mode": "sketch", "batch_ratio": sketch.ratio}
+        if store.sketch is not None:
+            options |= {"batch_mode": "sketch", "batch_ratio": store.sketch.ratio}
         state = store.state()
         compress(info.net, fresh, **options)
         layer.store.load_state(state)

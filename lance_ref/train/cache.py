@@ -19,21 +19,17 @@ SAMPLE = 32  # images on which `normalise` has to do the same twice
 
 
 def cache_decision(net: Module, sources: Sequence[Source], wanted: bool | None) -> tuple[bool, str]:
-    """Whether the data sets are to be replaced by features, and a sentence on that for reports.
+    """Whether features are to stand for the data sets (the training data first), and a sentence on that for reports.
 
-    Parameters
-    ----------
-    net : Module
-    sources : sequence of Source
-        The training data first.
-    wanted : bool or None
-        ``cache_frozen`` of :func:`lance_ref.fit`.
-
-    Raises
-    ------
-    ValueError
-        If ``wanted`` is True and it cannot be.
+    ``wanted`` is ``cache_frozen`` of :func:`lance_ref.fit`; ValueError if it is True and cannot be.
     """
+
+    def repeats(source: Source) -> bool:
+        """Whether ``normalise`` does the same twice; what draws random numbers is augmentation."""
+        assert isinstance(source.data, Dataset)
+        first, second = (sample_of(source.data, source.normalise, source.image_size, SAMPLE) for _ in range(2))
+        return np.array_equal(first, second, equal_nan=True)
+
     given, stages = sources[0].data, len(stages_of(net))
     note = ""
     if isinstance(given, Features):
@@ -45,10 +41,12 @@ def cache_decision(net: Module, sources: Sequence[Source], wanted: bool | None) 
     total = 0
     if wanted is False:
         stage, why = 0, "this was asked for"
-    elif stage and not all(_repeats(source) for source in images):
+    elif stage and not all(repeats(source) for source in images):
         stage, why = 0, "normalise gives something else at each call"
     elif stage:
-        total = sum(len(source) * _row_bytes(net, stage, source) for source in images)
+        with in_mode(net, training=False), no_grad():
+            body = Part(net, stages_of(net)[:stage])
+            total = sum(len(source) * body(source.batch(np.arange(1))[0]).data.nbytes for source in images)
         if total > MAX_FEATURE_BYTES:
             stage, why = 0, f"the outputs take {total:,} bytes, more than {MAX_FEATURE_BYTES:,}"
     if wanted and not stage:
@@ -65,17 +63,3 @@ def cache(source: Source, net: Module, batch_size: int, progress: bool | None) -
         return source
     features = extract(net, source.data, source.normalise, source.image_size, batch_size, progress=progress)
     return Source(source.name, net, features, None, None)
-
-
-def _repeats(source: Source) -> bool:
-    """Whether ``normalise`` does the same twice; what draws random numbers is augmentation."""
-    assert isinstance(source.data, Dataset)
-    first, second = (sample_of(source.data, source.normalise, source.image_size, SAMPLE) for _ in range(2))
-    return np.array_equal(first, second, equal_nan=True)
-
-
-def _row_bytes(net: Module, stage: int, source: Source) -> int:
-    """Bytes of the first stages' output for one image."""
-    x, _ = source.batch(np.arange(1))
-    with in_mode(net, training=False), no_grad():
-        return Part(net, stages_of(net)[:stage])(x).data.nbytes

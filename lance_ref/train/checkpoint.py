@@ -47,8 +47,6 @@ def save(
     ----------
     path : path
         Taken as it is; its folder must exist.
-    net, optimizer, scheduler
-        What the state is of; a run may have no optimiser and no schedule.
     meta : mapping, optional
         What :func:`load` is to return, such as the step and the history; finite numbers, text, lists and mappings.
     settings : mapping, optional
@@ -93,21 +91,11 @@ def load(
     *,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Put network, optimiser, schedule, stores and random generators into the state that :func:`save` wrote.
+    """Put all into the state that :func:`save` wrote, stores and random generators included; gives ``meta``.
 
-    Parameters
-    ----------
-    path : path
-    net, optimizer, scheduler
-        Made as they were for the run that wrote the checkpoint. Changed in place, the generators that the
-        network draws from and the library's default generator included.
-    settings : mapping, optional
-        Must be those given to :func:`save`.
-
-    Returns
-    -------
-    dict
-        ``meta`` of :func:`save`.
+    Network, optimiser and schedule must be made as they were for the run that wrote the checkpoint, and are changed in
+    place, as are the generators that the network draws from and the library's default generator. ``settings`` must be
+    those given to :func:`save`.
 
     Raises
     ------
@@ -202,10 +190,7 @@ def generators(net: Module) -> dict[str, np.random.Generator]:
 def checked_path(path: str | os.PathLike[str]) -> Path:
     """The path of a checkpoint that a run is going to write, cleared of what killed processes left beside it.
 
-    Raises
-    ------
-    ValueError
-        If it is a folder, or its folder does not exist.
+    ValueError if it is a folder, or its folder does not exist.
     """
     checked = Path(path)
     if checked.is_dir() or not checked.parent.is_dir():

@@ -38,11 +38,6 @@ def stored(path: Path, fingerprint: str, sample: np.ndarray, count: int, rows: C
         How many rows it has.
     rows : callable
         Computes them.
-
-    Raises
-    ------
-    OSError
-        If a file cannot be written; nothing is left of it then.
     """
     about = path.with_name(f"{path.name}.json")
     arrays = _reusable(path, about, fingerprint, sample, count)

@@ -185,7 +185,9 @@ class Source:
         self.name, self.data, self.normalise, self.image_size = name, data, normalise, image_size
         self.dtype = parts.dtype_of(net)
         if isinstance(data, Features):
-            self._check_features(name, net, data)
+            if data.stage > len(parts.stages_of(net)) or data.part != parts.part_digest(net, data.stage):
+                why = "made by a network whose first stages differ from those of this one"
+                raise ValueError(f"{name} is {data!r}, {why}")
             self.net: Module = parts.tail(net, data.stage)
         else:
             self.net = net
@@ -201,10 +203,6 @@ class Source:
         else:
             x, y = parts.images_of(self.data, indices, self.normalise, self.image_size)
         return x.astype(self.dtype, copy=False), y
-
-    def _check_features(self, name: str, net: Module, data: Features) -> None:
-        if data.stage > len(parts.stages_of(net)) or data.part != parts.part_digest(net, data.stage):
-            raise ValueError(f"{name} is {data!r}, made by a network whose first stages differ from those of this one")
 
     def _check_outputs(self, name: str, net: Module) -> None:
         x, _ = self.batch(np.arange(min(2, len(self.data))))  # one image has no variance for a batch norm to use

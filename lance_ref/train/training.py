@@ -14,7 +14,7 @@ from lance_ref.datasets import Dataset
 from lance_ref.datasets.dataset import Normalise
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
-from lance_ref.optim import SGD, CosineAnnealingLR, LRScheduler, Optimizer, StepLR
+from lance_ref.optim import SGD, CosineAnnealingLR, Optimizer, StepLR
 from lance_ref.train import checkpoint as checkpoints
 from lance_ref.train.cache import MAX_FEATURE_BYTES, cache, cache_decision
 from lance_ref.train.features import Features, ImageSize, data_digest, extract, sample_of
@@ -39,11 +39,8 @@ class FitResult:
         step), ``learning_rate`` (likewise) and ``seconds`` (of training).
     test_accuracy : float or None
         After the last epoch.
-    steps : int
     cached : bool
-        Whether the frozen part ran once and not at every step.
-    cache_note : str
-        A sentence on that for reports, with the reason.
+        Whether the frozen part ran once and not at every step; ``cache_note`` is a sentence on that, with the reason.
     seconds : dict
         ``training``, ``evaluation`` and ``frozen`` (running the frozen part once), summed over restarts.
     """
@@ -95,7 +92,6 @@ def fit(
     train, test : Dataset or Features
         ``test`` is evaluated after each epoch. Features of the frozen part, made by :func:`extract`, stand
         for the images they were made of.
-    epochs, batch_size : int
     lr : float
         Of the default optimiser.
     optimizer : callable, optional
@@ -131,10 +127,6 @@ def fit(
     eval_batch_size : int
         Images at a time in evaluation and in running the frozen part.
 
-    Returns
-    -------
-    FitResult
-
     Raises
     ------
     ValueError, TypeError
@@ -161,14 +153,18 @@ def fit(
     """
     _check_arguments(net, epochs, batch_size, schedule, clip_norm, seed, micro_batch, eval_batch_size)
     _positive("checkpoint_every_steps", 1 if checkpoint_every_steps is None else checkpoint_every_steps)
-    sources = [Source("train", net, train, normalise, image_size)]
-    sources += [] if test is None else [Source("test", net, test, normalise, image_size)]
-    _check_training_data(train, batch_size)
+    given = {"train": train} if test is None else {"train": train, "test": test}
+    sources = [Source(name, net, data, normalise, image_size) for name, data in given.items()]
+    what = f"{train.name} ({train.split})"
+    if batch_size > len(train):
+        raise ValueError(f"batch_size is {batch_size}, but {what} has {len(train)} images: no full batch")
+    if train.labels.min() == train.labels.max():
+        raise ValueError(f"train has images of one class only, {train.labels[0]}: {what} teaches nothing")
     made = _optimizer(net, optimizer, lr)
-    scheduler = _schedule(schedule, made, epochs * (len(train) // batch_size))
-    data = (sources[0], None if test is None else sources[1])
+    steps = epochs * (len(train) // batch_size)
+    scheduler = CosineAnnealingLR(made, T_max=steps) if schedule == "cosine" else StepLR(made, steps, gamma=1.0)
     recipe = Recipe(epochs, batch_size, micro_batch or batch_size, clip_norm, seed, eval_batch_size)
-    run = FitRun(net, *data, made, scheduler, recipe)
+    run = FitRun(net, sources[0], None if test is None else sources[1], made, scheduler, recipe)
     cached, cache_note = cache_decision(net, sources, cache_frozen)
     path = None if checkpoint is None else checkpoints.checked_path(checkpoint)
     settings = {} if path is None else _settings(run, schedule, cached, sources)
@@ -196,27 +192,10 @@ def evaluate(
     normalise: Normalise = None,
     image_size: ImageSize = None,
 ) -> float:
-    """Share of right answers, in evaluation mode and without a tape.
+    """Share of right answers in [0, 1], in evaluation mode and without a tape; the network is left as it was found.
 
-    Parameters
-    ----------
-    net : Module
-        Left as it was found.
-    data : Dataset or Features
-    batch_size : int
-        Images at a time.
-    normalise, image_size
-        As for :func:`lance_ref.datasets.batches`.
-
-    Returns
-    -------
-    float
-        In [0, 1].
-
-    Raises
-    ------
-    ValueError, TypeError
-        If there are no images, or they or their labels do not fit the network.
+    ``batch_size`` images run at a time; ``normalise`` and ``image_size`` are as for :func:`lance_ref.datasets.batches`.
+    ValueError or TypeError if there are no images, or they or their labels do not fit the network.
     """
     return accuracy(net, Source("data", net, data, normalise, image_size), _positive("batch_size", batch_size))
 
@@ -234,10 +213,6 @@ def _optimizer(net: Module, make: MakeOptimizer | None, lr: float) -> Optimizer:
     if not isinstance(made, Optimizer):
         raise TypeError(f"optimizer returned a {type(made).__name__}, expected an Optimizer")
     return made
-
-
-def _schedule(name: str, optimizer: Optimizer, steps: int) -> LRScheduler:
-    return CosineAnnealingLR(optimizer, T_max=steps) if name == "cosine" else StepLR(optimizer, steps, gamma=1.0)
 
 
 def _settings(run: FitRun, schedule: str, cached: bool, sources: Sequence[Source]) -> dict[str, Any]:
@@ -278,14 +253,6 @@ def _check_arguments(
         raise ValueError(f"clip_norm is {clip_norm!r}, expected a positive number or None")
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise ValueError(f"no parameter of {type(net).__name__} requires gradients: there is nothing to train")
-
-
-def _check_training_data(train: Dataset | Features, batch_size: int) -> None:
-    what = f"{train.name} ({train.split})"
-    if batch_size > len(train):
-        raise ValueError(f"batch_size is {batch_size}, but {what} has {len(train)} images: no full batch")
-    if train.labels.min() == train.labels.max():
-        raise ValueError(f"train has images of one class only, {train.labels[0]}: {what} teaches nothing")
 
 
 def _positive(name: str, value: int, smallest: int = 1) -> int:

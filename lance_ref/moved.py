@@ -29,6 +29,7 @@ MOVED: dict[str, str] = {
     "lance_ref.continual.patches": "lance_ref.lance.patches",
     "lance_ref.counting": "lance_ref.engine.counting",
     "lance_ref.datasets.locate": "lance_ref.datasets.fetch",
+    "lance_ref.continual.replay": "lance_ref.continual.learners",
     "lance_ref.features": "lance_ref.train.features",
     "lance_ref.features_file": "lance_ref.train.features_file",
     "lance_ref.frame": "lance_ref.algebra.frame",
@@ -52,8 +53,9 @@ MOVED: dict[str, str] = {
     "lance_ref.tape_report": "lance_ref.engine.tape_report",
     "lance_ref.tensor": "lance_ref.engine.tensor",
     "lance_ref.tracing": "lance_ref.nn.tracing",
+    "lance_ref.train.cache": "lance_ref.train.training",
     "lance_ref.training": "lance_ref.train.training",
-    "lance_ref.training_cache": "lance_ref.train.cache",
+    "lance_ref.training_cache": "lance_ref.train.training",
     "lance_ref.training_run": "lance_ref.train.run",
     "lance_ref.tucker": "lance_ref.algebra.tucker",
 }

@@ -45,14 +45,12 @@ class Start:
     ----------
     net : Module
         What takes the batches: the network, or what follows its frozen part.
-    tuning : Tuning
     batches : list of (x, y)
         For calibration, drawn from the training set.
     modes : tuple of str
         Modes that LANCE compresses where the method does not say.
     values : mapping of setting to value
         Of every setting of every method.
-    seed : int
     """
 
     net: Module
@@ -82,8 +80,6 @@ class Entry:
 
     Attributes
     ----------
-    about : str
-        In a few words.
     begin : callable
         What it does to the network before training; gives the notes that it wants in the results.
     settings : tuple of Setting

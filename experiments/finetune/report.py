@@ -153,10 +153,8 @@ def draw(rows: Sequence[Row], path: str, title: str) -> None:
             error = 100 * stdev(row.accuracies) if len(row.accuracies) > 1 else 0
             shape = "s" if row.method.startswith("lance") else "o"
             panel.errorbar(x, y, yerr=error, fmt=shape, color="0.1", ms=4, elinewidth=0.8, capsize=2)
-        front = pareto([(x, y) for x, y, _ in points])
-        panel.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0, drawstyle="steps-post")
         panel.set(xlabel="tape, KiB (log)", title=f"{title}\nrecipe: {recipe}")
-        kibibyte_axis(panel, [x for x, _, _ in points])
+        draw_front(panel, [(x, y) for x, y, _ in points])
         _label(panel, points)
     panels[0].set_ylabel("accuracy on the test set, %")
     save_figure(figure, path)
@@ -175,12 +173,17 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
-def kibibyte_axis(panel: Any, sizes: Sequence[float]) -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten, and some room on both sides."""
+def draw_front(panel: Any, points: Sequence[tuple[float, float]]) -> None:
+    """The Pareto front of (KiB, accuracy) as a line, over a logarithmic axis with room on both sides.
+
+    The axis has plain numbers at 1, 2 and 5 times the powers of ten.
+    """
+    panel.plot(*zip(*pareto(points), strict=True), color="0.6", lw=1, zorder=0, drawstyle="steps-post")
+    sizes = [x for x, _ in points]
+    low, high = min(sizes) / 1.3, max(sizes) * 1.3
     panel.set_xscale("log")
-    panel.set_xlim(min(sizes) / 1.3, max(sizes) * 1.3)
-    decades = range(math.floor(math.log10(min(sizes) / 1.3)), math.ceil(math.log10(max(sizes) * 1.3)) + 1)
-    low, high = panel.get_xlim()
+    panel.set_xlim(low, high)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [n * 10.0**decade for decade in decades for n in (1, 2, 5) if low <= n * 10.0**decade <= high]
     panel.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
     panel.minorticks_off()

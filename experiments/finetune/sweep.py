@@ -133,7 +133,7 @@ def draw(points: Sequence[Mapping[str, Any]], path: str, title: str) -> None:
     """One row for each batch size: accuracy against the tape, and against tape and factors."""
     from matplotlib.figure import Figure
 
-    from experiments.finetune.report import kibibyte_axis, pareto
+    from experiments.finetune.report import draw_front
 
     batches = list(dict.fromkeys(point["batch"] for point in points))
     figure = Figure(figsize=(11, 4.4 * len(batches)), layout="constrained")
@@ -152,11 +152,9 @@ def draw(points: Sequence[Mapping[str, Any]], path: str, title: str) -> None:
                 own = [places[point["label"]] for point in of if point["family"] == family]
                 if own:
                     panel.plot(*zip(*own, strict=True), marker, color=grey, ms=6, label=family)
-            front = pareto(list(places.values()))
-            panel.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0, drawstyle="steps-post")
             what = "tape and factors" if factors else "tape"
             panel.set(xlabel=f"{what}, KiB (log)", title=f"{title}, batch {batch}")
-            kibibyte_axis(panel, [size for size, _ in places.values()])
+            draw_front(panel, list(places.values()))
         panels[0].set_ylabel("accuracy, %")
     rows[0][1].legend(frameon=False, fontsize=8)
     save_figure(figure, path)

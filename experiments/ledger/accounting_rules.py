@@ -75,16 +75,9 @@ class Reading:
 def readings(quantity: str, unit: str, figures: Figures, base: Figures) -> list[Reading]:
     """Every reading of a quantity, those with the fewest rules first; each value once.
 
-    Parameters
-    ----------
-    quantity : {"memory", "memory-ratio", "work", "work-ratio", "bases"}
-        A ratio is that of ``base`` over ``figures``, both read by the same rules.
-    unit : str
-        ``"MiB"``, ``"MB"``, ``"GFLOPs"``; ratios have ``"x"``.
-    figures : Figures
-        Of the method that the published figure is of.
-    base : Figures
-        Of plain backpropagation.
+    ``quantity`` is "memory", "memory-ratio", "work", "work-ratio" or "bases", and ``unit`` "MiB", "MB", "GFLOPs", or
+    "x" of ratios. The published figure is of the method of ``figures``; ``base`` is plain backpropagation. A ratio is
+    that of ``base`` over ``figures``, both read by the same rules.
 
     Examples
     --------

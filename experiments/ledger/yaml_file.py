@@ -14,17 +14,9 @@ def load_entries(
 ) -> tuple[dict[str, dict[str, str]], list[dict[str, Any]]]:
     """Sources by name, and entries as written, of a YAML file with these two keys.
 
-    Parameters
-    ----------
-    kind : dataclass type
-        What an entry will become: its fields are the keys that are known, those without a default are required.
-    sources_required : bool
-        Whether each entry's ``source`` must name one of the sources.
-
-    Raises
-    ------
-    ValueError
-        In one line that names the file and the entry.
+    An entry will become a dataclass ``kind``: its fields are the keys that are known, and those without a default are
+    required. With ``sources_required`` each entry's ``source`` must name one of the sources. Every mistake is a
+    ValueError, in one line that names the file and the entry.
     """
     import yaml
 

@@ -39,17 +39,9 @@ class Metrics:
 def metrics(R: np.ndarray, b: np.ndarray) -> Metrics:
     """All five metrics of one run.
 
-    Parameters
-    ----------
-    R : (T, T) array
-        ``R[t, i]`` in [0, 1]: accuracy on task i after task t, the upper triangle included.
-    b : (T,) array
-        Accuracy of the random initialisation on each task.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit, there are fewer than two tasks, or an entry is not in [0, 1].
+    ``R[t, i]`` in [0, 1] is the accuracy on task i after task t, the upper triangle included, and ``b[i]`` that of the
+    random initialisation. ValueError if the shapes do not fit, there are fewer than two tasks, or an entry is not in
+    [0, 1].
 
     Notes
     -----

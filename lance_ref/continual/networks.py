@@ -93,28 +93,10 @@ def domains(
 ) -> tuple[Module, Scenario]:
     """Pretrained MCUNet whose last 1x1 convolutions train, and one data set after the other through the rest of it.
 
-    Parameters
-    ----------
-    names : sequence of str
-        Data sets, in the order in which they are learned.
-    seed : int
-        Of the heads.
-    train, test : int or None
-        Most images of each data set, spread over the classes.
-    image_size : int
-        Pixels to which all are resized.
-    folder : path, optional
-        Where the outputs of the frozen part are kept, for the next time.
-
-    Returns
-    -------
-    net : Module
-        What follows the frozen part, with one head for each data set.
-    scenario : Scenario
-
-    Notes
-    -----
-    Normalisation is the network's own, (pixel − 127.5)·2/255. Biases of the convolutions do not train.
+    The network is what follows the frozen part, with one head, drawn from ``seed``, for each data set. Of each data
+    set at most ``train`` and ``test`` images are taken, spread over the classes and resized to ``image_size`` pixels.
+    The outputs of the frozen part are kept in ``folder`` for the next time, if there is one. Pixels are normalised as
+    the network expects, (pixel − 127.5)·2/255. Biases of the convolutions do not train.
     """
     net = models.create("mcunet", num_classes=2, pretrained=True, rng=seed)
     net.requires_grad_(False)

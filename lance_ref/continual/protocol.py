@@ -100,8 +100,6 @@ def run(
         What else must be the same for a checkpoint to fit, beside learner, recipe, network and scenario.
     on_step : callable, optional
         Called with task and step before each step.
-    progress : bool, optional
-        Show a bar; by default if standard error is a terminal.
 
     Raises
     ------

@@ -262,20 +262,9 @@ def names() -> list[str]:
 def load(name: str, seed: int = 0) -> Scenario:
     """A scenario of images by name, its pixels normalised with :data:`STATISTICS` of the data set's training images.
 
-    Parameters
-    ----------
-    name : str
-        ``split-digits``, ``split-mnist``, ``split-cifar10`` (5 tasks of 2 classes), ``split100``, ``split-cifar100``
-        (10 tasks of 10 classes), ``permuted-digits`` (5 tasks) or ``permuted-mnist`` (10).
-    seed : int
-        Of the permutations.
-
-    Raises
-    ------
-    ValueError
-        If there is no such scenario; ``domains`` needs a network, see :func:`lance_ref.continual.networks.domains`.
-    FileNotFoundError
-        If the data set is not there.
+    The names are those of :data:`SPLITS` (5 tasks of 2 classes, or 10 tasks of 10) and :data:`PERMUTED` (5 or 10
+    orders of the pixels, drawn from ``seed``). ValueError for another name; ``domains`` needs a network, see
+    :func:`lance_ref.continual.networks.domains`. FileNotFoundError if the data set is not there.
     """
     if name not in SPLITS and name not in PERMUTED:
         raise ValueError(f"unknown scenario {name!r}, expected one of {', '.join([*SPLITS, *PERMUTED])}")

@@ -39,23 +39,12 @@ _BROKEN = (tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError, OSError, Va
 
 
 def read_cifar(paths: Mapping[str, Path], split: str, image_size: Size, limit: int | None, kind: str) -> Arrays:
-    """A split of CIFAR-10 or CIFAR-100 from the binary version's ``.tar.gz``.
+    """A split of CIFAR-10 or CIFAR-100 from the binary version's ``.tar.gz``, the one entry of ``paths``.
 
     Each record is one label byte (CIFAR-100: the superclass, then the class) and 3072 bytes of pixels,
-    (3, 32, 32) in C order. Class names are those of the archive's own text files.
-
-    Parameters
-    ----------
-    paths : mapping
-        The one archive, by its name.
-    split, image_size, limit
-        As in :func:`lance_ref.datasets.load`.
-    kind : {"cifar10", "cifar100", "cifar100_coarse"}
-
-    Raises
-    ------
-    ValueError
-        Naming the archive and what is wrong in it.
+    (3, 32, 32) in C order. Class names are those of the archive's own text files. ``kind`` is "cifar10", "cifar100" or
+    "cifar100_coarse"; the other arguments are those of :func:`lance_ref.datasets.load`. What is wrong in the archive
+    is a ValueError that names it.
     """
     (path,) = paths.values()
     folder = "cifar-10-batches-bin" if kind == "cifar10" else "cifar-100-binary"

@@ -97,18 +97,9 @@ def spread(labels: np.ndarray, limit: int | None) -> np.ndarray:
 def validation_split(dataset: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Set a part of a data set aside, the same share of every class; gives the parts to train and to validate on.
 
-    Parameters
-    ----------
-    fraction : float in (0, 1)
-        Of each class, rounded to whole images; a class of two images or more keeps one on either side, a
-        single image stays with the training part.
-    seed : int
-        Decides which images; the same seed gives the same parts.
-
-    Raises
-    ------
-    ValueError
-        If ``fraction`` is not between 0 and 1, or nothing would be set aside.
+    ``fraction``, between 0 and 1, is of each class, rounded to whole images; a class of two images or more keeps one
+    on either side, a single image stays with the training part. ``seed`` decides which images. ValueError if nothing
+    would be set aside.
 
     Examples
     --------

@@ -54,32 +54,18 @@ def data_file(relative: str, what: str, data_dir: str | Path | None = None) -> P
 def find_files(
     file: str | None, published: Published | None, what: str, data_dir: str | Path | None = None
 ) -> tuple[dict[str, Path], Published | None]:
-    """The files of a data set, downloaded if need be.
+    """The files of a data set by name, downloaded if need be.
 
-    Looked for in ``data_dir``, if it is given, and then nowhere else. Otherwise in this order: in the folder
-    that ``LANCE_REF_DATA`` names; in the cache (``LANCE_REF_CACHE``, else the user's own); at the published
-    address, from which they come to the cache. ``LANCE_REF_OFFLINE=1`` forbids the last.
-
-    Parameters
-    ----------
-    file : str or None
-        The one file that stands directly in the folder of data.
-    published : Published or None
-        The published files; in the folder and in the cache they are in the subfolder ``published.folder``.
-    what : str
-        What the files are for, for the error message.
-
-    Returns
-    -------
-    files : dict
-        Paths by file name.
-    published : Published or None
-        Given back if these are the published files, each with its checksum compared; None for ``file``.
+    They are looked for in ``data_dir``, if it is given, and then nowhere else. Otherwise in this order: in the folder
+    that ``LANCE_REF_DATA`` names; in the cache (``LANCE_REF_CACHE``, else the user's own); at the published address,
+    from which they come to the cache. ``LANCE_REF_OFFLINE=1`` forbids the last. The one ``file`` stands directly in
+    the folder of data, the published ones in their subfolder ``published.folder``. ``published`` is given back if
+    these are the files that were found, each with its checksum compared, and None for ``file``.
 
     Raises
     ------
     FileNotFoundError
-        In one line: what is missing, where to put it, and why it was not downloaded.
+        In one line: what is missing (``what`` needs it), where to put it, and why it was not downloaded.
     ValueError
         If a published file that was put into the folder has another checksum.
     """

@@ -35,19 +35,9 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 def decode(encoded: bytes, where: str, image_size: tuple[int, int] | None, channels: int = 3) -> np.ndarray:
     """One JPEG, PNG, BMP or WebP file as uint8 (H, W, C); its declared size is checked before it is decoded.
 
-    Parameters
-    ----------
-    where : str
-        How errors call the image.
-    image_size : (height, width) or None
-        Cut to the aspect ratio of this size around the centre, then resize bilinearly.
-    channels : {1, 3}
-        Grey or RGB.
-
-    Raises
-    ------
-    ValueError
-        If the image is too large, or no image, or damaged, or has more than 8 bits a channel.
+    It is cut to the aspect ratio of ``image_size`` (height, width) around the centre, if that is given, then resized
+    bilinearly. ``channels`` are 1 for grey or 3 for RGB. A file that is too large, damaged or no image, or has more
+    than 8 bits a channel, is a ValueError that begins with ``where``.
 
     Notes
     -----

@@ -25,25 +25,21 @@ def ImageFolder(  # noqa: N802  (the name that users know)
 ) -> Dataset:
     """Pictures in ``<path>/<class>/`` or in ``<path>/train/<class>/`` and ``<path>/test/<class>/``.
 
+    Pictures are files named ``.jpg``, ``.jpeg``, ``.png``, ``.bmp`` or ``.webp``; hidden files and folders are left
+    out. Classes are the subfolders' names in sorted order, those of both parts together.
+
     Parameters
     ----------
-    path : str or Path
     image_size : int or (height, width), optional
         Each picture is cut around its centre to this aspect ratio and resized bilinearly. None takes the
         pictures as they are; they must then have one size.
     split : {"train", "test"}, optional
         Needed if the folder holds ``train/`` and ``test/``, and not allowed otherwise (a part can be set
-        aside with :func:`validation_split`).
+        aside with :func:`validation_split`); that of the result is then ``"all"``.
     limit : int, optional
         Read that many pictures, spread evenly over the classes.
     channels : {1, 3}
         Grey or RGB; pictures of other kinds are converted (of transparent ones the colours are kept).
-
-    Returns
-    -------
-    Dataset
-        Its classes are the subfolders' names in sorted order, those of both parts together;
-        ``split`` is ``"all"`` for a folder without parts.
 
     Raises
     ------
@@ -52,11 +48,6 @@ def ImageFolder(  # noqa: N802  (the name that users know)
     ValueError
         If there are no classes, or only one, or one without pictures; if a picture is damaged or too large
         (naming it), or has another size than the first and ``image_size`` is None.
-
-    Notes
-    -----
-    Pictures are files named ``.jpg``, ``.jpeg``, ``.png``, ``.bmp`` or ``.webp``; hidden files and
-    folders are left out.
     """
     folder, size = _check(path, image_size, channels)
     if split not in (None, *SPLITS):
@@ -86,14 +77,8 @@ def load_folder(
     """A folder of pictures, with labels or without; arguments and pictures are as for :func:`ImageFolder`.
 
     Subfolders are classes, in sorted order; a folder with pictures and no such subfolders is one
-    class, with label 0. That is enough for calibration; :func:`ImageFolder` is stricter.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such folder.
-    ValueError
-        If it holds no pictures, or one is damaged or too large (naming it).
+    class, with label 0. That is enough for calibration; :func:`ImageFolder` is stricter. ValueError if there are no
+    pictures, or one is damaged or too large (naming it).
     """
     folder, _ = _check(path, image_size, channels)
     size = size_pair(image_size)

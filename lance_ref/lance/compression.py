@@ -94,19 +94,10 @@ def attach(
 ) -> list[str]:
     """Give every chosen layer an activation store of its own; gives the paths of these layers.
 
-    Parameters
-    ----------
-    make : callable
-        ``make(path, layer)`` is the store of that layer; a new one each time, as stores remember things.
-    layers : glob or sequence of globs, optional
-        By default the layers that ``tune`` selected (without the head), or, for a network that was not tuned, all
-        whose weight requires gradients.
-
-    Raises
-    ------
-    ValueError
-        If no layer is chosen, or a glob matches none, or two layers were given the same store. Nothing has been
-        changed then.
+    ``make(path, layer)`` is the store of that layer; a new one each time, as stores remember things. ``layers`` are
+    globs; by default the layers that ``tune`` selected (without the head), or, for a network that was not tuned, all
+    whose weight requires gradients. ValueError if no layer is chosen, or a glob matches none, or two layers were given
+    the same store; nothing has been changed then.
 
     Examples
     --------

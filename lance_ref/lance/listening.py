@@ -29,14 +29,8 @@ def run_over(
     """Run the network over all batches and show every input of these layers to ``see(path, activation, again)``.
 
     Evaluation mode, no gradients, no compression; the network is left as it was found. What ``see``
-    multiplies is booked as calibration.
-
-    Raises
-    ------
-    ValueError
-        If there are no batches, a layer is not reached, or its input has the wrong number of dimensions.
-    TypeError
-        For batches that are not arrays.
+    multiplies is booked as calibration. ValueError if there are no batches, a layer is not reached, or its input has
+    the wrong number of dimensions; TypeError for batches that are not arrays.
     """
     count = 0
     seen: set[str] = set()

@@ -63,19 +63,14 @@ class Recalibrator:
     share : float
         In (0, 1]. A layer is calibrated again when it keeps less than ``share`` of its reference, on the mean of
         ``window`` steps.
-    window : int
-        Steps.
     batches : int
         Running batches that new subspaces are made of.
-
-    Attributes
-    ----------
-    events : list of Event
 
     Notes
     -----
     Ranks stay as they are, so the tape does. Protected directions and means are those of the first calibration. What a
-    layer keeps in the ``window`` steps after it was calibrated again becomes its new reference.
+    layer keeps in the ``window`` steps after it was calibrated again becomes its new reference. Every renewal is an
+    :class:`Event` in ``events``.
 
     The Gram matrices are booked as calibration, and take no forward pass of their own. A checkpoint of
     :func:`~lance_ref.train.training.fit` does not hold what this object knows: a run with a Recalibrator cannot be

@@ -12,15 +12,30 @@ import numpy as np
 
 from lance_ref.datasets import Dataset
 from lance_ref.datasets.dataset import Normalise
+from lance_ref.engine.autograd import no_grad
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
 from lance_ref.optim import SGD, CosineAnnealingLR, Optimizer, StepLR
 from lance_ref.train import checkpoint as checkpoints
-from lance_ref.train.cache import MAX_FEATURE_BYTES, cache, cache_decision
-from lance_ref.train.features import Features, ImageSize, data_digest, extract, sample_of
+from lance_ref.train.features import (
+    Features,
+    ImageSize,
+    Part,
+    data_digest,
+    extract,
+    frozen_stages,
+    in_mode,
+    sample_of,
+    stages_of,
+)
 from lance_ref.train.run import FitRun, Recipe, Source, StepInfo, accuracy
 
 __all__ = ["MAX_FEATURE_BYTES", "Features", "FitResult", "StepInfo", "evaluate", "extract", "fit"]
+
+MAX_FEATURE_BYTES = 2 * 1024**3
+"""Most bytes that :func:`lance_ref.fit` takes in memory for the outputs of the frozen part."""
+
+SAMPLE = 32  # images on which `normalise` has to do the same twice
 
 SCHEDULES = ("cosine", "constant")
 
@@ -165,15 +180,15 @@ def fit(
     scheduler = CosineAnnealingLR(made, T_max=steps) if schedule == "cosine" else StepLR(made, steps, gamma=1.0)
     recipe = Recipe(epochs, batch_size, micro_batch or batch_size, clip_norm, seed, eval_batch_size)
     run = FitRun(net, sources[0], None if test is None else sources[1], made, scheduler, recipe)
-    cached, cache_note = cache_decision(net, sources, cache_frozen)
+    cached, cache_note = _cache_decision(net, sources, cache_frozen)
     path = None if checkpoint is None else checkpoints.checked_path(checkpoint)
     settings = {} if path is None else _settings(run, schedule, cached, sources)
     if path is not None and path.exists():
         run.load_state(checkpoints.load(path, net, made, scheduler, settings=settings))
     if cached and run.step < run.steps:
         began = perf_counter()
-        run.train = cache(run.train, net, eval_batch_size, progress)
-        run.test = None if run.test is None else cache(run.test, net, eval_batch_size, progress)
+        run.train = _cached(run.train, net, eval_batch_size, progress)
+        run.test = None if run.test is None else _cached(run.test, net, eval_batch_size, progress)
         run.seconds["frozen"] += perf_counter() - began
 
     def write() -> None:
@@ -198,6 +213,56 @@ def evaluate(
     ValueError or TypeError if there are no images, or they or their labels do not fit the network.
     """
     return accuracy(net, Source("data", net, data, normalise, image_size), _positive("batch_size", batch_size))
+
+
+# ---- the frozen part, run once ----------------------------------------------------------------
+
+
+def _cache_decision(net: Module, sources: Sequence[Source], wanted: bool | None) -> tuple[bool, str]:
+    """Whether features are to stand for the data sets (the training data first), and a sentence on that for reports.
+
+    ``wanted`` is ``cache_frozen`` of :func:`lance_ref.fit`; ValueError if it is True and cannot be.
+    """
+
+    def repeats(source: Source) -> bool:
+        """Whether ``normalise`` does the same twice; what draws random numbers is augmentation."""
+        assert isinstance(source.data, Dataset)
+        first, second = (sample_of(source.data, source.normalise, source.image_size, SAMPLE) for _ in range(2))
+        return np.array_equal(first, second, equal_nan=True)
+
+    given, stages = sources[0].data, len(stages_of(net))
+    note = ""
+    if isinstance(given, Features):
+        note = f"The outputs of the first {given.stage} of {stages} stages were given."
+    images = [source for source in sources if isinstance(source.data, Dataset)]
+    if not images:
+        return False, note
+    stage, why = frozen_stages(net)
+    total = 0
+    if wanted is False:
+        stage, why = 0, "this was asked for"
+    elif stage and not all(repeats(source) for source in images):
+        stage, why = 0, "normalise gives something else at each call"
+    elif stage:
+        with in_mode(net, training=False), no_grad():
+            body = Part(net, stages_of(net)[:stage])
+            total = sum(len(source) * body(source.batch(np.arange(1))[0]).data.nbytes for source in images)
+        if total > MAX_FEATURE_BYTES:
+            stage, why = 0, f"the outputs take {total:,} bytes, more than {MAX_FEATURE_BYTES:,}"
+    if wanted and not stage:
+        raise ValueError(f"cache_frozen is True, but the frozen part cannot be run once: {why}")
+    if not stage:
+        return False, note or f"The whole network ran at every step: {why}."
+    ran = f"are frozen and ran once over all images ({total:,} bytes of outputs)"
+    return True, note or f"The first {stage} of {stages} stages {ran}."
+
+
+def _cached(source: Source, net: Module, batch_size: int, progress: bool | None) -> Source:
+    """The same data as features of the frozen part, in memory."""
+    if isinstance(source.data, Features):
+        return source
+    features = extract(net, source.data, source.normalise, source.image_size, batch_size, progress=progress)
+    return Source(source.name, net, features, None, None)
 
 
 # ---- arguments -----------------------------------------------------------------------------

@@ -164,6 +164,13 @@ def examples() -> dict[str, dict[str, Any]]:
 
 def report(result: dict[str, Any]) -> str:
     """The figures that matter, as text."""
+
+    def share(row: dict[str, Any]) -> str:
+        return f"negative {row['negative']:.4f}, least {row['least']:+.3f}, median {row['median']:.3f}"
+
+    def size(row: dict[str, Any]) -> str:
+        return f"B = {row['batch']:<3} r = {row['rank']:<2} {row['in']:>2} to {row['out']:<2}"
+
     off = 100 * NORMAL_95 * math.sqrt(share_variance(0.5, result["trials"]))
     lines = [
         f"{result['trials']} random cases of each kind; a share may be off by {off:.0f} points by chance (95 %).\n",
@@ -172,34 +179,29 @@ def report(result: dict[str, Any]) -> str:
     for name, row in result["examples"].items():
         lines.append(f"  {name:<30} dW = {row['dW']}, dŴ = {row['dW_hat']}, cosine {row['cosine']:.3f}")
     lines.append(f"\nOne mode on fixed random directions ({result['trials']} random small layers each)")
-    for row in result["one_mode"]:
-        lines.append(f"  {row['layer']:<18} {row['mode']:<8} {_share(row)}")
+    lines += [f"  {row['layer']:<18} {row['mode']:<8} {share(row)}" for row in result["one_mode"]]
     lines.append("\nBatch mode on fixed directions, linear layer; alignment of the calibration with the batch")
     for row in result["batch_mode"]:
         if row["rank"] == max(1, row["batch"] // 4):
             expected = f", expected of noise {row['chance']:.4f}" if "chance" in row else ""
-            size = f"B = {row['batch']:<3} r = {row['rank']:<2} {row['in']:>2} to {row['out']:<2}"
-            lines.append(f"  {size}  alignment {row['alignment']:<4} {_share(row)}{expected}")
+            lines.append(f"  {size(row)}  alignment {row['alignment']:<4} {share(row)}{expected}")
     lines.append("\nHOSVD of the very batch, random ranks in every mode")
     for row in result["same_batch"]:
-        lines.append(f"  {row['layer']:<18} random G: {_share(row['random_G'])}")
-        lines.append(f"  {'':<18} worst G:  {_share(row['worst_G'])}")
+        lines += [
+            f"  {row['layer']:<18} random G: {share(row['random_G'])}",
+            f"{'':<21}worst G:  {share(row['worst_G'])}",
+        ]
     lines.append("\nSketched batch mode, linear layer")
     for row in result["sketch"]:
-        size = f"B = {row['batch']:<3} r = {row['rank']:<2} {row['in']:>2} to {row['out']:<2}"
-        lines.append(f"  {size}  {_share(row)}, expected of noise {row['chance']:.4f}; bias {row['bias']:.2f}")
+        lines.append(f"  {size(row)}  {share(row)}, expected of noise {row['chance']:.4f}; bias {row['bias']:.2f}")
     lines.append(f"\nDigits, {result['epochs']} epoch(s) from random weights, ε = {EPSILON}")
     for run_ in result["training"]:
         lines.append(f"  {run_['method']}, {run_['modes']}: accuracy {run_['test_accuracy']:.3f}")
         for path, row in run_["layers"].items():
-            lines.append(f"    {path:<8} {_share(row)}, 5 % below {row['quantile_05']:.3f}")
+            lines.append(f"    {path:<8} {share(row)}, 5 % below {row['quantile_05']:.3f}")
     accuracies = [[run_["test_accuracy"]] for run_ in result["training"]]
     lines.append(sentence(accuracies, result["test_images"]))
     return "\n".join(lines)
-
-
-def _share(row: dict[str, Any]) -> str:
-    return f"negative {row['negative']:.4f}, least {row['least']:+.3f}, median {row['median']:.3f}"
 
 
 def draw(result: dict[str, Any], path: str) -> None:

@@ -315,7 +315,13 @@ class Watch:
         for path, layer in watched.items():
             layer.store = stores[path]
             layer.store.load_state(states[path])
-        self.cosines[when] = {path: _cosine(exact[path], compressed[path]) for path in watched}
+        lengths = {
+            path: float(np.linalg.norm(exact[path])) * float(np.linalg.norm(compressed[path])) for path in watched
+        }
+        self.cosines[when] = {
+            path: float(np.vdot(exact[path], compressed[path])) / length if length > 0 else 0.0
+            for path, length in lengths.items()
+        }
 
 
 def _weight_gradients(info: StepInfo, layers: Mapping[str, Module]) -> dict[str, np.ndarray]:
@@ -325,9 +331,3 @@ def _weight_gradients(info: StepInfo, layers: Mapping[str, Module]) -> dict[str,
     gradients = {path: layer.weight.grad for path, layer in layers.items()}
     info.net.zero_grad()
     return gradients
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """0 where one of them is zero."""
-    lengths = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
-    return float(np.vdot(a, b)) / lengths if lengths > 0 else 0.0

@@ -20,15 +20,7 @@ KEPT = (*(("cosines", when) for when in ("start", "middle", "end")), ("energy_ke
 
 @dataclass(frozen=True)
 class Row:
-    """One method under one recipe, all seeds.
-
-    Attributes
-    ----------
-    recipe, method : str
-    lr : float
-    seeds : tuple of dict
-        What :func:`experiments.finetune.cell.run` returned, one for each seed.
-    """
+    """One method under one recipe; ``seeds`` is what :func:`experiments.finetune.cell.run` returned for each seed."""
 
     recipe: str
     method: str
@@ -42,15 +34,6 @@ class Row:
     def mean(self, name: str) -> float:
         """Of a number over the seeds (ranks by energy differ a little with the calibration batches)."""
         return fmean(float(seed[name]) for seed in self.seeds)
-
-    @property
-    def core_bytes(self) -> float:
-        """What the stores of the tuned layers keep, mean over the seeds."""
-        return fmean(sum(seed["layer_bytes"].values()) for seed in self.seeds)
-
-    @property
-    def macs(self) -> dict[str, float]:
-        return {kind: fmean(seed["macs"].get(kind, 0) for seed in self.seeds) for kind in KINDS}
 
     @property
     def agrees(self) -> bool:
@@ -75,14 +58,15 @@ COLUMNS = (
 
 def cells(row: Row) -> list[str]:
     """One row of the table, in the order of :data:`COLUMNS`."""
-    macs = row.macs
+    macs = {kind: fmean(seed["macs"].get(kind, 0) for seed in row.seeds) for kind in KINDS}
+    core_bytes = fmean(sum(seed["layer_bytes"].values()) for seed in row.seeds)
     return [
         row.method,
         frame.spread([100 * accuracy for accuracy in row.accuracies], 1),
         f"{row.lr:g}",
         f"{row.mean('tape_bytes') / 1024:,.1f}",
         "equal" if row.agrees else "DIFFERS",
-        *(f"{n / 1024:,.1f}" for n in (row.core_bytes, row.mean("paper_bytes"), row.mean("factor_bytes"))),
+        *(f"{n / 1024:,.1f}" for n in (core_bytes, row.mean("paper_bytes"), row.mean("factor_bytes"))),
         *(f"{macs[kind] / 1e6:,.1f}" if macs[kind] else "-" for kind in KINDS),
         "too short" if too_short(row.mean("step_seconds")) else f"{row.mean('time_ratio'):.2f}",
         *("-" if value is None else f"{value:.2f}" for value in (row.kept(*each) for each in KEPT)),

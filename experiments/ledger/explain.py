@@ -81,20 +81,18 @@ def reports_of(
 
 def figures_of(*case: Any, **more: Any) -> dict[str, Figures]:
     """Bytes and multiply-adds of bp and lance; arguments as of :func:`reports_of`."""
-    reports = reports_of(*case, **more)
-    return {method: _figures(method, *reports) for method in ("bp", "lance")}
-
-
-def _figures(method: str, plain: Report, papers: Report) -> Figures:
-    total = plain.totals[method]
+    plain, papers = reports_of(*case, **more)
     bases = [math.prod(row.weight_shape[1:]) for row in plain.rows if row.tuned and row.weight_shape is not None]
-    return Figures(
-        **total.activation_bytes,
-        factors=total.subspace_bytes,
-        bases=sum(4 * n**2 for n in bases),
-        net=_work(method, plain.rows, papers.rows, tuned_only=False),
-        tuned=_work(method, plain.rows, papers.rows, tuned_only=True),
-    )
+    return {
+        method: Figures(
+            **plain.totals[method].activation_bytes,
+            factors=plain.totals[method].subspace_bytes,
+            bases=sum(4 * n**2 for n in bases),
+            net=_work(method, plain.rows, papers.rows, tuned_only=False),
+            tuned=_work(method, plain.rows, papers.rows, tuned_only=True),
+        )
+        for method in ("bp", "lance")
+    }
 
 
 def _work(method: str, plain: Sequence[Row], papers: Sequence[Row], tuned_only: bool) -> Work:
@@ -187,9 +185,9 @@ def _threshold(row: Published, case: dict[str, Any]) -> str:
         least, most = 1, 100
         while most - least > 1:  # the bytes grow with ε
             middle = (least + most) // 2
-            least, most = (middle, most) if _kept(case, middle, factors) < target else (least, middle)
+            least, most = (middle, most) if _kept(middle, factors, **case) < target else (least, middle)
         for percent in (least, most):
-            found.append((abs(math.log(_kept(case, percent, factors) / target)), percent, factors))
+            found.append((abs(math.log(_kept(percent, factors, **case) / target)), percent, factors))
     distance, percent, factors = min(found)
     return (
         f"the ranks behind it are not published; with our spectra ε = {percent / 100:.2f} comes nearest, counting "
@@ -198,18 +196,13 @@ def _threshold(row: Published, case: dict[str, Any]) -> str:
 
 
 @lru_cache(maxsize=256)
-def _bytes_at(net: str, batch: int, tune: str, percent: int, num_classes: int = 10) -> tuple[int, int]:
-    """Bytes of cores and factors at an energy threshold."""
+def _kept(percent: int, factors: bool, net: str, batch: int, tune: str, num_classes: int = 10) -> int:
+    """Bytes of cores, and of factors if they count, at an energy threshold."""
     from analysis.cost_model import cost
 
     step = _traced(net, batch, tune, num_classes)
     total = cost(step, methods=["lance"], epsilon=percent / 100).totals["lance"]
-    return total.activation_bytes["paper"], total.subspace_bytes
-
-
-def _kept(case: dict[str, Any], percent: int, factors: bool) -> int:
-    core, more = _bytes_at(**case, percent=percent)
-    return core + more * factors
+    return total.activation_bytes["paper"] + factors * total.subspace_bytes
 
 
 # ---- printing ----------------------------------------------------------------------------------
@@ -227,14 +220,11 @@ def text(found: Explanation) -> str:
     ]
     if row.remark:
         lines.append(f"  remark    {row.remark}")
+    case = ", ".join(f"{name} {value}" for name, value in row.case.items() if name != "method")
     for method, figures in found.figures.items():
         if method == "bp" or row.case.get("method") == "lance":
-            lines += ["", f"  {method}, by our cost model ({_case(row.case)})", *_table(figures)]
+            lines += ["", f"  {method}, by our cost model ({case})", *_table(figures)]
     return "\n".join([*lines, "", f"  {found.status}: {_conclusion(found)}"]) + "\n"
-
-
-def _case(case: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in case.items() if name != "method")
 
 
 def _table(figures: Figures) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,25 +63,21 @@ def make(name: str, scenario: Scenario, rng: Rng = None) -> Module:
     """
     rng = np.random.default_rng(rng) if isinstance(rng, int) else rng
     shape, widest = scenario.input_shape, max(scenario.heads)
-    if name == "mlp":
-        net = models.create("mlp", num_classes=widest, in_features=int(np.prod(shape)), bias=False, rng=rng)
-    elif name == "convnet":
-        _check_image(name, shape, 4)
-        net = models.create("convnet", num_classes=widest, in_channels=shape[0], rng=rng)
-    elif name == "alexnet-cl":
-        _check_image(name, shape, 32)
-        net = models.create("alexnet-cl", num_classes=widest, heads=len(scenario.heads), rng=rng)
-    else:
+    options: dict[str, dict[str, Any]] = {
+        "mlp": {"in_features": int(np.prod(shape)), "bias": False},
+        "convnet": {"in_channels": shape[0]},
+        "alexnet-cl": {"heads": len(scenario.heads)},
+    }
+    if name not in options:
         raise ValueError(f"unknown network {name!r}, expected one of {', '.join(NETWORKS)}")
+    least = {"mlp": 0, "convnet": 4, "alexnet-cl": 32}[name]
+    if least and (len(shape) != 3 or min(shape[1:]) < least):
+        raise ValueError(f"network {name!r} takes images of {least}x{least} pixels at least, those here have {shape}")
+    net = models.create(name, num_classes=widest, rng=rng, **options[name])
     if not scenario.shared_head and heads_of(net) is None:
         net.classifier = TaskHeads(net.classifier.in_features, scenario.heads, rng)
     net.train()
     return net
-
-
-def _check_image(name: str, shape: tuple[int, ...], least: int) -> None:
-    if len(shape) != 3 or min(shape[1:]) < least:
-        raise ValueError(f"network {name!r} takes images of {least}x{least} pixels at least, those here have {shape}")
 
 
 def domains(

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.algebra.frame import Frame
 from lance_ref.algebra.grams import LayerGrams
 from lance_ref.algebra.magnitude import near_one, scaled
 from lance_ref.algebra.subspace import Subspace, shape_text
@@ -129,7 +128,11 @@ def compress_for_task(
     energy, not that of the parts which are not kept anyway. A layer whose inputs lie in the span of M up to a share of
     1e-12 of their energy has nothing left.
     """
-    epsilon, modes = check_epsilon(epsilon), _checked_modes(modes)
+    epsilon = check_epsilon(epsilon)
+    if isinstance(modes, str) or not set(modes) <= set(MODES):
+        raise ValueError(f"modes are {modes!r}, expected some of {MODES}")
+    if "feature" not in modes:
+        raise ValueError(f"modes are {tuple(modes)}, without 'feature', whose factor is what protects earlier tasks")
     bases = checked_bases(net, protected)
     if not bases:
         raise ValueError("protected names no layer, expected a basis (or None) for every layer that is to learn")
@@ -137,7 +140,11 @@ def compress_for_task(
     given = {path: M if M.shape[1] else None for path, M in bases.items()}
     frames = frames_of(net, batches, given, mean_free, patches=True)
     # Where all n directions are protected there is no subspace to look for.
-    open_frames = {path: frame for path, frame in frames.items() if _columns(frame) < len(bases[path])}
+    open_frames = {
+        path: frame
+        for path, frame in frames.items()
+        if frame.protected is None or frame.protected.shape[1] < len(bases[path])
+    }
     energies, sizes = dict.fromkeys(open_frames, 0.0), dict[str, int]()
 
     def add_energy(layer: LayerGrams, activation: np.ndarray, before: int) -> None:
@@ -168,18 +175,6 @@ def compress_for_task(
         core_bytes={path: itemsizes[path] * math.prod(space.core_shape) for path, space in subspaces.items()},
         input_bytes={path: itemsizes[path] * sizes[path] for path in subspaces},
     )
-
-
-def _checked_modes(modes: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(modes, str) or not set(modes) <= set(MODES):
-        raise ValueError(f"modes are {modes!r}, expected some of {MODES}")
-    if "feature" not in modes:
-        raise ValueError(f"modes are {tuple(modes)}, without 'feature', whose factor is what protects earlier tasks")
-    return tuple(modes)
-
-
-def _columns(frame: Frame) -> int:
-    return 0 if frame.protected is None else frame.protected.shape[1]
 
 
 # ---- during a task -------------------------------------------------------------------------
@@ -241,37 +236,26 @@ def check_optimizer(
                 f"parameter {names[uid]!r} trains, but is neither the weight of a protected layer nor a head's: it "
                 "moves what the layers above take in; protect its layer, freeze it, or name it in heads"
             )
-    if learning:
-        _check_rule(optimizer, [path for _, path in learning])
-    for position, path in learning:
-        _check_momentum(optimizer, position, path, bases[path])
-
-
-def _check_rule(optimizer: Optimizer, paths: list[str]) -> None:
-    """SGD without weight decay."""
-    if not isinstance(optimizer, SGD):
+    paths = [path for _, path in learning]
+    if learning and not isinstance(optimizer, SGD):
         raise ValueError(
             f"the optimiser is {type(optimizer).__name__}, expected SGD: other rules scale each entry of a gradient by "
             f"itself, and leave the null space of the directions that layers {paths} protect"
         )
-    if optimizer.weight_decay:
-        raise ValueError(
-            f"weight_decay is {optimizer.weight_decay:g}, expected 0: it shrinks the weights of layers {paths} along "
-            "the protected directions too"
-        )
-
-
-def _check_momentum(optimizer: Optimizer, position: int, path: str, M: np.ndarray) -> None:
-    """A momentum buffer must be orthogonal to M, or new."""
-    velocity = optimizer.buffers["momentum_buffer"][position]
-    if velocity is None:
-        return
-    share = leak(np.zeros_like(velocity), velocity, M)
-    if share > OLD_MOMENTUM:
-        raise ValueError(
-            f"the momentum of layer {path!r} has a share of {share:.2g} along its protected directions: it stems from "
-            "before they were protected; make a new optimiser for each task"
-        )
+    for position, path in learning:
+        if optimizer.weight_decay:
+            raise ValueError(
+                f"weight_decay is {optimizer.weight_decay:g}, expected 0: it shrinks the weights of layers {paths} "
+                "along the protected directions too"
+            )
+        # A momentum buffer must be orthogonal to M, or new.
+        velocity = optimizer.buffers["momentum_buffer"][position]
+        share = 0.0 if velocity is None else leak(np.zeros_like(velocity), velocity, bases[path])
+        if share > OLD_MOMENTUM:
+            raise ValueError(
+                f"the momentum of layer {path!r} has a share of {share:.2g} along its protected directions: it stems "
+                "from before they were protected; make a new optimiser for each task"
+            )
 
 
 def _head_paths(net: Module, heads: str | Sequence[str] | None) -> list[str]:

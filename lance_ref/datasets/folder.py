@@ -8,6 +8,7 @@ import numpy as np
 
 from lance_ref.datasets.dataset import Dataset, size_pair, spread
 from lance_ref.datasets.files import EXTENSIONS, MAX_FILE_BYTES, decode_all
+from lance_ref.io.whole_file import read_bytes
 
 SPLITS = ("train", "test")
 SUFFIXES = ", ".join(EXTENSIONS)
@@ -121,14 +122,9 @@ def _read(
     files = [picture for _, pictures in found for picture in pictures]
     labels = np.repeat(np.arange(len(found), dtype=np.int64), [len(pictures) for _, pictures in found])
     chosen = spread(labels, limit)
-    images = decode_all(((str(files[i]), _contents(files[i])) for i in chosen), len(chosen), size, channels)
+    encoded = ((str(files[i]), read_bytes(files[i], MAX_FILE_BYTES)) for i in chosen)
+    images = decode_all(encoded, len(chosen), size, channels)
     return Dataset(folder.name, split, images, labels[chosen], tuple(name for name, _ in found), f"folder {folder}")
-
-
-def _contents(picture: Path) -> bytes:
-    if (size := picture.stat().st_size) > MAX_FILE_BYTES:
-        raise ValueError(f"{picture}: {size} bytes, at most {MAX_FILE_BYTES} are read")
-    return picture.read_bytes()
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -142,7 +142,16 @@ def rank_options(path: str, samples: Sequence[LayerSample], grid: Sequence[float
     grid = [check_epsilon(epsilon) for epsilon in grid]
     if not grid:
         raise ValueError("grid is empty, expected energy thresholds in (0, 1]")
-    shape = _shape_of(path, samples)
+    if not samples:
+        raise ValueError(f"layer {path!r} has no samples, expected at least one")
+    shape = samples[0].activation.shape
+    for sample in samples:
+        check_activation(f"layer {path!r}", sample.activation)
+        if sample.activation.shape != shape:
+            raise ValueError(
+                f"layer {path!r}: samples have shapes {shape} and {sample.activation.shape}, expected one shape, for "
+                "ASI's ranks are fixed; drop the odd batch"
+            )
     with spending_on("calibration"):
         directions = [
             all_directions(x, {mode: None for mode, n in enumerate(x.shape) if n > 1})  # of every mode that has any
@@ -185,18 +194,3 @@ def _largest_ranks(shape: Shape, directions: Sequence[Mapping[int, Directions]],
         return (None,) * len(shape)
     ranks = (max(found[mode].rank(epsilon) if n > 1 else 1 for found in directions) for mode, n in enumerate(shape))
     return tuple(None if r == n else r for n, r in zip(shape, ranks, strict=True))
-
-
-def _shape_of(path: str, samples: Sequence[LayerSample]) -> Shape:
-    """The shape that all samples of a layer have."""
-    if not samples:
-        raise ValueError(f"layer {path!r} has no samples, expected at least one")
-    shape = samples[0].activation.shape
-    for sample in samples:
-        check_activation(f"layer {path!r}", sample.activation)
-        if sample.activation.shape != shape:
-            raise ValueError(
-                f"layer {path!r}: samples have shapes {shape} and {sample.activation.shape}, expected one shape, for "
-                "ASI's ranks are fixed; drop the odd batch"
-            )
-    return shape

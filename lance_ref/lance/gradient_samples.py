@@ -85,18 +85,25 @@ def sample_gradients(
     if not isinstance(net, Module):
         raise TypeError(f"net is a {type(net).__name__}, expected a lance_ref.nn.Module")
     paths = chosen_layers(net, layers)
+    modules = weighted_layers(net)
     samples: dict[str, list[LayerSample]] = {path: [] for path in paths}
     count = 0
     with _as_found(net):
         for batch in batches:
-            inputs, targets = _pair(batch, count)
-            notebooks = _write_down(net, paths)
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise TypeError(f"batch {count} is a {type(batch).__name__}, expected a pair (inputs, targets)")
+            inputs, targets = (x if isinstance(x, Tensor) else Tensor(x) for x in batch)
+            notebooks = {path: _Notebook() for path in paths}
+            for path, notebook in notebooks.items():  # whose weight alone asks for gradients
+                modules[path].store = notebook
+                modules[path].weight.requires_grad_()
+                modules[path].weight.grad = None
             with spending_on("calibration"):
                 value = loss(net(inputs), targets)
             if value.requires_grad:
                 value.backward()
-            for path, notebook in notebooks.items():
-                samples[path] += notebook.samples()
+            for path, notebook in notebooks.items():  # what the backward pass came through, as the forward pass did
+                samples[path] += sorted(notebook.found, key=lambda sample: sample.call)
             count += 1
     if not count:
         raise ValueError("batches is empty, expected at least one pair of inputs and targets")
@@ -128,21 +135,6 @@ class _Notebook(ActivationStore):
         self.found.append(LayerSample(activation, gradient, geometry, int(saved["call"])))
         return np.zeros(geometry.weight_shape, grad_output.dtype)
 
-    def samples(self) -> list[LayerSample]:
-        """All calls that the backward pass came through, in the order of the forward pass."""
-        return sorted(self.found, key=lambda sample: sample.call)
-
-
-def _write_down(net: Module, paths: Sequence[str]) -> dict[str, _Notebook]:
-    """A new notebook on every chosen layer, whose weight alone asks for gradients."""
-    modules = weighted_layers(net)
-    notebooks = {path: _Notebook() for path in paths}
-    for path, notebook in notebooks.items():
-        modules[path].store = notebook
-        modules[path].weight.requires_grad_()
-        modules[path].weight.grad = None
-    return notebooks
-
 
 @contextmanager
 def _as_found(net: Module) -> Iterator[None]:
@@ -160,11 +152,3 @@ def _as_found(net: Module) -> Iterator[None]:
             for parameter, requires_grad, grad in parameters:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = grad
-
-
-def _pair(batch: Any, index: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets as Tensors."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(f"batch {index} is a {type(batch).__name__}, expected a pair (inputs, targets)")
-    inputs, targets = (x if isinstance(x, Tensor) else Tensor(x) for x in batch)
-    return inputs, targets

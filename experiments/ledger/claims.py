@@ -20,7 +20,7 @@ from analysis.commands import cli
 from analysis.commands.shipped import shipped
 from experiments import frame
 from experiments.ledger.evidence import CHECKS, NOT_RUN, PROVENANCE, VERDICTS, Evidence, MissingEvidenceError, Outcome
-from experiments.ledger.yaml_file import choose, load_entries
+from experiments.ledger.published import choose, load_entries
 
 KINDS = ("claim", "question")
 LIVE = "live"

@@ -29,8 +29,7 @@ from experiments.ledger.accounting_rules import (
     nearest,
     readings,
 )
-from experiments.ledger.published import STATUSES, Published, published
-from experiments.ledger.yaml_file import choose
+from experiments.ledger.published import STATUSES, Published, choose, published
 
 if TYPE_CHECKING:
     from analysis.reports.report import Report, Row

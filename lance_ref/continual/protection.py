@@ -162,6 +162,7 @@ def compress_for_task(
     for path, subspace in subspaces.items():
         make = PatchLance if isinstance(modules[path], Conv2d) else Lance
         stores[path] = make(subspace, dtype=modules[path].weight.dtype)
+    # Only from here on is the network changed: all that can fail lies behind.
     frozen = tuple(path for path in bases if path not in stores)
     itemsizes = {path: modules[path].weight.dtype.itemsize for path in stores}
     for path in bases:

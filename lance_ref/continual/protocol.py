@@ -119,14 +119,9 @@ class _Tasks:
     """All tasks of a learner, and how far it has come with them."""
 
     def __init__(
-        self,
-        learner: Learner,
-        bill: Bill | None,
-        path: Path | None,
-        every_steps: int | None,
-        settings: Mapping[str, Any],
-        on_step: Callable[[int, int], Any] | None,
-    ) -> None:
+        self, learner: Learner, bill: Bill | None, path: Path | None, every_steps: int | None,
+        settings: Mapping[str, Any], on_step: Callable[[int, int], Any] | None,
+    ) -> None:  # fmt: skip
         self.learner, self.net, self.scenario, self.recipe = learner, learner.net, learner.scenario, learner.recipe
         self.bill, self.path, self.every_steps, self.on_step = bill, path, every_steps, on_step
         self.heads = heads_of(self.net)
@@ -167,6 +162,7 @@ class _Tasks:
         if not saved:
             at.current = {"task": self.scenario.tasks[t].name, "before_macs": before, "ram_bytes": learner.ram_bytes}
         if trained:
+            # New for each task: the momentum of an earlier one has a part along the protected directions.
             optimizer = SGD(trained, lr=self.recipe.lr, momentum=self.recipe.momentum)
             learner.check(optimizer)
             if saved:
@@ -189,6 +185,7 @@ class _Tasks:
             "seconds": at.seconds,
             "after": learner.notes(),
         }
+        # The accuracies on tasks that are still to come are measured too: forward transfer is made of them.
         at.rows.append(self._accuracies())
         at.tasks.append(at.current)
         self.at = _Position(t + 1, 0, at.rows, at.baseline, at.tasks)
@@ -244,6 +241,7 @@ class _Tasks:
             "position": vars(self.at),
             "generators": checkpoints.generator_states(self.net),
         }
+        # Inside a task the weights at its start are kept beside those of now, for the subspaces come from the former.
         arrays = self._arrays() if optimizer is None else dict(self.start)
         if optimizer is not None:
             arrays |= {f"now/{name}": np.array(array) for name, array in self.net.state_dict().items()}

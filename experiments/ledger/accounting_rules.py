@@ -106,10 +106,7 @@ def _memory(quantity: str, unit: str, figures: Figures, base: Figures, compresse
     """Which arrays, in which unit."""
     counted: list[tuple[int, int, frozenset[str]]]
     if quantity == "bases":
-        counted = [
-            (figures.bases, 0, frozenset()),
-            (figures.bases + base.paper, 0, frozenset({"with-activations"})),
-        ]
+        counted = [(figures.bases, 0, frozenset()), (figures.bases + base.paper, 0, frozenset({"with-activations"}))]
     else:
         counted = [
             (figures.pytorch, base.pytorch, frozenset()),

@@ -82,10 +82,7 @@ class Protected:
 
 
 def feature_gram(
-    net: Module,
-    batches: Iterable[Any],
-    layers: str | Sequence[str] | None = None,
-    weighting: str = "exact",
+    net: Module, batches: Iterable[Any], layers: str | Sequence[str] | None = None, weighting: str = "exact"
 ) -> dict[str, Gram]:
     """Gram matrices of the feature mode of several layers' inputs, summed over all batches in float64, by layer path.
 

@@ -50,10 +50,7 @@ class LayerSample:
 
 
 def sample_gradients(
-    net: Module,
-    batches: Iterable[Any],
-    layers: str | Sequence[str] | None = None,
-    loss: Loss = cross_entropy,
+    net: Module, batches: Iterable[Any], layers: str | Sequence[str] | None = None, loss: Loss = cross_entropy
 ) -> dict[str, list[LayerSample]]:
     """Run the network forward and backward, and write down what each chosen layer saw.
 

@@ -24,18 +24,23 @@ class Recipe:
 
     Attributes
     ----------
-    epochs, batch_size : int
-        Epochs of each task, and images a step; an odd rest of an epoch is left out.
+    epochs : int
+        Per task.
+    batch_size : int
+        Images a step; an odd rest of an epoch is left out.
     lr, momentum : float
         Of SGD, constant; the optimiser starts anew with each task.
     clip_norm : float or None
         Largest norm of the whole gradient; a longer one is scaled down, which keeps it off protected directions.
     seed : int
         Of orders, samples and replay; not of the network.
+    eval_batch_size : int
     basis_samples : int
         Images of a task from which subspaces and protected directions come.
-    thresholds, threshold_step : tuple of float, float
-        Share of the energy that is protected, one for all layers or one for each, and what is added with each task.
+    thresholds : tuple of float
+        Share of the energy that is protected: one for all layers, or one for each.
+    threshold_step : float
+        Added to the thresholds with each task.
     epsilon : float
         Energy threshold of LANCE's subspaces.
     memory : int

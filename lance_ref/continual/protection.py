@@ -237,26 +237,37 @@ def check_optimizer(
                 f"parameter {names[uid]!r} trains, but is neither the weight of a protected layer nor a head's: it "
                 "moves what the layers above take in; protect its layer, freeze it, or name it in heads"
             )
-    paths = [path for _, path in learning]
-    if learning and not isinstance(optimizer, SGD):
+    if learning:
+        _check_rule(optimizer, [path for _, path in learning])
+    for position, path in learning:
+        _check_momentum(optimizer, position, path, bases[path])
+
+
+def _check_rule(optimizer: Optimizer, paths: list[str]) -> None:
+    """SGD without weight decay."""
+    if not isinstance(optimizer, SGD):
         raise ValueError(
             f"the optimiser is {type(optimizer).__name__}, expected SGD: other rules scale each entry of a gradient by "
             f"itself, and leave the null space of the directions that layers {paths} protect"
         )
-    for position, path in learning:
-        if optimizer.weight_decay:
-            raise ValueError(
-                f"weight_decay is {optimizer.weight_decay:g}, expected 0: it shrinks the weights of layers {paths} "
-                "along the protected directions too"
-            )
-        # A momentum buffer must be orthogonal to M, or new.
-        velocity = optimizer.buffers["momentum_buffer"][position]
-        share = 0.0 if velocity is None else leak(np.zeros_like(velocity), velocity, bases[path])
-        if share > OLD_MOMENTUM:
-            raise ValueError(
-                f"the momentum of layer {path!r} has a share of {share:.2g} along its protected directions: it stems "
-                "from before they were protected; make a new optimiser for each task"
-            )
+    if optimizer.weight_decay:
+        raise ValueError(
+            f"weight_decay is {optimizer.weight_decay:g}, expected 0: it shrinks the weights of layers {paths} along "
+            "the protected directions too"
+        )
+
+
+def _check_momentum(optimizer: Optimizer, position: int, path: str, M: np.ndarray) -> None:
+    """A momentum buffer must be orthogonal to M, or new."""
+    velocity = optimizer.buffers["momentum_buffer"][position]
+    if velocity is None:
+        return
+    share = leak(np.zeros_like(velocity), velocity, M)
+    if share > OLD_MOMENTUM:
+        raise ValueError(
+            f"the momentum of layer {path!r} has a share of {share:.2g} along its protected directions: it stems from "
+            "before they were protected; make a new optimiser for each task"
+        )
 
 
 def _head_paths(net: Module, heads: str | Sequence[str] | None) -> list[str]:

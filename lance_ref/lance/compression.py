@@ -29,7 +29,7 @@ def compress(
     batch_ratio: float | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Have calibrated layers keep the core of their input in place of the input; gives the paths of these layers.
+    """Have calibrated layers keep the core of their input in place of the input.
 
     From the next forward pass on, each of these layers saves the projection of its activation on its
     subspace, and computes its weight gradient from that. Output and input gradient stay exact.
@@ -47,6 +47,11 @@ def compress(
         As :class:`~lance_ref.stores.Lance` takes them: cores as codes, and a random sketch of the batch.
     seed : int
         Of the sketches; each layer's is drawn independently of the others'.
+
+    Returns
+    -------
+    list of str
+        Paths of the layers that are compressed now.
 
     Raises
     ------
@@ -77,27 +82,30 @@ def restore(net: Module) -> list[str]:
     return changed
 
 
-@contextmanager
-def uncompressed(net: Module) -> Iterator[None]:
-    """Every layer keeps its whole input inside the ``with`` block; afterwards each has its own store again."""
-    stores = [(layer, layer.store) for layer in weighted_layers(net).values()]
-    restore(net)  # a batch size that an earlier calibration fixed is of no concern inside
-    try:
-        yield
-    finally:
-        for layer, store in stores:
-            layer.store = store
-
-
 def attach(
     net: Module, make: Callable[[str, Module], ActivationStore], layers: str | Sequence[str] | None = None
 ) -> list[str]:
-    """Give every chosen layer an activation store of its own; gives the paths of these layers.
+    """Give every chosen layer an activation store of its own.
 
-    ``make(path, layer)`` is the store of that layer; a new one each time, as stores remember things. ``layers`` are
-    globs; by default the layers that ``tune`` selected (without the head), or, for a network that was not tuned, all
-    whose weight requires gradients. ValueError if no layer is chosen, or a glob matches none, or two layers were given
-    the same store; nothing has been changed then.
+    Parameters
+    ----------
+    net : Module
+    make : callable
+        ``make(path, layer)`` is the store of that layer; a new one each time, as stores remember things.
+    layers : glob or sequence of globs, optional
+        By default the layers that ``tune`` selected (without the head), or, for a network that was not tuned, all
+        whose weight requires gradients.
+
+    Returns
+    -------
+    list of str
+        Paths of these layers.
+
+    Raises
+    ------
+    ValueError
+        If no layer is chosen, or a glob matches none, or two layers were given the same store. Nothing has been
+        changed then.
 
     Examples
     --------
@@ -111,8 +119,9 @@ def attach(
     for path, store in stores.items():
         if not isinstance(store, ActivationStore):
             raise TypeError(f"make returned a {type(store).__name__} for layer {path!r}, expected an ActivationStore")
-    new = [store for store in stores.values() if store is not EXACT]
-    if len({id(store) for store in new}) < len(new):
+    if len({id(store) for store in stores.values() if store is not EXACT}) < sum(
+        s is not EXACT for s in stores.values()
+    ):
         raise ValueError(f"make returned one store for several layers of {list(stores)}, expected a new one for each")
     for path, store in stores.items():
         modules[path].store = store
@@ -191,3 +200,16 @@ def _listed(paths: Iterable[str]) -> str:
     paths = list(paths)
     text = ", ".join(map(repr, paths[:_SHOWN])) or "none"
     return text if len(paths) <= _SHOWN else f"{text} and {len(paths) - _SHOWN} more"
+
+
+@contextmanager
+def uncompressed(net: Module) -> Iterator[None]:
+    """Every layer keeps its whole input inside the ``with`` block; afterwards each has its own store again."""
+    stores = [(layer, layer.store) for layer in weighted_layers(net).values()]
+    for layer, _ in stores:
+        layer.store = EXACT  # a batch size that an earlier calibration fixed is of no concern inside
+    try:
+        yield
+    finally:
+        for layer, store in stores:
+            layer.store = store

@@ -59,6 +59,7 @@ def sample_gradients(
 
     Parameters
     ----------
+    net : Module
     batches : iterable of (inputs, targets) pairs
         Arrays or Tensors. Two copies of every sampled activation's size stay in memory: use few batches.
     layers : glob or sequence of globs, optional
@@ -75,9 +76,10 @@ def sample_gradients(
 
     Raises
     ------
-    ValueError, TypeError
-        If there are no batches, one is not a pair, a glob matches no layer, or the loss never depends on a chosen
-        layer.
+    ValueError
+        If there are no batches, a glob matches no layer, or the loss never depends on a chosen layer.
+    TypeError
+        If a batch is not a pair.
     """
     if not isinstance(net, Module):
         raise TypeError(f"net is a {type(net).__name__}, expected a lance_ref.nn.Module")

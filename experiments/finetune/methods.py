@@ -223,7 +223,8 @@ def _core_bytes(calibration: Calibration) -> int:
 def prepare(net: Module, selection: str, method: str) -> Tuning:
     """Choose what trains for this method, and mark the segments that are run again."""
     of = register.METHODS.get(method)
-    tuning = lance_ref.tune(net, **{"selection": selection, **(of.tune if of else {})})
+    changes: dict[str, Any] = {"selection": selection, **(of.tune if of else {})}
+    tuning = lance_ref.tune(net, **changes)
     if (on_net := methods()[method].on_net) is not None:
         on_net(net)
     return tuning

@@ -28,7 +28,7 @@ class Outcome:
     why: str
 
 
-def graded(reproduced: bool, bounded: bool = False) -> str:
+def graded(reproduced: object, bounded: object = False) -> str:
     """The verdict of two conditions, the stronger one first."""
     return "reproduced" if reproduced else "bounded" if bounded else "contradicted"
 

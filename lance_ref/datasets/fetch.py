@@ -89,7 +89,7 @@ def find_files(
 
 def matches(path: Path, checksum: str | None) -> bool:
     """Whether a file has the checksum ``"<algorithm>:<hexadecimal digits>"``; without one any file will do."""
-    from pooch.hashes import hash_matches
+    from pooch.hashes import hash_matches  # type: ignore[import-untyped]
 
     return bool(hash_matches(path, checksum))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -53,8 +52,6 @@ class AsiPlan:
 
     ``budget_bytes`` is what ``total_bytes`` had to stay within.
     """
-
-    OF_LAYER: ClassVar[tuple[str, ...]] = ("ranks", "epsilon", "perplexity", "kept_bytes")
 
     ranks: dict[str, Ranks]
     epsilon: dict[str, float]
@@ -125,8 +122,11 @@ def choose_ranks(
         path: of_layer[i] for (path, of_layer), i in zip(options.items(), choose(pairs, budget_bytes), strict=True)
     }
     return AsiPlan(
-        *({path: getattr(option, name) for path, option in chosen.items()} for name in AsiPlan.OF_LAYER),
-        budget_bytes=int(budget_bytes),
+        {path: option.ranks for path, option in chosen.items()},
+        {path: option.epsilon for path, option in chosen.items()},
+        {path: option.perplexity for path, option in chosen.items()},
+        {path: option.kept_bytes for path, option in chosen.items()},
+        int(budget_bytes),
     )
 
 

@@ -176,11 +176,32 @@ def _expanded(records: Sequence[OpRecord], expand: Callable[[OpRecord], list[OpR
 
 @contextmanager
 def recomputed(net: Module, segments: int | None) -> Iterator[int]:
-    """Inside the ``with`` block stages of the net run again in the backward pass.
+    """Inside the ``with`` block stages of the net run again in the backward pass; gives the number of segments.
+
+    Arguments and errors are those of :func:`in_segments`.
+    """
+    parts, count = in_segments(net, segments)
+
+    def forward(x: Tensor) -> Tensor:
+        for part in parts:
+            x = part(x)
+        return x
+
+    before = net.__dict__.get("forward")
+    net.__dict__["forward"] = forward
+    try:
+        yield count
+    finally:
+        del net.__dict__["forward"]
+        if before is not None:
+            net.__dict__["forward"] = before
+
+
+def in_segments(net: Module, segments: int | None) -> tuple[list[Module], int]:
+    """The stages of a net, in segments that run again in the backward pass, and how many of these there are.
 
     The stages from the first that trains to the last but one are put together into so many ``segments``, the first ones
-    longer where it does not come out even; by default each of them with parameters that train is one. Yields how many
-    segments there are. Raises NotApplicableError if the net has no stages, ValueError if it has too few.
+    longer where it does not come out even; by default each of them with parameters that train is one. Raises NotApplicableError if the net has no stages, ValueError if it has too few.
     """
     if not hasattr(net, "stages"):
         raise NotApplicableError(f"checkpointing takes a net with stages(), a {type(net).__name__} has none")
@@ -202,21 +223,7 @@ def recomputed(net: Module, segments: int | None) -> Iterator[int]:
             for stages in _stretches(stretch, segments)
         ]
         count = segments
-    parts = [*body[:first], *again, last]
-
-    def forward(x: Tensor) -> Tensor:
-        for part in parts:
-            x = part(x)
-        return x
-
-    before = net.__dict__.get("forward")
-    net.__dict__["forward"] = forward
-    try:
-        yield count
-    finally:
-        del net.__dict__["forward"]
-        if before is not None:
-            net.__dict__["forward"] = before
+    return [*body[:first], *again, last], count
 
 
 def modules_of_stages(net: Module) -> list[Module]:

@@ -12,20 +12,7 @@ from lance_ref.continual.networks import body_layers
 from lance_ref.continual.scenario import Samples, Scenario
 from lance_ref.nn.module import Module
 from lance_ref.optim import Optimizer
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One forward and backward pass of a step, on images of one head.
-
-    ``share``: weight of its mean loss in the step's loss.
-    """
-
-    head: int
-    x: np.ndarray
-    y: np.ndarray
-    share: float = 1.0
-
+from lance_ref.train.run import Pass
 
 Stream = Callable[[int], list[Pass]]
 """The passes of each step of one epoch, by its position."""
@@ -104,6 +91,8 @@ class Learner:
     """
 
     name: ClassVar[str] = "finetune"
+    heeds: ClassVar[tuple[str, ...]] = ()
+    """The numbers of the recipe that only some learners look at, and this one does."""
 
     def __init__(self, net: Module, scenario: Scenario, recipe: Recipe) -> None:
         self.net, self.scenario, self.recipe = net, scenario, recipe

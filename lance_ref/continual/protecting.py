@@ -28,6 +28,8 @@ class Protecting(Learner):
     says nothing about them.
     """
 
+    heeds: ClassVar[tuple[str, ...]] = ("thresholds", "threshold_step", "basis_samples")
+
     def __init__(self, net: Module, scenario: Scenario, recipe: Recipe) -> None:
         super().__init__(net, scenario, recipe)
         if len(recipe.thresholds) not in (1, len(self.layers)):
@@ -105,6 +107,7 @@ class LanceLearner(Protecting):
     """LANCE: compressed activations whose feature directions are orthogonal to M, so that the gradient is as well."""
 
     name = "lance"
+    heeds = (*Protecting.heeds, "epsilon")
     modes: ClassVar[tuple[str, ...]] = ("batch", "token", "feature")
 
     def __init__(self, net: Module, scenario: Scenario, recipe: Recipe) -> None:

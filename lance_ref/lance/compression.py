@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -150,18 +151,8 @@ def chosen_layers(net: Module, layers: str | Sequence[str] | None) -> list[str]:
 def match_layers(layers: str | Sequence[str], available: Sequence[str], what: str) -> list[str]:
     """The paths among ``available`` that a glob matches, in their own order.
 
-    Parameters
-    ----------
-    layers : glob or sequence of globs
-        Matched against whole dotted paths; ``*`` also matches dots.
-    available : sequence of str
-    what : str
-        What ``available`` holds, for the error.
-
-    Raises
-    ------
-    ValueError
-        If ``layers`` is empty or one of the globs matches nothing.
+    Globs are matched against whole dotted paths; ``*`` also matches dots. ValueError if there are none, or one of them
+    matches nothing; ``what`` says in it what is available.
     """
     globs = [layers] if isinstance(layers, str) else list(layers)
     if not globs:
@@ -173,6 +164,12 @@ def match_layers(layers: str | Sequence[str], available: Sequence[str], what: st
             raise ValueError(f"layers: {glob!r} matches no {what}, expected one of {_listed(available)}")
         selected.update(matches)
     return [path for path in available if path in selected]
+
+
+def features_of(layer: Module) -> int:
+    """Size of the feature mode of the layer's input."""
+    width: int = layer.weight.shape[1]
+    return width * layer.groups if isinstance(layer, Conv2d) else width
 
 
 def check_shapes(net: Module, shapes: Mapping[str, Shape]) -> None:
@@ -188,17 +185,13 @@ def check_shapes(net: Module, shapes: Mapping[str, Shape]) -> None:
                 f"net has no Conv2d or Linear layer {path!r}, which was calibrated with shape {shape}; "
                 f"it has {_listed(list(modules))}"
             )
-        layer, weight = modules[path], modules[path].weight.shape
-        if isinstance(layer, Conv2d):
-            expected: tuple[int | str, ...] = ("B", weight[1] * layer.groups, "H", "W")
-            fits = len(shape) == 4 and shape[1] == expected[1]
-        else:
-            expected = ("B", weight[1]) if len(shape) != 3 else ("B", "L", weight[1])
-            fits = len(shape) in (2, 3) and shape[-1] == weight[1]
-        if not fits:
+        layer, n = modules[path], features_of(modules[path])
+        takes = ("B", n, "H", "W") if isinstance(layer, Conv2d) else ("B", "L", n) if len(shape) == 3 else ("B", n)
+        if len(shape) != len(takes) or shape[takes.index(n)] != n:
             raise ValueError(
                 f"layer {path!r} was calibrated with activations of shape {shape}, but this net's "
-                f"{type(layer).__name__} with a weight of shape {weight} takes ({', '.join(map(str, expected))})"
+                f"{type(layer).__name__} with a weight of shape {layer.weight.shape} takes "
+                f"({', '.join(map(str, takes))})"
             )
 
 
@@ -207,3 +200,16 @@ def _listed(paths: Iterable[str]) -> str:
     paths = list(paths)
     text = ", ".join(map(repr, paths[:_SHOWN])) or "none"
     return text if len(paths) <= _SHOWN else f"{text} and {len(paths) - _SHOWN} more"
+
+
+@contextmanager
+def uncompressed(net: Module) -> Iterator[None]:
+    """Every layer keeps its whole input inside the ``with`` block; afterwards each has its own store again."""
+    stores = [(layer, layer.store) for layer in weighted_layers(net).values()]
+    for layer, _ in stores:
+        layer.store = EXACT  # a batch size that an earlier calibration fixed is of no concern inside
+    try:
+        yield
+    finally:
+        for layer, store in stores:
+            layer.store = store

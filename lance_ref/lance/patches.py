@@ -171,22 +171,12 @@ def check_one_group(subject: str, groups: int) -> None:
 
 
 def project_patches(activation: np.ndarray, factors: Sequence[np.ndarray | None], geometry: ConvGeometry) -> np.ndarray:
-    """The core S = P ×₁U_bᵀ ×₂U_tᵀ ×₃U_fᵀ of the patches P (B, L, K), a block of them at a time.
+    """The core S = P ×₁U_bᵀ ×₂U_tᵀ ×₃U_fᵀ (r1, r2, r3) of the patches P (B, L, K), a block of them at a time.
 
     The products are taken in the cheapest order of the whole (B, L, K), and the mode among batch and token that comes
     first in it is summed over in the inner loop; so the multiply-adds do not depend on the size of the blocks.
 
-    Parameters
-    ----------
-    activation : (B, C_in, H, W) array
-    factors : (n, r) arrays or None, for batch, token and feature
-    geometry : ConvGeometry
-        Of one group.
-
-    Returns
-    -------
-    (r1, r2, r3) array
-        With the full size of a mode whose factor is None.
+    ``factors`` are (n, r) arrays for batch, token and feature, or None, which leaves the full size of the mode.
     """
     shape = patch_shape(geometry)
     order = contraction_order(shape, [None if U is None else U.shape[1] for U in factors])
@@ -256,18 +246,8 @@ def _cut(n: int, step: int) -> list[slice]:
 class PatchGrams(LayerGrams):
     """Gram matrices of the modes (batch, token, feature) of a convolution's patches, in float64.
 
-    Parameters
-    ----------
-    path : str
-        Path of the layer, for errors.
-    layer : Conv2d
-        Of one group.
-    input_shape : tuple of int
-        Of its activations, (B, C_in, H, W).
-    selected : sequence of bool
-        Which of the three modes have a Gram.
-    frame : Frame, optional
-        What is taken out of the patches first: its directions are directions of patches, (K, m).
+    ``layer`` is a Conv2d of one group at ``path``, and ``input_shape`` that of its activations, (B, C_in, H, W).
+    Directions of ``frame``, which is taken out of the patches first, are directions of patches, (K, m).
     """
 
     def __init__(

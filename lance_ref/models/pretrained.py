@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lance_ref import nn
-from lance_ref.datasets.locate import data_file
+from lance_ref.datasets.fetch import data_file
 from lance_ref.engine.state import state
 from lance_ref.io.npz import load_npz
 from lance_ref.models.register import find

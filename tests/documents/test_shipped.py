@@ -165,10 +165,14 @@ def test_every_file_of_the_list_is_there() -> None:
 # ---- one name for all commands ---------------------------------------------------------------
 
 
+PROGRAM = r'(?:prog="python -m |frame\.parser\(")([\w.]+)"'
+"""How a module says which command it is."""
+
+
 def test_every_command_has_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     """Every module that is run with ``python -m`` and has options; ``--help`` lists them."""
     files = [path for name in ("analysis", "experiments") for path in (ROOT / name).rglob("*.py")]
-    modules = {name for path in files for name in re.findall(r'prog="python -m ([\w.]+)"', path.read_text())}
+    modules = {name for path in files for name in re.findall(PROGRAM, path.read_text())}
     assert len(modules) > 10
     assert modules <= {module.removesuffix(".command") for module, _ in COMMANDS.values()}
     assert lance_ref_main(["--help"]) == 0

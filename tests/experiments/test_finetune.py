@@ -14,6 +14,7 @@ from PIL import Image
 
 import lance_ref
 from analysis.rules import stores as store_rules
+from experiments import frame
 from experiments.finetune import cell as finetune_cell
 from experiments.finetune import command as finetune
 from experiments.finetune.cell import Watch, measure_step, run
@@ -278,11 +279,11 @@ def test_the_best_rate_is_not_at_the_edge_of_the_grid(
     """A best rate at the edge says that the grid was too small, and favours methods that it happened to suit."""
     asked: list[dict[str, Any]] = []
 
-    def outcomes(options: Any, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def outcomes(options: Any, cells: list[dict[str, Any]], function: str) -> list[dict[str, Any]]:
         asked.extend(cells)
         return [{"accuracy": accuracies[cell["lr"]] if cell["method"] == "bp" else -cell["lr"]} for cell in cells]
 
-    monkeypatch.setattr(finetune, "_cells", outcomes)
+    monkeypatch.setattr(frame, "run_cells", outcomes)
     given = ["--methods", "bp", "head-only", "--lr-grid", "0.2", "0.1", "--recipe", "tuned", "--quick"]
     options = finetune.checked(finetune.parser().parse_args(given))
     assert finetune.best_rates(options) == {"bp": best, "head-only": 0.1}

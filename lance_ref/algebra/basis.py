@@ -27,7 +27,6 @@ import numpy as np
 
 from lance_ref.algebra.geometry import ConvGeometry, Geometry, LinearGeometry
 from lance_ref.algebra.projection import put_channels_back
-from lance_ref.engine.counting import matmul
 from lance_ref.engine.tensor import Shape
 
 FORWARDS = ("auto", "merged", "factored")
@@ -123,7 +122,7 @@ class Basis:
     def coordinates(self, gradient: np.ndarray) -> np.ndarray:
         """dW ×₂ Qᵀ, the gradient of D that belongs to a gradient of the weight."""
         shape = self.update_shape(gradient.shape)
-        g, n, _ = self.directions.shape
+        n = self.directions.shape[1]
         places = gradient.reshape(len(gradient), n, -1, 1).transpose(0, 2, 3, 1)  # (C_out, k, 1, n)
         return put_channels_back(places, self.directions).reshape(shape)
 
@@ -219,4 +218,3 @@ def orthonormal(factor: np.ndarray, mean: np.ndarray | None, groups: int) -> tup
     of_groups = factor.reshape(groups, -1, factor.shape[1])
     coordinates = (directions.transpose(0, 2, 1) @ of_groups).reshape(-1, factor.shape[1])
     return np.ascontiguousarray(directions, factor.dtype), np.ascontiguousarray(coordinates, factor.dtype)
-

@@ -53,10 +53,7 @@ class _Weighted(Function):
     ) -> np.ndarray:
         """The output without bias; saves what the gradients of x and weight will need."""
         x, weight = inputs[:2]
-        if update is None:
-            out = geometry.forward(x, weight)
-        else:
-            out = update.output(x, *inputs[-2:], weight, geometry)
+        out = geometry.forward(x, weight) if update is None else update.output(x, *inputs[-2:], weight, geometry)
         ctx.geometry, ctx.store, ctx.update, ctx.kept = geometry, store, update, ()  # type: ignore[attr-defined]
         if ctx.needs_input_grad[0]:
             ctx.save_input("weight", 1)

@@ -6,8 +6,8 @@ weight has C_in/g. The steps are those of LANCE on the whole weight:
 
 * a sum of gradients (momentum, dampening, Nesterov) is the same sum of dD;
 * Q has orthonormal columns, ‖dŴ‖ = ‖dD‖, so clipping is the same;
-* weight decay adds λW = λs·W_0 + λD ×₂ Q to the gradient: λD to that of D, and λs to that of s, which is zero otherwise.
-  So s is one more parameter of the optimiser, with a velocity of its own, and needs nothing else.
+* weight decay adds λW = λs·W_0 + λD ×₂ Q to the gradient: λD to that of D, and λs to that of s, which is zero
+  otherwise. So s is one more parameter of the optimiser, with a velocity of its own, and needs nothing else.
 
 Adam divides a gradient entry by entry, and entries of D are not those of W: on D it is another method than on W.
 
@@ -141,7 +141,8 @@ def merge(net: Module) -> list[str]:
 def _check(modules: dict[str, Module], path: str) -> None:
     layer = modules[path]
     if type(layer) not in (Conv2d, Linear):
-        raise ValueError(f"layer {path!r} is a {type(layer).__name__}, expected a Conv2d or Linear to train in a subspace")
+        kind = type(layer).__name__
+        raise ValueError(f"layer {path!r} is a {kind}, expected a Conv2d or Linear to train in a subspace")
     if layer.update is not None:
         raise ValueError(f"layer {path!r} trains in a subspace already; merge(net) first")
     tied = [other for other, module in modules.items() if module.weight is layer.weight and module is not layer]

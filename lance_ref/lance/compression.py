@@ -11,7 +11,7 @@ from lance_ref.algebra.subspace import Subspace
 from lance_ref.engine.tensor import Shape
 from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
-from lance_ref.nn.selection import weighted_layers
+from lance_ref.nn.selection import learns, weighted_layers
 from lance_ref.nn.subspace import merge, train_in_subspace
 from lance_ref.stores import EXACT, ActivationStore, Lance
 
@@ -175,14 +175,14 @@ def chosen_layers(net: Module, layers: str | Sequence[str] | None) -> list[str]:
         return match_layers(layers, list(available), "Conv2d or Linear layer")
     tuning = getattr(net, "tuning", None)
     if tuning is not None:
-        chosen = [path for path in available if path in tuning.layers and available[path].weight.requires_grad]
+        chosen = [path for path in available if path in tuning.layers and learns(available[path])]
         if tuning.layers and not chosen:
             raise ValueError(
                 "no weight of the tuned layers trains, only biases, so there is no activation to compress; name layers "
                 "with layers=..."
             )
     else:
-        chosen = [path for path, layer in available.items() if layer.weight.requires_grad]
+        chosen = [path for path, layer in available.items() if learns(layer)]
     if not chosen:
         raise ValueError("net has no Conv2d or Linear layer that trains (its head aside); name them with layers=...")
     return chosen

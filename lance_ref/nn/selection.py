@@ -55,6 +55,11 @@ def refuse_updates(net: Module, what: str) -> None:
             raise ValueError(f"layer {path!r} trains in a subspace, which {what} does not heed; merge(net) first")
 
 
+def learns(layer: Module) -> bool:
+    """Whether the weight of a layer trains, as a whole or in a subspace."""
+    return bool(layer.weight.requires_grad or layer.update is not None)
+
+
 def tune(
     net: Module,
     selection: str | Sequence[str] = "last:4",

@@ -8,13 +8,16 @@ out its patches in blocks of :data:`COLUMNS` bytes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from analysis.peak import updates
 from analysis.peak.arrays import UFUNC_BUFFER, like_input, new, packing, reshaping
 from analysis.peak.rules import Backward, backward, forward
 from analysis.peak.stores import STORES, Layer, StorePeak, threads
+from analysis.rules import subspace
 from analysis.rules.layouts import Layout, Storage
 from analysis.rules.op_cost import Call
+from analysis.rules.products import IN_COORDINATES
 from analysis.rules.stores import STORES as COSTS
 
 COLUMNS = 8 * 2**20
@@ -22,6 +25,8 @@ COLUMNS = 8 * 2**20
 
 ONE_BY_ONE = 512
 """Images with so many places in the output are not put together in a block."""
+
+NO_PADDING = ((0, 0), (0, 0))
 
 NARROW_MAP, FEW_CHANNELS = 28, 8
 """Depthwise maps up to this width, with at least so many channels, are worked on with the channels innermost."""
@@ -163,7 +168,7 @@ class Convolution:
 
 def convolution(call: Call) -> Convolution:
     """The sizes of a conv2d record."""
-    (x, weight), a = call.record.inputs[:2], call.record.attributes
+    x, weight, a = call.record.inputs[0], call.weight, call.record.attributes
     return Convolution(
         x.shape, weight.shape, call.record.output.shape, tuple(a["stride"]), a["padding"], tuple(a["dilation"]),
         a["groups"], call.itemsize,
@@ -180,14 +185,20 @@ def resized(layer: Convolution, x: tuple[int, ...], weight: tuple[int, ...], out
 def weighted(call: Call) -> int:
     """The result with the workspace of the product, or the result with what the store makes."""
     result = call.n_out * call.itemsize
+    workspace = _product(call)
+    if subspace.update_of(call.record) is not None:
+        workspace = updates.forward(call, result, workspace, _narrow(call)) - result
+    saving = _store(call).save(call, _layer(call)) if call.needs(1) else 0
+    bias = min(UFUNC_BUFFER, call.n_out) * call.itemsize if call.has_bias else 0  # of adding it
+    return result + max(workspace, saving, bias)
+
+
+def _product(call: Call) -> int:
+    """Bytes beside input, weight and result of the product itself."""
     x, layout = call.record.inputs[0], call.inputs[0]
     if call.record.op == "conv2d":
-        workspace = convolution(call).forward_workspace(convolution(call).copied(layout))
-    else:
-        workspace = reshaping(layout, (x.size // x.shape[-1], x.shape[-1]), call.itemsize)
-    saving = _store(call).save(call, _layer(call)) if call.needs(1) else 0
-    bias = min(UFUNC_BUFFER, call.n_out) * call.itemsize if len(call.inputs) > 2 else 0  # of adding it
-    return result + max(workspace, saving, bias)
+        return convolution(call).forward_workspace(convolution(call).copied(layout))
+    return reshaping(layout, (x.size // x.shape[-1], x.shape[-1]), call.itemsize)
 
 
 @backward("conv2d", "linear")
@@ -197,21 +208,53 @@ def weighted_backward(call: Call, g: Layout) -> Backward:
     store, layer = _store(call), _layer(call)
     grads: list[Layout | None] = [None] * len(call.inputs)
     held = most = 0
+    updated = subspace.update_of(call.record) is not None
     if call.needs(0):
         grads[0] = like_input(call)
         held = call.n_in * item
-        most = store.input_gradient(call, layer, g) if store.input_gradient else held + layer.input_workspace(g)
+        if updated:
+            most = updates.input_gradient(call, held, layer.input_workspace(g), _narrow(call))
+        else:
+            most = store.input_gradient(call, layer, g) if store.input_gradient else held + layer.input_workspace(g)
     if call.needs(1):
         grads[1] = like_input(call, 1)
         weights = call.record.inputs[1].nbytes
-        most = max(most, held + weights + store.weight_gradient(call, layer, g))
+        own, name = call, call.record.attributes["store"]["name"]
+        if updated and name == "lance":
+            own = subspace.of_update(call)
+        making = store.weight_gradient(own, _layer(own), g)
+        if updated and name not in IN_COORDINATES:
+            making += updates.coordinates(call)
+        most = max(most, held + weights + making)
         held += weights
-    if len(call.inputs) > 2 and call.needs(2):
+    if updated and call.needs(len(call.inputs) - 1):
+        grads[-1] = like_input(call, len(call.inputs) - 1)
+    if call.has_bias and call.needs(2):
         grads[2] = like_input(call, 2)
         rows = call.n_out // call.record.output.shape[-1]
         copy = reshaping(g, (rows, call.record.output.shape[-1]), item) if call.record.op == "linear" else 0
         most = max(most, held + call.record.inputs[2].nbytes + copy)
     return Backward(most, tuple(grads), frozenset({1}) if store.shared(call) else frozenset())
+
+
+def _narrow(call: Call) -> updates.Narrow:
+    """The two narrow layers of an update: elements between them, and what their products take."""
+    x, weight, out = call.record.inputs[0].shape, call.weight.shape, call.record.output.shape
+    r, item = call.record.attributes["update"]["rank"], call.itemsize
+    if call.record.op == "linear":
+        return updates.Narrow(math.prod(x[:-1]) * r * item)
+    layer, D = convolution(call), call.record.inputs[1].shape
+    if call.record.attributes["update"]["patches"]:
+        between = (x[0], r, *out[2:])
+        down = replace(layer, weight=(r, *weight[1:]), out=between)
+        up = Convolution(between, D, out, (1, 1), NO_PADDING, (1, 1), 1, item)
+    else:
+        between = (x[0], layer.groups * r, *x[2:])
+        down = Convolution(x, (between[1], weight[1], 1, 1), between, (1, 1), NO_PADDING, (1, 1), layer.groups, item)
+        up = replace(layer, x=between, weight=D)
+    size = math.prod(between) * item
+    works = [(each.forward_workspace(0), each.input_workspace(0)) for each in (down, up)]
+    return updates.Narrow(size, *(each[0] for each in works), *(each[1] for each in works))
 
 
 def _store(call: Call) -> StorePeak:

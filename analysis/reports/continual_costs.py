@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from analysis.rules.account import WEIGHTED, account
+from analysis.rules.op_cost import weight_of
 from analysis.rules.protection_costs import calibration_macs, gram_macs, update_macs
 from lance_ref.continual.learners import Recipe
 from lance_ref.continual.scenario import Scenario
@@ -45,7 +46,7 @@ def bill(passes: Sequence[Sequence[OpRecord]]) -> dict[str, Any]:
 
 def _input(record: OpRecord) -> dict[str, Any]:
     """Of a layer's input: ``n``, its ``tokens`` L (None for vectors), and whether it is seen as ``patches``."""
-    n = math.prod(record.inputs[1].shape[1:])
+    n = math.prod(weight_of(record).shape[1:])
     if record.op == "conv2d":
         return {"n": n, "tokens": math.prod(record.output.shape[2:]), "patches": True}
     between = record.inputs[0].shape[1:-1]

@@ -452,7 +452,7 @@ def _calibrations(
 
 def _shown(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts that a reader wants to see, without those that only a real run needs."""
-    return {name: value for name, value in facts.items() if name not in ("parameters", "asked", "rank")}
+    return {name: value for name, value in facts.items() if name not in ("parameters", "asked", "rank", "updated")}
 
 
 def tuned_inputs(step: TracedStep) -> dict[str, tuple[int, ...]]:

@@ -5,8 +5,8 @@ gradient is dŴ = X U_fᵀ for some X (C_out, r). So U_fᵀM = 0 gives dŴ M = 0
 scaled by anything, keep it: ΔW M = 0 and the layer answers to inputs in the span of M as before. M itself is
 needed between tasks only.
 
-A layer that trains in the subspace (:mod:`lance_ref.nn.subspace`) cannot leave it: ΔW = D U_fᵀ whatever the optimiser does
-to D. After the task W_0 ← W_0 + D U_fᵀ (:func:`lance_ref.merge`).
+A layer that trains in the subspace (:mod:`lance_ref.nn.subspace`) cannot leave it: ΔW = D U_fᵀ whatever the optimiser
+does to D. After the task W_0 ← W_0 + D U_fᵀ (:func:`lance_ref.merge`).
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ def run(
     memory: int,
     eval_batch: int,
     folder: str,
+    update: str = "weight",
 ) -> dict[str, Any]:
     """Learn all tasks of a scenario; all arguments are JSON, and so is the result.
 
@@ -55,7 +56,7 @@ def run(
         Names: of :func:`prepare`'s scenarios, of :data:`lance_ref.continual.learners.LEARNERS`, of a network.
     tasks, train_images, test_images : int or None
         At most so many tasks, and images of each; None: all.
-    thresholds, threshold_step, basis_samples, epsilon, memory
+    thresholds, threshold_step, basis_samples, epsilon, memory, update
         As in :class:`lance_ref.continual.learners.Recipe`.
     folder : str
         Where a checkpoint is kept while the cell runs, named after all arguments; "" keeps none.
@@ -65,7 +66,7 @@ def run(
     recipe = Recipe(
         epochs=epochs, batch_size=batch, lr=lr, momentum=momentum, clip_norm=clip, seed=seed,
         eval_batch_size=eval_batch, basis_samples=basis_samples, thresholds=tuple(thresholds),
-        threshold_step=threshold_step, epsilon=epsilon, memory=memory,
+        threshold_step=threshold_step, epsilon=epsilon, memory=memory, update=update,
     )  # fmt: skip
     made = LEARNERS[learner](module, chosen, recipe)
     checkpoint = None

@@ -112,6 +112,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threshold", type=share, nargs="+", help="energy protected: one, or one for each layer")
     p.add_argument("--threshold-step", type=share_below_one, help="added to it with each task")
     p.add_argument("--epsilon", type=share, help="energy threshold of LANCE's subspaces (0.95)")
+    p.add_argument(
+        "--update", choices=["weight", "subspace"], default="weight",
+        help="what trains of LANCE's layers: the weight, or its coordinates in the task's subspace (weight)",
+    )  # fmt: skip
     p.add_argument("--basis-samples", type=count, help="images for subspaces and protected directions")
     p.add_argument("--memory", type=count, help="images that er keeps, of all tasks")
     p.add_argument("--eval-batch", type=count, help="images at a time in evaluation")
@@ -141,6 +145,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     check_sweep(options)
     check_effect(options, "memory", "er" in chosen, "the learner er")
     check_effect(options, "epsilon", bool(chosen & {"lance", "lance-no-batch"}), "a learner of lance, lance-no-batch")
+    check_effect(options, "update", bool(chosen & {"lance", "lance-no-batch"}), "a learner of lance, lance-no-batch")
     for name in ("threshold", "threshold_step", "basis_samples"):
         protecting = bool(chosen & {"gpm", "lance", "lance-no-batch"})
         check_effect(options, name, protecting, "a learner of gpm, lance, lance-no-batch")
@@ -156,6 +161,8 @@ def cell(options: argparse.Namespace, learner: str, seed: int) -> dict[str, Any]
     return {
         **{name: getattr(options, name) for name in names},
         "thresholds": options.threshold,
+        # left out where it is the default, so that cells of before keep their names
+        **({} if options.update == "weight" else {"update": options.update}),
         "learner": learner,
         "seed": seed,
         "folder": f"{options.folder}/running",

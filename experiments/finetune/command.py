@@ -172,7 +172,8 @@ def cell(options: argparse.Namespace, spec: str, seed: int, lr: float, validatio
         "calibration_batches": options.calibration_batches,
         "clip": options.clip,
         "modes": list(options.modes),
-        **{name: getattr(options, name) for name in all_settings()},
+        # a setting without a value is left out, so that cells of before keep their names
+        **{name: getattr(options, name) for name in all_settings() if getattr(options, name) is not None},
         "validation": validation,
         "folder": f"{options.folder}/frozen",
         **own_settings(spec),

@@ -64,6 +64,11 @@ class Start:
     seed: int
 
     @property
+    def update(self) -> str:
+        """What trains of compressed layers, for methods of LANCE."""
+        return self.values.get("update") or "weight"
+
+    @property
     def budget_bytes(self) -> int:
         """For the cores of methods that work under a budget."""
         return int(self.values["budget_kib"] * 1024)
@@ -167,11 +172,11 @@ def nothing(start: Start) -> Notes:
     return {}
 
 
-@_entry("lance", "one threshold for all layers and modes", EPSILON, modes=True)
+@_entry("lance", "one threshold for all layers and modes", EPSILON, register.UPDATE, modes=True)
 def lance(start: Start, **options: Any) -> Notes:
     """One threshold for all layers and modes."""
     calibration = start.calibrate()
-    lance_ref.compress(start.net, calibration, **options)
+    lance_ref.compress(start.net, calibration, update=start.update, **options)
     return _ranks(calibration)
 
 
@@ -179,27 +184,28 @@ def lance(start: Start, **options: Any) -> Notes:
     "lance-mean-free",
     "channel directions orthogonal to the mean activation, as many in each layer, in the budget",
     BUDGET,
+    register.UPDATE,
 )
 def lance_mean_free(start: Start) -> Notes:
     """Channel directions orthogonal to the mean activation, as many in each layer as the budget gives equally."""
     return equal_channels(start, mean_free=True)
 
 
-@_entry("lance-mean-free-epsilon", "lance, orthogonal to the mean activation", EPSILON, modes=True)
+@_entry("lance-mean-free-epsilon", "lance, orthogonal to the mean activation", EPSILON, register.UPDATE, modes=True)
 def lance_mean_free_epsilon(start: Start) -> Notes:
     """As ``lance``, one threshold for all layers and modes, but orthogonal to the mean activation."""
     calibration = start.calibrate(mean_free=True)
-    lance_ref.compress(start.net, calibration)
+    lance_ref.compress(start.net, calibration, update=start.update)
     return _ranks(calibration)
 
 
-@_entry("lance-channels", "lance-mean-free with the mean", BUDGET)
+@_entry("lance-channels", "lance-mean-free with the mean", BUDGET, register.UPDATE)
 def lance_channels(start: Start) -> Notes:
     """The leading channel directions, mean included, as many in each layer as the budget gives equally."""
     return equal_channels(start, mean_free=False)
 
 
-@_entry("lance-center", "lance-mean-free, the mean's own gradient added exactly", BUDGET)
+@_entry("lance-center", "lance-mean-free, the mean's own gradient added exactly", BUDGET, register.UPDATE)
 def lance_center(start: Start) -> Notes:
     """The mean activation exactly, and channel directions of the rest, as many as the budget gives equally."""
     return equal_channels(start, center=True)
@@ -306,7 +312,7 @@ def equal_channels(start: Start, **options: Any) -> Notes:
     for path in ranks:
         ranks[path][1] = min(r, calibration.grams_of(path).free_directions)  # type: ignore[call-overload]
     calibration = calibration.with_ranks(ranks)
-    lance_ref.compress(start.net, calibration)
+    lance_ref.compress(start.net, calibration, update=start.update)
     for path in start.tuning.layers:
         if path not in layers:
             modules[path].requires_grad_(False)

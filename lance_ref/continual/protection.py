@@ -290,7 +290,8 @@ def check_optimizer(
     weights = {modules[path].weight.uid: path for path in bases}
     updates = {path: modules[path].update for path in bases if modules[path].update is not None}
     inside = {p.uid for update in updates.values() for p in update.parameters()}
-    if updates and getattr(optimizer, "weight_decay", 0):
+    decay: Any = getattr(optimizer, "weight_decay", None)
+    if updates and decay:
         _refuse_decay(optimizer, list(updates))
     biases = {modules[path].bias.uid: path for path in bases if modules[path].bias is not None}
     free = {parameter.uid for path in _head_paths(net, heads) for parameter in modules[path].parameters()}

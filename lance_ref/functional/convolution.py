@@ -52,8 +52,8 @@ class _Weighted(Function):
         cls, ctx: Node, geometry: Geometry, store: ActivationStore, update: Basis | None, inputs: Sequence[np.ndarray]
     ) -> np.ndarray:
         """The output without bias; saves what the gradients of x and weight will need."""
-        x, weight = inputs[:2]
-        out = geometry.forward(x, weight) if update is None else update.output(x, *inputs[-2:], weight, geometry)
+        x, weight, base, decay = *inputs[:2], *inputs[-2:]  # the last two of a sum
+        out = geometry.forward(x, weight) if update is None else update.output(x, base, decay, weight, geometry)
         ctx.geometry, ctx.store, ctx.update, ctx.kept = geometry, store, update, ()  # type: ignore[attr-defined]
         if ctx.needs_input_grad[0]:
             ctx.save_input("weight", 1)

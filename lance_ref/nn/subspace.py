@@ -16,7 +16,8 @@ It is LoRA (:mod:`lance_ref.nn.lora`) with B = D and a frozen A = Qᵀ that cali
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 from lance_ref.algebra.basis import Basis
 from lance_ref.functional.convolution import Update
@@ -43,7 +44,7 @@ class SubspaceUpdate(Module):
         s, what weight decay has left of W_0: 1 at first.
     """
 
-    def __init__(self, layer: Conv2d | Linear, basis: Basis) -> None:
+    def __init__(self, layer: Module, basis: Basis) -> None:
         super().__init__()
         self.basis = basis
         weight = layer.weight
@@ -136,6 +137,20 @@ def merge(net: Module) -> list[str]:
             layer.weight.data = update.basis.merged(*arrays)
         layer.weight.requires_grad_()
     return list(updated)
+
+
+@contextmanager
+def as_whole(net: Module) -> Iterator[None]:
+    """Inside the ``with`` block, layers that train in a subspace are plain ones of the same output; then as before."""
+    layers = weighted_layers(net).values()
+    found = [(layer, layer.update, layer.weight.data) for layer in layers if layer.update is not None]
+    merge(net)
+    try:
+        yield
+    finally:
+        for layer, update, base in found:
+            layer.update, layer.weight.data = update, base
+            layer.weight.requires_grad_(False)
 
 
 def _check(modules: dict[str, Module], path: str) -> None:

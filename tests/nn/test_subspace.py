@@ -33,6 +33,7 @@ from lance_ref.algebra.geometry import ConvGeometry, Geometry
 from lance_ref.lance.patches import PatchLance, patch_shape
 from lance_ref.nn.lora import LoRALinear, add_lora, merge_lora
 from lance_ref.nn.module import Module
+from lance_ref.nn.subspace import as_whole
 from lance_ref.nn.utils import clip_grad_norm_
 from lance_ref.stores import ActivationStore, Lance
 
@@ -341,6 +342,23 @@ def test_another_store_in_between_gives_the_coordinates_of_its_gradient() -> Non
     net.zero_grad()
     net(x).sum().backward()
     np.testing.assert_allclose(net[2].update.weight.grad, exact, rtol=1e-3, atol=1e-4)  # other modes are left alone
+
+
+def test_as_a_whole_for_a_while() -> None:
+    """Inside, the weight has a gradient and the output is the same; afterwards D goes on as the same parameter."""
+    net = prepared("subspace")
+    rng = np.random.default_rng(0)
+    net[2].update.weight.data = rng.standard_normal(net[2].update.weight.shape).astype(np.float32)
+    D, W, x = net[2].update.weight, net[2].weight.data, rng.standard_normal((20, 1, 8, 8)).astype(np.float32)
+    before = net(x).data
+    with as_whole(net):
+        y = net(x)
+        y.sum().backward()
+        np.testing.assert_allclose(y.data, before, atol=1e-5)
+        assert net[2].weight.grad is not None
+    assert net[2].update.weight is D
+    assert net[2].weight.data is W
+    assert not net[2].weight.requires_grad
 
 
 def test_adam_trains_the_coordinates() -> None:

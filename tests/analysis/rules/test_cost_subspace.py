@@ -13,7 +13,7 @@ from analysis.reports.predict import predict
 from analysis.rules.account import account
 from analysis.steps.methods import METHODS
 from analysis.steps.settings import Settings
-from lance_ref import Subspace, attach, compress, nn, record, tune
+from lance_ref import Subspace, attach, compress, nn, record
 from lance_ref.algebra.kernels.threads import numba_enabled
 from lance_ref.stores import Lance
 

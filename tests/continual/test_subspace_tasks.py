@@ -101,6 +101,17 @@ def test_learners_end_alike(name: str) -> None:
     assert results[1].R[0, 0] > 0.8
 
 
+def test_learners_train_coordinates() -> None:
+    """What the recipe says reaches the layers, and is merged after the task."""
+    scenario = scenarios.load("split-digits", 0).limited(2, 60, 40)
+    net = networks.make("mlp", scenario, 0)
+    made = LEARNERS["lance"](net, scenario, Recipe(**{**RECIPE, "update": "subspace"}))
+    made.before_task(0, scenario.tasks[0].train)
+    assert all(weighted_layers(net)[path].update is not None for path in made.layers)
+    made.after_task(0, scenario.tasks[0].train)
+    assert all(weighted_layers(net)[path].update is None for path in made.layers)
+
+
 def test_a_stopped_run_ends_bit_by_bit_alike(tmp_path: Any) -> None:
     """A checkpoint inside a task holds D and its velocity; subspaces are made anew from the task's start."""
 

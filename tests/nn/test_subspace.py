@@ -323,6 +323,12 @@ def test_restore_and_merge_take_it_off() -> None:
     assert merge(net) == []
 
 
+def test_only_the_coordinates_train() -> None:
+    """W_0 is frozen; D and s of an updated layer train; biases, the head and layers without update do as ever."""
+    names = [name for name, p in prepared("subspace").named_parameters() if p.requires_grad]
+    assert names == ["0.weight", "0.bias", "2.bias", "2.update.weight", "2.update.decay", "5.weight", "5.bias"]
+
+
 def test_nothing_changes_before_the_first_step() -> None:
     """D = 0 and s = 1: the output is that of the weight, bit by bit."""
     x = np.random.default_rng(0).standard_normal((2, 1, 8, 8)).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 
 from analysis import cost
 from analysis.check.measure import compare
+from analysis.peak import updates
 from analysis.reports.predict import predict
 from analysis.rules.account import account
+from analysis.rules.layouts import Memory
+from analysis.rules.op_cost import Call
 from analysis.steps.methods import METHODS
 from analysis.steps.settings import Settings
 from lance_ref import Subspace, attach, compress, nn, record
@@ -40,6 +44,40 @@ def test_a_convolution_by_hand() -> None:
         assert found.grad_weight_macs == 75 * 8 * 2 * 2  # the exact gradient of a layer of two channels
         assert found.subspace_bytes == 4 * 4 * 2  # Q is U itself
         assert found.tape[0].storage.nbytes == 4 * 3 * 2 * 5 * 6
+
+
+def test_one_image_by_hand() -> None:
+    """A linear layer 8 to 6 of rank 2 on one row: 2·(8 + 6) beside 48, where writing W down would take 96."""
+    net = nn.Sequential(nn.Linear(8, 6, rng=0))
+    space = Subspace.random((1, 8), (None, 2), np.random.default_rng(0))
+    attach(net, lambda *_: Lance(space), update="subspace")
+    found = bill(net, (1, 8))
+    assert found.forward_macs == found.grad_input_macs == 48 + 28
+
+
+def test_writing_the_weight_down_takes_it_twice() -> None:
+    """A kernel of nine places: the product, and its axes in order; one of one place needs no second array."""
+    for kernel, arrays in ((3, 2), (1, 1)):
+        net = nn.Sequential(nn.Conv2d(32, 64, kernel, rng=0))
+        space = Subspace.random((64, 32, 3, 3), (None, 2, None, None), np.random.default_rng(0))
+        attach(net, lambda *_, space=space: Lance(space), update="subspace", forward="merged")
+        with record(net) as records:
+            net(np.ones((64, 32, 3, 3), np.float32))
+        call = account(records, None)[0]
+        inputs = tuple(Memory().of(value) for value in call.record.inputs)
+        assert updates.merging(Call(call.record, inputs, inputs[0], True)) == arrays * net[0].weight.data.nbytes
+
+
+def test_the_page_prints_these_numbers() -> None:
+    """Gradients and peaks of docs/subspace.md, in KiB."""
+    page = (Path(__file__).parents[3] / "docs" / "subspace.md").read_text(encoding="utf-8")
+    for name, batch in (("mcunet", 1), ("resnet18", 8)):
+        for update in ("weight", "subspace"):
+            peak = cost(
+                name, batch=batch, num_classes=10, method="lance", optimizer="sgd-momentum", update=update
+            ).peaks["lance"]  # fmt: skip
+            for value in (peak.gradients_bytes, peak.optimizer_state_bytes, peak.peak_bytes):
+                assert f" {value / 1024:,.1f}" in page
 
 
 def test_groups_by_hand() -> None:

@@ -109,6 +109,15 @@ def test_predicted_equals_measured(method: str, optimizer: str) -> None:
         assert any(line.what == "peak bytes" and line.method == method for line in comparison.lines)
 
 
+def test_depthwise_layers_train_as_they_are() -> None:
+    """One channel a group has no smaller coordinates; the layers around it have."""
+    prediction = predict("mcunet", 2, 96, tune="last:6", methods=["lance"], settings=Settings(update="subspace"))
+    tuned = [r for r in prediction.steps["lance"].records if r.attributes.get("store", {}).get("name") == "lance"]
+    depthwise = [r for r in tuned if r.attributes["groups"] > 1]
+    assert 0 < len(depthwise) < len(tuned)
+    assert all(("update" in r.attributes) == (r not in depthwise) for r in tuned)
+
+
 def test_gradients_and_state_fall() -> None:
     """By C_in/r each: with the same ranks the peak of a net whose weights outweigh its maps falls too."""
     peaks = {

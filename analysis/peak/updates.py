@@ -33,7 +33,7 @@ class Narrow:
 
 def forward(call: Call, result: int, workspace: int, narrow: Narrow) -> int:
     """The most bytes of the output, itself included; ``workspace`` is that of the product with the whole weight."""
-    if is_merged(call):
+    if is_merged(call.record):
         return max(merging(call), call.weight.nbytes + result + workspace)
     between = result + narrow.between
     return max(result + workspace, between + narrow.down_forward, between + result + narrow.up_forward)
@@ -41,7 +41,7 @@ def forward(call: Call, result: int, workspace: int, narrow: Narrow) -> int:
 
 def input_gradient(call: Call, gradient: int, workspace: int, narrow: Narrow) -> int:
     """The most bytes of the input gradient, itself included."""
-    if is_merged(call):
+    if is_merged(call.record):
         return max(merging(call), call.weight.nbytes + gradient + workspace)
     between = gradient + narrow.between
     return max(gradient + workspace, between + narrow.up_input, between + gradient + narrow.down_input)

@@ -54,11 +54,11 @@ def _weighted(call: Call, macs: int, in_pytorch: Saved, pytorch_keeps_frozen: bo
     store = STORES[name](call, macs)
     more, gradient = 0, store.grad_weight_macs
     if subspace.update_of(call.record) is not None:
-        more = subspace.extra_macs(call)
-        gradient += 0 if name in IN_COORDINATES else subspace.merging_macs(call)  # dW first, then dW ×₂ Qᵀ
+        more = subspace.extra_macs(call.record)
+        gradient += 0 if name in IN_COORDINATES else subspace.merging_macs(call.record)  # dW first, then dW ×₂ Qᵀ
     cost = OpCost(forward_macs=macs + more, elementwise=call.n_out * bias)
     if more:
-        cost.elementwise += call.weight.size if subspace.is_merged(call) else call.n_out
+        cost.elementwise += call.weight.size if subspace.is_merged(call.record) else call.n_out
     if call.needs(1):
         cost.grad_weight_macs, cost.paper_grad_weight_macs = gradient, store.paper_grad_weight_macs
         cost.projection_macs, cost.paper_projection_macs = store.projection_macs, store.paper_projection_macs

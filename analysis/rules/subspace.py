@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from analysis.rules.layouts import Layout, Storage, packed_strides
-from analysis.rules.op_cost import Call
+from analysis.rules.op_cost import Call, weight_of
 from lance_ref.engine.recording import OpRecord, Value
 
 
@@ -44,31 +44,31 @@ def update_of(record: OpRecord) -> Mapping[str, Any] | None:
     return record.attributes.get("update")
 
 
-def narrow_macs(call: Call) -> int:
+def narrow_macs(record: OpRecord) -> int:
     """Multiply-adds of the two narrow layers, from the input to the output."""
-    x, weight, out = call.record.inputs[0].shape, call.weight.shape, call.record.output.shape
-    r, kernel = call.record.attributes["update"]["rank"], math.prod(weight[2:])
-    if call.record.op == "linear":
+    x, weight, out = record.inputs[0].shape, weight_of(record).shape, record.output.shape
+    r, kernel = record.attributes["update"]["rank"], math.prod(weight[2:])
+    if record.op == "linear":
         return math.prod(x[:-1]) * r * (x[-1] + weight[0])
-    if call.record.attributes["update"]["patches"]:
+    if record.attributes["update"]["patches"]:
         return math.prod(out) // weight[0] * r * (math.prod(weight[1:]) + weight[0])
     return math.prod(x) * r + math.prod(out) * r * kernel
 
 
-def merging_macs(call: Call) -> int:
+def merging_macs(record: OpRecord) -> int:
     """Multiply-adds of writing the weight down."""
-    return int(math.prod(call.weight.shape) * call.record.attributes["update"]["rank"])
+    return int(math.prod(weight_of(record).shape) * record.attributes["update"]["rank"])
 
 
-def is_merged(call: Call) -> bool:
+def is_merged(record: OpRecord) -> bool:
     """Whether the output is computed from W: as ``forward`` says, by default if that takes no more multiply-adds."""
-    way = call.record.attributes["update"]["forward"]
-    return bool(way == "merged" or (way == "auto" and merging_macs(call) <= narrow_macs(call)))
+    way = record.attributes["update"]["forward"]
+    return bool(way == "merged" or (way == "auto" and merging_macs(record) <= narrow_macs(record)))
 
 
-def extra_macs(call: Call) -> int:
+def extra_macs(record: OpRecord) -> int:
     """Multiply-adds beside those of the whole weight, of the output and again of the input gradient."""
-    return merging_macs(call) if is_merged(call) else narrow_macs(call)
+    return merging_macs(record) if is_merged(record) else narrow_macs(record)
 
 
 def basis_elements(channels: int, groups: int, rank: int, r: int, centred: bool) -> int:

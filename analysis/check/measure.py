@@ -212,6 +212,9 @@ def _compare_with_pytorch(comparison: Comparison, prediction: Prediction) -> Non
     comparison.notes.append(f"PyTorch's column: the same operations replayed in PyTorch {torch_replay.version()}")
     for method, bills in prediction.bills.items():
         stores = prediction.steps[method].stores
+        if prediction.steps[method].facts.get("updated"):
+            comparison.notes.append(f"PyTorch's column of {method}: not replayed: PyTorch has no such update")
+            continue
         if {store["name"] for store in stores.values()} - {"lance"}:
             comparison.notes.append(f"PyTorch's column of {method}: not replayed: PyTorch has no such layer")
             continue

@@ -11,11 +11,14 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from analysis.peak import updates
 from analysis.peak.arrays import UFUNC_BUFFER, like_input, packing, reshaping
 from analysis.peak.rules import Backward, Making, backward, forward
 from analysis.peak.stores import STORES, Layer, StorePeak
+from analysis.rules import subspace
 from analysis.rules.layouts import Layout, Storage
 from analysis.rules.op_cost import Call
+from analysis.rules.products import IN_COORDINATES
 from analysis.rules.stores import STORES as COSTS
 from lance_ref.algebra.geometry import ConvGeometry
 from lance_ref.algebra.kernels import threads
@@ -152,37 +155,72 @@ class Linear(Layer):
 
 
 def layer_of(call: Call) -> Layer:
-    """The products of the layer whose call this is."""
-    if call.record.op == "linear":
-        return Linear(call.itemsize)
-    (x, weight), a = call.record.inputs[:2], call.record.attributes
+    """The products of the layer whose call this is, with its whole weight."""
+    return Linear(call.itemsize) if call.record.op == "linear" else Convolution(_geometry(call), call.itemsize)
+
+
+def _geometry(call: Call) -> ConvGeometry:
+    a = call.record.attributes
     stride, padding, dilation = tuple(a["stride"]), a["padding"], tuple(a["dilation"])
-    return Convolution(ConvGeometry(x.shape, weight.shape, stride, padding, dilation, a["groups"]), call.itemsize)
+    return ConvGeometry(call.record.inputs[0].shape, call.weight.shape, stride, padding, dilation, a["groups"])
 
 
 @forward("conv2d", "linear")
 def weighted(call: Call) -> int:
     """The result with the workspace of the product, or the result with what the store makes."""
-    layer = layer_of(call)
+    layer, result = layer_of(call), call.n_out * call.itemsize
+    workspace = layer.forward_workspace(call.inputs[0])
+    if subspace.update_of(call.record) is not None:
+        workspace = updates.forward(call, result, workspace, _narrow(call)) - result
     saving = _store(call).save(call, layer) if call.needs(1) else 0
-    bias = min(UFUNC_BUFFER, call.n_out) * call.itemsize if len(call.inputs) > 2 else 0  # of adding it
-    return call.n_out * call.itemsize + max(layer.forward_workspace(call.inputs[0]), saving, bias)
+    bias = min(UFUNC_BUFFER, call.n_out) * call.itemsize if call.has_bias else 0  # of adding it
+    return result + max(workspace, saving, bias)
 
 
 @backward("conv2d", "linear")
 def weighted_backward(call: Call, g: Layout) -> Backward:
     """The three gradients one after the other; what is made stays."""
     store, layer, made = _store(call), layer_of(call), Making(call)
+    updated = subspace.update_of(call.record) is not None
     if call.needs(0):
-        beside = 0 if store.input_gradient else layer.input_workspace(g)
-        made.add(0, like_input(call), beside)
-        if store.input_gradient:
+        beside = layer.input_workspace(g)
+        made.add(0, like_input(call), 0 if store.input_gradient or updated else beside)
+        if updated:
+            made.most = updates.input_gradient(call, made.held, beside, _narrow(call))
+        elif store.input_gradient:
             made.most = store.input_gradient(call, layer, g)
     if call.needs(1):
-        made.add(1, like_input(call, 1), store.weight_gradient(call, layer, g))
-    if len(call.inputs) > 2 and call.needs(2):
+        name = call.record.attributes["store"]["name"]
+        own = subspace.of_update(call) if updated and name == "lance" else call
+        making = store.weight_gradient(own, layer_of(own), g)
+        if updated and name not in IN_COORDINATES:
+            making += updates.coordinates(call)
+        made.add(1, like_input(call, 1), making)
+    if call.has_bias and call.needs(2):
         made.add(2, like_input(call, 2), layer.forward_workspace(g) if call.record.op == "linear" else 0)
+    if updated and call.needs(len(call.inputs) - 1):  # of s, one number
+        made.gradients[-1] = like_input(call, len(call.inputs) - 1)
     return made.done((1,) if store.shared(call) else ())
+
+
+def _narrow(call: Call) -> updates.Narrow:
+    """The two narrow layers of an update: elements between them, and what their products take."""
+    x, weight, out = call.record.inputs[0].shape, call.weight.shape, call.record.output.shape
+    r, item = call.record.attributes["update"]["rank"], call.itemsize
+    if call.record.op == "linear":
+        return updates.Narrow(math.prod(x[:-1]) * r * item)
+    geometry, D, groups = _geometry(call), call.record.inputs[1].shape, call.record.attributes["groups"]
+    if call.record.attributes["update"]["patches"]:
+        between = (x[0], r, *out[2:])
+        down, up = replace(geometry, weight_shape=(r, *weight[1:])), ConvGeometry(between, D)
+    else:
+        between = (x[0], groups * r, *x[2:])
+        down = ConvGeometry(x, (groups * r, weight[1], 1, 1), groups=groups)
+        up = replace(geometry, input_shape=between, weight_shape=D)
+    layers = [Convolution(each, item) for each in (down, up)]
+    outputs = [layer.forward_workspace(None) for layer in layers]
+    gradients = [layer.input_workspace(None) for layer in layers]
+    return updates.Narrow(math.prod(between) * item, *outputs, *gradients)
 
 
 def _store(call: Call) -> StorePeak:

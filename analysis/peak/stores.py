@@ -325,7 +325,7 @@ def _patch_weight(call: Call, layer: Layer, g: Layout) -> int:
     shape, ranks = _patches(call)
     C_out = call.record.inputs[1].shape[0]
     most, end = chain((shape[0], C_out, shape[1]), (ranks[0], None, ranks[1]))
-    narrow = 0 if ranks[2] is None else C_out * ranks[2]
+    narrow = 0 if ranks[2] is None or "update" in call.record.attributes else C_out * ranks[2]
     return (max(most, 2 * end) + narrow) * call.itemsize
 
 

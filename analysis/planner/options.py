@@ -35,12 +35,11 @@ class Option:
         >>> Option("lance", epsilon=0.9).setting, Option("gradient-filter").setting, Option("bp").setting
         ('epsilon 0.9', 'patch 2', '')
         """
-        if self.epsilon is not None:
-            return f"epsilon {self.epsilon:g}"
+        ranks = "" if self.epsilon is None else f"epsilon {self.epsilon:g}"
         if self.fraction is not None:
-            return f"ranks {float(self.fraction):g}"
+            ranks = f"ranks {float(self.fraction):g}"
         offered = [setting for setting in METHODS[self.method].settings if setting.grid is not None]
-        return ", ".join(filter(None, (of.shown(getattr(self.settings, of.name)) for of in offered)))
+        return ", ".join(filter(None, (ranks, *(of.shown(getattr(self.settings, of.name)) for of in offered))))
 
     @property
     def name(self) -> str:

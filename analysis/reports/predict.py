@@ -28,7 +28,7 @@ DEFAULT_METHODS = ("bp", "lance")
 DEFAULT_BATCH = 128
 DEFAULT_EPSILON = 0.7
 MOST_TASKS = 1000
-HIDDEN_FACTS = ("parameters", "asked", "rank")
+HIDDEN_FACTS = ("parameters", "asked", "rank", "updated")
 """Of a method's step: what only a real run needs."""
 DEFAULT_PROTECTED = 0.5
 DEFAULT_BASIS_BATCHES = 10

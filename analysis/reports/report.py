@@ -14,6 +14,7 @@ from analysis.commands.names import plain
 from analysis.rules.account import Billed
 from analysis.rules.calibration_costs import CalibrationCost
 from analysis.rules.op_cost import MAC_KINDS as FLOP_KINDS
+from analysis.rules.op_cost import weight_of
 
 if TYPE_CHECKING:
     from analysis.peak.memory import Peak
@@ -116,7 +117,7 @@ class Row:
             record.path,
             record.inputs[0].shape,
             record.output.shape,
-            record.inputs[1].shape if has_weight else None,
+            weight_of(record).shape if has_weight else None,
             sum(value.size for value in weights.values()),
             first.tuned,
             dict(costs),

@@ -13,7 +13,7 @@ import numpy as np
 
 from analysis.rules.layouts import Layout, Memory, Storage
 from analysis.rules.operations import OPERATIONS, column, known
-from lance_ref.engine.recording import OpRecord, itemsize
+from lance_ref.engine.recording import OpRecord, Value, itemsize
 
 MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
 """The kinds of products whose multiply-adds are counted."""
@@ -104,6 +104,16 @@ class Call:
         return self.on_tape and self.record.inputs[position].requires_grad
 
     @property
+    def weight(self) -> Value:
+        """The weight of a convolution or a linear layer; W_0 of one that trains in a subspace."""
+        return weight_of(self.record)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the third input is a bias: it is in (x, W, b) and in (x, D, b, W_0, s)."""
+        return len(self.record.inputs) % 2 == 1
+
+    @property
     def n_in(self) -> int:
         """Elements of the first input."""
         return self.record.inputs[0].size
@@ -125,6 +135,11 @@ class Call:
     def save_output(self, what: str = "output") -> Saved:
         """The result itself."""
         return Saved(what, self.output.storage)
+
+
+def weight_of(record: OpRecord) -> Value:
+    """The weight of a convolution or a linear layer: W, or W_0 where D alone trains, (x, D, [b], W_0, s)."""
+    return record.inputs[-2 if "update" in record.attributes else 1]
 
 
 def fresh(what: str, nbytes: int) -> Saved:

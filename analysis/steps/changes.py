@@ -11,6 +11,7 @@ from typing import Any
 import lance_ref
 from analysis.rules.account import WEIGHTED
 from analysis.rules.recompute import OP, flatten, inside
+from analysis.rules.subspace import rank_of_update, with_update
 from analysis.steps.nets import RAISED, CannotRunError, TracedStep, said_by, step_records
 from analysis.steps.settings import MethodStep, NotApplicableError
 from lance_ref import nn
@@ -171,6 +172,41 @@ def _expanded(records: Sequence[OpRecord], expand: Callable[[OpRecord], list[OpR
     return changed
 
 
+# ---- training in a subspace ------------------------------------------------------------------
+
+
+def in_subspace(changed: MethodStep) -> MethodStep:
+    """The same step with D and s in place of each compressed layer's weight, where D is smaller.
+
+    (x, W, [b]) becomes (x, D, [b], W_0, s); the paths of these layers are in the step's facts.
+    """
+    values = (value.id for r in flatten(changed.records) for value in (*r.inputs, r.output))
+    fresh = itertools.count(1 + max(values))
+    parameters: dict[str, Value] = {}
+
+    def parameter(name: str, shape: tuple[int, ...], dtype: str) -> Value:
+        return parameters.setdefault(name, Value(next(fresh), shape, dtype, True, name))
+
+    updated: dict[str, None] = {}
+
+    def expand(record: OpRecord) -> list[OpRecord]:
+        store = changed.stores.get(record.path)
+        if record.op not in WEIGHTED or store is None or not record.inputs[1].requires_grad:
+            return [record]
+        x, weight = record.inputs[:2]
+        rank = store["ranks"][1 if len(x.shape) == 4 else -1]
+        groups, centred = record.attributes.get("groups", 1), bool(store.get("centred"))
+        r = None if rank is None else rank_of_update(rank, weight.shape[1], groups, centred)
+        if r is None:
+            return [record]
+        updated[record.path] = None
+        D = parameter(f"{record.path}.update.weight", (weight.shape[0], r, *weight.shape[2:]), weight.dtype)
+        return [with_update(record, r, D, parameter(f"{record.path}.update.decay", (), weight.dtype))]
+
+    records = _expanded(changed.records, expand)
+    return replace(changed, records=records, facts={**changed.facts, "updated": list(updated)})
+
+
 # ---- checkpointing and micro-batches -------------------------------------------------------
 
 
@@ -201,7 +237,8 @@ def in_segments(net: Module, segments: int | None) -> tuple[list[Module], int]:
     """The stages of a net, in segments that run again in the backward pass, and how many of these there are.
 
     The stages from the first that trains to the last but one are put together into so many ``segments``, the first ones
-    longer where it does not come out even; by default each of them with parameters that train is one. Raises NotApplicableError if the net has no stages, ValueError if it has too few.
+    longer where it does not come out even; by default each of them with parameters that train is one. Raises
+    NotApplicableError if the net has no stages, ValueError if it has too few.
     """
     if not hasattr(net, "stages"):
         raise NotApplicableError(f"checkpointing takes a net with stages(), a {type(net).__name__} has none")

@@ -79,6 +79,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threshold", type=cli.share, nargs="+", help="energy protected: one, or one for each layer")
     p.add_argument("--threshold-step", type=cli.share_below_one, help="added to it with each task")
     p.add_argument("--epsilon", type=cli.share, help="energy threshold of LANCE's subspaces (0.95)")
+    p.add_argument(
+        "--update", choices=["weight", "subspace"], default="weight",
+        help="what trains of LANCE's layers: the weight, or its coordinates in the task's subspace (weight)",
+    )  # fmt: skip
     p.add_argument("--basis-samples", type=cli.count, help="images for subspaces and protected directions")
     p.add_argument("--memory", type=cli.count, help="images that er keeps, of all tasks")
     p.add_argument("--eval-batch", type=cli.count, help="images at a time in evaluation")
@@ -102,7 +106,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     cli.fill_in(options, {**defaults, **QUICK} if options.quick else defaults)
     cli.check_once(options, "learners")
     cli.check_sweep(options)
-    for name in ("memory", "epsilon", "threshold", "threshold_step", "basis_samples"):
+    for name in ("memory", "epsilon", "update", "threshold", "threshold_step", "basis_samples"):
         heeding = [learner.name for learner in LEARNERS.values() if THRESHOLDS.get(name, name) in learner.heeds]
         takes = f"the learner {heeding[0]}" if len(heeding) == 1 else f"a learner of {', '.join(heeding)}"
         cli.check_effect(options, name, bool(set(heeding) & set(options.learners)), takes)
@@ -118,6 +122,8 @@ def cell(options: argparse.Namespace, learner: str, seed: int) -> dict[str, Any]
     return {
         **{name: getattr(options, name) for name in names},
         "thresholds": options.threshold,
+        # left out where it is the default, so that cells of before keep their names
+        **({} if options.update == "weight" else {"update": options.update}),
         "learner": learner,
         "seed": seed,
         "folder": f"{options.folder}/running",

@@ -18,7 +18,8 @@ from experiments.finetune.methods import Start, methods, prepare
 from lance_ref import F, datasets, models
 from lance_ref.datasets import Dataset
 from lance_ref.nn.module import Module
-from lance_ref.nn.selection import Tuning, weighted_layers
+from lance_ref.nn.selection import Tuning, learns, weighted_layers
+from lance_ref.nn.subspace import as_whole
 from lance_ref.stores import EXACT
 from lance_ref.train.features import frozen_stages, images_of, tail
 from lance_ref.train.training import Features, StepInfo, evaluate, extract, fit
@@ -298,9 +299,7 @@ class Watch:
         """Cosines and energies of this batch, under ``when``."""
         modules = weighted_layers(info.net)
         watched = {
-            path: modules[path]
-            for path in self.layers
-            if modules[path].weight.requires_grad and modules[path].store is not EXACT
+            path: modules[path] for path in self.layers if learns(modules[path]) and modules[path].store is not EXACT
         }
         if not watched:
             return
@@ -311,7 +310,8 @@ class Watch:
         self.energies[when] = {path: float(e) for path, e in energies.items() if e is not None}
         for layer in watched.values():
             layer.store = EXACT
-        exact = _weight_gradients(info, watched)
+        with as_whole(info.net):  # the whole gradient, not the part of it that a subspace can follow
+            exact = _weight_gradients(info, watched)
         for path, layer in watched.items():
             layer.store = stores[path]
             layer.store.load_state(states[path])
@@ -328,6 +328,15 @@ def _weight_gradients(info: StepInfo, layers: Mapping[str, Module]) -> dict[str,
     """Of one batch; no gradient is left behind."""
     info.net.zero_grad()
     F.cross_entropy(info.net(info.x), info.y).backward()
-    gradients = {path: layer.weight.grad for path, layer in layers.items()}
+    gradients = {path: _gradient(layer) for path, layer in layers.items()}
     info.net.zero_grad()
     return gradients
+
+
+def _gradient(layer: Module) -> np.ndarray:
+    """Of the weight, or the one that it follows where D trains."""
+    if layer.update is None:
+        gradient: np.ndarray = layer.weight.grad
+        return gradient
+    expanded: np.ndarray = layer.update.basis.expand(layer.update.weight.grad, layer.weight.shape)
+    return expanded

@@ -139,7 +139,6 @@ def cell(options: argparse.Namespace, spec: str, seed: int, lr: float, validatio
 
     names = (
         "net", "data", "tune", "batch", "image_size", "train_images", "test_images", "calibration_batches", "clip",
-        *all_settings(),
     )  # fmt: skip
     return {
         **{name: getattr(options, name) for name in names},
@@ -147,6 +146,8 @@ def cell(options: argparse.Namespace, spec: str, seed: int, lr: float, validatio
         "seed": seed,
         "epochs": options.tuning_epochs if validation else options.epochs,
         "modes": list(options.modes),
+        # a setting without a value is left out, so that cells of before keep their names
+        **{name: getattr(options, name) for name in all_settings() if getattr(options, name) is not None},
         "validation": validation,
         "folder": f"{options.folder}/frozen",
         **own_settings(spec),

@@ -61,6 +61,11 @@ class Start:
     seed: int
 
     @property
+    def update(self) -> str:
+        """What trains of compressed layers, for methods of LANCE."""
+        return self.values.get("update") or "weight"
+
+    @property
     def budget_bytes(self) -> int:
         """For the cores of methods that work under a budget."""
         return int(self.values["budget_kib"] * 1024)
@@ -146,7 +151,7 @@ def nothing(start: Start) -> Notes:
 def compressed(start: Start, mean_free: bool = False, **options: Any) -> Notes:
     """LANCE with one threshold for all layers and modes; options as of :func:`lance_ref.compress`."""
     calibration = start.calibrate(mean_free=mean_free)
-    lance_ref.compress(start.net, calibration, **options)
+    lance_ref.compress(start.net, calibration, update=start.update, **options)
     return _ranks(calibration)
 
 
@@ -204,7 +209,7 @@ def equal_channels(start: Start, **options: Any) -> Notes:
     for path in ranks:
         ranks[path][1] = min(r, calibration.grams_of(path).free_directions)  # type: ignore[call-overload]
     calibration = calibration.with_ranks(ranks)
-    lance_ref.compress(start.net, calibration)
+    lance_ref.compress(start.net, calibration, update=start.update)
     for path in start.tuning.layers:
         if path not in layers:
             modules[path].requires_grad_(False)
@@ -251,19 +256,21 @@ ENTRIES: dict[str, Entry] = {
     "bp": _of_register("bp", nothing),
     "checkpoint": _of_register("checkpoint", nothing, on_net=_recompute_stages),
     "micro-batch": _of_register("micro-batch", nothing, parts=4),
-    "lance": Entry("one threshold for all layers and modes", compressed, (EPSILON,), modes=True),
+    "lance": Entry("one threshold for all layers and modes", compressed, (EPSILON, register.UPDATE), modes=True),
     "lance-mean-free": Entry(
         "channel directions orthogonal to the mean activation, as many in each layer, in the budget",
-        lambda start: equal_channels(start, mean_free=True), (BUDGET,),
+        lambda start: equal_channels(start, mean_free=True), (BUDGET, register.UPDATE),
     ),
     "lance-mean-free-epsilon": Entry(
         "lance, orthogonal to the mean activation",
-        lambda start: compressed(start, mean_free=True), (EPSILON,), modes=True,
+        lambda start: compressed(start, mean_free=True), (EPSILON, register.UPDATE), modes=True,
     ),
-    "lance-channels": Entry("lance-mean-free with the mean", lambda start: equal_channels(start), (BUDGET,)),
+    "lance-channels": Entry(
+        "lance-mean-free with the mean", lambda start: equal_channels(start), (BUDGET, register.UPDATE)
+    ),
     "lance-center": Entry(
         "lance-mean-free, the mean's own gradient added exactly",
-        lambda start: equal_channels(start, center=True), (BUDGET,),
+        lambda start: equal_channels(start, center=True), (BUDGET, register.UPDATE),
     ),
     "lance-uniform": Entry("the largest single threshold in the budget", uniform, (BUDGET,), modes=True),
     # the batch mode is left alone: what a calibrated one keeps of another batch is little

@@ -4,6 +4,9 @@ With U_f the factor of a layer's feature mode (patches of a convolution, feature
 gradient is dŴ = X U_fᵀ for some X (C_out, r). So U_fᵀM = 0 gives dŴ M = 0 at every step, and sums of such gradients,
 scaled by anything, keep it: ΔW M = 0 and the layer answers to inputs in the span of M as before. M itself is
 needed between tasks only.
+
+A layer that trains in the subspace (:mod:`lance_ref.nn.subspace`) cannot leave it: ΔW = D U_fᵀ whatever the optimiser
+does to D. After the task W_0 ← W_0 + D U_fᵀ (:func:`lance_ref.merge`).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from lance_ref.algebra.tucker import check_epsilon
 from lance_ref.continual.bases import NOTHING, checked_bases
 from lance_ref.engine.tensor import Tensor
 from lance_ref.lance.calibration import frames_of, grams_of
-from lance_ref.lance.compression import match_layers
+from lance_ref.lance.compression import UPDATES, match_layers, put_on
 from lance_ref.lance.patches import PatchLance
 from lance_ref.models.alexnet_cl import Heads
 from lance_ref.nn import Conv2d
@@ -94,6 +97,7 @@ def compress_for_task(
     epsilon: float,
     modes: Sequence[str] = MODES,
     mean_free: bool = False,
+    update: str = "weight",
 ) -> TaskCompression:
     """Calibrate layers in the null space of their protected directions, and have them keep cores alone.
 
@@ -115,6 +119,9 @@ def compress_for_task(
         Of "batch", "token", "feature"; the feature mode must be one of them.
     mean_free : bool
         Leave the direction of the mean input alone too, for this task. Needs two passes over ``batches``.
+    update : {"weight", "subspace"}
+        What trains of these layers, as for :func:`lance_ref.compress`. In the subspace any optimiser protects; merge
+        after the task.
 
     Raises
     ------
@@ -133,6 +140,8 @@ def compress_for_task(
         raise ValueError(f"modes are {modes!r}, expected some of {MODES}")
     if "feature" not in modes:
         raise ValueError(f"modes are {tuple(modes)}, without 'feature', whose factor is what protects earlier tasks")
+    if update not in UPDATES:
+        raise ValueError(f"update is {update!r}, expected one of {', '.join(UPDATES)}")
     bases = checked_bases(net, protected)
     if not bases:
         raise ValueError("protected names no layer, expected a basis (or None) for every layer that is to learn")
@@ -165,9 +174,15 @@ def compress_for_task(
     # Only from here on is the network changed: all that can fail lies behind.
     frozen = tuple(path for path in bases if path not in stores)
     itemsizes = {path: modules[path].weight.dtype.itemsize for path in stores}
+    trained = {path: modules[path].weight.requires_grad for path in bases}
     for path in bases:
-        modules[path].store = stores.get(path, EXACT)
         modules[path].weight.requires_grad_(path in stores)
+    try:
+        put_on(net, {path: stores.get(path, EXACT) for path in bases}, update)
+    except ValueError:
+        for path, trains in trained.items():
+            modules[path].weight.requires_grad_(trains)
+        raise
     return TaskCompression(
         subspaces,
         frozen,
@@ -193,7 +208,8 @@ def check_optimizer(
     clipping, any learning rate. Refused are
 
     * **weight decay**: W itself has a part along M, and loses it;
-    * **Adam** and everything that is not SGD: its step is the gradient divided entry by entry, which is no sum of them;
+    * **Adam** and everything that is not SGD: its step is the gradient divided entry by entry, which is no sum of them
+      (of layers that train in the subspace every step is allowed);
     * **a momentum buffer of an earlier task**, which has a part along M: make a new optimiser for each task;
     * **a trained bias of a protected layer**: it moves the answer to all inputs;
     * **any other parameter that trains** and is not a head's: a layer without protection, or the weight and bias of
@@ -217,6 +233,11 @@ def check_optimizer(
         return
     modules = weighted_layers(net)
     weights = {modules[path].weight.uid: path for path in bases}
+    updates = {path: modules[path].update for path in bases if modules[path].update is not None}
+    inside = {p.uid for update in updates.values() for p in update.parameters()}
+    decay: Any = getattr(optimizer, "weight_decay", None)
+    if updates and decay:
+        _refuse_decay(optimizer, list(updates))
     biases = {modules[path].bias.uid: path for path in bases if modules[path].bias is not None}
     free = {parameter.uid for path in _head_paths(net, heads) for parameter in modules[path].parameters()}
     names = {parameter.uid: name for name, parameter in net.named_parameters()}
@@ -232,7 +253,7 @@ def check_optimizer(
                 f"the bias of the protected layer {biases[uid]!r} trains, which moves its answers to every input; "
                 "freeze it, or leave it out of the optimiser"
             )
-        elif uid not in free:
+        elif uid not in free | inside:
             raise ValueError(
                 f"parameter {names[uid]!r} trains, but is neither the weight of a protected layer nor a head's: it "
                 "moves what the layers above take in; protect its layer, freeze it, or name it in heads"
@@ -251,10 +272,14 @@ def _check_rule(optimizer: Optimizer, paths: list[str]) -> None:
             f"itself, and leave the null space of the directions that layers {paths} protect"
         )
     if optimizer.weight_decay:
-        raise ValueError(
-            f"weight_decay is {optimizer.weight_decay:g}, expected 0: it shrinks the weights of layers {paths} along "
-            "the protected directions too"
-        )
+        _refuse_decay(optimizer, paths)
+
+
+def _refuse_decay(optimizer: Any, paths: list[str]) -> None:
+    raise ValueError(
+        f"weight_decay is {optimizer.weight_decay:g}, expected 0: it shrinks the weights of layers {paths} along "
+        "the protected directions too"
+    )
 
 
 def _check_momentum(optimizer: Optimizer, position: int, path: str, M: np.ndarray) -> None:

@@ -20,7 +20,7 @@ from lance_ref.engine.tensor import Tensor
 from lance_ref.functional import cross_entropy
 from lance_ref.lance.compression import chosen_layers, uncompressed
 from lance_ref.nn.module import Module
-from lance_ref.nn.selection import weighted_layers
+from lance_ref.nn.selection import refuse_updates, weighted_layers
 from lance_ref.stores import ActivationStore
 from lance_ref.train.features import in_mode
 
@@ -77,12 +77,14 @@ def sample_gradients(
     Raises
     ------
     ValueError
-        If there are no batches, a glob matches no layer, or the loss never depends on a chosen layer.
+        If there are no batches, a glob matches no layer, the loss never depends on a chosen layer, or a layer trains in
+        a subspace.
     TypeError
         If a batch is not a pair.
     """
     if not isinstance(net, Module):
         raise TypeError(f"net is a {type(net).__name__}, expected a lance_ref.nn.Module")
+    refuse_updates(net, "sample_gradients")
     paths = chosen_layers(net, layers)
     modules = weighted_layers(net)
     samples: dict[str, list[LayerSample]] = {path: [] for path in paths}

@@ -21,7 +21,7 @@ from lance_ref.engine.tensor import Tensor
 from lance_ref.lance.calibration import Calibration
 from lance_ref.lance.compression import compress
 from lance_ref.nn.module import Module
-from lance_ref.nn.selection import weighted_layers
+from lance_ref.nn.selection import refuse_updates, weighted_layers
 from lance_ref.stores import Lance
 from lance_ref.train.features import in_mode
 from lance_ref.train.run import StepInfo
@@ -103,6 +103,7 @@ class Recalibrator:
 
     def __call__(self, info: StepInfo) -> None:
         """Look at what the step before kept; called before each step."""
+        refuse_updates(info.net, "Recalibrator")  # other directions would need another D
         layers = weighted_layers(info.net)
         for path in self._recent:
             store = layers[path].store

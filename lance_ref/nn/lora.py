@@ -194,6 +194,8 @@ def _exchange(net: Module, old: Module, new: Module) -> None:
 def _check(base: Module, kind: type[Module], rank: int) -> None:
     if not isinstance(base, kind):
         raise TypeError(f"LoRA: base is a {type(base).__name__}, expected a {kind.__name__}")
+    if base.update is not None:
+        raise ValueError("LoRA: base trains in a subspace, expected a plain layer; merge(net) first")
     positive_integers("LoRA", rank=rank)
 
 
@@ -203,7 +205,7 @@ def _adapt(layer: LoRALinear | LoRAConv2d, base: Linear | Conv2d, rank: int, alp
     if not 0 < alpha < float("inf"):
         raise ValueError(f"LoRA: alpha is {alpha}, expected a positive number")
     layer.scale = alpha / rank
-    layer.weight, layer.bias, layer.store = base.weight, base.bias, base.store
+    layer.weight, layer.bias, layer.store, layer.update = base.weight, base.bias, base.store, None
     layer.up.weight = constant_parameter(layer.up.weight.shape, 0.0)
     layer.sum = Sum()
     for part in (layer.down, layer.up):

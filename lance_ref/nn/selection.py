@@ -36,6 +36,18 @@ def weighted_layers(net: Module) -> dict[str, Module]:
     return {path: module for path, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
 
 
+def refuse_updates(net: Module, what: str) -> None:
+    """Raise ValueError if a layer trains in a subspace, which ``what`` does not heed."""
+    for path, layer in weighted_layers(net).items():
+        if layer.update is not None:
+            raise ValueError(f"layer {path!r} trains in a subspace, which {what} does not heed; merge(net) first")
+
+
+def learns(layer: Module) -> bool:
+    """Whether the weight of a layer trains, as a whole or in a subspace."""
+    return bool(layer.weight.requires_grad or layer.update is not None)
+
+
 def tune(
     net: Module,
     selection: str | Sequence[str] = "last:4",
@@ -76,7 +88,8 @@ def tune(
     ValueError
         If the network has no Conv2d or Linear layer, ``n`` is not a number from 1 to the number of
         layers, a glob matches nothing, or a selected layer has no bias where only biases are to train; or if it
-        keeps layers that require gradients in a plain list, tuple or dict, which registers none of them.
+        keeps layers that require gradients in a plain list, tuple or dict, which registers none of them; or if a
+        layer trains in a subspace.
 
     Notes
     -----
@@ -101,6 +114,7 @@ def tune(
     ['2.bias', '4.weight', '4.bias']
     """
     choice = choose(net, selection, train_batchnorm, parameters)
+    refuse_updates(net, "tune")
     _check_containers(net)
     for parameter in net.parameters():
         parameter.requires_grad_(id(parameter) in choice.trains)

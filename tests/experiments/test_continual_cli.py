@@ -137,6 +137,18 @@ def test_convolutions_are_predicted_too(learner: str, net: str) -> None:
     assert [n for n, _ in protected.values()] == [9, 16 * 9, 32 * 9]
 
 
+@pytest.mark.parametrize("net", ["mlp", "convnet"])
+def test_tasks_in_the_subspace_are_predicted(net: str) -> None:
+    """Steps that write weights down, and one more after the task; the cell has an argument for it, by default none."""
+    result = continual_cell.run(**{**CELL, "net": net, "train_images": 20}, learner="lance", update="subspace")
+    assert all(agrees(task) for task in result["tasks"])
+    assert all(task["predicted"]["merging_macs"] > 0 for task in result["tasks"])
+    for more, expected in ([], {}), (["--update=subspace"], {"update": "subspace"}):
+        options = continual.checked(continual.parser().parse_args(["--quick", "--learners=lance", *more]))
+        arguments = continual.cell(options, "lance", 0)
+        assert {name: value for name, value in arguments.items() if name == "update"} == expected
+
+
 @pytest.mark.parametrize("learner", list(LEARNERS))
 def test_heads_of_different_sizes_are_predicted(learner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two, three and five classes on the same float features: forward passes between tasks run the task's own head."""

@@ -82,6 +82,27 @@ def test_at_full_rank_lance_is_backpropagation() -> None:
         np.testing.assert_allclose(list(full["energy_kept"][when].values()), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["lance", "lance-center"])
+def test_in_the_subspace_the_run_is_the_same(method: str) -> None:
+    """Losses, cosines with the whole gradient and energies to rounding; bytes and multiply-adds as predicted."""
+    whole, inside = run(**CELL, method=method), run(**CELL, method=method, update="subspace")
+    np.testing.assert_allclose(inside["loss"], whole["loss"], rtol=1e-4)
+    assert inside["predicted_tape_bytes"] == inside["tape_bytes"] == whole["tape_bytes"]
+    assert inside["predicted_macs"] == inside["macs"] != whole["macs"]
+    for when in ("start", "middle", "end"):
+        assert inside["cosines"][when] == pytest.approx(whole["cosines"][when], rel=1e-3)
+        assert inside["energy_kept"][when] == pytest.approx(whole["energy_kept"][when], rel=1e-3)
+
+
+def test_a_setting_of_its_own_default_names_no_new_cell() -> None:
+    """Finished cells of before are found again: what is not given is not among the arguments."""
+    plain, inside = (
+        finetune.cell(finetune.checked(finetune.parser().parse_args(["--quick", *more])), "lance", 0, 0.1)
+        for more in ([], ["--update=subspace"])
+    )
+    assert inside == {**plain, "update": "subspace"}
+
+
 def test_finished_runs_are_not_run_again(
     table: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

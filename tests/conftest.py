@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -31,3 +32,14 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.fail(f"LANCE_REF_DATA is {folder!r}, which is no folder")
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _objects_of_before_are_not_searched() -> None:
+    """Collections of garbage pass over all that lives before the first test of a file.
+
+    The tests of memory collect garbage before they measure, hundreds of times. Nearly all objects of the process are
+    modules (PyTorch and what it imports above all), functions and tests, and to search these takes up to 0.8 s each.
+    """
+    gc.collect()
+    gc.freeze()

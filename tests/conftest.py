@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -34,12 +36,28 @@ def data_dir() -> Path:
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _objects_of_before_are_not_searched() -> None:
-    """Collections of garbage pass over all that lives before the first test of a file.
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """No garbage is looked for while tests are collected: objects only become more then, and 3 s would be lost."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
-    The tests of memory collect garbage before they measure, hundreds of times. Nearly all objects of the process are
-    modules (PyTorch and what it imports above all), functions and tests, and to search these takes up to 0.8 s each.
+
+def pytest_runtest_setup() -> None:
+    """Let the garbage collector pass over all that was there before a test, whenever modules were imported.
+
+    The tests of memory collect garbage before they measure, hundreds of times. Nearly all objects of this process
+    belong to modules (PyTorch's above all) and to the tests themselves; to search these takes up to 0.8 s each time.
     """
-    gc.collect()
-    gc.freeze()
+    global _modules
+    if len(sys.modules) != _modules:
+        _modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
+_modules = 0
+"""How many were imported when objects were last set aside."""

@@ -1,4 +1,4 @@
-"""What all tests share: one deterministic Hypothesis profile, and where the real data are."""
+"""What all tests share: a deterministic Hypothesis profile, how many processes, and where the real data are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Two processes share two cores: products of matrices that took a thread a core would take four
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["LANCE_REF_OFFLINE"] = "1"  # no test reaches out, nor depends on what was downloaded before
 os.environ["LANCE_REF_CACHE"] = str(Path(__file__).with_name("no-such-cache"))
 
@@ -34,6 +37,16 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.fail(f"LANCE_REF_DATA is {folder!r}, which is no folder")
     return path
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes run the tests: a core each, at most four; for single files this one, which starts at once."""
+    named = [Path(str(argument).partition("::")[0]) for argument in config.option.file_or_dir]
+    if named and all(path.is_file() for path in named):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4) if cores > 1 else 0
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,4 +1,4 @@
-"""What a parent process and its children do in the tests of forks: ``python fork_case.py HOW ...`` prints "HOW: the same".
+"""What a parent and its children do in the tests of forks: ``python fork_case.py HOW ...`` prints "HOW: the same".
 
 Children that hang are killed with the process group by the test that started this one.
 """

@@ -21,7 +21,7 @@ from lance_ref.algebra.kernels import threads as kernels
 
 needs_numba = pytest.mark.skipif(not kernels.numba_enabled(), reason="Numba is switched off or not installed")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-SECONDS = 90
+SECONDS = 120
 """Of a whole process with its children, which takes 2 to 8 when nothing hangs."""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and so may a shell: what is printed would have another width
 # Two processes share two cores: products of matrices that took a thread a core would take four
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,7 +42,7 @@ def data_dir() -> Path:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """How many processes run the tests: a core each, at most four; for single files this one, which starts at once."""
+    """How many processes ``-n auto`` starts: a core each, at most four; for single files this one, which starts at once."""
     named = [Path(str(argument).partition("::")[0]) for argument in config.option.file_or_dir]
     if named and all(path.is_file() for path in named):
         return 0

@@ -42,7 +42,7 @@ def data_dir() -> Path:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """How many processes ``-n auto`` starts: one a core, at most four; single files run in this one, without a start."""
+    """How many processes ``-n auto`` starts: one a core, at most four, and none for single files."""
     named = [Path(str(argument).partition("::")[0]) for argument in config.option.file_or_dir]
     if named and all(path.is_file() for path in named):
         return 0

@@ -12,7 +12,6 @@ import pytest
 
 from benchmarks import buffers, counts
 from benchmarks.steps import Case
-from lance_ref import manual_seed
 from lance_ref.algebra import geometry
 
 FILE = Path(__file__).parents[1] / "data" / "step_counts.json"
@@ -28,7 +27,6 @@ def recorded() -> dict[str, Any]:
 @pytest.mark.parametrize("case", counts.CASES, ids=lambda case: case.net)
 def test_counts_are_the_recorded_ones(case: Case, recorded: dict[str, Any]) -> None:
     """One multiply-add, buffer or copy more in a step of any store, and it is said where."""
-    manual_seed(0)  # HOSVD copies a Gram matrix whose exponent is not 0: with other weights it may be another matrix
     names = {f"{case.net}, {method}" for method in counts.METHODS}
     of_case = {**recorded, "counts": {name: of for name, of in recorded["counts"].items() if name in names}}
     lines = counts.differences(counts.count_all([case]), of_case)

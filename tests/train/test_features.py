@@ -352,7 +352,7 @@ def spoil_behind_the_back(path: Path) -> None:
         {"spoil": lambda path: Path(f"{path}.json").write_text("[]")},
         {"spoil": lambda path: Path(f"{path}.json").unlink()},
     ],
-    ids=str,
+    ids=lambda change: next(iter(change)),  # pytest numbers those that are equal
 )
 def test_a_file_that_does_not_fit_is_made_anew(change: dict[str, Any], tmp_path: Path, writes: list[Path]) -> None:
     """Whatever differs: weights, statistics, settings, cut, pixels, preparation, or the file itself."""

@@ -212,8 +212,8 @@ def _tilings(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool]) -> Iterato
         _, H, W = graph.shapes[segment.output]
         for tile_h in _cuts(H):
             for tile_w in _cuts(W):
-                if (tile_h, tile_w) == (H, W):
-                    continue
+                if (tile_h, tile_w) == (H, W) or (tile_w < W and max(tile_h / tile_w, tile_w / tile_h) > _LONGEST):
+                    continue  # all of it, or narrow tiles, which have more halo than square ones
                 try:
                     yield lay_out(graph, recipe, Choice(heads, count, (tile_h, tile_w)), plain.segments)
                 except NotTiledError:
@@ -225,7 +225,7 @@ def _tilings(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool]) -> Iterato
             return
 
 
-_PARTS = (1, 2, 3, 4, 6, 8)
+_PARTS, _LONGEST = (1, 2, 3, 4, 6, 8, 12, 16), 3
 
 
 def _cuts(n: int) -> list[int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from analysis.commands.cli import (
     NET_HELP,
@@ -112,6 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from analysis.commands.console import emit
+    from analysis.reports.tables import drawn
+
     _check(options)
     prediction = _predict(options)
     _check_ranks(options, prediction)
@@ -124,7 +126,11 @@ def _run(options: argparse.Namespace) -> int:
         from analysis.check.measure import compare
 
         comparison = compare(prediction, options.data, peaks=True)
-    _write(options, prediction)
+    report = prediction.report
+    emit(
+        drawn(report, options.accounting, options.wide), {"json": report.json_text, "csv": report.csv_text},
+        options.format, options.output,
+    )  # fmt: skip
     if comparison is None:
         return 0
     print(comparison, file=sys.stdout if options.format == "table" or options.output else sys.stderr)
@@ -172,23 +178,6 @@ def _predict(options: argparse.Namespace) -> Prediction:
         basis_batches=DEFAULT_BASIS_BATCHES if options.basis_batches is None else options.basis_batches,
         optimizer=options.optimizer,
     )  # fmt: skip
-
-
-def _write(options: argparse.Namespace, prediction: Prediction) -> None:
-    """The report, to the terminal, a pipe or a file."""
-    from analysis.reports.tables import render, show
-    from lance_ref.io.whole_file import write_text
-
-    report = prediction.report
-    if options.format == "table" and options.output is None:
-        show(report, options.accounting, options.wide)
-        return
-    writers: dict[str, Any] = {"json": report.json_text, "csv": report.csv_text}
-    text = writers.get(options.format, lambda: render(report, options.accounting, wide=options.wide))()
-    if options.output is None:
-        sys.stdout.write(text)
-    else:
-        write_text(options.output, text)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from analysis.commands.cli import (
     OneLineParser,
     any_file,
     check_effect,
+    check_once,
     count,
     input_shape,
     pixels,
@@ -27,7 +28,6 @@ from analysis.planner.options import (
     ASSUMED_FRACTION,
     DEFAULT_BATCHES,
     DEFAULT_EPSILONS,
-    check_lists,
     options_for,
     parse_bytes,
     parse_fraction_of_modes,
@@ -101,30 +101,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from analysis.commands.console import emit
     from analysis.planner.costs import Device
-    from analysis.planner.tables import csv_text, json_text, render, show
-    from lance_ref.io.whole_file import write_text
+    from analysis.planner.tables import csv_text, drawn, json_text
 
     device = Device(options.count, options.weights, options.calibration, options.optimizer)
     plan = make_plan(options, device)
-    if options.format == "table" and options.output is None:
-        show(plan, device)
-        return
     texts = {"json": lambda: json_text(plan, device), "csv": lambda: csv_text(plan)}
-    text = texts.get(options.format, lambda: render(plan, device))()
-    if options.output is None:
-        sys.stdout.write(text)
-    else:
-        write_text(options.output, text)
+    emit(drawn(plan, device), texts, options.format, options.output)
 
 
 def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     """The plan for the options of the command line.
 
-    Raises
-    ------
-    ValueError, TypeError, LookupError, OSError
-        In one line that names what came and what is allowed.
+    Raises ValueError, TypeError, LookupError or OSError in one line that names what came and what is allowed.
     """
     from dataclasses import replace
 
@@ -139,11 +129,12 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     methods = chosen_methods(options.method)
     fractions = [parse_fraction_of_modes(text) for text in options.ranks or []]
     epsilons = list(DEFAULT_EPSILONS) if options.epsilon is None else options.epsilon
-    check_lists(options.batch, epsilons)
     grids = {name: getattr(options, name) for name, setting in KNOWN.items() if setting.grid is not None}
-    for name, values in {"ranks": fractions, **grids}.items():
-        if len(set(values)) < len(values):
-            raise ValueError(f"--{name.replace('_', '-')} takes every value once")
+    for name in ("batch", "epsilon", *grids):
+        if getattr(options, name) is not None:
+            check_once(options, name)
+    if len(set(fractions)) < len(fractions):
+        raise ValueError(f"--ranks is {' '.join(options.ranks)}, expected each once")
     _check_effects(options, methods)
     costs, ranks_from = _costs(options, device)
     if costs.spectra is None:

@@ -195,3 +195,48 @@ def test_a_calibrated_classifier_counts_as_head() -> None:
     net = small()
     program = device.compile(net, directions(net, (1, 4, 4), ["4"], 1), (1, 4, 4))
     assert {array.kind for array in program.layout.arrays if "4." in array.name} == {"head"}
+
+
+class Woven(nn.Module):
+    """Maps that are read twice, a norm behind one of them, two sums in a row, and dilated kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i in range(4):
+            setattr(self, f"conv{i}", nn.Conv2d(3, 3, 3, padding=2, dilation=2, rng=i))
+        self.norm = nn.BatchNorm2d(3)
+        self.last = nn.Linear(3, 3, rng=9)
+
+    def forward(self, x: Any) -> Any:
+        first = self.conv0(x)
+        normed = self.norm(first) + first
+        second = self.conv1(x)
+        both = self.conv2(x) + normed
+        again = self.conv3(both + second) + normed
+        return self.last(flatten(adaptive_avg_pool2d(again, 1), 1))
+
+
+@pytest.mark.parametrize("selection", ["head", "all"])
+def test_maps_that_are_read_twice(selection: str) -> None:
+    net = Woven()
+    tune(net, selection)
+    program = device.compile(net, input_shape=(3, 12, 12), budget="1MiB")
+    program.step(np.zeros((1, 12, 12, 3), np.uint8), np.array([0]), 0.01)
+    assert differences(program, prediction_of(program, net, (3, 12, 12))) == []
+
+
+def test_tiles_of_dilated_kernels() -> None:
+    from lance_ref.device.layout import Choice, lay_out
+
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 3, 3, padding=2, dilation=2, rng=i) for i in range(2)), nn.Flatten(), nn.Linear(432, 3, rng=2)
+    )
+    whole = device.compile(net, input_shape=(3, 12, 12), method="head", budget="1MiB")
+    layout = lay_out(whole.graph, whole.recipe, Choice(whole.layout.choice.heads, 1, (4, 6)))
+    layout.place()
+    program = device.Program(whole.graph, whole.recipe, layout, "head")
+    program.step(np.zeros((1, 12, 12, 3), np.uint8), np.array([0]), 0.01)
+    predicted = prediction_of(program, net, (3, 12, 12))
+    assert differences(program, predicted) == []
+    # The first convolution computes, for each row of tiles, 4 rows with a halo of 2 inside the map, and 2 x 8 columns.
+    assert predicted.macs["recomputed"] == 81 * ((6 + 8 + 6) * (8 + 8) - 12 * 12)

@@ -90,6 +90,10 @@ def parser() -> argparse.ArgumentParser:
         "--basis-batches", type=count, metavar="N",
         help=f"of --continual: batches from which these directions are found ({DEFAULT_BASIS_BATCHES})",
     )  # fmt: skip
+    p.add_argument(
+        "--engine", default="library", choices=["library", "device"],
+        help="device: beneath the table also the RAM of device programs, one image at a time",
+    )  # fmt: skip
     p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the output")
     p.add_argument(
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
@@ -143,6 +147,7 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("accounting", "panels"):
         if getattr(options, name) is not None:
             check_once(options, name)
+    check_effect(options, "engine", options.format == "table", "--format table, beneath which it prints")
     check_effect(options, "wide", options.format == "table", "--format table, whose columns it shows")
     if options.format == "csv":
         check_no_effect(options, ("continual", "calibration_batches"), "CSV has the rows of the layers alone")
@@ -165,7 +170,7 @@ def _predict(options: argparse.Namespace) -> Prediction:
         options.tune[0] if options.tune and len(options.tune) == 1 else options.tune,
         options.method, options.epsilon, options.ranks,
         options.spectra, options.convention, options.dtype,
-        with_weights=options.measure,
+        with_weights=options.measure or options.engine == "device",
         settings=Settings(**{name: getattr(options, name) for name in KNOWN}),
         continual=options.continual,
         protected=DEFAULT_PROTECTED if options.protected is None else options.protected,
@@ -180,11 +185,18 @@ def _write(options: argparse.Namespace, prediction: Prediction) -> None:
     from lance_ref.io.whole_file import write_text
 
     report = prediction.report
+    beneath = ""
+    if options.engine == "device":
+        from analysis.device.beside import device_text
+
+        momentum = options.optimizer == "sgd-momentum"
+        beneath = "\n" + device_text(prediction, chosen_methods(options.method), momentum, options.optimizer == "adam")
     if options.format == "table" and options.output is None:
         show(report, options.accounting, options.wide)
+        sys.stdout.write(beneath)
         return
     writers: dict[str, Any] = {"json": report.json_text, "csv": report.csv_text}
-    text = writers.get(options.format, lambda: render(report, options.accounting, wide=options.wide))()
+    text = writers.get(options.format, lambda: render(report, options.accounting, wide=options.wide) + beneath)()
     if options.output is None:
         sys.stdout.write(text)
     else:

@@ -151,6 +151,8 @@ def read(records: Sequence[OpRecord]) -> Network:
     numbers = {image.id: 0}
     uses = Counter(value.id for record in records for value in record.inputs)
     for record in records:
+        if record.inputs[0].id not in numbers:
+            raise ValueError(f"operation {record.op!r} of layer {record.path!r} is on nothing that the image gives")
         source = numbers[record.inputs[0].id]
         if record.op == "reshape" or (record.op == "dropout" and not record.attributes["p"]):
             numbers[record.output.id] = source

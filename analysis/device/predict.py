@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from analysis.device.choices import Choices, Settings
+from analysis.device.layers import layer
 from analysis.device.memory import Step
 from analysis.device.operations import read
 from analysis.device.segments import split
@@ -65,3 +66,15 @@ def predict(records: Sequence[OpRecord], settings: Settings, choices: Choices) -
         if block.first <= peak <= block.last:
             ram[block.kind] = ram.get(block.kind, 0) + block.nbytes
     return Prediction(live, ram, flash_bytes(step), macs(step))
+
+
+def trained_bytes(records: Sequence[OpRecord], settings: Settings) -> int:
+    """Bytes of the weights that train, D in place of W where D trains; without gradients."""
+    net, numbers = read(records), 0
+    for operation in net.operations:
+        if operation.weights is not None:
+            of = layer(net, operation, settings, is_end=True)
+            numbers += of.weights.outputs if of.weights.bias_trains else 0
+            if of.weights.trains:
+                numbers += of.change if of.in_subspace else of.weights.size
+    return numbers * net.itemsize

@@ -32,12 +32,18 @@ class Option:
         Energy threshold of the ranks, for methods that have ranks.
     fraction : Fraction, optional
         Of each mode, in place of ``epsilon``.
+    directions : int, optional
+        Of channels alone, in place of ``epsilon``.
+    update : str
+        Of a device program: ``batch`` or ``image``, after which the weights change; empty for a step of the library.
     """
 
     method: str
     settings: Settings = field(default_factory=Settings)
     epsilon: float | None = None
     fraction: Fraction | None = None
+    directions: int | None = None
+    update: str = ""
 
     @property
     def setting(self) -> str:
@@ -46,6 +52,10 @@ class Option:
         >>> Option("lance", epsilon=0.9).setting, Option("gradient-filter").setting, Option("bp").setting
         ('epsilon 0.9', 'patch 2', '')
         """
+        if self.directions is not None or self.update:
+            update = f"update {self.update}" if self.update else ""
+            directions = "" if self.directions is None else f"{self.directions} directions"
+            return ", ".join(filter(None, (directions, update)))
         if self.epsilon is not None:
             return f"epsilon {self.epsilon:g}"
         if self.fraction is not None:

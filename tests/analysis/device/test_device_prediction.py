@@ -240,3 +240,12 @@ def test_tiles_of_dilated_kernels() -> None:
     assert differences(program, predicted) == []
     # The first convolution computes, for each row of tiles, 4 rows with a halo of 2 inside the map, and 2 x 8 columns.
     assert predicted.macs["recomputed"] == 81 * ((6 + 8 + 6) * (8 + 8) - 12 * 12)
+
+
+def test_two_biases_of_the_same_channels_are_refused() -> None:
+    """One of them would be lost when the norm is folded."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, rng=0), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3, rng=0))
+    tune(net, "all")
+    net.get_submodule("1").bias.requires_grad = True
+    with pytest.raises(device.UnsupportedError, match=r"'1' trains its bias, and the layer before it trains '0\.bias'"):
+        device.compile(net, input_shape=(1, 4, 4))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from analysis.commands.cli import (
     NET_HELP,
@@ -116,6 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from analysis.commands.console import emit
+    from analysis.reports.tables import drawn
+
     _check(options)
     prediction = _predict(options)
     _check_ranks(options, prediction)
@@ -128,7 +130,16 @@ def _run(options: argparse.Namespace) -> int:
         from analysis.check.measure import compare
 
         comparison = compare(prediction, options.data, peaks=True)
-    _write(options, prediction)
+    report = prediction.report
+    draw_report = drawn(report, options.accounting, options.wide)
+    if options.engine == "device":
+        from analysis.device.beside import with_programs
+
+        draw_report = with_programs(draw_report, prediction, chosen_methods(options.method), options.optimizer)
+    emit(
+        draw_report, {"json": report.json_text, "csv": report.csv_text},
+        options.format, options.output,
+    )  # fmt: skip
     if comparison is None:
         return 0
     print(comparison, file=sys.stdout if options.format == "table" or options.output else sys.stderr)
@@ -177,30 +188,6 @@ def _predict(options: argparse.Namespace) -> Prediction:
         basis_batches=DEFAULT_BASIS_BATCHES if options.basis_batches is None else options.basis_batches,
         optimizer=options.optimizer,
     )  # fmt: skip
-
-
-def _write(options: argparse.Namespace, prediction: Prediction) -> None:
-    """The report, to the terminal, a pipe or a file."""
-    from analysis.reports.tables import render, show
-    from lance_ref.io.whole_file import write_text
-
-    report = prediction.report
-    beneath = ""
-    if options.engine == "device":
-        from analysis.device.beside import device_text
-
-        momentum = options.optimizer == "sgd-momentum"
-        beneath = "\n" + device_text(prediction, chosen_methods(options.method), momentum, options.optimizer == "adam")
-    if options.format == "table" and options.output is None:
-        show(report, options.accounting, options.wide)
-        sys.stdout.write(beneath)
-        return
-    writers: dict[str, Any] = {"json": report.json_text, "csv": report.csv_text}
-    text = writers.get(options.format, lambda: render(report, options.accounting, wide=options.wide) + beneath)()
-    if options.output is None:
-        sys.stdout.write(text)
-    else:
-        write_text(options.output, text)
 
 
 if __name__ == "__main__":

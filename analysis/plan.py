@@ -29,7 +29,6 @@ from analysis.planner.options import (
     ASSUMED_FRACTION,
     DEFAULT_BATCHES,
     DEFAULT_EPSILONS,
-    check_lists,
     options_for,
     parse_bytes,
     parse_fraction_of_modes,
@@ -99,8 +98,8 @@ def parser() -> argparse.ArgumentParser:
         help="of --engine device: directions of the channels that lance keeps (8 16 24)",
     )  # fmt: skip
     p.add_argument(
-        "--update", nargs="+", choices=UPDATES, default=list(UPDATES),
-        help="of --engine device: update after a batch, or after each image (batch image)",
+        "--update-after", nargs="+", choices=UPDATES, default=list(UPDATES),
+        help="of --engine device: whether the weights change after a batch, or after each image (batch image)",
     )  # fmt: skip
     p.add_argument("--image-size", type=pixels, help="height and width in pixels")
     p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
@@ -121,9 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from analysis.commands.console import emit
     from analysis.planner.costs import Device
-    from analysis.planner.tables import csv_text, json_text, render, show
-    from lance_ref.io.whole_file import write_text
+    from analysis.planner.tables import csv_text, drawn, json_text
 
     if options.engine == "device":
         device = Device("program", "flash", "elsewhere", options.optimizer)
@@ -131,24 +130,14 @@ def _run(options: argparse.Namespace) -> None:
     else:
         device = Device(options.count, options.weights, options.calibration, options.optimizer)
         plan = make_plan(options, device)
-    if options.format == "table" and options.output is None:
-        show(plan, device)
-        return
     texts = {"json": lambda: json_text(plan, device), "csv": lambda: csv_text(plan)}
-    text = texts.get(options.format, lambda: render(plan, device))()
-    if options.output is None:
-        sys.stdout.write(text)
-    else:
-        write_text(options.output, text)
+    emit(drawn(plan, device), texts, options.format, options.output)
 
 
 def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     """The plan for the options of the command line.
 
-    Raises
-    ------
-    ValueError, TypeError, LookupError, OSError
-        In one line that names what came and what is allowed.
+    Raises ValueError, TypeError, LookupError or OSError in one line that names what came and what is allowed.
     """
     from dataclasses import replace
 
@@ -163,11 +152,12 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     methods = chosen_methods(options.method)
     fractions = [parse_fraction_of_modes(text) for text in options.ranks or []]
     epsilons = list(DEFAULT_EPSILONS) if options.epsilon is None else options.epsilon
-    check_lists(options.batch, epsilons)
     grids = {name: getattr(options, name) for name, setting in KNOWN.items() if setting.grid is not None}
-    for name, values in {"ranks": fractions, **grids}.items():
-        if len(set(values)) < len(values):
-            raise ValueError(f"--{name.replace('_', '-')} takes every value once")
+    for name in ("batch", "epsilon", *grids):
+        if getattr(options, name) is not None:
+            check_once(options, name)
+    if len(set(fractions)) < len(fractions):
+        raise ValueError(f"--ranks is {' '.join(options.ranks)}, expected each once")
     _check_effects(options, methods)
     costs, ranks_from = _costs(options, device)
     if costs.spectra is None:
@@ -220,7 +210,7 @@ def make_device_plan(options: argparse.Namespace) -> Plan:
         if name not in programs:
             why = "it has the sizes of lance" if name in DEVICE_METHODS else why_not(name)
             raise ValueError(f"--method {name} has no plan with --engine device: {why}")
-    for name in ("directions", "update"):
+    for name in ("directions", "update_after"):
         check_once(options, name)
     check_effect(options, "directions", "lance" in methods, "--method lance")
     shape = input_shape_for(options.net, options.image_size, options.input_shape)
@@ -229,7 +219,7 @@ def make_device_plan(options: argparse.Namespace) -> Plan:
     costs = DeviceCosts(net, options.net, shape, options.dtype, spectra, budget, options.optimizer)
     classes = costs.whole(1).num_classes
     check_classes(options.net, options.num_classes, classes)
-    tried = device_options(methods, options.directions, options.update)
+    tried = device_options(methods, options.directions, options.update_after)
     plan = search(costs, tried, (1,), budget, times, options.shares, options.layers)
     facts = {
         "net": f"{options.net}, input {'x'.join(map(str, shape))}, {classes} classes, {options.dtype}",
@@ -258,7 +248,7 @@ def _beside_the_library(costs: DeviceCosts, plan: Plan) -> str:
 def _check_effects(options: argparse.Namespace, methods: Sequence[str]) -> None:
     """Options that change nothing beside the others are refused before the work."""
     check_methods_heed(options, methods)
-    for name in ("directions", "update"):
+    for name in ("directions", "update_after"):
         check_effect(options, name, options.engine == "device", "--engine device")
     check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")
     calibrated = [name for name, method in METHODS.items() if method.calibration]

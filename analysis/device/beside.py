@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import lance_ref
+from analysis.commands.console import Draw, Sheet, say
 from analysis.device.programs import DEVICE_METHODS, why_not
 from analysis.device.subspaces import input_shapes, random_subspaces
 from analysis.ranks.choose import mean_free
 from analysis.reports.predict import Prediction
 from lance_ref import device
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 MOMENTUM = 0.9
 """Of SGD with momentum; its value changes no size."""
-ACROSS = 100
-"""Characters of a line, as in the report."""
 
 
-def device_text(prediction: Prediction, methods: Sequence[str], momentum: bool = False, adam: bool = False) -> str:
-    """A table of the programs of the methods that a device has, and why it lacks the others.
+def with_programs(draw: Draw, prediction: Prediction, methods: Sequence[str], optimizer: str = "sgd") -> Draw:
+    """What ``draw`` draws, and beneath it a table of device programs.
 
     Parameters
     ----------
+    draw : callable
+        Prints the report to a rich console.
     prediction : Prediction
         Of a net with weights.
     methods : sequence of str
-    momentum : bool
-        Whether SGD has momentum.
-    adam : bool
-        Whether the report is about Adam, which a device has not.
+        Those that a device lacks are listed with the reason.
+    optimizer : {"sgd", "sgd-momentum", "adam"}
     """
-    lines = ["Device programs: one image at a time, every array at a fixed address (lance-ref device)"]
-    if adam:
-        return f"{lines[0]}\n  none: a device has SGD with and without momentum, not Adam\n"
-    lines.append(f"{'method':<18}{'update after':<14}{'RAM (KiB)':>12}{'flash (KiB)':>13}{'multiply-adds again':>21}")
+    sheet, reasons = _table(prediction, methods, optimizer)
+
+    def both(on: Console) -> None:
+        draw(on)
+        if sheet.rows:
+            on.print(sheet)
+        for reason in reasons:
+            say(on, reason)
+
+    return both
+
+
+def _table(prediction: Prediction, methods: Sequence[str], optimizer: str) -> tuple[Sheet, list[str]]:
+    columns = ["method", "update after", "RAM", "flash", "multiply-adds again"]
+    sheet = Sheet("Device programs: one image at a time, every array at a fixed address (KiB)", columns, left=2)
+    if optimizer == "adam":
+        return sheet, ["no device program: a device has SGD with and without momentum, not Adam"]
     reasons = []
     for method in methods:
         if why_not(method):
@@ -42,15 +57,13 @@ def device_text(prediction: Prediction, methods: Sequence[str], momentum: bool =
             continue
         for update in ("batch", "image"):
             try:
-                program = _program(prediction, method, update, momentum)
+                program = _program(prediction, method, update, optimizer == "sgd-momentum")
             except ValueError as error:
-                reasons.append(f"{method}: no device program: {' '.join(str(error).split())}")
+                reasons.append(f"{method}: no device program: {error}")
                 break
-            ram, flash = program.ram_bytes / 2**10, program.flash_bytes / 2**10
-            again = program.layout.recomputed_macs
-            lines.append(f"{method:<18}{update:<14}{ram:>12,.1f}{flash:>13,.1f}{again:>21,}")
-    wrapped = [line for reason in reasons for line in textwrap.wrap(reason, ACROSS, subsequent_indent="  ")]
-    return "\n".join([*lines, *wrapped]) + "\n"
+            ram, flash = (f"{nbytes / 2**10:,.1f}" for nbytes in (program.ram_bytes, program.flash_bytes))
+            sheet.add(method, update, ram, flash, f"{program.layout.recomputed_macs:,}")
+    return sheet, reasons
 
 
 def _program(prediction: Prediction, method: str, update: str, momentum: bool) -> device.Program:

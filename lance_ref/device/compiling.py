@@ -110,17 +110,22 @@ def compile(
     if (method == "lance") != (calibration is not None):
         came, wanted = ("none", "one") if calibration is None else ("given", "none")
         raise ValueError(f"calibration is {came}, but method {method!r} takes {wanted}")
+    shape = tuple(input_shape)
+    if len(shape) not in (1, 3) or any(
+        isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1 for n in shape
+    ):
+        raise ValueError(f"input_shape is {input_shape!r}, expected (C, H, W) or (features,), positive integers")
     allowed_bytes = None if budget is None else parse_bytes(budget)
     if tune is not None or method in ("bias", "head"):
         selection = "head" if method == "head" else tune if tune is not None else _tuned(net)
         choose_layers(net, selection, parameters="bias" if method == "bias" else "all")
     if isinstance(calibration, Calibration):
         calibration.check(net)
-    graph = graphs.read(net, input_shape)
+    graph = graphs.read(net, shape)
     if graph.output not in graph.needs_gradient:
         raise ValueError("nothing that the output depends on trains, expected tune to select a layer")
     factors = _factors(graph, calibration or {})
-    pixels = _pixels(net, tuple(input_shape), preprocess, graph)
+    pixels = _pixels(net, shape, preprocess, graph)
     head = [node.conv.path for node in graph.nodes if node.conv is not None][-1]
     recipe = Recipe(factors, train == "subspace", forward, update, float(momentum), head, pixels)
     layout = choose(graph, recipe, allowed_bytes)
@@ -212,8 +217,8 @@ def _tilings(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool]) -> Iterato
         _, H, W = graph.shapes[segment.output]
         for tile_h in _cuts(H):
             for tile_w in _cuts(W):
-                if (tile_h, tile_w) == (H, W):
-                    continue
+                if (tile_h, tile_w) == (H, W) or (tile_w < W and max(tile_h / tile_w, tile_w / tile_h) > _LONGEST):
+                    continue  # all of it, or narrow tiles, which have more halo than square ones
                 try:
                     yield lay_out(graph, recipe, Choice(heads, count, (tile_h, tile_w)), plain.segments)
                 except NotTiledError:
@@ -225,7 +230,7 @@ def _tilings(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool]) -> Iterato
             return
 
 
-_PARTS = (1, 2, 3, 4, 6, 8)
+_PARTS, _LONGEST = (1, 2, 3, 4, 6, 8, 12, 16), 3
 
 
 def _cuts(n: int) -> list[int]:
@@ -241,8 +246,10 @@ def _factors(graph: Graph, calibration: Mapping[str, Subspace]) -> dict[str, Fac
     layers = {node.conv.path: node for node in graph.nodes if node.conv is not None}
     found: dict[str, Factors] = {}
     for path in calibration:
-        if path not in layers:
+        if path not in graph.layers:
             raise ValueError(f"the calibration names layer {path!r}, which the net does not run")
+        if path not in layers:  # nothing depends on it
+            continue
         node = layers[path]
         conv = node.conv
         assert conv is not None

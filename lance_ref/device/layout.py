@@ -349,9 +349,7 @@ class _Builder:
         basis = None if U is None else U.reshape(C, 1, 1, -1)
         return Core(array, basis, rows, columns, (H, W), tuple(scratch), at_once and conv.groups == 1)
 
-    def _subspace(
-        self, layer: Layer, conv: Conv, rank: int, size: tuple[int, int], reaches: bool, kind: str
-    ) -> None:
+    def _subspace(self, layer: Layer, conv: Conv, rank: int, size: tuple[int, int], reaches: bool, kind: str) -> None:
         C_out, C_in, k_h, k_w = conv.weight.shape
         kernel = (1, 1) if conv.is_linear else (k_h, k_w)
         name = f"change of {conv.weight_name}"

@@ -110,7 +110,7 @@ def test_bad_options(capsys: pytest.CaptureFixture[str], arguments: tuple[str, .
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", [("--directions", "4"), ("--update", "image")])
+@pytest.mark.parametrize("option", [("--directions", "4"), ("--update-after", "image")])
 def test_the_library_has_no_such_options(capsys: pytest.CaptureFixture[str], option: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit):
         main(["--net", "resnet8", "--budget", "1MiB", *option])

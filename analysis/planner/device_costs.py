@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import lance_ref
-from analysis.device.check import choices_of, settings_of, step_records
+from analysis.device.check import choices_of, settings_of, step_trace
 from analysis.device.choices import Ranks, Settings
-from analysis.device.predict import predict, trained_bytes
+from analysis.device.predict import StepTrace, predict, trained_bytes
 from analysis.device.programs import DEVICE_METHODS
 from analysis.device.subspaces import random_subspaces
 from analysis.planner.costs import Costs, Device, Memory, layers_of
@@ -20,7 +20,6 @@ from analysis.planner.options import Option
 from analysis.ranks.spectra_file import Spectra
 from lance_ref import device as programs
 from lance_ref.device import Program
-from lance_ref.engine.recording import OpRecord
 from lance_ref.nn.module import Module
 
 FAR = 2
@@ -83,8 +82,8 @@ class DeviceCosts(Costs):
         Where the weights that train take far more than the budget, their bytes stand for the memory of all.
         """
         momentum = self.device.optimizer == "sgd-momentum"
-        records, ranks = self._tuned_for(option, layers)
-        weights = trained_bytes(records, Settings(ranks))
+        trace, ranks = self._tuned_for(option, layers)
+        weights = trained_bytes(trace, Settings(ranks))
         sums = weights if momentum or option.update == "batch" else 0
         needed, program = weights + sums, None
         if layers <= 1 or needed <= FAR * self.budget:
@@ -96,16 +95,16 @@ class DeviceCosts(Costs):
         gradients, state = (0, sums) if momentum else (sums, 0)
         return Memory(needed - weights, 0, weights, gradients, state), program
 
-    def _tuned_for(self, option: Option, layers: int) -> tuple[list[OpRecord], dict[str, Ranks]]:
+    def _tuned_for(self, option: Option, layers: int) -> tuple[StepTrace, dict[str, Ranks]]:
         """The forward pass with so many layers chosen, and the ranks of those that keep a core, without the batch's."""
         biases = option.method == "bias-only" and layers > 0
         try:
             tuned = lance_ref.tune(self.net, _selection(layers), parameters="bias" if biases else "all").layers
-            records = step_records(self.net, self.input_shape)
+            trace = step_trace(self.net, self.input_shape)
         finally:
             lance_ref.tune(self.net, "head")  # what self.tuned() takes for granted
         ranks = self.ranks(option, 1) if option.directions is not None else {}
-        return records, {path: ranks[path][1:] for path in tuned if any(ranks.get(path, ()))}
+        return trace, {path: ranks[path][1:] for path in tuned if any(ranks.get(path, ()))}
 
     def _compiled(self, option: Option, layers: int, ranks: dict[str, Ranks], budget: int | None) -> Program:
         method = DEVICE_METHODS[option.method]
@@ -122,13 +121,13 @@ class DeviceCosts(Costs):
     def _work(self, option: Option, layers: int) -> int:
         """Multiply-adds of the program, of the smallest one where none fits."""
         memory, program = self.program(option, layers)
-        records, ranks = self._tuned_for(option, layers)
+        trace, ranks = self._tuned_for(option, layers)
         if program is None:
             try:
                 program = self._compiled(option, layers, ranks, memory.total)
             except programs.BudgetError:  # what stands for the memory is that of the weights
                 program = self._compiled(option, layers, ranks, None)
-        return sum(predict(records, settings_of(program), choices_of(program)).macs.values())
+        return sum(predict(trace, settings_of(program), choices_of(program)).macs.values())
 
     def _memory(self, option: Option, layers: int, batch: int) -> Memory:
         return self.program(option, layers)[0] if option.update else super()._memory(option, layers, batch)

@@ -132,8 +132,9 @@ class DeviceCosts(Costs):
     def _memory(self, option: Option, layers: int, batch: int) -> Memory:
         return self.program(option, layers)[0] if option.update else super()._memory(option, layers, batch)
 
-    def _macs(self, option: Option, layers: int, batch: int) -> int:
-        return self._work(option, layers) if option.update else super()._macs(option, layers, batch)
+    def macs(self, option: Option, layers: int, batch: int) -> int:
+        """Multiply-adds of one image's step, those that tiles compute again included."""
+        return self._work(option, layers) if option.update else super().macs(option, layers, batch)
 
     def in_the_library(self, option: Option, layers: int) -> Memory:
         """The same directions and layers in the library, with one image."""

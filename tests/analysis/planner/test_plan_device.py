@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from analysis.plan import main
@@ -67,6 +68,16 @@ def test_memory_is_that_of_the_compiled_program(costs: DeviceCosts, method: str)
         assert program.ram_bytes == memory.total <= costs.budget
     assert memory.total == memory.step + memory.weights
     assert costs.macs(option, layers, 1) > 0
+    assert costs.times_bp(option, layers, 1) > 0
+
+
+def test_multiply_adds_are_those_that_run(costs: DeviceCosts) -> None:
+    """Of one image; what tiles compute again is counted."""
+    option = Option("head-only", update="image")
+    _, program = costs.program(option, 0)
+    assert program is not None
+    program.step(np.zeros((1, 32, 32, 3), np.uint8), np.array([0]), 0.0)
+    assert costs.macs(option, 0, 1) == sum(program.macs.values())
 
 
 def test_more_layers_take_more(costs: DeviceCosts) -> None:

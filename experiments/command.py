@@ -17,6 +17,7 @@ from analysis.commands.cli import OneLineParser, run_main
 COMMANDS = {
     "cost": ("analysis.cost_model", "what one training step keeps in memory and computes"),
     "plan": ("analysis.plan", "which methods fit a device"),
+    "device": ("analysis.device.__main__", "a training step compiled for a device: every byte and multiply-add"),
     "spectra": ("analysis.spectra", "measure the spectra of a net's activations, from which ranks are chosen"),
     "explain": ("experiments.ledger.explain", "why a published cost differs from ours"),
     "claims": ("experiments.ledger.claims", "what came of everything that the papers claim"),

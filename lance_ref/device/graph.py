@@ -65,6 +65,8 @@ class Conv:
         Batch norm's factor for what trains; None for a factor of one.
     is_linear : bool
         Whether the input is flattened, so that its features are C, H and W together.
+    has_norm : bool
+        Whether a frozen batch norm is folded in.
     """
 
     path: str
@@ -78,6 +80,7 @@ class Conv:
     weight_scale: np.ndarray | None = None
     bias_scale: np.ndarray | None = None
     is_linear: bool = False
+    has_norm: bool = False
 
     @property
     def is_depthwise(self) -> bool:
@@ -322,6 +325,7 @@ def _folded(conv: Conv, scale: np.ndarray, mean: np.ndarray, beta: np.ndarray, t
         bias_name=trained or conv.bias_name,
         bias=beta if trained else conv.bias,
         bias_scale=None if trained or conv.bias_name is None else scale,
+        has_norm=True,
     )
 
 

@@ -195,7 +195,7 @@ class _Builder:
         update = Update(pairs, self.recipe.momentum) if pairs else None
         steps: list[Any] = [*(tiles[0] if tiles else []), *forward, loss, *backward, *([update] if update else [])]
         self._lifetimes(steps, n)
-        if n and in_bytes:
+        if n and in_bytes and image.last < n:  # nothing after the tiles reads the image
             self._overlap(image, self.maps[tiled[-1].output], rows)
         layout = Layout(
             self.choice, self.segments, tiles, forward, loss, backward, update, self.arrays,
@@ -310,7 +310,7 @@ class _Builder:
                 layer.keeps = self._core(conv, (C, H, W), factors, node is segment.head or node is segment.tail)
                 U = factors[0]
                 if recipe.in_subspace and U is not None and conv.groups == 1 and U.shape[1] < len(U):
-                    self._subspace(layer, conv, U.shape[1], (H, W), reaches)
+                    self._subspace(layer, conv, U.shape[1], (H, W), reaches, kind)
             else:
                 alias = self._keeps_source(segment, node)
                 name = f"input of {conv.path}"
@@ -349,11 +349,13 @@ class _Builder:
         basis = None if U is None else U.reshape(C, 1, 1, -1)
         return Core(array, basis, rows, columns, (H, W), tuple(scratch), at_once and conv.groups == 1)
 
-    def _subspace(self, layer: Layer, conv: Conv, rank: int, size: tuple[int, int], reaches: bool) -> None:
+    def _subspace(
+        self, layer: Layer, conv: Conv, rank: int, size: tuple[int, int], reaches: bool, kind: str
+    ) -> None:
         C_out, C_in, k_h, k_w = conv.weight.shape
         kernel = (1, 1) if conv.is_linear else (k_h, k_w)
         name = f"change of {conv.weight_name}"
-        layer.change = self._array(name, (C_out, rank, *kernel), self.dtype, "trained weights")
+        layer.change = self._array(name, (C_out, rank, *kernel), self.dtype, kind)
         places = math.prod(layer.output_size)
         merged = C_out * C_in * rank * math.prod(kernel)
         factored = C_out * rank * math.prod(kernel) * places
@@ -466,7 +468,7 @@ def flash(graph: Graph, recipe: Recipe, layers: Mapping[str, Layer]) -> dict[str
         layer = layers.get(conv.path)
         if layer is None or layer.weight is None:
             found[f"{conv.path}.weight"] = conv.weight
-        if conv.shift.any() or conv.bias is None:
+        if conv.has_norm or conv.bias is None:  # decided by shapes alone: a fresh norm's shift may be zero
             found[f"{conv.path}.shift"] = conv.shift
         for name, array in (("weight scale", conv.weight_scale), ("bias scale", conv.bias_scale)):
             if array is not None:

@@ -45,13 +45,13 @@ class Program:
     ) -> None:
         self.graph, self.recipe, self.layout = graph, recipe, layout
         self.method, self.budget = method, budget
-        self.flash = flash(graph, recipe, layout.layers)
         self._poison = poison
         self._load(layout, None)
 
     def _load(self, layout: Layout, state: dict[str, np.ndarray] | None) -> None:
         """A fresh arena with the trained arrays in it."""
         self.layout = layout
+        self.flash = flash(self.graph, self.recipe, layout.layers)
         self._memory = Memory(layout.ram_bytes, self._poison)
         for array in self._persistent():
             self._memory[array][...] = 0

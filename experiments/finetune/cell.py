@@ -72,12 +72,12 @@ def run(
     **values
         Of the other settings of methods, by name.
     """
-    module, sources = _data_and_network(
+    module, sources = data_and_network(
         net, data, tune, seed, image_size, train_images, test_images, validation, folder
     )  # fmt: skip
     tuning = prepare(module, tune, method)
     started = tail(module, sources[0].stage) if isinstance(sources[0], Features) else module
-    batches = _calibration_batches(sources[0], batch, calibration_batches, seed, net, image_size)
+    batches = calibration_batches_of(sources[0], batch, calibration_batches, seed, net, image_size)
     values |= {"epsilon": epsilon, "budget_kib": budget_kib}
     began = time.perf_counter()
     with lance_ref.count_macs() as counter:
@@ -126,14 +126,14 @@ def prepare_data(cell: Mapping[str, Any]) -> None:
         If a name is unknown, a file is missing or damaged, or the data do not fit the network.
     """
     names = ("net", "data", "tune", "seed", "image_size", "train_images", "test_images", "validation", "folder")
-    _, sources = _data_and_network(**{name: cell[name] for name in names})
+    _, sources = data_and_network(**{name: cell[name] for name in names})
     if cell["batch"] > len(sources[0]):
         raise ValueError(f"the training set has {len(sources[0])} images, fewer than one batch of {cell['batch']}")
     if len(np.unique(sources[0].labels)) < 2:
         raise ValueError(f"all images of {cell['data']!r} have one label, expected at least two classes")
 
 
-def _data_and_network(
+def data_and_network(
     net: str,
     data: str,
     tune: str,
@@ -208,7 +208,7 @@ def _features(
     return extract(module, data, normalise=models.preprocessing(net), image_size=image_size, path=path, progress=False)
 
 
-def _calibration_batches(
+def calibration_batches_of(
     train: Dataset | Features, batch: int, count: int, seed: int, net: str, image_size: int | None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """As many batches as asked for, or as there are, in an order of their own."""

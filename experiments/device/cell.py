@@ -15,7 +15,6 @@ from lance_ref import calibrate, datasets, device, models, tune
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.datasets import Dataset
 from lance_ref.nn.module import Module
-from lance_ref.nn.selection import weighted_layers
 from lance_ref.nn.tracing import trace
 from lance_ref.train.features import Features, tail
 
@@ -64,9 +63,7 @@ def train(
     folder : str
         Where the outputs of the frozen part are kept between cells; "" keeps none.
     """
-    module, parts = data_and_network(
-        net, data, tune, seed, image_size, train_images, test_images, validation, folder
-    )  # fmt: skip
+    module, parts = data_and_network(net, data, tune, seed, image_size, train_images, test_images, validation, folder)
     part = tail(module, parts[0].stage) if isinstance(parts[0], Features) else module
     calibration = None
     if method == "lance":
@@ -207,14 +204,14 @@ def plan(
     except device.BudgetError as error:
         return {"why": str(error)}
     said = program.describe()
-    kept = ("ram_bytes", "lower_bound_bytes", "ram", "flash_bytes", "tiled_segments", "tile", "tiles", "recomputed_macs")
-    return {name: said[name] for name in kept}
+    return {name: said[name] for name in _PLANNED}
 
 
 def _plain(net: str, classes: int, input_shape: tuple[int, ...]) -> Module:
     """The network with random weights."""
     spec = models.find(net)
-    return models.create(net, num_classes=classes, rng=0, **(spec.options_for(input_shape) if spec.weights is None else {}))
+    options = spec.options_for(input_shape) if spec.weights is None else {}
+    return models.create(net, num_classes=classes, rng=0, **options)
 
 
 def _random_calibration(
@@ -222,8 +219,8 @@ def _random_calibration(
 ) -> Mapping[str, Subspace]:
     """Random directions, as many for each layer as :func:`train` has."""
     tuned = tune(module, selection).layers
-    shapes = {record.path: record.inputs[0].shape for record in trace(module, (1, *input_shape)) if record.op in _WEIGHTED}
-    assert set(tuned) <= set(weighted_layers(module))
+    records = [record for record in trace(module, (1, *input_shape)) if record.op in _WEIGHTED]
+    shapes = {record.path: record.inputs[0].shape for record in records}
     rng = np.random.default_rng(0)
     found = {}
     for path in tuned:
@@ -234,3 +231,6 @@ def _random_calibration(
 
 
 _WEIGHTED = ("conv2d", "linear")
+_PLANNED = (
+    "ram_bytes", "lower_bound_bytes", "ram", "flash_bytes", "tiled_segments", "tile", "tiles", "recomputed_macs",
+)  # fmt: skip

@@ -125,7 +125,8 @@ Key = tuple[str, int | None, str]
 
 def keys(options: argparse.Namespace) -> list[Key]:
     """All rows, in the order of the table."""
-    variants = [(method, d) for method in options.methods for d in (options.directions if method == "lance" else [None])]
+    directions = {method: options.directions if method == "lance" else [None] for method in options.methods}
+    variants = [(method, d) for method, of in directions.items() for d in of]
     return [(method, d, update) for update in options.updates for method, d in variants]
 
 
@@ -133,8 +134,10 @@ def train_cell(options: argparse.Namespace, key: Key, seed: int, lr: float, vali
     """The arguments of one run."""
     method, directions, update = key
     by_image = update == "image"
-    epochs = (1 if by_image else options.tuning_epochs) if validation else (
-        options.image_epochs if by_image else options.epochs
+    epochs = (
+        (1 if by_image else options.tuning_epochs)
+        if validation
+        else (options.image_epochs if by_image else options.epochs)
     )
     return {
         "net": options.net,
@@ -209,8 +212,8 @@ def swept_rates(options: argparse.Namespace) -> dict[Key, dict[float, float]]:
 def _next_rates(tried: dict[float, float]) -> list[float]:
     """The rate to try beside the best, where that is the last at either end.
 
-    >>> _next_rates({1.0: 0.5, 2.0: 0.6}), _next_rates({1.0: 0.5, 2.0: 0.6, 4.0: 0.6}), _next_rates({1.0: 0.7, 2.0: 0.6})
-    ([4.0], [], [0.5])
+    >>> _next_rates({1: 0.5, 2: 0.6}), _next_rates({1: 0.5, 2: 0.6, 4: 0.6}), _next_rates({1: 0.7, 2: 0.6})
+    ([4], [], [0.5])
     """
     best = best_rate(tried)
     if list(tried.values()).count(tried[best]) > 1:  # another rate does as well: no smaller or larger one is wanted

@@ -68,16 +68,18 @@ Fits = Mapping[float, Mapping[tuple[str, int | None, str], Mapping[str, Any]]]
 COLUMNS = ("update after", "method", "accuracy %", "lr", "RAM KiB", "lower bound", "flash KiB", "again, M")
 BUDGET_COLUMNS = ("budget KiB", "most accurate that fits", "update after", "RAM KiB", "tiles", "again, M", "accuracy %")
 NOTES = (
-    "accuracy: mean ± standard deviation over seeds, on the test set. lr: the learning rate to start from, each method's "
-    "best on held-out training images. RAM: the whole arena of a step, with the image in bytes and float32 for all else, "
-    "for the smallest arena that was found; lower bound: the largest sum of bytes that are alive at once. flash: frozen "
-    "weights and LANCE's directions. again: multiply-adds in millions that tiles compute again, for an image."
+    "accuracy: mean ± standard deviation over seeds, on the test set. lr: the learning rate to start from, each "
+    "method's best on held-out training images. RAM: the whole arena of a step, with the image in bytes and float32 for "
+    "all else; it is the smallest arena that was found. lower bound: the largest sum of bytes that are alive at once. "
+    "flash: frozen weights and LANCE's directions. again: multiply-adds in millions that tiles compute again, for an "
+    "image."
 )
 PUBLISHED = (
     "Published, and not on these data: Lin et al. (NeurIPS 2022, arXiv 2206.15472) report 86.9 % on CIFAR-10 for the "
     "last two blocks of this network with 8-bit weights and their quantisation-aware scaling, and 86.0 % in float32 "
-    "(their Table 1: momentum, 50 epochs on the original images, 128 pixels); they say that the last two blocks take more than 256 KiB "
-    "beyond the forward pass. For their sparse update on Visual Wake Words they measure 206 KB of SRAM at 89.1 %."
+    "(their Table 1: momentum, 50 epochs on the original images, 128 pixels). They say that updating the last two blocks "
+    "takes more than 256 KB beside the forward pass. For their sparse update on Visual Wake Words they measure 206 KB of "
+    "SRAM at an accuracy of 89.1 %."
 )
 
 

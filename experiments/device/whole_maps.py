@@ -239,7 +239,9 @@ class _Weighted:
         self.shift = conv.shift.copy()
         self.bias = None if conv.bias is None else conv.bias.copy()
         keeps = layer.keeps
-        if keeps is not None and (getattr(keeps, "rows", None) is not None or getattr(keeps, "columns", None) is not None):
+        if keeps is not None and (
+            getattr(keeps, "rows", None) is not None or getattr(keeps, "columns", None) is not None
+        ):
             raise UnsupportedError(f"layer {conv.path!r} compresses height or width, expected the channels alone")
         self.U: np.ndarray | None = None  # (C, r)
         if layer.basis is not None:
@@ -342,8 +344,8 @@ class _Dense(_Weighted):
 class _Depthwise(_Weighted):
     """A convolution of each channel alone; a core stands for the input in its kernel's gradient.
 
-    For one image every place gathers what it sees. For several images a small map is quicker as one matrix (P_out, P_in)
-    for each channel, which the images share.
+    For one image every place gathers what it sees. For several images a small map is quicker as one matrix
+    (P_out, P_in) for each channel, which the images share.
     """
 
     def __init__(self, layer: Layer, gather: _Gather) -> None:

@@ -53,7 +53,13 @@ def images(count: int, shape: tuple[int, ...], classes: int, dtype: Any) -> tupl
 
 
 def made(
-    net: Module, shape: tuple[int, ...], selection: str, method: str, update: str, x: np.ndarray, train: str = "subspace"
+    net: Module,
+    shape: tuple[int, ...],
+    selection: str,
+    method: str,
+    update: str,
+    x: np.ndarray,
+    train: str = "subspace",
 ) -> tuple[device.Program, Any]:
     """The program, and its calibration or None."""
     tune(net, selection)
@@ -73,7 +79,9 @@ def steps_of(x: np.ndarray, y: np.ndarray, batch: int, steps: int) -> list[tuple
     return [(x[rows], y[rows]) for rows in (rng.integers(0, len(y), batch) for _ in range(steps))]
 
 
-def assert_near(got: dict[str, np.ndarray], want: dict[str, np.ndarray], start: dict[str, np.ndarray], off: float) -> None:
+def assert_near(
+    got: dict[str, np.ndarray], want: dict[str, np.ndarray], start: dict[str, np.ndarray], off: float
+) -> None:
     """Equal to ``off`` of the largest weight, after the weights have moved by much more than that."""
     assert set(got) == set(want)
     for name, value in want.items():
@@ -158,7 +166,9 @@ def test_the_tail_of_mcunet_in_float32_and_its_time() -> None:
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The quick experiment on still fewer images, once."""
     folder = tmp_path_factory.mktemp("device")
-    files = [f"--{name}={folder / file}" for name, file in (("output", "r.json"), ("table", "r.md"), ("figure", "r.png"))]
+    files = [
+        f"--{name}={folder / file}" for name, file in (("output", "r.json"), ("table", "r.md"), ("figure", "r.png"))
+    ]
     small = ["--train-images=100", "--test-images=60", "--epochs=2", "--image-epochs=1", "--directions", "2"]
     assert device_command.main(["--quick", *small, f"--folder={folder / 'runs'}", *files]) == 0
     return folder, strict_json(folder / "r.json")
@@ -243,7 +253,11 @@ def row(method: str, directions: int | None, update: str, accuracies: tuple[floa
 
 def test_the_tables_by_hand() -> None:
     """Mean, deviation and KiB are those of the numbers given, and a budget takes the most accurate row that fits."""
-    rows = [row("lance", 8, "image", (0.5, 0.7)), row("lance", 8, "batch", (0.8, 0.8)), row("bp", None, "batch", (0.9,))]
+    rows = [
+        row("lance", 8, "image", (0.5, 0.7)),
+        row("lance", 8, "batch", (0.8, 0.8)),
+        row("bp", None, "batch", (0.9,)),
+    ]
     assert cells(rows[0]) == ["image", "LANCE, 8 directions", "60.0 ± 14.1", "0.1", "2.0", "1.0", "0.5", "1.5"]
     assert rate_cells(rows[2]) == ["batch", "backpropagation", "0.05: 25.0, 0.1: 50.0"]
     fitting = {"ram_bytes": 3072, "tiles": 4, "tile": [2, 3], "recomputed_macs": 0}

@@ -37,6 +37,8 @@ from analysis.commands.cli import (
 
 METHODS = ("head", "bias", "bp", "lance")
 UPDATES = ("image", "batch")
+NO_LIMIT_KIB = 1e6
+"""A budget in which nothing need be computed again."""
 TRAIN, PLAN = "experiments.device.cell:train", "experiments.device.cell:plan"
 
 QUICK = {
@@ -237,6 +239,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     every = keys(options)
     prepare_data(train_cell(options, every[0], 0, 1.0))
     plans = _cells(options, [plan_cell(options, key) for key in every], PLAN)
+    untiled = _cells(options, [plan_cell(options, key, NO_LIMIT_KIB) for key in every], PLAN)
     lance = [key for key in every if key[0] == "lance"]
     tight = [(budget, key) for budget in options.budgets for key in lance]
     budgeted = _cells(options, [plan_cell(options, key, budget) for budget, key in tight], PLAN) if tight else []
@@ -244,11 +247,9 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     best = {key: best_rate(tried) for key, tried in rates.items()}
     cells = [train_cell(options, key, seed, best[key]) for key in every for seed in range(options.seeds)]
     outcomes = _cells(options, cells, TRAIN)
-    rows = [
-        Row(*key, best[key], rates[key], plans[i], tuple(outcomes[i * options.seeds : (i + 1) * options.seeds]))
-        for i, key in enumerate(every)
-    ]
-    fits = {budget: {} for budget in options.budgets} if lance else {}  # type: dict[float, dict[Key, dict[str, Any]]]
+    seeds = [tuple(outcomes[i * options.seeds : (i + 1) * options.seeds]) for i in range(len(every))]
+    rows = [Row(*key, best[key], rates[key], plans[i], untiled[i], seeds[i]) for i, key in enumerate(every)]
+    fits: dict[float, dict[Key, dict[str, Any]]] = {budget: {} for budget in options.budgets if lance}
     for (budget, key), outcome in zip(tight, budgeted, strict=True):
         fits[budget][key] = outcome
     show(rows, fits)

@@ -30,6 +30,8 @@ class Row:
         Accuracy on held-out training images by learning rate.
     plan : mapping
         What :func:`experiments.device.cell.plan` returned for the smallest arena.
+    untiled : mapping
+        What it returned without a limit, where nothing is computed again.
     seeds : tuple of mappings
         What :func:`experiments.device.cell.train` returned, one for each seed.
     """
@@ -40,6 +42,7 @@ class Row:
     lr: float
     tried: Mapping[float, float]
     plan: Mapping[str, Any]
+    untiled: Mapping[str, Any]
     seeds: tuple[Mapping[str, Any], ...]
 
     @property
@@ -65,21 +68,23 @@ class Row:
 Fits = Mapping[float, Mapping[tuple[str, int | None, str], Mapping[str, Any]]]
 """By budget in KiB and row what compiling for that budget gave."""
 
-COLUMNS = ("update after", "method", "accuracy %", "lr", "RAM KiB", "lower bound", "flash KiB", "again, M")
+COLUMNS = (
+    "update after", "method", "accuracy %", "lr", "RAM KiB", "lower bound", "again, M", "without tiles", "flash KiB",
+)  # fmt: skip
 BUDGET_COLUMNS = ("budget KiB", "most accurate that fits", "update after", "RAM KiB", "tiles", "again, M", "accuracy %")
 NOTES = (
     "accuracy: mean ± standard deviation over seeds, on the test set. lr: the learning rate to start from, each "
-    "method's best on held-out training images. RAM: the whole arena of a step, with the image in bytes and float32 for "
-    "all else; it is the smallest arena that was found. lower bound: the largest sum of bytes that are alive at once. "
-    "flash: frozen weights and LANCE's directions. again: multiply-adds in millions that tiles compute again, for an "
-    "image."
+    "method's best on held-out training images. RAM: the whole arena of a step, with the image in bytes and float32 "
+    "for all else; it is the smallest arena that was found. lower bound: the largest sum of bytes alive at one time. "
+    "again: multiply-adds in millions that the tiles of this arena compute again, for an image. without tiles: the "
+    "smallest arena that computes nothing again. flash: frozen weights and LANCE's directions."
 )
 PUBLISHED = (
     "Published, and not on these data: Lin et al. (NeurIPS 2022, arXiv 2206.15472) report 86.9 % on CIFAR-10 for the "
     "last two blocks of this network with 8-bit weights and their quantisation-aware scaling, and 86.0 % in float32 "
-    "(their Table 1: momentum, 50 epochs on the original images, 128 pixels). They say that updating the last two blocks "
-    "takes more than 256 KB beside the forward pass. For their sparse update on Visual Wake Words they measure 206 KB of "
-    "SRAM at an accuracy of 89.1 %."
+    "(their Table 1: momentum, 50 epochs on the original images, 128 pixels). They say that updating the last two "
+    "blocks takes more than 256 KB beside the forward pass. For their sparse update on Visual Wake Words they measure "
+    "206 KB of SRAM at an accuracy of 89.1 %."
 )
 
 
@@ -93,8 +98,9 @@ def cells(row: Row) -> list[str]:
         f"{row.lr:g}",
         _kib(plan["ram_bytes"]),
         _kib(plan["lower_bound_bytes"]),
-        _kib(plan["flash_bytes"]),
         f"{plan['recomputed_macs'] / 1e6:,.1f}",
+        _kib(row.untiled["ram_bytes"]),
+        _kib(plan["flash_bytes"]),
     ]
 
 
@@ -176,6 +182,7 @@ def results(rows: Sequence[Row], fits: Fits, settings: Mapping[str, Any], argume
                 "accuracy_sd": stdev(row.accuracies) if len(row.accuracies) > 1 else None,
                 "held_out_accuracy_by_lr": {f"{lr:g}": row.tried[lr] for lr in sorted(row.tried)},
                 "plan": dict(row.plan),
+                "plan_without_tiles": dict(row.untiled),
                 "seeds": [dict(seed) for seed in row.seeds],
             }
             for row in rows
@@ -211,21 +218,17 @@ def draw(rows: Sequence[Row], path: str, title: str, batch: int) -> None:
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.subplots()
     sizes = [row.plan["ram_bytes"] / 1024 for row in rows]
+    largest = max(row.untiled["ram_bytes"] / 1024 for row in rows)
     for row, size in zip(rows, sizes, strict=True):
         y = 100 * fmean(row.accuracies)
         error = 100 * stdev(row.accuracies) if len(row.accuracies) > 1 else 0
         colour = COLOURS[row.method]
         axes.errorbar(size, y, yerr=error, fmt=MARKERS[row.update], color=colour, ms=6.5, elinewidth=1, capsize=3)
-    for name in dict.fromkeys(row.name for row in rows):
-        points = [(x, 100 * fmean(row.accuracies), row) for x, row in zip(sizes, rows, strict=True) if row.name == name]
-        x, y, row = max(points)
-        axes.plot([p[0] for p in points], [p[1] for p in points], color=COLOURS[row.method], lw=1, alpha=0.5, zorder=0)
-        axes.annotate(
-            name, (x, y), xytext=(9, 0), textcoords="offset points", va="center", fontsize=9, color=COLOURS[row.method]
-        )
-    if min(sizes) / 1.3 < LINE_KIB < max(sizes) * 1.3:
+        axes.plot([size, row.untiled["ram_bytes"] / 1024], [y, y], color=colour, lw=2.5, alpha=0.3, zorder=0)
+        axes.annotate(row.name, (size, y), (0, 9), textcoords="offset points", fontsize=8, color=colour)
+    if min(sizes) < LINE_KIB < largest:
         axes.axvline(LINE_KIB, color="0.3", lw=0.9, ls="--", zorder=0)
-    kibibyte_axis(axes, sizes)
+    kibibyte_axis(axes, [*sizes, largest])
     axes.set(xlabel="RAM of a whole training step, KiB (log)", ylabel="accuracy on the test set, %", title=title)
     labels = {"image": "update after every image", "batch": f"update after {batch} images"}
     marks = [

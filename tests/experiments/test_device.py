@@ -189,6 +189,8 @@ def test_every_method_has_two_rows(quick: tuple[Path, dict[str, Any]]) -> None:
         assert plan["ram_bytes"] >= plan["lower_bound_bytes"] >= sum(plan["ram"].values()) > 0
         assert rows[method, "image"]["plan"]["ram_bytes"] < rows[method, "batch"]["plan"]["ram_bytes"]
         assert plan["ram_bytes"] <= rows["bp", update]["plan"]["ram_bytes"]
+        assert row["plan_without_tiles"]["ram_bytes"] >= plan["ram_bytes"]
+        assert row["plan_without_tiles"]["recomputed_macs"] == 0
     for budget in document["budgets"]:
         for plan in budget["plans"]:
             assert "why" in plan or plan["ram_bytes"] <= 1024 * budget["budget_kib"]
@@ -248,7 +250,7 @@ def test_a_diverged_rate_is_not_the_best_one_and_a_diverged_run_is_an_error() ->
 def row(method: str, directions: int | None, update: str, accuracies: tuple[float, ...]) -> Row:
     seeds = tuple({"accuracy": accuracy, "images": 100} for accuracy in accuracies)
     plan = {"ram_bytes": 2048, "lower_bound_bytes": 1024, "flash_bytes": 512, "recomputed_macs": 1_500_000}
-    return Row(method, directions, update, 0.1, {0.1: 0.5, 0.05: 0.25}, plan, seeds)
+    return Row(method, directions, update, 0.1, {0.1: 0.5, 0.05: 0.25}, plan, {"ram_bytes": 4096}, seeds)
 
 
 def test_the_tables_by_hand() -> None:
@@ -258,7 +260,7 @@ def test_the_tables_by_hand() -> None:
         row("lance", 8, "batch", (0.8, 0.8)),
         row("bp", None, "batch", (0.9,)),
     ]
-    assert cells(rows[0]) == ["image", "LANCE, 8 directions", "60.0 ± 14.1", "0.1", "2.0", "1.0", "0.5", "1.5"]
+    assert cells(rows[0]) == ["image", "LANCE, 8 directions", "60.0 ± 14.1", "0.1", "2.0", "1.0", "1.5", "4.0", "0.5"]
     assert rate_cells(rows[2]) == ["batch", "backpropagation", "0.05: 25.0, 0.1: 50.0"]
     fitting = {"ram_bytes": 3072, "tiles": 4, "tile": [2, 3], "recomputed_macs": 0}
     fits = {rows[0].key: fitting, rows[1].key: {"why": "too large"}}

@@ -15,6 +15,7 @@ from lance_ref.device.layers import Pixels
 from lance_ref.device.layout import Choice, Factors, Layout, NotTiledError, Recipe, lay_out
 from lance_ref.device.program import Program
 from lance_ref.device.segments import first_roles
+from lance_ref.lance.calibration import Calibration
 from lance_ref.models.register import NETS
 from lance_ref.nn.module import Module
 from lance_ref.nn.selection import tune as choose_layers
@@ -29,7 +30,7 @@ class BudgetError(ValueError):
     """Nothing that the compiler tried fits the budget."""
 
 
-def compile(  # noqa: A001  (device.compile is what it does)
+def compile(
     net: Module,
     calibration: Mapping[str, Subspace] | None = None,
     input_shape: Sequence[int] = (3, 128, 128),
@@ -103,13 +104,13 @@ def compile(  # noqa: A001  (device.compile is what it does)
     if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
         raise ValueError(f"momentum is {momentum!r}, expected a number from 0 to below 1")
     if (method == "lance") != (calibration is not None):
-        wanted = "a calibration" if method == "lance" else "none"
-        raise ValueError(f"calibration is {'missing' if calibration is None else 'given'}, but {method!r} takes {wanted}")
+        came, wanted = ("none", "one") if calibration is None else ("given", "none")
+        raise ValueError(f"calibration is {came}, but method {method!r} takes {wanted}")
     allowed_bytes = None if budget is None else parse_bytes(budget)
     if tune is not None or method in ("bias", "head"):
         selection = "head" if method == "head" else tune if tune is not None else _tuned(net)
         choose_layers(net, selection, parameters="bias" if method == "bias" else "all")
-    if hasattr(calibration, "check"):
+    if isinstance(calibration, Calibration):
         calibration.check(net)
     graph = graphs.read(net, input_shape)
     if graph.output not in graph.needs_gradient:

@@ -178,7 +178,8 @@ class Forward:
                 layer.keeps.add(m, c, h)
             layer.make(m, c, _Only(c, h), out, output, source)  # type: ignore[arg-type]
         else:
-            pool(node, h, out, output, source, p.size(node.inputs[0]), None if mask is None else mask.reshape(out.shape))
+            places = None if mask is None else mask.reshape(out.shape)
+            pool(node, h, out, output, source, p.size(node.inputs[0]), places)
         return out
 
 
@@ -210,7 +211,7 @@ class Backward:
         p, segment = self.plan, self.plan.segment
         layers = [layer for layer in map(p.layer, segment.nodes) if layer is not None]
         found = [p.gradients[segment.output], *p.masks.values(), *p.steps.values()]
-        found += [p.gradients[v] for v in (segment.source, segment.residual) if v in p.gradients]
+        found += [p.gradients[v] for v in (segment.source, segment.residual) if v is not None and v in p.gradients]
         return found + [array for layer in layers for array in _backward_arrays(layer)]
 
     def run(self, m: Memory) -> None:
@@ -219,7 +220,7 @@ class Backward:
         for node in reversed(segment.post):
             for c in range(len(g)):
                 self._act(m, node, c, g[c])
-        if segment.residual in p.gradients:
+        if segment.residual is not None and segment.residual in p.gradients:
             self._give(m, segment.residual, g)
         head, tail = p.layer(segment.head), p.layer(segment.tail)
         for layer in map(p.layer, segment.nodes):
@@ -323,7 +324,7 @@ class Loss:
 
 @dataclass(eq=False)
 class Update:
-    """SGD: every array that trains loses rate times its gradient; then the gradients are zero, or shrink to momentum."""
+    """SGD: every array that trains loses the rate times its gradient, or with momentum times its velocity."""
 
     pairs: Sequence[tuple[Array, Array]]
     momentum: float = 0.0
@@ -431,8 +432,8 @@ def pool_back(node: Node, g: np.ndarray, gradient: np.ndarray, place: Any) -> No
         return
     assert node.window is not None
     if node.op == "avg_pool":
-        g = g / divisors(node, whole(g.shape), gradient.shape).astype(g.dtype)  # type: ignore[arg-type]
-    for p, q, written, read in reach(node.window, whole(g.shape), whole(gradient.shape)).taps:  # type: ignore[arg-type]
+        g = g / divisors(node, whole(g.shape), gradient.shape).astype(g.dtype)
+    for p, q, written, read in reach(node.window, whole(g.shape), whole(gradient.shape)).taps:
         if node.op == "avg_pool":
             gradient[read] += g[written]
         else:

@@ -23,7 +23,6 @@ from lance_ref.device.arithmetic import (
 )
 from lance_ref.device.graph import Conv, Pair, Window
 from lance_ref.device.windows import Reach, Span, reach, whole
-from lance_ref.engine.tensor import Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,12 +108,14 @@ class Core:
             core[c] = x
         else:
             m.count("projection", self.basis.shape[3] * x.size)
-            core += np.tensordot(self.basis[c], x, ((0, 1), (0, 1)))[:, None, None] if self._is_flat else (
-                self.basis[c, 0, 0][:, None, None] * x
-            )
+            if self.is_flat:
+                core[:, 0, 0] += np.tensordot(self.basis[c], x, ((0, 1), (0, 1)))
+            else:
+                core += self.basis[c, 0, 0][:, None, None] * x
 
     @property
-    def _is_flat(self) -> bool:
+    def is_flat(self) -> bool:
+        """Whether a direction goes through all places, as in a linear layer behind a map."""
         return self.basis is not None and self.basis.shape[1:3] != (1, 1)
 
     def prepare(self, m: Memory) -> None:
@@ -194,26 +195,28 @@ class Layer:
         scale = self.conv.weight_scale
         return weight if scale is None else weight * scale[channels].reshape(-1, *(1,) * (weight.ndim - 1))
 
+    def changes(self, m: Memory, channels: slice = slice(None)) -> np.ndarray:
+        """D of these output channels, with batch norm's factor."""
+        assert self.change is not None
+        return self._scaled(m[self.change][channels], channels)
+
     def row(self, m: Memory, o: int) -> np.ndarray:
         """The kernels (C_in/groups, k_h, k_w) of output channel ``o``."""
-        if self.weight is not None:
-            return self._scaled(m[self.weight][o][None], [o])[0]
-        weight = self.conv.weight[o]
+        one = slice(o, o + 1)
+        weight = self.conv.weight[one] if self.weight is None else m[self.weight][one]
         if self.change is not None and self.is_merged:
             assert self.basis is not None
-            m.count("merge", self.basis.size * math.prod(m[self.change].shape[2:]))
+            m.count("merge", self.basis.size * math.prod(self.change.shape[2:]))
             weight = weight + np.tensordot(self.basis[:, 0, 0], m[self.change][o], 1)
-        return self._scaled(weight[None], [o])[0]
+        return self._scaled(weight, one)[0]
 
     def column(self, m: Memory, i: int) -> np.ndarray:
         """The kernels (C_out/groups, k_h, k_w) that use input channel ``i``."""
         outputs, place = self.outputs_of(i), i % self.conv.weight.shape[1]
-        if self.weight is not None:
-            return self._scaled(m[self.weight][outputs, place], outputs)
-        weight = self.conv.weight[outputs, place]
+        weight = (self.conv.weight if self.weight is None else m[self.weight])[outputs, place]
         if self.change is not None and self.is_merged:
             assert self.basis is not None
-            m.count("merge", m[self.change].size)
+            m.count("merge", math.prod(self.change.shape))
             weight = weight + np.tensordot(m[self.change], self.basis[i, 0, 0], ((1,), (0,)))
         return self._scaled(weight, outputs)
 
@@ -277,7 +280,7 @@ class Layer:
         correlate(out, x[inputs], kernels, reach(self.conv.window, output, source))
         m.count("forward", out.size * kernels.size)
         if self.is_factored:
-            D = self._scaled(m[self.change][o][None], [o])[0]  # type: ignore[index]
+            D = self.changes(m, slice(o, o + 1))[0]
             correlate(out, self._projections(m), D, self._core_reach())
             m.count("forward", out.size * D.size)
 
@@ -290,7 +293,7 @@ class Layer:
     def finish(self, m: Memory, out: np.ndarray) -> None:
         """What D adds to all channels of the output, after the last channel of the input: D (Uᵀ x)."""
         if self.is_factored:
-            D, S = self._scaled(m[self.change], slice(None)), self._projections(m)  # type: ignore[index]
+            D, S = self.changes(m), self._projections(m)
             for r in range(len(S)):
                 spread(out, S[r], D[:, r], self._core_reach())
             m.count("forward", out.size * math.prod(D.shape[1:]))
@@ -308,7 +311,7 @@ class Layer:
         """Of a tail: Dᵀ g, before the first channel."""
         if self.is_factored:
             assert self.returned is not None
-            T, D = m[self.returned], self._scaled(m[self.change], slice(None))  # type: ignore[index]
+            T, D = m[self.returned], self.changes(m)
             T[:] = 0
             for r in range(len(T)):
                 spread_back(T[r], g, D[:, r], self._core_reach())
@@ -330,7 +333,7 @@ class Layer:
         m.count("grad_input", g.size * kernels.size)
         if self.is_factored:
             assert self.returned is not None
-            D = self._scaled(m[self.change][o][None], [o])[0]  # type: ignore[index]
+            D = self.changes(m, slice(o, o + 1))[0]
             correlate_back(m[self.returned], g, D, self._core_reach())
             m.count("grad_input", g.size * D.size)
 
@@ -341,7 +344,8 @@ class Layer:
                 self._add_turned(m, i, gradient[i])
 
     def _add_turned(self, m: Memory, i: int, gradient: np.ndarray) -> None:
-        assert self.basis is not None and self.returned is not None
+        assert self.basis is not None
+        assert self.returned is not None
         T = m[self.returned]
         if self.conv.is_linear:
             gradient += np.tensordot(self.basis[i], T[:, 0, 0], 1)

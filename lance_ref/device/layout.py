@@ -125,13 +125,23 @@ class Layout:
         """Give every array its address."""
         self.ram_bytes = place(self.arrays)
 
+    @property
+    def ram(self) -> dict[str, int]:
+        """Bytes by kind at the moment when most are alive."""
+        peak = self.live.index(self.lower_bound_bytes)
+        kinds: dict[str, int] = {}
+        for array in self.arrays:
+            if array.first <= peak <= array.last:
+                kinds[array.kind] = kinds.get(array.kind, 0) + array.nbytes
+        return kinds
+
 
 class NotTiledError(ValueError):
     """These segments cannot run tile by tile."""
 
 
 def lay_out(graph: Graph, recipe: Recipe, choice: Choice, split: list[Segment] | None = None) -> Layout:
-    """The layout of a choice; addresses are given by :meth:`Layout.place`. ``split`` are its segments, if they are known.
+    """The layout of a choice; :meth:`Layout.place` gives addresses. ``split`` are its segments, if they are known.
 
     Raises
     ------
@@ -158,19 +168,23 @@ class _Builder:
         g, n = self.graph, self.choice.tiled
         tiled = self.segments[:n]
         rows, columns = self._tile_parts(tiled) if n else ([], [])
-        self.largest = {m: tuple(max(p[m][1] - p[m][0] for p in parts) for parts in (rows, columns)) for m in rows[0]} if n else {}
+        for m in rows[0] if n else ():
+            self.largest[m] = tuple(max(part[m][1] - part[m][0] for part in parts) for parts in (rows, columns))
         C, H, W = g.shapes[0]
         in_bytes = self.recipe.pixels is not None
-        image = self._array("image", (H, W, C) if in_bytes else (C, H, W), np.uint8 if in_bytes else self.dtype, "image")
+        if in_bytes:
+            image = self._array("image", (H, W, C), np.uint8, "image")
+        else:
+            image = self._array("image", (C, H, W), self.dtype, "image")
         self.maps[0] = image
         if any(node.op == "dropout" for node in g.nodes):
             self.draws = self._array("counter of random numbers", (1,), np.uint32, "trained weights")
+            self.draws.is_state = True
         self._place_maps(n)
         plans = [self._plan(segment, i < n) for i, segment in enumerate(self.segments)]
         full = {number: whole(shape[1:]) for number, shape in g.shapes.items()}  # type: ignore[arg-type]
-        tiles = [
-            [Forward(plan, {m: (row[m], column[m]) for m in row}) for plan in plans[:n]] for row in rows for column in columns
-        ]
+        spans = [{m: (row[m], column[m]) for m in row} for row in rows for column in columns]
+        tiles = [[Forward(plan, part) for plan in plans[:n]] for part in spans]
         forward = [Forward(plan, full) for plan in plans[n:]]
         logits = self.maps[g.output]
         loss = Loss(logits, self._gradient(g.output))
@@ -187,9 +201,9 @@ class _Builder:
             self.choice, self.segments, tiles, forward, loss, backward, update, self.arrays,
             [step.name for step in steps], image, logits, self.trained,
         )  # fmt: skip
-        for node in (node for segment in tiled for node in segment.nodes if node.conv is not None):
+        for node, conv in ((node, node.conv) for segment in tiled for node in segment.nodes if node.conv is not None):
             places = math.prod(sum(p[node.output][1] - p[node.output][0] for p in parts) for parts in (rows, columns))
-            layout.recomputed_macs += node.conv.weight.size * (places - math.prod(g.shapes[node.output][1:]))
+            layout.recomputed_macs += conv.weight.size * (places - math.prod(g.shapes[node.output][1:]))
         return layout
 
     # ---- arrays ---------------------------------------------------------------------------------
@@ -241,9 +255,9 @@ class _Builder:
         first_body = segment.body[0] if segment.body else None
         if segment.head is None and first_body is not None and first_body.op in ELEMENTWISE:
             plan.channels[segment.source] = self._channel(segment.source, is_tiled)
-        for node in inner:
-            if node is not None and (node is segment.head or node.op not in ELEMENTWISE):
-                plan.channels[node.output] = self._channel(node.output, is_tiled)
+        for maker in inner:
+            if maker is not None and (maker is segment.head or maker.op not in ELEMENTWISE):
+                plan.channels[maker.output] = self._channel(maker.output, is_tiled)
         for node in (*segment.body, *segment.post):
             if node.inputs[0] in needs:
                 shape = self._mask(node)
@@ -264,7 +278,9 @@ class _Builder:
         return self._array(f"channel {number}", (H, W), self.dtype, "channels")
 
     def _step(self, plan: Plan, number: int) -> None:
-        plan.steps.setdefault(number, self._array(f"gradient of channel {number}", self.graph.shapes[number][1:], self.dtype, "channels"))
+        if number not in plan.steps:
+            size = self.graph.shapes[number][1:]
+            plan.steps[number] = self._array(f"gradient of channel {number}", size, self.dtype, "channels")
 
     def _mask(self, node: Node) -> tuple[Shape, Any] | None:
         C, H, W = self.graph.shapes[node.output]
@@ -297,13 +313,16 @@ class _Builder:
                     self._subspace(layer, conv, U.shape[1], (H, W), reaches)
             else:
                 alias = self._keeps_source(segment, node)
-                array = self.maps[segment.source] if alias else self._array(f"input of {conv.path}", (C, H, W), self.dtype, "cores")
+                name = f"input of {conv.path}"
+                array = self.maps[segment.source] if alias else self._array(name, (C, H, W), self.dtype, "cores")
                 pixels = recipe.pixels if alias and segment.source == 0 else None
                 layer.keeps = Input(array, not alias, pixels)
             if layer.change is None:
                 layer.weight = self._array(conv.weight_name, conv.weight.shape, self.dtype, kind)
         if conv.bias_name is not None:
             layer.bias = self._array(conv.bias_name, conv.shift.shape, self.dtype, kind)
+        for array in layer.trained:
+            array.is_state = True
         if recipe.has_sums:
             for array in layer.trained:
                 kind = "head" if kind == "head" else "optimiser" if recipe.momentum else "gradients"
@@ -313,11 +332,12 @@ class _Builder:
     def _core(self, conv: Conv, shape: Shape, factors: Factors, at_once: bool) -> Core:
         C, H, W = shape
         U, rows, columns = (None if f is None else np.ascontiguousarray(f, self.dtype) for f in factors)
+        name = f"core of {conv.path}"
         if conv.is_linear and U is not None:
-            return Core(self._array(f"core of {conv.path}", (U.shape[1], 1, 1), self.dtype, "cores"), U.reshape(C, H, W, -1))
+            return Core(self._array(name, (U.shape[1], 1, 1), self.dtype, "cores"), U.reshape(C, H, W, -1))
         h, w = (n if f is None else f.shape[1] for n, f in ((H, rows), (W, columns)))
         R = C if U is None else U.shape[1]
-        array = self._array(f"core of {conv.path}", (R, h, w), self.dtype, "cores")
+        array = self._array(name, (R, h, w), self.dtype, "cores")
         scratch = []
         if rows is not None or columns is not None:
             half = max(h * W, H * w)
@@ -361,8 +381,10 @@ class _Builder:
             if {segment.source, segment.residual} & inside:
                 raise NotTiledError(f"a map that {_named(segment)} needs is made in tiles")
         for segment in tiled:
-            nodes = segment.everything
-            if segment.trains or any(n.op in ("adaptive_pool", "dropout") or (n.conv and n.conv.is_linear) for n in nodes):
+            is_whole = any(
+                n.op in ("adaptive_pool", "dropout") or (n.conv and n.conv.is_linear) for n in segment.everything
+            )
+            if segment.trains or is_whole:
                 raise NotTiledError(f"{_named(segment)} cannot run in tiles")
         nodes = [node for segment in tiled for node in segment.everything]
         both = []
@@ -399,7 +421,7 @@ class _Builder:
         which is still needed: after a row of tiles it ends at or before the first byte that the next row reads.
         """
         number = self.segments[self.choice.tiled - 1].output
-        C, H, W = output.shape
+        C, _, W = output.shape
         row, image_row = C * W * self.dtype.itemsize, image.shape[1] * image.shape[2]
         lead = max(
             part[number][1] * row - min(later[0][0] for later in rows[i:]) * image_row for i, part in enumerate(rows)

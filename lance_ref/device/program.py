@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from lance_ref.device import report
 from lance_ref.device.arena import PERSISTENT, Array, Memory
 from lance_ref.device.graph import Graph
-from lance_ref.device.instructions import Forward
 from lance_ref.device.layout import Layout, Recipe, flash, lay_out
 from lance_ref.nn.module import Module
+
+_DESCRIBED = {"name": "name", "kind": "kind", "offset": "offset", "bytes": "nbytes", "first": "first", "last": "last"}
+"""What a report says of an array: its key there, and the attribute of the array."""
 
 
 class Program:
@@ -54,9 +56,9 @@ class Program:
         for array in self._persistent():
             self._memory[array][...] = 0
         for layer in layout.layers.values():
-            for array, value in ((layer.weight, layer.conv.weight), (layer.bias, layer.conv.bias)):
-                if array is not None:
-                    self._memory[array][...] = value
+            for trained, value in ((layer.weight, layer.conv.weight), (layer.bias, layer.conv.bias)):
+                if trained is not None:
+                    self._memory[trained][...] = value
         if state is not None:
             for array in self._persistent():
                 self._memory[array][...] = state[array.name]
@@ -88,12 +90,7 @@ class Program:
     @property
     def ram(self) -> dict[str, int]:
         """Bytes by kind at the moment when most are alive."""
-        peak = self.layout.live.index(self.lower_bound_bytes)
-        kinds: dict[str, int] = {}
-        for array in self.layout.arrays:
-            if array.first <= peak <= array.last:
-                kinds[array.kind] = kinds.get(array.kind, 0) + array.nbytes
-        return kinds
+        return self.layout.ram
 
     @property
     def macs(self) -> dict[str, int]:
@@ -224,7 +221,8 @@ class Program:
         labels = np.asarray(labels)
         classes = self.graph.shapes[self.graph.output][0]
         if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
-            raise ValueError(f"labels have shape {labels.shape} and dtype {labels.dtype}, expected {len(images)} integers")
+            came = f"shape {labels.shape} and dtype {labels.dtype}"
+            raise ValueError(f"labels have {came}, expected {len(images)} integers")
         if labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"labels run from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}")
         return images, labels
@@ -258,7 +256,8 @@ class Program:
                     D = m[layer.change]  # (C_out, r, k_h, k_w); of a linear layer (C_out, r, 1, 1)
                     # U has (C, 1, 1, r), or (C, H, W, r) of a linear layer, whose kernel is the whole input.
                     change = np.tensordot(D, layer.basis, ((1,), (3,)))  # (C_out, k_h, k_w, C, H, W)
-                    weight = conv.weight + change[:, 0, 0] if conv.is_linear else conv.weight + change[..., 0, 0].transpose(0, 3, 1, 2)
+                    change = change[:, 0, 0] if conv.is_linear else change[..., 0, 0].transpose(0, 3, 1, 2)
+                    weight = conv.weight + change
                 found[conv.weight_name] = weight.reshape(len(weight), -1) if conv.is_linear else weight
             if conv.bias_name is not None:
                 assert layer.bias is not None
@@ -289,15 +288,6 @@ class Program:
 
     # ---- looking at it --------------------------------------------------------------------------
 
-    def instructions(self) -> Iterator[tuple[str, int, Any]]:
-        """Title, live bytes and instruction, in order; those of one tile stand for all tiles."""
-        layout = self.layout
-        tile: list[Forward] = layout.tiles[0] if layout.tiles else []
-        steps: list[Any] = [*tile, *layout.forward, layout.loss, *layout.backward]
-        steps += [] if layout.update is None else [layout.update]
-        for title, live, step in zip(layout.times, layout.live, steps, strict=True):
-            yield title, live, step
-
     def describe(self) -> dict[str, Any]:
         """Everything that a report says, as plain data."""
         layout = self.layout
@@ -314,22 +304,18 @@ class Program:
             "tiles": len(layout.tiles),
             "recomputed_macs": layout.recomputed_macs,
             "arena": [
-                {"name": a.name, "kind": a.kind, "offset": a.offset, "bytes": a.nbytes, "first": a.first, "last": a.last}
-                for a in sorted(layout.arrays, key=lambda a: a.offset)
+                {key: getattr(array, attribute) for key, attribute in _DESCRIBED.items()}
+                for array in sorted(layout.arrays, key=lambda array: array.offset)
             ],
             "instructions": layout.times,
         }
 
     def __str__(self) -> str:
-        from lance_ref.device.report import text
-
-        return text(self)
+        return report.text(self.layout, self.flash_bytes)
 
     def __repr__(self) -> str:
         return f"Program({self.method}, update={self.recipe.update!r}, {self.ram_bytes:,} bytes of RAM)"
 
     def plot(self, path: Any) -> None:
         """Draw the arena: addresses against time, a rectangle for each array, and the peak."""
-        from lance_ref.device.report import plot
-
-        plot(self, path)
+        report.plot(self.layout, path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lance_ref.device.budget import shown_bytes
 
 if TYPE_CHECKING:
-    from lance_ref.device.program import Program
+    from lance_ref.device.layout import Layout
 
 COLOURS = {
     "image": "#4c78a8", "maps": "#72b7b2", "tiles": "#9ecae9", "channels": "#bab0ac", "masks": "#eeca3b",
@@ -16,18 +16,12 @@ COLOURS = {
 }  # fmt: skip
 
 
-def text(program: Program) -> str:
-    """The instructions with the bytes that are alive, and the totals.
-
-    Parameters
-    ----------
-    program : Program
-    """
-    layout = program.layout
+def text(layout: Layout, flash_bytes: int) -> str:
+    """The instructions with the bytes that are alive, and the totals."""
     tiled = layout.choice.tiled
     peak = layout.live.index(layout.lower_bound_bytes)
     lines = [f"{'instruction':<64}{'alive':>12}"]
-    for time, (title, live, _) in enumerate(program.instructions()):
+    for time, (title, live) in enumerate(zip(layout.times, layout.live, strict=True)):
         if time == 0 and tiled:
             h, w = layout.choice.tile
             lines.append(f"{len(layout.tiles)} times, for tiles of {h}x{w} places:")
@@ -35,27 +29,22 @@ def text(program: Program) -> str:
         name = name if len(name) <= 62 else f"{name[:30]}…{name[-31:]}"
         lines.append(f"{name:<64}{shown_bytes(live):>12}{'  <- peak' if time == peak else ''}")
     lines += ["", f"{'at the peak':<64}{'bytes':>12}"]
-    lines += [f"{kind:<64}{nbytes:>12,}" for kind, nbytes in sorted(program.ram.items(), key=lambda kv: -kv[1])]
-    lines.append(f"{'largest sum of live bytes (lower bound)':<64}{program.lower_bound_bytes:>12,}")
-    lines.append(f"{'RAM: the whole arena':<64}{program.ram_bytes:>12,}  = {shown_bytes(program.ram_bytes)}")
-    lines.append(f"{'flash: frozen weights and factors':<64}{program.flash_bytes:>12,}  = {shown_bytes(program.flash_bytes)}")
-    lines.append(f"{'multiply-adds that tiles compute again, for an image':<64}{layout.recomputed_macs:>12,}")
+    lines += [f"{kind:<64}{nbytes:>12,}" for kind, nbytes in sorted(layout.ram.items(), key=lambda kv: -kv[1])]
+    totals = {
+        "largest sum of live bytes (lower bound)": layout.lower_bound_bytes,
+        "RAM: the whole arena": layout.ram_bytes,
+        "flash: frozen weights and factors": flash_bytes,
+    }
+    lines += [f"{what:<52}{shown_bytes(nbytes):>12}{nbytes:>12,}" for what, nbytes in totals.items()]
+    lines.append(f"{'multiply-adds that tiles compute again, per image':<64}{layout.recomputed_macs:>12,}")
     return "\n".join(lines)
 
 
-def plot(program: Program, path: str | os.PathLike[str]) -> None:
-    """Draw addresses against time, a rectangle for each array, with the peak marked.
-
-    Parameters
-    ----------
-    program : Program
-    path : path
-        A file of any format that matplotlib writes.
-    """
+def plot(layout: Layout, path: str | os.PathLike[str]) -> None:
+    """Draw addresses against time, a rectangle for each array, with the peak marked, into an image file."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
-    layout = program.layout
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     for array in sorted(layout.arrays, key=lambda a: a.nbytes, reverse=True):
@@ -63,19 +52,20 @@ def plot(program: Program, path: str | os.PathLike[str]) -> None:
         width, height = array.last - array.first + 1, array.nbytes / 1024
         box = Rectangle(corner, width, height, facecolor=COLOURS[array.kind], edgecolor="white", linewidth=0.4)
         axes.add_patch(box)
-        if height > program.ram_bytes / 1024 * 0.03 and width > len(layout.times) * 0.12:
+        if height > layout.ram_bytes / 1024 * 0.03 and width > len(layout.times) * 0.12:
             middle = (corner[0] + width / 2, corner[1] + height / 2)
             axes.text(*middle, array.name, ha="center", va="center", fontsize=6.5, clip_on=True)
     peak = layout.live.index(layout.lower_bound_bytes)
     axes.axvline(peak + 0.5, color="black", linewidth=0.8, linestyle=":")
     axes.annotate(
-        f"peak: {shown_bytes(program.lower_bound_bytes)}", (peak + 0.5, program.ram_bytes / 1024),
+        f"peak: {shown_bytes(layout.lower_bound_bytes)}", (peak + 0.5, layout.ram_bytes / 1024),
         xytext=(4, 3), textcoords="offset points", fontsize=8, annotation_clip=False,
     )  # fmt: skip
     axes.set_xlim(0, len(layout.times))
-    axes.set_ylim(0, program.ram_bytes / 1024 * 1.06)
+    axes.set_ylim(0, layout.ram_bytes / 1024 * 1.06)
     tiled, loss = layout.choice.tiled, layout.times.index("loss")
-    for at, label in ((tiled / 2, "tiles"), ((tiled + loss) / 2, "forward"), ((loss + len(layout.times)) / 2, "backward")):
+    phases = {"tiles": tiled / 2, "forward": (tiled + loss) / 2, "backward": (loss + len(layout.times)) / 2}
+    for label, at in phases.items():
         if label != "tiles" or tiled:
             axes.text(at, -0.075, label, transform=axes.get_xaxis_transform(), ha="center", fontsize=9)
     for at in (tiled, loss):

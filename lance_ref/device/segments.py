@@ -1,9 +1,9 @@
 """Segments: stretches of a network whose inner maps exist one channel at a time.
 
 A segment reads one whole map and writes one whole map. Its *head* is a convolution that makes a channel from all
-channels of the source; its *body* works on each channel alone (activations, depthwise convolutions, pooling); its *tail*
-is a convolution that adds what a channel contributes to all channels of the output. Between head and tail there is one
-channel at a time: an inverted residual block is such a segment. Head and tail may be missing.
+channels of the source; its *body* works on each channel alone (activations, depthwise convolutions, pooling); its
+*tail* is a convolution that adds what a channel contributes to all channels of the output. Between head and tail there
+is one channel at a time: an inverted residual block is such a segment. Head and tail may be missing.
 """
 
 from __future__ import annotations

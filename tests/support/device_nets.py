@@ -1,4 +1,4 @@
-"""Small random networks of every operation that a device program has, and the library's own step beside the program's."""
+"""Small random networks of every operation that a device program has, and the library's own step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref import compress, device, nn, tune
+from lance_ref import compress, nn, tune
 from lance_ref import functional as F
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.engine.tensor import Tensor
@@ -78,7 +78,11 @@ def random_net(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
             )  # fmt: skip
         elif kind == "residual":
             same = {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1}
-            body = nn.Sequential(*conv(rng, C, C + 1, size, **same, groups=1), activation(rng), *conv(rng, C + 1, C, size, **same, groups=1))
+            body = nn.Sequential(
+                *conv(rng, C, C + 1, size, **same, groups=1),
+                activation(rng),
+                *conv(rng, C + 1, C, size, **same, groups=1),
+            )
             shortcut = nn.Sequential(*conv(rng, C, C, size, kernel_size=1, stride=1, padding=0, dilation=1, groups=1))
             layers.append(Residual(body, shortcut if rng.random() < 0.5 else None, activation(rng)))
         elif kind == "depthwise":
@@ -95,7 +99,9 @@ def random_net(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
     return nn.Sequential(*layers), shape
 
 
-def random_calibration(net: nn.Module, shape: tuple[int, ...], layers: Any, rng: np.random.Generator, batch: int) -> dict[str, Subspace]:
+def random_calibration(
+    net: nn.Module, shape: tuple[int, ...], layers: Any, rng: np.random.Generator, batch: int
+) -> dict[str, Subspace]:
     """Random subspaces of random modes for these layers."""
     modules = weighted_layers(net)
     inputs = {r.path: r.inputs[0].shape for r in trace(net, (batch, *shape)) if r.op in ("conv2d", "linear")}
@@ -107,7 +113,10 @@ def random_calibration(net: nn.Module, shape: tuple[int, ...], layers: Any, rng:
     return found
 
 
-def case(seed: int, method: str, dtype: Any = np.float64) -> tuple[nn.Module, tuple[int, ...], Any, np.ndarray, np.ndarray]:
+Case = tuple[nn.Module, tuple[int, ...], Any, np.ndarray, np.ndarray]
+
+
+def case(seed: int, method: str, dtype: Any = np.float64) -> Case:
     """A net whose layers are chosen, a calibration or None, images and labels."""
     rng = np.random.default_rng(seed + 1000)
     net, shape = random_net(seed)
@@ -117,7 +126,7 @@ def case(seed: int, method: str, dtype: Any = np.float64) -> tuple[nn.Module, tu
         selection = "head"
     elif selection.startswith("last"):
         selection = f"last:{min(int(selection[5:]), len(weighted_layers(net)) - 1)}"
-    tuning = tune(net, selection, parameters="bias" if method == "bias" and selection != "head" else "all") if method != "bias" else _biases(net, selection)
+    tuning = _biases(net, selection) if method == "bias" else tune(net, selection)
     B = 3
     calibration = random_calibration(net, shape, tuning.layers, rng, B) if method == "lance" else None
     return net, shape, calibration, rng.normal(size=(B, *shape)).astype(dtype), rng.integers(0, 3, B)
@@ -130,15 +139,18 @@ def _biases(net: nn.Module, selection: str) -> Any:
         return tune(net, "head")
 
 
-def library_step(net: nn.Module, calibration: Any, x: np.ndarray, y: np.ndarray, lr: float) -> tuple[float, dict[str, np.ndarray]]:
+def library_step(
+    net: nn.Module, calibration: Any, x: np.ndarray, y: np.ndarray, lr: float
+) -> tuple[float, dict[str, np.ndarray]]:
     """Loss, and the weights after one step of SGD with the library."""
     if calibration:
         compress(net, calibration)
     net.train()
     loss = F.cross_entropy(net(Tensor(x)), y)
     loss.backward()
-    new = {n: p.data - x.dtype.type(lr) * p.grad for n, p in net.named_parameters() if p.requires_grad and p.grad is not None}
+    new = {
+        n: p.data - x.dtype.type(lr) * p.grad
+        for n, p in net.named_parameters()
+        if p.requires_grad and p.grad is not None
+    }
     return loss.item(), new
-
-
-__all__ = ["case", "device", "library_step", "random_calibration", "random_net"]

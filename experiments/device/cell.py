@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+import lance_ref
 from experiments.device.whole_maps import WholeMaps
 from experiments.finetune.cell import calibration_batches_of, data_and_network
-from lance_ref import calibrate, datasets, device, models, tune
+from lance_ref import calibrate, datasets, device, models
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.datasets import Dataset
 from lance_ref.nn.module import Module
@@ -63,7 +65,8 @@ def train(
     folder : str
         Where the outputs of the frozen part are kept between cells; "" keeps none.
     """
-    module, parts = data_and_network(net, data, tune, seed, image_size, train_images, test_images, validation, folder)
+    module, parts = _data_and_network(net, data, tune, seed, image_size, train_images, test_images, validation, folder)
+    lance_ref.tune(module, tune)  # another cell of this process may have chosen otherwise
     part = tail(module, parts[0].stage) if isinstance(parts[0], Features) else module
     calibration = None
     if method == "lance":
@@ -74,7 +77,7 @@ def train(
     program = device.compile(part, calibration, first.shape[1:], update=update, method=method)
     maps = WholeMaps(program)
     began = time.perf_counter()
-    sources = frozen_sources(maps, _inputs(parts[0], net, image_size))
+    sources, test = (_sources(maps, images, net, image_size) for images in parts)
     prepared = time.perf_counter() - began
     began = time.perf_counter()
     step = 1 if update == "image" else batch
@@ -85,17 +88,43 @@ def train(
             raise
         return {"accuracy": 0.0, "diverged": str(error)}  # a learning rate that is too large is not the best one
     trained = time.perf_counter() - began
-    right = 0
-    for x, y in zip(_inputs(parts[1], net, image_size), _chunks(parts[1].labels), strict=True):
-        right += int((maps.logits(maps.frozen(x)).argmax(0) == y).sum())
     return {
-        "accuracy": right / len(parts[1]),
+        "accuracy": evaluate(maps, test, parts[1].labels),
         "images": len(parts[1]),
         "train_images": len(parts[0]),
         "updates": epochs * (len(parts[0]) // step),
         "loss": losses,
         "seconds": {"frozen": prepared, "training": trained},
     }
+
+
+@lru_cache(maxsize=2)  # a process runs many cells on the same images
+def _data_and_network(*arguments: Any) -> tuple[Module, list[Dataset | Features]]:
+    return data_and_network(*arguments)
+
+
+_KEPT: dict[tuple[Any, ...], tuple[Dataset | Features, Sources]] = {}
+"""What the frozen operations gave for the images of the last cells of this process, with these images."""
+
+
+def _sources(maps: WholeMaps, images: Dataset | Features, net: str, image_size: int | None) -> Sources:
+    """:func:`frozen_sources`, kept for the next cell with the same images and frozen weights."""
+    name = images.fingerprint + images.split if isinstance(images, Features) else id(images)
+    key = (maps.frozen_digest(), name, len(images), images.labels.tobytes(), net, image_size)
+    if key not in _KEPT:
+        while len(_KEPT) > 3:
+            del _KEPT[next(iter(_KEPT))]
+        _KEPT[key] = (images, frozen_sources(maps, _inputs(images, net, image_size)))
+    return _KEPT[key][1]
+
+
+def evaluate(maps: WholeMaps, sources: Sources, labels: np.ndarray) -> float:
+    """The share of images whose class is predicted rightly."""
+    right = 0
+    for start in range(0, len(labels), EVALUATED):
+        rows = np.arange(start, min(start + EVALUATED, len(labels)))
+        right += int((maps.logits(_chosen(maps, sources, rows)).argmax(0) == labels[rows]).sum())
+    return right / len(labels)
 
 
 def _ranks(space: Subspace, directions: int | None) -> tuple[int | None, ...]:
@@ -218,7 +247,7 @@ def _random_calibration(
     module: Module, selection: str, input_shape: tuple[int, ...], directions: int | None
 ) -> Mapping[str, Subspace]:
     """Random directions, as many for each layer as :func:`train` has."""
-    tuned = tune(module, selection).layers
+    tuned = lance_ref.tune(module, selection).layers
     records = [record for record in trace(module, (1, *input_shape)) if record.op in _WEIGHTED]
     shapes = {record.path: record.inputs[0].shape for record in records}
     rng = np.random.default_rng(0)

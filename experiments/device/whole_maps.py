@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from lance_ref.algebra.geometry import ConvGeometry
 from lance_ref.device import Program, UnsupportedError
 from lance_ref.device.graph import Conv, Graph, Node
 from lance_ref.device.instructions import adaptive
 from lance_ref.device.layers import Layer
 from lance_ref.device.windows import reach, whole
+from lance_ref.io.npz import digest
 
 Maps = dict[int, np.ndarray]
 """Arrays (C, P, B) by the number of their map in the graph."""
@@ -67,6 +69,13 @@ class WholeMaps:
         for node in self._frozen:
             maps[node.output] = self._operations[node].forward(*(maps[number] for number in node.inputs))
         return {number: maps[number] for number in self.sources}
+
+    def frozen_digest(self) -> str:
+        """SHA-256 of all that :meth:`frozen` depends on beside the images."""
+        convs = {node.path: node.conv for node in self._frozen if node.conv is not None}
+        arrays = {f"{path}.{name}": getattr(conv, name) for path, conv in convs.items() for name in ("weight", "shift")}
+        operations = [f"{node.op} {node.inputs} {node.output}" for node in self._frozen]
+        return digest({"operations": np.array([*operations, repr(self.sources)]), **arrays})
 
     def logits(self, sources: Mapping[int, np.ndarray]) -> np.ndarray:
         """(classes, B), from what :meth:`frozen` gave; what the backward pass needs is kept until the next call."""
@@ -204,6 +213,7 @@ class _Gather:
     """
 
     def __init__(self, conv: Conv, source: tuple[int, int], output: tuple[int, int]) -> None:
+        self.source, self.output = source, output
         P_in, P_out = math.prod(source), math.prod(output)
         places_in, places_out = np.arange(P_in).reshape(source), np.arange(P_out).reshape(output)
         taps = reach(conv.window, whole(output), whole(source)).taps
@@ -213,6 +223,20 @@ class _Gather:
             self.seen[tap, places_out[written].ravel()] = places_in[read].ravel()
             self.seen_by[tap, places_in[read].ravel()] = places_out[written].ravel()
         self.is_plain = len(taps) == 1 and P_in == P_out and bool((self.seen[0] == np.arange(P_in)).all())
+
+    def geometry(self, conv: Conv, images: int) -> ConvGeometry:
+        """Of the library's convolution."""
+        kernel, window = conv.weight.shape[2:], conv.window
+        (top, bottom), (left, right) = (
+            (before, max(0, (m - 1) * stride + dilation * (k - 1) + 1 - n - before))
+            for before, m, n, stride, dilation, k in zip(
+                window.before, self.output, self.source, window.stride, window.dilation, kernel, strict=True
+            )
+        )
+        C_in = conv.weight.shape[1] * conv.groups
+        padding = ((top, bottom), (left, right))
+        shapes = (images, C_in, *self.source), conv.weight.shape
+        return ConvGeometry(*shapes, window.stride, padding, window.dilation, conv.groups)
 
     def columns(self, x: np.ndarray) -> np.ndarray:
         """(C, taps, P_out, B) of a map (C, P_in, B)."""
@@ -321,8 +345,7 @@ class _Dense(_Weighted):
         self._learn_bias(g, lr)
         if self.conv.weight_name is None:
             return
-        kernel = self._scaled(g.reshape(len(g), -1) @ self.kept.T)
-        kernel *= lr
+        kernel = self._scaled((lr * g).reshape(len(g), -1) @ self.kept.T)
         if self.D is not None:
             self.D -= kernel
         elif self.U is None:
@@ -344,15 +367,15 @@ class _Dense(_Weighted):
 class _Depthwise(_Weighted):
     """A convolution of each channel alone; a core stands for the input in its kernel's gradient.
 
-    For one image every place gathers what it sees. For several images a small map is quicker as one matrix
-    (P_out, P_in) for each channel, which the images share.
+    For several images a small map is quickest as one matrix (P_out, P_in) for each channel, which the images share.
+    Otherwise it is the library's convolution.
     """
 
     def __init__(self, layer: Layer, gather: _Gather) -> None:
         super().__init__(layer, gather)
         if self.in_subspace:
             raise UnsupportedError(f"depthwise layer {self.conv.path!r} trains in the subspace, expected its kernel")
-        self.W = self.conv.weight.reshape(len(self.conv.weight), -1).copy()  # (C, taps)
+        self.W = self.conv.weight.copy()  # (C, 1, k_h, k_w)
         P_out, P_in = gather.seen.shape[1], gather.seen_by.shape[1]
         self.is_small = max(P_out, P_in) <= SMALL_MAP
         # 1 where the output place sees the input place through this tap; padding is cut off
@@ -362,27 +385,27 @@ class _Depthwise(_Weighted):
     def _matrices(self) -> np.ndarray:
         """(C, P_out, P_in)"""
         assert self.through is not None
-        return (self._scaled(self.W) @ self.through).reshape(len(self.W), self.gather.seen.shape[1], -1)
+        kernels = self._scaled(self.W).reshape(len(self.W), -1)
+        return (kernels @ self.through).reshape(len(self.W), self.gather.seen.shape[1], -1)
+
+    def _maps(self, x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """(C, P, B) as (B, C, H, W)."""
+        return x.transpose(2, 0, 1).reshape(x.shape[2], x.shape[0], *size)
 
     def forward(self, x: np.ndarray) -> np.ndarray:
-        self.in_matrices = self.is_small and x.shape[2] > 1
         self.x_shape = x.shape
-        if self.U is not None:
-            self.kept = self.U.T @ x.reshape(len(x), -1)
+        self.in_matrices = self.is_small and x.shape[2] > 1
+        self.kept = x if self.U is None else self.U.T @ x.reshape(len(x), -1)
         if self.in_matrices:
-            if self.U is None:
-                self.kept = x
             return self._shifted(self._matrices() @ x)
-        seen = self.gather.columns(x)  # (C, taps, P, B)
-        if self.U is None:
-            self.kept = seen
-        return self._shifted(_by_channel(self._scaled(self.W), seen))
+        self.geometry = self.gather.geometry(self.conv, x.shape[2])
+        out = self.geometry.forward(self._maps(x, self.gather.source), self._scaled(self.W))
+        return self._shifted(_as_columns(out))
 
     def backward(self, g: np.ndarray) -> np.ndarray:
         if self.in_matrices:
             return self._matrices().transpose(0, 2, 1) @ g
-        # Each input place is seen by one output place for each tap, so that this is the same sum the other way round.
-        return _by_channel(self._scaled(self.W), _padded(g)[:, self.gather.seen_by])
+        return _as_columns(self.geometry.input_gradient(self._scaled(self.W), self._maps(g, self.gather.output)))
 
     def learn(self, g: np.ndarray, lr: Any) -> None:
         self._learn_bias(g, lr)
@@ -391,17 +414,11 @@ class _Depthwise(_Weighted):
         x = self.kept if self.U is None else (self.U @ self.kept).reshape(self.x_shape)
         if self.in_matrices:
             assert self.through is not None
-            kernel = (g @ x.transpose(0, 2, 1)).reshape(len(g), -1) @ self.through.T  # (C, taps)
+            kernel = ((g @ x.transpose(0, 2, 1)).reshape(len(g), -1) @ self.through.T).reshape(self.W.shape)
         else:
-            seen = x if self.U is None else self.gather.columns(x)
-            kernel = (seen.reshape(*seen.shape[:2], -1) @ g.reshape(len(g), -1, 1))[..., 0]  # (C, taps)
+            maps = self._maps(x, self.gather.source), self._maps(g, self.gather.output)
+            kernel = self.geometry.weight_gradient(*maps)
         self.W -= lr * self._scaled(kernel)
 
     def trained(self) -> dict[str, np.ndarray]:
-        return dict(self._named(self.W.reshape(self.conv.weight.shape)))
-
-
-def _by_channel(kernels: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Σ_t kernels[c, t] · seen[c, t, ...]."""
-    flat = seen.reshape(*seen.shape[:2], -1)
-    return (kernels[:, None] @ flat)[:, 0].reshape(len(seen), *seen.shape[2:])
+        return dict(self._named(self.W))

@@ -247,6 +247,37 @@ def test_a_diverged_rate_is_not_the_best_one_and_a_diverged_run_is_an_error() ->
         device_cell.train(**{**cell, "validation": False})
 
 
+class Recorder:
+    """Whole maps that learn nothing and note what they are given."""
+
+    sources = (0,)
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.images: list[int] = []
+
+    def step(self, sources: dict[int, np.ndarray], labels: np.ndarray, lr: float) -> float:
+        self.rates.append(lr)
+        self.images += sources[0].ravel().astype(int).tolist()
+        assert sources[0].ravel().tolist() == labels.tolist()
+        return float(labels.sum())
+
+    def is_finite(self) -> bool:
+        return True
+
+
+def test_every_image_comes_once_in_an_epoch_and_the_rate_falls() -> None:
+    """Half a cosine over all updates, an order of its own for each epoch, and no image twice in one."""
+    numbers = np.arange(6)
+    recorder = Recorder()
+    losses = device_cell.run(recorder, [numbers[:, None, None] * 1.0], numbers, 2, 0.4, 2, 0)  # type: ignore[arg-type]
+    np.testing.assert_allclose(recorder.rates, 0.2 * (1 + np.cos(np.pi * np.arange(6) / 6)))
+    first, second = recorder.images[:6], recorder.images[6:]
+    assert sorted(first) == sorted(second) == numbers.tolist()
+    assert first != second
+    assert losses == [5.0, 5.0]
+
+
 def row(method: str, directions: int | None, update: str, accuracies: tuple[float, ...]) -> Row:
     seeds = tuple({"accuracy": accuracy, "images": 100} for accuracy in accuracies)
     plan = {"ram_bytes": 2048, "lower_bound_bytes": 1024, "flash_bytes": 512, "recomputed_macs": 1_500_000}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -203,13 +204,18 @@ def results(rows: Sequence[Row], fits: Fits, settings: Mapping[str, Any], argume
 
 # ---- the figure ---------------------------------------------------------------------------------
 
-COLOURS = {"head": "0.55", "bias": "#b279a2", "bp": "#4c78a8", "lance": "#e45756"}
+COLOURS = {"head": "0.55", "bias": "#b279a2", "bp": "#4c78a8"}
+LANCE_COLOURS = ("#ef8f62", "#c0312e", "#7b1c1c")
+"""From few directions to many; a fourth number begins again."""
 MARKERS = {"image": "o", "batch": "s"}
 LINE_KIB = 256
 
 
 def draw(rows: Sequence[Row], path: str, title: str, batch: int) -> None:
-    """Accuracy against RAM: each method twice, with updates after every image and after a batch."""
+    """Accuracy against RAM: each method twice, with updates after every image and after a batch.
+
+    A pale line goes from the smallest arena to the smallest one that computes nothing again.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -217,23 +223,42 @@ def draw(rows: Sequence[Row], path: str, title: str, batch: int) -> None:
 
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.subplots()
-    sizes = [row.plan["ram_bytes"] / 1024 for row in rows]
+    sizes = {row.key: row.plan["ram_bytes"] / 1024 for row in rows}
     largest = max(row.untiled["ram_bytes"] / 1024 for row in rows)
-    for row, size in zip(rows, sizes, strict=True):
-        y = 100 * fmean(row.accuracies)
+    numbers = sorted({row.directions for row in rows if row.directions is not None})
+    colours: dict[int | None, str] = dict(zip(numbers, itertools.cycle(LANCE_COLOURS), strict=False))
+    for row in rows:
+        size, y = sizes[row.key], 100 * fmean(row.accuracies)
         error = 100 * stdev(row.accuracies) if len(row.accuracies) > 1 else 0
-        colour = COLOURS[row.method]
-        axes.errorbar(size, y, yerr=error, fmt=MARKERS[row.update], color=colour, ms=6.5, elinewidth=1, capsize=3)
-        axes.plot([size, row.untiled["ram_bytes"] / 1024], [y, y], color=colour, lw=2.5, alpha=0.3, zorder=0)
-        axes.annotate(row.name, (size, y), (0, 9), textcoords="offset points", fontsize=8, color=colour)
-    if min(sizes) < LINE_KIB < largest:
+        colour = COLOURS.get(row.method) or colours[row.directions]
+        axes.errorbar(size, y, yerr=error, fmt=MARKERS[row.update], color=colour, ms=6, elinewidth=1, capsize=3)
+        axes.plot([size, row.untiled["ram_bytes"] / 1024], [y, y], color=colour, lw=3, alpha=0.22, zorder=0)
+    for name in dict.fromkeys(row.name for row in rows):
+        first = min((row for row in rows if row.name == name), key=lambda row: sizes[row.key])
+        place = (sizes[first.key], 100 * fmean(first.accuracies))
+        axes.annotate(
+            name,
+            place,
+            (-8, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=9,
+            color=COLOURS.get(first.method) or colours[first.directions],
+        )
+    kibibyte_axis(axes, [min(sizes.values()) / 2, largest])
+    if min(sizes.values()) < LINE_KIB < largest:
         axes.axvline(LINE_KIB, color="0.3", lw=0.9, ls="--", zorder=0)
-    kibibyte_axis(axes, [*sizes, largest])
+        axes.annotate(
+            f"{LINE_KIB} KiB", (LINE_KIB, 1), (4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
+            va="top", fontsize=8, color="0.3",
+        )  # fmt: skip
     axes.set(xlabel="RAM of a whole training step, KiB (log)", ylabel="accuracy on the test set, %", title=title)
     labels = {"image": "update after every image", "batch": f"update after {batch} images"}
     marks = [
         Line2D([], [], ls="", marker=MARKERS[update], color="0.3", label=labels[update])
         for update in dict.fromkeys(row.update for row in rows)
     ]
-    axes.legend(handles=marks, frameon=False, fontsize=9, loc="lower right")
+    marks.append(Line2D([], [], color="0.3", lw=3, alpha=0.22, label="fewer tiles, down to none"))
+    axes.legend(handles=marks, frameon=False, fontsize=8.5, loc="lower right")
     save_figure(figure, path)

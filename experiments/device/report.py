@@ -135,13 +135,17 @@ def rate_cells(row: Row) -> list[str]:
 RATE_COLUMNS = ("update after", "method", "learning rate: accuracy on held-out training images, %")
 
 
-def _tables(rows: Sequence[Row], fits: Fits) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
-    found = [("Accuracy and RAM", COLUMNS, [cells(row) for row in rows])]
+Table = tuple[str, tuple[str, ...], list[list[str]]]
+"""Title, columns, rows."""
+
+
+def _tables(rows: Sequence[Row], fits: Fits) -> list[Table]:
+    found: list[Table] = [("Accuracy and RAM", COLUMNS, [cells(row) for row in rows])]
     if fits:
         budgets = [budget_cells(rows, budget, of) for budget, of in fits.items()]
         found.append(("LANCE within a budget", BUDGET_COLUMNS, budgets))
     found.append(("Learning rates", RATE_COLUMNS, [rate_cells(row) for row in rows]))
-    return found  # type: ignore[return-value]
+    return found
 
 
 def show(rows: Sequence[Row], fits: Fits) -> None:

@@ -134,7 +134,8 @@ def _as_columns(x: np.ndarray) -> np.ndarray:
 
 
 def _operation(node: Node, graph: Graph, layers: Mapping[str, Layer]) -> Any:
-    sizes = graph.shapes[node.inputs[0]][1:], graph.shapes[node.output][1:]
+    (_, H, W), (_, H_out, W_out) = graph.shapes[node.inputs[0]], graph.shapes[node.output]
+    sizes = (H, W), (H_out, W_out)
     if node.conv is not None:
         layer = layers.get(node.conv.path) or Layer(node.conv, *sizes)  # the program lists those that train
         return (_Depthwise if node.conv.is_depthwise else _Dense)(layer, _Gather(node.conv, *sizes))

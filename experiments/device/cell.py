@@ -44,6 +44,7 @@ def train(
     calibration_batch: int,
     validation: bool,
     folder: str,
+    clip: float | None = None,
 ) -> dict[str, Any]:
     """Train with the arithmetic of a device program; all arguments are JSON, and so is the result.
 
@@ -64,6 +65,9 @@ def train(
         Train on nine tenths of the training images and report the accuracy on the rest; 0 if the training diverged.
     folder : str
         Where the outputs of the frozen part are kept between cells; "" keeps none.
+    clip : float, optional
+        Largest norm of the gradient of a batch. (With an update after every image the weights of a layer change before
+        the gradients of earlier layers are known.)
     """
     module, parts = _data_and_network(net, data, tune, seed, image_size, train_images, test_images, validation, folder)
     lance_ref.tune(module, tune)  # another cell of this process may have chosen otherwise
@@ -82,7 +86,7 @@ def train(
     began = time.perf_counter()
     step = 1 if update == "image" else batch
     try:
-        losses = run(maps, sources, parts[0].labels, step, lr, epochs, seed)
+        losses = run(maps, sources, parts[0].labels, step, lr, epochs, seed, clip)
     except FloatingPointError as error:
         if not validation:
             raise
@@ -135,7 +139,14 @@ def _ranks(space: Subspace, directions: int | None) -> tuple[int | None, ...]:
 
 
 def run(
-    maps: WholeMaps, sources: Sources, labels: np.ndarray, batch: int, lr: float, epochs: int, seed: int
+    maps: WholeMaps,
+    sources: Sources,
+    labels: np.ndarray,
+    batch: int,
+    lr: float,
+    epochs: int,
+    seed: int,
+    clip: float | None = None,
 ) -> list[float]:
     """Train on all images in an order of its own for each epoch; the mean loss of every epoch.
 
@@ -155,7 +166,7 @@ def run(
             for i in range(steps):
                 rows = order[i * batch : (i + 1) * batch]
                 rate = lr * (1 + math.cos(math.pi * (epoch * steps + i) / (epochs * steps))) / 2
-                loss = maps.step(_chosen(maps, sources, rows), labels[rows], rate)
+                loss = maps.step(_chosen(maps, sources, rows), labels[rows], rate, clip)
                 if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss is {loss} in epoch {epoch}, expected a finite number")
                 total += loss

@@ -44,14 +44,15 @@ TRAIN, PLAN = "experiments.device.cell:train", "experiments.device.cell:plan"
 QUICK = {
     "net": "convnet", "data": "digits", "tune": "last:1", "directions": [2, 6], "epochs": 4, "image_epochs": 2,
     "tuning_epochs": 1, "batch": 32, "calibration_batches": 2, "calibration_batch": 32, "train_images": 200,
-    "test_images": 100, "seeds": 1, "batch_rates": [0.2, 0.4], "image_rates": [0.02, 0.04], "budgets": [20.0, 40.0],
+    "test_images": 100, "clip": 2.0, "seeds": 1, "batch_rates": [0.2, 0.4], "image_rates": [0.02, 0.04],
+    "budgets": [20.0, 40.0],
 }  # fmt: skip
 """What --quick stands for, where an option is not given."""
 
 DEFAULTS = {
     "net": "mcunet", "data": "cifar10", "tune": "last:4", "directions": [8, 24], "epochs": 15, "image_epochs": 3,
     "tuning_epochs": 3, "batch": 128, "calibration_batches": 4, "calibration_batch": 64, "train_images": 10000,
-    "test_images": None, "seeds": 3, "batch_rates": [0.05, 0.1, 0.2], "image_rates": [0.001, 0.002, 0.004],
+    "test_images": None, "clip": 2.0, "seeds": 3, "batch_rates": [0.05, 0.1, 0.2], "image_rates": [0.001, 0.002, 0.004],
     "budgets": [160.0, 200.0, 256.0, 320.0, 512.0],
 }  # fmt: skip
 
@@ -79,6 +80,8 @@ def parser() -> argparse.ArgumentParser:
             help=f"learning rates for updates after a{'n' if update[0] in 'i' else ''} {update} ({rates}); "
             "where the last at either end is best, the next is tried, half or twice as large",
         )  # fmt: skip
+    p.add_argument("--clip", type=positive, help="largest norm of the gradient of a batch (2.0)")
+    p.add_argument("--no-clip", action="store_true", help="leave the gradient of a batch as it is")
     p.add_argument("--budgets", type=positive, nargs="+", metavar="KIB", help="of RAM (160 200 256 320 512)")
     p.add_argument("--seeds", type=few, help="runs of each method, seeds 0, 1, ... (3)")
     p.add_argument("--calibration-batches", type=count, help="(4)")
@@ -110,7 +113,8 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
         check_once(options, name)
     for name in ("directions", "calibration_batches", "calibration_batch", "budgets"):
         check_effect(options, name, "lance" in options.methods, "--methods lance")
-    for name in ("batch", "epochs", "tuning_epochs", "batch_rates"):
+    check_effect(options, "clip", not options.no_clip, "a run without --no-clip")
+    for name in ("batch", "epochs", "tuning_epochs", "batch_rates", "clip", "no_clip"):
         check_effect(options, name, "batch" in options.updates, "--updates batch")
     for name in ("image_epochs", "image_rates"):
         check_effect(options, name, "image" in options.updates, "--updates image")
@@ -159,6 +163,7 @@ def train_cell(options: argparse.Namespace, key: Key, seed: int, lr: float, vali
         "calibration_batch": options.calibration_batch,
         "validation": validation,
         "folder": f"{options.folder}/frozen",
+        **({} if by_image or options.no_clip else {"clip": options.clip}),
     }
 
 

@@ -26,6 +26,8 @@ from lance_ref.io.npz import digest
 
 Maps = dict[int, np.ndarray]
 """Arrays (C, P, B) by the number of their map in the graph."""
+Change = tuple[np.ndarray, np.ndarray]
+"""An array that trains, and its gradient."""
 SMALL_MAP = 64
 """Places up to which a depthwise convolution of several images is a matrix for each channel."""
 
@@ -84,8 +86,13 @@ class WholeMaps:
             maps[node.output] = self._operations[node].forward(*(maps[number] for number in node.inputs))
         return maps[self.graph.output][:, 0]
 
-    def step(self, sources: Mapping[int, np.ndarray], labels: np.ndarray, lr: float) -> float:
-        """One update with the mean gradient of these images; returns their mean loss before it."""
+    def step(
+        self, sources: Mapping[int, np.ndarray], labels: np.ndarray, lr: float, clip: float | None = None
+    ) -> float:
+        """One update with the mean gradient of these images; returns their mean loss before it.
+
+        ``clip`` is the largest norm of the whole gradient. That of D is as long as that of W, as U is orthonormal.
+        """
         z = self.logits(sources)  # (classes, B)
         B = z.shape[1]
         z = z - z.max(0)
@@ -94,11 +101,18 @@ class WholeMaps:
         places = np.arange(B)
         loss = float((np.log(np.exp(z).sum(0)) - z[labels, places]).mean())
         p[labels, places] -= 1
-        self._backward((p / self.dtype.type(B))[:, None], lr)
+        changes = self._backward((p / self.dtype.type(B))[:, None])
+        if clip is not None:
+            changes = list(changes)
+            norm = math.sqrt(sum(float(np.vdot(gradient, gradient)) for _, gradient in changes))
+            lr *= min(1.0, clip / (norm + 1e-6))  # as the library does it, and PyTorch
+        for weight, gradient in changes:
+            gradient *= self.dtype.type(lr)
+            weight -= gradient
         return loss
 
-    def _backward(self, g: np.ndarray, lr: float) -> None:
-        """All gradients are those of the weights before the update: a layer learns after its input gradient is made."""
+    def _backward(self, g: np.ndarray) -> Iterator[Change]:
+        """Gradients are those of the weights before the update: a layer's own comes after that of its input."""
         gradients: Maps = {self.graph.output: g}
         for node in reversed(self._rest):
             g = gradients.pop(node.output)
@@ -107,7 +121,7 @@ class WholeMaps:
                 if number in self.graph.needs_gradient:
                     given = operation.backward(g)
                     gradients[number] = gradients[number] + given if number in gradients else given
-            operation.learn(g, self.dtype.type(lr))
+            yield from operation.learn(g)
 
     # ---- what was learned ---------------------------------------------------------------------
 
@@ -149,8 +163,9 @@ def _operation(node: Node, graph: Graph, layers: Mapping[str, Layer]) -> Any:
 class _Stateless:
     """An operation without weights."""
 
-    def learn(self, g: np.ndarray, lr: Any) -> None:
+    def learn(self, g: np.ndarray) -> Iterator[Change]:
         """There is nothing to learn."""
+        yield from ()
 
 
 class _Add(_Stateless):
@@ -286,10 +301,16 @@ class _Weighted:
         out += shift[:, None, None]
         return out
 
-    def _learn_bias(self, g: np.ndarray, lr: Any) -> None:
+    def learn(self, g: np.ndarray) -> Iterator[Change]:
+        """What of the layer trains, with its gradient, from the gradient of the output."""
         if self.bias is not None:
             total, scale = g.sum((1, 2)), self.conv.bias_scale
-            self.bias -= lr * (total if scale is None else total * scale)
+            yield self.bias, total if scale is None else total * scale
+        if self.conv.weight_name is not None:
+            yield self._learned(g)
+
+    def _learned(self, g: np.ndarray) -> Change:
+        raise NotImplementedError
 
     def _scaled(self, weight: np.ndarray) -> np.ndarray:
         """Batch norm's factor for each output channel, where the weight trains."""
@@ -342,17 +363,11 @@ class _Dense(_Weighted):
             gradient = gradient + (self.U @ returned.reshape(len(returned), -1)).reshape(C, -1, B)
         return gradient
 
-    def learn(self, g: np.ndarray, lr: Any) -> None:
-        self._learn_bias(g, lr)
-        if self.conv.weight_name is None:
-            return
-        kernel = self._scaled((lr * g).reshape(len(g), -1) @ self.kept.T)
+    def _learned(self, g: np.ndarray) -> Change:
+        kernel = self._scaled(g.reshape(len(g), -1) @ self.kept.T)
         if self.D is not None:
-            self.D -= kernel
-        elif self.U is None:
-            self.W -= kernel
-        else:
-            self.W -= self._expanded(kernel).reshape(self.W.shape)
+            return self.D, kernel
+        return self.W, kernel if self.U is None else self._expanded(kernel).reshape(self.W.shape)
 
     def _expanded(self, D: np.ndarray) -> np.ndarray:
         """D ×₂ U as (C_out, C, taps), equation (8)."""
@@ -408,10 +423,7 @@ class _Depthwise(_Weighted):
             return self._matrices().transpose(0, 2, 1) @ g
         return _as_columns(self.geometry.input_gradient(self._scaled(self.W), self._maps(g, self.gather.output)))
 
-    def learn(self, g: np.ndarray, lr: Any) -> None:
-        self._learn_bias(g, lr)
-        if self.conv.weight_name is None:
-            return
+    def _learned(self, g: np.ndarray) -> Change:
         x = self.kept if self.U is None else (self.U @ self.kept).reshape(self.x_shape)
         if self.in_matrices:
             assert self.through is not None
@@ -419,7 +431,7 @@ class _Depthwise(_Weighted):
         else:
             maps = self._maps(x, self.gather.source), self._maps(g, self.gather.output)
             kernel = self.geometry.weight_gradient(*maps)
-        self.W -= lr * self._scaled(kernel)
+        return self.W, self._scaled(kernel)
 
     def trained(self) -> dict[str, np.ndarray]:
         return dict(self._named(self.W))

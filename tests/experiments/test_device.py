@@ -106,20 +106,27 @@ def test_whole_maps_give_the_programs_weights(method: str, update: str, dtype: A
     assert_near(maps.weights(), program.weights(), start, off)
 
 
-@pytest.mark.parametrize("train", ["subspace", "weight"])
-def test_both_give_the_librarys_weights(train: str) -> None:
-    """LANCE by autograd and SGD trains whole weights; the update in the subspace is the same to rounding."""
+@pytest.mark.parametrize(("train", "clip"), [("subspace", None), ("weight", None), ("subspace", 0.1)])
+def test_both_give_the_librarys_weights(train: str, clip: float | None) -> None:
+    """LANCE by autograd and SGD trains whole weights; the update in the subspace is the same to rounding.
+
+    So is the norm at which both are clipped.
+    """
     x, y = images(64, (3, 8, 8), 4, np.float64)
     net = small_net().to(np.float64)
     program, calibration = made(net, (3, 8, 8), "last:5", "lance", "batch", x, train)
     maps, start = WholeMaps(program), program.weights()
     compress(net, calibration)
+    norms: list[float] = []
     optimizer = optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.05)
     for xs, ys in steps_of(x, y, 8, 50):
         optimizer.zero_grad()
         F.cross_entropy(net(Tensor(xs)), ys).backward()
+        if clip is not None:
+            norms.append(optim.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], clip))
         optimizer.step()
-        maps.step(maps.frozen(xs), ys, 0.05)
+        maps.step(maps.frozen(xs), ys, 0.05, clip)
+    assert not norms or max(norms) > 0.1
     want = {name: p.data for name, p in net.named_parameters() if p.requires_grad}
     assert_near(maps.weights(), want, start, 1e-9)
 
@@ -256,7 +263,7 @@ class Recorder:
         self.rates: list[float] = []
         self.images: list[int] = []
 
-    def step(self, sources: dict[int, np.ndarray], labels: np.ndarray, lr: float) -> float:
+    def step(self, sources: dict[int, np.ndarray], labels: np.ndarray, lr: float, clip: float | None) -> float:
         self.rates.append(lr)
         self.images += sources[0].ravel().astype(int).tolist()
         assert sources[0].ravel().tolist() == labels.tolist()

@@ -81,7 +81,7 @@ def train(
     program = device.compile(part, calibration, first.shape[1:], update=update, method=method)
     maps = WholeMaps(program)
     began = time.perf_counter()
-    sources, test = (_sources(maps, images, net, image_size) for images in parts)
+    sources = frozen_sources(maps, _inputs(parts[0], net, image_size))
     prepared = time.perf_counter() - began
     began = time.perf_counter()
     step = 1 if update == "image" else batch
@@ -93,7 +93,7 @@ def train(
         return {"accuracy": 0.0, "diverged": str(error)}  # a learning rate that is too large is not the best one
     trained = time.perf_counter() - began
     return {
-        "accuracy": evaluate(maps, test, parts[1].labels),
+        "accuracy": evaluate(maps, _inputs(parts[1], net, image_size), parts[1].labels),
         "images": len(parts[1]),
         "train_images": len(parts[0]),
         "updates": epochs * (len(parts[0]) // step),
@@ -102,33 +102,15 @@ def train(
     }
 
 
-@lru_cache(maxsize=2)  # a process runs many cells on the same images
+@lru_cache(maxsize=1)  # a process runs many cells on the same images
 def _data_and_network(*arguments: Any) -> tuple[Module, list[Dataset | Features]]:
     return data_and_network(*arguments)
 
 
-_KEPT: dict[tuple[Any, ...], tuple[Dataset | Features, Sources]] = {}
-"""What the frozen operations gave for the images of the last cells of this process, with these images."""
-
-
-def _sources(maps: WholeMaps, images: Dataset | Features, net: str, image_size: int | None) -> Sources:
-    """:func:`frozen_sources`, kept for the next cell with the same images and frozen weights."""
-    name = images.fingerprint + images.split if isinstance(images, Features) else id(images)
-    key = (maps.frozen_digest(), name, len(images), images.labels.tobytes(), net, image_size)
-    if key not in _KEPT:
-        while len(_KEPT) > 3:
-            del _KEPT[next(iter(_KEPT))]
-        _KEPT[key] = (images, frozen_sources(maps, _inputs(images, net, image_size)))
-    return _KEPT[key][1]
-
-
-def evaluate(maps: WholeMaps, sources: Sources, labels: np.ndarray) -> float:
+def evaluate(maps: WholeMaps, inputs: Iterator[np.ndarray], labels: np.ndarray) -> float:
     """The share of images whose class is predicted rightly."""
-    right = 0
-    for start in range(0, len(labels), EVALUATED):
-        rows = np.arange(start, min(start + EVALUATED, len(labels)))
-        right += int((maps.logits(_chosen(maps, sources, rows)).argmax(0) == labels[rows]).sum())
-    return right / len(labels)
+    answers = [maps.logits(maps.frozen(x)).argmax(0) for x in inputs]
+    return float((np.concatenate(answers) == labels).mean())
 
 
 def _ranks(space: Subspace, directions: int | None) -> tuple[int | None, ...]:

@@ -22,7 +22,6 @@ from lance_ref.device.graph import Conv, Graph, Node
 from lance_ref.device.instructions import adaptive
 from lance_ref.device.layers import Layer
 from lance_ref.device.windows import reach, whole
-from lance_ref.io.npz import digest
 
 Maps = dict[int, np.ndarray]
 """Arrays (C, P, B) by the number of their map in the graph."""
@@ -71,13 +70,6 @@ class WholeMaps:
         for node in self._frozen:
             maps[node.output] = self._operations[node].forward(*(maps[number] for number in node.inputs))
         return {number: maps[number] for number in self.sources}
-
-    def frozen_digest(self) -> str:
-        """SHA-256 of all that :meth:`frozen` depends on beside the images."""
-        convs = {node.path: node.conv for node in self._frozen if node.conv is not None}
-        arrays = {f"{path}.{name}": getattr(conv, name) for path, conv in convs.items() for name in ("weight", "shift")}
-        operations = [f"{node.op} {node.inputs} {node.output}" for node in self._frozen]
-        return digest({"operations": np.array([*operations, repr(self.sources)]), **arrays})
 
     def logits(self, sources: Mapping[int, np.ndarray]) -> np.ndarray:
         """(classes, B), from what :meth:`frozen` gave; what the backward pass needs is kept until the next call."""

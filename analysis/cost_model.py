@@ -89,6 +89,10 @@ def parser() -> argparse.ArgumentParser:
         "--basis-batches", type=count, metavar="N",
         help=f"of --continual: batches from which these directions are found ({DEFAULT_BASIS_BATCHES})",
     )  # fmt: skip
+    p.add_argument(
+        "--engine", default="library", choices=["library", "device"],
+        help="device: beneath the table also the RAM of device programs, one image at a time",
+    )  # fmt: skip
     p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the output")
     p.add_argument(
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
@@ -127,8 +131,13 @@ def _run(options: argparse.Namespace) -> int:
 
         comparison = compare(prediction, options.data, peaks=True)
     report = prediction.report
+    draw_report = drawn(report, options.accounting, options.wide)
+    if options.engine == "device":
+        from analysis.device.beside import with_programs
+
+        draw_report = with_programs(draw_report, prediction, chosen_methods(options.method), options.optimizer)
     emit(
-        drawn(report, options.accounting, options.wide), {"json": report.json_text, "csv": report.csv_text},
+        draw_report, {"json": report.json_text, "csv": report.csv_text},
         options.format, options.output,
     )  # fmt: skip
     if comparison is None:
@@ -149,6 +158,7 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("accounting", "panels"):
         if getattr(options, name) is not None:
             check_once(options, name)
+    check_effect(options, "engine", options.format == "table", "--format table, beneath which it prints")
     check_effect(options, "wide", options.format == "table", "--format table, whose columns it shows")
     if options.format == "csv":
         check_no_effect(options, ("continual", "calibration_batches"), "CSV has the rows of the layers alone")
@@ -171,7 +181,7 @@ def _predict(options: argparse.Namespace) -> Prediction:
         options.tune[0] if options.tune and len(options.tune) == 1 else options.tune,
         options.method, options.epsilon, options.ranks,
         options.spectra, options.convention, options.dtype,
-        with_weights=options.measure,
+        with_weights=options.measure or options.engine == "device",
         settings=Settings(**{name: getattr(options, name) for name in KNOWN}),
         continual=options.continual,
         protected=DEFAULT_PROTECTED if options.protected is None else options.protected,

@@ -5,9 +5,7 @@ from __future__ import annotations
 import sys
 
 from analysis.commands.cli import run_main
-from analysis.device.command import main, parser
-
-__all__ = ["main", "parser"]
+from analysis.device.command import main
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from analysis.device.choices import Choices, Settings
-from analysis.device.predict import Prediction, predict
+from analysis.device.predict import Prediction, StepTrace, predict
 from analysis.device.work import KINDS
 from lance_ref.device import Program
 from lance_ref.device.segments import convolutions
-from lance_ref.engine.recording import OpRecord
+from lance_ref.engine.state import state
+from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
-from lance_ref.nn.tracing import trace
+from lance_ref.nn.tracing import record
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,16 @@ class Difference:
         return f"{self.what}: predicted {self.predicted:,}, measured {self.measured:,}"
 
 
-def step_records(net: Module, input_shape: tuple[int, ...]) -> list[OpRecord]:
+def step_trace(net: Module, input_shape: tuple[int, ...]) -> StepTrace:
     """The forward pass of a net in training mode, which is left as it was."""
     training = [module for _, module in net.named_modules() if module.training]
     net.train()
     try:
-        return trace(net, (2, *input_shape))
+        x = Tensor.meta((2, *input_shape), next((p.dtype for p in net.parameters()), None))
+        with record(net) as records:
+            output = net(x)
+            assert state.recorder is not None
+            return StepTrace(records, state.recorder.value(output).id)
     finally:
         net.eval()
         for module in training:
@@ -60,7 +65,7 @@ def choices_of(program: Program) -> Choices:
 
 def prediction_of(program: Program, net: Module, input_shape: tuple[int, ...]) -> Prediction:
     """The prediction for a program's choices, from the net that it was compiled from."""
-    return predict(step_records(net, input_shape), settings_of(program), choices_of(program))
+    return predict(step_trace(net, input_shape), settings_of(program), choices_of(program))
 
 
 def measured_macs(program: Program) -> dict[str, int]:

@@ -137,8 +137,15 @@ class Network:
         return math.prod(self.maps[number][1:])
 
 
-def read(records: Sequence[OpRecord]) -> Network:
-    """The operations of a trace (of :func:`lance_ref.trace`, in training mode, with what trains chosen).
+def read(records: Sequence[OpRecord], output: int | None = None) -> Network:
+    """The operations of a trace on which its output depends.
+
+    Parameters
+    ----------
+    records : sequence of OpRecord
+        In training mode, with what trains chosen.
+    output : int, optional
+        Number of the value that the net gives. Default: that of the last record.
 
     Raises
     ------
@@ -151,6 +158,8 @@ def read(records: Sequence[OpRecord]) -> Network:
     numbers = {image.id: 0}
     uses = Counter(value.id for record in records for value in record.inputs)
     for record in records:
+        if record.inputs[0].id not in numbers:
+            raise ValueError(f"operation {record.op!r} of layer {record.path!r} is on nothing that the image gives")
         source = numbers[record.inputs[0].id]
         if record.op == "reshape" or (record.op == "dropout" and not record.attributes["p"]):
             numbers[record.output.id] = source
@@ -165,7 +174,17 @@ def read(records: Sequence[OpRecord]) -> Network:
             net.maps.append(net.maps[source] if keeps_shape else _map(record.output.shape))
         if record.output.requires_grad and record.op != "reshape":
             net.wanted.add(numbers[record.output.id])
+    _keep_what_matters(net, numbers[records[-1].output.id if output is None else output])
     return net
+
+
+def _keep_what_matters(net: Network, output: int) -> None:
+    """Drop operations without effect on the output."""
+    matters = {output}
+    for operation in reversed(net.operations):
+        if operation.output in matters:
+            matters |= set(operation.inputs)
+    net.operations = [operation for operation in net.operations if operation.output in matters]
 
 
 def _map(shape: Sequence[int]) -> Map:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from analysis.device.choices import Choices, Settings
+from analysis.device.layers import layer
 from analysis.device.memory import Step
 from analysis.device.operations import read
 from analysis.device.segments import split
@@ -39,12 +40,19 @@ class Prediction:
         return max(self.live)
 
 
-def predict(records: Sequence[OpRecord], settings: Settings, choices: Choices) -> Prediction:
+class StepTrace(NamedTuple):
+    """The records of a forward pass, and the number of the value that it gives."""
+
+    records: list[OpRecord]
+    output: int
+
+
+def predict(trace: StepTrace, settings: Settings, choices: Choices) -> Prediction:
     """RAM, flash and multiply-adds of a step of one image.
 
     Parameters
     ----------
-    records : sequence of OpRecord
+    trace : StepTrace
         Of the forward pass in training mode, with what trains chosen; of any batch.
     settings : Settings
     choices : Choices
@@ -55,7 +63,7 @@ def predict(records: Sequence[OpRecord], settings: Settings, choices: Choices) -
     ValueError
         If the trace has an operation that no device runs, or the choices are those of another net.
     """
-    net = read(records)
+    net = read(*trace)
     step = Step(net, split(net, choices.heads), settings, choices)
     blocks = step.blocks()
     live = tuple(sum(b.nbytes for b in blocks if b.first <= t <= b.last) for t in range(step.instructions))
@@ -65,3 +73,15 @@ def predict(records: Sequence[OpRecord], settings: Settings, choices: Choices) -
         if block.first <= peak <= block.last:
             ram[block.kind] = ram.get(block.kind, 0) + block.nbytes
     return Prediction(live, ram, flash_bytes(step), macs(step))
+
+
+def trained_bytes(trace: StepTrace, settings: Settings) -> int:
+    """Bytes of the weights that train, D in place of W where D trains; without gradients."""
+    net, numbers = read(*trace), 0
+    for operation in net.operations:
+        if operation.weights is not None:
+            of = layer(net, operation, settings, is_end=True)
+            numbers += of.weights.outputs if of.weights.bias_trains else 0
+            if of.weights.trains:
+                numbers += of.change if of.in_subspace else of.weights.size
+    return numbers * net.itemsize

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from analysis.device.check import step_records
+from analysis.device.check import step_trace
 from analysis.device.choices import Ranks
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.nn.module import Module
@@ -17,7 +17,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def input_shapes(net: Module, input_shape: tuple[int, ...], layers: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Shape of the input of each of these layers, for one image, the batch of one first."""
     wanted = set(layers)
-    records = [r for r in step_records(net, input_shape) if r.path in wanted and r.op in ("conv2d", "linear")]
+    records = [r for r in step_trace(net, input_shape).records if r.path in wanted and r.op in ("conv2d", "linear")]
     return {record.path: (1, *record.inputs[0].shape[1:]) for record in records}
 
 

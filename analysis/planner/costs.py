@@ -33,7 +33,7 @@ from lance_ref.engine.recording import OpRecord
 from lance_ref.nn.module import Module
 
 Ranks = tuple[int | None, ...]
-COUNTS = ("peak", "kept")
+COUNTS = ("peak", "kept", "program")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Device:
 
     #: "peak": the simulated peak of a step (:mod:`analysis.peak.memory`): batch, activations in flight, tape,
     #: gradients, optimiser state, workspaces. "kept": tape, gradients and optimiser state as if all of them were there
-    #: at once, without activations in flight and workspaces, which another engine may do without.
+    #: at once, without activations in flight and workspaces, which another engine may do without. "program": the arena
+    #: of a device program, see :mod:`analysis.planner.device_costs`.
     count: str = "peak"
     #: "flash": of the parameters only those that train are in RAM; "ram": all of them, and the module buffers.
     weights: str = "flash"
@@ -161,7 +162,11 @@ class Costs:
             return {}
         shapes = self.shapes(batch)
         ranks: dict[str, Ranks]
-        if option.fraction is not None:
+        if option.directions is not None:  # of channels alone; a layer with no more keeps its input as it is
+            number = option.directions
+            fewer = {path: number if number < shape[1] else None for path, shape in shapes.items()}
+            ranks = {path: (None, fewer[path], *[None] * (len(shape) - 2)) for path, shape in shapes.items()}
+        elif option.fraction is not None:
             ranks = {path: fraction_of(option.fraction, shape) for path, shape in shapes.items()}
         elif self.spectra is not None and option.epsilon is not None:
             ranks = {path: self.spectra.layers[path].ranks(option.epsilon, batch) for path in shapes}

@@ -27,6 +27,8 @@ class Option:
     settings: Settings = field(default_factory=Settings)
     epsilon: float | None = None  #: Energy threshold of the ranks, for methods that have ranks.
     fraction: Fraction | None = None  #: Of each mode, in place of ``epsilon``.
+    directions: int | None = None  #: Of channels alone, in place of ``epsilon``.
+    update: str = ""  #: Of a device program: after a ``batch`` or each ``image``; empty for a step of the library.
 
     @property
     def setting(self) -> str:
@@ -38,8 +40,11 @@ class Option:
         ranks = "" if self.epsilon is None else f"epsilon {self.epsilon:g}"
         if self.fraction is not None:
             ranks = f"ranks {float(self.fraction):g}"
+        if self.directions is not None:
+            ranks = f"{self.directions} directions"
+        update = f"update {self.update}" if self.update else ""
         offered = [setting for setting in METHODS[self.method].settings if setting.grid is not None]
-        return ", ".join(filter(None, (ranks, *(of.shown(getattr(self.settings, of.name)) for of in offered))))
+        return ", ".join(filter(None, (ranks, update, *(of.shown(getattr(self.settings, of.name)) for of in offered))))
 
     @property
     def name(self) -> str:

@@ -32,6 +32,9 @@ COUNTED = {
     "workspaces)",
     "kept": "memory: what is kept (tape, gradients and optimiser state, all at once), without activations in flight "
     "and workspaces",
+    "program": "memory: the arena of a device program (image, maps, cores, gradients), beside the weights that train; "
+    "factors in flash; one image at a time, so that the batch is 1 here: the gradients of a batch of any size are "
+    "added up, or every image is an update",
 }
 
 

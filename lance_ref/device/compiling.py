@@ -27,7 +27,11 @@ FORWARDS = ("auto", "factored", "merged")
 
 
 class BudgetError(ValueError):
-    """Nothing that the compiler tried fits the budget."""
+    """Nothing that the compiler tried fits the budget; ``needed_bytes`` is the smallest arena of what it tried."""
+
+    def __init__(self, message: str, needed_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
 
 
 def compile(
@@ -161,7 +165,8 @@ def choose(graph: Graph, recipe: Recipe, budget: int | None) -> Layout:
         shown = ", ".join(f"{a.name} ({shown_bytes(a.nbytes)})" for a in alive)
         raise BudgetError(
             f"budget is {shown_bytes(budget)}, but the step needs at least {shown_bytes(best.ram_bytes)}, "
-            f"of which most are {shown}"
+            f"of which most are {shown}",
+            best.ram_bytes,
         )
     return best
 

@@ -318,6 +318,11 @@ class _Reader:
             if record.output.requires_grad:
                 self.needs_gradient.add(source)
         assert before.conv is not None
+        if trained is not None and before.conv.bias_name is not None:
+            raise UnsupportedError(
+                f"{here} trains its bias, and the layer before it trains {before.conv.bias_name!r}, which adds to the "
+                "same channels, expected one of them"
+            )
         folded = _folded(before.conv, scale, module.running_mean, beta, trained)
         self.nodes[-1] = replace(before, conv=folded)
 

@@ -49,6 +49,7 @@ def plot(layout: Layout, path: str | os.PathLike[str]) -> None:
     """Draw addresses against time, a rectangle for each array, into an image file, whole or not at all."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
@@ -77,6 +78,7 @@ def plot(layout: Layout, path: str | os.PathLike[str]) -> None:
         axes.axvline(at, color="black", linewidth=0.5, alpha=0.4)
     axes.set_ylabel("address in the arena (KiB)")
     axes.set_xlabel("instruction", labelpad=14)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     kinds = [kind for kind in COLOURS if any(array.kind == kind for array in layout.arrays)]
     axes.legend(handles=[Patch(color=COLOURS[k], label=k) for k in kinds], loc="upper right", fontsize=7)
     with whole_file(path) as file:

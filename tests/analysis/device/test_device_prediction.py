@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_nets import case
+from device_nets import RandomGraph, case
 
-from analysis.device.check import choices_of, differences, prediction_of, settings_of, step_records
+from analysis.device.check import choices_of, differences, prediction_of, settings_of, step_trace
 from analysis.device.choices import Choices, Settings
 from analysis.device.operations import read
 from analysis.device.predict import predict
@@ -105,7 +105,7 @@ def small() -> nn.Module:
 
 def test_a_head_by_hand() -> None:
     """One segment: the image, channels of 4x4 and 1x1, the logits, the classifier's input and the classifier."""
-    found = predict(step_records(small(), (1, 4, 4)), Settings(), Choices((True, False)))
+    found = predict(step_trace(small(), (1, 4, 4)), Settings(), Choices((True, False)))
     assert found.live == (16 + 64 + 4 + 12 + 8 + 72, 12 + 12 + 8 + 72, 12 + 8 + 72, 72)
     assert found.ram == {"image": 16, "channels": 68, "maps": 12, "cores": 8, "head": 72}
     assert found.flash_bytes == 4 * (18 + 2 + 2)  # kernels, their biases, scale and shift of the pixels
@@ -117,22 +117,22 @@ def test_a_layer_in_the_subspace_by_hand() -> None:
     """A 1x1 convolution from 4 to 6 channels of 2x2 places, two directions, behind a convolution that trains too."""
     net = nn.Sequential(*(nn.Conv2d(4, n, 1, bias=False, rng=0) for n in (4, 6)), nn.Flatten(), nn.Linear(24, 2, rng=0))
     tune(net, "all")
-    records = step_records(net, (4, 2, 2))
+    traced = step_trace(net, (4, 2, 2))
     ranks = {"0": (2, None, None), "1": (2, None, None)}
-    factored = predict(records, Settings(ranks), Choices((True, False, False))).macs
+    factored = predict(traced, Settings(ranks), Choices((True, False, False))).macs
     assert factored["projection"] == 2 * (2 * 4 * 4)  # U^T x of both layers: 2 directions, 4 channels, 4 places
     assert factored["forward"] == 16 * 4 + 24 * 4 + 48 + (4 * 2 * 4) + (6 * 2 * 4)
     # The classifier's input; W_0^T g, D^T g and U (D^T g) of the second layer; nothing of the first.
     assert factored["grad_input"] == 48 + 24 * 4 + 6 * 2 * 4 + 2 * 4 * 4
     assert factored["grad_weight"] == 4 * 2 * 4 + 6 * 2 * 4 + 48
-    merged = predict(records, Settings(ranks), Choices((True, False, False), merged=frozenset("01"))).macs
+    merged = predict(traced, Settings(ranks), Choices((True, False, False), merged=frozenset("01"))).macs
     assert merged["merge"] == 4 * 4 * 2 + 2 * (6 * 4 * 2)  # the second one again in the backward pass
     assert merged["forward"] == 16 * 4 + 24 * 4 + 48
 
 
 def test_choices_of_another_net_are_refused() -> None:
     with pytest.raises(ValueError, match="heads has 1 values, expected 2"):
-        predict(step_records(small(), (1, 4, 4)), Settings(), Choices((True,)))
+        predict(step_trace(small(), (1, 4, 4)), Settings(), Choices((True,)))
 
 
 def test_an_operation_that_no_device_has_is_named() -> None:
@@ -145,7 +145,7 @@ def test_a_difference_names_both_numbers() -> None:
     net = small()
     program = device.compile(net, input_shape=(1, 4, 4), method="head")
     program.step(np.zeros((1, 1, 4, 4), np.float32), np.array([0]), 0.01)
-    wrong = predict(step_records(net, (1, 4, 4)), Settings(adds_up=False, pixels=False), choices_of(program))
+    wrong = predict(step_trace(net, (1, 4, 4)), Settings(adds_up=False, pixels=False), choices_of(program))
     text = [str(difference) for difference in differences(program, wrong)]
     assert "RAM for head: predicted 36, measured 72" in text
     assert settings_of(program) == Settings(pixels=False)
@@ -195,3 +195,68 @@ def test_a_calibrated_classifier_counts_as_head() -> None:
     net = small()
     program = device.compile(net, directions(net, (1, 4, 4), ["4"], 1), (1, 4, 4))
     assert {array.kind for array in program.layout.arrays if "4." in array.name} == {"head"}
+
+
+class Woven(nn.Module):
+    """Maps that are read twice, a norm behind one of them, two sums in a row, and dilated kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i in range(4):
+            setattr(self, f"conv{i}", nn.Conv2d(3, 3, 3, padding=2, dilation=2, rng=i))
+        self.norm = nn.BatchNorm2d(3)
+        self.last = nn.Linear(3, 3, rng=9)
+
+    def forward(self, x: Any) -> Any:
+        first = self.conv0(x)
+        normed = self.norm(first) + first
+        second = self.conv1(x)
+        both = self.conv2(x) + normed
+        again = self.conv3(both + second) + normed
+        return self.last(flatten(adaptive_avg_pool2d(again, 1), 1))
+
+
+@pytest.mark.parametrize("selection", ["head", "all"])
+def test_maps_that_are_read_twice(selection: str) -> None:
+    net = Woven()
+    tune(net, selection)
+    program = device.compile(net, input_shape=(3, 12, 12), budget="1MiB")
+    program.step(np.zeros((1, 12, 12, 3), np.uint8), np.array([0]), 0.01)
+    assert differences(program, prediction_of(program, net, (3, 12, 12))) == []
+
+
+def test_tiles_of_dilated_kernels() -> None:
+    from lance_ref.device.layout import Choice, lay_out
+
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 3, 3, padding=2, dilation=2, rng=i) for i in range(2)), nn.Flatten(), nn.Linear(432, 3, rng=2)
+    )
+    whole = device.compile(net, input_shape=(3, 12, 12), method="head", budget="1MiB")
+    layout = lay_out(whole.graph, whole.recipe, Choice(whole.layout.choice.heads, 1, (4, 6)))
+    layout.place()
+    program = device.Program(whole.graph, whole.recipe, layout, "head")
+    program.step(np.zeros((1, 12, 12, 3), np.uint8), np.array([0]), 0.01)
+    predicted = prediction_of(program, net, (3, 12, 12))
+    assert differences(program, predicted) == []
+    # The first convolution computes, for each row of tiles, 4 rows with a halo of 2 inside the map, and 2 x 8 columns.
+    assert predicted.macs["recomputed"] == 81 * ((6 + 8 + 6) * (8 + 8) - 12 * 12)
+
+
+def test_two_biases_of_the_same_channels_are_refused() -> None:
+    """One of them would be lost when the norm is folded."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, rng=0), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3, rng=0))
+    tune(net, "all")
+    net.get_submodule("1").bias.requires_grad = True
+    with pytest.raises(device.UnsupportedError, match=r"'1' trains its bias, and the layer before it trains '0\.bias'"):
+        device.compile(net, input_shape=(1, 4, 4))
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_maps_in_any_order(first: int) -> None:
+    """Maps that several operations read, and operations without effect on the output."""
+    for seed in range(first, first + 10):
+        net, rng = RandomGraph(seed), np.random.default_rng(seed)
+        tune(net, ("head", "last:1", "all")[seed % 3])
+        program = device.compile(net, input_shape=(2, 8, 9), update=("batch", "image")[seed % 2])
+        program.step(image(program, rng), np.array([0]), 0.01)
+        assert differences(program, prediction_of(program, net, (2, 8, 9))) == [], seed

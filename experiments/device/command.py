@@ -1,0 +1,270 @@
+"""Accuracy against all RAM of a training step on a small device: ``python -m experiments.device --quick``.
+
+Each method trains with the arithmetic of its device program, once with an update after every image and once with an
+update after a batch, at the learning rate that is best for it on held-out training images. Beside the accuracy stands
+the RAM of the compiled step of the whole network: image, maps, weights that train, gradients, everything.
+
+A finished run is kept in --folder and never run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from analysis.commands.cli import (
+    OneLineParser,
+    add_sweep,
+    built_in_net,
+    check_effect,
+    check_once,
+    check_sweep,
+    check_tune,
+    count,
+    data_set,
+    few,
+    figure_file,
+    fill_in,
+    json_file,
+    markdown_file,
+    pixels,
+    positive,
+    run_command,
+    run_main,
+)
+
+METHODS = ("head", "bias", "bp", "lance")
+UPDATES = ("image", "batch")
+NO_LIMIT_KIB = 1e6
+"""A budget in which nothing need be computed again."""
+TRAIN, PLAN = "experiments.device.cell:train", "experiments.device.cell:plan"
+
+QUICK = {
+    "net": "convnet", "data": "digits", "tune": "last:1", "directions": [2, 6], "epochs": 4, "image_epochs": 2,
+    "tuning_epochs": 1, "batch": 32, "calibration_batches": 2, "calibration_batch": 32, "train_images": 200,
+    "test_images": 100, "clip": 2.0, "seeds": 1, "batch_rates": [0.2, 0.4], "image_rates": [0.02, 0.04],
+    "budgets": [20.0, 40.0],
+}  # fmt: skip
+"""What --quick stands for, where an option is not given."""
+
+DEFAULTS = {
+    "net": "mcunet", "data": "cifar10", "tune": "last:4", "directions": [8, 24], "epochs": 15, "image_epochs": 3,
+    "tuning_epochs": 3, "batch": 128, "calibration_batches": 4, "calibration_batch": 64, "train_images": 10000,
+    "test_images": None, "clip": 2.0, "seeds": 3, "batch_rates": [0.05, 0.1, 0.2], "image_rates": [0.001, 0.002, 0.004],
+    "budgets": [160.0, 200.0, 256.0, 320.0, 512.0],
+}  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    p = OneLineParser(
+        prog="python -m experiments.device", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False,
+        epilog="head: the classifier; bias: biases of the chosen layers; bp: their weights too, by exact "
+        "backpropagation; lance: the weights from cores of the inputs. The classifier always trains.",
+    )  # fmt: skip
+    p.add_argument("--quick", action="store_true", help="a small net on the digits of the package, within a minute")
+    p.add_argument("--net", type=built_in_net, help="(mcunet)")
+    p.add_argument("--data", type=data_set, help="a data set by name, or a folder with train/ and test/ (cifar10)")
+    p.add_argument("--tune", help="layers that train (last:4)")
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="(all)")
+    p.add_argument("--directions", type=count, nargs="+", help="of LANCE, for each layer (8 24)")
+    p.add_argument("--updates", nargs="+", choices=UPDATES, default=list(UPDATES), help="after each of these (both)")
+    p.add_argument("--batch", type=count, help="images between two updates after a batch (128)")
+    p.add_argument("--epochs", type=count, help="with updates after a batch (15)")
+    p.add_argument("--image-epochs", type=count, help="with updates after every image (3)")
+    p.add_argument("--tuning-epochs", type=count, help="with updates after a batch, to compare rates; 1 otherwise (3)")
+    for update, rates in (("batch", "0.05 0.1 0.2"), ("image", "0.001 0.002 0.004")):
+        p.add_argument(
+            f"--{update}-rates", type=positive, nargs="+", metavar="RATE",
+            help=f"learning rates for updates after a{'n' if update[0] in 'i' else ''} {update} ({rates}); "
+            "where the last at either end is best, the next is tried, half or twice as large",
+        )  # fmt: skip
+    p.add_argument("--clip", type=positive, help="largest norm of the gradient of a batch (2.0)")
+    p.add_argument("--no-clip", action="store_true", help="leave the gradient of a batch as it is")
+    p.add_argument("--budgets", type=positive, nargs="+", metavar="KIB", help="of RAM (160 200 256 320 512)")
+    p.add_argument("--seeds", type=few, help="runs of each method, seeds 0, 1, ... (3)")
+    p.add_argument("--calibration-batches", type=count, help="(4)")
+    p.add_argument("--calibration-batch", type=count, help="images of each (64)")
+    p.add_argument("--image-size", type=pixels, help="pixels (what the net was trained with)")
+    p.add_argument("--train-images", type=count, help="at most so many, spread over the classes (10,000)")
+    p.add_argument("--test-images", type=count, help="(all)")
+    add_sweep(p, "runs/device")
+    p.add_argument("--output", type=json_file, help="write the results as JSON")
+    p.add_argument("--table", type=markdown_file, help="write the tables as Markdown")
+    p.add_argument("--figure", type=figure_file, help="draw accuracy against RAM, .png or .svg")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return run_command(parser, given, lambda options: _run(checked(options), given))
+
+
+def checked(options: argparse.Namespace) -> argparse.Namespace:
+    """Defaults of the chosen size, and everything checked that can be before anything runs."""
+    fill_in(options, QUICK if options.quick else DEFAULTS)
+    if options.image_size is None:
+        from lance_ref import models
+
+        options.image_size = models.find(options.net).image_size
+    for name in ("methods", "directions", "updates", "batch_rates", "image_rates", "budgets"):
+        check_once(options, name)
+    for name in ("directions", "calibration_batches", "calibration_batch", "budgets"):
+        check_effect(options, name, "lance" in options.methods, "--methods lance")
+    check_effect(options, "clip", not options.no_clip, "a run without --no-clip")
+    for name in ("batch", "epochs", "tuning_epochs", "batch_rates", "clip", "no_clip"):
+        check_effect(options, name, "batch" in options.updates, "--updates batch")
+    for name in ("image_epochs", "image_rates"):
+        check_effect(options, name, "image" in options.updates, "--updates image")
+    check_sweep(options)
+    check_tune(options.net, options.tune)
+    return options
+
+
+# ---- cells --------------------------------------------------------------------------------------
+
+Key = tuple[str, int | None, str]
+"""Method, directions and update: one row of the table."""
+
+
+def keys(options: argparse.Namespace) -> list[Key]:
+    """All rows, in the order of the table."""
+    directions = {method: options.directions if method == "lance" else [None] for method in options.methods}
+    variants = [(method, d) for method, of in directions.items() for d in of]
+    return [(method, d, update) for update in options.updates for method, d in variants]
+
+
+def train_cell(options: argparse.Namespace, key: Key, seed: int, lr: float, validation: bool = False) -> dict[str, Any]:
+    """The arguments of one run."""
+    method, directions, update = key
+    by_image = update == "image"
+    epochs = (
+        (1 if by_image else options.tuning_epochs)
+        if validation
+        else (options.image_epochs if by_image else options.epochs)
+    )
+    return {
+        "net": options.net,
+        "data": options.data,
+        "tune": options.tune,
+        "method": method,
+        "directions": directions,
+        "update": update,
+        "lr": lr,
+        "seed": seed,
+        "epochs": epochs,
+        "batch": options.batch,
+        "image_size": options.image_size,
+        "train_images": options.train_images,
+        "test_images": options.test_images,
+        "calibration_batches": options.calibration_batches,
+        "calibration_batch": options.calibration_batch,
+        "validation": validation,
+        "folder": f"{options.folder}/frozen",
+        **({} if by_image or options.no_clip else {"clip": options.clip}),
+    }
+
+
+def plan_cell(options: argparse.Namespace, key: Key, budget_kib: float | None = None) -> dict[str, Any]:
+    """The arguments of one compilation."""
+    method, directions, update = key
+    classes, input_shape = _shape(options)
+    return {
+        "net": options.net,
+        "classes": classes,
+        "input_shape": list(input_shape),
+        "tune": options.tune,
+        "method": method,
+        "directions": directions,
+        "update": update,
+        "budget_kib": budget_kib,
+    }
+
+
+def _shape(options: argparse.Namespace) -> tuple[int, tuple[int, int, int]]:
+    """The number of classes, and (C, H, W) of an image."""
+    from experiments.finetune.cell import open_data
+
+    data = open_data(options.data, "train", options.train_images, options.image_size)
+    _, height, width, channels = data.images.shape
+    size = options.image_size
+    return data.num_classes, (channels, height, width) if size is None else (channels, size, size)
+
+
+def _cells(options: argparse.Namespace, cells: list[dict[str, Any]], function: str) -> list[dict[str, Any]]:
+    from analysis.commands.sweep import run_cells
+
+    return run_cells(cells, function, options.folder, jobs=options.jobs, scheduler=options.scheduler)
+
+
+def swept_rates(options: argparse.Namespace) -> dict[Key, dict[float, float]]:
+    """For each row the accuracy on held-out training images by learning rate, seed 0.
+
+    All of the grid is tried; a row that does best at its smallest or largest rate is tried at half or twice that, until
+    it does not.
+    """
+    found: dict[Key, dict[float, float]] = {key: {} for key in keys(options)}
+    grids = {"image": options.image_rates, "batch": options.batch_rates}
+    trials = [(key, lr) for key in found for lr in sorted(grids[key[2]])]
+    while trials:
+        outcomes = _cells(options, [train_cell(options, key, 0, lr, validation=True) for key, lr in trials], TRAIN)
+        for (key, lr), outcome in zip(trials, outcomes, strict=True):
+            found[key][lr] = outcome["accuracy"]
+        trials = [(key, lr) for key, tried in found.items() for lr in _next_rates(tried)]
+    return found
+
+
+def _next_rates(tried: dict[float, float]) -> list[float]:
+    """The rate to try beside the best, where that is the last at either end.
+
+    >>> _next_rates({1: 0.5, 2: 0.6}), _next_rates({1: 0.5, 2: 0.6, 4: 0.6}), _next_rates({1: 0.7, 2: 0.6})
+    ([4], [], [0.5])
+    """
+    best = best_rate(tried)
+    if list(tried.values()).count(tried[best]) > 1:  # another rate does as well: no smaller or larger one is wanted
+        return []
+    return [2 * best] * (best == max(tried)) + [best / 2] * (best == min(tried))
+
+
+def best_rate(tried: dict[float, float]) -> float:
+    """The rate with the highest accuracy; ties go to the smaller."""
+    return max(sorted(tried), key=tried.__getitem__)
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace, arguments: list[str]) -> None:
+    from experiments.device.report import Row, draw, markdown, results, show
+    from experiments.finetune.cell import prepare_data
+    from lance_ref.io.whole_file import write_json, write_text
+
+    every = keys(options)
+    prepare_data(train_cell(options, every[0], 0, 1.0))
+    plans = _cells(options, [plan_cell(options, key) for key in every], PLAN)
+    untiled = _cells(options, [plan_cell(options, key, NO_LIMIT_KIB) for key in every], PLAN)
+    lance = [key for key in every if key[0] == "lance"]
+    tight = [(budget, key) for budget in options.budgets for key in lance]
+    budgeted = _cells(options, [plan_cell(options, key, budget) for budget, key in tight], PLAN) if tight else []
+    rates = swept_rates(options)
+    best = {key: best_rate(tried) for key, tried in rates.items()}
+    cells = [train_cell(options, key, seed, best[key]) for key in every for seed in range(options.seeds)]
+    outcomes = _cells(options, cells, TRAIN)
+    seeds = [tuple(outcomes[i * options.seeds : (i + 1) * options.seeds]) for i in range(len(every))]
+    rows = [Row(*key, best[key], rates[key], plans[i], untiled[i], seeds[i]) for i, key in enumerate(every)]
+    fits: dict[float, dict[Key, dict[str, Any]]] = {budget: {} for budget in options.budgets if lance}
+    for (budget, key), outcome in zip(tight, budgeted, strict=True):
+        fits[budget][key] = outcome
+    show(rows, fits)
+    if options.output:
+        write_json(options.output, results(rows, fits, vars(options), arguments))
+    if options.table:
+        write_text(options.table, markdown(rows, fits, arguments))
+    if options.figure:
+        draw(rows, options.figure, f"{options.net} on {options.data}, {options.tune}", options.batch)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -45,7 +45,9 @@ class CopyCase(StoreTestCase):
         super().__init_subclass__(**options)
 
     def make(self, layer: TunedLayer) -> ActivationStore:
-        return self.store(layer.settings.ratio, seed_of(layer))
+        store: Any = self.store(layer.settings.ratio, seed_of(layer))
+        store.features, store.dtype = layer.shape[1 if len(layer.shape) == 4 else -1], layer.dtype
+        return store
 
     def exactly(self, layer: TunedLayer) -> ActivationStore:
         return self.store(1.0, seed_of(layer))
@@ -110,7 +112,8 @@ class ChangesTheActivation(Sketch):
 
 class NamesABasis(Sketch):
     def basis(self, groups: int, forward: str = "auto") -> Basis:
-        return Basis(np.full((groups, 2, 1), np.sqrt(0.5), np.float32), forward=forward)
+        channels = self.features // groups
+        return Basis(np.full((groups, channels, 1), channels**-0.5, self.dtype), forward=forward)
 
 
 FAULTS = {

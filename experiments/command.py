@@ -24,7 +24,7 @@ COMMANDS = {
     "validate": ("analysis.validate", "predict and run every method on every net, and compare"),
     "finetune": ("experiments.finetune.command", "fine-tune with every method"),
     "finetune-sweep": ("experiments.finetune.sweep", "accuracy over bytes: every method with several settings"),
-    "device": ("experiments.device.command", "accuracy over all RAM of a training step on a small device"),
+    "device-accuracy": ("experiments.device.command", "accuracy over all RAM of a training step on a small device"),
     "adapt": ("experiments.adapt", "fine-tune MobileNetV2 on another data set"),
     "continual": ("experiments.continual.command", "learn tasks one after the other"),
     "descent": ("experiments.descent.command", "whether the compressed gradient is a direction of descent"),

@@ -158,12 +158,13 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def draw_front(panel: Any, points: Sequence[tuple[float, float]]) -> None:
-    """The Pareto front of (KiB, accuracy) as a line, over a logarithmic axis with room on both sides.
-
-    The axis has plain numbers at 1, 2 and 5 times the powers of ten.
-    """
+    """The Pareto front of (KiB, accuracy) as a line, over a :func:`kibibyte_axis`."""
     panel.plot(*zip(*pareto(points), strict=True), color="0.6", lw=1, zorder=0, drawstyle="steps-post")
-    sizes = [x for x, _ in points]
+    kibibyte_axis(panel, [x for x, _ in points])
+
+
+def kibibyte_axis(panel: Any, sizes: Sequence[float]) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten, and some room on both sides."""
     low, high = min(sizes) / 1.3, max(sizes) * 1.3
     panel.set_xscale("log")
     panel.set_xlim(low, high)

@@ -224,7 +224,8 @@ class _Tasks:
             f"task {task.name}": [task.head, *(_digest(part, pixels) for part in (task.train, task.test))]
             for task in self.scenario.tasks
         }
-        return {"learner": self.learner.name, **asdict(self.recipe), **given, "scenario": self.scenario.about,
+        recipe = {name: value for name, value in asdict(self.recipe).items() if (name, value) != ("update", "weight")}
+        return {"learner": self.learner.name, **recipe, **given, "scenario": self.scenario.about,
                 "order of tasks": list(tasks), **tasks, **checkpoints.describe(self.net)}  # fmt: skip
 
     def _arrays(self) -> dict[str, np.ndarray]:

@@ -93,7 +93,11 @@ def test_momentum_has_a_velocity(costs: DeviceCosts) -> None:
     assert memory.gradients == 0
 
 
-def test_the_net_is_left_as_the_search_expects_it(costs: DeviceCosts) -> None:
+@pytest.mark.parametrize("budget", [1024, 120 * 1024])
+def test_the_net_is_left_as_the_search_expects_it(budget: int) -> None:
+    """After a program that was compiled, and after one whose weights alone are far beyond the budget."""
+    net = build("resnet8", 10, (3, 32, 32), False)
+    costs = DeviceCosts(net, "resnet8", (3, 32, 32), "float32", None, budget)
     costs.program(Option("bias-only", update="image"), 2)
     assert costs.net.tuning.selection == "head"
     assert costs.tuned(2) == tuple(tune(costs.net, "last:2").layers)

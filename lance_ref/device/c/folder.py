@@ -30,8 +30,9 @@ class Source(Runs, Protocol):
 
     graph: Graph
     recipe: Recipe
-    flash: Mapping[str, np.ndarray]
 
+    @property
+    def flash(self) -> Mapping[str, np.ndarray]: ...
     def with_weights(self, change: Callable[[np.ndarray], np.ndarray]) -> Source: ...
 
 

@@ -128,7 +128,8 @@ def deployable(evidence: Evidence) -> Outcome:
         f"step, at most {DEVICE_STACK / 1024:.0f} KiB of stack, {program.flash_bytes / 1024:,.0f} KiB of flash",
         verdict,
         f"kept on a tape, the same step needs at least {least / 1024:,.0f} KiB; compiled to C it fits a "
-        "microcontroller of 256 KiB, and an emulated Cortex-M7 runs it with the losses of a computer; no board was measured",
+        "microcontroller of 256 KiB, and an emulated Cortex-M7 runs it with the losses of a computer; "
+        "no board was measured",
     )  # fmt: skip
 
 

@@ -53,15 +53,15 @@ int main(int argc, char **argv)
 {
     static float logits[LANCE_CLASSES];
     int steps, batch, label;
-    float rate, tolerance, later;
+    float rate, tolerance, later, last;
     FILE *images = argc > 1 ? fopen(argv[1], "rb") : 0;
     FILE *numbers = argc > 2 ? fopen(argv[2], "r") : 0;
     if (!images || !numbers) {
         fprintf(stderr, "usage: check FILE EXPECTED\n");
         return 2;
     }
-    if (fscanf(numbers, " steps %d batch %d rate %f tolerance %f later %f", &steps, &batch, &rate, &tolerance,
-               &later) != 5)
+    if (fscanf(numbers, " steps %d batch %d rate %f tolerance %f later %f last %f", &steps, &batch, &rate,
+               &tolerance, &later, &last) != 6)
         return 2;
     lance_reset();
     if (!read_image(images, &label))
@@ -80,7 +80,7 @@ int main(int argc, char **argv)
         }
         compare("loss", &loss, 1, numbers, allowed);
         if (step == 0 || step == steps - 1)
-            compare_state(numbers, allowed);
+            compare_state(numbers, step == 0 ? tolerance : last);
     }
     if (failures)
         printf("%d comparisons failed\n", failures);

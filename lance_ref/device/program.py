@@ -296,7 +296,10 @@ class Program:
     # ---- other forms of it ----------------------------------------------------------------------
 
     def with_weights(self, change: Callable[[np.ndarray], np.ndarray]) -> Program:
-        """A program of its own whose frozen weights are changed; what was learned until now is copied."""
+        """A program of its own whose frozen weights are changed.
+
+        What was learned until now is copied; gradients, or with momentum the velocity, start from zero.
+        """
 
         def changed(node: Node) -> Node:
             layer = None if node.conv is None else self.layout.layers.get(node.conv.path)
@@ -312,7 +315,11 @@ class Program:
         layout.place()
         program = Program(graph, self.recipe, layout, self.method, self.budget, self._poison)
         program._pixels = self._pixels
-        program._load(layout, {array.name: self.value(array) for array in self._persistent()})
+        state = {array.name: self.value(array) for array in self._persistent()}
+        for array in self._persistent():
+            if not array.is_state:
+                state[array.name][:] = 0
+        program._load(layout, state)
         return program
 
     def export_c(

@@ -10,7 +10,7 @@ import numpy as np
 from lance_ref.device import report
 from lance_ref.device.arena import PERSISTENT, Array, Memory
 from lance_ref.device.graph import Graph
-from lance_ref.device.layout import Layout, Recipe, flash, lay_out
+from lance_ref.device.layout import DeviceLayout, Recipe, flash, lay_out
 from lance_ref.nn.module import Module
 
 _DESCRIBED = {"name": "name", "kind": "kind", "offset": "offset", "bytes": "nbytes", "first": "first", "last": "last"}
@@ -22,7 +22,7 @@ class Program:
 
     Attributes
     ----------
-    layout : Layout
+    layout : DeviceLayout
         Instructions and arrays.
     ram_bytes : int
         Bytes of the arena: everything that changes while the device runs, in one block.
@@ -38,7 +38,7 @@ class Program:
         self,
         graph: Graph,
         recipe: Recipe,
-        layout: Layout,
+        layout: DeviceLayout,
         method: str,
         budget: int | None = None,
         poison: bool = False,
@@ -48,7 +48,7 @@ class Program:
         self._poison = poison
         self._load(layout, None)
 
-    def _load(self, layout: Layout, state: dict[str, np.ndarray] | None) -> None:
+    def _load(self, layout: DeviceLayout, state: dict[str, np.ndarray] | None) -> None:
         """A fresh arena with the trained arrays in it."""
         self.layout = layout
         self.flash = flash(self.graph, self.recipe, layout.layers)

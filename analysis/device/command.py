@@ -18,6 +18,7 @@ from analysis.commands.cli import (
     check_effect,
     count,
     figure_file,
+    folder_to_write,
     input_shape,
     pixels,
     run_command,
@@ -79,6 +80,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=any_file, help="write to this file, whole or not at all")
     p.add_argument("--plot", type=figure_file, metavar="FILE", help="draw the arena into this .png or .svg file")
     p.add_argument(
+        "--export", type=folder_to_write, metavar="FOLDER", help="write the step as C into this folder, whole or not"
+    )
+    p.add_argument(
+        "--weights", choices=["float32", "int8"], help="of --export: how frozen weights are stored (float32)"
+    )
+    p.add_argument(
         "--measure", action="store_true", help="run a step of one random image and compare; exit 1 on a difference"
     )
     return p
@@ -99,6 +106,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.plot is not None:
         program.plot(options.plot)
     facts = _facts(options, net, program, shape, source)
+    if options.export is not None:
+        facts["exported"] = _exported(options, program)
     _write(options, facts, program, predicted, found)
     return 1 if found else 0
 
@@ -109,6 +118,7 @@ def _check(options: argparse.Namespace) -> None:
         check_effect(options, name, options.method == "lance", "--method lance")
     check_effect(options, "spectra", options.epsilon is not None, "--epsilon, for which it has the spectra")
     check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")
+    check_effect(options, "weights", options.export is not None, "--export, which writes them")
     check_effect(
         options, "tune", options.method != "head", "another method than head, which trains the classifier alone"
     )
@@ -192,6 +202,13 @@ def measured(program: Program, predicted: DevicePrediction) -> list[Difference]:
     return differences(program, predicted)
 
 
+def _exported(options: argparse.Namespace, program: Program) -> dict[str, Any]:
+    """Write the program as C; what was written."""
+    done = program.export_c(options.export, options.weights or "float32")
+    return {"folder": str(options.export), "weights": options.weights or "float32", "ram_bytes": done.ram_bytes,
+            "state_bytes": done.state_bytes, "flash_bytes": done.flash_bytes}  # fmt: skip
+
+
 # ---- what is written ----------------------------------------------------------------------------
 
 
@@ -253,6 +270,11 @@ def table(facts: dict[str, Any], program: Program, predicted: DevicePrediction) 
     lines += ["", str(program), "", f"{'multiply-adds of one image':<{COLUMN}}{'':>12}"]
     lines += [f"{kind:<{COLUMN}}{macs:>12,}" for kind, macs in predicted.macs.items() if macs]
     lines.append(f"{'all':<{COLUMN}}{sum(predicted.macs.values()):>12,}")
+    if "exported" in facts:
+        done = facts["exported"]
+        lines += ["", f"exported to {done['folder']}: C99, weights in {done['weights']}"]
+        lines += [f"{'flash: constants of the C program':<{COLUMN}}{done['flash_bytes']:>12,}"]
+        lines += [f"compare it with this program: make -C {done['folder']} test"]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 

@@ -85,8 +85,8 @@ class Conv:
 
     @property
     def is_depthwise(self) -> bool:
-        """Whether output channel c looks at input channel c alone."""
-        return self.weight.shape[1] == 1 and self.groups == len(self.weight)
+        """Whether output channel c looks at input channel c alone, place by place."""
+        return not self.is_linear and self.weight.shape[1] == 1 and self.groups == len(self.weight)
 
     @property
     def trains(self) -> bool:
@@ -280,7 +280,7 @@ class _Reader:
         if value.requires_grad and value.parameter in self.seen:
             raise UnsupportedError(f"{here} trains {value.parameter!r}, which another operation uses too")
         self.seen.add(value.parameter)
-        data: np.ndarray = self.parameters[value.parameter].data
+        data: np.ndarray = self.parameters[value.parameter].data.copy()  # the net may train on
         if not np.isfinite(data).all():
             raise ValueError(f"parameter {value.parameter!r} contains NaN or infinity, expected finite numbers")
         return data

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +12,8 @@ import numpy as np
 
 from lance_ref.device import report
 from lance_ref.device.arena import PERSISTENT, Array, Memory
-from lance_ref.device.graph import Graph
+from lance_ref.device.c import Exported, export
+from lance_ref.device.graph import Graph, Node
 from lance_ref.device.layout import DeviceLayout, Recipe, flash, lay_out
 from lance_ref.nn.module import Module
 
@@ -120,8 +124,7 @@ class Program:
             If the loss or a trained number becomes NaN or infinite. Weights and gradients are then as before.
         """
         images, labels = self._checked(images, labels)
-        if isinstance(lr, bool) or not isinstance(lr, (int, float, np.floating)) or not 0 <= lr < np.inf:
-            raise ValueError(f"lr is {lr!r}, expected a finite number that is not negative")
+        _check_rate(lr)
         m, update = self._memory, self.layout.update
         before = {array: m[array].copy() for array in self._persistent()}
         m.macs, m.rate = {}, float(lr)
@@ -286,6 +289,94 @@ class Program:
         for name, value in weights.items():
             parameters[name].data = value.astype(parameters[name].dtype)
 
+    def value(self, array: Array) -> np.ndarray:
+        """A copy of what an array of the arena holds."""
+        return self._memory[array].copy()
+
+    # ---- other forms of it ----------------------------------------------------------------------
+
+    def with_weights(self, change: Callable[[np.ndarray], np.ndarray]) -> Program:
+        """A program of its own whose frozen weights are changed; what was learned until now is copied."""
+
+        def changed(node: Node) -> Node:
+            layer = None if node.conv is None else self.layout.layers.get(node.conv.path)
+            if node.conv is None or (layer is not None and layer.weight is not None):
+                return node
+            return replace(node, conv=replace(node.conv, weight=change(node.conv.weight)))
+
+        new = {node: changed(node) for node in self.graph.nodes}
+        graph = replace(self.graph, nodes=list(new.values()))
+        choice = self.layout.choice
+        choice = replace(choice, heads={new[node]: is_head for node, is_head in choice.heads.items()})
+        layout = lay_out(graph, self.recipe, choice)
+        layout.place()
+        program = Program(graph, self.recipe, layout, self.method, self.budget, self._poison)
+        program._pixels = self._pixels
+        program._load(layout, {array.name: self.value(array) for array in self._persistent()})
+        return program
+
+    def export_c(
+        self,
+        folder: str | os.PathLike[str],
+        weights: str = "float32",
+        *,
+        images: np.ndarray | None = None,
+        labels: Any = None,
+        lr: float = 0.01,
+        passes: int = 5,
+        batch: int = 8,
+        ram_section: str | None = None,
+        flash_section: str | None = None,
+    ) -> Exported:
+        """Write the step as C99 into a folder, with a ``Makefile`` and a ``README.md``.
+
+        Parameters
+        ----------
+        folder : path
+            New, empty, or an earlier export, which is replaced. It is written whole or not at all.
+        weights : {"float32", "int8"}
+            How frozen weights are stored. In int8 each output channel has a scale; they become floats as they are read.
+        images, labels : arrays, optional
+            As for :meth:`step`. They are written to ``images.bin``, on which ``make test`` compares the C program with
+            this one, and its training program trains. Default: four images of random numbers.
+        lr, passes, batch
+            Learning rate, passes over the images and images of an update that the training program starts with.
+        ram_section, flash_section : str, optional
+            Names of the linker's sections for the arena and for constants.
+
+        Returns
+        -------
+        Exported
+
+        Raises
+        ------
+        ValueError
+            If the program does not compute in float32, or an argument is out of range.
+        FileExistsError
+            If the folder has other files.
+        """
+        for name, count in (("passes", passes), ("batch", batch)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} is {count!r}, expected a positive integer")
+        _check_rate(lr)
+        for name, section in (("ram_section", ram_section), ("flash_section", flash_section)):
+            if section is not None and not re.fullmatch(r"[\w.$]+", section):
+                raise ValueError(f"{name} is {section!r}, expected the name of a section such as '.bss.dtcm'")
+        if (images is None) != (labels is None):
+            given, missing = ("labels", "images") if images is None else ("images", "labels")
+            raise ValueError(f"{given} are given without {missing}, expected both or neither")
+        if images is None:
+            rng = np.random.default_rng(0)
+            C, H, W = self.graph.shapes[0]
+            if self.recipe.pixels is not None:
+                images = rng.integers(0, 256, (4, H, W, C)).astype(np.uint8)
+            else:
+                images = rng.normal(size=(4, C, H, W)).astype(np.float32)
+            labels = np.arange(4) % self.graph.shapes[self.graph.output][0]
+        images, labels = self._checked(images, labels)
+        twin = self.with_weights(lambda weight: weight)  # the expected numbers come from steps
+        return export(twin, folder, weights, images, labels, float(lr), passes, batch, ram_section, flash_section)
+
     # ---- looking at it --------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
@@ -319,3 +410,8 @@ class Program:
     def plot(self, path: Any) -> None:
         """Draw the arena: addresses against time, a rectangle for each array, and the peak."""
         report.plot(self.layout, path)
+
+
+def _check_rate(lr: Any) -> None:
+    if isinstance(lr, bool) or not isinstance(lr, (int, float, np.floating)) or not 0 <= lr < np.inf:
+        raise ValueError(f"lr is {lr!r}, expected a finite number that is not negative")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lance_ref import device, models, nn, tune
 from lance_ref import functional as F
+from lance_ref.algebra.subspace import Subspace
 from lance_ref.device.instructions import draw
 from lance_ref.device.layout import Choice, NotTiledError, lay_out
 from lance_ref.engine.tensor import Tensor
@@ -189,6 +190,28 @@ def test_weights_go_into_a_net() -> None:
     np.testing.assert_allclose(net(Tensor(x)).data, program.logits(x), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"'2\.body\.0\.weight' of the net has shape None, expected \(16, 8, 1, 1\)"):
         program.load_into(nn.Sequential(nn.Linear(2, 2, rng=0)))
+
+
+def test_a_program_keeps_its_weights() -> None:
+    """Numbers of the net that are overwritten later are not those of a program compiled before."""
+    net, program = small()
+    x, _ = batch()
+    before = program.logits(x)
+    net[0].weight.data[...] = 0
+    np.testing.assert_array_equal(program.logits(x), before)
+
+
+def test_a_linear_layer_of_one_output_behind_one_channel() -> None:
+    """It is no depthwise convolution, though one output looks at one channel: it keeps a core and trains D."""
+    layers = [nn.Conv2d(1, 1, 3, rng=0), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1, rng=1), nn.Linear(1, 3, rng=2)]
+    net = nn.Sequential(*layers).to(np.float64)
+    tune(net, "all")
+    rng = np.random.default_rng(0)
+    calibration = {"3": Subspace.random((2, 16), (None, 3), rng)}
+    program = device.compile(net, calibration, (1, 6, 6), poison=True)
+    x, y = rng.normal(size=(2, 1, 6, 6)), np.array([0, 1])
+    program.step(x, y, LR)
+    assert differ(program.weights(), library_step(net, calibration, x, y, LR)[1]) < 1e-10
 
 
 def test_an_overlap_is_a_wrong_number() -> None:

@@ -106,7 +106,9 @@ def test_the_command_of_a_claim_is_one_that_there_is(claim: Claim) -> None:
     if module == "pytest":
         assert all((ROOT / name).exists() for name in options)
     elif options != ["--help"]:
-        importlib.import_module(module).parser().parse_args(options)
+        found = importlib.import_module(module)
+        command = found if hasattr(found, "parser") else importlib.import_module(f"{module}.command")
+        command.parser().parse_args(options)
 
 
 def test_quotes_are_short_and_sources_have_addresses() -> None:

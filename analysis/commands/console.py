@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 RULE = "─"
 NAME = 20
 """Characters that a row's name keeps, at least, where it is shortened to make room for a column."""
-Draw = Callable[["Console"], None]
+DrawText = Callable[["Console"], None]
 """Prints something to a rich console."""
 
 
@@ -100,7 +100,7 @@ def say(on: Console, text: str) -> None:
     on.print(paragraph(plain(text), on.width, "  "), markup=False, highlight=False, soft_wrap=True)
 
 
-def as_text(draw: Draw, across: int | None = None) -> str:
+def as_text(draw: DrawText, across: int | None = None) -> str:
     """What is drawn, as text without colours, with lines in ASCII, since a pipe's encoding is anybody's guess.
 
     ``across``: characters of a line, 100 by default.
@@ -115,7 +115,7 @@ def as_text(draw: Draw, across: int | None = None) -> str:
     )
 
 
-def show(draw: Draw) -> None:
+def show(draw: DrawText) -> None:
     """Print what is drawn: to a terminal in colour, unless ``NO_COLOR`` is set; to a pipe as plain text."""
     if sys.stdout.isatty():
         from rich.console import Console
@@ -125,7 +125,7 @@ def show(draw: Draw) -> None:
         sys.stdout.write(as_text(draw, width()))
 
 
-def emit(draw: Draw, texts: Mapping[str, Callable[[], str]], kind: str, output: str | None) -> None:
+def emit(draw: DrawText, texts: Mapping[str, Callable[[], str]], kind: str, output: str | None) -> None:
     """Print what is drawn, or one of the ``texts`` if ``kind`` names it; or write it to a file, whole or not at all."""
     if kind not in texts and output is None:
         show(draw)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import lance_ref
-from analysis.commands.console import Draw, Sheet, say
+from analysis.commands.console import DrawText, Sheet, say
 from analysis.device.programs import DEVICE_METHODS, why_not
 from analysis.device.subspaces import input_shapes, random_subspaces
 from analysis.ranks.choose import mean_free
@@ -20,7 +20,7 @@ MOMENTUM = 0.9
 """Of SGD with momentum; its value changes no size."""
 
 
-def with_programs(draw: Draw, prediction: Prediction, methods: Sequence[str], optimizer: str = "sgd") -> Draw:
+def with_programs(draw: DrawText, prediction: Prediction, methods: Sequence[str], optimizer: str = "sgd") -> DrawText:
     """What ``draw`` draws, and beneath it a table of device programs.
 
     Parameters

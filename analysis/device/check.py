@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from analysis.device.choices import Choices, Settings
-from analysis.device.predict import Prediction, StepTrace, predict
+from analysis.device.choices import Choices, DeviceSettings
+from analysis.device.predict import DevicePrediction, StepTrace, predict
 from analysis.device.work import KINDS
 from lance_ref.device import Program
 from lance_ref.device.segments import convolutions
@@ -43,14 +43,14 @@ def step_trace(net: Module, input_shape: tuple[int, ...]) -> StepTrace:
             module.training = True
 
 
-def settings_of(program: Program) -> Settings:
+def settings_of(program: Program) -> DeviceSettings:
     """How a program trains."""
     recipe = program.recipe
     ranks = {
         path: tuple(None if factor is None else factor.shape[1] for factor in factors)
         for path, factors in recipe.factors.items()
     }
-    return Settings(
+    return DeviceSettings(
         ranks, recipe.in_subspace, recipe.update == "batch", recipe.momentum > 0, recipe.pixels is not None
     )  # fmt: skip
 
@@ -63,7 +63,7 @@ def choices_of(program: Program) -> Choices:
     return Choices(heads, choice.tiled, choice.tile, merged)
 
 
-def prediction_of(program: Program, net: Module, input_shape: tuple[int, ...]) -> Prediction:
+def prediction_of(program: Program, net: Module, input_shape: tuple[int, ...]) -> DevicePrediction:
     """The prediction for a program's choices, from the net that it was compiled from."""
     return predict(step_trace(net, input_shape), settings_of(program), choices_of(program))
 
@@ -75,7 +75,7 @@ def measured_macs(program: Program) -> dict[str, int]:
     return {**dict.fromkeys(KINDS, 0), **ran, "forward": ran.get("forward", 0) - again, "recomputed": again}
 
 
-def differences(program: Program, predicted: Prediction) -> list[Difference]:
+def differences(program: Program, predicted: DevicePrediction) -> list[Difference]:
     """What a program has, and what its last step of one image ran, where that is not as predicted."""
     found = [Difference("lower_bound_bytes", predicted.lower_bound_bytes, program.lower_bound_bytes)]
     found.append(Difference("flash_bytes", predicted.flash_bytes, program.flash_bytes))

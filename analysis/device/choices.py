@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-Ranks = tuple[int | None, ...]
+LayerRanks = tuple[int | None, ...]
 """Directions kept of channels (or features), height and width of one image; None for a mode left alone."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class DeviceSettings:
     """How a step trains.
 
     Attributes
     ----------
-    ranks : mapping of layer path to Ranks
+    ranks : mapping of layer path to LayerRanks
         Layers that keep a core; other layers whose weight trains keep their input.
     in_subspace : bool
         Whether D trains, in W = W_0 + D U^T, where it has fewer directions than the weight has input channels.
@@ -27,7 +27,7 @@ class Settings:
         Whether an image is stored as bytes rather than as numbers.
     """
 
-    ranks: Mapping[str, Ranks] = field(default_factory=dict)
+    ranks: Mapping[str, LayerRanks] = field(default_factory=dict)
     in_subspace: bool = True
     adds_up: bool = True
     momentum: bool = False

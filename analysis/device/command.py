@@ -27,7 +27,7 @@ from analysis.commands.cli import (
 
 if TYPE_CHECKING:
     from analysis.device.check import Difference
-    from analysis.device.predict import Prediction
+    from analysis.device.predict import DevicePrediction
     from lance_ref.device import Program
     from lance_ref.nn.module import Module
 
@@ -188,7 +188,7 @@ def _ranks(
     return shapes, {path: of[1:] for path, of in choice.ranks.items()}, choice.source
 
 
-def measured(program: Program, predicted: Prediction) -> list[Difference]:
+def measured(program: Program, predicted: DevicePrediction) -> list[Difference]:
     """Run a step of one random image; what is not as predicted."""
     import numpy as np
 
@@ -232,7 +232,7 @@ def _write(
     options: argparse.Namespace,
     facts: dict[str, Any],
     program: Program,
-    predicted: Prediction,
+    predicted: DevicePrediction,
     found: list[Difference] | None,
 ) -> None:
     """The report, to the terminal, a pipe or a file; what was measured beside JSON goes to stderr."""
@@ -256,7 +256,7 @@ def verdict_text(found: list[Difference]) -> str:
     return "\n".join(["measured: a step of one random image, which differs", *(f"  {line}" for line in found)])
 
 
-def table(facts: dict[str, Any], program: Program, predicted: Prediction) -> str:
+def table(facts: dict[str, Any], program: Program, predicted: DevicePrediction) -> str:
     """The whole report as text, lines of at most 80 characters."""
     import textwrap
 
@@ -278,7 +278,9 @@ def table(facts: dict[str, Any], program: Program, predicted: Prediction) -> str
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def json_text(facts: dict[str, Any], program: Program, predicted: Prediction, found: list[Difference] | None) -> str:
+def json_text(
+    facts: dict[str, Any], program: Program, predicted: DevicePrediction, found: list[Difference] | None
+) -> str:
     """The whole report for machines; sizes in bytes, multiply-adds of one image."""
     import json
 

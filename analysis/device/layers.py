@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from analysis.device.choices import Settings
+from analysis.device.choices import DeviceSettings
 from analysis.device.operations import Map, Network, Operation, Weights
 
 
@@ -75,7 +75,7 @@ class Layer:
         return (self.channels or 0) * (1 if self.weights.is_linear else H * W)
 
 
-def layer(net: Network, operation: Operation, settings: Settings, is_end: bool) -> Layer:
+def layer(net: Network, operation: Operation, settings: DeviceSettings, is_end: bool) -> Layer:
     """The layer of an operation with weights; ``is_end`` says whether it is the head or the tail of its segment."""
     weights = operation.weights
     assert weights is not None

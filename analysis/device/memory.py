@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from analysis.device.choices import Choices, Settings
+from analysis.device.choices import Choices, DeviceSettings
 from analysis.device.layers import Layer, layer
 from analysis.device.operations import ELEMENTWISE, Network, Operation
 from analysis.device.segments import Part, Segment, tile_parts
@@ -53,7 +53,7 @@ class Step:
     ----------
     net : Network
     segments : list of Segment
-    settings : Settings
+    settings : DeviceSettings
     choices : Choices
 
     Attributes
@@ -66,7 +66,7 @@ class Step:
         How many there are.
     """
 
-    def __init__(self, net: Network, segments: list[Segment], settings: Settings, choices: Choices) -> None:
+    def __init__(self, net: Network, segments: list[Segment], settings: DeviceSettings, choices: Choices) -> None:
         self.net, self.segments, self.settings, self.choices = net, segments, settings, choices
         n = choices.tiled
         tiled = segments[:n]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from analysis.device.choices import Choices, Settings
+from analysis.device.choices import Choices, DeviceSettings
 from analysis.device.layers import layer
 from analysis.device.memory import Step
 from analysis.device.operations import read
@@ -15,7 +15,7 @@ from lance_ref.engine.recording import OpRecord
 
 
 @dataclass(frozen=True)
-class Prediction:
+class DevicePrediction:
     """What a step takes.
 
     Attributes
@@ -47,14 +47,14 @@ class StepTrace(NamedTuple):
     output: int
 
 
-def predict(trace: StepTrace, settings: Settings, choices: Choices) -> Prediction:
+def predict(trace: StepTrace, settings: DeviceSettings, choices: Choices) -> DevicePrediction:
     """RAM, flash and multiply-adds of a step of one image.
 
     Parameters
     ----------
     trace : StepTrace
         Of the forward pass in training mode, with what trains chosen; of any batch.
-    settings : Settings
+    settings : DeviceSettings
     choices : Choices
         Those of the compiler.
 
@@ -72,10 +72,10 @@ def predict(trace: StepTrace, settings: Settings, choices: Choices) -> Predictio
     for block in blocks:
         if block.first <= peak <= block.last:
             ram[block.kind] = ram.get(block.kind, 0) + block.nbytes
-    return Prediction(live, ram, flash_bytes(step), macs(step))
+    return DevicePrediction(live, ram, flash_bytes(step), macs(step))
 
 
-def trained_bytes(trace: StepTrace, settings: Settings) -> int:
+def trained_bytes(trace: StepTrace, settings: DeviceSettings) -> int:
     """Bytes of the weights that train, D in place of W where D trains; without gradients."""
     net, numbers = read(*trace), 0
     for operation in net.operations:

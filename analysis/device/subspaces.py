@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from analysis.device.check import step_trace
-from analysis.device.choices import Ranks
+from analysis.device.choices import LayerRanks
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.nn.module import Module
 
@@ -21,7 +21,7 @@ def input_shapes(net: Module, input_shape: tuple[int, ...], layers: Iterable[str
     return {record.path: (1, *record.inputs[0].shape[1:]) for record in records}
 
 
-def channel_directions(shapes: Shapes, count: int) -> dict[str, Ranks]:
+def channel_directions(shapes: Shapes, count: int) -> dict[str, LayerRanks]:
     """That many directions of the channels (or features) alone; a layer that has no more keeps its input as it is.
 
     Mean-free directions leave the mean's out, so that of n channels at most n - 1 are there.
@@ -32,7 +32,7 @@ def channel_directions(shapes: Shapes, count: int) -> dict[str, Ranks]:
     return {path: (count, *[None] * (len(of) - 2)) for path, of in shapes.items() if count < of[1]}
 
 
-def random_subspaces(shapes: Shapes, ranks: Mapping[str, Ranks]) -> dict[str, Subspace]:
+def random_subspaces(shapes: Shapes, ranks: Mapping[str, LayerRanks]) -> dict[str, Subspace]:
     """Orthonormal directions of these ranks; no direction of the batch."""
     rng = np.random.default_rng(0)
     return {path: Subspace.random(shapes[path], (None, *of), rng) for path, of in ranks.items()}

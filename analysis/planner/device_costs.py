@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import lance_ref
 from analysis.device.check import choices_of, settings_of, step_trace
-from analysis.device.choices import Ranks, Settings
+from analysis.device.choices import DeviceSettings, LayerRanks
 from analysis.device.predict import StepTrace, predict, trained_bytes
 from analysis.device.programs import DEVICE_METHODS
 from analysis.device.subspaces import random_subspaces
@@ -83,7 +83,7 @@ class DeviceCosts(Costs):
         """
         momentum = self.device.optimizer == "sgd-momentum"
         trace, ranks = self._tuned_for(option, layers)
-        weights = trained_bytes(trace, Settings(ranks))
+        weights = trained_bytes(trace, DeviceSettings(ranks))
         sums = weights if momentum or option.update == "batch" else 0
         needed, program = weights + sums, None
         if layers <= 1 or needed <= FAR * self.budget:
@@ -95,7 +95,7 @@ class DeviceCosts(Costs):
         gradients, state = (0, sums) if momentum else (sums, 0)
         return Memory(needed - weights, 0, weights, gradients, state), program
 
-    def _tuned_for(self, option: Option, layers: int) -> tuple[StepTrace, dict[str, Ranks]]:
+    def _tuned_for(self, option: Option, layers: int) -> tuple[StepTrace, dict[str, LayerRanks]]:
         """The forward pass with so many layers chosen, and the ranks of those that keep a core, without the batch's."""
         biases = option.method == "bias-only" and layers > 0
         try:
@@ -106,7 +106,7 @@ class DeviceCosts(Costs):
         ranks = self.ranks(option, 1) if option.directions is not None else {}
         return trace, {path: ranks[path][1:] for path in tuned if any(ranks.get(path, ()))}
 
-    def _compiled(self, option: Option, layers: int, ranks: dict[str, Ranks], budget: int | None) -> Program:
+    def _compiled(self, option: Option, layers: int, ranks: dict[str, LayerRanks], budget: int | None) -> Program:
         method = DEVICE_METHODS[option.method]
         momentum = 0.9 if self.device.optimizer == "sgd-momentum" else 0.0
         calibration = random_subspaces(self.shapes(1), ranks) if method == "lance" else None

@@ -12,7 +12,7 @@ from lance_ref.device import graph as graphs
 from lance_ref.device.budget import parse_bytes, shown_bytes
 from lance_ref.device.graph import Graph, UnsupportedError
 from lance_ref.device.layers import Pixels
-from lance_ref.device.layout import Choice, Factors, Layout, NotTiledError, Recipe, lay_out
+from lance_ref.device.layout import Choice, DeviceLayout, Factors, NotTiledError, Recipe, lay_out
 from lance_ref.device.program import Program
 from lance_ref.device.segments import first_roles
 from lance_ref.lance.calibration import Calibration
@@ -140,7 +140,7 @@ def _tuned(net: Module) -> Any:
 # ---- choosing -----------------------------------------------------------------------------------
 
 
-def choose(graph: Graph, recipe: Recipe, budget: int | None) -> Layout:
+def choose(graph: Graph, recipe: Recipe, budget: int | None) -> DeviceLayout:
     """The layout with the fewest recomputed multiply-adds whose arena fits the budget; without one the smallest arena.
 
     First tiles are chosen with the roles that keep the largest maps from existing, then each convolution's role is
@@ -171,12 +171,12 @@ def choose(graph: Graph, recipe: Recipe, budget: int | None) -> Layout:
     return best
 
 
-def _at_peak(layout: Layout, array: Any) -> bool:
+def _at_peak(layout: DeviceLayout, array: Any) -> bool:
     time = layout.live.index(layout.lower_bound_bytes)
     return bool(array.first <= time <= array.last)
 
 
-def _best(graph: Graph, tried: Sequence[Layout], budget: int | None) -> Layout:
+def _best(graph: Graph, tried: Sequence[DeviceLayout], budget: int | None) -> DeviceLayout:
     """Places layouts in the order in which they would be chosen, until one holds what it promises."""
     if budget is not None:
         for layout in sorted(tried, key=lambda one: (one.recomputed_macs, one.lower_bound_bytes)):
@@ -191,7 +191,7 @@ def _best(graph: Graph, tried: Sequence[Layout], budget: int | None) -> Layout:
             for node in graph.nodes
             if node.conv is not None
         )
-    best: Layout | None = None
+    best: DeviceLayout | None = None
     for layout in sorted(tried, key=lambda one: (one.lower_bound_bytes, one.recomputed_macs)):
         if limit is not None and layout.recomputed_macs > limit:
             continue
@@ -204,7 +204,7 @@ def _best(graph: Graph, tried: Sequence[Layout], budget: int | None) -> Layout:
     return best
 
 
-def _tilings(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool]) -> Iterator[Layout]:
+def _tilings(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool]) -> Iterator[DeviceLayout]:
     """Layouts without tiles, and with more and more segments in tiles of several sizes."""
     plain = lay_out(graph, recipe, Choice(heads))
     yield plain

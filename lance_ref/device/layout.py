@@ -11,7 +11,7 @@ import numpy as np
 
 from lance_ref.device.arena import PERSISTENT, Array, live_bytes, place
 from lance_ref.device.graph import Conv, Graph, Node
-from lance_ref.device.instructions import Backward, Forward, Loss, Plan, Update
+from lance_ref.device.instructions import Backward, Forward, Loss, SegmentPlan, Update
 from lance_ref.device.layers import Core, Input, Layer, Pixels
 from lance_ref.device.segments import ELEMENTWISE, Segment, consumers, segments
 from lance_ref.device.windows import needed, whole
@@ -79,7 +79,7 @@ class Choice:
 
 
 @dataclass(eq=False)
-class Layout:
+class DeviceLayout:
     """A step whose arrays have addresses.
 
     Attributes
@@ -140,8 +140,8 @@ class NotTiledError(ValueError):
     """These segments cannot run tile by tile."""
 
 
-def lay_out(graph: Graph, recipe: Recipe, choice: Choice, split: list[Segment] | None = None) -> Layout:
-    """The layout of a choice; :meth:`Layout.place` gives addresses. ``split`` are its segments, if they are known.
+def lay_out(graph: Graph, recipe: Recipe, choice: Choice, split: list[Segment] | None = None) -> DeviceLayout:
+    """The layout of a choice; :meth:`DeviceLayout.place` gives addresses. ``split``: its segments, if they are known.
 
     Raises
     ------
@@ -164,7 +164,7 @@ class _Builder:
         self.gradients: dict[int, Array] = {}
         self.draws: Array | None = None
 
-    def build(self) -> Layout:
+    def build(self) -> DeviceLayout:
         g, n = self.graph, self.choice.tiled
         tiled = self.segments[:n]
         rows, columns = self._tile_parts(tiled) if n else ([], [])
@@ -197,7 +197,7 @@ class _Builder:
         self._lifetimes(steps, n)
         if n and in_bytes and image.last < n:  # nothing after the tiles reads the image
             self._overlap(image, self.maps[tiled[-1].output], rows)
-        layout = Layout(
+        layout = DeviceLayout(
             self.choice, self.segments, tiles, forward, loss, backward, update, self.arrays,
             [step.name for step in steps], image, logits, self.trained,
         )  # fmt: skip
@@ -242,12 +242,12 @@ class _Builder:
         exact = conv is not None and conv.weight_name is not None and conv.path not in self.recipe.factors
         return exact and node.inputs[0] == segment.source
 
-    def _plan(self, segment: Segment, is_tiled: bool) -> Plan:
+    def _plan(self, segment: Segment, is_tiled: bool) -> SegmentPlan:
         g, needs = self.graph, self.graph.needs_gradient
         for node in segment.nodes:
             if node.conv is not None:
                 self.layers[node] = self._layer(segment, node, node.conv)
-        plan = Plan(
+        plan = SegmentPlan(
             segment, g.shapes, self.layers, self.maps, gradients=self.gradients, pixels=self.recipe.pixels,
             draws=self.draws if any(node.op == "dropout" for node in segment.everything) else None,
         )  # fmt: skip
@@ -277,7 +277,7 @@ class _Builder:
         H, W = self.largest[number] if is_tiled else self.graph.shapes[number][1:]
         return self._array(f"channel {number}", (H, W), self.dtype, "channels")
 
-    def _step(self, plan: Plan, number: int) -> None:
+    def _step(self, plan: SegmentPlan, number: int) -> None:
         if number not in plan.steps:
             size = self.graph.shapes[number][1:]
             plan.steps[number] = self._array(f"gradient of channel {number}", size, self.dtype, "channels")
@@ -480,4 +480,4 @@ def flash(graph: Graph, recipe: Recipe, layers: Mapping[str, Layer]) -> dict[str
     return found
 
 
-__all__ = ["Choice", "Factors", "Layout", "NotTiledError", "Recipe", "consumers", "flash", "lay_out"]
+__all__ = ["Choice", "DeviceLayout", "Factors", "NotTiledError", "Recipe", "consumers", "flash", "lay_out"]

@@ -14,7 +14,7 @@ from lance_ref.device import report
 from lance_ref.device.arena import PERSISTENT, Array, Memory
 from lance_ref.device.c import Exported, export
 from lance_ref.device.graph import Graph, Node
-from lance_ref.device.layout import Layout, Recipe, flash, lay_out
+from lance_ref.device.layout import DeviceLayout, Recipe, flash, lay_out
 from lance_ref.nn.module import Module
 
 _DESCRIBED = {"name": "name", "kind": "kind", "offset": "offset", "bytes": "nbytes", "first": "first", "last": "last"}
@@ -26,7 +26,7 @@ class Program:
 
     Attributes
     ----------
-    layout : Layout
+    layout : DeviceLayout
         Instructions and arrays.
     ram_bytes : int
         Bytes of the arena: everything that changes while the device runs, in one block.
@@ -42,7 +42,7 @@ class Program:
         self,
         graph: Graph,
         recipe: Recipe,
-        layout: Layout,
+        layout: DeviceLayout,
         method: str,
         budget: int | None = None,
         poison: bool = False,
@@ -52,7 +52,7 @@ class Program:
         self._poison = poison
         self._load(layout, None)
 
-    def _load(self, layout: Layout, state: dict[str, np.ndarray] | None) -> None:
+    def _load(self, layout: DeviceLayout, state: dict[str, np.ndarray] | None) -> None:
         """A fresh arena with the trained arrays in it."""
         self.layout = layout
         self.flash = flash(self.graph, self.recipe, layout.layers)

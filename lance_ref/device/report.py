@@ -10,7 +10,7 @@ from lance_ref.device.budget import shown_bytes
 from lance_ref.io.whole_file import whole_file
 
 if TYPE_CHECKING:
-    from lance_ref.device.layout import Layout
+    from lance_ref.device.layout import DeviceLayout
 
 COLOURS = {
     "image": "#4c78a8", "maps": "#72b7b2", "tiles": "#9ecae9", "channels": "#bab0ac", "masks": "#eeca3b",
@@ -21,7 +21,7 @@ WIDTH = 58
 """Of the first column: with the bytes and a mark behind it a line has at most 80 characters."""
 
 
-def text(layout: Layout, flash_bytes: int) -> str:
+def text(layout: DeviceLayout, flash_bytes: int) -> str:
     """The instructions with the bytes that are alive, and the totals."""
     tiled = layout.choice.tiled
     peak = layout.live.index(layout.lower_bound_bytes)
@@ -45,7 +45,7 @@ def text(layout: Layout, flash_bytes: int) -> str:
     return "\n".join(lines)
 
 
-def plot(layout: Layout, path: str | os.PathLike[str]) -> None:
+def plot(layout: DeviceLayout, path: str | os.PathLike[str]) -> None:
     """Draw addresses against time, a rectangle for each array, into an image file, whole or not at all."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle

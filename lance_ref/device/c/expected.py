@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lance_ref.device.arena import Array
-from lance_ref.device.layout import Layout
+from lance_ref.device.layout import DeviceLayout
 
 STEPS = 3
 TOLERANCES = 1e-5, 1e-3, 5e-2
@@ -20,7 +20,7 @@ the last step. There an activation that was zero but for rounding may have got t
 class Runs(Protocol):
     """What a program is asked for here."""
 
-    layout: Layout
+    layout: DeviceLayout
 
     def step(self, images: np.ndarray, labels: Any, lr: float) -> float: ...
     def logits(self, images: np.ndarray) -> np.ndarray: ...

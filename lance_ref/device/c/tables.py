@@ -14,9 +14,9 @@ import numpy as np
 from lance_ref.device.arena import PERSISTENT, Array
 from lance_ref.device.c.constants import Constants, number, quantised
 from lance_ref.device.graph import Graph, Node, Window
-from lance_ref.device.instructions import Backward, Forward, Plan
+from lance_ref.device.instructions import Backward, Forward, SegmentPlan
 from lance_ref.device.layers import Core, Input, Layer
-from lance_ref.device.layout import Layout, Recipe
+from lance_ref.device.layout import DeviceLayout, Recipe
 from lance_ref.device.segments import ELEMENTWISE
 
 NONE = "LANCE_NONE"
@@ -73,21 +73,21 @@ class Tables:
     """
 
     def __init__(
-        self, graph: Graph, recipe: Recipe, layout: Layout, flash: Mapping[str, np.ndarray],
+        self, graph: Graph, recipe: Recipe, layout: DeviceLayout, flash: Mapping[str, np.ndarray],
         state: Mapping[Array, np.ndarray], in_int8: bool,
     ) -> None:  # fmt: skip
         self.graph, self.recipe, self.layout, self.state, self.in_int8 = graph, recipe, layout, state, in_int8
         self.flash = flash
         self.constants = Constants()
         instructions: list[Forward] = [*(layout.tiles[0] if layout.tiles else []), *layout.forward]
-        self.plans: list[Plan] = [instruction.plan for instruction in instructions]
+        self.plans: list[SegmentPlan] = [instruction.plan for instruction in instructions]
         self.backward: dict[int, Backward] = {id(step.plan): step for step in layout.backward}
         self.layers: dict[Node, int] = {}
         for plan in self.plans:
             for node in plan.segment.nodes:
                 if node.conv is not None:
                     self.layers[node] = len(self.layers)
-        self.operations: list[tuple[Plan, Node]] = []
+        self.operations: list[tuple[SegmentPlan, Node]] = []
 
     # ---- the files ------------------------------------------------------------------------------
 
@@ -207,7 +207,7 @@ class Tables:
             return {**nothing, "how": "LANCE_KEEP_SOURCE", "at": node.inputs[0]}
         return nothing
 
-    def operation(self, plan: Plan, node: Node) -> Fields:
+    def operation(self, plan: SegmentPlan, node: Node) -> Fields:
         mask, source = plan.masks.get(node), node.inputs[0]
         is_inner = node.op not in ELEMENTWISE
         p = float(node.attributes.get("p", 0)) if node.op == "dropout" else 0.0
@@ -222,7 +222,7 @@ class Tables:
             "raised": number(1 / (1 - p)) if 0 < p < 1 else 0,
         }  # fmt: skip
 
-    def segment(self, plan: Plan) -> Fields:
+    def segment(self, plan: SegmentPlan) -> Fields:
         s, needs = plan.segment, self.graph.needs_gradient
         first = len(self.operations)
         self.operations += [(plan, node) for node in s.body]

@@ -9,7 +9,7 @@ import pytest
 from device_nets import RandomGraph, case
 
 from analysis.device.check import choices_of, differences, prediction_of, settings_of, step_trace
-from analysis.device.choices import Choices, Settings
+from analysis.device.choices import Choices, DeviceSettings
 from analysis.device.operations import read
 from analysis.device.predict import predict
 from lance_ref import device, models, nn, tune
@@ -105,7 +105,7 @@ def small() -> nn.Module:
 
 def test_a_head_by_hand() -> None:
     """One segment: the image, channels of 4x4 and 1x1, the logits, the classifier's input and the classifier."""
-    found = predict(step_trace(small(), (1, 4, 4)), Settings(), Choices((True, False)))
+    found = predict(step_trace(small(), (1, 4, 4)), DeviceSettings(), Choices((True, False)))
     assert found.live == (16 + 64 + 4 + 12 + 8 + 72, 12 + 12 + 8 + 72, 12 + 8 + 72, 72)
     assert found.ram == {"image": 16, "channels": 68, "maps": 12, "cores": 8, "head": 72}
     assert found.flash_bytes == 4 * (18 + 2 + 2)  # kernels, their biases, scale and shift of the pixels
@@ -119,20 +119,20 @@ def test_a_layer_in_the_subspace_by_hand() -> None:
     tune(net, "all")
     traced = step_trace(net, (4, 2, 2))
     ranks = {"0": (2, None, None), "1": (2, None, None)}
-    factored = predict(traced, Settings(ranks), Choices((True, False, False))).macs
+    factored = predict(traced, DeviceSettings(ranks), Choices((True, False, False))).macs
     assert factored["projection"] == 2 * (2 * 4 * 4)  # U^T x of both layers: 2 directions, 4 channels, 4 places
     assert factored["forward"] == 16 * 4 + 24 * 4 + 48 + (4 * 2 * 4) + (6 * 2 * 4)
     # The classifier's input; W_0^T g, D^T g and U (D^T g) of the second layer; nothing of the first.
     assert factored["grad_input"] == 48 + 24 * 4 + 6 * 2 * 4 + 2 * 4 * 4
     assert factored["grad_weight"] == 4 * 2 * 4 + 6 * 2 * 4 + 48
-    merged = predict(traced, Settings(ranks), Choices((True, False, False), merged=frozenset("01"))).macs
+    merged = predict(traced, DeviceSettings(ranks), Choices((True, False, False), merged=frozenset("01"))).macs
     assert merged["merge"] == 4 * 4 * 2 + 2 * (6 * 4 * 2)  # the second one again in the backward pass
     assert merged["forward"] == 16 * 4 + 24 * 4 + 48
 
 
 def test_choices_of_another_net_are_refused() -> None:
     with pytest.raises(ValueError, match="heads has 1 values, expected 2"):
-        predict(step_trace(small(), (1, 4, 4)), Settings(), Choices((True,)))
+        predict(step_trace(small(), (1, 4, 4)), DeviceSettings(), Choices((True,)))
 
 
 def test_an_operation_that_no_device_has_is_named() -> None:
@@ -145,10 +145,10 @@ def test_a_difference_names_both_numbers() -> None:
     net = small()
     program = device.compile(net, input_shape=(1, 4, 4), method="head")
     program.step(np.zeros((1, 1, 4, 4), np.float32), np.array([0]), 0.01)
-    wrong = predict(step_trace(net, (1, 4, 4)), Settings(adds_up=False, pixels=False), choices_of(program))
+    wrong = predict(step_trace(net, (1, 4, 4)), DeviceSettings(adds_up=False, pixels=False), choices_of(program))
     text = [str(difference) for difference in differences(program, wrong)]
     assert "RAM for head: predicted 36, measured 72" in text
-    assert settings_of(program) == Settings(pixels=False)
+    assert settings_of(program) == DeviceSettings(pixels=False)
 
 
 class Twice(nn.Module):

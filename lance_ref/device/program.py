@@ -329,7 +329,7 @@ class Program:
         *,
         images: np.ndarray | None = None,
         labels: Any = None,
-        lr: float = 0.01,
+        lr: float = 0.002,
         passes: int = 5,
         batch: int = 8,
         ram_section: str | None = None,

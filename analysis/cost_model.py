@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from analysis.commands.cli import (
     NET_HELP,
@@ -90,6 +89,10 @@ def parser() -> argparse.ArgumentParser:
         "--basis-batches", type=count, metavar="N",
         help=f"of --continual: batches from which these directions are found ({DEFAULT_BASIS_BATCHES})",
     )  # fmt: skip
+    p.add_argument(
+        "--engine", default="library", choices=["library", "device"],
+        help="device: beneath the table also the RAM of device programs, one image at a time",
+    )  # fmt: skip
     p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the output")
     p.add_argument(
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
@@ -112,6 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from analysis.commands.console import emit
+    from analysis.reports.tables import drawn
+
     _check(options)
     prediction = _predict(options)
     _check_ranks(options, prediction)
@@ -124,7 +130,16 @@ def _run(options: argparse.Namespace) -> int:
         from analysis.check.measure import compare
 
         comparison = compare(prediction, options.data, peaks=True)
-    _write(options, prediction)
+    report = prediction.report
+    draw_report = drawn(report, options.accounting, options.wide)
+    if options.engine == "device":
+        from analysis.device.beside import with_programs
+
+        draw_report = with_programs(draw_report, prediction, chosen_methods(options.method), options.optimizer)
+    emit(
+        draw_report, {"json": report.json_text, "csv": report.csv_text},
+        options.format, options.output,
+    )  # fmt: skip
     if comparison is None:
         return 0
     print(comparison, file=sys.stdout if options.format == "table" or options.output else sys.stderr)
@@ -143,6 +158,7 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("accounting", "panels"):
         if getattr(options, name) is not None:
             check_once(options, name)
+    check_effect(options, "engine", options.format == "table", "--format table, beneath which it prints")
     check_effect(options, "wide", options.format == "table", "--format table, whose columns it shows")
     if options.format == "csv":
         check_no_effect(options, ("continual", "calibration_batches"), "CSV has the rows of the layers alone")
@@ -165,30 +181,13 @@ def _predict(options: argparse.Namespace) -> Prediction:
         options.tune[0] if options.tune and len(options.tune) == 1 else options.tune,
         options.method, options.epsilon, options.ranks,
         options.spectra, options.convention, options.dtype,
-        with_weights=options.measure,
+        with_weights=options.measure or options.engine == "device",
         settings=Settings(**{name: getattr(options, name) for name in KNOWN}),
         continual=options.continual,
         protected=DEFAULT_PROTECTED if options.protected is None else options.protected,
         basis_batches=DEFAULT_BASIS_BATCHES if options.basis_batches is None else options.basis_batches,
         optimizer=options.optimizer,
     )  # fmt: skip
-
-
-def _write(options: argparse.Namespace, prediction: Prediction) -> None:
-    """The report, to the terminal, a pipe or a file."""
-    from analysis.reports.tables import render, show
-    from lance_ref.io.whole_file import write_text
-
-    report = prediction.report
-    if options.format == "table" and options.output is None:
-        show(report, options.accounting, options.wide)
-        return
-    writers: dict[str, Any] = {"json": report.json_text, "csv": report.csv_text}
-    text = writers.get(options.format, lambda: render(report, options.accounting, wide=options.wide))()
-    if options.output is None:
-        sys.stdout.write(text)
-    else:
-        write_text(options.output, text)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ MOVED: dict[str, str] = {
     "analysis.ledger.from_results": "experiments.ledger.from_results",
     "analysis.ledger.published": "experiments.ledger.published",
     "analysis.ledger.tasks": "experiments.ledger.tasks",
-    "analysis.ledger.yaml_file": "experiments.ledger.yaml_file",
+    "analysis.ledger.yaml_file": "experiments.ledger.published",
     "analysis.measure": "analysis.check.measure",
     "analysis.method_runs": "analysis.steps.runs",
     "analysis.methods": "analysis.steps.methods",

@@ -16,6 +16,8 @@ from analysis.commands.cli import (
     OneLineParser,
     any_file,
     check_effect,
+    check_no_effect,
+    check_once,
     count,
     input_shape,
     pixels,
@@ -27,7 +29,6 @@ from analysis.planner.options import (
     ASSUMED_FRACTION,
     DEFAULT_BATCHES,
     DEFAULT_EPSILONS,
-    check_lists,
     options_for,
     parse_bytes,
     parse_fraction_of_modes,
@@ -39,8 +40,14 @@ from analysis.steps.settings import KNOWN
 
 if TYPE_CHECKING:
     from analysis.planner.costs import Costs, Device
+    from analysis.planner.device_costs import DeviceCosts
     from analysis.planner.search import Plan
     from analysis.ranks.spectra_file import Spectra
+
+
+SHARES = {"layers": "the same for every layer", "parameters": "in proportion to its weights"}
+UPDATES = ("batch", "image")
+DEFAULT_DIRECTIONS = (8, 16, 24)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,6 +89,18 @@ def parser() -> argparse.ArgumentParser:
         "--shares", default="layers",
         help="shares of the gradient's energy: layers (the same for each), parameters, or a JSON file by layer",
     )  # fmt: skip
+    p.add_argument(
+        "--engine", default="library", choices=["library", "device"],
+        help="library: steps of lance_ref on whole batches; device: compiled programs, one image at a time (library)",
+    )  # fmt: skip
+    p.add_argument(
+        "--directions", type=count, nargs="+", default=list(DEFAULT_DIRECTIONS), metavar="N",
+        help="of --engine device: directions of the channels that lance keeps (8 16 24)",
+    )  # fmt: skip
+    p.add_argument(
+        "--update-after", nargs="+", choices=UPDATES, default=list(UPDATES),
+        help="of --engine device: whether the weights change after a batch, or after each image (batch image)",
+    )  # fmt: skip
     p.add_argument("--image-size", type=pixels, help="height and width in pixels")
     p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
     p.add_argument("--num-classes", type=count, help="outputs of the classifier (1000; a factory's own)")
@@ -101,30 +120,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from analysis.commands.console import emit
     from analysis.planner.costs import Device
-    from analysis.planner.tables import csv_text, json_text, render, show
-    from lance_ref.io.whole_file import write_text
+    from analysis.planner.tables import csv_text, drawn, json_text
 
-    device = Device(options.count, options.weights, options.calibration, options.optimizer)
-    plan = make_plan(options, device)
-    if options.format == "table" and options.output is None:
-        show(plan, device)
-        return
-    texts = {"json": lambda: json_text(plan, device), "csv": lambda: csv_text(plan)}
-    text = texts.get(options.format, lambda: render(plan, device))()
-    if options.output is None:
-        sys.stdout.write(text)
+    if options.engine == "device":
+        device = Device("program", "flash", "elsewhere", options.optimizer)
+        plan = make_device_plan(options)
     else:
-        write_text(options.output, text)
+        device = Device(options.count, options.weights, options.calibration, options.optimizer)
+        plan = make_plan(options, device)
+    texts = {"json": lambda: json_text(plan, device), "csv": lambda: csv_text(plan)}
+    emit(drawn(plan, device), texts, options.format, options.output)
 
 
 def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     """The plan for the options of the command line.
 
-    Raises
-    ------
-    ValueError, TypeError, LookupError, OSError
-        In one line that names what came and what is allowed.
+    Raises ValueError, TypeError, LookupError or OSError in one line that names what came and what is allowed.
     """
     from dataclasses import replace
 
@@ -139,11 +152,12 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     methods = chosen_methods(options.method)
     fractions = [parse_fraction_of_modes(text) for text in options.ranks or []]
     epsilons = list(DEFAULT_EPSILONS) if options.epsilon is None else options.epsilon
-    check_lists(options.batch, epsilons)
     grids = {name: getattr(options, name) for name, setting in KNOWN.items() if setting.grid is not None}
-    for name, values in {"ranks": fractions, **grids}.items():
-        if len(set(values)) < len(values):
-            raise ValueError(f"--{name.replace('_', '-')} takes every value once")
+    for name in ("batch", "epsilon", *grids):
+        if getattr(options, name) is not None:
+            check_once(options, name)
+    if len(set(fractions)) < len(fractions):
+        raise ValueError(f"--ranks is {' '.join(options.ranks)}, expected each once")
     _check_effects(options, methods)
     costs, ranks_from = _costs(options, device)
     if costs.spectra is None:
@@ -156,7 +170,6 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     predicted = any(METHODS[of.method].layers and not why_not(of, costs.spectra is not None) for of in tried)
     check_effect(options, "shares", predicted, "a method whose fidelity is predicted")
     plan = search(costs, tried, options.batch, budget, times, options.shares, options.layers)
-    shares = {"layers": "the same for every layer", "parameters": "in proportion to its weights"}
     size = "x".join(map(str, costs.input_shape))
     step = costs.whole(_first(options, costs))
     remarks = [remark(costs.net)]
@@ -165,16 +178,78 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
     facts = {
         "net": f"{options.net}, input {size}, {step.num_classes} classes, {options.dtype}",
         "ranks": ranks_from,
-        "shares": shares.get(options.shares, f"from {options.shares}"),
+        "shares": SHARES.get(options.shares, f"from {options.shares}"),
         "remark": "; ".join(filter(None, remarks)),
         "smaller": _smaller(options, plan),
     }
     return replace(plan, facts=facts)
 
 
+def make_device_plan(options: argparse.Namespace) -> Plan:
+    """The plan for device programs.
+
+    Raises
+    ------
+    ValueError, TypeError, LookupError, OSError
+        As of :func:`make_plan`, and if no device can run the net, or there is no program of a method.
+    """
+    from dataclasses import replace
+
+    from analysis.device.programs import DEVICE_METHODS, why_not
+    from analysis.planner.device_costs import DeviceCosts, device_options
+    from analysis.planner.search import search
+    from analysis.steps.nets import build, check_classes, input_shape_for
+
+    budget = parse_bytes(options.budget)
+    times = None if options.flops_at_most is None else parse_times(options.flops_at_most)
+    library = ("batch", "epsilon", "ranks", "count", "weights", "calibration", *KNOWN)
+    check_no_effect(options, library, "--engine device has one image at a time, weights in flash and directions alone")
+    programs = [name for name in DEVICE_METHODS if name != "lance-mean-free"]  # of the sizes of lance
+    methods = programs if list(options.method) == ["all"] else chosen_methods(options.method)
+    for name in methods:
+        if name not in programs:
+            why = "it has the sizes of lance" if name in DEVICE_METHODS else why_not(name)
+            raise ValueError(f"--method {name} has no plan with --engine device: {why}")
+    for name in ("directions", "update_after"):
+        check_once(options, name)
+    check_effect(options, "directions", "lance" in methods, "--method lance")
+    shape = input_shape_for(options.net, options.image_size, options.input_shape)
+    net = build(options.net, options.num_classes, shape, without_weights=False)
+    spectra, where = _spectra(options, shape)
+    costs = DeviceCosts(net, options.net, shape, options.dtype, spectra, budget, options.optimizer)
+    classes = costs.whole(1).num_classes
+    check_classes(options.net, options.num_classes, classes)
+    tried = device_options(methods, options.directions, options.update_after)
+    plan = search(costs, tried, (1,), budget, times, options.shares, options.layers)
+    facts = {
+        "net": f"{options.net}, input {'x'.join(map(str, shape))}, {classes} classes, {options.dtype}",
+        "ranks": "--directions, of channels alone" + ("" if spectra is None else f"; {where}"),
+        "shares": SHARES.get(options.shares, f"from {options.shares}"),
+        "remark": _beside_the_library(costs, plan),
+        "smaller": _smaller(options, plan),
+    }
+    return replace(plan, facts=facts)
+
+
+def _beside_the_library(costs: DeviceCosts, plan: Plan) -> str:
+    """What the library's step takes where a device program fits, and why that is more."""
+    first = next((row.best for row in plan.fitting if row.best is not None and row.option.method == "lance"), None)
+    if first is None:
+        return ""
+    memory = costs.in_the_library(first.option, first.layers)
+    return (
+        f"The library's engine takes {memory.total / 2**10:,.1f} KiB for {first.option.method} with these "
+        f"{first.layers} layers and one image: it holds whole maps while it runs, and the whole weights that train, "
+        "with their gradients. A device program makes hidden maps channel by channel, large maps tile by tile, and "
+        "trains the weights within their directions"
+    )
+
+
 def _check_effects(options: argparse.Namespace, methods: Sequence[str]) -> None:
     """Options that change nothing beside the others are refused before the work."""
     check_methods_heed(options, methods)
+    for name in ("directions", "update_after"):
+        check_effect(options, name, options.engine == "device", "--engine device")
     check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")
     calibrated = [name for name, method in METHODS.items() if method.calibration]
     check_effect(options, "calibration", bool(set(calibrated) & set(methods)), f"one of {', '.join(calibrated)}")

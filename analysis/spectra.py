@@ -106,15 +106,11 @@ def measure(
         A built-in net, with its pretrained weights if there are any, ``pkg.module:factory`` or a ``file.onnx`` with
         their own.
     data : str
-        A data set of ``lance_ref.datasets``, or a folder of pictures.
-    split : {"train", "test", "all"}
-        Which images of a data set.
+        A data set of ``lance_ref.datasets``, or a folder of pictures; ``split`` says which images of a data set.
     batch, batches : int
-        Images a batch, and number of batches. No image is used twice.
+        Images a batch, and number of batches. No image is used twice; ``seed`` is that of their order.
     image_size : int, optional
         Pixels; by default those of the pretrained weights, of the net or of the ONNX file.
-    seed : int
-        Of the order of the images.
     command : str
         What to state as the command in the provenance.
     input_shape : sequence of int, optional
@@ -123,11 +119,6 @@ def measure(
     mean, std : sequence of float, optional
         (pixel / 255 - mean) / std, one number or one for each channel. By default what pretrained weights were trained
         with, and pixel / 255 for other nets.
-
-    Raises
-    ------
-    ValueError, OSError
-        In one line that names what came and what is allowed.
     """
     import numpy as np
     import scipy

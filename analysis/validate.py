@@ -65,10 +65,7 @@ def parser() -> argparse.ArgumentParser:
 def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The cells that were asked for.
 
-    Raises
-    ------
-    ValueError
-        In one line, for whatever is unknown or out of range.
+    Raises ValueError, in one line, for whatever is unknown or out of range.
     """
     quick = QUICK if options.quick else {}
     nets = options.nets or quick.get("nets") or models.names()

@@ -11,143 +11,124 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 import lance_ref
-from analysis.commands.cli import (
-    OneLineParser,
-    check_tune,
-    count,
-    figure_file,
-    json_file,
-    named_data_set,
-    pixels,
-    positive,
-    run_command,
-    run_main,
-    seed,
-    share,
-)
+from analysis.commands import cli
 from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
 from analysis.rules.account import account
+from experiments import frame
 from lance_ref import F, datasets, models, optim
-from lance_ref.io.whole_file import write_json
-from lance_ref.nn.module import Module
+from lance_ref.engine.tensor import Tensor
+from lance_ref.nn.selection import Tuning
 from lance_ref.stores import Lance
+from lance_ref.train.run import Pass, Run
+
+Batches = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
 def parser() -> argparse.ArgumentParser:
-    parse = OneLineParser(prog="python -m experiments.adapt", description=__doc__.split("\n\n")[0])
-    parse.add_argument(
-        "--data",
-        type=named_data_set,
-        default="eurosat",
-        help="data set of the new task, by name (default: %(default)s)",
-    )
-    parse.add_argument("--tune", default="last:4", help="layers that train beside the head (default: %(default)s)")
-    parse.add_argument("--steps", type=count, default=50, help="training steps (default: %(default)s)")
-    parse.add_argument("--batch", type=count, default=32, help="images a step (default: %(default)s)")
-    parse.add_argument("--image-size", type=pixels, default=224, help="pixels (default: %(default)s)")
-    parse.add_argument("--calibration-batches", type=count, default=8, help="default: %(default)s")
-    parse.add_argument("--epsilon", type=share, default=0.7, help="kept share of the energy (default: %(default)s)")
-    parse.add_argument("--lr", type=positive, default=0.05, help="default: %(default)s")
-    parse.add_argument("--clip", type=positive, default=2.0, help="largest norm of the gradient (default: %(default)s)")
-    parse.add_argument(
-        "--test-images", type=count, default=200, help="for the accuracy at the end (default: %(default)s)"
-    )
-    parse.add_argument("--seed", type=seed, default=0, help="fixes everything (default: %(default)s)")
-    parse.add_argument("--output", type=json_file, help="also write the run as JSON")
-    parse.add_argument(
-        "--figure", type=figure_file, help="also draw loss, accuracy and the energy kept, as .png or .svg"
-    )
-    return parse
+    p = frame.parser("experiments.adapt", __doc__)
+    data = "data set of the new task, by name (%(default)s)"
+    p.add_argument("--data", type=cli.named_data_set, default="eurosat", help=data)
+    p.add_argument("--tune", default="last:4", help="layers that train beside the head (%(default)s)")
+    p.add_argument("--steps", type=cli.count, default=50, help="training steps (%(default)s)")
+    p.add_argument("--batch", type=cli.count, default=32, help="images a step (%(default)s)")
+    p.add_argument("--image-size", type=cli.pixels, default=224, help="pixels (%(default)s)")
+    p.add_argument("--calibration-batches", type=cli.count, default=8, help="(%(default)s)")
+    p.add_argument("--epsilon", type=cli.share, default=0.7, help="kept share of the energy (%(default)s)")
+    p.add_argument("--lr", type=cli.positive, default=0.05, help="(%(default)s)")
+    p.add_argument("--clip", type=cli.positive, default=2.0, help="largest norm of the gradient (%(default)s)")
+    p.add_argument("--test-images", type=cli.count, default=200, help="for the accuracy at the end (%(default)s)")
+    p.add_argument("--seed", type=cli.seed, default=0, help="fixes everything (%(default)s)")
+    frame.add_outputs(p, "loss, accuracy and the energy kept")
+    return p
 
 
-def endless(data: datasets.Dataset, arguments: argparse.Namespace) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def endless(data: datasets.Dataset, options: argparse.Namespace) -> Batches:
     """Batches for ever, in a new order each epoch."""
-    rng = np.random.default_rng(arguments.seed)
+    rng = np.random.default_rng(options.seed)
+    taken: dict[str, Any] = {"normalise": models.preprocess, "image_size": options.image_size}
     while True:
-        yield from datasets.batches(
-            data, arguments.batch, rng=rng, normalise=models.preprocess, image_size=arguments.image_size
-        )
+        yield from datasets.batches(data, options.batch, rng=rng, **taken)
 
 
-def accuracy(net: Module, data: datasets.Dataset, arguments: argparse.Namespace) -> float:
-    """Share of right answers; activations are not kept, so any batch size will do."""
-    right = 0
-    net.eval()
-    with lance_ref.no_grad():
-        for x, y in datasets.batches(
-            data, 32, shuffle=False, drop_last=False, normalise=models.preprocess, image_size=arguments.image_size
-        ):
-            right += int((net(x).data.argmax(axis=1) == y).sum())
-    net.train()
-    return right / len(data)
+class Adaptation(Run):
+    """The steps of the run, each of them recorded and its tape predicted.
+
+    Attributes
+    ----------
+    history : list of dict
+        One row of numbers for each step.
+    """
+
+    def __init__(self, net: Any, tuning: Tuning, batches: Batches, options: argparse.Namespace) -> None:
+        trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        optimizer = optim.SGD(trained, lr=options.lr)
+        super().__init__(net, optimizer, options.clip, optim.CosineAnnealingLR(optimizer, T_max=options.steps))
+        self.steps = self.steps_per_epoch = options.steps
+        self.tuning, self.batches = tuning, batches
+        self.stores = {path: net.get_submodule(path).store for path in tuning.layers}
+        self.history: list[dict[str, Any]] = []
+
+    def stream(self, epoch: int) -> Callable[[int], Any]:
+        return lambda position: [Pass(0, *next(self.batches))]
+
+    def take(self, batch: Any) -> None:
+        self.update(batch)
+
+    def forward(self, each: Pass) -> Tensor:
+        with lance_ref.record(self.net) as records:
+            logits = self.net(each.x)
+            loss = F.cross_entropy(logits, each.y)
+        kept = {path: store.energy_kept for path, store in self.stores.items() if isinstance(store, Lance)}
+        row = {
+            "step": self.step,
+            "loss": loss.item(),
+            "accuracy": float((logits.data.argmax(axis=1) == each.y).mean()),
+            "tape_bytes": lance_ref.tape(loss).total_bytes,
+            "predicted_tape_bytes": sum(bill.tape_bytes for bill in account(records, self.tuning.head)),
+            "energy_kept": kept,
+        }
+        self.history.append(row)
+        if self.step % 5 == 0 or self.step == self.steps - 1:
+            energies = "  ".join(f"{path} {value:.3f}" for path, value in kept.items() if value is not None)
+            sizes = f"{row['tape_bytes']:9,}  {row['predicted_tape_bytes']:9,}"
+            print(f"{self.step:4}  {row['loss']:6.3f}  {row['accuracy']:8.3f}  {sizes}  {energies}", flush=True)
+        return loss
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """The whole experiment; prints as it goes and returns what it measured."""
-    train = datasets.load(arguments.data, "train")
-    test = datasets.load(arguments.data, "test", limit=arguments.test_images)
-    lance_ref.manual_seed(arguments.seed)
-    net = models.mobilenetv2(num_classes=train.num_classes, padding="same", pretrained=True, rng=arguments.seed)
+    train = datasets.load(options.data, "train")
+    test = datasets.load(options.data, "test", limit=options.test_images)
+    lance_ref.manual_seed(options.seed)
+    net = models.mobilenetv2(num_classes=train.num_classes, padding="same", pretrained=True, rng=options.seed)
     net.train()
-    tuning = lance_ref.tune(net, arguments.tune)
-    batches = endless(train, arguments)
+    tuning = lance_ref.tune(net, options.tune)
+    batches = endless(train, options)
 
-    print(f"calibrating on {arguments.calibration_batches} batches of {arguments.batch} images: {train.name}")
-    calibration = lance_ref.calibrate(
-        net, itertools.islice(batches, arguments.calibration_batches), epsilon=arguments.epsilon
-    )
+    print(f"calibrating on {options.calibration_batches} batches of {options.batch} images: {train.name}")
+    first = itertools.islice(batches, options.calibration_batches)
+    calibration = lance_ref.calibrate(net, first, epsilon=options.epsilon)
     print(calibration)
     lance_ref.compress(net, calibration)
-    stores = {path: net.get_submodule(path).store for path in tuning.layers}
-
-    trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = optim.SGD(trained, lr=arguments.lr)
-    schedule = optim.CosineAnnealingLR(optimizer, T_max=arguments.steps)
-    history = []
+    adaptation = Adaptation(net, tuning, batches, options)
     print(f"\n{'step':>4}  {'loss':>6}  {'accuracy':>8}  {'tape':>9}  {'predicted':>9}  energy kept by layer")
-    for step in range(arguments.steps):
-        x, y = next(batches)
-        with lance_ref.record(net) as records:
-            logits = net(x)
-            loss = F.cross_entropy(logits, y)
-        measured = lance_ref.tape(loss).total_bytes
-        predicted = sum(row.tape_bytes for row in account(records, tuning.head))
-        kept = {path: store.energy_kept for path, store in stores.items() if isinstance(store, Lance)}
-        right = float((logits.data.argmax(axis=1) == y).mean())
-        history.append(
-            {
-                "step": step,
-                "loss": loss.item(),
-                "accuracy": right,
-                "tape_bytes": measured,
-                "predicted_tape_bytes": predicted,
-                "energy_kept": kept,
-            }
-        )
-        if step % 5 == 0 or step == arguments.steps - 1:
-            energies = "  ".join(f"{path} {value:.3f}" for path, value in kept.items() if value is not None)
-            print(f"{step:4}  {loss.item():6.3f}  {right:8.3f}  {measured:9,}  {predicted:9,}  {energies}", flush=True)
-        optimizer.zero_grad()
-        loss.backward()
-        optim.clip_grad_norm_(trained, arguments.clip)
-        optimizer.step()
-        schedule.step()
-    final = accuracy(net, test, arguments)
+    adaptation.go()
+    final = lance_ref.evaluate(net, test, 32, models.preprocess, options.image_size)
     print(f"\naccuracy on {len(test)} test images: {final:.3f} (chance {1 / train.num_classes:.3f})")
     return {
-        **provenance("experiments.adapt", arguments.seed),
+        **provenance("experiments.adapt", options.seed),
         "data": train.name,
         "tuned_layers": list(tuning.layers),
-        "ranks": {path: list(store.ranks) for path, store in stores.items()},
-        "subspace_bytes": sum(store.factor_bytes for store in stores.values()),
-        "history": history,
+        "ranks": {path: list(store.ranks) for path, store in adaptation.stores.items()},
+        "subspace_bytes": sum(store.factor_bytes for store in adaptation.stores.values()),
+        "history": adaptation.history,
         "test_accuracy": final,
         "test_images": len(test),
     }
@@ -177,12 +158,9 @@ def draw(result: dict[str, Any], path: str) -> None:
 
 def work(options: argparse.Namespace) -> int:
     """Check, run, show and write; 1 if the tape is not as predicted."""
-    check_tune("mobilenetv2", options.tune)
+    cli.check_tune("mobilenetv2", options.tune)
     result = run(options)
-    if options.output:
-        write_json(options.output, result)
-    if options.figure:
-        draw(result, options.figure)
+    frame.write(options, lambda: result, lambda path: draw(result, path))
     losses = [row["loss"] for row in result["history"]]
     tenth = max(1, len(losses) // 10)
     first, last = np.mean(losses[:tenth]), np.mean(losses[-tenth:])
@@ -194,8 +172,8 @@ def work(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return run_command(parser, arguments, work)
+    return cli.run_command(parser, arguments, work)
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

@@ -16,34 +16,20 @@ from typing import Any
 import numpy as np
 
 import lance_ref
+from analysis.commands import cli
 from analysis.commands.chance import sentence
-from analysis.commands.cli import (
-    OneLineParser,
-    built_in_net,
-    check_once,
-    check_tune,
-    count,
-    figure_file,
-    fill_in,
-    json_file,
-    name_of,
-    named_data_set,
-    positive,
-    run_command,
-    run_main,
-    seed,
-    share,
-)
+from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
+from experiments import frame
+from experiments.finetune.cell import Setup
 from experiments.finetune.command import MODES
 from lance_ref import datasets, models
 from lance_ref.datasets import Dataset
 from lance_ref.lance.recalibration import Recalibrator, measure_energy
-from lance_ref.nn.module import Module
 from lance_ref.nn.selection import Tuning, weighted_layers
 from lance_ref.stores import Lance
-from lance_ref.train.features import frozen_stages, tail
-from lance_ref.train.training import Features, StepInfo, evaluate, extract, fit
+from lance_ref.train.features import tail
+from lance_ref.train.training import Features, StepInfo, evaluate, fit
 
 VARIANTS = ("same domain", "other domain", "other domain, recalibrated")
 QUICK = {
@@ -61,54 +47,49 @@ NEGATIVES = "negatives"
 
 def other_data(text: str) -> str:
     """A type of option: the negatives, or a data set by its name."""
-    return text if text == NEGATIVES else named_data_set(text)
+    return text if text == NEGATIVES else cli.named_data_set(text)
 
 
 def parser() -> argparse.ArgumentParser:
-    p = OneLineParser(
-        prog="python -m experiments.domain_shift", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
-    )
+    p = frame.parser("experiments.domain_shift", __doc__)
     p.add_argument("--quick", action="store_true", help="a small net on the digits of the package and their negatives")
-    p.add_argument("--net", type=built_in_net, help="(mcunet)")
-    p.add_argument("--data", type=named_data_set, help="to train on (cifar10)")
+    p.add_argument("--net", type=cli.built_in_net, help="(mcunet)")
+    p.add_argument("--data", type=cli.named_data_set, help="to train on (cifar10)")
     p.add_argument("--calibrate-on", type=other_data, help=f"another data set, or {NEGATIVES} (eurosat)")
     p.add_argument("--tune", help="layers that train (last:4)")
-    p.add_argument(
-        "--modes",
-        type=name_of(lambda: MODES),
-        nargs="+",
-        default=["channel", "height", "width"],
-        help="modes that LANCE compresses",
-    )
-    p.add_argument("--epsilon", type=share, default=0.8, help="energy threshold (%(default)s)")
-    p.add_argument(
-        "--share", type=share, default=0.9, help="of the calibrated energy that raises the alarm (%(default)s)"
-    )
-    p.add_argument("--train-images", type=count, default=4000, help="at most so many (%(default)s)")
-    p.add_argument("--test-images", type=count, default=2000, help="at most so many (%(default)s)")
-    p.add_argument("--calibration-batches", type=count, default=8, help="(%(default)s)")
-    p.add_argument("--epochs", type=count, help="(4)")
-    p.add_argument("--batch", type=count, help="(128)")
-    p.add_argument("--lr", type=positive, help="(0.05)")
-    p.add_argument("--seed", type=seed, default=0, help="(%(default)s)")
-    p.add_argument("--output", type=json_file, help="write the results as JSON")
-    p.add_argument("--figure", type=figure_file, help="draw the energy kept at every step, .png or .svg")
+    modes = cli.name_of(lambda: MODES)
+    p.add_argument("--modes", type=modes, nargs="+", default=list(MODES[1:]), help="modes that LANCE compresses")
+    p.add_argument("--epsilon", type=cli.share, default=0.8, help="energy threshold (%(default)s)")
+    alarm = "of the calibrated energy that raises the alarm (%(default)s)"
+    p.add_argument("--share", type=cli.share, default=0.9, help=alarm)
+    p.add_argument("--train-images", type=cli.count, default=4000, help="at most so many (%(default)s)")
+    p.add_argument("--test-images", type=cli.count, default=2000, help="at most so many (%(default)s)")
+    p.add_argument("--calibration-batches", type=cli.count, default=8, help="(%(default)s)")
+    p.add_argument("--epochs", type=cli.count, help="(4)")
+    p.add_argument("--batch", type=cli.count, help="(128)")
+    p.add_argument("--lr", type=cli.positive, help="(0.05)")
+    p.add_argument("--seed", type=cli.seed, default=0, help="(%(default)s)")
+    frame.add_outputs(p, "the energy kept at every step")
     return p
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """All variants; one dict of numbers for each."""
     size = None if options.quick else models.find(options.net).image_size
+    limits = options.train_images, options.test_images
+    setup = Setup(options.net, options.data, options.tune, options.seed, size, *limits)
     train = datasets.load(options.data, "train", limit=options.train_images)
     test = datasets.load(options.data, "test", limit=options.test_images)
     other = _other(options, train)
-    module, _ = _network(options, train)
-    sources = [_features(module, each, options.net, size) for each in (train, test, other)]
+    module, _ = setup.network(train)
+    sources = [setup.after_frozen(module, each) for each in (train, test, other)]
+    taken: dict[str, Any] = {"normalise": models.preprocessing(options.net), "image_size": size}
     results = []
     for variant in VARIANTS:
-        module, tuning = _network(options, train)
+        module, tuning = setup.network(train)
         net = tail(module, sources[0].stage) if isinstance(sources[0], Features) else module
-        seen = _batches(sources[0] if variant == VARIANTS[0] else sources[2], options, size)
+        source = sources[0] if variant == VARIANTS[0] else sources[2]
+        seen = [x for x, _ in setup.calibration_batches(source, options.batch, options.calibration_batches)]
         calibration = lance_ref.calibrate(net, seen, epsilon=options.epsilon, modes=options.modes)
         lance_ref.compress(net, calibration)
         reference = measure_energy(net, seen)
@@ -116,13 +97,12 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         log = Log(tuning, watch)
         fitted = fit(
             module, sources[0], epochs=options.epochs, batch_size=options.batch, lr=options.lr, seed=options.seed,
-            on_step=log, progress=False, normalise=models.preprocessing(options.net), image_size=size,
+            on_step=log, progress=False, **taken,
         )  # fmt: skip
-        accuracy = evaluate(module, sources[1], normalise=models.preprocessing(options.net), image_size=size)
         results.append(
             {
                 "variant": variant,
-                "accuracy": accuracy,
+                "accuracy": evaluate(module, sources[1], **taken),
                 "test_images": len(test),
                 "loss": [epoch["loss"] for epoch in fitted.history],
                 "tape_bytes": fitted.history[0]["tape_bytes"],
@@ -157,36 +137,6 @@ def _other(options: argparse.Namespace, train: Dataset) -> Dataset:
     channels = train.images.shape[3]
     limit = options.batch * options.calibration_batches
     return datasets.load(options.calibrate_on, "train", limit=limit, channels=channels)
-
-
-def _network(options: argparse.Namespace, train: Dataset) -> tuple[Module, Tuning]:
-    spec, (height, width, channels) = models.find(options.net), train.images.shape[1:]
-    more = {"pretrained": True} if spec.weights is not None else spec.options_for((channels, height, width))
-    module = models.create(options.net, num_classes=train.num_classes, rng=options.seed, **more)
-    module.train()
-    return module, lance_ref.tune(module, options.tune)
-
-
-def _features(module: Module, data: Dataset, net: str, size: int | None) -> Dataset | Features:
-    if not frozen_stages(module)[0]:
-        return data
-    return extract(module, data, normalise=models.preprocessing(net), image_size=size, progress=False)
-
-
-def _batches(data: Dataset | Features, options: argparse.Namespace, size: int | None) -> list[np.ndarray]:
-    """Calibration batches, in an order of their own."""
-    count = min(options.calibration_batches, len(data) // options.batch)
-    if not count:
-        raise ValueError(f"{data!r} has {len(data)} images, fewer than one batch of {options.batch} to calibrate on")
-    order = np.random.default_rng((options.seed, 1)).permutation(len(data))[: count * options.batch]
-    rows = np.split(order, count)
-    if isinstance(data, Features):
-        return [data.arrays[each] for each in rows]
-    prepare = models.preprocessing(options.net)
-    return [
-        next(datasets.batches(data.subset(each), len(each), shuffle=False, normalise=prepare, image_size=size))[0]
-        for each in rows
-    ]
 
 
 def draw(results: Sequence[dict[str, Any]], path: str, title: str) -> None:
@@ -231,25 +181,22 @@ def show(results: Sequence[dict[str, Any]]) -> None:
 
 def work(options: argparse.Namespace) -> None:
     """Check, run, show and write."""
-    fill_in(options, QUICK if options.quick else DEFAULTS)
-    check_once(options, "modes")
-    check_tune(options.net, options.tune)
+    cli.fill_in(options, QUICK if options.quick else DEFAULTS)
+    cli.check_once(options, "modes")
+    cli.check_tune(options.net, options.tune)
     results = run(options)
     show(results)
-    if options.output:
-        from analysis.commands.provenance import provenance
-        from lance_ref.io.whole_file import write_json
-
-        document = {**provenance("experiments.domain_shift", options.seed), "runs": results}
-        write_json(options.output, document)
-    if options.figure:
-        draw(results, options.figure, f"trained on {options.data},\nother: {options.calibrate_on}")
+    frame.write(
+        options,
+        lambda: {**provenance("experiments.domain_shift", options.seed), "runs": results},
+        lambda path: draw(results, path, f"trained on {options.data},\nother: {options.calibrate_on}"),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return run_command(parser, arguments, work)
+    return cli.run_command(parser, arguments, work)
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

@@ -20,6 +20,7 @@ from lance_ref.lance.recalibration import Recalibrator
 from lance_ref.moved import MOVED, MovedFinder
 from lance_ref.nn.init import manual_seed
 from lance_ref.nn.selection import tune
+from lance_ref.nn.subspace import merge
 from lance_ref.nn.tracing import record, trace
 from lance_ref.train import checkpoint, training
 from lance_ref.train.training import evaluate, fit
@@ -45,6 +46,7 @@ __all__ = [
     "fit",
     "functional",
     "manual_seed",
+    "merge",
     "models",
     "nn",
     "no_grad",

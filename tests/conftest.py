@@ -1,13 +1,20 @@
-"""What all tests share: one deterministic Hypothesis profile, and where the real data are."""
+"""What all tests share: a deterministic Hypothesis profile, how many processes, and where the real data are."""
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and so may a shell: what is printed would have another width
+# Two processes share two cores: products of matrices that took a thread a core would take four
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["LANCE_REF_OFFLINE"] = "1"  # no test reaches out, nor depends on what was downloaded before
 os.environ["LANCE_REF_CACHE"] = str(Path(__file__).with_name("no-such-cache"))
 
@@ -31,3 +38,40 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.fail(f"LANCE_REF_DATA is {folder!r}, which is no folder")
     return path
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes ``-n auto`` starts: one a core, at most four, and none for single files."""
+    named = [Path(str(argument).partition("::")[0]) for argument in config.option.file_or_dir]
+    if named and all(path.is_file() for path in named):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4) if cores > 1 else 0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """No garbage is looked for while tests are collected: objects only become more then, and 3 s would be lost."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+def pytest_runtest_setup() -> None:
+    """Let the garbage collector pass over all that was there before a test, whenever modules were imported.
+
+    The tests of memory collect garbage before they measure, hundreds of times. Nearly all objects of this process
+    belong to modules (PyTorch's above all) and to the tests themselves; to search these takes up to 0.8 s each time.
+    """
+    global _modules
+    if len(sys.modules) != _modules:
+        _modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
+_modules = 0
+"""How many were imported when objects were last set aside."""

@@ -122,7 +122,9 @@ class Tree:
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests]
+        # pytest's own process: to start others for two or three tests would take longer than the tests
+        options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-o", "addopts=--doctest-modules"]
+        command = [sys.executable, "-m", "pytest", *options, *tests]
         with subprocess.Popen(
             command, cwd=self.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         ) as process:

@@ -17,7 +17,7 @@ LAYERS = [
     *(f"lance_ref.{name}" for name in ("models", "train")),
     *(f"lance_ref.{name}" for name in ["lance", "device", "continual", "conformance"]), "lance_ref",
     *(f"analysis.{name}" for name in ("commands", "rules", "onnx", "peak", "steps", "ranks", "reports", "check")),
-    "analysis.planner", "analysis",
+    "analysis.device", "analysis.planner", "analysis",
     "experiments",
 ]  # fmt: skip
 """From the lowest to the highest; files that lie in no package of these stand at their root's place."""

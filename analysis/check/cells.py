@@ -49,26 +49,10 @@ def cells(
 def validate_cell(
     net: str, batch: int, dtype: str, methods: Sequence[str], ranks: float = 0.25, code: str = ""
 ) -> dict[str, Any]:
-    """Predict and run one step of every method.
+    """Predict and run one step of every method; ``ranks`` is a fraction of each mode for the methods that have ranks.
 
-    Parameters
-    ----------
-    net : str
-        A name of ``lance_ref.models.names()``.
-    batch : int
-    dtype : {"float32", "float64"}
-    methods : sequence of str
-        Of :data:`analysis.steps.methods.METHODS`.
-    ranks : float
-        A fraction of each mode, for the methods that have ranks.
-    code : str
-        Tells cells of other sources apart (:func:`code_fingerprint`).
-
-    Returns
-    -------
-    dict
-        For JSON: what was run, and for each method what :func:`_numbers` gives, ``{"left_out": why}``, or
-        ``{"failed": message}``.
+    ``code`` tells cells of other sources apart (:func:`code_fingerprint`). The result, for JSON, says what was run, and
+    has for each method what :func:`_numbers` gives, ``{"left_out": why}``, or ``{"failed": message}``.
     """
     from analysis.reports.predict import predict
 

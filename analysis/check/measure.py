@@ -9,9 +9,7 @@ and its counter counts for the same operations (:mod:`analysis.check.torch_repla
 
 from __future__ import annotations
 
-import gc
 import math
-import tracemalloc
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +23,9 @@ from analysis.check import torch_replay
 from analysis.commands.blocks import blocks, paragraph
 from analysis.commands.memory import check_memory
 from analysis.commands.names import plain
-from analysis.peak.memory import make_optimizer, measure_peak
+from analysis.peak.memory import measure_peak
 from analysis.rules.account import Billed
+from analysis.rules.op_cost import MAC_KINDS
 from analysis.rules.recompute import flatten
 from analysis.steps.runs import running
 from lance_ref import functional as F
@@ -44,8 +43,6 @@ PEAK = "peak bytes"
 PEAK_SHARE = 0.05
 OBJECT_BYTES, MOST_OBJECT_BYTES = 6 * 1024, 256 * 1024
 """Python's own objects, of each operation and of all, that ``tracemalloc`` may see beside the arrays."""
-
-MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
 
 
 @dataclass(frozen=True)
@@ -66,18 +63,10 @@ class Line:
 
 @dataclass
 class Comparison:
-    """All numbers of a measurement; prints as a table, differences marked.
+    """All numbers of a measurement; prints as a table, differences marked."""
 
-    Attributes
-    ----------
-    lines : list of Line
-        By layer; the totals are their sums.
-    notes : list of str
-        What was measured on, and what was left out.
-    """
-
-    lines: list[Line] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)  #: By layer; the totals are their sums.
+    notes: list[str] = field(default_factory=list)  #: What was measured on, and what was left out.
 
     @property
     def agrees(self) -> bool:
@@ -126,16 +115,10 @@ class Comparison:
 
 
 def compare(prediction: Prediction, data: str | None = None, peaks: bool = False) -> Comparison:
-    """Run one real step per method and compare it with the prediction.
+    """Run one real step per method of a prediction with weights, and compare the two.
 
-    Parameters
-    ----------
-    prediction : Prediction
-        Of a net with weights.
-    data : str, optional
-        A data set of ``lance_ref.datasets``, or a folder of pictures; the bundled digits by default.
-    peaks : bool
-        Whether the peak of memory is measured as well, in two more steps of each method.
+    ``data`` is a data set of ``lance_ref.datasets`` or a folder of pictures, by default the bundled digits. With
+    ``peaks`` the peak of memory is measured as well, in two more steps of each method.
     """
     step = prediction.step
     kept = max((sum(bill.tape_bytes for bill in bills) for bills in prediction.bills.values()), default=0)
@@ -201,10 +184,7 @@ def _compare_peaks(comparison: Comparison, prediction: Prediction, images: np.nd
     for method, peak in prediction.report.peaks.items():
         changed = prediction.steps[method]
         with running(step, method, changed):
-            if changed.repeats == 1:
-                measured = measure_peak(step.net, images, labels, optimizer)
-            else:
-                measured = measure_peak_in_parts(step.net, images, labels, changed.repeats, optimizer)
+            measured = measure_peak(step.net, images, labels, optimizer, changed.repeats)
         if peak.estimated and measured <= peak.peak_bytes:
             comparison.notes.append(
                 f"peak of memory of {method}: not compared: at most {peak.peak_bytes:,} bytes, measured {measured:,}; "
@@ -216,38 +196,6 @@ def _compare_peaks(comparison: Comparison, prediction: Prediction, images: np.nd
         f"peaks of memory, with {optimizer}, agree within {PEAK_SHARE:.0%}, or {OBJECT_BYTES // 1024} KiB for each "
         f"operation, at most {MOST_OBJECT_BYTES // 1024} KiB, for Python's own objects; all other numbers must be equal"
     )
-
-
-def measure_peak_in_parts(net: Module, images: np.ndarray, labels: np.ndarray, parts: int, optimizer: str) -> int:
-    """As :func:`analysis.peak.memory.measure_peak`, of a step that takes its images in parts, one after the other.
-
-    Counted are the images of one part; parameters are put back afterwards.
-    """
-    x, y = ([part.copy() for part in np.split(array, parts)] for array in (images, labels))
-    before = [(parameter, parameter.data) for parameter in net.parameters()]
-    optimiser = make_optimizer(optimizer, net)
-
-    def one_step() -> None:
-        for of_part, its_labels in zip(x, y, strict=True):
-            F.cross_entropy(net(Tensor(of_part)), Tensor(its_labels)).backward()
-        optimiser.step()
-
-    try:
-        tracemalloc.start()
-        one_step()  # warms up, as there
-        optimiser.zero_grad()
-        gc.collect()
-        start = tracemalloc.get_traced_memory()[0]
-        tracemalloc.reset_peak()
-        one_step()
-        most = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-        optimiser.zero_grad()
-        for parameter, data in before:
-            parameter.data = data
-    state = sum(array.nbytes for arrays in optimiser.buffers.values() for array in arrays if array is not None)
-    return most - start + state + x[0].nbytes + y[0].nbytes
 
 
 def _by_path(bills: Sequence[Billed], what: str) -> dict[str, int]:
@@ -264,6 +212,9 @@ def _compare_with_pytorch(comparison: Comparison, prediction: Prediction) -> Non
     comparison.notes.append(f"PyTorch's column: the same operations replayed in PyTorch {torch_replay.version()}")
     for method, bills in prediction.bills.items():
         stores = prediction.steps[method].stores
+        if prediction.steps[method].facts.get("updated"):
+            comparison.notes.append(f"PyTorch's column of {method}: not replayed: PyTorch has no such update")
+            continue
         if {store["name"] for store in stores.values()} - {"lance"}:
             comparison.notes.append(f"PyTorch's column of {method}: not replayed: PyTorch has no such layer")
             continue

@@ -22,10 +22,12 @@ from analysis.rules.account import account
 from analysis.steps.methods import METHODS
 from analysis.steps.settings import Settings, TunedLayer
 from lance_ref import functional as F
+from lance_ref.algebra.basis import Basis
 from lance_ref.algebra.geometry import ConvGeometry, Geometry, LinearGeometry
 from lance_ref.algebra.kernels.threads import numba_enabled
 from lance_ref.algebra.magnitude import NotFiniteError
 from lance_ref.engine.tensor import Tensor
+from lance_ref.functional.convolution import Update
 from lance_ref.nn.module import Module, Parameter
 from lance_ref.stores import EXACT, ActivationStore
 
@@ -63,22 +65,12 @@ LARGE: Mapping[str, Geometry] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One layer of the tests.
+    """One layer of the tests."""
 
-    Attributes
-    ----------
-    name : str
-        A key of :data:`GEOMETRIES`, or of :data:`LARGE`.
-    geometry : ConvGeometry or LinearGeometry
-    dtype : dtype
-    ranks : tuple of int or None
-        One for each mode of the input: none, 1, half of the mode, or all of it.
-    """
-
-    name: str
+    name: str  #: A key of :data:`GEOMETRIES`, or of :data:`LARGE`.
     geometry: Geometry
     dtype: np.dtype[Any]
-    ranks: tuple[int | None, ...]
+    ranks: tuple[int | None, ...]  #: One for each mode of the input: none, 1, half of the mode, or all of it.
 
     def layer(self) -> TunedLayer:
         """What a method is told of the layer; its random numbers are the same at every call."""
@@ -93,12 +85,23 @@ class Case:
         )
         return x, weight, grad_output
 
-    def call(self, x: Tensor, weight: Tensor, store: ActivationStore) -> Tensor:
+    def call(self, x: Tensor, weight: Tensor, store: ActivationStore, update: Update | None = None) -> Tensor:
         """The output of the layer."""
         g = self.geometry
         if isinstance(g, LinearGeometry):
-            return F.linear(x, weight, store=store)
-        return F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups, store=store)
+            return F.linear(x, weight, store=store, update=update)
+        return F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups, store=store, update=update)
+
+    def update(self, basis: Basis, trains: bool = True) -> Update:
+        """A random D and s = 1."""
+        shape = basis.update_shape(self.geometry.weight_shape)
+        D = np.random.default_rng(3).standard_normal(shape).astype(self.dtype)
+        return Update(Parameter(D, trains), Parameter(np.ones((), self.dtype), trains), basis)
+
+    def basis(self, store: ActivationStore, forward: str = "auto") -> Basis | None:
+        """The directions in which a layer with this store may train; None where it trains as it is."""
+        found = store.basis(getattr(self.geometry, "groups", 1), forward)
+        return found if found is not None and found.pays(self.geometry.weight_shape) else None
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -119,12 +122,23 @@ class Step(NamedTuple):
     differences: dict[str, tuple[int, int]]
 
 
-def real_step(case: Case, store: ActivationStore, needs: tuple[bool, bool] = (True, True), seed: int = 0) -> Step:
-    """One forward and backward pass of a layer, counted; ``needs``: whether input and weight need a gradient."""
+def real_step(
+    case: Case,
+    store: ActivationStore,
+    needs: tuple[bool, bool] = (True, True),
+    seed: int = 0,
+    basis: Basis | None = None,
+) -> Step:
+    """One forward and backward pass of a layer, counted; ``needs``: whether input and weight need a gradient.
+
+    With a ``basis`` D trains in place of the weight, and ``grad_weight`` is its gradient.
+    """
     x, weight, grad_output = case.arrays(seed)
-    leaf, parameter = Tensor(x, requires_grad=needs[0]), Parameter(weight, requires_grad=needs[1])
+    leaf, parameter = Tensor(x, requires_grad=needs[0]), Parameter(weight, requires_grad=needs[1] and basis is None)
+    update = None if basis is None else case.update(basis, needs[1])
+    trained = parameter if update is None else update.weight
     with lance_ref.count_macs() as counter, lance_ref.record() as records:
-        out = case.call(leaf, parameter, store)
+        out = case.call(leaf, parameter, store, update)
         kept = lance_ref.tape(out).total_bytes
         out.backward(grad_output)
     (bill,) = account(list(records), head=None)
@@ -133,25 +147,27 @@ def real_step(case: Case, store: ActivationStore, needs: tuple[bool, bool] = (Tr
     pairs["bytes on the tape"] = bill.tape_bytes, kept
     pairs["bytes of factors"] = (bill.cost.subspace_bytes if needs[1] else store.factor_bytes), store.factor_bytes
     different = {what: (predicted, found) for what, (predicted, found) in pairs.items() if predicted != found}
-    return Step(out.data, leaf.grad, parameter.grad, different)
+    return Step(out.data, leaf.grad, trained.grad, different)
 
 
-def memory(case: Case, store: ActivationStore) -> tuple[tuple[int, int], tuple[int, int]]:
+def memory(case: Case, store: ActivationStore, basis: Basis | None = None) -> tuple[tuple[int, int], tuple[int, int]]:
     """(predicted, measured) bytes at the peak of the forward pass, and of the backward pass, of a layer that trains."""
     x, weight, grad_output = case.arrays()
-    leaf, parameter = Tensor(x), Tensor(weight, requires_grad=True)
+    leaf, parameter = Tensor(x), Tensor(weight, requires_grad=basis is None)
+    update = None if basis is None else case.update(basis)
     with watched(Module()) as watcher:  # compiles loops as well
-        out = case.call(leaf, parameter, store)
+        out = case.call(leaf, parameter, store, update)
         ends = dict(watcher.ends)
     out.backward(grad_output)
-    parameter.grad = None
+    for trained in (parameter, *([] if update is None else update[:2])):
+        trained.grad = None
     del out
     predicted = peak(list(watcher.records), lifetimes=ends)
     held = x.nbytes + weight.nbytes
     carried = sum(array.nbytes for array in store.state().values())  # until new arrays take their place
     tracemalloc.start()
     try:
-        out = case.call(leaf, parameter, store)
+        out = case.call(leaf, parameter, store, update)
         forward = tracemalloc.get_traced_memory()[1]
         gradient = grad_output.copy()
         tracemalloc.reset_peak()
@@ -286,6 +302,33 @@ class StoreTestCase:
                 require(error <= rounding, f"the weight gradient is off by {error:.3g}, of rounding is {rounding:.3g}")
         require(compared > 0, "exactly() gives a store for no layer")
 
+    def test_gradients_lie_in_the_basis_that_the_store_names(self) -> None:
+        """A layer may train in it: the gradient of D is that of the weight in coordinates, at the cost predicted."""
+        for case in self.cases():
+            for forward in ("merged", "factored"):
+                with case.named():
+                    store = self.make(case.layer())
+                    basis = case.basis(store, forward)
+                    if basis is None:
+                        continue
+                    whole = real_step(case, self.make(case.layer())).grad_weight
+                    assert whole is not None
+                    rounding = 100 * np.sqrt(whole.size) * np.finfo(case.dtype).eps * np.abs(whole).max()
+                    beside = np.abs(basis.expand(basis.coordinates(whole), whole.shape) - whole).max()
+                    require(beside <= rounding, f"the weight gradient has {beside:.3g} outside of the basis")
+                    for needs in ((True, True), (True, False), (False, True)):
+                        step = real_step(case, store, needs, basis=basis)
+                        told = [f"{what}: predicted {n:,}, found {m:,}" for what, (n, m) in step.differences.items()]
+                        require(not told, f"in the subspace, {forward}, needs {needs}: {'; '.join(told)}")
+                    store = self.make(case.layer())  # one that has random numbers draws those of the first step
+                    basis = case.basis(store, forward)
+                    assert basis is not None
+                    D = real_step(case, store, basis=basis).grad_weight
+                    error = np.abs(D - basis.coordinates(whole)).max()
+                    require(
+                        error <= rounding, f"the gradient of D is off by {error:.3g}, of rounding is {rounding:.3g}"
+                    )
+
     def test_wrong_settings_are_named(self) -> None:
         """Each is a ValueError or a TypeError that says which setting it is about."""
         for words, make in self.wrong.items():
@@ -373,8 +416,14 @@ class StoreTestCase:
             with case.named():
                 if isinstance(case.geometry, ConvGeometry) and not numba_enabled():
                     continue
-                for moment, (predicted, found) in zip(
-                    ("forward", "backward"), memory(case, self.make(case.layer())), strict=True
-                ):
-                    most = (1 + PEAK_SHARE) * predicted
-                    require(found <= most, f"{moment}: predicted {predicted:,} bytes, found {found:,}")
+                store = self.make(case.layer())
+                for forward in (None, "merged", "factored"):
+                    basis = None if forward is None else case.basis(store, forward)
+                    if basis is None and forward is not None:
+                        continue
+                    for moment, (predicted, found) in zip(
+                        ("forward", "backward"), memory(case, store, basis), strict=True
+                    ):
+                        most = (1 + PEAK_SHARE) * predicted
+                        way = "" if forward is None else f"in the subspace, {forward}, "
+                        require(found <= most, f"{way}{moment}: predicted {predicted:,} bytes, found {found:,}")

@@ -34,15 +34,7 @@ def version() -> str:
 
 
 class Replay:
-    """The values of a replayed step, made when they are first needed.
-
-    Parameters
-    ----------
-    records : sequence of OpRecord
-        One step, the loss last.
-    device : {"cpu", "meta"}
-        "meta": shapes alone.
-    """
+    """The values of a replayed step, made when they are first needed; on the device "meta" they are shapes alone."""
 
     def __init__(self, records: Sequence[OpRecord], device: str = "cpu") -> None:
         import torch
@@ -53,7 +45,7 @@ class Replay:
         self.values: dict[int, Any] = {}
         self.excluded: list[Any] = []  # parameters and running statistics, which are billed to nobody
         self._maker = {record.output.id: record for record in records if callable(known(record.op).layout)}
-        self._largest = _label_bounds(records)
+        self._largest = {r.inputs[1].id: r.inputs[0].shape[1] for r in records if r.op == "cross_entropy"}  # labels
         self._generator = torch.Generator().manual_seed(0)
 
     def get(self, value: Value) -> Any:
@@ -108,20 +100,10 @@ class Replay:
             return checkpoint(segment, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def _label_bounds(records: Sequence[OpRecord]) -> dict[int, int]:
-    """For each integer value used as labels, the number of classes."""
-    return {r.inputs[1].id: r.inputs[0].shape[1] for r in records if r.op == "cross_entropy"}
-
-
 def saved_bytes(records: Sequence[OpRecord], ranks: Mapping[str, Sequence[int | None]] | None = None) -> list[int]:
-    """Bytes that PyTorch keeps for backward, by record.
+    """Bytes that PyTorch keeps for backward, by record; operations that backward does not come through are not run.
 
-    Parameters
-    ----------
-    records : sequence of OpRecord
-        One step, the loss last. Operations that backward does not come through are not run.
-    ranks : mapping, optional
-        Layers (by path) whose convolution or linear product keeps a core of these ranks.
+    The convolutions and linear products of the layers (by path) in ``ranks`` keep a core of these ranks.
     """
     replay = Replay(records)
     torch = replay.torch
@@ -234,7 +216,6 @@ def _pad(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
 def _conv2d(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
     F = torch.nn.functional
     x, weight, *bias = inputs
-    bias_or_none = bias[0] if bias else None
     x, padding = _padded_as_by_pytorch(torch, x, attributes, weight.shape[2:])
     geometry = attributes["stride"], padding, attributes["dilation"]
     if x.is_meta and _forgotten_groups(attributes, weight):
@@ -245,7 +226,7 @@ def _conv2d(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any
         return y.reshape(B, weight.shape[0], *y.shape[2:])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using padding='same'")  # that it makes a copy is what we are here for
-        return F.conv2d(x, weight, bias_or_none, *geometry, attributes["groups"])
+        return F.conv2d(x, weight, bias[0] if bias else None, *geometry, attributes["groups"])
 
 
 def _padded_as_by_pytorch(torch: Any, x: Any, attributes: Mapping[str, Any], kernel: Sequence[int]) -> tuple[Any, Any]:
@@ -303,16 +284,16 @@ def _layer_norm(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) ->
     return torch.nn.functional.layer_norm(x, attributes["normalized_shape"], weight, bias, attributes["eps"])
 
 
+def _named(name: str) -> Op:
+    """A function of torch with one argument."""
+    return lambda torch, inputs, attributes: getattr(torch, name)(inputs[0])
+
+
 def _function(name: str, *names: str) -> Op:
     """A function of torch.nn.functional that takes these attributes by name."""
     return lambda torch, inputs, attributes: getattr(torch.nn.functional, name)(
         *inputs, **{key: attributes[key] for key in names}
     )
-
-
-def _elementwise(name: str) -> Op:
-    """A function of torch with one argument."""
-    return lambda torch, inputs, attributes: getattr(torch, name)(inputs[0])
 
 
 fill("twin", {
@@ -328,31 +309,17 @@ fill("twin", {
     "concatenate": lambda torch, x, a: torch.cat(x, a["dim"]),
     "index": _index,
     "pad": _pad,
-    "sum": _reduce("sum"),
-    "mean": _reduce("mean"),
-    "var": _reduce("var"),
+    **{op: _reduce(op) for op in ("sum", "mean", "var")},
     "max": _max,
-    "exp": _elementwise("exp"),
-    "sqrt": _elementwise("sqrt"),
-    "tanh": _elementwise("tanh"),
-    "sigmoid": _elementwise("sigmoid"),
-    "log": _elementwise("log"),
-    "erf": _elementwise("erf"),
+    **{op: _named(op) for op in ("exp", "sqrt", "tanh", "sigmoid", "log", "erf")},
     "clip": lambda torch, x, a: torch.clamp(x[0], a["low"], a["high"]),
     "expand": lambda torch, x, a: x[0].expand(a["shape"]).contiguous(),
     "fake_quantize": _fake_quantize,
     "gelu_tanh": lambda torch, x, a: torch.nn.functional.gelu(x[0], approximate="tanh"),
-    "gelu": _function("gelu"),
-    "hardsigmoid": _function("hardsigmoid"),
-    "hardswish": _function("hardswish"),
-    "relu": _function("relu"),
-    "relu6": _function("relu6"),
+    **{op: _function(op) for op in ("gelu", "hardsigmoid", "hardswish", "relu", "relu6", "linear")},
     "dropout": _function("dropout", "p"),
-    "softmax": _function("softmax", "dim"),
-    "log_softmax": _function("log_softmax", "dim"),
-    "cross_entropy": _function("cross_entropy", "reduction"),
-    "mse_loss": _function("mse_loss", "reduction"),
-    "linear": _function("linear"),
+    **{op: _function(op, "dim") for op in ("softmax", "log_softmax")},
+    **{op: _function(op, "reduction") for op in ("cross_entropy", "mse_loss")},
     "conv2d": _conv2d,
     "max_pool2d": _function("max_pool2d", "kernel_size", "stride", "padding", "ceil_mode"),
     "avg_pool2d": _function("avg_pool2d", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"),

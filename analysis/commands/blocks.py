@@ -19,17 +19,9 @@ def width() -> int:
 def blocks(columns: Sequence[str], rows: Sequence[Sequence[str]], across: int | None = None) -> str:
     """The table as text; every cell stands there whole, whatever the width.
 
-    Parameters
-    ----------
-    columns : sequence of str
-        Names of the columns; the first column, which names the rows, stands in every block.
-    rows : sequence of sequence of str
-        Cells, as many in each row as there are columns.
-    across : int, optional
-        Characters of a line (:func:`width`). Only a line of the first column and one other may be longer.
+    The first column, which names the rows, stands in every block. Lines have at most ``across`` characters
+    (:func:`width`); only a line of the first column and one other may be longer.
 
-    Examples
-    --------
     >>> print(blocks(["net", "bytes", "macs"], [["mlp", "12,345", "67"]], 13))
     net   bytes
     mlp  12,345

@@ -23,7 +23,12 @@ def share_variance(share: float, n: int) -> float:
 
 
 def margin(groups: Sequence[Sequence[float]], images: int) -> float:
-    """By how much two mean accuracies may differ by chance, in 95 % of cases.
+    """By how much two mean accuracies may differ by chance, in 95 % of cases: 1.96·√(2(v + s²/k)).
+
+    v is the variance of a mean accuracy over ``images`` drawn at random, s² the variance between seeds, pooled over
+    methods, and k the least number of seeds. With one seed s² is not known, and left out. The methods see the same
+    images, so that their errors go together and the true margin is rather smaller: this is a rule for what not to
+    believe, no test.
 
     Parameters
     ----------
@@ -31,17 +36,6 @@ def margin(groups: Sequence[Sequence[float]], images: int) -> float:
         For each method its accuracies in [0, 1], one for each seed.
     images : int
         Test images that each accuracy is of.
-
-    Returns
-    -------
-    float
-        1.96·√(2(v + s²/k)): v the variance of a mean accuracy over ``images`` drawn at random, s² the variance between
-        seeds, pooled over methods, and k the least number of seeds. With one seed s² is not known, and left out.
-
-    Notes
-    -----
-    The methods see the same images, so that their errors go together and the true margin is rather smaller; it is a
-    rule for what not to believe, not a test.
     """
     v = share_variance(fmean(fmean(group) for group in groups), images)
     spreads = [variance(group) for group in groups if len(group) > 1]

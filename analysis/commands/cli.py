@@ -1,16 +1,8 @@
 """What the command lines share: options that are checked while they are read, one line for an error, and Ctrl-C.
 
 Every command ends with ``sys.exit(run_main(main))``, and its ``main`` calls :func:`run_command`. Types for
-``add_argument(type=...)``, so that nothing is looked up or run before every option is sound:
-
-- :data:`count`, :data:`few` (1 to 1000), :data:`pixels`, :data:`seed`, or :func:`integer` with limits of its own;
-- :data:`finite`, :data:`positive`, :data:`share` in (0, 1], :data:`share_below_one` in [0, 1), or :func:`number` with
-  any condition;
-- :func:`name_of`: one of a list of names; :data:`built_in_net`, :func:`data_set`, :func:`named_data_set`;
-- :func:`input_shape`; :func:`scheduler_address` of Dask;
-- :func:`check_tune` for a selection of layers, when the net is known;
-- :class:`OutputFile`: the name of a file that can be written, with one of some suffixes; :data:`figure_file`,
-  :data:`json_file`, :data:`markdown_file`, :data:`any_file`; :func:`folder_to_write`.
+``add_argument(type=...)`` check an option before anything is looked up or run: numbers (:func:`integer`,
+:func:`number`), names (:func:`name_of`), data sets, shapes, and files that can be written (:class:`OutputFile`).
 
 An option that has no effect beside the others is refused by :func:`check_effect` or :func:`check_no_effect`;
 :func:`fill_in` gives defaults that depend on other options, such as ``--quick``.
@@ -94,22 +86,11 @@ def run_command(
     arguments: Sequence[str] | None,
     work: Callable[[Any], int | None],
 ) -> int:
-    """Load plug-ins, parse, and work; whatever the user did wrong is said in one line.
+    """Load plug-ins, parse, and work; whatever the user did wrong is said in one line, with exit code 2.
 
-    Parameters
-    ----------
-    parser : ArgumentParser or callable
-        A :class:`OneLineParser`, or what makes it: called when plug-ins, which options may depend on, have been loaded.
-    arguments : sequence of str, optional
-        Those of the process by default.
-    work : callable
-        Gets the options; gives the exit code, or None for 0.
-
-    Returns
-    -------
-    int
-        The exit code; 1 if the reader of the output has gone away. Errors leave through ``parser.error``, with exit
-        code 2.
+    ``parser`` may be what makes the parser: it is called when the plug-ins, which options may depend on, are loaded.
+    ``work`` gets the options and gives the exit code, or None for 0. The code is 1 if the reader of the output has
+    gone.
     """
     try:
         stopping.load_plugins()
@@ -222,13 +203,11 @@ def name_of(names: Callable[[], Iterable[str]]) -> Callable[[str], str]:
     return convert
 
 
-def _nets() -> Iterable[str]:
+def built_in_net(text: str) -> str:
+    """A type: a net by its name."""
     from lance_ref import models
 
-    return models.names()
-
-
-built_in_net = name_of(_nets)
+    return name_of(models.names)(text)
 
 
 def data_set(text: str) -> str:
@@ -339,18 +318,10 @@ def fill_in(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
 
 
 def check_effect(options: argparse.Namespace, name: str, effective: bool, needs: str) -> None:
-    """Raise ValueError if an option was given that changes nothing.
+    """Raise ValueError if the option ``name`` was given and changes nothing (``effective`` is False).
 
-    Parameters
-    ----------
-    options : Namespace
-        Of a :class:`OneLineParser`; of others, where it is not known what was given, nothing is refused.
-    name : str
-        Of the option, as in the namespace.
-    effective : bool
-        Whether it changes anything, given the other options.
-    needs : str
-        What it would take, for the message: ``"--recipe tuned"``.
+    ``needs`` says what it would take: ``"--recipe tuned"``. Only a :class:`OneLineParser` knows what was given; with
+    the options of another parser nothing is refused.
     """
     if not effective and name in getattr(options, "given", ()):
         raise ValueError(f"--{name.replace('_', '-')} has no effect here: it needs {needs}")
@@ -386,10 +357,7 @@ def check_once(options: argparse.Namespace, name: str) -> None:
 def check_writable(output: str, option: str = "--output") -> None:
     """Fail before the work, not after it.
 
-    Raises
-    ------
-    ValueError
-        If a file of that name cannot be made.
+    Raises ValueError if a file of that name cannot be made.
     """
     path = Path(output)
     if path.is_dir():

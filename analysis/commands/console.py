@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from analysis.commands.blocks import GAP, PIPE_WIDTH, blocks, paragraph, shortened, width
 from analysis.commands.names import plain
@@ -18,42 +19,27 @@ if TYPE_CHECKING:
 RULE = "─"
 NAME = 20
 """Characters that a row's name keeps, at least, where it is shortened to make room for a column."""
-Draw = Callable[["Console"], None]
+DrawText = Callable[["Console"], None]
 """Prints something to a rich console."""
 
 
 @dataclass
 class Sheet:
-    """A table with as many columns as fit the console, those that must stand there in blocks; a rich renderable.
-
-    Attributes
-    ----------
-    title : str
-    columns : sequence of str
-        The first column names the rows and stands in every block.
-    left : int
-        Number of columns, from the first on, that are words; the others are numbers, at the right of their column.
-    optional : sequence of sequence of str
-        Columns that may be left out, the most important first; those that are named together stand there together.
-    rows : list of list of str
-    styles : list of str
-        A rich style for each row; empty for none.
-    """
+    """A table with as many columns as fit the console, those that must stand there in blocks; a rich renderable."""
 
     title: str
-    columns: Sequence[str]
+    columns: Sequence[str]  #: The first column names the rows and stands in every block.
+    #: Number of columns, from the first on, that are words; the others are numbers, at the right of their column.
     left: int = 1
+    #: Columns that may be left out, the most important first; those that are named together stand there together.
     optional: Sequence[Sequence[str]] = ()
     rows: list[list[str]] = field(default_factory=list)
-    styles: list[str] = field(default_factory=list)
+    styles: list[str] = field(default_factory=list)  #: A rich style for each row; empty for none.
 
     def add(self, *cells: str, style: str = "") -> None:
         """Add a row; cells that are missing at its end stay empty.
 
-        Raises
-        ------
-        ValueError
-            If there are more cells than columns.
+        Raises ValueError if there are more cells than columns.
         """
         if len(cells) > len(self.columns):
             raise ValueError(f"a row has {len(cells)} cells, the table {len(self.columns)} columns")
@@ -64,11 +50,6 @@ class Sheet:
         """Add a line, for instance above the totals."""
         self.rows.append([RULE] * len(self.columns))
         self.styles.append("")
-
-    @property
-    def row_count(self) -> int:
-        """Number of rows, lines between them left out."""
-        return sum(not _is_rule(row) for row in self.rows)
 
     def lines(self, across: int) -> list[tuple[str, str]]:
         """Lines of at most ``across`` characters with their styles; one with a single number may be longer."""
@@ -114,24 +95,15 @@ class Sheet:
             yield Text(line, style=style, overflow="fold")
 
 
-def _is_rule(row: Sequence[str]) -> bool:
-    return set(row) == {RULE}
-
-
 def say(on: Console, text: str) -> None:
     """Print a sentence, broken between words to the width."""
     on.print(paragraph(plain(text), on.width, "  "), markup=False, highlight=False, soft_wrap=True)
 
 
-def as_text(draw: Draw, across: int | None = None) -> str:
-    """What is drawn, as text without colours and with lines in ASCII, since a pipe's encoding is anybody's guess.
+def as_text(draw: DrawText, across: int | None = None) -> str:
+    """What is drawn, as text without colours, with lines in ASCII, since a pipe's encoding is anybody's guess.
 
-    Parameters
-    ----------
-    draw : callable
-        Gets a rich console.
-    across : int, optional
-        Characters of a line, 100 by default.
+    ``across``: characters of a line, 100 by default.
     """
     from rich.console import Console
 
@@ -143,7 +115,7 @@ def as_text(draw: Draw, across: int | None = None) -> str:
     )
 
 
-def show(draw: Draw) -> None:
+def show(draw: DrawText) -> None:
     """Print what is drawn: to a terminal in colour, unless ``NO_COLOR`` is set; to a pipe as plain text."""
     if sys.stdout.isatty():
         from rich.console import Console
@@ -151,3 +123,26 @@ def show(draw: Draw) -> None:
         draw(Console())
     else:
         sys.stdout.write(as_text(draw, width()))
+
+
+def emit(draw: DrawText, texts: Mapping[str, Callable[[], str]], kind: str, output: str | None) -> None:
+    """Print what is drawn, or one of the ``texts`` if ``kind`` names it; or write it to a file, whole or not at all."""
+    if kind not in texts and output is None:
+        show(draw)
+        return
+    text = texts[kind]() if kind in texts else as_text(draw)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        from lance_ref.io.whole_file import write_text
+
+        write_text(output, text)
+
+
+def csv_text(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Rows as CSV with these columns; nothing stands where a row lacks one."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -33,18 +33,11 @@ BLAS_THREADS = (
 
 
 def provenance(module: str, seed: int) -> dict[str, Any]:
-    """What every results file carries.
+    """What every results file says of the run of ``module``, whose arguments are the process's own.
 
     ``threads`` has the settings of :data:`THREAD_SETTINGS` and, under ``used``, how many threads matrix products
     (``blas``, None where the library cannot be asked) and compiled loops (``loops``) take in this process; files that
     were written before lack ``used``. With other numbers the last bits of a result may be others.
-
-    Parameters
-    ----------
-    module : str
-        The module that was run, e.g. ``"experiments.adapt"``; its arguments are the process's own.
-    seed : int
-        The seed that fixed everything.
     """
     import numba
     import numpy

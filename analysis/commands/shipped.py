@@ -19,10 +19,7 @@ PACKAGES = ("analysis", "experiments", "lance_ref")
 def shipped(name: str, package: str = "analysis") -> Path:
     """A file in the folder ``data`` of a package of ours.
 
-    Raises
-    ------
-    FileNotFoundError
-        If it is missing: nothing may take its place.
+    Raises FileNotFoundError if it is missing: nothing may take its place.
     """
     path = ROOT / package / "data" / name
     if not path.is_file():

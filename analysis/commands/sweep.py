@@ -74,32 +74,24 @@ def run_cells(
     scheduler: str | None = None,
     progress: bool | None = None,
 ) -> list[dict[str, Any]]:
-    """Run ``function(**cell)`` for every cell that has not been run before, and return all results.
+    """Run ``function(**cell)`` for every cell that has not been run before, and return all results in order.
 
     Parameters
     ----------
     cells : sequence of dicts
-        Keyword arguments that JSON can express; the function gets them as JSON gives them back, tuples as
-        lists. Equal cells are run once.
+        Keyword arguments that JSON can express; the function gets them as JSON gives them back. Equal cells run once.
     function : str
-        ``"package.module:name"``, importable where the cells run; returns a dict that JSON can express (NaN
-        and infinity pass as Python writes and reads them).
+        ``"package.module:name"``, importable where the cells run; returns a dict that JSON can express.
     folder : path
-        Of the finished cells, ``<key>.json`` each; made if need be. ``key`` is the SHA-256 of function and
-        cell, so that one folder can serve any number of sweeps.
+        Of the finished cells, ``<key>.json`` each; made if need be. ``key`` is the SHA-256 of function and cell, so
+        that one folder can serve any number of sweeps.
     jobs : int
         Processes on this machine, each with one thread for its arithmetic. Not used with ``scheduler``.
     scheduler : str, optional
-        Address of a Dask scheduler, ``"tcp://host:8786"``, whose workers can import the function. A worker
-        runs one cell at a time, whatever its number of threads.
+        Address of a Dask scheduler, ``"tcp://host:8786"``, whose workers can import the function.
     progress : bool, optional
-        True: a bar on standard error; False: nothing; by default a bar if that is a terminal, and
-        otherwise a line for each cell that ends.
-
-    Returns
-    -------
-    list of dicts
-        The function's results, in the order of ``cells``, always as JSON gives them back.
+        True: a bar on standard error; False: nothing. By default a bar if that is a terminal, else a line for each
+        cell.
 
     Raises
     ------
@@ -108,28 +100,20 @@ def run_cells(
     ImportError, ConnectionError
         If Dask is not installed, or the scheduler does not answer or goes away.
     RuntimeError
-        If cells failed, when all others have finished: how many, and the first one's cell and message (its
-        traceback as a note). They run again next time.
+        If cells failed, when all others have finished: how many, and the first one's cell and message. They run again
+        next time.
 
     Notes
     -----
-    What a finished cell's file holds is compared with function and cell. A file that is damaged or belongs
-    to something else is reported on standard error, and replaced when the cell has run again.
+    A finished cell stands whatever became of the code since; one line on standard error says how many results are from
+    the folder, and how many of these were made by other sources. A file that is damaged or belongs to something else is
+    reported, and replaced when the cell has run again.
 
-    A finished cell stands whatever became of the code since. How many of the results are from the folder, and how
-    many of these were made by other sources of the two packages, is one line on standard error, unless ``progress``
-    is False.
+    A worker that is killed takes down no cell but its own. On a cluster another worker runs that cell (Dask gives up
+    after its ``allowed-failures``); local processes run it once more, alone.
 
-    A worker that is killed takes down no cell but its own. On a cluster that cell is run by another worker
-    (Dask gives up after its ``allowed-failures``). In local processes it is run again alone, and fails if
-    its process dies then too. A finished cell is run again only if its worker dies before the outcome has
-    arrived here.
-
-    Two processes may sweep into one folder at the same time: the second waits for the first, and says so, unless
-    ``progress`` is False. So each cell runs once, and the results are those of one after the other. The system gives
-    the lock back when a process ends, however it ends. (Where folders cannot be locked, as in some network file
-    systems, both run; at worst a cell runs twice, and the file is one or the other's.) Within a process one sweep runs
-    at a time, as they would share a pool.
+    Two processes may sweep into one folder: the second waits for the first. Where folders cannot be locked, as in some
+    network file systems, both run, and at worst a cell runs twice. Within a process one sweep runs at a time.
     """
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs is {jobs!r}, expected a positive integer")
@@ -278,11 +262,6 @@ def _from_before(found: Mapping[str, Outcome], total: int, folder: Path) -> str:
     return line
 
 
-def _write(path: Path, task: Task, outcome: Outcome) -> None:
-    document = {"format": FORMAT, "version": VERSION, "function": task.function, "cell": task.cell, **outcome}
-    write_json(path, document)
-
-
 def _collect(
     arriving: Iterator[tuple[Task, Outcome]],
     outcomes: dict[str, Outcome],
@@ -296,7 +275,8 @@ def _collect(
     with progress_bar("cells", total, progress, done=len(outcomes)) as advance:
         for task, outcome in arriving:
             if "error" not in outcome:
-                _write(folder / f"{task.key}.json", task, outcome)
+                about = {"format": FORMAT, "version": VERSION, "function": task.function, "cell": task.cell}
+                write_json(folder / f"{task.key}.json", about | outcome)
             outcomes[task.key] = outcome
             how = f"failed, {outcome['error']}" if "error" in outcome else f"{outcome['seconds']:.1f} s"
             advance(1, how.partition(",")[0])

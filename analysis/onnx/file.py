@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +24,18 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 @dataclass(frozen=True)
 class Node:
-    """One operation of the graph.
+    """One operation of the graph."""
 
-    Attributes
-    ----------
-    op : str
-        ONNX's name; with the domain in front if that is not ONNX's own.
-    name, scope : str
-        The name in the file, and the dotted path of the module that made it, as far as the file tells.
-    inputs, outputs : tuple of str
-        Names of values; "" for an optional one that is absent.
-    attributes : mapping
-        Numbers, lists of numbers, strings, and tensors as :class:`Constant`.
-    opset : int
-        Version of the operator set.
-    """
-
-    op: str
+    op: str  #: ONNX's name; with the domain in front if that is not ONNX's own.
+    #: The name in the file, and the dotted path of the module that made it, as far as the file tells.
     name: str
     scope: str
+    #: Names of values; "" for an optional one that is absent.
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    #: Numbers, lists of numbers, strings, and tensors as :class:`Constant`.
     attributes: Mapping[str, Any] = field(default_factory=dict)
-    opset: int = 1
+    opset: int = 1  #: Version of the operator set.
 
     def __str__(self) -> str:
         return f"{self.op} node {shown(self.name or self.outputs[0])}"
@@ -54,44 +43,24 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A file's graph as far as its output depends on it.
-
-    Attributes
-    ----------
-    file : str
-    nodes : list of Node
-        Every node after those that it reads from.
-    constants : dict
-        By name.
-    input : str
-        The one input that is no constant.
-    input_shape : tuple or None
-        Batch first; None for a size that the file leaves open, and for an unknown rank.
-    output : str
-    """
+    """A file's graph as far as its output depends on it."""
 
     file: str
-    nodes: list[Node]
-    constants: dict[str, Constant]
-    input: str
+    nodes: list[Node]  #: Every node after those that it reads from.
+    constants: dict[str, Constant]  #: By name.
+    input: str  #: The one input that is no constant.
+    #: Batch first; None for a size that the file leaves open, and for an unknown rank.
     input_shape: tuple[int | None, ...] | None
     output: str
 
 
 def read_graph(file: str | os.PathLike[str]) -> Graph:
-    """Read an ONNX file.
+    """Read an ONNX file, without the values that it keeps elsewhere ("external data").
 
-    Parameters
-    ----------
-    file : path
-        Values that the file keeps elsewhere ("external data") are read only when asked for, and only
-        from regular files in the same folder or below it.
+    Those are read only when asked for, and only from regular files in the same folder or below it.
 
-    Raises
-    ------
-    ValueError
-        In one line: no such file, one that is no ONNX, damaged, too large or cyclic, or a graph that is not one
-        tensor to one tensor.
+    Raises ValueError, in one line, for no such file, one that is no ONNX, damaged, too large or cyclic, and for a graph
+    that is not one tensor to one tensor.
     """
     path = Path(file)
     model = _parse(path)
@@ -120,18 +89,9 @@ def read_graph(file: str | os.PathLike[str]) -> Graph:
 
 
 def input_shape(file: str | os.PathLike[str] | Graph, image_size: int | None = None) -> tuple[int, ...]:
-    """Shape of one input as the file has it, without the batch.
+    """Shape of one input as the file has it, without the batch; ``image_size`` replaces height and width of an image.
 
-    Parameters
-    ----------
-    file : path or Graph
-    image_size : int, optional
-        Height and width in place of the file's, for an input of (batch, channels, height, width).
-
-    Raises
-    ------
-    ValueError
-        If the file cannot be read or leaves a size open.
+    Raises ValueError if the file cannot be read or leaves a size open.
     """
     graph = file if isinstance(file, Graph) else read_graph(file)
     declared, file = graph.input_shape, graph.file
@@ -178,10 +138,7 @@ def count_nodes(content: bytes) -> int:
 
     A message of two bytes takes a hundred when it is parsed: so they are counted before.
 
-    Raises
-    ------
-    EOFError
-        If the file ends in the middle of a field.
+    Raises EOFError if the file ends in the middle of a field.
     """
     count = 0
     for graph in _fields(content, 0, len(content), 7):  # ModelProto.graph
@@ -297,26 +254,10 @@ def _ordered(path: Path, nodes: Sequence[Node], given: set[str], output: str) ->
             if name in maker and maker[name] not in needed:
                 needed.add(maker[name])
                 stack.append(maker[name])
-    return _sorted(path, nodes, sorted(needed), maker)
-
-
-def _sorted(path: Path, nodes: Sequence[Node], needed: Sequence[int], maker: Mapping[str, int]) -> list[Node]:
-    readers: dict[int, list[int]] = {i: [] for i in needed}
-    waiting = dict.fromkeys(needed, 0)
-    for i in needed:
-        for source in {maker[name] for name in nodes[i].inputs if name in maker}:
-            readers[source].append(i)
-            waiting[i] += 1
-    if all(source < i for source in needed for i in readers[source]):
-        return [nodes[i] for i in needed]  # as ONNX requires
-    ready, order = deque(i for i in needed if not waiting[i]), []
-    while ready:
-        order.append(ready.popleft())
-        for reader in readers[order[-1]]:
-            waiting[reader] -= 1
-            if not waiting[reader]:
-                ready.append(reader)
-    if len(order) < len(needed):
-        stuck = next(i for i in needed if waiting[i])
-        refuse(path, f"has nodes in a circle, {nodes[stuck]} among them or behind them")
-    return [nodes[i] for i in order]
+    sources = {i: {maker[name] for name in nodes[i].inputs if name in maker} for i in sorted(needed)}
+    if all(source < i for i, before in sources.items() for source in before):
+        return [nodes[i] for i in sources]  # as ONNX requires
+    try:
+        return [nodes[i] for i in TopologicalSorter(sources).static_order()]
+    except CycleError as error:
+        refuse(path, f"has nodes in a circle, {nodes[error.args[1][0]]} among them")

@@ -27,10 +27,7 @@ Arrays = Sequence[Any]
 def evaluate(node: Node, x: Arrays) -> list[np.ndarray]:
     """The outputs of a node whose inputs are arrays (None: absent).
 
-    Raises
-    ------
-    ValueError
-        If the inputs do not fit, or a result would be too large.
+    Raises ValueError if the inputs do not fit, or a result would be too large.
     """
     with np.errstate(all="ignore"):
         result = HOST[node.op](node, x)
@@ -175,6 +172,10 @@ def _binary(function: Callable[[Any, Any], Any]) -> Callable[[Node, Arrays], Any
     return run
 
 
+def _unary(function: Callable[[Any], Any]) -> Callable[[Node, Arrays], Any]:
+    return lambda node, x: function(x[0])
+
+
 def _divide(a: np.ndarray, b: np.ndarray) -> Any:
     """Integers are cut towards zero."""
     if a.dtype.kind not in "iu":
@@ -230,6 +231,13 @@ def _expand(node: Node, x: Arrays) -> Any:
     return np.broadcast_to(x[0], shape)
 
 
+UNARY = {"Floor": np.floor, "Ceil": np.ceil, "Sqrt": np.sqrt, "Neg": np.negative, "Abs": np.abs, "Not": np.invert}
+BINARY: dict[str, Callable[[Any, Any], Any]] = {
+    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": _divide, "Mod": np.mod, "Max": np.maximum,
+    "Min": np.minimum, "Equal": np.equal, "Less": np.less, "Greater": np.greater, "And": np.logical_and,
+    "Or": np.logical_or, "Pow": lambda a, b: np.power(a, b).astype(a.dtype),
+}  # fmt: skip
+
 HOST: dict[str, Callable[[Node, Arrays], Any]] = {
     "Constant": _constant,
     "Shape": _shape,
@@ -241,35 +249,15 @@ HOST: dict[str, Callable[[Node, Arrays], Any]] = {
     "Concat": _concat,
     "Slice": lambda node, x: x[0][slices(node, x[0].ndim, x)],
     "Split": _split,
-    "Reshape": _reshaped,
-    "Flatten": _reshaped,
-    "Squeeze": _reshaped,
-    "Unsqueeze": _reshaped,
+    **dict.fromkeys(("Flatten", "Reshape", "Squeeze", "Unsqueeze"), _reshaped),
     "Transpose": lambda node, x: x[0].transpose(node.attributes.get("perm")),
     "Expand": _expand,
     "Range": _range,
     "Where": _where,
     "ReduceProd": _reduce(np.prod),
     "ReduceSum": _reduce(np.sum),
-    "Floor": lambda node, x: np.floor(x[0]),
-    "Ceil": lambda node, x: np.ceil(x[0]),
-    "Sqrt": lambda node, x: np.sqrt(x[0]),
-    "Neg": lambda node, x: -x[0],
-    "Abs": lambda node, x: np.abs(x[0]),
-    "Not": lambda node, x: ~x[0],
     "Reciprocal": lambda node, x: 1 / x[0],
-    "Add": _binary(np.add),
-    "Sub": _binary(np.subtract),
-    "Mul": _binary(np.multiply),
-    "Div": _binary(_divide),
-    "Pow": _binary(lambda a, b: np.power(a, b).astype(a.dtype)),
-    "Mod": _binary(np.mod),
-    "Max": _binary(np.maximum),
-    "Min": _binary(np.minimum),
-    "Equal": _binary(np.equal),
-    "Less": _binary(np.less),
-    "Greater": _binary(np.greater),
-    "And": _binary(np.logical_and),
-    "Or": _binary(np.logical_or),
+    **{op: _unary(function) for op, function in UNARY.items()},
+    **{op: _binary(function) for op, function in BINARY.items()},
 }
 """What each operation gives for arrays (``Shape`` and ``Size`` for anything with a shape)."""

@@ -34,30 +34,15 @@ class Weight:
 
     All looks at a tensor share one parameter. It has the shape of the look that claims it first; every other look is
     computed from it, so that gradients are summed.
-
-    Attributes
-    ----------
-    constant : Constant
-    key : tuple
-        The same for the same values: the name in the file, and what was done to it.
-    source : Weight or None
-        The stored tensor that this is a look at; None for that itself.
-    steps : tuple of Step
-        From the stored tensor to this look.
-    owner : Weight or None
-        Of a stored tensor: the look whose shape the parameter has.
-    parameter : Parameter or None
-        Of the owner; made when a step first needs it.
-    looks : dict
-        Of a stored tensor: other looks at it, and what is computed from it beforehand.
     """
 
     constant: Constant
-    key: tuple[Any, ...]
-    source: Weight | None = None
-    steps: tuple[Step, ...] = ()
-    owner: Weight | None = None
-    parameter: Parameter | None = None
+    key: tuple[Any, ...]  #: The same for the same values: the name in the file, and what was done to it.
+    source: Weight | None = None  #: The stored tensor that this is a look at; None for that itself.
+    steps: tuple[Step, ...] = ()  #: From the stored tensor to this look.
+    owner: Weight | None = None  #: Of a stored tensor: the look whose shape the parameter has.
+    parameter: Parameter | None = None  #: Of the owner; made when a step first needs it.
+    #: Of a stored tensor: other looks at it, and what is computed from it beforehand.
     looks: dict[Any, Weight] = field(default_factory=dict)
 
     @property
@@ -225,24 +210,13 @@ Values = Mapping[str, Any]
 
 
 class LayerPlan(NamedTuple):
-    """A layer before it is made.
+    """A layer before it is made."""
 
-    Attributes
-    ----------
-    make : callable
-        Gives the module, with weights of the right shapes.
-    weight, bias : Weight or None
-    key : hashable
-        Its options: layers of the same options and weights are one.
-    reads : tuple of int
-        Which inputs of the node it takes; the others are its weights.
-    """
-
-    make: Callable[[], Module]
+    make: Callable[[], Module]  #: Gives the module, with weights of the right shapes.
     weight: Weight | None
     bias: Weight | None
-    key: Any
-    reads: tuple[int, ...] = (0,)
+    key: Any  #: Its options: layers of the same options and weights are one.
+    reads: tuple[int, ...] = (0,)  #: Which inputs of the node it takes; the others are its weights.
 
 
 class Made(NamedTuple):
@@ -257,16 +231,7 @@ class Made(NamedTuple):
 def plan_for(node: Node, values: Values) -> LayerPlan | None:
     """What layer a node is; its weights are claimed, so that whoever reads them in another shape looks at these.
 
-    Parameters
-    ----------
-    node : Node
-    values : mapping
-        Constants by name.
-
-    Returns
-    -------
-    LayerPlan or None
-        None for an operation without stored weights, or on weights that a layer before has in another shape.
+    None for an operation without stored weights, or on weights that a layer before has in another shape.
     """
     if node.op not in LAYERS:
         return None
@@ -286,15 +251,8 @@ def plan_for(node: Node, values: Values) -> LayerPlan | None:
 def layer_for(node: Node, values: Values, with_weights: bool, made: Mapping[Any, Module]) -> Made | None:
     """The layer of a node whose weights are stored; None for any other operation.
 
-    Parameters
-    ----------
-    node : Node
-    values : mapping
-        Constants by name.
-    with_weights : bool
-        False: parameters have shapes alone.
-    made : mapping
-        Layers by key, so far: the same weights and options give the same layer.
+    Without ``with_weights`` the parameters have shapes alone. ``made`` has the layers so far: the same weights and
+    options give the same layer.
     """
     plan = plan_for(node, values)
     if plan is None:
@@ -365,15 +323,7 @@ class _SameLower(nn.Conv2d):
 class _Product(nn.Linear):
     """alpha·x Wᵀ + beta·b, or alpha·W x + beta·b with b along the rows; b its bias, or anything else that is given.
 
-    Parameters
-    ----------
-    I, O : int
-    bias : bool
-    alpha, beta : float
-    left : bool
-        Whether the weight stands on the left.
-    turned : bool
-        Whether x, a matrix, is transposed before.
+    ``left``: the weight stands on the left. ``turned``: x, a matrix, is transposed before.
     """
 
     def __init__(self, I: int, O: int, bias: bool, alpha: float, beta: float, left: bool, turned: bool) -> None:  # noqa: E741
@@ -394,18 +344,11 @@ class _Product(nn.Linear):
         return y + (summand if self.beta == 1 else summand * self.beta)
 
 
-def _gemm(node: Node, x: list[Any]) -> LayerPlan | None:
-    turned = [bool(node.attributes.get(name, 0)) for name in ("transA", "transB")]
-    return _product(node, x, turned)
-
-
-def _matmul(node: Node, x: list[Any]) -> LayerPlan | None:
-    """x @ W or W @ x, with the bias of an Add behind it where :mod:`analysis.onnx.patterns` joined the two."""
-    return _product(node, x, [False, False])
-
-
 def _product(node: Node, x: list[Any], turned: list[bool]) -> LayerPlan | None:
-    """Of a matrix that is stored and something that is not, each transposed before if ``turned`` says so."""
+    """Of a matrix that is stored and something that is not, each transposed before if ``turned`` says so.
+
+    The third input is a bias; of a MatMul it is that of the Add which :mod:`analysis.onnx.patterns` joined to it.
+    """
     bias = (*x, None)[2]
     left = isinstance(x[0], Weight)
     weight = x[0] if left else x[1]
@@ -472,8 +415,8 @@ def _dropout(node: Node, x: list[Any]) -> LayerPlan | None:
 
 LAYERS: dict[str, Callable[[Node, list[Any]], LayerPlan | None]] = {
     "Conv": _conv,
-    "Gemm": _gemm,
-    "MatMul": _matmul,
+    "Gemm": lambda node, x: _product(node, x, [bool(node.attributes.get(name, 0)) for name in ("transA", "transB")]),
+    "MatMul": lambda node, x: _product(node, x, [False, False]),
     "BatchNormalization": _batch_norm,
     "LayerNormalization": _layer_norm,
     "Dropout": _dropout,

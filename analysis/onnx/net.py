@@ -44,7 +44,6 @@ class Operation(Module):
 
     Attributes
     ----------
-    node : Node
     stored_weights : tuple of Parameter
         That it multiplies with: :func:`lance_ref.tune` must not pass over them.
     """
@@ -61,26 +60,11 @@ class Operation(Module):
 
 
 class OnnxNet(Module):
-    """The network in an ONNX file.
+    """The network in an ONNX file; ``remark`` is what the cost model says beneath its tables, empty for most.
 
-    Parameters
-    ----------
-    file : path
-    with_weights : bool
-        False: parameters have shapes alone, which is enough for a trace, and files with the values need not
-        be there.
-
-    Attributes
-    ----------
-    graph : Graph
-    remark : str
-        What the cost model says beneath its tables; empty for most.
-
-    Raises
-    ------
-    ValueError
-        In one line: what :func:`analysis.onnx.file.read_graph` refuses, operations without a rule, all of
-        them named, or a node that does not fit.
+    Without weights the parameters have shapes alone, which is enough for a trace, and files with the values need not be
+    there. Raises ValueError, in one line, for what :func:`analysis.onnx.file.read_graph` refuses, operations without a
+    rule, all of them named, or a node that does not fit.
 
     Notes
     -----
@@ -211,11 +195,6 @@ class OnnxNet(Module):
             self._parameters[self._unique(name)] = parameter
         return parameter
 
-    def _value(self, name: str) -> Any:
-        """A constant as forward meets it."""
-        value = self._constants.get(name)
-        return value.tensor(self._with_weights) if isinstance(value, Weight) else value
-
     def _name(self, path: str, node: Node, whole: bool) -> str:
         if not whole:
             path = f"{path}.{node.op.lower()}" if path else node.op.lower()
@@ -276,8 +255,7 @@ class OnnxNet(Module):
         left_out: list[Node] = []
         for i, (node, module) in enumerate(self._steps):
             with _at(self.graph, node):
-                operands = [self._operand(name, values) for name in node.inputs]
-                operands = self._with_batch(node, operands, x.shape[0])
+                operands = self._with_batch(node, [self._operand(name, values) for name in node.inputs], x.shape[0])
                 if module is None:
                     results: Any = evaluate(node, operands)
                 elif self.training and self._is_of_the_loss(node, operands[0], left_out):
@@ -305,7 +283,8 @@ class OnnxNet(Module):
     def _operand(self, name: str, values: Mapping[str, Any]) -> Any:
         if not name:
             return None
-        return values[name] if name in values else self._value(name)
+        value = values[name] if name in values else self._constants.get(name)
+        return value.tensor(self._with_weights) if isinstance(value, Weight) else value
 
     def _last_use(self) -> list[list[str]]:
         """For each step, the values that no later one reads; found once."""

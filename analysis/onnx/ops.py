@@ -70,10 +70,6 @@ def _unary(function: Callable[[Tensor], Tensor]) -> TensorOp:
     return lambda node, x: function(x[0])
 
 
-def _pow(node: Node, x: Inputs) -> Tensor:
-    return F.pow(x[0], number(x[1], "the exponent"))
-
-
 def _clip(node: Node, x: Inputs) -> Tensor:
     """Between 0 and 6, and from 0 up, it goes by the name of the activation function."""
     low = number(argument(node, x, 1, "min"), "the lower bound", -math.inf)
@@ -125,10 +121,6 @@ def _reshaped(node: Node, x: Inputs) -> Tensor:
     return F.reshape(x[0], new_shape(node, x[0].shape, x))
 
 
-def _transpose(node: Node, x: Inputs) -> Tensor:
-    return F.permute(x[0], node.attributes.get("perm") or range(x[0].ndim)[::-1])
-
-
 def _concat(node: Node, x: Inputs) -> Tensor:
     like = next(v for v in x if isinstance(v, Tensor))
     tensors = [v if isinstance(v, Tensor) else Tensor(v.astype(like.dtype)) for v in x]
@@ -148,10 +140,6 @@ def _gather(node: Node, x: Inputs) -> Tensor:
         raise ValueError("the positions are not known beforehand")
     where: Any = int(positions) if positions.ndim == 0 else positions
     return x[0][(slice(None),) * axis + (where,)]
-
-
-def _expand(node: Node, x: Inputs) -> Tensor:
-    return F.expand(x[0], np.broadcast_shapes(x[0].shape, integers(x[1], "shape")))
 
 
 def _pad(node: Node, x: Inputs) -> Tensor:
@@ -307,23 +295,13 @@ def tensor_ops() -> Mapping[str, TensorOp]:
 
 
 TENSOR_OPS: dict[str, TensorOp] = {
-    "Add": _binary(F.add),
-    "Sub": _binary(F.sub),
-    "Mul": _binary(F.mul),
-    "Div": _binary(F.div),
-    "Pow": _pow,
-    "Sqrt": _unary(F.sqrt),
-    "Exp": _unary(F.exp),
-    "Log": _unary(F.log),
-    "Neg": _unary(F.neg),
-    "Erf": _unary(F.erf),
-    "Tanh": _unary(F.tanh),
-    "Reciprocal": lambda node, x: 1.0 / x[0],
-    "Relu": _unary(F.relu),
-    "Clip": _clip,
-    "Sigmoid": _unary(F.sigmoid),
-    "HardSigmoid": _hard_sigmoid,
+    **{op: _binary(getattr(F, op.lower())) for op in ("Add", "Sub", "Mul", "Div")},
+    "Pow": lambda node, x: F.pow(x[0], number(x[1], "the exponent")),
+    **{op: _unary(getattr(F, op.lower())) for op in ("Sqrt", "Exp", "Log", "Neg", "Erf", "Tanh", "Relu", "Sigmoid")},
     "HardSwish": _unary(F.hardswish),
+    "Reciprocal": lambda node, x: 1.0 / x[0],
+    "Clip": _clip,
+    "HardSigmoid": _hard_sigmoid,
     "Gelu": _gelu,
     "Softmax": _softmax(F.softmax),
     "LogSoftmax": _softmax(F.log_softmax),
@@ -332,16 +310,13 @@ TENSOR_OPS: dict[str, TensorOp] = {
     "MaxPool": _pool,
     "AveragePool": _pool,
     "GlobalAveragePool": _global_pool,
-    "Flatten": _reshaped,
-    "Reshape": _reshaped,
-    "Squeeze": _reshaped,
-    "Unsqueeze": _reshaped,
-    "Transpose": _transpose,
+    **dict.fromkeys(("Flatten", "Reshape", "Squeeze", "Unsqueeze"), _reshaped),
+    "Transpose": lambda node, x: F.permute(x[0], node.attributes.get("perm") or range(x[0].ndim)[::-1]),
     "Concat": _concat,
     "Split": _split,
     "Slice": lambda node, x: x[0][slices(node, x[0].ndim, x)],
     "Gather": _gather,
-    "Expand": _expand,
+    "Expand": lambda node, x: F.expand(x[0], np.broadcast_shapes(x[0].shape, integers(x[1], "shape"))),
     "Pad": _pad,
     "Identity": lambda node, x: x[0],
     "Cast": _cast,

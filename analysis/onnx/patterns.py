@@ -67,14 +67,7 @@ Match = tuple[Node, list[Node]]
 def simplify(nodes: Sequence[Node], constants: Mapping[str, Any], output: str) -> list[Node]:
     """The nodes with every recognised group replaced by one node.
 
-    Parameters
-    ----------
-    nodes : sequence of Node
-        Each after those that it reads from, without those that compute with constants alone.
-    constants : mapping
-        Arrays and weights by name.
-    output : str
-        The value that is read from outside.
+    The nodes that compute with constants alone are not among them; ``output`` is the value that is read from outside.
     """
     result = list(nodes)
     for op, pattern in (("Erf", _gelu), ("Sqrt", _layer_norm), ("MatMul", _linear)):

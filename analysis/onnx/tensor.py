@@ -15,20 +15,11 @@ from analysis.commands.names import shown
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that the file contains.
-
-    Attributes
-    ----------
-    shape : tuple of int
-    dtype : numpy.dtype
-        Of the stored values; types that NumPy lacks (bfloat16) under their extension type.
-    load : callable
-        Gives the values.
-    """
+    """A tensor that the file contains."""
 
     shape: tuple[int, ...]
-    dtype: np.dtype
-    load: Callable[[], np.ndarray]
+    dtype: np.dtype  #: Of the stored values; types that NumPy lacks (bfloat16) under their extension type.
+    load: Callable[[], np.ndarray]  #: Gives the values.
 
     @property
     def size(self) -> int:

@@ -13,9 +13,8 @@ import numpy as np
 
 from analysis.rules.layouts import Layout, Shape, Storage, packed_strides
 from analysis.rules.op_cost import Call
-
-BLOCK = 1 << 16
-"""Elements of an elementwise formula that are worked on at a time."""
+from lance_ref.engine.blocks import BLOCK_ELEMENTS as BLOCK
+from lance_ref.engine.blocks import pieces
 
 REUSED_BYTES = 256 * 1024
 """From this size on NumPy writes the result of ``(a * b) + c`` into the temporary ``a * b``."""
@@ -132,19 +131,16 @@ def spread_to(layout: Layout, shape: Shape) -> Layout:
 
 
 def piece(shape: Shape, whole: Collection[int], itemsize: int) -> int:
-    """Bytes of one piece of an array that is cut along its longest axis, those in ``whole`` aside, to at most a block.
+    """Bytes of the first, and largest, piece into which the library cuts an array, not along the axes in ``whole``.
 
-    A slice of that axis may be more than a block: it is the least that can be cut off.
+    A slice of the longest axis may be more than a block: it is the least that can be cut off.
 
     >>> piece((1 << 14, 5), [0], 4), piece((1 << 14, 1 << 6), [1], 4)  # 4 columns; 1024 rows
     (262144, 262144)
     """
-    size = math.prod(shape)
-    longest = max((n for axis, n in enumerate(shape) if axis not in whole), default=0)
-    if not size or not longest:
-        return size * itemsize
-    step = min(max(1, BLOCK * longest // size), longest)
-    return size // longest * step * itemsize
+    first = next(pieces(shape, whole), ())  # of the axis that is cut, and whole axes before it
+    cut = [part.stop - (part.start or 0) if part.stop else n for part, n in zip(first, shape, strict=False)]
+    return math.prod((*cut, *shape[len(cut) :])) * itemsize
 
 
 def division_buffer(elements: int) -> int:

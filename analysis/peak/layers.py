@@ -1,217 +1,226 @@
-"""What the products hold at a time: convolutions, linear layers and matrix products.
+"""What the layers with weights hold at a time: convolutions and linear layers.
 
 A layer's forward pass makes its result and then what its activation store keeps; its backward pass makes the
 gradients of input, weight and bias one after the other. A convolution that is neither pointwise nor depthwise lays
-out its patches in blocks of :data:`COLUMNS` bytes.
+out its patches in the blocks that the library's geometry declares.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from analysis.peak.arrays import UFUNC_BUFFER, like_input, new, packing, reshaping
-from analysis.peak.rules import Backward, backward, forward
-from analysis.peak.stores import STORES, Layer, StorePeak, threads
+from analysis.peak import updates
+from analysis.peak.arrays import UFUNC_BUFFER, like_input, packing, reshaping
+from analysis.peak.rules import Backward, Making, backward, forward
+from analysis.peak.stores import STORES, Layer, StorePeak
+from analysis.rules import subspace
 from analysis.rules.layouts import Layout, Storage
 from analysis.rules.op_cost import Call
+from analysis.rules.products import IN_COORDINATES
 from analysis.rules.stores import STORES as COSTS
-
-COLUMNS = 8 * 2**20
-"""Bytes of a block of patches."""
-
-ONE_BY_ONE = 512
-"""Images with so many places in the output are not put together in a block."""
-
-NARROW_MAP, FEW_CHANNELS = 28, 8
-"""Depthwise maps up to this width, with at least so many channels, are worked on with the channels innermost."""
+from lance_ref.algebra.geometry import ConvGeometry
+from lance_ref.algebra.kernels import threads
+from lance_ref.algebra.kernels.depthwise import along_channels
 
 
 @dataclass(frozen=True)
-class Convolution:
-    """The sizes of one convolution, and what its three products take beside input, weight and output gradient."""
+class Convolution(Layer):
+    """What the three products of a convolution take; a layout of None is that of a packed array."""
 
-    x: tuple[int, ...]
-    weight: tuple[int, ...]
-    out: tuple[int, ...]
-    stride: tuple[int, int]
-    padding: tuple[tuple[int, int], tuple[int, int]]
-    dilation: tuple[int, int]
-    groups: int
+    geometry: ConvGeometry
     itemsize: int
 
-    @property
-    def depthwise(self) -> bool:
-        return self.groups > 1 and self.weight[1] == 1
+    def forward_workspace(self, x: Layout | None) -> int:
+        if self.geometry.is_depthwise:
+            return self._copied(x) + self._loops(self.geometry.input_shape[0])
+        if self.geometry.is_pointwise:
+            return self._copied(x)
+        outputs = 0 if self._block[0] == 1 else self._of_block(self.geometry.weight_shape[0])  # channels first
+        return self._laid_out + max(self._window, outputs)
 
-    @property
-    def pointwise(self) -> bool:
-        return self.weight[2:] == (1, 1) and self.stride == (1, 1) and not self._padded and self.groups == 1
+    def input_workspace(self, g: Layout | None) -> int:
+        if self.geometry.is_depthwise:
+            return self._copied(g) + self._loops(self.geometry.input_shape[0])
+        if self.geometry.is_pointwise:
+            return self._copied(g)
+        return self._columns + (self._of_block(self.geometry.weight_shape[0]) if self._copied(g) else self._grouped)
 
-    @property
-    def _padded(self) -> bool:
-        return any(n for side in self.padding for n in side)
+    def weight_workspace(self, g: Layout | None, x: Layout | None) -> int:
+        if self.geometry.is_depthwise:
+            return self._copied(g) + self._copied(x) + self._loops(1)
+        weights = math.prod(self.geometry.weight_shape) * self.itemsize
+        return self._laid_out + max(self._window, self._grouped + weights)
 
-    @property
-    def _block(self) -> tuple[int, int]:
-        """(images, output rows) of a block."""
-        B, _, H_out, W_out = self.out
-        row = self.x[1] * self.weight[2] * self.weight[3] * W_out * self.itemsize
-        images = 1 if H_out * W_out >= ONE_BY_ONE else max(1, min(B, COLUMNS // (row * H_out)))
-        return images, H_out if images > 1 else max(1, min(H_out, COLUMNS // row))
+    def smaller(self, x: tuple[int, ...], weight: tuple[int, ...]) -> int:
+        groups = self.geometry.groups if weight[:2] == self.geometry.weight_shape[:2] else 1
+        geometry = replace(self.geometry, input_shape=x, weight_shape=weight, groups=groups)
+        return Convolution(geometry, self.itemsize).weight_workspace(None, None)
 
-    @property
-    def _columns(self) -> int:
-        """Bytes of a block of patches."""
-        images, rows = self._block
-        return images * rows * self.x[1] * self.weight[2] * self.weight[3] * self.out[3] * self.itemsize
-
-    @property
-    def _outputs(self) -> int:
-        """Bytes of a block of the output, channels first, which one image has already."""
-        images, rows = self._block
-        return 0 if images == 1 else images * self.out[1] * rows * self.out[3] * self.itemsize
-
-    @property
-    def _grouped(self) -> int:
-        """Bytes of a block of the output gradient, channels first; 0 where that is a view."""
-        (images, rows), (_, C_out, H_out, W_out) = self._block, self.out
-        block = Layout(Storage(0), (C_out, images, rows, W_out), (H_out * W_out, C_out * H_out * W_out, W_out, 1))
-        by_group = block.reshaped((self.groups, C_out // self.groups, images * rows * W_out))
-        return 0 if by_group is not None else images * C_out * rows * W_out * self.itemsize
-
-    @property
-    def _window(self) -> int:
-        """Bytes of the padded piece of the input under a block; 0 where nothing is padded."""
-        if not self._padded:
+    def _copied(self, layout: Layout | None) -> int:
+        """Bytes of the copy of an input or output gradient that a product needs: packed, or plane by plane."""
+        if layout is None:
             return 0
-        images, _ = self._block
-        return images * self.x[1] * self._window_height * self._width * self.itemsize
+        if self.geometry.is_depthwise:
+            return packing(layout, self.itemsize)
+        return reshaping(layout, (*layout.shape[:2], math.prod(layout.shape[2:])), self.itemsize)
 
-    @property
-    def _window_height(self) -> int:
-        """Rows of the input, with its padding, under a block."""
-        return min((self._block[1] - 1) * self.stride[0] + (self.weight[2] - 1) * self.dilation[0] + 1, self._height)
+    # ---- the depthwise loops -------------------------------------------------------------
 
     def _loops(self, parts: int) -> int:
         """Bytes that the depthwise loops lay out themselves: an image, channels innermost, or a plane, per thread.
 
         The channels of the weight gradient are shared out instead (``parts`` 1).
         """
-        C, k_h, k_w = self.x[1], *self.weight[2:]
-        plane = self._height * self._width
-        if not (C == self.weight[0] >= FEW_CHANNELS and self.out[3] <= NARROW_MAP):
-            return min(threads(), self.x[0] * C) * plane * self.itemsize
-        return min(threads(), parts) * (plane + k_h * k_w + 1) * C * self.itemsize
+        (B, C, *_), (C_out, _, k_h, k_w) = self.geometry.input_shape, self.geometry.weight_shape
+        plane = math.prod(self._padded_size)
+        if not along_channels(C, C_out, self.geometry.output_size[1]):
+            return min(threads._threads(), B * C) * plane * self.itemsize
+        return min(threads._threads(), parts) * (plane + k_h * k_w + 1) * C * self.itemsize
 
     @property
-    def _height(self) -> int:
-        return self.x[2] + sum(self.padding[0])
+    def _padded_size(self) -> tuple[int, int]:
+        (_, _, H, W), (rows, columns) = self.geometry.input_shape, self.geometry.padding
+        return H + sum(rows), W + sum(columns)
+
+    # ---- blocks of patches ---------------------------------------------------------------
+
+    @cached_property
+    def _block(self) -> tuple[int, int]:
+        """(images, output rows) of a block."""
+        images, rows = next(self.geometry.blocks(self.itemsize))
+        return images.stop, rows.stop
+
+    def _of_block(self, numbers: int) -> int:
+        """Bytes of so many numbers for every place of a block."""
+        return math.prod(self._block) * self.geometry.output_size[1] * numbers * self.itemsize
 
     @property
-    def _width(self) -> int:
-        return self.x[3] + sum(self.padding[1])
+    def _columns(self) -> int:
+        """Bytes of a block of patches."""
+        return self._of_block(self.geometry.input_shape[1] * math.prod(self.geometry.weight_shape[2:]))
 
     @property
-    def _patches_are_views(self) -> bool:
-        (images, rows), (C, (k_h, k_w), W) = self._block, (self.x[1], self.weight[2:], self._width)
-        plane = W * (self._window_height if self._padded else self.x[2])
-        patches = Layout(
-            Storage(0),
-            (C, k_h, k_w, images, rows, self.out[3]),
-            (plane, W * self.dilation[0], self.dilation[1], C * plane, W * self.stride[0], self.stride[1]),
-        )
-        columns = (self.groups, C // self.groups * k_h * k_w, images * rows * self.out[3])
-        return patches.reshaped(columns) is not None
+    def _grouped(self) -> int:
+        """Bytes of a block of the output gradient, channels first; 0 where that is a view."""
+        (images, rows), (_, C_out, H_out, W_out), groups = self._block, self.geometry.output_shape, self.geometry.groups
+        block = Layout(Storage(0), (C_out, images, rows, W_out), (H_out * W_out, C_out * H_out * W_out, W_out, 1))
+        by_group = block.reshaped((groups, C_out // groups, images * rows * W_out))
+        return 0 if by_group is not None else self._of_block(C_out)
 
-    def copied(self, layout: Layout) -> int:
-        """Bytes of the copy of an input or output gradient that a product needs: packed, or plane by plane."""
-        if self.depthwise:
-            return packing(layout, self.itemsize)
-        return reshaping(layout, (*layout.shape[:2], math.prod(layout.shape[2:])), self.itemsize)
+    @property
+    def _window_height(self) -> int:
+        """Rows of the input, with its padding, under a block."""
+        (stride, _), (dilation, _), k_h = self.geometry.stride, self.geometry.dilation, self.geometry.weight_shape[2]
+        return min((self._block[1] - 1) * stride + (k_h - 1) * dilation + 1, self._padded_size[0])
+
+    @property
+    def _window(self) -> int:
+        """Bytes of the padded piece of the input under a block; 0 where nothing is padded."""
+        (_, C, *size), (H, W) = self.geometry.input_shape, self._padded_size
+        return 0 if size == [H, W] else self._block[0] * C * self._window_height * W * self.itemsize
 
     @property
     def _laid_out(self) -> int:
         """Bytes of a block of patches; 0 where they are a view of the input, or of its padded piece."""
-        return 0 if self._patches_are_views else self._columns
-
-    def forward_workspace(self, x_copy: int) -> int:
-        """``x_copy``: a copy of the input."""
-        if self.depthwise:
-            return x_copy + self._loops(self.x[0])
-        if self.pointwise:
-            return x_copy
-        return self._laid_out + max(self._window, self._outputs)
-
-    def input_workspace(self, g_copy: int) -> int:
-        """Beside the input gradient."""
-        if self.depthwise:
-            return g_copy + self._loops(self.x[0])
-        if self.pointwise:
-            return g_copy
-        images, rows = self._block
-        copied = images * self.out[1] * rows * self.out[3] * self.itemsize if g_copy else self._grouped
-        return copied + self._columns
-
-    def weight_workspace(self, copies: int) -> int:
-        """Beside the weight gradient."""
-        if self.depthwise:
-            return copies + self._loops(1)
-        weights = math.prod(self.weight) * self.itemsize
-        return self._laid_out + max(self._window, self._grouped + weights)
+        g, (images, rows), (H, W) = self.geometry, self._block, self._padded_size
+        (C, (k_h, k_w), W_out) = g.input_shape[1], g.weight_shape[2:], g.output_size[1]
+        plane = W * (self._window_height if self._window else H)
+        patches = Layout(
+            Storage(0),
+            (C, k_h, k_w, images, rows, W_out),
+            (plane, W * g.dilation[0], g.dilation[1], C * plane, W * g.stride[0], g.stride[1]),
+        )
+        columns = (g.groups, C // g.groups * k_h * k_w, images * rows * W_out)
+        return 0 if patches.reshaped(columns) is not None else self._columns
 
 
-def convolution(call: Call) -> Convolution:
-    """The sizes of a conv2d record."""
-    (x, weight), a = call.record.inputs[:2], call.record.attributes
-    return Convolution(
-        x.shape, weight.shape, call.record.output.shape, tuple(a["stride"]), a["padding"], tuple(a["dilation"]),
-        a["groups"], call.itemsize,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Linear(Layer):
+    itemsize: int
+
+    def forward_workspace(self, x: Layout | None) -> int:
+        """The copy that laying out the rows makes, if it makes one."""
+        return 0 if x is None else reshaping(x, (math.prod(x.shape[:-1]), x.shape[-1]), self.itemsize)
+
+    def input_workspace(self, g: Layout | None) -> int:
+        return self.forward_workspace(g)
+
+    def weight_workspace(self, g: Layout | None, x: Layout | None) -> int:
+        return self.forward_workspace(g) + self.forward_workspace(x)
+
+    def smaller(self, x: tuple[int, ...], weight: tuple[int, ...]) -> int:
+        return 0
 
 
-def resized(layer: Convolution, x: tuple[int, ...], weight: tuple[int, ...], out: tuple[int, ...]) -> Convolution:
-    """Another convolution with the strides, padding and dilation of this one."""
-    groups = layer.groups if weight[1] == layer.weight[1] and weight[0] == layer.weight[0] else 1
-    return Convolution(x, weight, out, layer.stride, layer.padding, layer.dilation, groups, layer.itemsize)
+def layer_of(call: Call) -> Layer:
+    """The products of the layer whose call this is, with its whole weight."""
+    return Linear(call.itemsize) if call.record.op == "linear" else Convolution(_geometry(call), call.itemsize)
+
+
+def _geometry(call: Call) -> ConvGeometry:
+    a = call.record.attributes
+    stride, padding, dilation = tuple(a["stride"]), a["padding"], tuple(a["dilation"])
+    return ConvGeometry(call.record.inputs[0].shape, call.weight.shape, stride, padding, dilation, a["groups"])
 
 
 @forward("conv2d", "linear")
 def weighted(call: Call) -> int:
     """The result with the workspace of the product, or the result with what the store makes."""
-    result = call.n_out * call.itemsize
-    x, layout = call.record.inputs[0], call.inputs[0]
-    if call.record.op == "conv2d":
-        workspace = convolution(call).forward_workspace(convolution(call).copied(layout))
-    else:
-        workspace = reshaping(layout, (x.size // x.shape[-1], x.shape[-1]), call.itemsize)
-    saving = _store(call).save(call, _layer(call)) if call.needs(1) else 0
-    bias = min(UFUNC_BUFFER, call.n_out) * call.itemsize if len(call.inputs) > 2 else 0  # of adding it
+    layer, result = layer_of(call), call.n_out * call.itemsize
+    workspace = layer.forward_workspace(call.inputs[0])
+    if subspace.update_of(call.record) is not None:
+        workspace = updates.forward(call, result, workspace, _narrow(call)) - result
+    saving = _store(call).save(call, layer) if call.needs(1) else 0
+    bias = min(UFUNC_BUFFER, call.n_out) * call.itemsize if call.has_bias else 0  # of adding it
     return result + max(workspace, saving, bias)
 
 
 @backward("conv2d", "linear")
 def weighted_backward(call: Call, g: Layout) -> Backward:
     """The three gradients one after the other; what is made stays."""
-    item = call.itemsize
-    store, layer = _store(call), _layer(call)
-    grads: list[Layout | None] = [None] * len(call.inputs)
-    held = most = 0
+    store, layer, made = _store(call), layer_of(call), Making(call)
+    updated = subspace.update_of(call.record) is not None
     if call.needs(0):
-        grads[0] = like_input(call)
-        held = call.n_in * item
-        most = store.input_gradient(call, layer, g) if store.input_gradient else held + layer.input_workspace(g)
+        beside = layer.input_workspace(g)
+        made.add(0, like_input(call), 0 if store.input_gradient or updated else beside)
+        if updated:
+            made.most = updates.input_gradient(call, made.held, beside, _narrow(call))
+        elif store.input_gradient:
+            made.most = store.input_gradient(call, layer, g)
     if call.needs(1):
-        grads[1] = like_input(call, 1)
-        weights = call.record.inputs[1].nbytes
-        most = max(most, held + weights + store.weight_gradient(call, layer, g))
-        held += weights
-    if len(call.inputs) > 2 and call.needs(2):
-        grads[2] = like_input(call, 2)
-        rows = call.n_out // call.record.output.shape[-1]
-        copy = reshaping(g, (rows, call.record.output.shape[-1]), item) if call.record.op == "linear" else 0
-        most = max(most, held + call.record.inputs[2].nbytes + copy)
-    return Backward(most, tuple(grads), frozenset({1}) if store.shared(call) else frozenset())
+        name = call.record.attributes["store"]["name"]
+        own = subspace.of_update(call) if updated and name == "lance" else call
+        making = store.weight_gradient(own, layer_of(own), g)
+        if updated and name not in IN_COORDINATES:
+            making += updates.coordinates(call)
+        made.add(1, like_input(call, 1), making)
+    if call.has_bias and call.needs(2):
+        made.add(2, like_input(call, 2), layer.forward_workspace(g) if call.record.op == "linear" else 0)
+    if updated and call.needs(len(call.inputs) - 1):  # of s, one number
+        made.gradients[-1] = like_input(call, len(call.inputs) - 1)
+    return made.done((1,) if store.shared(call) else ())
+
+
+def _narrow(call: Call) -> updates.Narrow:
+    """The two narrow layers of an update: elements between them, and what their products take."""
+    x, weight, out = call.record.inputs[0].shape, call.weight.shape, call.record.output.shape
+    r, item = call.record.attributes["update"]["rank"], call.itemsize
+    if call.record.op == "linear":
+        return updates.Narrow(math.prod(x[:-1]) * r * item)
+    geometry, D, groups = _geometry(call), call.record.inputs[1].shape, call.record.attributes["groups"]
+    if call.record.attributes["update"]["patches"]:
+        between = (x[0], r, *out[2:])
+        down, up = replace(geometry, weight_shape=(r, *weight[1:])), ConvGeometry(between, D)
+    else:
+        between = (x[0], groups * r, *x[2:])
+        down = ConvGeometry(x, (groups * r, weight[1], 1, 1), groups=groups)
+        up = replace(geometry, input_shape=between, weight_shape=D)
+    layers = [Convolution(each, item) for each in (down, up)]
+    outputs = [layer.forward_workspace(None) for layer in layers]
+    gradients = [layer.input_workspace(None) for layer in layers]
+    return updates.Narrow(math.prod(between) * item, *outputs, *gradients)
 
 
 def _store(call: Call) -> StorePeak:
@@ -232,62 +241,3 @@ def _estimated_weight(call: Call, layer: Layer, g: Layout) -> int:
 
 ESTIMATED = StorePeak(_estimated_save, _estimated_weight)
 """Of an activation store without rules of its own; the report says so."""
-
-
-@dataclass(frozen=True)
-class _Convolved(Layer):
-    conv: Convolution
-
-    def input_workspace(self, g: Layout) -> int:
-        return self.conv.input_workspace(self.conv.copied(g))
-
-    def weight_workspace(self, g: Layout, x: Layout | None) -> int:
-        copies = self.conv.copied(g) + (0 if x is None else self.conv.copied(x))
-        return self.conv.weight_workspace(copies)
-
-    def smaller(self, x: tuple[int, ...], weight: tuple[int, ...], out: tuple[int, ...]) -> int:
-        return resized(self.conv, x, weight, out).weight_workspace(0)
-
-
-@dataclass(frozen=True)
-class _Linear(Layer):
-    itemsize: int
-
-    def input_workspace(self, g: Layout) -> int:
-        return reshaping(g, (math.prod(g.shape[:-1]), g.shape[-1]), self.itemsize)
-
-    def weight_workspace(self, g: Layout, x: Layout | None) -> int:
-        both = [g] if x is None else [g, x]
-        return sum(reshaping(a, (math.prod(a.shape[:-1]), a.shape[-1]), self.itemsize) for a in both)
-
-    def smaller(self, x: tuple[int, ...], weight: tuple[int, ...], out: tuple[int, ...]) -> int:
-        return 0
-
-
-def _layer(call: Call) -> Layer:
-    return _Convolved(convolution(call)) if call.record.op == "conv2d" else _Linear(call.itemsize)
-
-
-@forward("matmul")
-def matmul(call: Call) -> int:
-    return call.n_out * call.itemsize
-
-
-@backward("matmul")
-def matmul_backward(call: Call, g: Layout) -> Backward:
-    """One product for each operand that needs it; where broadcasting repeated the operand, it is summed afterwards."""
-    batch = call.record.output.shape[: -2 if min(len(v.shape) for v in call.record.inputs) > 1 else -1]
-    held = most = 0
-    grads: list[Layout | None] = [None, None]
-    for position in (0, 1):
-        if not call.needs(position):
-            continue
-        value = call.record.inputs[position]
-        grads[position] = new(value.shape, call.itemsize)
-        full = value.nbytes
-        if len(value.shape) > 2 or position == 0:
-            full = max(full, math.prod(batch) * math.prod(value.shape[-2:]) * call.itemsize)
-        summed = value.nbytes if full > value.nbytes else 0
-        most = max(most, held + full + summed)
-        held += value.nbytes
-    return Backward(most, tuple(grads), frozenset({0, 1}))

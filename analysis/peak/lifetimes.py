@@ -68,20 +68,9 @@ def watched(net: Module) -> Iterator[Watcher]:
 def lifetimes(net: Module, input_shape: Sequence[int], dtype: Any = np.float32) -> dict[int, int]:
     """When each tensor of ``F.cross_entropy(net(x), labels)`` is given back, from shapes alone.
 
-    Parameters
-    ----------
-    net : Module
-        In the mode and with the selection of the step; its output is (batch, classes).
-    input_shape : sequence of int
-        Batch first.
-    dtype : numpy dtype
-        Of the input.
-
-    Returns
-    -------
-    dict
-        By id of the value, which is the same in the records of any trace of this net and step: the number of
-        operations after which it is given back. Without an entry it lives on: the input, the labels, the loss.
+    The net is in the mode and with the selection of the step; its output is (batch, classes). By id of the value, which
+    is the same in any trace of this net and step: the number of operations after which it is given back. Input, labels
+    and loss live on, and have no entry.
     """
     x, labels = Tensor.meta(input_shape, dtype), Tensor.meta((input_shape[0],), np.int64)
     with watched(net) as watcher:

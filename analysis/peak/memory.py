@@ -11,8 +11,7 @@ import gc
 import importlib
 import tracemalloc
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,48 +41,27 @@ STATE_COPIES = {"sgd": 0, "sgd-momentum": 1, "adam": 2}
 
 @dataclass(frozen=True)
 class Peak:
-    """The peak of one training step, in bytes.
+    """The peak of one training step, in bytes."""
 
-    Attributes
-    ----------
-    peak_bytes : int
-        The largest total of live buffers: the batch, activations in flight, tape, gradients, optimiser state,
-        workspaces. Parameters, module buffers and fixed factors, which are there all the time, are not in it.
-    moment : {"forward", "backward", "optimiser"}
-        When it occurs.
-    at : str
-        The operation, as the table names it; the parameter's name for the optimiser.
-    forward_bytes, backward_bytes, optimizer_bytes : int
-        The peak of each part.
-    parameters_bytes : int
-        All parameters.
-    gradients_bytes : int
-        Of the parameters that train, when backward is done.
-    optimizer_state_bytes : int
-        Kept from step to step.
-    estimated : tuple of str
-        Operations and stores without a rule, for which an upper estimate is used, in words.
-    """
-
+    #: The largest total of live buffers: the batch, activations in flight, tape, gradients, optimiser state,
+    #: workspaces. Parameters, module buffers and fixed factors, which are there all the time, are not in it.
     peak_bytes: int
-    moment: str
-    at: str
+    moment: str  #: When it occurs: "forward", "backward" or "optimiser".
+    at: str  #: The operation, as the table names it; the parameter's name for the optimiser.
+    #: The peak of each part.
     forward_bytes: int
     backward_bytes: int
     optimizer_bytes: int
-    parameters_bytes: int
-    gradients_bytes: int
-    optimizer_state_bytes: int
+    parameters_bytes: int  #: All parameters.
+    gradients_bytes: int  #: Of the parameters that train, when backward is done.
+    optimizer_state_bytes: int  #: Kept from step to step.
+    #: Operations and stores without a rule, for which an upper estimate is used, in words.
     estimated: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
         """Peak and parameters."""
         return self.peak_bytes + self.parameters_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it by name, for JSON."""
-        return {**asdict(self), "total_bytes": self.total_bytes}
 
     def __str__(self) -> str:
         where = f"{self.peak_bytes / 2**20:.1f} MiB in {self.moment}, at {self.at}"
@@ -104,6 +82,8 @@ def peak(
 ) -> Peak:
     """The peak memory of one training step, simulated over its records in the order of execution.
 
+    The work arrays of BLAS are not counted, and those of the compiled loops for as many threads as they have here.
+
     Parameters
     ----------
     step : sequence of OpRecord or of Billed
@@ -115,21 +95,6 @@ def peak(
     lifetimes : mapping, optional
         From :func:`analysis.peak.lifetimes.lifetimes`: exact. By default guessed from the paths of the records, which
         misses activations that a ``forward`` goes on naming.
-
-    Returns
-    -------
-    Peak
-
-    Raises
-    ------
-    ValueError
-        If there is no such optimiser, or the step is empty.
-    MissingRuleError, LookupError
-        If an operation has no cost rule, or a store none for its peak; names it and the layer.
-
-    Notes
-    -----
-    The work arrays of BLAS are not counted, and those of the compiled loops for as many threads as they have here.
 
     Examples
     --------
@@ -169,10 +134,7 @@ def parameters_bytes(parameters: Iterable[Tensor]) -> int:
 def peak_of(simulation: Simulation, optimizer: str, parameters: int | None) -> Peak:
     """The peak of a step that was simulated; ``parameters``: bytes of all of the net, else those that the step reads.
 
-    Raises
-    ------
-    ValueError
-        If there is no such optimiser.
+    Raises ValueError if there is no such optimiser.
     """
     if optimizer not in STATE_COPIES:
         raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(STATE_COPIES)}")
@@ -240,43 +202,30 @@ def make_optimizer(name: str, net: Module, lr: float = 1e-300) -> Optimizer:
     return optim.SGD(parameters, lr, momentum=0.9 if name == "sgd-momentum" else 0.0)
 
 
-def measure_peak(net: Module, images: np.ndarray, labels: np.ndarray, optimizer: str = "sgd") -> int:
+def measure_peak(net: Module, images: np.ndarray, labels: np.ndarray, optimizer: str = "sgd", parts: int = 1) -> int:
     """The peak of a real training step, in bytes, as :attr:`Peak.peak_bytes` counts it.
 
-    A first step warms up (compiled loops, state of the optimiser); the second is measured. Parameters, buffers and the
-    state of stores are put back afterwards; random generators (dropout) have gone on.
+    A first step warms up (compiled loops, state of the optimiser); the second is measured. The net is in the mode, with
+    the selection and the stores of the step. Parameters, buffers and the state of stores are put back afterwards;
+    random generators (dropout) have gone on. A step may take its images in ``parts``, one after the other; then the
+    images of one part are counted. ``tracemalloc`` sees every Python object as well, some kilobytes for each operation.
 
-    Parameters
-    ----------
-    net : Module
-        In the mode, with the selection and the stores of the step.
-    images : array (B, ...)
-    labels : integer array (B,)
-    optimizer : {"sgd", "sgd-momentum", "adam"}
-
-    Raises
-    ------
-    RuntimeError
-        If ``tracemalloc`` runs already.
-
-    Notes
-    -----
-    ``tracemalloc`` sees every Python object as well, some kilobytes for each operation.
+    Raises RuntimeError if ``tracemalloc`` runs already.
     """
     if tracemalloc.is_tracing():
         raise RuntimeError("tracemalloc runs already, its peak would be somebody else's")
     if numba_enabled():
         importlib.import_module("numba")  # takes a minute under tracemalloc
-    before = _Before(net)
+    before, batches = _Before(net), [[part.copy() for part in np.split(a, parts)] for a in (images, labels)]
     optimiser = make_optimizer(optimizer, net)
     try:
         tracemalloc.start()
-        _one_step(net, images, labels, optimiser)
+        _one_step(net, batches, optimiser)
         optimiser.zero_grad()
         gc.collect()
         start = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
-        _one_step(net, images, labels, optimiser)
+        _one_step(net, batches, optimiser)
         most = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -284,13 +233,13 @@ def measure_peak(net: Module, images: np.ndarray, labels: np.ndarray, optimizer:
         carried = sum(array.nbytes for store in _stores(net).values() for array in store.state().values())
         before.put_back()
     state = sum(array.nbytes for arrays in optimiser.buffers.values() for array in arrays if array is not None)
-    return most - start + state + carried + images.nbytes + labels.nbytes
+    return most - start + state + carried + sum(arrays[0].nbytes for arrays in batches)
 
 
-def _one_step(net: Module, images: np.ndarray, labels: np.ndarray, optimiser: Optimizer) -> None:
-    x, y = Tensor(images), Tensor(labels)
-    loss = F.cross_entropy(net(x), y)
-    loss.backward()
+def _one_step(net: Module, batches: Sequence[Sequence[np.ndarray]], optimiser: Optimizer) -> None:
+    for images, labels in zip(*batches, strict=True):
+        loss = F.cross_entropy(net(Tensor(images)), Tensor(labels))
+        loss.backward()
     optimiser.step()
 
 

@@ -2,7 +2,7 @@
 
 Two rules for every operation. ``forward``: the most bytes that it has allocated at any moment of its forward
 pass, its result and what it keeps included. ``backward``: the same for its backward pass, and the gradients that
-come out of it, each with the memory it lives in: often the memory of the gradient that came in.
+come out of it, each with the memory it lives in, which often is the memory of the gradient that came in.
 
 Elementwise formulas run in blocks (:mod:`analysis.peak.arrays`), so that their temporaries are small. The rules are
 those of the compiled loops; the plain NumPy twins (``LANCE_REF_NUMBA=0``) take more.
@@ -11,50 +11,55 @@ those of the compiled loops; the plain NumPy twins (``LANCE_REF_NUMBA=0``) take 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.peak.arrays import (
-    BLOCK,
-    UFUNC_BUFFER,
-    blocks,
-    division_buffer,
-    in_blocks,
-    like_input,
-    new,
-    packing,
-    piece,
-    temporaries,
-)
+from analysis.peak import arrays
+from analysis.peak.arrays import BLOCK, UFUNC_BUFFER, division_buffer, in_blocks, like_input, new, packing, piece
 from analysis.rules.layouts import Layout, Shape, Storage, is_basic_index, packed_strides
 from analysis.rules.op_cost import Call, bit_bytes, index_bytes
-from analysis.rules.operations import OPERATIONS, column
+from analysis.rules.operations import OPERATIONS, column, fill
 
 
 @dataclass(frozen=True)
 class Backward:
-    """The backward pass of one operation.
+    """The backward pass of one operation."""
 
-    Attributes
-    ----------
-    most : int
-        Bytes that it has allocated at a time, the gradients it returns included.
-    gradients : tuple of Layout or None
-        One per input; None where none is computed.
-    shared : frozenset of int
-        Positions whose gradient is a view or is handed out twice: a leaf takes a copy of it.
+    most: int  #: Bytes that it has allocated at a time, the gradients it returns included.
+    gradients: tuple[Layout | None, ...]  #: One per input; None where none is computed.
+    #: Positions whose gradient is a view or is handed out twice: a leaf takes a copy of it.
+    shared: frozenset[int] = frozenset()
+
+
+class Making:
+    """The gradients of an operation as they are made one after the other; those that are there stay.
+
+    ``held`` counts the bytes that stay, ``most`` the bytes at a time.
     """
 
-    most: int
-    gradients: tuple[Layout | None, ...]
-    shared: frozenset[int] = frozenset()
+    def __init__(self, call: Call, held: int = 0) -> None:
+        self.held = self.most = held
+        self.gradients: list[Layout | None] = [None] * len(call.inputs)
+        self.wanted = [i for i in range(len(call.inputs)) if call.needs(i)]
+
+    def reach(self, beside: int) -> None:
+        """So many bytes are there for a while, beside those that stay."""
+        self.most = max(self.most, self.held + beside)
+
+    def add(self, position: int, gradient: Layout, beside: int = 0) -> None:
+        """One more gradient, and the bytes that are there while it is made."""
+        self.gradients[position] = gradient
+        self.held += gradient.storage.nbytes
+        self.reach(beside)
+
+    def done(self, shared: Iterable[int] = ()) -> Backward:
+        return Backward(self.most, tuple(self.gradients), frozenset(shared))
 
 
 ForwardRule = Callable[[Call], int]
 BackwardRule = Callable[[Call, Layout], Backward]
-
 
 forward: Callable[..., Callable[[ForwardRule], ForwardRule]] = column("in_flight_forward")
 backward: Callable[..., Callable[[BackwardRule], BackwardRule]] = column("in_flight_backward")
@@ -77,10 +82,11 @@ def run_backward(call: Call, g: Layout) -> Backward:
     if row.in_flight_backward is not None:
         found: Backward = row.in_flight_backward(call, g)
         return found
-    positions = range(len(call.inputs))
-    grads = tuple(like_input(call, i) if call.needs(i) else None for i in positions)
-    made = sum(grad.storage.nbytes for grad in grads if grad is not None)
-    return Backward(made + _ordinary(call), grads, frozenset(positions))
+    made = Making(call)
+    for position in made.wanted:
+        made.add(position, like_input(call, position))
+    made.reach(_ordinary(call))
+    return made.done(range(len(call.inputs)))
 
 
 def _ordinary(call: Call) -> int:
@@ -88,7 +94,12 @@ def _ordinary(call: Call) -> int:
     return 3 * (call.record.output.nbytes + sum(value.nbytes for value in call.record.inputs))
 
 
-# ---- element by element ------------------------------------------------------------------
+def _alone(grad: Layout, beside: int = 0) -> Backward:
+    """The gradient of the only input that has one, and what is there while it is made."""
+    return Backward(grad.storage.nbytes + beside, (grad,))
+
+
+# ---- one formula each ----------------------------------------------------------------------
 
 NONE, ONE, TWO = (0.0, 0.0), (1.0, 2.0), (2.0, 3.0)
 TEMPORARIES = {  # arrays beside the result, forward and backward: (of a small array, of a block)
@@ -99,28 +110,71 @@ UNBLOCKED = {"erf": (0, 1), "gelu_tanh": (1, 5)}
 """The same for formulas that are not worked out in blocks: whole arrays."""
 
 
-@forward(*TEMPORARIES)
-def unary(call: Call) -> int:
-    return call.n_out * call.itemsize + in_blocks(call, *TEMPORARIES[call.record.op][0], call.inputs[0])
+def _result(call: Call) -> int:
+    return call.n_out * call.itemsize
 
 
-@backward(*TEMPORARIES)
+def _planes(call: Call) -> int:
+    return math.prod(call.record.output.shape[:2])
+
+
+def _of_windows(call: Call) -> int:
+    """Bytes of the numbers of elements that the means of a plane are over, if they differ, and of NumPy's buffers."""
+    places = math.prod(call.record.output.shape[2:])
+    counts = 0 if call.record.attributes["count_include_pad"] else places
+    return (counts + (3 * min(call.n_out, UFUNC_BUFFER) if places > 1 else 0)) * call.itemsize
+
+
+def _positions(call: Call) -> int:
+    """Bytes of the positions of an index as the processor's integers."""
+    return sum(8 * math.prod(part[1]) for part in call.record.attributes["index"] if isinstance(part, tuple))
+
+
+BESIDE_RESULT: dict[str, ForwardRule] = {
+    **dict.fromkeys(TEMPORARIES, lambda c: in_blocks(c, *TEMPORARIES[c.record.op][0], c.inputs[0])),
+    **dict.fromkeys(UNBLOCKED, lambda c: _result(c) * UNBLOCKED[c.record.op][0]),
+    **dict.fromkeys(("concatenate", "pad", "expand", "matmul", "sum"), lambda c: 0),
+    "mean": lambda c: division_buffer(c.n_out),
+    "var": lambda c: (c.n_in + c.n_out) * c.itemsize + division_buffer(c.n_out),  # the differences from the mean, whole
+    "mse_loss": lambda c: (2 * c.n_in - c.n_out) * c.itemsize,
+    "max_pool2d": lambda c: (
+        c.n_out * index_bytes(math.prod(c.record.attributes["kernel_size"])) + packing(c.inputs[0], c.itemsize)
+    ),
+    "avg_pool2d": _of_windows,
+    "adaptive_avg_pool2d": lambda c: division_buffer(_planes(c)),  # means of all planes at one place
+}
+"""Bytes of the forward pass beside the result."""
+
+fill("in_flight_forward", {op: lambda c: _result(c) + BESIDE_RESULT[c.record.op](c) for op in BESIDE_RESULT})
+
+BESIDE_GRADIENT: dict[str, Callable[[Call, Layout], int]] = {
+    **dict.fromkeys(
+        ("relu", "relu6", "hardsigmoid", "dropout", "clip", "fake_quantize", "max_pool2d"),
+        lambda c, g: packing(g, c.itemsize),
+    ),
+    "avg_pool2d": lambda c, g: _result(c) + _of_windows(c),  # each window's share
+    "adaptive_avg_pool2d": lambda c, g: (_planes(c) + 2 * min(_planes(c), UFUNC_BUFFER)) * c.itemsize,
+    "index": lambda c, g: _positions(c),
+}
+"""Bytes of the backward pass beside the gradient, which is packed."""
+
+fill(
+    "in_flight_backward",
+    {op: lambda c, g: _alone(like_input(c), BESIDE_GRADIENT[c.record.op](c, g)) for op in BESIDE_GRADIENT},
+)
+
+
+# ---- element by element ------------------------------------------------------------------
+
+
+@backward(*TEMPORARIES, *UNBLOCKED)
 def unary_backward(call: Call, g: Layout) -> Backward:
+    """A gradient whose axes lie like those of the input and of the gradient that came in."""
     grad = new(g.shape, call.itemsize, g, call.inputs[0])
+    if call.record.op in UNBLOCKED:
+        return _alone(grad, grad.storage.nbytes * UNBLOCKED[call.record.op][1])
     costs = TEMPORARIES[call.record.op][1]
-    temporary = 0 if costs == NONE else in_blocks(call, *costs, g, call.inputs[0])
-    return Backward(grad.storage.nbytes + temporary, (grad,))
-
-
-@forward(*UNBLOCKED)
-def unblocked(call: Call) -> int:
-    return call.n_out * call.itemsize * (1 + UNBLOCKED[call.record.op][0])
-
-
-@backward(*UNBLOCKED)
-def unblocked_backward(call: Call, g: Layout) -> Backward:
-    grad = new(g.shape, call.itemsize, g, call.inputs[0])
-    return Backward(grad.storage.nbytes * (1 + UNBLOCKED[call.record.op][1]), (grad,))
+    return _alone(grad, 0 if costs == NONE else in_blocks(call, *costs, g, call.inputs[0]))
 
 
 @forward("relu", "relu6", "hardsigmoid", "clip", "fake_quantize")
@@ -129,7 +183,7 @@ def masked(call: Call) -> int:
 
     Those of relu go along with the result, the others come first.
     """
-    result, op = call.n_out * call.itemsize, call.record.op
+    result, op = _result(call), call.record.op
     if op in ("hardsigmoid", "fake_quantize"):
         result += in_blocks(call, *ONE, call.inputs[0])
     if not call.on_tape:
@@ -144,51 +198,35 @@ def masked(call: Call) -> int:
 @forward("dropout")
 def dropout(call: Call) -> int:
     """Mask, then result; the random numbers of one block."""
-    random = min(call.n_in, BLOCK) * 5
-    copy = packing(call.inputs[0], call.itemsize)
-    return bit_bytes(call.n_out) + max(random, call.n_out * call.itemsize + copy)
-
-
-@backward("relu", "relu6", "hardsigmoid", "dropout", "clip", "fake_quantize")
-def masked_backward(call: Call, g: Layout) -> Backward:
-    grad = like_input(call)
-    return Backward(grad.storage.nbytes + packing(g, call.itemsize), (grad,))
+    result = _result(call) + packing(call.inputs[0], call.itemsize)
+    return bit_bytes(call.n_out) + max(min(call.n_in, BLOCK) * 5, result)
 
 
 @forward("softmax", "log_softmax")
 def softmax(call: Call) -> int:
     """Result, and one number for each line: its maximum, then its sum. Of log-softmax, exponentials in pieces."""
-    result, dim = call.n_out * call.itemsize, call.record.attributes["dim"]
-    lines = result // call.record.output.shape[dim]
-    if call.record.op == "softmax":
-        return result + lines
-    return result + lines + max(piece(call.record.output.shape, [dim], call.itemsize), lines)
+    shape, dim = call.record.output.shape, call.record.attributes["dim"]
+    lines = _result(call) // shape[dim]
+    exponentials = max(piece(shape, [dim], call.itemsize), lines) if call.record.op == "log_softmax" else 0
+    return _result(call) + lines + exponentials
 
 
 @backward("softmax", "log_softmax")
 def softmax_backward(call: Call, g: Layout) -> Backward:
     dim, shape = call.record.attributes["dim"], call.record.output.shape
     total = new(tuple(1 if axis == dim else n for axis, n in enumerate(shape)), call.itemsize)
-    grad = new(g.shape, call.itemsize, g, call.output)
-    if call.record.op == "log_softmax":
-        pieces = in_blocks(call, *ONE, g, call.output, total)
-    else:
-        pieces = piece(shape, [dim], call.itemsize)
-    return Backward(grad.storage.nbytes + total.storage.nbytes + pieces, (grad,))
+    logarithms = call.record.op == "log_softmax"
+    pieces = in_blocks(call, *ONE, g, call.output, total) if logarithms else piece(shape, [dim], call.itemsize)
+    return _alone(new(g.shape, call.itemsize, g, call.output), total.storage.nbytes + pieces)
 
 
 # ---- arithmetic of two -------------------------------------------------------------------
 
 
-@forward("concatenate", "pad", "expand")
-def result_alone(call: Call) -> int:
-    return call.n_out * call.itemsize
-
-
 @forward("add", "sub", "mul", "div")
 def arithmetic(call: Call) -> int:
     """The result, and NumPy's buffers for what is repeated in it."""
-    elements, copied = blocks(call.inputs, UFUNC_BUFFER)
+    elements, copied = arrays.blocks(call.inputs, UFUNC_BUFFER)
     return (call.n_out + elements * copied) * call.itemsize
 
 
@@ -200,18 +238,17 @@ def _repeated(call: Call, position: int) -> bool:
 @backward("add", "sub")
 def add_backward(call: Call, g: Layout) -> Backward:
     """The gradient itself goes on to both, or its sum over what was repeated; of a subtrahend, its negative."""
-    held = most = 0
-    grads: list[Layout | None] = []
-    for position in (0, 1):
-        grad: Layout | None = None
-        if call.needs(position):
-            negative, summed = call.record.op == "sub" and position == 1, _repeated(call, position)
-            grad = like_input(call, position) if summed or negative else g
-            made = 0 if grad is g else grad.storage.nbytes
-            most = max(most, held + (temporaries(made) if negative and summed else made))
-            held += made
-        grads.append(grad)
-    return Backward(most, tuple(grads), frozenset(i for i, grad in enumerate(grads) if grad is g))
+    made, shared = Making(call), []
+    for position in made.wanted:
+        negative, summed = call.record.op == "sub" and position == 1, _repeated(call, position)
+        if not (negative or summed):
+            made.gradients[position] = g
+            shared.append(position)
+            continue
+        grad = like_input(call, position)
+        both = arrays.temporaries(grad.storage.nbytes) - grad.storage.nbytes
+        made.add(position, grad, both if negative and summed else 0)
+    return made.done(shared)
 
 
 def _product(call: Call, shape: Shape, full: Shape) -> int:
@@ -227,38 +264,42 @@ def _product(call: Call, shape: Shape, full: Shape) -> int:
 @backward("mul")
 def mul_backward(call: Call, g: Layout) -> Backward:
     """A product for each."""
-    held = most = 0
-    grads: list[Layout | None] = []
-    for position in (0, 1):
-        grad: Layout | None = None
-        if call.needs(position):
-            value = call.record.inputs[position]
-            grad = new(
-                value.shape, call.itemsize, *([] if _repeated(call, position) else [g, call.inputs[1 - position]])
-            )
-            most = max(most, held + value.nbytes + _product(call, value.shape, g.shape))
-            held += value.nbytes
-        grads.append(grad)
-    return Backward(most, tuple(grads))
+    made = Making(call)
+    for position in made.wanted:
+        shape = call.record.inputs[position].shape
+        like = [] if _repeated(call, position) else [g, call.inputs[1 - position]]
+        made.add(position, new(shape, call.itemsize, *like), _product(call, shape, g.shape))
+    return made.done()
 
 
 @backward("div")
 def div_backward(call: Call, g: Layout) -> Backward:
     """The quotient g/b, which is the gradient of a, or is summed; its negative, a/b and their product for b."""
-    full = call.n_out * call.itemsize
-    held = most = full
-    grads: list[Layout | None] = [None, None]
-    if call.needs(0):
-        summed = _repeated(call, 0)
-        grads[0] = like_input(call) if summed else new(g.shape, call.itemsize, g)
-        held += call.record.inputs[0].nbytes if summed else 0
-    if call.needs(1):
-        summed = _repeated(call, 1)
-        grads[1] = like_input(call, 1) if summed else new(g.shape, call.itemsize, g)
-        most = held + full + temporaries(full)
-        if summed:
-            most = max(most, held + full + call.record.inputs[1].nbytes)
-    return Backward(max(most, held), tuple(grads))
+    full = _result(call)
+    made = Making(call, full)
+    for position in made.wanted:
+        summed = _repeated(call, position)
+        grad = like_input(call, position) if summed else new(g.shape, call.itemsize, g)
+        made.gradients[position] = grad
+        if position == 1:
+            made.reach(full + max(arrays.temporaries(full), grad.storage.nbytes if summed else 0))
+        elif summed:
+            made.add(position, grad)
+    return made.done()
+
+
+@backward("matmul")
+def matmul_backward(call: Call, g: Layout) -> Backward:
+    """One product for each operand that needs it; where broadcasting repeated the operand, it is summed afterwards."""
+    batch = call.record.output.shape[: -2 if min(len(v.shape) for v in call.record.inputs) > 1 else -1]
+    made = Making(call)
+    for position in made.wanted:
+        value = call.record.inputs[position]
+        full = value.nbytes
+        if len(value.shape) > 2 or position == 0:
+            full = max(full, math.prod(batch) * math.prod(value.shape[-2:]) * call.itemsize)
+        made.add(position, new(value.shape, call.itemsize), full if full > value.nbytes else 0)
+    return made.done((0, 1))
 
 
 # ---- moving elements about ---------------------------------------------------------------
@@ -270,19 +311,16 @@ def moved(call: Call) -> int:
     return 0 if call.output.storage is call.inputs[0].storage else call.n_out * call.itemsize
 
 
-@backward("reshape")
-def reshape_backward(call: Call, g: Layout) -> Backward:
+@backward("reshape", "permute")
+def moved_backward(call: Call, g: Layout) -> Backward:
+    """A view of the gradient where there can be one."""
     shape = call.record.inputs[0].shape
-    view = g.reshaped(shape)
-    if view is not None:
-        return Backward(0, (view,), frozenset({0}))
-    grad = new(shape, call.itemsize)
-    return Backward(grad.storage.nbytes, (grad,), frozenset({0}))
-
-
-@backward("permute")
-def permute_backward(call: Call, g: Layout) -> Backward:
-    return Backward(0, (g.permuted([int(d) for d in np.argsort(call.record.attributes["dims"])]),), frozenset({0}))
+    if call.record.op == "permute":
+        view: Layout | None = g.permuted([int(d) for d in np.argsort(call.record.attributes["dims"])])
+    else:
+        view = g.reshaped(shape)
+    grad = new(shape, call.itemsize) if view is None else view
+    return Backward(grad.storage.nbytes if view is None else 0, (grad,), frozenset({0}))
 
 
 @forward("index")
@@ -300,39 +338,21 @@ def index(call: Call) -> int:
     return max(most, kept + call.n_out * call.itemsize)
 
 
-@backward("index")
-def index_backward(call: Call, g: Layout) -> Backward:
-    """Zeros, and the positions as the processor's integers."""
-    parts = call.record.attributes["index"]
-    positions = sum(8 * math.prod(part[1]) for part in parts if isinstance(part, tuple))
-    grad = like_input(call)
-    return Backward(grad.storage.nbytes + positions, (grad,))
-
-
 @backward("concatenate", "pad")
 def pieces_of_gradient(call: Call, g: Layout) -> Backward:
     """Views of the gradient: all of it stays alive as long as one of them does."""
-    grads = tuple(
-        Layout(g.storage, value.shape, g.strides) if call.needs(position) else None
-        for position, value in enumerate(call.record.inputs)
-    )
-    return Backward(0, grads, frozenset(range(len(grads))))
+    made = Making(call)
+    for position in made.wanted:
+        made.gradients[position] = Layout(g.storage, call.record.inputs[position].shape, g.strides)
+    return made.done(range(len(call.inputs)))
 
 
 @backward("expand")
 def expand_backward(call: Call, g: Layout) -> Backward:
-    if not _repeated(call, 0):
-        return Backward(0, (g,), frozenset({0}))
-    grad = like_input(call)
-    return Backward(grad.storage.nbytes, (grad,))
+    return _alone(like_input(call)) if _repeated(call, 0) else Backward(0, (g,), frozenset({0}))
 
 
 # ---- sums, means, maxima -----------------------------------------------------------------
-
-
-@forward("sum", "mean")
-def reduced(call: Call) -> int:
-    return call.n_out * call.itemsize + (division_buffer(call.n_out) if call.record.op == "mean" else 0)
 
 
 @backward("sum", "mean")
@@ -342,9 +362,8 @@ def spread(call: Call, g: Layout) -> Backward:
     lost = range(len(shape)) if dims is None else dims
     kept = iter(packed_strides([n for i, n in enumerate(shape) if i not in lost]))
     strides = tuple(0 if i in lost else next(kept) for i in range(len(shape)))
-    divided = call.record.op == "mean"
-    storage = Storage(call.n_out * call.itemsize) if divided else g.storage
-    return Backward(storage.nbytes if divided else 0, (Layout(storage, shape, strides),), frozenset({0}))
+    divided = call.n_out * call.itemsize if call.record.op == "mean" else 0
+    return Backward(divided, (Layout(Storage(divided) if divided else g.storage, shape, strides),), frozenset({0}))
 
 
 def _other_axes(call: Call) -> int:
@@ -353,9 +372,7 @@ def _other_axes(call: Call) -> int:
     Several such axes are repeated along each other, in a buffer.
     """
     dim = call.record.attributes["dim"]
-    if dim is None:
-        return 0
-    sizes = [n for axis, n in enumerate(call.record.inputs[0].shape) if axis != dim]
+    sizes = [] if dim is None else [n for axis, n in enumerate(call.record.inputs[0].shape) if axis != dim]
     return 8 * (sum(sizes) + (len(sizes) > 1) * len(sizes) * min(call.n_out, UFUNC_BUFFER))
 
 
@@ -363,11 +380,10 @@ def _other_axes(call: Call) -> int:
 def max_forward(call: Call) -> int:
     """Positions as the processor's integers, then small ones, then the values; first a copy with its lines packed."""
     dim, (x, *_) = call.record.attributes["dim"], call.inputs
-    axes = [axis for axis in range(len(x.shape)) if axis != dim]
-    lines = x if dim is None else x.permuted([*axes, dim])
+    lines = x if dim is None else x.permuted([*(axis for axis in range(len(x.shape)) if axis != dim), dim])
     positions, small = 8 * call.n_out, call.on_tape * call.n_out * index_bytes(call.n_in // call.n_out)
-    choosing = packing(lines, call.itemsize) + positions
-    return max(choosing, positions + small + _other_axes(call) + call.n_out * call.itemsize)
+    values = small + _other_axes(call) + call.n_out * call.itemsize
+    return positions + max(packing(lines, call.itemsize), values)
 
 
 @backward("max")
@@ -376,17 +392,11 @@ def max_backward(call: Call, g: Layout) -> Backward:
     return Backward(grad.storage.nbytes + 8 * call.n_out + _other_axes(call), (grad,), frozenset({0}))
 
 
-@forward("var")
-def var_forward(call: Call) -> int:
-    """The differences from the mean, whole."""
-    return (call.n_in + 2 * call.n_out) * call.itemsize + division_buffer(call.n_out)
-
-
 @backward("var")
 def var_backward(call: Call, g: Layout) -> Backward:
     """The differences, which become the gradient; mean and slope."""
     grad = new(call.record.inputs[0].shape, call.itemsize, call.inputs[0])
-    return Backward(temporaries(grad.storage.nbytes) + 2 * call.n_out * call.itemsize, (grad,))
+    return Backward(arrays.temporaries(grad.storage.nbytes) + 2 * call.n_out * call.itemsize, (grad,))
 
 
 @forward("cross_entropy")
@@ -394,7 +404,7 @@ def cross_entropy(call: Call) -> int:
     """The scores, which become the probabilities, and for each row: its maximum; the row's number and the score of its
     label; that score, the sum, and the loss; at last the label in its small type."""
     (B, K), item = call.record.inputs[0].shape, call.itemsize
-    losing = 2 * B * item + temporaries(B * item)
+    losing = 2 * B * item + arrays.temporaries(B * item)
     labelled = call.on_tape * (3 * B * item + B * index_bytes(K))
     return B * K * item + max(B * (8 + item), losing, labelled)
 
@@ -403,13 +413,8 @@ def cross_entropy(call: Call) -> int:
 def cross_entropy_backward(call: Call, g: Layout) -> Backward:
     """The probabilities less one at the labels: each row's number, its label as an index, and what is taken there."""
     grad = like_input(call)
-    B = call.record.inputs[0].shape[0]
-    return Backward(grad.storage.nbytes + B * (8 + 8 + call.itemsize), (grad, None))
-
-
-@forward("mse_loss")
-def mse_loss(call: Call) -> int:
-    return 2 * call.n_in * call.itemsize
+    rows = call.record.inputs[0].shape[0] * (8 + 8 + call.itemsize)
+    return Backward(grad.storage.nbytes + rows, (grad, None))
 
 
 @backward("mse_loss")
@@ -417,44 +422,6 @@ def mse_backward(call: Call, g: Layout) -> Backward:
     """The gradient of a, made in any case, and its negative."""
     grads = tuple(like_input(call, i) if call.needs(i) else None for i in (0, 1))
     return Backward((1 + call.needs(1)) * call.n_in * call.itemsize, grads)
-
-
-# ---- pooling -----------------------------------------------------------------------------
-
-
-@forward("max_pool2d")
-def max_pool(call: Call) -> int:
-    places = index_bytes(math.prod(call.record.attributes["kernel_size"]))
-    return call.n_out * (call.itemsize + places) + packing(call.inputs[0], call.itemsize)
-
-
-@forward("avg_pool2d", "adaptive_avg_pool2d")
-def avg_pool(call: Call) -> int:
-    """Sums, and the counts that they are divided by; of the adaptive one, means of all planes at one place."""
-    planes = math.prod(call.record.output.shape[:2])
-    if call.record.op == "adaptive_avg_pool2d":
-        return call.n_out * call.itemsize + division_buffer(planes)
-    return call.n_out * call.itemsize + _of_windows(call)
-
-
-def _of_windows(call: Call) -> int:
-    """Bytes of the numbers of elements that the means of a plane are over, if they differ, and of NumPy's buffers."""
-    places = math.prod(call.record.output.shape[2:])
-    counts = 0 if call.record.attributes["count_include_pad"] else places
-    return (counts + (3 * min(call.n_out, UFUNC_BUFFER) if places > 1 else 0)) * call.itemsize
-
-
-@backward("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
-def pool_backward(call: Call, g: Layout) -> Backward:
-    """Beside the gradient: a packed copy of the one that came in; each window's share, or all planes' at one place."""
-    grad, planes = like_input(call), math.prod(call.record.output.shape[:2])
-    if call.record.op == "max_pool2d":
-        shares = packing(g, call.itemsize)
-    elif call.record.op == "avg_pool2d":
-        shares = call.n_out * call.itemsize + _of_windows(call)
-    else:
-        shares = (planes + 2 * min(planes, UFUNC_BUFFER)) * call.itemsize
-    return Backward(grad.storage.nbytes + shares, (grad,))
 
 
 # ---- normalisation -----------------------------------------------------------------------
@@ -485,21 +452,18 @@ def batch_norm_backward(call: Call, g: Layout) -> Backward:
     """x̂, which becomes the gradient where the statistics are the batch's own; products with it in pieces."""
     (count, axes), training = _outside(call), call.record.attributes["training"]
     shape, affine = call.record.inputs[0].shape, call.record.attributes["affine"]
-    full, groups = call.n_in * call.itemsize, count * call.itemsize
-    normalised = (affine and call.needs(1)) or (training and call.needs(0))
-    grad = new(shape, call.itemsize, call.inputs[0] if training else g) if call.needs(0) else None
-    held = groups if (affine and call.needs(2)) or (training and call.needs(0)) else 0
-    most = held
-    if normalised:
-        most = held + full + groups + piece(shape, axes, call.itemsize)
-        held += full + groups
-    if grad is not None:
-        most = max(most, held + (2 * groups if training else full))
-    grads: list[Layout | None] = [grad, *[None] * (len(call.inputs) - 1)]
+    full, groups, of_input = call.n_in * call.itemsize, count * call.itemsize, call.needs(0)
+    made = Making(call, groups if (affine and call.needs(2)) or (training and of_input) else 0)
+    if (affine and call.needs(1)) or (training and of_input):  # x̂ is needed
+        made.held += full + groups
+        made.reach(piece(shape, axes, call.itemsize))
+    if of_input:
+        made.gradients[0] = new(shape, call.itemsize, call.inputs[0] if training else g)
+        made.reach(2 * groups if training else full)
     for position in (1, 2) if affine else ():
         if call.needs(position):
-            grads[position] = like_input(call, position)
-    return Backward(max(most, held), tuple(grads), frozenset({1}))
+            made.gradients[position] = like_input(call, position)
+    return made.done((1,))
 
 
 @backward("layer_norm")
@@ -509,18 +473,16 @@ def layer_norm_backward(call: Call, g: Layout) -> Backward:
     x, affine = call.inputs[0], call.record.attributes["affine"]
     outer = [axis for axis in range(len(x.shape)) if axis not in axes]
     groups = new(tuple(1 if axis in axes else n for axis, n in enumerate(x.shape)), call.itemsize)
-    held = most = 0
-    grads: list[Layout | None] = [None] * len(call.inputs)
+    made = Making(call)
     if call.needs(0) or (affine and call.needs(1)):
-        held = call.n_in * call.itemsize
-        most = held + in_blocks(call, 1.0, 1.0, x, groups, groups)
+        made.held = call.n_in * call.itemsize
+        made.reach(in_blocks(call, 1.0, 1.0, x, groups, groups))
     for position in (1, 2) if affine else ():
         if call.needs(position):
-            grads[position] = like_input(call, position)
-            held += call.record.inputs[position].nbytes
-            most = max(most, held + (piece(x.shape, outer, call.itemsize) if position == 1 and outer else 0))
+            products = piece(x.shape, outer, call.itemsize) if position == 1 and outer else 0
+            made.add(position, like_input(call, position), products)
     if call.needs(0):
-        grads[0] = new(x.shape, call.itemsize, x)
+        made.gradients[0] = new(x.shape, call.itemsize, x)
         pieces = (2 if affine else 1) * piece(x.shape, axes, call.itemsize)
-        most = max(most, held + pieces + min(2 * groups.storage.nbytes, BLOCK * call.itemsize))
-    return Backward(most, tuple(grads))
+        made.reach(pieces + min(2 * groups.storage.nbytes, BLOCK * call.itemsize))
+    return made.done()

@@ -7,10 +7,9 @@ what it kept once its gradients are there; gradients that meet are added into a 
 
 from __future__ import annotations
 
-import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from analysis.peak import layers  # noqa: F401  (it registers its rules)
 from analysis.peak.arrays import new
@@ -26,23 +25,12 @@ from lance_ref.engine.recording import OpRecord, Value
 
 @dataclass
 class Ledger:
-    """Bytes that are alive, and the most there have been.
-
-    Attributes
-    ----------
-    live : int
-    moment : {"forward", "backward"}
-        What goes on.
-    most : dict of str to int
-        By moment.
-    at : dict of str to OpRecord
-        During which operation that was.
-    """
+    """Bytes that are alive, and the most there have been."""
 
     live: int = 0
-    moment: str = "forward"
-    most: dict[str, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})
-    at: dict[str, OpRecord] = field(default_factory=dict)
+    moment: str = "forward"  #: What goes on: "forward" or "backward".
+    most: dict[str, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})  #: By moment.
+    at: dict[str, OpRecord] = field(default_factory=dict)  #: During which operation that was.
     holders: Counter[Storage] = field(default_factory=Counter)
     outside: set[Storage] = field(default_factory=set)
 
@@ -70,12 +58,6 @@ class Ledger:
             self.live -= storage.nbytes
             del self.holders[storage]
 
-    def copied(self) -> Ledger:
-        """The same bytes, alive for themselves."""
-        return replace(
-            self, most=dict(self.most), at=dict(self.at), holders=self.holders.copy(), outside=set(self.outside)
-        )
-
     def reach(self, extra: int, at: OpRecord) -> None:
         """During this operation so many bytes are allocated beside what is alive."""
         if self.live + extra > self.most[self.moment]:
@@ -93,14 +75,9 @@ class _Ran:
 
 
 class Simulation:
-    """Run a step; afterwards ``ledger`` has the peak of forward and backward, ``gradients`` those of leaves.
+    """Run a step, its loss last; ``ledger`` then has the peak of forward and backward, ``gradients`` those of leaves.
 
-    Parameters
-    ----------
-    records : sequence of OpRecord
-        The loss last.
-    ends : mapping
-        Lifetimes of the values, see :mod:`analysis.peak.lifetimes`.
+    ``ends``: lifetimes of the values, see :mod:`analysis.peak.lifetimes`.
     """
 
     def __init__(self, records: Sequence[OpRecord], ends: Lifetimes) -> None:
@@ -113,21 +90,8 @@ class Simulation:
         self.dying: defaultdict[int, list[int]] = defaultdict(list)
         for value, end in ends.items():
             self.dying[end].append(value)
-        self.begun = 0  # operations that have run
         self._carried: dict[str, Storage] = {}
         self._take_in_inputs()
-
-    def begin(self, count: int) -> None:
-        """Run the first operations, of which none is a segment or on the tape."""
-        self._forward(self.records[:count], [False] * count, 0)
-        self.begun = count
-
-    def continued(self, records: Sequence[OpRecord]) -> Simulation:
-        """A simulation that goes on from here with other records, of which those that have run are the same."""
-        other = copy.copy(self)
-        other.records, other.memory, other.ledger = records, self.memory.copied(), self.ledger.copied()
-        other.values, other.gradients, other.pending, other._carried = dict(self.values), {}, {}, {}
-        return other
 
     def gradients_before(self, gradients: Mapping[int, Storage]) -> None:
         """Gradients of leaves, by id of the value, that are there before the step, which adds to them."""
@@ -138,7 +102,7 @@ class Simulation:
         """Forward and backward."""
         self._carry_over()
         reached = backward_reaches(self.records)
-        ran = self._forward(self.records[self.begun :], reached[self.begun :], self.begun)
+        ran = self._forward(self.records, reached, 0)
         if not self.records or not self.records[-1].output.requires_grad:
             return
         self.ledger.moment = "backward"

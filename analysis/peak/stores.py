@@ -7,31 +7,23 @@ gradient itself is counted by the layer.
 from __future__ import annotations
 
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, permutations
+from itertools import islice, pairwise
 from typing import Any
 
 from analysis.peak.arrays import UFUNC_BUFFER
 from analysis.rules import tucker_costs
 from analysis.rules.layouts import Layout
 from analysis.rules.op_cost import Call
-from analysis.rules.stores import conv_sizes
-from lance_ref.algebra.kernels.threads import numba_enabled
-
-BLOCK_BYTES = 8 * 2**20
-"""Of activations that are worked on a few images at a time."""
-
-CONTRACTION_BYTES = 32 * 2**20
-"""Of the arrays between an output gradient and the weight gradient of a core."""
-
-LANES, MOST_PLACES = 64, 256
-"""Channels at a time of the loops for depthwise cores, and the places of the largest map where they run."""
-
-UNFOLDED_BYTES = 4 * 2**20
-"""Of a block of an unfolding."""
+from analysis.rules.stores import conv_sizes, sketch, tucker
+from lance_ref.algebra import projection_fast
+from lance_ref.algebra.geometry import WORKSPACE_BYTES as BLOCK_BYTES
+from lance_ref.algebra.kernels import threads
+from lance_ref.algebra.kernels.depthwise import LANES, MOST_PLACES
+from lance_ref.stores.core_and_factors import UNFOLDED_BYTES
+from lance_ref.stores.quantized import row_blocks
 
 Ranks = Sequence[int | None]
 
@@ -40,15 +32,19 @@ class Layer(ABC):
     """The exact products of a layer, as far as stores use them."""
 
     @abstractmethod
-    def input_workspace(self, g: Layout) -> int:
+    def forward_workspace(self, x: Layout | None) -> int:
+        """Bytes beside the result; a layout of None is that of a packed array."""
+
+    @abstractmethod
+    def input_workspace(self, g: Layout | None) -> int:
         """Bytes beside the input gradient."""
 
     @abstractmethod
-    def weight_workspace(self, g: Layout, x: Layout | None) -> int:
-        """Bytes beside the weight gradient; ``x`` is None for a packed input."""
+    def weight_workspace(self, g: Layout | None, x: Layout | None) -> int:
+        """Bytes beside the weight gradient."""
 
     @abstractmethod
-    def smaller(self, x: tuple[int, ...], weight: tuple[int, ...], out: tuple[int, ...]) -> int:
+    def smaller(self, x: tuple[int, ...], weight: tuple[int, ...]) -> int:
         """The same for the layer on packed arrays of other sizes."""
 
 
@@ -73,19 +69,17 @@ STORES: dict[str, StorePeak] = {}
 # ---- plain backpropagation, sketches, codes, patches -----------------------------------------
 
 
-def _exact_weight(call: Call, layer: Layer, g: Layout) -> int:
-    return layer.weight_workspace(g, call.inputs[0])
+STORES["exact"] = StorePeak(lambda call, layer: 0, lambda call, layer, g: layer.weight_workspace(g, call.inputs[0]))
 
 
-STORES["exact"] = StorePeak(lambda call, layer: 0, _exact_weight)
-
-
-def _sketch_rows(call: Call) -> int:
-    return max(round(call.record.attributes["store"]["ratio"] * call.record.inputs[0].shape[0]), 1)
+def _sketch_rows(call: Call) -> tuple[int, int]:
+    """(images of the batch, directions)."""
+    n = call.record.inputs[0].shape[0]
+    return n, sketch.directions(n, call.record.attributes["store"]["ratio"])
 
 
 def _sketch_save(call: Call, layer: Layer) -> int:
-    n, r = call.record.inputs[0].shape[0], _sketch_rows(call)
+    n, r = _sketch_rows(call)
     sketch = call.n_in // n * r
     return sketch * call.itemsize + max(_drawing(n, r, call.itemsize), sketch)  # is each number of it finite?
 
@@ -96,10 +90,10 @@ def _drawing(n: int, r: int, itemsize: int) -> int:
 
 
 def _sketch_weight(call: Call, layer: Layer, g: Layout) -> int:
-    n, r = call.record.inputs[0].shape[0], _sketch_rows(call)
-    (x, weight), out = (value.shape for value in call.record.inputs[:2]), call.record.output.shape
+    n, r = _sketch_rows(call)
+    x, weight = (value.shape for value in call.record.inputs[:2])
     sketched = call.n_out // n * r * call.itemsize
-    return sketched + max(_drawing(n, r, call.itemsize), layer.smaller((r, *x[1:]), weight, (r, *out[1:])))
+    return sketched + max(_drawing(n, r, call.itemsize), layer.smaller((r, *x[1:]), weight))
 
 
 STORES["sketch"] = StorePeak(_sketch_save, _sketch_weight)
@@ -107,11 +101,10 @@ STORES["sketch"] = StorePeak(_sketch_save, _sketch_weight)
 
 def _row_blocks(call: Call) -> tuple[int, int]:
     """Bytes of the images of a block as floats, and of those of the next one, which may be smaller; 0 without one."""
-    image = call.n_in // call.record.inputs[0].shape[0] * call.itemsize
-    least = 8 // call.record.attributes["store"]["bits"]
-    images = max(BLOCK_BYTES // image // least * least, least)
-    B = call.record.inputs[0].shape[0]
-    return min(images, B) * image, min(images, max(B - images, 0)) * image
+    x, bits = call.record.inputs[0], call.record.attributes["store"]["bits"]
+    images = [rows.stop - rows.start for rows in islice(row_blocks(x.shape, call.itemsize, bits), 2)]
+    first, second = (*images, 0)[:2]
+    return first * x.nbytes // x.shape[0], second * x.nbytes // x.shape[0]
 
 
 def _quantized_save(call: Call, layer: Layer) -> int:
@@ -130,9 +123,9 @@ def _buffer(call: Call, block: int) -> int:
 def _quantized_weight(call: Call, layer: Layer, g: Layout) -> int:
     """Of a block its images and as much again while they are made, the images before still there; or its products."""
     block, following = _row_blocks(call)
-    (x, weight), out = (value.shape for value in call.record.inputs[:2]), call.record.output.shape
+    x, weight = (value.shape for value in call.record.inputs[:2])
     images = max(1, block * x[0] // max(call.n_in * call.itemsize, 1))
-    products = layer.smaller((images, *x[1:]), weight, (images, *out[1:])) + call.record.inputs[1].nbytes
+    products = layer.smaller((images, *x[1:]), weight) + call.record.inputs[1].nbytes
 
     def made(nbytes: int) -> int:
         unpacked = 0 if call.record.attributes["store"]["bits"] == 8 else nbytes // call.itemsize
@@ -155,35 +148,8 @@ def chain(shape: Sequence[int], ranks: Ranks) -> tuple[int, int]:
     >>> chain((4, 10), (3, 1)), chain((4, 10), (None, None))  # 4 and 3 at the same time
     ((7, 3), (0, 0))
     """
-    elements = stages(shape, ranks)
+    elements = tucker_costs.cheapest_chain(shape, ranks)[1]
     return _at_a_time(elements), elements[-1] if elements else 0
-
-
-def stages(shape: Sequence[int], ranks: Ranks) -> list[int]:
-    """Elements after each mode product, in the cheapest order.
-
-    >>> stages((4, 10), (3, 1))
-    [4, 3]
-    """
-    sizes, elements = list(shape), []
-    for mode in cheapest_first(shape, ranks):
-        sizes[mode] = ranks[mode] or 0
-        elements.append(math.prod(sizes))
-    return elements
-
-
-def cheapest_first(shape: Sequence[int], ranks: Ranks) -> list[int]:
-    """The modes in the order of the cheapest chain."""
-    targets = [(mode, rank) for mode, rank in enumerate(ranks) if rank is not None]
-
-    def macs(order: Sequence[tuple[int, int]]) -> int:
-        sizes, total = list(shape), 0
-        for mode, rank in order:
-            total += math.prod(sizes) * rank
-            sizes[mode] = rank
-        return total
-
-    return [mode for mode, _ in min(permutations(targets), key=macs)]
 
 
 def projecting(shape: Sequence[int], ranks: Ranks, order: str = "auto") -> int:
@@ -229,21 +195,16 @@ def _in_one_pass(call: Call, ranks: Ranks, one_product: bool) -> bool:
     sizes = conv_sizes(call)
     depthwise = sizes.groups > 1 and call.record.inputs[1].shape[1] == 1
     two_modes = len(tucker_costs.contraction(sizes, ranks, one_product)[0]) == 4
-    return depthwise and two_modes and sizes.H_out * sizes.W_out <= MOST_PLACES and numba_enabled()
+    return depthwise and two_modes and sizes.H_out * sizes.W_out <= MOST_PLACES and threads.numba_enabled()
 
 
 def _loops(call: Call, ranks: Ranks) -> int:
     """What these loops lay out: some channels' plane, whole and after its first product, in each thread."""
     (C_out, _, k_h, k_w), (_, _, H_out, W_out) = call.record.inputs[1].shape, call.record.output.shape
     r3, r4 = tucker_costs.core_shape(call.record.inputs[0].shape, ranks)[2:]
-    half, _ = stages((H_out, W_out), (k_h * r3, k_w * r4))
+    half, _ = tucker_costs.cheapest_chain((H_out, W_out), (k_h * r3, k_w * r4))[1]
     elements = H_out * W_out + half + r3 * r4 + k_h * k_w + 1
-    return min(threads(), C_out) * LANES * elements * call.itemsize
-
-
-def threads() -> int:
-    """Threads of the compiled loops: ``LANCE_REF_THREADS``, or one per processor."""
-    return int(os.environ.get("LANCE_REF_THREADS") or len(os.sched_getaffinity(0)))
+    return min(threads._threads(), C_out) * LANES * elements * call.itemsize
 
 
 def _papers(call: Call, layer: Layer, ranks: Ranks) -> int:
@@ -258,7 +219,7 @@ def _papers(call: Call, layer: Layer, ranks: Ranks) -> int:
     wide = (None, None, None if ranks[2] is None else H, None if ranks[3] is None else W)
     making, Z2 = chain((slices, c, r3, r4), wide)
     several = Z2 if slices < r1 else 0
-    product = layer.smaller((slices, c, H, W), narrow, (slices, *out[1:])) // call.itemsize + math.prod(narrow)
+    product = layer.smaller((slices, c, H, W), narrow) // call.itemsize + math.prod(narrow)
     summing = Z1 + max(making + several, Z2 + product)
     if ranks[1] is None:
         return summing * call.itemsize
@@ -277,10 +238,10 @@ def _separable(call: Call, ranks: Ranks, one_product: bool) -> int:
     # of one output channel: its slice of the output gradient, then what each product gives
     (B, _, *places), wanted = tucker_costs.contraction(conv_sizes(call), ranks, one_product)
     slices = (B, 1, *places)
-    steps = [math.prod(slices), *stages(slices, wanted)]
+    steps = [math.prod(slices), *tucker_costs.cheapest_chain(slices, wanted)[1]]
     of_both = places[0] * (wanted[2] or 0) if len(places) == 1 else 0
     Z, narrow, wide = steps[-1], k_h * k_w * (width if ranks[1] is None else c), width * k_h * k_w
-    fit = CONTRACTION_BYTES // (max(_at_a_time(steps), 2 * Z) * call.itemsize)
+    fit = projection_fast.CONTRACTION_BYTES // (max(_at_a_time(steps), 2 * Z) * call.itemsize)
     late = narrow + (0 if ranks[1] is None else wide)  # and the gradient in the order of the weight
     if fit >= C_out:
         working = C_out * max(max(_at_a_time(steps[1:]), 2 * Z + narrow) - wide, late)
@@ -364,7 +325,7 @@ def _patch_weight(call: Call, layer: Layer, g: Layout) -> int:
     shape, ranks = _patches(call)
     C_out = call.record.inputs[1].shape[0]
     most, end = chain((shape[0], C_out, shape[1]), (ranks[0], None, ranks[1]))
-    narrow = 0 if ranks[2] is None else C_out * ranks[2]
+    narrow = 0 if ranks[2] is None or "update" in call.record.attributes else C_out * ranks[2]
     return (max(most, 2 * end) + narrow) * call.itemsize
 
 
@@ -378,17 +339,6 @@ STORES["patch-lance"] = StorePeak(_patch_save, _patch_weight, shared=lambda call
 
 
 # ---- HOSVD and ASI ---------------------------------------------------------------------------
-
-
-def _own_ranks(call: Call) -> list[int | None]:
-    """Ranks of the store, None for a mode of full rank."""
-    given = call.record.attributes["store"]["ranks"]
-    if given is None:
-        raise ValueError(
-            f"layer {call.record.path or '(root)'!r}: the ranks of its store are chosen at every step; expected the "
-            "records of a real step, or a store with given ranks"
-        )
-    return [None if r == n else r for n, r in zip(call.record.inputs[0].shape, given, strict=True)]
 
 
 def _unfolded(call: Call, mode: int) -> tuple[int, bool]:
@@ -413,12 +363,8 @@ def _hosvd_save(call: Call, layer: Layer) -> int:
     LAPACK's divide and conquer takes a Gram of n², results of n² and 2n² of work.
     """
     shape, store, item = call.record.inputs[0].shape, call.record.attributes["store"], call.itemsize
-    ranks = _own_ranks(call)
-    epsilon, selected = store.get("epsilon"), store.get("selected") or (True,) * len(shape)
-    chosen = [
-        r is not None if epsilon is None else epsilon < 1 and n > 1 and yes
-        for n, r, yes in zip(shape, ranks, selected, strict=True)
-    ]
+    ranks = tucker.own_ranks(call)
+    chosen, epsilon = tucker.decomposed(shape, ranks, store), store.get("epsilon")
     held = most = small = 0
     vectors = dict.fromkeys(range(len(shape)), 0)
     for mode in sorted((m for m, yes in enumerate(chosen) if yes), key=lambda m: shape[m]):
@@ -448,7 +394,7 @@ def _hosvd_save(call: Call, layer: Layer) -> int:
 
 def _asi_save(call: Call, layer: Layer) -> int:
     """One thin product and one QR decomposition per mode; the factors of the step before stay until then."""
-    shape, ranks, item = call.record.inputs[0].shape, _own_ranks(call), call.itemsize
+    shape, ranks, item = call.record.inputs[0].shape, tucker.own_ranks(call), call.itemsize
     held = most = 0
     for mode, (n, r) in enumerate(zip(shape, ranks, strict=True)):
         if r is None:
@@ -463,18 +409,13 @@ def _asi_save(call: Call, layer: Layer) -> int:
     return max(most, held + projecting(shape, ranks) * item)
 
 
-def _own_weight(call: Call, layer: Layer, g: Layout) -> int:
-    ranks = _own_ranks(call)
-    return core_gradient(call, layer, ranks)
-
-
 def _asi_carried(shape: tuple[int, ...], store: Mapping[str, Any]) -> int:
     """The factors, from which the iteration of the next step starts."""
     return sum(n * r for n, r in zip(shape, store["ranks"], strict=True) if r is not None and r < n)
 
 
-STORES["hosvd"] = StorePeak(_hosvd_save, _own_weight)
-STORES["asi"] = StorePeak(_asi_save, _own_weight, carried=_asi_carried)
+STORES["hosvd"] = StorePeak(_hosvd_save, lambda call, layer, g: core_gradient(call, layer, tucker.own_ranks(call)))
+STORES["asi"] = StorePeak(_asi_save, STORES["hosvd"].weight_gradient, carried=_asi_carried)
 
 
 # ---- the gradient filter ---------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from analysis.ranks.spectra_file import Spectra
 from analysis.rules.account import WEIGHTED, account
 from analysis.rules.calibration_costs import calibration_cost
 from analysis.rules.layouts import Memory as Layouts
-from analysis.rules.op_cost import cost_of
+from analysis.rules.op_cost import MAC_KINDS, cost_of
 from analysis.rules.recompute import flatten
 from analysis.steps.changes import retrained
 from analysis.steps.methods import METHODS, method_step
@@ -33,31 +33,23 @@ from lance_ref.engine.recording import OpRecord
 from lance_ref.nn.module import Module
 
 Ranks = tuple[int | None, ...]
-COUNTS = ("peak", "kept")
-MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
+COUNTS = ("peak", "kept", "program")
 
 
 @dataclass(frozen=True)
 class Device:
-    """How memory is counted.
+    """How memory is counted."""
 
-    Attributes
-    ----------
-    count : {"peak", "kept"}
-        "peak": the simulated peak of a step (:mod:`analysis.peak.memory`): batch, activations in flight, tape,
-        gradients, optimiser state, workspaces. "kept": tape, gradients and optimiser state as if all of
-        them were there at once, without activations in flight and workspaces, which another engine may do without.
-    weights : {"flash", "ram"}
-        "flash": of the parameters only those that train are in RAM; "ram": all of them, and the module buffers.
-    calibration : {"device", "elsewhere"}
-        "device": the Gram matrices have to fit too, beside the activations in flight of a forward pass.
-    optimizer : {"sgd", "sgd-momentum", "adam"}
-    """
-
+    #: "peak": the simulated peak of a step (:mod:`analysis.peak.memory`): batch, activations in flight, tape,
+    #: gradients, optimiser state, workspaces. "kept": tape, gradients and optimiser state as if all of them were there
+    #: at once, without activations in flight and workspaces, which another engine may do without. "program": the arena
+    #: of a device program, see :mod:`analysis.planner.device_costs`.
     count: str = "peak"
+    #: "flash": of the parameters only those that train are in RAM; "ram": all of them, and the module buffers.
     weights: str = "flash"
+    #: "device": the Gram matrices have to fit too, beside the activations in flight of a forward pass.
     calibration: str = "device"
-    optimizer: str = "sgd"
+    optimizer: str = "sgd"  #: {"sgd", "sgd-momentum", "adam"}
 
     def __post_init__(self) -> None:
         allowed = {
@@ -99,24 +91,9 @@ class Memory:
 
 
 class Costs:
-    """Costs of all candidates of one net, those asked for before remembered.
+    """Costs of all candidates of one net, which is tuned again and again; those asked for before are remembered.
 
-    Parameters
-    ----------
-    net : Module
-        Is tuned again and again.
-    name : str
-    input_shape : tuple of int
-        Without the batch.
-    device : Device
-    dtype : {"float32", "float64"}
-    spectra : Spectra, optional
-        Of every layer.
-
-    Attributes
-    ----------
-    layers : tuple of str
-        All that could be tuned, the classifier left out, in module order.
+    ``input_shape`` is without the batch; ``layers`` are all that could be tuned, the classifier left out.
     """
 
     def __init__(
@@ -131,25 +108,19 @@ class Costs:
         self.net, self.name, self.input_shape = net, name, input_shape
         self.device, self.dtype, self.spectra = device, dtype, spectra
         self.layers = lance_ref.tune(net, "all").layers
-        self.whole = lru_cache(maxsize=None)(self._whole)
+        for method in ("whole", "shapes", "ranks", "macs", "in_flight", "forward_macs", "trains", "runs"):
+            setattr(self, method, cache(getattr(self, method)))  # what this net's calls gave goes away with the net
+        self.memory = cache(self._memory)
         self.step = lru_cache(maxsize=4)(self._step)
-        self.shapes = lru_cache(maxsize=None)(self._shapes)
-        self.ranks = lru_cache(maxsize=None)(self._ranks)
-        self.memory = lru_cache(maxsize=None)(self._memory)
-        self.macs = lru_cache(maxsize=None)(self._macs)
-        self.in_flight = lru_cache(maxsize=None)(self._in_flight)
-        self.forward_macs = lru_cache(maxsize=None)(self._forward_macs)
-        self.trains = lru_cache(maxsize=None)(self._trains)
-        self.runs = lru_cache(maxsize=None)(self._runs)
         self._last: tuple[Any, MethodStep] | None = None
 
     # ---- the step ----------------------------------------------------------------------------
 
-    def _whole(self, batch: int) -> TracedStep:
+    def whole(self, batch: int) -> TracedStep:
         """Backpropagation through all layers."""
         return trace_step(self.net, self.name, self.input_shape, batch, "all", self.dtype)
 
-    def _runs(self, batch: int) -> str:
+    def runs(self, batch: int) -> str:
         """Why the net cannot run on such a batch; empty if it can."""
         try:
             self.whole(batch)
@@ -164,7 +135,7 @@ class Costs:
             lance_ref.tune(self.net, selection)
         return tuple(self.net.tuning.layers)
 
-    def _trains(self, layers: int) -> tuple[tuple[str, ...], frozenset[str]]:
+    def trains(self, layers: int) -> tuple[tuple[str, ...], frozenset[str]]:
         """Paths of so many layers from the last on, and the names of all parameters that train with them."""
         paths = self.tuned(layers)
         return paths, frozenset(name for name, parameter in self.net.named_parameters() if parameter.requires_grad)
@@ -175,7 +146,7 @@ class Costs:
         paths, trains = self.trains(layers)
         return replace(whole, records=retrained(whole.records, trains), tuned_layers=paths)
 
-    def _shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         """Input shape of every layer that could be tuned."""
         shapes: dict[str, tuple[int, ...]] = {}
         for record in flatten(self.whole(batch).records):
@@ -185,13 +156,17 @@ class Costs:
                     raise ValueError(f"layer {record.path!r} is called with inputs of several shapes")
         return shapes
 
-    def _ranks(self, option: Option, batch: int) -> dict[str, Ranks]:
+    def ranks(self, option: Option, batch: int) -> dict[str, Ranks]:
         """Ranks of every layer that could be tuned, as the cost model chooses them; empty for methods without."""
         if METHODS[option.method].ranks is None:
             return {}
         shapes = self.shapes(batch)
         ranks: dict[str, Ranks]
-        if option.fraction is not None:
+        if option.directions is not None:  # of channels alone; a layer with no more keeps its input as it is
+            number = option.directions
+            fewer = {path: number if number < shape[1] else None for path, shape in shapes.items()}
+            ranks = {path: (None, fewer[path], *[None] * (len(shape) - 2)) for path, shape in shapes.items()}
+        elif option.fraction is not None:
             ranks = {path: fraction_of(option.fraction, shape) for path, shape in shapes.items()}
         elif self.spectra is not None and option.epsilon is not None:
             ranks = {path: self.spectra.layers[path].ranks(option.epsilon, batch) for path in shapes}
@@ -202,10 +177,7 @@ class Costs:
     def changed(self, option: Option, layers: int, batch: int) -> MethodStep:
         """The step of a candidate.
 
-        Raises
-        ------
-        ValueError
-            If the method does not fit the net with so many layers, or this batch.
+        Raises ValueError if the method does not fit the net with so many layers, or this batch.
         """
         key = (option, layers, batch)
         if self._last is None or self._last[0] != key:
@@ -281,20 +253,20 @@ class Costs:
         weights = self._all_weights(records) if self.device.weights == "ram" else 0
         return grams + weights + (self.in_flight(batch) if self.device.count == "peak" else 0)
 
-    def _in_flight(self, batch: int) -> int:
+    def in_flight(self, batch: int) -> int:
         """The peak of a forward pass in which nothing trains: no candidate that runs the whole batch takes less."""
         records = retrained(self.whole(batch).records, ())
         return peak(records, lifetimes=self.whole(batch).lifetimes).forward_bytes
 
     # ---- work --------------------------------------------------------------------------------
 
-    def _macs(self, option: Option, layers: int, batch: int) -> int:
+    def macs(self, option: Option, layers: int, batch: int) -> int:
         """Multiply-adds of a step of a candidate, nominal ones of decompositions included."""
         changed = self.changed(option, layers, batch)
         bills = account(changed.records, None, changed.repeats)
         return sum(getattr(bill.cost, f"{kind}_macs") for bill in bills for kind in MAC_KINDS)
 
-    def _forward_macs(self, batch: int) -> int:
+    def forward_macs(self, batch: int) -> int:
         return sum(bill.cost.forward_macs for bill in account(self.whole(batch).records, None))
 
     def times_bp(self, option: Option, layers: int, batch: int) -> Fraction:

@@ -88,18 +88,7 @@ def whole_fidelity(shares: Mapping[str, float], kept: Mapping[str, Fidelity]) ->
 def layer_fidelity(
     option: Option, shape: tuple[int, ...], ranks: Ranks | None, spectra: LayerSpectra | None
 ) -> Fidelity | None:
-    """c_l of one layer that trains; None if it is not predicted.
-
-    Parameters
-    ----------
-    option : Option
-    shape : tuple of int
-        Of the layer's input, batch first.
-    ranks : tuple, optional
-        Of its modes, for an option that has ranks.
-    spectra : LayerSpectra, optional
-        Measured at any batch size.
-    """
+    """c_l of one layer that trains, with an input of this shape, batch first, at these ranks; None if not predicted."""
     method = METHODS[option.method]
     if not isinstance(method.fidelity, str):
         return Fidelity(*method.fidelity(shape, option.settings))
@@ -144,19 +133,10 @@ def tucker_fidelity(shares: list[float]) -> Fidelity:
 
 
 def layer_shares(kind: str, weights: Mapping[str, int]) -> dict[str, float]:
-    """w_l of every layer that could be tuned.
+    """w_l of every layer that could be tuned, whose numbers of weights are given.
 
-    Parameters
-    ----------
-    kind : str
-        "layers": the same for every layer; "parameters": in proportion to the weights; else a file, a JSON object
-        that has ‖g_l‖² (in any unit) of every layer.
-    weights : mapping of layer path to number of weights
-
-    Raises
-    ------
-    ValueError, OSError
-        In one line that names the file and what is wrong with it.
+    ``kind`` is "layers": the same for every layer; "parameters": in proportion to the weights; or a file, a JSON object
+    that has ‖g_l‖² (in any unit) of every layer. ValueError or OSError names the file and what is wrong with it.
 
     >>> layer_shares("parameters", {"a": 30, "b": 10})
     {'a': 0.75, 'b': 0.25}

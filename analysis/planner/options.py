@@ -21,23 +21,14 @@ ASSUMED_FRACTION = Fraction(1, 4)
 
 @dataclass(frozen=True)
 class Option:
-    """One method with its settings, for any number of layers and any batch.
+    """One method with its settings, for any number of layers and any batch."""
 
-    Attributes
-    ----------
-    method : str
-        One of :data:`analysis.steps.methods.METHODS`.
-    settings : Settings
-    epsilon : float, optional
-        Energy threshold of the ranks, for methods that have ranks.
-    fraction : Fraction, optional
-        Of each mode, in place of ``epsilon``.
-    """
-
-    method: str
+    method: str  #: One of :data:`analysis.steps.methods.METHODS`.
     settings: Settings = field(default_factory=Settings)
-    epsilon: float | None = None
-    fraction: Fraction | None = None
+    epsilon: float | None = None  #: Energy threshold of the ranks, for methods that have ranks.
+    fraction: Fraction | None = None  #: Of each mode, in place of ``epsilon``.
+    directions: int | None = None  #: Of channels alone, in place of ``epsilon``.
+    update: str = ""  #: Of a device program: after a ``batch`` or each ``image``; empty for a step of the library.
 
     @property
     def setting(self) -> str:
@@ -46,12 +37,14 @@ class Option:
         >>> Option("lance", epsilon=0.9).setting, Option("gradient-filter").setting, Option("bp").setting
         ('epsilon 0.9', 'patch 2', '')
         """
-        if self.epsilon is not None:
-            return f"epsilon {self.epsilon:g}"
+        ranks = "" if self.epsilon is None else f"epsilon {self.epsilon:g}"
         if self.fraction is not None:
-            return f"ranks {float(self.fraction):g}"
+            ranks = f"ranks {float(self.fraction):g}"
+        if self.directions is not None:
+            ranks = f"{self.directions} directions"
+        update = f"update {self.update}" if self.update else ""
         offered = [setting for setting in METHODS[self.method].settings if setting.grid is not None]
-        return ", ".join(filter(None, (of.shown(getattr(self.settings, of.name)) for of in offered)))
+        return ", ".join(filter(None, (ranks, update, *(of.shown(getattr(self.settings, of.name)) for of in offered))))
 
     @property
     def name(self) -> str:
@@ -66,14 +59,6 @@ def options_for(
     grids: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Option]:
     """Every method with every one of its settings, in the order of the register.
-
-    Parameters
-    ----------
-    methods : sequence of str
-    epsilons, fractions : sequence
-        Of methods that have ranks.
-    grids : mapping of setting to values, optional
-        Default: the grid of each setting.
 
     >>> [option.name for option in options_for(["int8", "lance"], [0.7], [Fraction(1, 2)])]
     ['int8', 'lance epsilon 0.7', 'lance ranks 0.5']
@@ -95,10 +80,7 @@ def options_for(
 def parse_bytes(text: str) -> int:
     """A budget: a number and a unit, ``B``, ``KiB``, ``MiB`` or ``GiB``; parts of a byte are dropped.
 
-    Raises
-    ------
-    ValueError
-        For anything else: signs, exponents, NaN, decimal units, no unit, nothing at all.
+    Raises ValueError for anything else: signs, exponents, NaN, decimal units, no unit, nothing at all.
 
     >>> parse_bytes("256KiB"), parse_bytes("0.5 MiB")
     (262144, 524288)
@@ -116,10 +98,7 @@ def parse_bytes(text: str) -> int:
 def parse_times(text: str) -> Fraction:
     """A limit relative to backpropagation: ``1.5x`` or ``1.5``.
 
-    Raises
-    ------
-    ValueError
-        For anything that is no positive number.
+    Raises ValueError for anything that is no positive number.
 
     >>> parse_times("1.5x")
     Fraction(3, 2)
@@ -140,16 +119,3 @@ def parse_fraction_of_modes(text: str) -> Fraction:
     if match is None or not 0 < Fraction(text) <= 1:
         raise ValueError(f"--ranks is {text[:60]!r}, expected fractions of each mode in (0, 1], like 0.25")
     return Fraction(text)
-
-
-def check_lists(batches: Sequence[int], epsilons: Sequence[float]) -> None:
-    """Raise ValueError unless these are batch sizes and energy thresholds, each once."""
-    for batch in batches:
-        if isinstance(batch, bool) or not isinstance(batch, int) or not 0 < batch < 2**20:
-            raise ValueError(f"--batch is {batch}, expected integers from 1 to {2**20 - 1}")
-    for value in epsilons:
-        if not 0 < value <= 1:
-            raise ValueError(f"--epsilon is {value}, expected numbers in (0, 1]")
-    for name, given in (("--batch", batches), ("--epsilon", epsilons)):
-        if not given or len(set(given)) < len(given):
-            raise ValueError(f"{name} is {list(given)}, expected at least one value, each once")

@@ -25,23 +25,15 @@ SHOWN_DIGITS = 3
 
 @dataclass(frozen=True)
 class Candidate:
-    """One option with so many layers and such a batch, and what it takes.
-
-    Attributes
-    ----------
-    fidelity : Fidelity or None
-        None: not predicted.
-    over_bytes : int
-        Beyond the budget; 0 if it fits.
-    """
+    """One option with so many layers and such a batch, and what it takes."""
 
     option: Option
     layers: int
     batch: int
-    fidelity: Fidelity | None
+    fidelity: Fidelity | None  #: None: not predicted.
     memory: Memory
     times_bp: Fraction
-    over_bytes: int
+    over_bytes: int  #: Beyond the budget; 0 if it fits.
     too_much_work: bool
 
     @property
@@ -52,56 +44,34 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for one option.
-
-    Attributes
-    ----------
-    best : Candidate or None
-        The most faithful that fits (the one with most layers, where that is not predicted), of equals the one with the
-        largest batch.
-    layers : dict of batch to int or None
-        The most layers that fit; None if not even one does (of a method for which layers do not matter: if it does
-        not fit).
-    next : Candidate or None
-        The one that does not fit and comes first: one layer more than ``best``; if nothing fits, the one that takes
-        least. None where all layers fit.
-    note : str
-        Why it could not be tried, or why its fidelity is not predicted.
-    """
+    """What was found for one option."""
 
     option: Option
+    #: The most faithful that fits (the one with most layers, where that is not predicted), of equals the one with the
+    #: largest batch.
     best: Candidate | None
+    #: The most layers that fit; None if not even one does (of a method for which layers do not matter: if it does not
+    #: fit).
     layers: Mapping[int, int | None]
+    #: The one that does not fit and comes first: one layer more than ``best``; if nothing fits, the one that takes
+    #: least. None where all layers fit.
     next: Candidate | None
-    note: str = ""
+    note: str = ""  #: Why it could not be tried, or why its fidelity is not predicted.
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer; see :func:`search`.
+    """The answer; see :func:`search`."""
 
-    Attributes
-    ----------
-    rows : tuple of Row
-        Those that fit, the most faithful first, those whose fidelity is not predicted before those with 0.000; then
-        those that do not fit, by what is missing.
-    paths : tuple of str
-        The layers that could be tuned.
-    tried : int
-        Candidates whose memory was worked out.
-    skipped : mapping
-        Batch sizes that the net cannot run on, and why.
-    facts : mapping
-        For the heading.
-    """
-
+    #: Those that fit, the most faithful first, those whose fidelity is not predicted before those with 0.000; then
+    #: those that do not fit, by what is missing.
     rows: tuple[Row, ...]
     budget: int
     flops_at_most: Fraction | None
-    paths: tuple[str, ...]
-    tried: int = 0
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    facts: Mapping[str, str] = field(default_factory=dict)
+    paths: tuple[str, ...]  #: The layers that could be tuned.
+    tried: int = 0  #: Candidates whose memory was worked out.
+    skipped: Mapping[str, str] = field(default_factory=dict)  #: Batch sizes that the net cannot run on, and why.
+    facts: Mapping[str, str] = field(default_factory=dict)  #: For the heading.
 
     @property
     def fitting(self) -> tuple[Row, ...]:
@@ -129,9 +99,6 @@ def search(
 
     Parameters
     ----------
-    costs : Costs
-    options : sequence of Option
-    batches : sequence of int
     budget : int
         Bytes of RAM.
     flops_at_most : Fraction, optional
@@ -139,12 +106,7 @@ def search(
     shares : str
         See :func:`analysis.planner.fidelity.layer_shares`.
     most_layers : int, optional
-        To try; all by default. Fidelity is about all layers in any case.
-
-    Raises
-    ------
-    ValueError
-        If ``most_layers`` is not a number of layers of the net.
+        To try, of the layers of the net; all by default. Fidelity is about all layers in any case.
     """
     count = len(costs.layers)
     if not count:
@@ -253,21 +215,19 @@ class _Finder:
 
     def _most_layers(self, option: Option, batch: int, most: int, guess: int) -> int:
         """The largest number of layers that fits, 0 if none does; ``guess`` is tried before bisection."""
-        if self._hopeless(option, batch):
-            return 0
+        whole_batch = not METHODS[option.method].parts and self.costs.device.count == "peak"
+        if whole_batch and self.costs.in_flight(batch) > self.budget:
+            return 0  # not even the forward pass of the whole batch fits
         try:
             n = self._bisect(option, batch, most, guess)
         except ValueError as error:  # some numbers of layers cannot be had, others may
             self.reason = str(error)
-            return next((n for n in range(most, 0, -1) if self._fits_somehow(option, n, batch)), 0)
+            tried = ((n, self._try(option, n, batch)) for n in range(most, 0, -1))
+            return next((n for n, candidate in tried if candidate is not None and candidate.fits), 0)
         if self.flops_at_most is not None:
-            n = next((k for k in range(n, 0, -1) if self._cheap_enough(option, k, batch)), 0)
+            cheap = (k for k in range(n, 0, -1) if self._times_bp(option, k, batch) <= self.flops_at_most)
+            n = next(cheap, 0)
         return n
-
-    def _hopeless(self, option: Option, batch: int) -> bool:
-        """Whether not even the forward pass of the whole batch fits."""
-        whole_batch = not METHODS[option.method].parts and self.costs.device.count == "peak"
-        return whole_batch and self.costs.in_flight(batch) > self.budget
 
     def _bisect(self, option: Option, batch: int, most: int, guess: int) -> int:
         low, high = 0, most + 1  # low fits (nothing does), high does not
@@ -282,13 +242,8 @@ class _Finder:
     def _fits_in_memory(self, option: Option, layers: int, batch: int) -> bool:
         return self.costs.memory(option, layers_of(option)(layers), batch).total <= self.budget
 
-    def _cheap_enough(self, option: Option, layers: int, batch: int) -> bool:
-        times = self.costs.times_bp(option, layers_of(option)(layers), batch)
-        return self.flops_at_most is None or times <= self.flops_at_most
-
-    def _fits_somehow(self, option: Option, layers: int, batch: int) -> bool:
-        candidate = self._try(option, layers, batch)
-        return candidate is not None and candidate.fits
+    def _times_bp(self, option: Option, layers: int, batch: int) -> Fraction:
+        return self.costs.times_bp(option, layers_of(option)(layers), batch)
 
     def _try(self, option: Option, layers: int, batch: int) -> Candidate | None:
         try:

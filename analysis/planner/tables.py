@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = 1
+PARTS = ("step", "gradients", "optimizer_state", "factors", "weights", "calibration", "total")
 KIB = 2**10
 NAMED = 4
 """Methods beside the first whose settings the answer states; the table has all of them."""
@@ -27,33 +26,33 @@ MEANING = (
     "keeps. 'at least': what is certain of that energy on the images measured. It is about one step's gradient, "
     "not about accuracy."
 )
+WEIGHTS = {"flash": "weights that do not train in flash", "ram": "all weights and buffers in RAM"}
 COUNTED = {
     "peak": "memory: the simulated peak of a step (batch, activations in flight, tape, gradients, optimiser state, "
     "workspaces)",
     "kept": "memory: what is kept (tape, gradients and optimiser state, all at once), without activations in flight "
     "and workspaces",
+    "program": "memory: the arena of a device program (image, maps, cores, gradients), beside the weights that train; "
+    "factors in flash; one image at a time, so that the batch is 1 here: the gradients of a batch of any size are "
+    "added up, or every image is an update",
 }
 
 
 def render(plan: Plan, device: Device, across: int | None = None) -> str:
     """The whole plan as plain text, lines at most ``across`` characters long (100)."""
-    return console.as_text(_drawn(plan, device), across)
+    return console.as_text(drawn(plan, device), across)
 
 
-def show(plan: Plan, device: Device) -> None:
-    """Print the plan: in colour to a terminal unless ``NO_COLOR`` is set, as plain text to a pipe."""
-    console.show(_drawn(plan, device))
-
-
-def _drawn(plan: Plan, device: Device) -> Callable[[Console], None]:
+def drawn(plan: Plan, device: Device) -> Callable[[Console], None]:
     """Prints all of it to a rich console."""
+    calibrated = "calibrated on the device" if device.calibration == "device" else "calibrated elsewhere"
     limit = "" if plan.flops_at_most is None else f", at most {float(plan.flops_at_most):g}x backpropagation's FLOPs"
 
     def draw(on: Console) -> None:
         say(on, f"{plan.facts.get('net', '')}: {_kib(plan.budget)} KiB of RAM{limit}")
         say(on, conclusion(plan))
         say(on, f"ranks from: {plan.facts.get('ranks', '')}")
-        say(on, f"{COUNTED[device.count]}; optimiser {device.optimizer}; {_weights(device)}; {_calibrated(device)}")
+        say(on, f"{COUNTED[device.count]}; optimiser {device.optimizer}; {WEIGHTS[device.weights]}; {calibrated}")
         say(on, MEANING.format(count=len(plan.paths), shares=plan.facts.get("shares", "")))
         if plan.fitting:
             on.print(_fitting(plan, device))
@@ -132,14 +131,6 @@ def _what(candidate: Candidate, plan: Plan) -> str:
     return f"{f'all {count} layers, ' if candidate.layers == count else which}batch {candidate.batch}"
 
 
-def _weights(device: Device) -> str:
-    return "weights that do not train in flash" if device.weights == "flash" else "all weights and buffers in RAM"
-
-
-def _calibrated(device: Device) -> str:
-    return "calibrated on the device" if device.calibration == "device" else "calibrated elsewhere"
-
-
 # ---- tables ----------------------------------------------------------------------------------
 
 
@@ -207,13 +198,7 @@ def to_json(plan: Plan, device: Device) -> dict[str, Any]:
         "ranks_from": plan.facts.get("ranks", ""),
         "fidelity": MEANING.format(count=len(plan.paths), shares=plan.facts.get("shares", "")),
         "memory": COUNTED[device.count],
-        "device": {
-            "budget_bytes": plan.budget,
-            "count": device.count,
-            "weights": device.weights,
-            "calibration": device.calibration,
-            "optimizer": device.optimizer,
-        },
+        "device": {"budget_bytes": plan.budget, **vars(device)},
         "flops_at_most": None if plan.flops_at_most is None else float(plan.flops_at_most),
         "layers": list(plan.paths),
         "answer": conclusion(plan),
@@ -245,13 +230,7 @@ def _candidate_json(c: Candidate) -> dict[str, Any]:
         "fidelity": None if of is None else of.estimate,
         "fidelity_at_least": None if of is None else of.least,
         "fidelity_at_most": None if of is None else of.most,
-        "step_bytes": m.step,
-        "gradients_bytes": m.gradients,
-        "optimizer_state_bytes": m.optimizer_state,
-        "factors_bytes": m.factors,
-        "weights_bytes": m.weights,
-        "calibration_bytes": m.calibration,
-        "total_bytes": m.total,
+        **{f"{name}_bytes": getattr(m, name) for name in PARTS},
         "over_bytes": c.over_bytes,
         "flops_over_bp": float(c.times_bp),
         "too_much_work": c.too_much_work,
@@ -273,9 +252,5 @@ def csv_text(plan: Plan) -> str:
         }
         for row, c in shown
     ]  # fmt: skip
-    text = io.StringIO()
     names = dict.fromkeys(name for line in lines for name in line if name != "note")
-    writer = csv.DictWriter(text, [*names, "note"], restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return console.csv_text(lines, [*names, "note"])

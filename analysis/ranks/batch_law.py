@@ -44,24 +44,10 @@ def fit_batch_law(energies: np.ndarray) -> tuple[float, float]:
 
 
 def batch_spectrum(energies: np.ndarray, n: int) -> np.ndarray:
-    """The batch-mode spectrum to expect at batch size ``n``, from one measured at another.
+    """The batch-mode spectrum to expect at batch size ``n``, descending, from one measured at another.
 
-    Parameters
-    ----------
-    energies : (n_measured,) array
-        Eigenvalues of the measured batch-mode Gram matrix, summed or averaged over batches.
-    n : int
-        Batch size wanted, for the same number of batches.
-
-    Returns
-    -------
-    (n,) array, descending
-        Its trace is n·(v + m).
-
-    Raises
-    ------
-    ValueError
-        If a single measured image a batch leaves v and m unknown, and ``n`` is larger than that.
+    ``energies`` are eigenvalues of the measured Gram matrix, summed or averaged over batches; the trace of the result
+    is n·(v + m). ValueError if a single measured image a batch leaves v and m unknown, and ``n`` is larger than that.
     """
     measured = np.sort(energies)[::-1]
     if n == measured.size:

@@ -41,23 +41,10 @@ def choose_ranks(
 ) -> RankChoice:
     """Ranks for the tuned layers: those given, else from spectra, else a quarter of each mode.
 
-    Parameters
-    ----------
-    shapes : mapping
-        Input shape of each tuned layer.
-    net, input_shape
-        Which net it is, and the shape of one input, for looking up the shipped spectra.
-    epsilon : float
-        Energy threshold for ranks from spectra.
-    given : str, optional
-        What ``--ranks`` says.
-    spectra : str, optional
-        What ``--spectra`` says: a file.
+    ``net`` and ``input_shape`` find the shipped spectra; ``given`` is what ``--ranks`` says, ``spectra`` the file of
+    ``--spectra``.
 
-    Raises
-    ------
-    ValueError, OSError
-        In one line that names what came and what is allowed.
+    Raises ValueError or OSError in one line that names what came and what is allowed.
     """
     for name, shape in shapes.items():
         if len(shape) not in MODE_NAMES:
@@ -110,10 +97,7 @@ def mean_free(ranks: Mapping[str, Ranks], shapes: Shapes) -> dict[str, Ranks]:
 def shipped_spectra(net: str, input_shape: tuple[int, ...]) -> Path | None:
     """The file of spectra that comes with the package for this net and input; None where none was ever measured.
 
-    Raises
-    ------
-    FileNotFoundError
-        If it should be there and is not.
+    Raises FileNotFoundError if it should be there and is not.
     """
     name = SHIPPED.get((net, tuple(input_shape)))
     return None if name is None else shipped(name)

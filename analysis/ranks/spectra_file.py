@@ -33,18 +33,10 @@ MODE_NAMES = {
 
 @dataclass(frozen=True)
 class LayerSpectra:
-    """One layer's measured spectra.
+    """One layer's measured spectra."""
 
-    Attributes
-    ----------
-    shape : tuple of int
-        Of the activation that was measured, batch first.
-    energies : tuple of arrays
-        Eigenvalues of each mode's Gram matrix, descending.
-    """
-
-    shape: tuple[int, ...]
-    energies: tuple[np.ndarray, ...]
+    shape: tuple[int, ...]  #: Of the activation that was measured, batch first.
+    energies: tuple[np.ndarray, ...]  #: Eigenvalues of each mode's Gram matrix, descending.
 
     def ranks(self, epsilon: float, batch: int) -> tuple[int, ...]:
         """Rank of each mode at a batch size, by energy; see :mod:`analysis.ranks.batch_law`."""
@@ -82,17 +74,14 @@ class Spectra:
         layers = []
         for name, layer in self.layers.items():
             modes = zip(MODE_NAMES[len(layer.shape)], layer.energies, strict=True)
-            rows = [f"  {json.dumps(mode)}: [{', '.join(_shares(energies))}]" for mode, energies in modes]
+            shares = [(mode, ", ".join(f"{share:.6g}" for share in of / of.sum())) for mode, of in modes]
+            rows = [f"  {json.dumps(mode)}: [{listed}]" for mode, listed in shares]
             shape = f'  "shape": {json.dumps(list(layer.shape))}'
             layers.append(f" {json.dumps(name)}: {{\n" + ",\n".join([shape, *rows]) + "}")
         lines.append('"layers": {\n' + ",\n".join(layers) + "}")
         plain = "{" + ",\n".join(lines)
         seal = sealed(json.loads(plain + "}"))[SEAL]
         write_text(path, f"{plain},\n{json.dumps(SEAL)}: {json.dumps(seal)}}}\n")
-
-
-def _shares(energies: np.ndarray) -> list[str]:
-    return [f"{share:.6g}" for share in energies / energies.sum()]
 
 
 def load_spectra(path: str | os.PathLike[str]) -> Spectra:

@@ -26,32 +26,16 @@ MOST_TASKS = 10_000
 
 @dataclass(frozen=True)
 class TaskBill:
-    """One learner's cost of one task.
+    """One learner's cost of one task."""
 
-    Attributes
-    ----------
-    learner : str
-        One of :data:`LEARNERS`.
-    task : int
-        From 0.
-    tape_bytes : int
-        Kept between forward and backward pass.
-    beside_bytes : int
-        What every step needs in memory beside network and tape: GPM's bases (float32), LANCE's factors.
-    flash_bytes : int
-        Kept after the task for the next one: the bases (float64).
-    step_macs : int
-        Multiply-adds of one step.
-    between_macs : int
-        Before and after the task: calibration and protected directions, with the forward passes that they need.
-    """
-
-    learner: str
-    task: int
-    tape_bytes: int
+    learner: str  #: One of :data:`LEARNERS`.
+    task: int  #: From 0.
+    tape_bytes: int  #: Kept between forward and backward pass.
+    #: What every step needs in memory beside network and tape: GPM's bases (float32), LANCE's factors.
     beside_bytes: int
-    flash_bytes: int
-    step_macs: int
+    flash_bytes: int  #: Kept after the task for the next one: the bases (float64).
+    step_macs: int  #: Multiply-adds of one step.
+    #: Before and after the task: calibration and protected directions, with the forward passes that they need.
     between_macs: int
 
     @property
@@ -70,7 +54,7 @@ class TaskBill:
 def bills(
     step: TracedStep, tasks: int, protected: float = 0.5, rank_fraction: float = 0.25, basis_batches: int = 10
 ) -> list[TaskBill]:
-    """The cost of every task for every learner of :data:`LEARNERS`.
+    """The cost of every task for every learner of :data:`LEARNERS`, by learner and task.
 
     Parameters
     ----------
@@ -86,16 +70,6 @@ def bills(
         are still free; rounded up.
     basis_batches : int
         Batches from which directions are found, before and after each task.
-
-    Returns
-    -------
-    list of TaskBill
-        By learner, then by task.
-
-    Raises
-    ------
-    ValueError
-        If a number is out of range, or a tuned convolution has groups, which task subspaces do not take.
     """
     if not 2 <= tasks <= MOST_TASKS:
         raise ValueError(f"tasks is {tasks}, expected at least 2 and at most {MOST_TASKS}")
@@ -126,18 +100,10 @@ def task_bill(
     ranks: Mapping[str, Ranks],
     basis_batches: int,
 ) -> TaskBill:
-    """The cost of one task.
+    """The cost of one task, from the records of one step with all layers exact.
 
-    Parameters
-    ----------
-    records : sequence of OpRecord
-        One step of the network, all layers exact.
-    layers : mapping of str to (int, int)
-        (n, C_out) of each protected layer, as :func:`protected_layers` gives.
-    during, after : mapping of str to int
-        Directions protected while the task is learned, and afterwards.
-    ranks : mapping of str to tuple
-        LANCE's ranks for the layer's input, or its patches.
+    ``layers`` are those of :func:`protected_layers`; ``during`` and ``after`` count the directions that are protected
+    while the task is learned and afterwards; ``ranks`` are LANCE's for a layer's input, or its patches.
     """
     batch = records[0].inputs[0].shape[0]
     exact = bill([records])

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from analysis.rules.account import WEIGHTED, account
+from analysis.rules.op_cost import MAC_KINDS, weight_of
 from analysis.rules.protection_costs import calibration_macs, gram_macs, update_macs
+from analysis.rules.subspace import extra_macs, merging_macs, update_of
 from lance_ref.continual.learners import Recipe
 from lance_ref.continual.scenario import Scenario
 from lance_ref.engine.recording import OpRecord
 
-MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
 LABEL_BYTES = 2
 LANCE_MODES = {"lance": (True, True), "lance-no-batch": (False, True)}
 """Whether batch and token are compressed; the feature mode always is."""
@@ -29,23 +30,27 @@ def bill(passes: Sequence[Sequence[OpRecord]]) -> dict[str, Any]:
     -------
     dict
         ``tape_bytes`` of the largest pass, ``step_macs`` by kind, ``factor_bytes`` of the fixed factors, and of the
-        first pass ``forward_macs`` and the inputs of its ``layers`` by path.
+        first pass ``forward_macs``, of whole weights, and the inputs of its ``layers`` by path. Where layers train in
+        the subspace also ``merging_macs``, of writing their weights down after the task.
     """
     bills = [account(records, None) for records in passes]
     macs = {kind: sum(getattr(b.cost, f"{kind}_macs") for each in bills for b in each) for kind in MAC_KINDS}
     layers = {record.path: _input(record) for each in passes[:1] for record in each if record.op in WEIGHTED}
+    updated = [record for each in passes[:1] for record in each if update_of(record) is not None]
+    merging = {"merging_macs": sum(map(merging_macs, updated))} if updated else {}
     return {
         "tape_bytes": max((sum(b.tape_bytes for b in each) for each in bills), default=0),
         "step_macs": macs,
         "factor_bytes": sum(b.subspace_bytes for each in bills[:1] for b in each),
-        "forward_macs": sum(b.cost.forward_macs for each in bills[:1] for b in each),
+        "forward_macs": sum(b.cost.forward_macs for each in bills[:1] for b in each) - sum(map(extra_macs, updated)),
         "layers": layers,
+        **merging,
     }
 
 
 def _input(record: OpRecord) -> dict[str, Any]:
     """Of a layer's input: ``n``, its ``tokens`` L (None for vectors), and whether it is seen as ``patches``."""
-    n = math.prod(record.inputs[1].shape[1:])
+    n = math.prod(weight_of(record).shape[1:])
     if record.op == "conv2d":
         return {"n": n, "tokens": math.prod(record.output.shape[2:]), "patches": True}
     between = record.inputs[0].shape[1:-1]
@@ -62,20 +67,9 @@ def predict(
 ) -> dict[str, Any]:
     """What task t takes beside the tape, from shapes alone.
 
-    Parameters
-    ----------
-    learner : str
-    t : int
-    history : sequence of dict
-        What the run noted of each task: shapes of the bases during and after it, layers that stood still, the bill.
-    scenario, recipe
-    outputs : mapping of str to int
-        C_out of each layer.
-
-    Notes
-    -----
-    M is 4·n·m bytes in memory, as float32, and 8·n·m between tasks. GPM's projection G − (G M) Mᵀ of a gradient
-    (C_out, n) takes 2·C_out·n·m multiply-adds at every step.
+    ``history`` is what the run noted of each task: shapes of the bases during and after it, layers that stood still,
+    the bill. ``outputs`` has C_out of each layer. M is 4·n·m bytes in memory, as float32, and 8·n·m between tasks.
+    GPM's projection G − (G M) Mᵀ of a gradient (C_out, n) takes 2·C_out·n·m multiply-adds at every step.
     """
     done = history[t]
     macs = dict(done["predicted"]["step_macs"])
@@ -95,6 +89,7 @@ def predict(
     if learner == "gpm" or learner in LANCE_MODES:
         flash = sum(8 * n * m for n, m in done["after"]["protected"].values())
         after = after_macs(done, batches, recipe.batch_size, step)
+        after["forward"] += done["predicted"].get("merging_macs", 0)
     first = scenario.tasks[0].train
     image = math.prod(first.shape) * first.images.itemsize
     sizes = [len(task.train) for task in scenario.tasks]

@@ -27,6 +27,8 @@ def footnotes(report: Report) -> list[str]:
 def orders(report: Report) -> list[str]:
     """The orders in which LANCE's weight gradients are contracted, each with its layers; for a wide report."""
     layers: dict[str, list[str]] = {}
+    if report.settings.get("lance", {}).get("update"):  # other gradients, of D
+        return []
     for row in report.rows:
         ranks = row.methods["lance"].ranks if "lance" in row.methods else None
         if row.op == "conv2d" and ranks is not None and row.weight_shape is not None:

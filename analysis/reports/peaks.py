@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from analysis.peak.lifetimes import Lifetimes, renumbered
 from analysis.peak.memory import Peak, parameters_bytes, peak_of
 from analysis.peak.simulation import Simulation
-from analysis.rules.layouts import Storage, backward_reaches
-from analysis.rules.recompute import OP as SEGMENT
+from analysis.rules.layouts import Storage
 from analysis.rules.recompute import flatten
 from analysis.steps.changes import numbers
 from analysis.steps.methods import METHODS
@@ -19,59 +18,22 @@ from lance_ref.engine.recording import OpRecord
 
 
 def peaks(step: TracedStep, steps: Mapping[str, MethodStep], optimizer: str) -> dict[str, Peak]:
-    """The peak of one step, by method.
+    """The peak of one step by method, where ``step`` is plain backpropagation and ``steps`` is what each method runs.
 
-    Parameters
-    ----------
-    step : TracedStep
-        Plain backpropagation of the net, as it was traced.
-    steps : mapping of method to MethodStep
-        What each method runs.
-    optimizer : str
-        Whose state counts.
-
-    Notes
-    -----
-    Of a step in parts, the peak is that of the second part, when the gradients of the first are there; the images of
-    the other parts are not counted.
-
-    Tensors live as long as the net's own ``forward`` names them; where a method runs other operations, as long as in
-    that method's forward pass.
+    Of a step in parts it is the peak of the second part, when the gradients of the first are there; the images of the
+    other parts are not counted. Tensors live as long as the net's own ``forward`` names them; where a method runs other
+    operations, as long as in that method's forward pass.
     """
     parameters = parameters_bytes(step.net.parameters())
-    alike = [changed.records for name, changed in steps.items() if METHODS[name].runs is None]
-    start = _common_start(alike, step.lifetimes) if alike else None
     found = {}
     for name, changed in steps.items():
-        if start is not None and METHODS[name].runs is None:
-            simulation = start.continued(changed.records)
-        else:
-            simulation = Simulation(changed.records, _lifetimes(step, name, changed))
+        plain = METHODS[name].runs is None
+        simulation = Simulation(changed.records, step.lifetimes if plain else _lifetimes(step, name, changed))
         if changed.repeats > 1:
             simulation.gradients_before(_gradients(changed.records))
         simulation.run()
         found[name] = peak_of(simulation, optimizer, parameters)
     return found
-
-
-def _common_start(steps: Sequence[list[OpRecord]], ends: Lifetimes) -> Simulation:
-    """A simulation of the operations before the first that is on the tape of one of these steps, or differs in them.
-
-    Those are the frozen layers of a net, the same under every method.
-    """
-    first = steps[0]
-    count = min(_frozen_start(first, records) for records in steps)
-    simulation = Simulation(first, ends)
-    simulation.begin(count)
-    return simulation
-
-
-def _frozen_start(first: Sequence[OpRecord], records: Sequence[OpRecord]) -> int:
-    """With how many operations that are on nobody's tape both steps begin."""
-    for i, (one, other, on_tape) in enumerate(zip(first, records, backward_reaches(records), strict=True)):
-        if one is not other or on_tape or one.op == SEGMENT:
-            return i
-    return len(records)
 
 
 def _gradients(records: Sequence[OpRecord]) -> dict[int, Storage]:

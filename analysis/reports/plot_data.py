@@ -26,10 +26,7 @@ FRACTIONS = tuple(Fraction(n, 16) for n in range(1, 17))
 def at_batch(step: TracedStep, batch: int) -> TracedStep:
     """The same training step with that many images, traced anew.
 
-    Raises
-    ------
-    ValueError
-        If the net does not run on so many, or was changed since ``step`` was traced.
+    Raises ValueError if the net does not run on so many, or was changed since ``step`` was traced.
     """
     if batch == step.batch:
         return step
@@ -85,48 +82,26 @@ def _stated(choice: RankChoice, shapes: Shapes) -> str:
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the ranks of all tuned layers.
+    """One setting of the ranks of all tuned layers."""
 
-    Attributes
-    ----------
-    setting : float
-        The energy threshold, or the fraction of each mode.
-    bytes : int
-        Tape and factors of the whole step.
-    at_least, at_most : float
-        Shares in [0, 1] of the energy of the activations, the mean over the layers: what these ranks certainly keep,
-        1 − Σₘ(1 − eₘ), and what they cannot exceed, minₘ eₘ, where mode m alone keeps eₘ. Without spectra both are
-        the share of each mode's directions.
-    """
-
-    setting: float
-    bytes: int
+    setting: float  #: The energy threshold, or the fraction of each mode.
+    bytes: int  #: Tape and factors of the whole step.
+    #: Shares in [0, 1] of the energy of the activations, the mean over the layers: what these ranks certainly keep, 1 −
+    #: Σₘ(1 − eₘ), and what they cannot exceed, minₘ eₘ, where mode m alone keeps eₘ. Without spectra both are the share
+    #: of each mode's directions.
     at_least: float
     at_most: float
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """What can be kept in how many bytes.
-
-    Attributes
-    ----------
-    method : str
-    points : tuple of Point
-        By bytes; none of them takes more bytes than another and keeps no more.
-    source : str or None
-        Where the spectra are from; None: there are none, and points are fractions of each mode.
-    bp_bytes : int
-        Tape of plain backpropagation.
-    chosen : Point or None
-        The prediction's own ranks, where it has any; it has no setting (NaN).
-    """
+    """What can be kept in how many bytes."""
 
     method: str
-    points: tuple[Point, ...]
-    source: str | None
-    bp_bytes: int
-    chosen: Point | None
+    points: tuple[Point, ...]  #: By bytes; none of them takes more bytes than another and keeps no more.
+    source: str | None  #: Where the spectra are from; None: there are none, and points are fractions of each mode.
+    bp_bytes: int  #: Tape of plain backpropagation.
+    chosen: Point | None  #: The prediction's own ranks, where it has any; it has no setting (NaN).
 
 
 def energy_frontier(prediction: Prediction, method: str = "lance") -> Frontier:
@@ -134,7 +109,6 @@ def energy_frontier(prediction: Prediction, method: str = "lance") -> Frontier:
 
     Parameters
     ----------
-    prediction : Prediction
     method : str
         One that has ranks; of others, "lance".
 
@@ -188,13 +162,10 @@ def undominated(points: Sequence[Point]) -> tuple[Point, ...]:
 def _spectra(prediction: Prediction, shapes: Shapes) -> Spectra | None:
     """The spectra that were given or that are shipped, if they have all of these layers, in these shapes."""
     step, given = prediction.step, prediction.asked.spectra
-    shipped = shipped_spectra(step.name, step.input_shape) if given is None else None
-    if given is not None:
-        spectra = load_spectra(given)
-    elif shipped is not None:
-        spectra = load_spectra(shipped)
-    else:
+    file = shipped_spectra(step.name, step.input_shape) if given is None else given
+    if file is None:
         return None
+    spectra = load_spectra(file)
     fits = all(path in spectra.layers and spectra.layers[path].shape[1:] == n[1:] for path, n in shapes.items())
     return spectra if fits else None
 

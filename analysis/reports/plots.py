@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,12 +72,10 @@ def draw(
     panels: Sequence[str] = ("tape", "macs", "batch", "frontier"),
     method: str | None = None,
 ) -> Figure:
-    """Draw the report of a prediction.
+    """Draw the report of a prediction; two panels ask it what other batches and ranks would cost.
 
     Parameters
     ----------
-    prediction : Prediction
-        What :func:`analysis.reports.predict.predict` gives; two panels ask it what other batches and ranks would cost.
     path : str, optional
         A .png or .svg file to write, whole or not at all.
     panels : sequence of str
@@ -87,15 +85,6 @@ def draw(
         the ranks where there are none.
     method : str, optional
         Which one stands beside bp: by default lance, or the first that is not bp.
-
-    Returns
-    -------
-    matplotlib Figure
-
-    Raises
-    ------
-    ValueError
-        If a panel, the method or the file's suffix is unknown.
     """
     check_path(path)
     names = [panels] if isinstance(panels, str) else list(panels)
@@ -229,7 +218,7 @@ def _macs(axes: Axes, prediction: Prediction, method: str) -> None:
     totals = report.totals
     kinds = [kind for kind in FLOP_KINDS if any(cost.flops[kind] for cost in totals.values())]
     most = max(cost.flops["total"] for cost in totals.values()) / per_count
-    scale, name = _thousands(most)
+    scale, name = _unit(most, COUNTS)
     for i, cost in enumerate(totals.values()):
         left = 0.0
         for kind in kinds:
@@ -346,12 +335,10 @@ class Panel:
     height: Callable[[Report, str], float]
 
 
-def _tape_height(report: Report, method: str) -> float:
-    return 1.4 + 0.34 * max(len(tape_rows(report, _beside(report, method))), 2)
-
-
 PANELS = {
-    "tape": Panel(_tape, True, _tape_height),
+    "tape": Panel(
+        _tape, True, lambda report, method: 1.4 + 0.34 * max(len(tape_rows(report, _beside(report, method))), 2)
+    ),
     "macs": Panel(_macs, True, lambda report, method: 1.25 + 0.27 * max(len(report.methods), 2)),
     "batch": Panel(_batch, False, lambda report, method: 3.7),
     "frontier": Panel(_frontier, False, lambda report, method: 3.7),
@@ -391,24 +378,18 @@ def _patch(color: str, hatch: str | None = None, edge: str = "0.2") -> Any:
     return Patch(facecolor=color, edgecolor=edge, hatch=hatch, linewidth=0.5)
 
 
-def _unit(count: float) -> tuple[float, str]:
-    """The binary unit in which this many bytes have few digits."""
-    for power, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if count >= 2**power:
-            return 2.0**power, name
-    return 1.0, "bytes"
+BYTES = {2.0**30: "GiB", 2.0**20: "MiB", 2.0**10: "KiB", 1.0: "bytes"}
+COUNTS = {1e12: "trillions", 1e9: "billions", 1e6: "millions", 1e3: "thousands"}
+
+
+def _unit(count: float, units: Mapping[float, str] = BYTES) -> tuple[float, str]:
+    """The unit in which this many have few digits; the smallest is the last."""
+    return next(((unit, name) for unit, name in units.items() if count >= unit), list(units.items())[-1])
 
 
 def _size(count: float) -> str:
     unit, name = _unit(count)
     return f"{count:,.0f} bytes" if unit == 1 else f"{_short(count / unit)} {name}"
-
-
-def _thousands(count: float) -> tuple[float, str]:
-    for power, name in ((12, "trillions"), (9, "billions"), (6, "millions")):
-        if count >= 10**power:
-            return 10.0**power, name
-    return 1e3, "thousands"
 
 
 def _short(number: float) -> str:

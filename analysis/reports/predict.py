@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 DEFAULT_METHODS = ("bp", "lance")
 DEFAULT_BATCH = 128
 DEFAULT_EPSILON = 0.7
-MOST = 2**31 - 1
-"""Of images, classes and pixels; and a thousand tasks at the most."""
 MOST_TASKS = 1000
+HIDDEN_FACTS = ("parameters", "asked", "rank", "updated")
+"""Of a method's step: what only a real run needs."""
 DEFAULT_PROTECTED = 0.5
 DEFAULT_BASIS_BATCHES = 10
 LARGEST = 2**31 - 1
@@ -52,34 +52,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a report is made from.
-
-    Attributes
-    ----------
-    asked : Asked
-    step : TracedStep
-        Of plain backpropagation.
-    choice : RankChoice or None
-        Where LANCE's ranks come from; None if no method has ranks.
-    bills : dict of method to list of Billed
-    ranks : dict of method to ranks by layer
-        Empty for methods that have none.
-    steps : dict of method to MethodStep
-        What each method runs.
-    calibration : dict of method to CalibrationCost
-    notes : dict of method to str
-        Why a method was left out.
-    continual : Continual or None
-    """
+    """What a report is made from."""
 
     asked: Asked
-    step: TracedStep
-    choice: RankChoice | None
+    step: TracedStep  #: Of plain backpropagation.
+    choice: RankChoice | None  #: Where LANCE's ranks come from; None if no method has ranks.
     bills: dict[str, list[Billed]]
-    ranks: dict[str, Ranks]
-    steps: dict[str, MethodStep]
+    ranks: dict[str, Ranks]  #: Empty for methods that have none.
+    steps: dict[str, MethodStep]  #: What each method runs.
     calibration: dict[str, CalibrationCost]
-    notes: dict[str, str]
+    notes: dict[str, str]  #: Why a method was left out.
     continual: Continual | None = None
 
     @cached_property
@@ -101,7 +83,9 @@ class Prediction:
             ranks_from=self.choice.source if self.choice else "not needed: no method compresses",
             calibration=self.calibration,
             settings={
-                name: {**settings.of(METHODS[name].names), **_shown(self.steps[name].facts)} for name in self.bills
+                name: settings.of(METHODS[name].names)
+                | {fact: value for fact, value in self.steps[name].facts.items() if fact not in HIDDEN_FACTS}
+                for name in self.bills
             },
             notes=self.notes,
             continual=self.continual,
@@ -152,7 +136,6 @@ def cost(
         Images of a step, 128 by default; a traced step has its own, and its own shapes, dtype and tuning.
     method : str or sequence of str, optional
         Names of :data:`analysis.steps.methods.METHODS`, or ``"all"``; "bp" and "lance" by default.
-    image_size : int, optional
     num_classes : int, optional
         For names, 1000 by default, and for factories that take it; a net that has another number is an error.
     input_shape : sequence of int, optional
@@ -180,10 +163,6 @@ def cost(
         Whose state and temporaries count at the peak of memory.
     **settings
         Of the methods: :data:`analysis.steps.settings.KNOWN`.
-
-    Returns
-    -------
-    Report
 
     Raises
     ------
@@ -239,13 +218,14 @@ def predict_step(
     step: TracedStep, names: Sequence[str], asked: Asked, continual: Continual | None = None
 ) -> Prediction:
     """The prediction for a step that was traced, by methods of these names."""
+    from analysis.ranks.choose import choose_ranks
     from analysis.rules.account import CostCache, account
 
     tuned, choice = {}, None
     if any(METHODS[name].make is not None for name in names):
         tuned = tuned_inputs(step)
     if any(METHODS[name].ranks is not None for name in names):
-        choice = _choose_ranks(step, tuned, asked.epsilon, asked.ranks, asked.spectra)
+        choice = choose_ranks(tuned, step.name, step.input_shape, asked.epsilon, asked.ranks, asked.spectra)
     cache, steps, given, bills, notes = CostCache(), {}, {}, {}, {}
     for name in names:
         try:
@@ -384,26 +364,6 @@ def _named_step(
     return trace_step(build(name, num_classes, input_shape, True), name, input_shape, batch, tune, dtype)
 
 
-def _choose_ranks(
-    step: TracedStep, tuned: Shapes, epsilon: float, ranks: str | None, spectra: str | None
-) -> RankChoice:
-    """The ranks; those of shipped spectra are read from their file once."""
-    from analysis.ranks.choose import choose_ranks
-
-    if ranks is not None or spectra is not None:
-        return choose_ranks(tuned, step.name, step.input_shape, epsilon, ranks, spectra)
-    return _shipped_ranks(tuple(tuned.items()), step.name, step.input_shape, epsilon)
-
-
-@lru_cache(maxsize=64)
-def _shipped_ranks(
-    tuned: tuple[tuple[str, tuple[int, ...]], ...], net: str, input_shape: tuple[int, ...], epsilon: float
-) -> RankChoice:
-    from analysis.ranks.choose import choose_ranks
-
-    return choose_ranks(dict(tuned), net, input_shape, epsilon, None, None)
-
-
 def ranks_of(name: str, choice: RankChoice | None, tuned: Shapes) -> Ranks:
     """The ranks of a method, by layer; none for a method without ranks."""
     from analysis.ranks.choose import mean_free
@@ -448,11 +408,6 @@ def _calibrations(
             flatten(step.records), forward, given[name], settings.calibration_batches, kind, saved
         )
     return costs
-
-
-def _shown(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that a reader wants to see, without those that only a real run needs."""
-    return {name: value for name, value in facts.items() if name not in ("parameters", "asked", "rank")}
 
 
 def tuned_inputs(step: TracedStep) -> dict[str, tuple[int, ...]]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from analysis.commands.console import csv_text
 from analysis.commands.names import plain
 from analysis.rules.account import Billed
 from analysis.rules.calibration_costs import CalibrationCost
+from analysis.rules.op_cost import MAC_KINDS as FLOP_KINDS
+from analysis.rules.op_cost import weight_of
 
 if TYPE_CHECKING:
     from analysis.peak.memory import Peak
@@ -24,47 +25,26 @@ ACCOUNTINGS = ("paper", "pytorch", "tape")
 CONVENTIONS = ("flops", "paper")
 OPTIMIZERS = ("sgd", "sgd-momentum", "adam")
 _Place = tuple[str, str, int]
-FLOP_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
 
 
 @dataclass(frozen=True)
 class MethodCost:
-    """What one method costs, in one layer or in total.
+    """What one method costs, in one layer or in total."""
 
-    Attributes
-    ----------
-    ranks : tuple or None
-        Rank of each mode (None: left alone) of a compressed layer.
-    activation_bytes : dict
-        Bytes under each of :data:`ACCOUNTINGS`.
-    subspace_bytes : int
-        Fixed factors, in memory beside the tape.
-    flops : dict
-        One entry for each of :data:`FLOP_KINDS`, and their sum, ``"total"``. Under the convention
-        ``"paper"`` these are multiply-adds of the tuned layers alone.
-    elementwise : int
-        Scalar operations outside of products.
-    """
-
-    ranks: tuple[int | None, ...] | None
-    activation_bytes: dict[str, int]
-    subspace_bytes: int
+    ranks: tuple[int | None, ...] | None  #: Rank of each mode (None: left alone) of a compressed layer.
+    activation_bytes: dict[str, int]  #: Bytes under each of :data:`ACCOUNTINGS`.
+    subspace_bytes: int  #: Fixed factors, in memory beside the tape.
+    #: One entry for each of :data:`FLOP_KINDS`, and their sum, ``"total"``. Under the convention ``"paper"`` these are
+    #: multiply-adds of the tuned layers alone.
     flops: dict[str, int]
-    elementwise: int
+    elementwise: int  #: Scalar operations outside of products.
 
     @classmethod
     def of(cls, billed: Billed, convention: str) -> MethodCost:
         cost, paper = billed.cost, convention == "paper"
         counts = dict.fromkeys(FLOP_KINDS, 0)
         if not paper:
-            counts = {
-                "forward": 2 * cost.forward_macs,
-                "grad_input": 2 * cost.grad_input_macs,
-                "grad_weight": 2 * cost.grad_weight_macs,
-                "projection": 2 * cost.projection_macs,
-                "decomposition": 2 * cost.decomposition_macs,
-                "recompute": 2 * cost.recompute_macs,
-            }
+            counts = {kind: 2 * getattr(cost, f"{kind}_macs") for kind in FLOP_KINDS}
         elif billed.tuned:
             counts["forward"] = cost.forward_macs
             counts["grad_weight"] = cost.paper_grad_weight_macs
@@ -100,13 +80,7 @@ class MethodCost:
         return not (any(self.activation_bytes.values()) or any(self.flops.values()) or self.elementwise)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "ranks": None if self.ranks is None else list(self.ranks),
-            "activation_bytes": self.activation_bytes,
-            "subspace_bytes": self.subspace_bytes,
-            "flops": self.flops,
-            "elementwise": self.elementwise,
-        }
+        return {**vars(self), "ranks": None if self.ranks is None else list(self.ranks)}
 
 
 @dataclass(frozen=True)
@@ -143,44 +117,25 @@ class Row:
             record.path,
             record.inputs[0].shape,
             record.output.shape,
-            record.inputs[1].shape if has_weight else None,
+            weight_of(record).shape if has_weight else None,
             sum(value.size for value in weights.values()),
             first.tuned,
             dict(costs),
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "op": self.op,
-            "input_shape": list(self.input_shape),
-            "output_shape": list(self.output_shape),
-            "weight_shape": None if self.weight_shape is None else list(self.weight_shape),
-            "parameters": self.parameters,
-            "tuned": self.tuned,
-            "methods": {method: cost.to_json() for method, cost in self.methods.items()},
-        }
+        shown = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if k != "path"}
+        return {**shown, "methods": {method: cost.to_json() for method, cost in self.methods.items()}}
 
 
 @dataclass(frozen=True)
 class Continual:
-    """The bill of learning several tasks one after the other.
-
-    Attributes
-    ----------
-    tasks : int
-    protected : float
-        Share of each layer's directions that the last task must leave alone.
-    basis_batches : int
-        Batches from which directions are found.
-    bills : tuple of TaskBill
-        By learner, then by task.
-    """
+    """The bill of learning several tasks one after the other."""
 
     tasks: int
-    protected: float
-    basis_batches: int
-    bills: tuple[TaskBill, ...]
+    protected: float  #: Share of each layer's directions that the last task must leave alone.
+    basis_batches: int  #: Batches from which directions are found.
+    bills: tuple[TaskBill, ...]  #: By learner, then by task.
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "bills": [bill.to_json() for bill in self.bills]}
@@ -192,7 +147,6 @@ class Report:
 
     Attributes
     ----------
-    methods : tuple of str
     rows : tuple of Row
         Every operation that keeps a byte or costs an operation, in order of execution. Operations of different
         methods are the same if layer, operation and its how-manieth call are; one that a method does not run has no
@@ -237,16 +191,8 @@ class Report:
         """Fold the bills of all methods into rows; ``facts`` are the report's other attributes."""
         seen: dict[tuple[Any, ...], MethodCost] = {}
 
-        of_bill: dict[int, MethodCost] = {}
-
         def cost(bill: Billed) -> MethodCost:
             """The same object for bills that say the same."""
-            known = of_bill.get(id(bill))
-            if known is None:
-                known = of_bill[id(bill)] = priced(bill)
-            return known
-
-        def priced(bill: Billed) -> MethodCost:
             bytes_ = (bill.paper_bytes, bill.pytorch_bytes, bill.tape_bytes, bill.subspace_bytes)
             key = (id(bill.cost), bill.tuned, *bytes_)
             if key not in seen:
@@ -329,11 +275,7 @@ class Report:
         Nothing stands where a method does not run the operation.
         """
         flat = self._flat_rows()
-        text = io.StringIO()
-        writer = csv.DictWriter(text, _names(flat) or ["name"], restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(flat)
-        return text.getvalue()
+        return csv_text(flat, _names(flat) or ["name"])
 
     def to_pandas(self) -> Any:
         """The rows as a ``pandas.DataFrame``, the columns named as in :meth:`csv_text`; missing where not run.
@@ -376,17 +318,9 @@ def _over(a: int, b: int) -> float | None:
 
 
 def _peak_json(peak: Peak) -> dict[str, Any]:
-    return {
-        "peak_bytes": peak.peak_bytes,
-        "peak_moment": peak.moment,
-        "peak_at": peak.at,
-        "parameters_bytes": peak.parameters_bytes,
-        "gradients_bytes": peak.gradients_bytes,
-        "optimizer_state_bytes": peak.optimizer_state_bytes,
-        "forward_bytes": peak.forward_bytes,
-        "backward_bytes": peak.backward_bytes,
-        "optimizer_bytes": peak.optimizer_bytes,
-    }
+    bytes_ = ("parameters", "gradients", "optimizer_state", "forward", "backward", "optimizer")
+    first = {"peak_bytes": peak.peak_bytes, "peak_moment": peak.moment, "peak_at": peak.at}
+    return first | {f"{name}_bytes": getattr(peak, f"{name}_bytes") for name in bytes_}
 
 
 def _matched(bills: Mapping[str, Sequence[Billed]]) -> list[dict[str, Billed]]:
@@ -398,7 +332,7 @@ def _matched(bills: Mapping[str, Sequence[Billed]]) -> list[dict[str, Billed]]:
     for method, listed in bills.items():
         behind: dict[_Place | None, list[_Place]] = {}
         last: _Place | None = None
-        for place, bill in zip(_places(tuple([(b.record.path, b.record.op) for b in listed])), listed, strict=True):
+        for place, bill in zip(_places((b.record.path, b.record.op) for b in listed), listed, strict=True):
             if place in rows:
                 rows[place][method], last = bill, place
                 continue
@@ -409,15 +343,14 @@ def _matched(bills: Mapping[str, Sequence[Billed]]) -> list[dict[str, Billed]]:
     return list(rows.values())
 
 
-@lru_cache(maxsize=32)
-def _places(operations: tuple[tuple[str, str], ...]) -> tuple[_Place, ...]:
-    """Layer and operation with its how-manieth call; most methods run the same."""
+def _places(operations: Iterable[tuple[str, str]]) -> list[_Place]:
+    """Layer and operation with the number of its call."""
     times: Counter[tuple[str, str]] = Counter()
     places = []
     for operation in operations:
         times[operation] += 1
         places.append((*operation, times[operation]))
-    return tuple(places)
+    return places
 
 
 def _in_order(rows: Iterable[Any], behind: Mapping[Any, list[Any]]) -> list[Any]:

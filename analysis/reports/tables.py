@@ -17,38 +17,26 @@ if TYPE_CHECKING:
 def render(
     report: Report, accountings: Sequence[str] = ACCOUNTINGS, across: int | None = None, wide: bool = False
 ) -> str:
-    """The whole report as plain text.
+    """The whole report as plain text, lines at most ``across`` characters long (100).
 
-    Parameters
-    ----------
-    report : Report
-    accountings : sequence of str
-        Which columns of activation memory to show.
-    across : int, optional
-        Characters of a line, 100 by default.
-    wide : bool
-        All columns, in blocks below each other, and the products of every layer; otherwise the columns that fit.
+    ``accountings`` are the columns of activation memory. Wide: all columns, in blocks below each other, and the
+    products of every layer; otherwise the columns that fit.
     """
-    return console.as_text(_drawn(report, accountings, wide), across)
-
-
-def show(report: Report, accountings: Sequence[str] = ACCOUNTINGS, wide: bool = False) -> None:
-    """Print the report: in colour to a terminal, unless NO_COLOR is set; as plain text to a pipe."""
-    console.show(_drawn(report, accountings, wide))
+    return console.as_text(drawn(report, accountings, wide), across)
 
 
 def html(report: Report) -> str:
     """The totals with what stands above and below them, as HTML without scripts."""
     from html import escape
 
-    draw = _drawn(report, ACCOUNTINGS, layers=False)
+    draw = drawn(report, ACCOUNTINGS, layers=False)
     return f'<pre style="overflow-x: auto; white-space: pre">{escape(console.as_text(draw))}</pre>'
 
 
 Report._repr_html_ = html  # type: ignore[attr-defined]  # what a notebook shows; a report is data and knows no table
 
 
-def _drawn(
+def drawn(
     report: Report, accountings: Sequence[str], wide: bool = False, layers: bool = True
 ) -> Callable[[Console], None]:
     """Prints all of it to a rich console."""
@@ -217,7 +205,8 @@ def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS, wide:
     for method in totals:
         ratios = _reductions(report, method)
         if ratios:
-            add(f"bp / {method}", {k: _ratio(n) for k, n in {**ratios, work: ratios["flops"]}.items()}, "green")
+            times = {**ratios, work: ratios["flops"]}
+            add(f"bp / {method}", {k: "-" if n is None else f"{n:,.2f}x" for k, n in times.items()}, "green")
     return table
 
 
@@ -234,18 +223,8 @@ def continual_table(continual: Continual) -> Sheet:
     """Every learner's bill of the last task, and of all that lies between the tasks."""
     mib, giga = 2**20, 1e9
     title = f"Learning {continual.tasks} tasks one after the other (memory in MiB, multiply-adds in billions)"
-    columns = [
-        "learner",
-        "tape",
-        "beside",
-        "RAM",
-        "flash afterwards",
-        "total",
-        "a step",
-        "between",
-        "between, all tasks",
-    ]
-    table = Sheet(title, columns, 1)
+    columns = ["learner", "tape", "beside", "RAM", "flash afterwards", "total", "a step", "between"]
+    table = Sheet(title, [*columns, "between, all tasks"], 1)
     for learner in dict.fromkeys(bill.learner for bill in continual.bills):
         of = [bill for bill in continual.bills if bill.learner == learner]
         last = of[-1]
@@ -310,10 +289,6 @@ def change(times_less: float | None) -> str:
     if times_less < 1 / SAME:
         return f"grows {1 / times_less:,.2f} times" if times_less else "grows from nothing"
     return f"hardly changes (to {100 / times_less:.1f} %)"
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.2f}x"
 
 
 def _count(n: int | None) -> str:

@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from analysis.commands.names import plain
 from analysis.rules import elementwise, norms, products  # noqa: F401  (they register their rules)
 from analysis.rules.layouts import Memory, Storage
-from analysis.rules.op_cost import OpCost, Saved, cost_of
+from analysis.rules.op_cost import OpCost, Saved
 from analysis.rules.recompute import OP, Executed, cost_inside, cost_outside, executed, inside
 from lance_ref.engine.recording import OpRecord
 
-Ranks = tuple[int | None, ...]
 WEIGHTED = ("conv2d", "linear")
 EXACT = {"name": "exact"}
 """What the store of plain backpropagation says of itself."""
@@ -40,19 +38,6 @@ class Billed(NamedTuple):
     tape_bytes: int
     subspace_bytes: int
     in_segment: bool = False
-
-
-def with_stores(
-    records: Sequence[OpRecord], ranks: Mapping[str, Ranks] | None = None, centred: bool = False
-) -> list[OpRecord]:
-    """The same records with other activation stores: LANCE on the layers in ``ranks``, exact elsewhere.
-
-    ``centred``: LANCE of the activation without its mean, whose own weight gradient is added exactly.
-    """
-    more = {"centred": True} if centred else {}
-    return with_described_stores(
-        records, {path: {"name": "lance", "ranks": of, "order": "auto", **more} for path, of in (ranks or {}).items()}
-    )
 
 
 def with_described_stores(records: Sequence[OpRecord], stores: Mapping[str, Mapping[str, Any]]) -> list[OpRecord]:
@@ -80,52 +65,19 @@ def is_tuned(record: OpRecord, head: str | None) -> bool:
     return any(is_tuned(each, head) for each in inside(record))
 
 
-class _Accounted(NamedTuple):
-    """A step that was accounted."""
-
-    steps: list[Executed]
-    names: list[str]
-    head: str | None
-    bills: list[Billed]
-
-
 @dataclass
 class CostCache:
     """The costs of records that several methods have in common, and where their values live.
 
     For the methods of one trace, where a number stands for one value. A record that a method leaves as it is
     (the same object) is costed once for all of them.
-
-    Attributes
-    ----------
-    memory, in_pytorch : Memory
-    costs : dict
-        By identity of the record, and whether backward comes through: the record itself, its cost here,
-        and what PyTorch keeps.
-    first : _Accounted or None
-        What was accounted first.
     """
 
     memory: Memory = field(default_factory=Memory)
     in_pytorch: Memory = field(default_factory=lambda: Memory(in_pytorch=True))
+    #: By identity of the record, and whether backward comes through: the record itself, its cost here, and what PyTorch
+    #: keeps.
     costs: dict[tuple[int, bool], tuple[OpRecord, OpCost, list[Saved]]] = field(default_factory=dict)
-    first: _Accounted | None = None
-
-    def frozen_start(self, steps: Sequence[Executed], names: Sequence[str], head: str | None) -> list[Billed]:
-        """The bills of those operations off the tape with which a step begins like the first one: the same again.
-
-        Frozen layers leave nothing behind under any method, so what comes after them is billed as if they were not.
-        """
-        if self.first is None or self.first.head != head:
-            return []
-        alike = 0
-        for mine, theirs, name, called in zip(steps, self.first.steps, names, self.first.names, strict=False):
-            if mine.record is not theirs.record or mine.on_tape or theirs.on_tape or name != called:
-                break
-            if mine.record.op == OP:
-                break
-            alike += 1
-        return self.first.bills[:alike]
 
     def of(self, step: Executed) -> tuple[OpCost, list[Saved]]:
         """The cost of one record in its place, and what PyTorch keeps; all records before it must have been asked."""
@@ -133,64 +85,41 @@ class CostCache:
             self.in_pytorch.follow(step.record)
             return cost_inside(step, self.memory), []
         key = id(step.record), step.on_tape
-        found = self.costs.get(key)
-        if found is None:
-            found = self.costs[key] = step.record, *self._priced(step)
-        return found[1:]
-
-    def _priced(self, step: Executed) -> tuple[OpCost, list[Saved]]:
-        """Asked of the rule once, where values live alike in both memories, else for each."""
-        price = cost_outside if step.record.op == OP else _cost_plain
-        cost = price(step, self.memory)
-        if self.in_pytorch.follow_like(step.record, self.memory):
-            return cost, cost.pytorch
-        return cost, price(step, self.in_pytorch).pytorch if cost.pytorch else []
-
-
-def _cost_plain(step: Executed, memory: Memory) -> OpCost:
-    return cost_of(step.record, memory, step.on_tape)
+        if key not in self.costs:
+            cost, in_pytorch = (cost_outside(step, memory) for memory in (self.memory, self.in_pytorch))
+            self.costs[key] = step.record, cost, in_pytorch.pytorch
+        return self.costs[key][1:]
 
 
 def account(
     records: Sequence[OpRecord], head: str | None, repeats: int = 1, cache: CostCache | None = None
 ) -> list[Billed]:
-    """Cost of every record of one training step; the last record is the loss.
-
-    The operations inside a recomputed segment follow the segment's own record.
+    """Cost of every record of one training step, the loss last; what a segment contains follows its record.
 
     Parameters
     ----------
-    records : sequence of OpRecord
     head : str or None
         Path of the classifier.
     repeats : int
-        How often the records run in one step. The passes of a step in micro-batches follow each other, each on its
-        own tape: with the records of one of them, the bytes are those of the step, and the operations
-        count as often as there are micro-batches.
+        How often the records run in one step. Micro-batches follow each other, each on its own tape: with the records
+        of one of them, the bytes are those of the step, and the operations count as often as there are micro-batches.
     cache : CostCache, optional
         Costs of other methods on the same trace.
-
-    Raises
-    ------
-    MissingRuleError
-        If an operation has no cost rule.
     """
     cache = CostCache() if cache is None else cache
     tape_seen: set[Storage] = set()
     pytorch_seen: set[Storage] = set()
     with_factors: set[str] = set()
     steps = executed(records)
-    names = row_names([step.record for step in steps])
-    billed = cache.frozen_start(steps, names, head) if repeats == 1 else []
-    begun = len(billed)
-    for step, name in zip(steps[begun:], names[begun:], strict=True):
+    billed = []
+    for step, name in zip(steps, row_names([step.record for step in steps]), strict=True):
         record = step.record
         cost, saved_in_pytorch = cache.of(step)
         tuned = is_tuned(record, head)
-        subspace_bytes = 0
-        if cost.subspace_bytes and record.path not in with_factors:  # a layer called twice has its factors once
+        subspace_bytes = cost.subspace_bytes
+        if subspace_bytes:  # a layer called twice has its factors once
+            subspace_bytes = 0 if record.path in with_factors else subspace_bytes
             with_factors.add(record.path)
-            subspace_bytes = cost.subspace_bytes
         billed.append(
             Billed(
                 record,
@@ -204,8 +133,6 @@ def account(
                 in_segment=step.segment is not None,
             )
         )
-    if cache.first is None and repeats == 1:
-        cache.first = _Accounted(steps, names, head, billed)
     return billed
 
 
@@ -224,12 +151,7 @@ def row_names(records: Sequence[OpRecord]) -> list[str]:
 
     The last record is the loss.
     """
-    return list(_names(tuple([(plain(record.path), plain(record.op)) for record in records])))
-
-
-@lru_cache(maxsize=32)
-def _names(places: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    """Of operations by path and kind; most methods run the same."""
+    places = [(plain(record.path), plain(record.op)) for record in records]
     ops: dict[str, set[str]] = {}
     for path, op in places[:-1]:
         ops.setdefault(path, set()).add(op)
@@ -239,4 +161,4 @@ def _names(places: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
         name = path if path and len(ops[path]) == 1 else f"{path or '(root)'}/{op}"
         times[name] += 1
         names.append(name if times[name] == 1 else f"{name}#{times[name]}")
-    return (*names, "loss") if places else ()
+    return [*names, "loss"] if places else []

@@ -46,21 +46,12 @@ class LayerCalibration:
 
 @dataclass(frozen=True)
 class CalibrationCost:
-    """The calibration of all tuned layers.
-
-    Attributes
-    ----------
-    batches : int
-    forward_macs : int
-        Of the forward passes, all batches.
-    layers : tuple of LayerCalibration
-    saved_macs_per_step : int
-        Multiply-adds of decomposition and projection that every step saves against a HOSVD at the same ranks.
-    """
+    """The calibration of all tuned layers."""
 
     batches: int
-    forward_macs: int
+    forward_macs: int  #: Of the forward passes, all batches.
     layers: tuple[LayerCalibration, ...]
+    #: Multiply-adds of decomposition and projection that every step saves against a HOSVD at the same ranks.
     saved_macs_per_step: int = 0
 
     @property
@@ -134,21 +125,10 @@ def calibration_cost(
     kind: str = "plain",
     saved_macs_per_step: int = 0,
 ) -> CalibrationCost:
-    """The cost of :func:`lance_ref.calibrate` on the modes that have a rank.
+    """The cost of :func:`lance_ref.calibrate` on the modes that have a rank, in batches of the size of the step's.
 
-    Parameters
-    ----------
-    records : sequence of OpRecord
-        Of one step, those inside of segments included.
-    forward_macs : int
-        Of its forward pass.
-    ranks : mapping of layer path to ranks
-        None: a mode that is not calibrated.
-    batches : int
-        How many, of the size of the step's batch.
-    kind : {"plain", "mean-free", "center"}
-    saved_macs_per_step : int
-        See :class:`CalibrationCost`.
+    ``records`` are those of one step, those inside of segments included, and ``forward_macs`` of its forward pass;
+    ``kind`` is "plain", "mean-free" or "center".
     """
     calls: dict[str, list[tuple[int, ...]]] = {}
     for record in records:

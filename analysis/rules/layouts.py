@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,11 +64,6 @@ def packed_strides(shape: Sequence[int], axis_order: Sequence[int] | None = None
     >>> packed_strides((2, 3, 4)), packed_strides((2, 3, 4), (2, 0, 1))
     ((12, 4, 1), (3, 1, 6))
     """
-    return _packed(tuple(shape), None if axis_order is None else tuple(axis_order))
-
-
-@lru_cache(maxsize=4096)
-def _packed(shape: Shape, axis_order: Shape | None) -> Shape:
     strides, step = [0] * len(shape), 1
     for axis in reversed(range(len(shape)) if axis_order is None else axis_order):
         strides[axis] = step
@@ -124,20 +118,10 @@ def is_basic_index(parts: Sequence[Any]) -> bool:
 
 @dataclass
 class Memory:
-    """The layout of every value seen so far while walking through a trace.
+    """The layout of every value seen so far while walking through a trace."""
 
-    Attributes
-    ----------
-    in_pytorch : bool
-        Whether results lie as PyTorch's do, not as our own.
-    """
-
-    in_pytorch: bool = False
+    in_pytorch: bool = False  #: Whether results lie as PyTorch's do, not as our own.
     layouts: dict[int, Layout] = field(default_factory=dict)
-
-    def copied(self) -> Memory:
-        """A memory that knows the same values."""
-        return Memory(self.in_pytorch, dict(self.layouts))
 
     def of(self, value: Value) -> Layout:
         """The layout of a value; one that no operation made (an input, a parameter) is packed."""
@@ -166,24 +150,6 @@ class Memory:
         self.layouts[record.output.id] = layout
         return layout
 
-    def follow_like(self, record: OpRecord, other: Memory) -> bool:
-        """Take in one operation that ``other`` has taken in already; gives whether all its values live alike there.
-
-        Then the layouts, and with them the storages, are the same objects in both memories.
-        """
-        alike = packed = True
-        for value in record.inputs:
-            theirs = other.of(value)
-            alike = self.layouts.setdefault(value.id, theirs) is theirs and alike
-            packed = packed and theirs.strides == packed_strides(theirs.shape)
-        mine, others = (known(record.op).lies(memory.in_pytorch) for memory in (self, other))
-        same_order = mine == others or (packed and not callable(mine) and not callable(others))
-        if alike and same_order and "records" not in record.attributes:
-            layout = other.of(record.output)
-            return self.layouts.setdefault(record.output.id, layout) is layout
-        self.follow(record)
-        return False
-
     @staticmethod
     def _new(value: Value, is_parameter: bool) -> Layout:
         return Layout(Storage(value.nbytes, is_parameter), value.shape, packed_strides(value.shape))
@@ -206,11 +172,6 @@ def backward_reaches(records: Sequence[OpRecord], start: Value | None = None) ->
 # ---- how the results of our own operations lie -----------------------------------------------
 
 
-def _indexed(record: OpRecord, inputs: Sequence[Layout]) -> Layout | None:
-    index = record.attributes["index"]
-    return inputs[0].indexed(index) if is_basic_index(index) else None
-
-
 _ARITHMETIC = (
     *("add", "sub", "mul", "div", "neg", "pow", "exp", "sqrt", "tanh", "sigmoid", "log", "gelu"),
     *("hardsigmoid", "hardswish", "erf", "gelu_tanh", "clip", "fake_quantize"),
@@ -221,5 +182,5 @@ fill("layout_in_pytorch", dict.fromkeys(_ON_OUR_TAPE, PACKED) | dict.fromkeys(("
 fill("layout", {
     "reshape": lambda record, inputs: inputs[0].reshaped(record.output.shape),
     "permute": lambda record, inputs: inputs[0].permuted(record.attributes["dims"]),
-    "index": _indexed,
+    "index": lambda record, x: x[0].indexed(i) if is_basic_index(i := record.attributes["index"]) else None,
 })  # fmt: skip

@@ -13,7 +13,10 @@ import numpy as np
 
 from analysis.rules.layouts import Layout, Memory, Storage
 from analysis.rules.operations import OPERATIONS, column, known
-from lance_ref.engine.recording import OpRecord, itemsize
+from lance_ref.engine.recording import OpRecord, Value, itemsize
+
+MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
+"""The kinds of products whose multiply-adds are counted."""
 
 
 class MissingRuleError(LookupError):
@@ -78,7 +81,7 @@ class OpCost:
 
 
 COUNTS = (
-    *(f"{kind}_macs" for kind in ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")),
+    *(f"{kind}_macs" for kind in MAC_KINDS),
     "paper_projection_macs",
     "paper_grad_weight_macs",
     "elementwise",
@@ -88,25 +91,27 @@ COUNTS = (
 
 @dataclass(frozen=True)
 class Call:
-    """One operation as a rule sees it.
-
-    Attributes
-    ----------
-    record : OpRecord
-    inputs, output : Layout
-        Where its values live.
-    on_tape : bool
-        Whether the backward pass comes through here.
-    """
+    """One operation as a rule sees it."""
 
     record: OpRecord
+    #: Where its values live.
     inputs: tuple[Layout, ...]
     output: Layout
-    on_tape: bool
+    on_tape: bool  #: Whether the backward pass comes through here.
 
     def needs(self, position: int) -> bool:
         """Whether the gradient of that input is computed."""
         return self.on_tape and self.record.inputs[position].requires_grad
+
+    @property
+    def weight(self) -> Value:
+        """The weight of a convolution or a linear layer; W_0 of one that trains in a subspace."""
+        return weight_of(self.record)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the third input is a bias: it is in (x, W, b) and in (x, D, b, W_0, s)."""
+        return len(self.record.inputs) % 2 == 1
 
     @property
     def n_in(self) -> int:
@@ -130,6 +135,11 @@ class Call:
     def save_output(self, what: str = "output") -> Saved:
         """The result itself."""
         return Saved(what, self.output.storage)
+
+
+def weight_of(record: OpRecord) -> Value:
+    """The weight of a convolution or a linear layer: W, or W_0 where D alone trains, (x, D, [b], W_0, s)."""
+    return record.inputs[-2 if "update" in record.attributes else 1]
 
 
 def fresh(what: str, nbytes: int) -> Saved:
@@ -165,10 +175,7 @@ rule: Callable[..., Callable[[Rule], Rule]] = column("cost")
 def cost_of(record: OpRecord, memory: Memory, on_tape: bool) -> OpCost:
     """The cost of one record; ``memory`` must have followed all records before it.
 
-    Raises
-    ------
-    MissingRuleError
-        If the operation has no rule; the message names it and the layer.
+    Raises MissingRuleError if the operation has no rule; the message names it and the layer.
     """
     price = known(record.op).cost
     if price is None:

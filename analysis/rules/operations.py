@@ -92,7 +92,6 @@ def operation(name: str, *, cost: Callable[..., Any], replace: bool = False, **c
 
     Parameters
     ----------
-    name : str
     cost : callable
         What it computes and keeps.
     replace : bool
@@ -122,10 +121,7 @@ def operation(name: str, *, cost: Callable[..., Any], replace: bool = False, **c
 def fill(column: str, values: Mapping[str, Any]) -> None:
     """Fill a column of the rows of these operations, which are made if need be.
 
-    Raises
-    ------
-    ValueError
-        If one of them has another value there already.
+    Raises ValueError if one of them has another value there already.
     """
     for name, value in values.items():
         _check_free(column, name, value)

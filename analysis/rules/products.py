@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import math
 
+from analysis.rules import subspace
 from analysis.rules.layouts import Layout
 from analysis.rules.op_cost import Call, OpCost, Saved, fresh, rule
 from analysis.rules.stores import STORES, conv_sizes
+
+IN_COORDINATES = ("lance", "patch-lance")
+"""Stores that give the gradient of an update without that of the weight."""
 
 
 @rule("conv2d")
@@ -41,16 +45,22 @@ def linear(call: Call) -> OpCost:
 
 def _weighted(call: Call, macs: int, in_pytorch: Saved, pytorch_keeps_frozen: bool) -> OpCost:
     """What conv2d and linear share; ``in_pytorch`` is the input as PyTorch would keep it."""
-    bias = len(call.record.inputs) > 2
+    bias = call.has_bias
     name = call.record.attributes["store"]["name"]
     if name not in STORES:
         raise LookupError(
             f"no cost rule for the activation store {name!r} of layer {call.record.path!r}; there are {sorted(STORES)}"
         )
     store = STORES[name](call, macs)
-    cost = OpCost(forward_macs=macs, elementwise=call.n_out * bias)
+    more, gradient = 0, store.grad_weight_macs
+    if subspace.update_of(call.record) is not None:
+        more = subspace.extra_macs(call.record)
+        gradient += 0 if name in IN_COORDINATES else subspace.merging_macs(call.record)  # dW first, then dW ×₂ Qᵀ
+    cost = OpCost(forward_macs=macs + more, elementwise=call.n_out * bias)
+    if more:
+        cost.elementwise += call.weight.size if subspace.is_merged(call.record) else call.n_out
     if call.needs(1):
-        cost.grad_weight_macs, cost.paper_grad_weight_macs = store.grad_weight_macs, store.paper_grad_weight_macs
+        cost.grad_weight_macs, cost.paper_grad_weight_macs = gradient, store.paper_grad_weight_macs
         cost.projection_macs, cost.paper_projection_macs = store.projection_macs, store.paper_projection_macs
         cost.paper_bytes, cost.subspace_bytes, cost.ranks = store.kept_bytes, store.subspace_bytes, store.ranks
         cost.elementwise += store.elementwise
@@ -60,7 +70,7 @@ def _weighted(call: Call, macs: int, in_pytorch: Saved, pytorch_keeps_frozen: bo
     elif call.on_tape and pytorch_keeps_frozen:
         cost.pytorch.append(in_pytorch)
     if call.needs(0):
-        cost.grad_input_macs = macs if store.grad_input_macs is None else store.grad_input_macs
+        cost.grad_input_macs = more + (macs if more or store.grad_input_macs is None else store.grad_input_macs)
         cost.tape.append(call.save_input("weight", 1))
     if call.needs(0) or (call.on_tape and pytorch_keeps_frozen):
         cost.pytorch.append(call.save_input("weight", 1))

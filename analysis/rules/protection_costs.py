@@ -23,23 +23,12 @@ from analysis.rules.tucker_costs import Ranks
 
 @dataclass(frozen=True)
 class LayerBill:
-    """One layer's cost of learning a task without forgetting.
+    """One layer's cost of learning a task without forgetting."""
 
-    Attributes
-    ----------
-    ram_bytes : int
-        Bases or factors, in memory all through training.
-    flash_bytes : int
-        Bases, in between.
-    kept_bytes : int
-        What the tape keeps of the layer's input.
-    projection_macs, grad_weight_macs : int
-        Of one step.
-    """
-
-    ram_bytes: int
-    flash_bytes: int
-    kept_bytes: int
+    ram_bytes: int  #: Bases or factors, in memory all through training.
+    flash_bytes: int  #: Bases, in between.
+    kept_bytes: int  #: What the tape keeps of the layer's input.
+    #: Of one step.
     projection_macs: int
     grad_weight_macs: int
 

@@ -51,23 +51,12 @@ def flatten(records: Sequence[OpRecord]) -> list[OpRecord]:
 
 
 class Executed(NamedTuple):
-    """One record with its place in the step.
-
-    Attributes
-    ----------
-    record : OpRecord
-    on_tape : bool
-        Whether the backward pass comes through here.
-    segment : OpRecord or None
-        The innermost segment around it.
-    runs_again : int
-        How often it runs forward after the first time.
-    """
+    """One record with its place in the step."""
 
     record: OpRecord
-    on_tape: bool
-    segment: OpRecord | None = None
-    runs_again: int = 0
+    on_tape: bool  #: Whether the backward pass comes through here.
+    segment: OpRecord | None = None  #: The innermost segment around it.
+    runs_again: int = 0  #: How often it runs forward after the first time.
 
 
 def executed(records: Sequence[OpRecord]) -> list[Executed]:
@@ -92,7 +81,6 @@ def cost_inside(item: Executed, memory: Memory) -> OpCost:
 
     Parameters
     ----------
-    item : Executed
     memory : Memory
         Has followed all records before it.
     """
@@ -113,7 +101,7 @@ def cost_inside(item: Executed, memory: Memory) -> OpCost:
 def cost_outside(item: Executed, memory: Memory) -> OpCost:
     """The cost of an operation that stands in no segment, or of a segment itself."""
     cost = cost_of(item.record, memory, item.on_tape)
-    return replace(cost, second_tape_bytes=_second_tape_bytes(item, memory))
+    return replace(cost, second_tape_bytes=_second_tape_bytes(item, memory)) if item.record.op == OP else cost
 
 
 def _second_tape_bytes(item: Executed, memory: Memory) -> int:

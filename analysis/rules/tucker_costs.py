@@ -40,34 +40,35 @@ def factor_elements(shape: Sequence[int], ranks: Ranks) -> int:
 
 
 def mode_products_macs(shape: Sequence[int], ranks: Ranks) -> int:
-    """Multiply-adds of a chain of mode products, in its cheapest order.
+    """Multiply-adds of mode products from ``shape`` to ``ranks`` (None: no product), in the cheapest of all orders.
 
-    Each product takes (current number of elements)·(new size of its mode). All orders are tried.
-
-    Parameters
-    ----------
-    shape : sequence of int
-        Sizes before the chain.
-    ranks : sequence of int or None
-        Size of each mode after it; a mode may shrink or grow. None: no product.
+    Each product takes (current number of elements)·(new size of its mode); a mode may shrink or grow.
 
     >>> mode_products_macs((2, 3), (None, 5))
     30
     >>> mode_products_macs((4, 10), (3, 1))  # 4·10·1 first, then 4·1·3; the other order takes 150
     52
     """
-    targets = [(mode, rank) for mode, rank in enumerate(ranks) if rank is not None]
+    return cheapest_chain(shape, ranks)[0]
+
+
+def cheapest_chain(shape: Sequence[int], ranks: Ranks) -> tuple[int, list[int]]:
+    """(multiply-adds, elements after each product) of the chain of :func:`mode_products_macs`.
+
+    >>> cheapest_chain((4, 10), (3, 1))
+    (52, [4, 3])
+    """
     if len(shape) != len(ranks):
         raise ValueError(f"ranks are {tuple(ranks)}, expected one for each mode of shape {tuple(shape)}")
-    cheapest: int | None = None
-    for order in permutations(targets):
-        sizes, macs = list(shape), 0
+    found: list[tuple[int, list[int]]] = []
+    for order in permutations((mode, rank) for mode, rank in enumerate(ranks) if rank is not None):
+        sizes, macs, elements = list(shape), 0, []
         for mode, rank in order:
             macs += math.prod(sizes) * rank
             sizes[mode] = rank
-        cheapest = macs if cheapest is None else min(cheapest, macs)
-    assert cheapest is not None  # there is always one order, if only the empty one
-    return cheapest
+            elements.append(math.prod(sizes))
+        found.append((macs, elements))
+    return min(found, key=lambda chain: chain[0])
 
 
 def projection_macs(shape: Sequence[int], ranks: Ranks, order: str = "auto") -> int:

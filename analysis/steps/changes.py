@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 import lance_ref
-from analysis.peak.lifetimes import renumbered
 from analysis.rules.account import WEIGHTED
 from analysis.rules.recompute import OP, flatten, inside
+from analysis.rules.subspace import rank_of_update, with_update
 from analysis.steps.nets import RAISED, CannotRunError, TracedStep, said_by, step_records
 from analysis.steps.settings import MethodStep, NotApplicableError
 from lance_ref import nn
@@ -33,10 +33,7 @@ MICRO_BATCHES = 4
 def retuned(net: Module, **changes: str) -> Iterator[None]:
     """Inside the ``with`` block the net is tuned with other arguments of :func:`lance_ref.tune`.
 
-    Raises
-    ------
-    NotApplicableError
-        If that selection does not fit the net.
+    Raises NotApplicableError if that selection does not fit the net.
     """
     tuning = net.tuning
     flags = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
@@ -58,10 +55,7 @@ def retuned(net: Module, **changes: str) -> Iterator[None]:
 def trained_parameters(step: TracedStep, changes: Mapping[str, str]) -> set[str]:
     """Names of the parameters that train after :func:`lance_ref.tune` with these arguments.
 
-    Raises
-    ------
-    NotApplicableError
-        If that selection does not fit the net.
+    Raises NotApplicableError if that selection does not fit the net.
     """
     net = step.net
     try:
@@ -85,7 +79,10 @@ def _retrained(records: Sequence[OpRecord], trains: Collection[str], needs: dict
     changed = []
     for record in records:
         within = _retrained(inside(record), trains, needs)
-        inputs = tuple(_flagged(value, _needs(value, trains, needs)) for value in record.inputs)
+        inputs = tuple(
+            _flagged(v, v.parameter in trains if v.parameter is not None else needs.get(v.id, v.requires_grad))
+            for v in record.inputs
+        )
         if within:
             needed = needs[record.output.id]
             record = replace(record, attributes={**record.attributes, "records": within})
@@ -97,10 +94,6 @@ def _retrained(records: Sequence[OpRecord], trains: Collection[str], needs: dict
         same = output is record.output and all(a is b for a, b in zip(inputs, record.inputs, strict=True))
         changed.append(record if same else replace(record, inputs=inputs, output=output))
     return changed
-
-
-def _needs(value: Value, trains: Collection[str], needs: Mapping[int, bool]) -> bool:
-    return value.parameter in trains if value.parameter is not None else needs.get(value.id, value.requires_grad)
 
 
 def _flagged(value: Value, requires_grad: bool) -> Value:
@@ -116,10 +109,7 @@ def with_lora(step: TracedStep, rank: int) -> MethodStep:
     y = Wx + b becomes base = Wx + b, low = Ax, update = B·low, y = base + update, with records of the paths
     ``layer``, ``layer.down``, ``layer.up`` and ``layer.sum``. Which parameters are new is said in the step's facts.
 
-    Raises
-    ------
-    NotApplicableError
-        If no tuned layer can be adapted.
+    Raises NotApplicableError if no tuned layer can be adapted.
     """
     layers = sorted({r.path for r in flatten(step.records) if r.path in step.tuned_layers and _can_adapt(r)})
     if not layers:
@@ -182,51 +172,51 @@ def _expanded(records: Sequence[OpRecord], expand: Callable[[OpRecord], list[OpR
     return changed
 
 
+# ---- training in a subspace ------------------------------------------------------------------
+
+
+def in_subspace(changed: MethodStep) -> MethodStep:
+    """The same step with D and s in place of each compressed layer's weight, where D is smaller.
+
+    (x, W, [b]) becomes (x, D, [b], W_0, s); the paths of these layers are in the step's facts.
+    """
+    values = (value.id for r in flatten(changed.records) for value in (*r.inputs, r.output))
+    fresh = itertools.count(1 + max(values))
+    parameters: dict[str, Value] = {}
+
+    def parameter(name: str, shape: tuple[int, ...], dtype: str) -> Value:
+        return parameters.setdefault(name, Value(next(fresh), shape, dtype, True, name))
+
+    updated: dict[str, None] = {}
+
+    def expand(record: OpRecord) -> list[OpRecord]:
+        store = changed.stores.get(record.path)
+        if record.op not in WEIGHTED or store is None or not record.inputs[1].requires_grad:
+            return [record]
+        x, weight = record.inputs[:2]
+        rank = store["ranks"][1 if len(x.shape) == 4 else -1]
+        groups, centred = record.attributes.get("groups", 1), bool(store.get("centred"))
+        r = None if rank is None else rank_of_update(rank, weight.shape[1], groups, centred)
+        if r is None:
+            return [record]
+        updated[record.path] = None
+        D = parameter(f"{record.path}.update.weight", (weight.shape[0], r, *weight.shape[2:]), weight.dtype)
+        return [with_update(record, r, D, parameter(f"{record.path}.update.decay", (), weight.dtype))]
+
+    records = _expanded(changed.records, expand)
+    return replace(changed, records=records, facts={**changed.facts, "updated": list(updated)})
+
+
 # ---- checkpointing and micro-batches -------------------------------------------------------
 
 
 @contextmanager
 def recomputed(net: Module, segments: int | None) -> Iterator[int]:
-    """Inside the ``with`` block stages of the net run again in the backward pass.
+    """Inside the ``with`` block stages of the net run again in the backward pass; gives the number of segments.
 
-    Parameters
-    ----------
-    net : Module
-        With ``stages()``, whose composition is its ``forward()``.
-    segments : int, optional
-        The stages from the first that trains to the last but one are put together into so many segments, the first
-        ones longer where it does not come out even; by default each of them with parameters that train is one.
-
-    Yields
-    ------
-    int
-        How many segments there are.
-
-    Raises
-    ------
-    NotApplicableError
-        If the net has no stages.
-    ValueError
-        If there are fewer such stages than segments.
+    Arguments and errors are those of :func:`in_segments`.
     """
-    if not hasattr(net, "stages"):
-        raise NotApplicableError(f"checkpointing takes a net with stages(), a {type(net).__name__} has none")
-    *body, last = modules_of_stages(net)
-    trains = [any(parameter.requires_grad for parameter in stage.parameters()) for stage in body]
-    first = trains.index(True) if True in trains else len(body)
-    stretch = body[first:]
-    if segments is not None and segments > len(stretch):
-        raise ValueError(
-            f"segments is {segments}, expected at most {len(stretch)}, the stages from the first that trains to the "
-            "last but one"
-        )
-    if segments is None:
-        again = [nn.Recompute(stage) if yes else stage for stage, yes in zip(stretch, trains[first:], strict=True)]
-        count = sum(trains)
-    else:
-        again = [nn.Recompute(_together(stages)) for stages in _stretches(stretch, segments)]
-        count = segments
-    parts = [*body[:first], *again, last]
+    parts, count = in_segments(net, segments)
 
     def forward(x: Tensor) -> Tensor:
         for part in parts:
@@ -243,13 +233,40 @@ def recomputed(net: Module, segments: int | None) -> Iterator[int]:
             net.__dict__["forward"] = before
 
 
+def in_segments(net: Module, segments: int | None) -> tuple[list[Module], int]:
+    """The stages of a net, in segments that run again in the backward pass, and how many of these there are.
+
+    The stages from the first that trains to the last but one are put together into so many ``segments``, the first ones
+    longer where it does not come out even; by default each of them with parameters that train is one. Raises
+    NotApplicableError if the net has no stages, ValueError if it has too few.
+    """
+    if not hasattr(net, "stages"):
+        raise NotApplicableError(f"checkpointing takes a net with stages(), a {type(net).__name__} has none")
+    *body, last = modules_of_stages(net)
+    trains = [any(parameter.requires_grad for parameter in stage.parameters()) for stage in body]
+    first = trains.index(True) if True in trains else len(body)
+    stretch = body[first:]
+    if segments is not None and segments > len(stretch):
+        raise ValueError(
+            f"segments is {segments}, expected at most {len(stretch)}, the stages from the first that trains to the "
+            "last but one"
+        )
+    if segments is None:
+        again = [nn.Recompute(stage) if yes else stage for stage, yes in zip(stretch, trains[first:], strict=True)]
+        count = sum(trains)
+    else:
+        again = [
+            nn.Recompute(stages[0] if len(stages) == 1 else nn.Sequential(*stages))
+            for stages in _stretches(stretch, segments)
+        ]
+        count = segments
+    return [*body[:first], *again, last], count
+
+
 def modules_of_stages(net: Module) -> list[Module]:
     """What ``net.stages()`` gives, with parameters to look for in each.
 
-    Raises
-    ------
-    ValueError
-        In one line, if it raises, or gives anything but modules of the library.
+    Raises ValueError in one line, if it raises, or gives anything but modules of the library.
     """
     title = type(net).__name__
     try:
@@ -272,28 +289,17 @@ def _stretches(stages: list[Module], count: int) -> Iterator[list[Module]]:
         start = stop
 
 
-def _together(stages: list[Module]) -> Module:
-    return stages[0] if len(stages) == 1 else nn.Sequential(*stages)
-
-
 def checkpointed(step: TracedStep, segments: int | None) -> MethodStep:
     """The step with its stages recomputed (:func:`recomputed`), traced anew.
 
-    Raises
-    ------
-    NotApplicableError
-        If the net has no stages, or these run other operations than its forward pass.
+    Raises NotApplicableError if the net has no stages, or these run other operations than its forward pass.
     """
     with recomputed(step.net, segments) as count:
         records, _, ends = step_records(step.net, step.name, step.input_shape, step.batch, step.dtype)
-    facts = {"segments": count, "asked": segments}
-    plain, ours = ([r for r in flatten(each) if r.op != OP] for each in (step.records, records))
-    if [(r.op, r.path) for r in ours] != [(r.op, r.path) for r in plain]:
+    plain, ours = ([(r.op, r.path) for r in flatten(each) if r.op != OP] for each in (step.records, records))
+    if ours != plain:
         raise NotApplicableError("checkpointing runs the stages() of the net, and these are not its forward()")
-    as_plain = numbers(ours, plain)
-    if any(r.op == OP for r in step.records) or not all(map(_same_but_numbers, ours, plain)):
-        return MethodStep(records, facts=facts, own_trace=True, lifetimes=ends)
-    return MethodStep(_in_segments(records, iter(plain), as_plain), facts=facts, lifetimes=renumbered(ends, as_plain))
+    return MethodStep(records, facts={"segments": count, "asked": segments}, own_trace=True, lifetimes=ends)
 
 
 def numbers(records: Sequence[OpRecord], others: Sequence[OpRecord]) -> dict[int, int]:
@@ -305,37 +311,11 @@ def numbers(records: Sequence[OpRecord], others: Sequence[OpRecord]) -> dict[int
     return found
 
 
-def _same_but_numbers(one: OpRecord, other: OpRecord) -> bool:
-    pairs = zip((*one.inputs, one.output), (*other.inputs, other.output), strict=True)
-    return one.attributes == other.attributes and all(
-        a.shape == b.shape and a.requires_grad == b.requires_grad and a.parameter == b.parameter and a.dtype == b.dtype
-        for a, b in pairs
-    )
-
-
-def _in_segments(records: Sequence[OpRecord], plain: Iterator[OpRecord], as_plain: Mapping[int, int]) -> list[OpRecord]:
-    """The plain step's own records, put into the segments of a trace of the same operations."""
-    found = []
-    for record in records:
-        if record.op != OP:
-            found.append(next(plain))
-            continue
-        within = _in_segments(inside(record), plain, as_plain)
-        inputs = tuple(replace(value, id=as_plain[value.id]) for value in record.inputs)
-        output = replace(record.output, id=as_plain[record.output.id])
-        found.append(replace(record, inputs=inputs, output=output, attributes={**record.attributes, "records": within}))
-    return found
-
-
 def in_micro_batches(step: TracedStep, images: int | None) -> MethodStep:
     """The step in parts of so many images, traced anew.
 
-    Raises
-    ------
-    ValueError
-        If that is no divisor of the batch.
-    NotApplicableError
-        If the net does not run on so few: batch norm with the statistics of one vector.
+    Raises ValueError if that is no divisor of the batch, NotApplicableError if the net does not run on so few: batch
+    norm with the statistics of one vector.
     """
     if images is None:
         images = next(k for k in range(max(step.batch // MICRO_BATCHES, 1), 0, -1) if step.batch % k == 0)

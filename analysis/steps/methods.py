@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from analysis.commands.cli import count, share
+from analysis.commands.cli import count, name_of, share
 from analysis.steps.register import (
     ENERGY,
     METHODS,
@@ -46,6 +46,17 @@ MICRO_BATCH = Setting(
 )  # fmt: skip
 LORA_RANK = Setting("lora_rank", 4, count, "rank of the updates", grid=(4,), label="rank {}")
 CALIBRATION_BATCHES = Setting("calibration_batches", 100, count, "batches from which the subspaces are found, once")
+
+
+def _update(text: str) -> str | None:
+    """None for the whole weight, which is what every method trains where nothing else is said."""
+    return None if name_of(lambda: ("weight", "subspace"))(text) == "weight" else text
+
+
+UPDATE = Setting(
+    "update", None, _update, "what trains: weight, or its coordinates in the subspace", grid=(None,),
+    label="update in the {}",
+)  # fmt: skip
 
 
 # ---- what is kept ------------------------------------------------------------------------------
@@ -168,16 +179,16 @@ method(
     fidelity="biases are other parameters than the weights",
 )  # fmt: skip
 method(
-    "lance", "cores by fixed, calibrated factors", settings=(CALIBRATION_BATCHES,), make=_lance,
+    "lance", "cores by fixed, calibrated factors", settings=(CALIBRATION_BATCHES, UPDATE), make=_lance,
     describe=_described_lance, ranks="given", calibration="plain", fidelity=ENERGY,
 )  # fmt: skip
 method(
-    "lance-mean-free", "as lance, orthogonal to the mean activation", settings=(CALIBRATION_BATCHES,), make=_lance,
-    describe=_described_lance, ranks="mean-free", calibration="mean-free", fidelity=OTHER_SPECTRA,
+    "lance-mean-free", "as lance, orthogonal to the mean activation", settings=(CALIBRATION_BATCHES, UPDATE),
+    make=_lance, describe=_described_lance, ranks="mean-free", calibration="mean-free", fidelity=OTHER_SPECTRA,
 )  # fmt: skip
 method(
     "lance-center", "as lance, of the activation without its mean, whose gradient is added exactly",
-    settings=(CALIBRATION_BATCHES,), make=lambda layer: _lance(layer, centred=True),
+    settings=(CALIBRATION_BATCHES, UPDATE), make=lambda layer: _lance(layer, centred=True),
     describe=lambda layer: {**_described_lance(layer), "centred": True}, ranks="given", calibration="center",
     fidelity=OTHER_SPECTRA,
 )  # fmt: skip

@@ -49,36 +49,18 @@ class CannotRunError(ValueError):
 
 @dataclass(frozen=True)
 class TracedStep:
-    """One training step of a net as its op records, the loss last.
+    """One training step of a net as its op records, the loss last."""
 
-    Attributes
-    ----------
-    net : Module
-        Tuned as asked for.
-    name : str
-    input_shape : tuple of int
-        Without the batch.
-    num_classes : int
-        Outputs of the net.
-    records : list of OpRecord
-    tuned_layers : tuple of str
-        Layers that train, the head left out.
-    head : str or None
-        The classifier, which always trains.
-    lifetimes : Lifetimes
-        When the tensors of the forward pass are given back: the same for every batch size and selection.
-    derived : dict
-        What methods make of the step, by method and settings: made once (:meth:`remember`).
-    """
-
-    net: Module
+    net: Module  #: Tuned as asked for.
     name: str
-    input_shape: tuple[int, ...]
-    num_classes: int
+    input_shape: tuple[int, ...]  #: Without the batch.
+    num_classes: int  #: Outputs of the net.
     records: list[OpRecord]
-    tuned_layers: tuple[str, ...]
-    head: str | None
+    tuned_layers: tuple[str, ...]  #: Layers that train, the head left out.
+    head: str | None  #: The classifier, which always trains.
+    #: When the tensors of the forward pass are given back: the same for every batch size and selection.
     lifetimes: Lifetimes
+    #: What methods make of the step, by method and settings: made once (:meth:`remember`).
     derived: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -119,23 +101,11 @@ def input_shape_for(name: str, image_size: int | None, given: Sequence[int] | No
 def build(name: str, num_classes: int | None, input_shape: tuple[int, ...], without_weights: bool) -> Module:
     """A built-in net, what ``pkg.module:factory`` returns, or the network in an ONNX file.
 
-    Parameters
-    ----------
-    name : str
-        One of ``lance_ref.models.names()``, a file ``*.onnx``, or ``pkg.module:factory``. The factory is called with
-        ``num_classes=`` if that is given and it takes it, else with nothing; a Module of that name is taken as it is.
-        ``mobilenetv2@0.35`` has 0.35 times the channels.
-    num_classes : int or None
-        None: :data:`DEFAULT_NUM_CLASSES`, or what the factory makes by itself.
-    input_shape : tuple of int
-        The small built-in nets are made for it.
-    without_weights : bool
-        Built-in nets get parameters that have shapes only.
-
-    Raises
-    ------
-    ValueError
-        In one line: no such net or factory, the factory failed, or what it returned is no Module.
+    A factory is called with ``num_classes=`` if that is given and it takes it, else with nothing; a Module of that name
+    is taken as it is. ``mobilenetv2@0.35`` has 0.35 times the channels. Without ``num_classes`` a built-in net has
+    :data:`DEFAULT_NUM_CLASSES`; it is made for ``input_shape`` where it must be, and without weights its parameters
+    have shapes only. Raises ValueError, in one line, where there is no such net or factory, the factory failed, or what
+    it returned is no Module.
     """
     if name.endswith(".onnx"):
         from analysis.onnx.net import OnnxNet
@@ -279,11 +249,8 @@ def trace_step(
 
     Without a ``tune``, what the register of networks says trains: the last four layers, or all of a net that has fewer.
 
-    Raises
-    ------
-    ValueError, TypeError
-        If the selection fits nothing, the input does not fit the net, its output is not (batch, classes), or
-        parameters get gradients that ``net.parameters()`` does not give.
+    Raises ValueError or TypeError if the selection fits nothing, the input does not fit the net, its output is not
+    (batch, classes), or parameters get gradients that ``net.parameters()`` does not give.
     """
     if dtype not in ("float32", "float64"):
         raise ValueError(f"dtype is {dtype!r}, expected float32 or float64")

@@ -47,7 +47,8 @@ class Method:
     about : str
         In a few words, for the help and beneath the table.
     settings : tuple of Setting
-        Those that it heeds. The first is what ``METHOD@VALUE`` sets in the fine-tuning experiment.
+        Those that it heeds. The first is what ``METHOD@VALUE`` sets in the fine-tuning experiment. A method with the
+        setting ``update`` has its layers train in the subspace where that is asked for.
     tune : mapping
         Arguments of :func:`lance_ref.tune` that replace those of the step. Default: none.
     runs : callable, optional
@@ -173,6 +174,7 @@ def method_step(
         If the method does not fit the net.
     """
     from analysis.rules.account import with_described_stores
+    from analysis.steps.changes import in_subspace
 
     method = METHODS[name]
     changed = MethodStep(step.records)
@@ -183,8 +185,10 @@ def method_step(
         paths = tuned if method.ranks is None else ranks
         layers = tuned_layers(step.dtype, {path: tuned[path] for path in paths}, ranks, settings)
         stores = {layer.path: (method.describe or _made(method))(layer) for layer in layers}
-    records = with_described_stores(changed.records, stores)
-    return replace(changed, records=records, stores=stores, ranks=ranks, settings=settings)
+    changed = replace(changed, records=with_described_stores(changed.records, stores), stores=stores)
+    if settings.of(method.names).get("update") == "subspace":
+        changed = in_subspace(changed)
+    return replace(changed, ranks=ranks, settings=settings)
 
 
 def tuned_layers(

@@ -11,6 +11,7 @@ from analysis.steps.methods import METHODS
 from analysis.steps.nets import TracedStep
 from analysis.steps.register import tuned_layers
 from analysis.steps.settings import MethodStep
+from lance_ref.nn.subspace import train_in_subspace
 
 
 @contextmanager
@@ -43,7 +44,11 @@ def _with_stores(step: TracedStep, name: str, changed: MethodStep) -> Iterator[N
         shapes = {record.path: record.inputs[0].shape for record in records}
         for tuned in tuned_layers(step.dtype, shapes, changed.ranks, changed.settings):
             layers[tuned.path].store = make(tuned)
+        train_in_subspace(step.net, changed.facts.get("updated", []))
         yield
     finally:
         for path, layer in layers.items():
             layer.store = before[path]
+        for path in changed.facts.get("updated", []):  # nothing was learned, so there is nothing to merge
+            layers[path].update = None
+            layers[path].weight.requires_grad_()

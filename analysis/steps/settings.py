@@ -127,14 +127,12 @@ class TunedLayer:
 
     Attributes
     ----------
-    path : str
     shape : tuple of int
         Of its input, batch first.
     dtype : dtype
         Of its weight.
     ranks : tuple
         Rank of each mode, None for a mode that is left alone; empty for a method without ranks.
-    settings : Settings
     rng : Generator
         For stores that begin with random numbers.
     """
@@ -149,32 +147,16 @@ class TunedLayer:
 
 @dataclass(frozen=True)
 class MethodStep:
-    """The step of one method.
+    """The step of one method."""
 
-    Attributes
-    ----------
-    records : list of OpRecord
-        Its stores included, the loss last.
-    repeats : int
-        How often the records run in one step.
-    stores : mapping of layer path to description
-        Of the layers whose store is not the exact one.
-    ranks : mapping of layer path to ranks
-        With which these stores are made, where they have ranks.
-    settings : Settings
-    facts : mapping
-        Settings as they turned out, for instance the number of images in a micro-batch.
-    own_trace : bool
-        Whether the numbers of the values are those of a trace of its own.
-    lifetimes : Lifetimes, optional
-        When its tensors are given back, where that is known and not as in the plain step.
-    """
-
-    records: list[OpRecord]
-    repeats: int = 1
-    stores: Mapping[str, Description] = field(default_factory=dict)
+    records: list[OpRecord]  #: Its stores included, the loss last.
+    repeats: int = 1  #: How often the records run in one step.
+    stores: Mapping[str, Description] = field(default_factory=dict)  #: Of the layers whose store is not the exact one.
+    #: With which these stores are made, where they have ranks.
     ranks: Mapping[str, Ranks] = field(default_factory=dict)
     settings: Settings = field(default_factory=Settings)
+    #: Settings as they turned out, for instance the number of images in a micro-batch.
     facts: Mapping[str, Any] = field(default_factory=dict)
-    own_trace: bool = False
+    own_trace: bool = False  #: Whether the numbers of the values are those of a trace of its own.
+    #: When its tensors are given back, where that is known and not as in the plain step.
     lifetimes: Lifetimes | None = None

@@ -9,8 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from analysis.reports.continual_costs import bill, predict
 from lance_ref.continual import networks
 from lance_ref.continual import scenario as scenarios
@@ -24,68 +22,47 @@ EVERY_STEPS = 2000
 """Steps between checkpoints inside a task."""
 
 
-def run(
-    scenario: str,
-    learner: str,
-    seed: int,
-    net: str,
-    tasks: int | None,
-    train_images: int | None,
-    test_images: int | None,
-    epochs: int,
-    batch: int,
-    lr: float,
-    momentum: float,
-    clip: float | None,
-    thresholds: Sequence[float],
-    threshold_step: float,
-    epsilon: float,
-    basis_samples: int,
-    memory: int,
-    eval_batch: int,
-    folder: str,
-) -> dict[str, Any]:
+RECIPE = {"batch": "batch_size", "clip": "clip_norm", "eval_batch": "eval_batch_size"}
+"""Arguments of a cell that have another name in :class:`lance_ref.continual.learners.Recipe`."""
+
+
+def run(learner: str, folder: str, seed: int, thresholds: Sequence[float], **given: Any) -> dict[str, Any]:
     """Learn all tasks of a scenario; all arguments are JSON, and so is the result.
 
     Learners that are given the same other arguments start from the same weights and see the same batches.
 
     Parameters
     ----------
-    scenario, learner, net : str
-        Names: of :func:`prepare`'s scenarios, of :data:`lance_ref.continual.learners.LEARNERS`, of a network.
-    tasks, train_images, test_images : int or None
-        At most so many tasks, and images of each; None: all.
-    thresholds, threshold_step, basis_samples, epsilon, memory
-        As in :class:`lance_ref.continual.learners.Recipe`.
+    learner : str
+        One of :data:`lance_ref.continual.learners.LEARNERS`.
     folder : str
         Where a checkpoint is kept while the cell runs, named after all arguments; "" keeps none.
+    seed, thresholds, **given
+        The arguments of :func:`prepare`, and the numbers of :class:`lance_ref.continual.learners.Recipe`.
     """
-    arguments = {name: value for name, value in locals().items() if name != "folder"}
-    module, chosen = prepare(scenario, net, seed, tasks, train_images, test_images, folder)
-    recipe = Recipe(
-        epochs=epochs, batch_size=batch, lr=lr, momentum=momentum, clip_norm=clip, seed=seed,
-        eval_batch_size=eval_batch, basis_samples=basis_samples, thresholds=tuple(thresholds),
-        threshold_step=threshold_step, epsilon=epsilon, memory=memory,
-    )  # fmt: skip
+    arguments = {"learner": learner, "seed": seed, "thresholds": list(thresholds), **given}
+    data = {name: given.pop(name) for name in ("scenario", "net", "tasks", "train_images", "test_images")}
+    module, chosen = prepare(**data, seed=seed, folder=folder)
+    numbers = {RECIPE.get(name, name): value for name, value in given.items()}
+    recipe = Recipe(seed=seed, thresholds=tuple(thresholds), **numbers)
     made = LEARNERS[learner](module, chosen, recipe)
     checkpoint = None
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         # by all arguments: another learning rate is another run, with a checkpoint of its own
         told_apart = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:16]
-        checkpoint = Path(folder) / f"{scenario}-{learner}-{seed}-{told_apart}.checkpoint.npz"
+        checkpoint = Path(folder) / f"{data['scenario']}-{learner}-{seed}-{told_apart}.checkpoint.npz"
     result = learn(
-        made, bill=bill, checkpoint=checkpoint, every_steps=EVERY_STEPS, settings={"net": net}, progress=False
+        made, bill=bill, checkpoint=checkpoint, every_steps=EVERY_STEPS, settings={"net": data["net"]}, progress=False
     )
     outputs = {path: layer.weight.shape[0] for path, layer in weighted_layers(module).items()}
-    seen = [predict(learner, t, result.tasks, chosen, recipe, outputs) for t in range(len(chosen))]
-    for task, foretold in zip(result.tasks, seen, strict=True):
-        task["predicted"] |= foretold
+    for t, task in enumerate(result.tasks):
+        task["predicted"] |= predict(learner, t, result.tasks, chosen, recipe, outputs)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return {
-        "accuracy": np.asarray(result.R).tolist(),
-        "baseline": np.asarray(result.baseline).tolist(),
+        "accuracy": result.R.tolist(),
+        "baseline": result.baseline.tolist(),
         "metrics": result.metrics.as_dict(),
         "tasks": result.tasks,
         "about": chosen.about,
@@ -100,8 +77,8 @@ def prepare(
     train_images: int | None,
     test_images: int | None,
     folder: str,
-) -> tuple[Module, Scenario]:
-    """Network and tasks of a cell.
+) -> tuple[Module, Scenario]:  # fmt: skip
+    """Network and tasks of a cell: at most so many tasks, and images of each; None leaves all.
 
     Raises
     ------

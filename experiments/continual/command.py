@@ -14,28 +14,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.commands.cli import (
-    OneLineParser,
-    add_sweep,
-    check_effect,
-    check_once,
-    check_sweep,
-    count,
-    few,
-    figure_file,
-    fill_in,
-    integer,
-    json_file,
-    markdown_file,
-    name_of,
-    positive,
-    run_command,
-    run_main,
-    share,
-    share_below_one,
-)
+from analysis.commands import cli
+from experiments import frame
 
 CELL = "experiments.continual.cell:run"
+THRESHOLDS = {"threshold": "thresholds"}
+"""The option that has another name in :class:`lance_ref.continual.learners.Recipe`."""
+
 MLP = {
     "epochs": 5, "batch": 10, "lr": 0.01, "basis_samples": 300, "threshold": [0.95, 0.99, 0.99], "threshold_step": 0.0,
     "epsilon": 0.95, "memory": 200, "eval_batch": 500, "clip": None,
@@ -57,15 +42,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "split100": IMAGES,
     "split-cifar100": IMAGES,
     "domains": {
-        **IMAGES,
-        "batch": 32,
-        "lr": 0.05,
-        "clip": 2.0,
-        "threshold": [0.95],
-        "threshold_step": 0.0,
+        **IMAGES, "batch": 32, "lr": 0.05, "clip": 2.0, "threshold": [0.95], "threshold_step": 0.0,
         "basis_samples": 256,
     },
-}
+}  # fmt: skip
 """By scenario, where an option is not given."""
 
 QUICK = {"seeds": 1, "train_images": 150, "test_images": 60, "epochs": 5}
@@ -76,74 +56,60 @@ def parser() -> argparse.ArgumentParser:
     from lance_ref.continual.metrics import DEFINITIONS
     from lance_ref.continual.networks import DEFAULT_NETWORK, NETWORKS
 
-    p = OneLineParser(
-        prog="python -m experiments.continual", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False,
-        epilog="R[t, i]: accuracy on task i after task t, of T tasks. " + ". ".join(DEFINITIONS.values()) + ".",
-    )  # fmt: skip
-    p.add_argument(
-        "--scenario",
-        type=name_of(lambda: DEFAULTS),
-        default="split-digits",
-        help=f"one of {', '.join(DEFAULTS)} (%(default)s)",
-    )
+    defined = "R[t, i]: accuracy on task i after task t, of T tasks. " + ". ".join(DEFINITIONS.values())
+    p = frame.parser("experiments.continual", __doc__, epilog=f"{defined}.")
+    scenarios = f"one of {', '.join(DEFAULTS)} (%(default)s)"
+    p.add_argument("--scenario", type=cli.name_of(lambda: DEFAULTS), default="split-digits", help=scenarios)
     p.add_argument("--quick", action="store_true", help="few images of each task and one seed, within a minute")
     p.add_argument(
-        "--learners",
-        type=name_of(lambda: LEARNERS),
-        nargs="+",
-        default=list(LEARNERS),
-        metavar="LEARNER",
+        "--learners", type=cli.name_of(lambda: LEARNERS), nargs="+", default=list(LEARNERS), metavar="LEARNER",
         help=f"of {', '.join(LEARNERS)} (all)",
-    )
+    )  # fmt: skip
+    nets = f"of {', '.join(NETWORKS)} (mlp for digits and mnist, else alexnet-cl)"
+    p.add_argument("--net", type=cli.name_of(lambda: {*NETWORKS, *DEFAULT_NETWORK.values()}), help=nets)
+    p.add_argument("--seeds", type=cli.few, help="runs of each learner, seeds 0, 1, ... (5)")
+    p.add_argument("--tasks", type=cli.integer(2, 10_000), help="the first so many (all)")
+    p.add_argument("--epochs", type=cli.count, help="per task (the scenario's)")
+    p.add_argument("--batch", type=cli.count, help="images a step (the scenario's)")
+    p.add_argument("--lr", type=cli.positive, help="learning rate (the scenario's)")
+    p.add_argument("--momentum", type=cli.share_below_one, default=0.0, help="of SGD (0)")
+    p.add_argument("--clip", type=cli.positive, help="largest norm of the gradient (none; domains 2)")
+    p.add_argument("--train-images", type=cli.count, help="at most so many of each task, spread over its classes (all)")
+    p.add_argument("--test-images", type=cli.count, help="(all)")
+    p.add_argument("--threshold", type=cli.share, nargs="+", help="energy protected: one, or one for each layer")
+    p.add_argument("--threshold-step", type=cli.share_below_one, help="added to it with each task")
+    p.add_argument("--epsilon", type=cli.share, help="energy threshold of LANCE's subspaces (0.95)")
     p.add_argument(
-        "--net",
-        type=name_of(lambda: {*NETWORKS, *DEFAULT_NETWORK.values()}),
-        help=f"of {', '.join(NETWORKS)} (mlp for digits and mnist, else alexnet-cl)",
-    )
-    p.add_argument("--seeds", type=few, help="runs of each learner, seeds 0, 1, ... (5)")
-    p.add_argument("--tasks", type=integer(2, 10_000), help="the first so many (all)")
-    p.add_argument("--epochs", type=count, help="per task (the scenario's)")
-    p.add_argument("--batch", type=count, help="images a step (the scenario's)")
-    p.add_argument("--lr", type=positive, help="learning rate (the scenario's)")
-    p.add_argument("--momentum", type=share_below_one, default=0.0, help="of SGD (0)")
-    p.add_argument("--clip", type=positive, help="largest norm of the gradient (none; domains 2)")
-    p.add_argument("--train-images", type=count, help="at most so many of each task, spread over its classes (all)")
-    p.add_argument("--test-images", type=count, help="(all)")
-    p.add_argument("--threshold", type=share, nargs="+", help="energy protected: one, or one for each layer")
-    p.add_argument("--threshold-step", type=share_below_one, help="added to it with each task")
-    p.add_argument("--epsilon", type=share, help="energy threshold of LANCE's subspaces (0.95)")
-    p.add_argument("--basis-samples", type=count, help="images for subspaces and protected directions")
-    p.add_argument("--memory", type=count, help="images that er keeps, of all tasks")
-    p.add_argument("--eval-batch", type=count, help="images at a time in evaluation")
-    add_sweep(p, "runs/continual", "of finished and stopped runs")
-    p.add_argument("--output", type=json_file, help="write the results as JSON")
-    p.add_argument("--table", type=markdown_file, help="write the table as Markdown")
-    p.add_argument(
-        "--figure", type=figure_file, help="draw matrices of accuracy and the first task over time, .png or .svg"
-    )
+        "--update", choices=["weight", "subspace"], default="weight",
+        help="what trains of LANCE's layers: the weight, or its coordinates in the task's subspace (weight)",
+    )  # fmt: skip
+    p.add_argument("--basis-samples", type=cli.count, help="images for subspaces and protected directions")
+    p.add_argument("--memory", type=cli.count, help="images that er keeps, of all tasks")
+    p.add_argument("--eval-batch", type=cli.count, help="images at a time in evaluation")
+    cli.add_sweep(p, "runs/continual", "of finished and stopped runs")
+    frame.add_outputs(p, "matrices of accuracy and the first task over time", table=True)
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return run_command(parser, given, lambda options: _run(checked(options), given))
+    return cli.run_command(parser, given, lambda options: _run(checked(options), given))
 
 
 def checked(options: argparse.Namespace) -> argparse.Namespace:
     """Defaults of the scenario, and everything checked that can be before anything runs."""
+    from lance_ref.continual.learners import LEARNERS
     from lance_ref.continual.networks import DEFAULT_NETWORK
 
     defaults = {"net": DEFAULT_NETWORK[options.scenario], "seeds": 5, **DEFAULTS[options.scenario]}
-    fill_in(options, {**defaults, **QUICK} if options.quick else defaults)
-    check_once(options, "learners")
-    chosen = set(options.learners)
-    check_sweep(options)
-    check_effect(options, "memory", "er" in chosen, "the learner er")
-    check_effect(options, "epsilon", bool(chosen & {"lance", "lance-no-batch"}), "a learner of lance, lance-no-batch")
-    for name in ("threshold", "threshold_step", "basis_samples"):
-        protecting = bool(chosen & {"gpm", "lance", "lance-no-batch"})
-        check_effect(options, name, protecting, "a learner of gpm, lance, lance-no-batch")
+    cli.fill_in(options, {**defaults, **QUICK} if options.quick else defaults)
+    cli.check_once(options, "learners")
+    cli.check_sweep(options)
+    for name in ("memory", "epsilon", "update", "threshold", "threshold_step", "basis_samples"):
+        heeding = [learner.name for learner in LEARNERS.values() if THRESHOLDS.get(name, name) in learner.heeds]
+        takes = f"the learner {heeding[0]}" if len(heeding) == 1 else f"a learner of {', '.join(heeding)}"
+        cli.check_effect(options, name, bool(set(heeding) & set(options.learners)), takes)
     return options
 
 
@@ -156,6 +122,8 @@ def cell(options: argparse.Namespace, learner: str, seed: int) -> dict[str, Any]
     return {
         **{name: getattr(options, name) for name in names},
         "thresholds": options.threshold,
+        # left out where it is the default, so that cells of before keep their names
+        **({} if options.update == "weight" else {"update": options.update}),
         "learner": learner,
         "seed": seed,
         "folder": f"{options.folder}/running",
@@ -163,25 +131,20 @@ def cell(options: argparse.Namespace, learner: str, seed: int) -> dict[str, Any]
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> None:
-    from analysis.commands.sweep import run_cells
     from experiments.continual.report import Row, draw, markdown, results, show
-    from lance_ref.io.whole_file import write_json, write_text
 
     cells = [cell(options, learner, seed) for learner in options.learners for seed in range(options.seeds)]
     about, images = _check(cells[0])
     title = f"{options.scenario}: {about}. {_recipe(options)}"
-    outcomes = run_cells(cells, CELL, options.folder, jobs=options.jobs, scheduler=options.scheduler)
-    rows = [
-        Row(learner, tuple(outcomes[i * options.seeds : (i + 1) * options.seeds]))
-        for i, learner in enumerate(options.learners)
-    ]
+    groups = frame.by_seed(frame.run_cells(options, cells, CELL), options.seeds)
+    rows = [Row(learner, seeds) for learner, seeds in zip(options.learners, groups, strict=True)]
     show(rows, title, images)
-    if options.output:
-        write_json(options.output, results(rows, vars(options), arguments))
-    if options.table:
-        write_text(options.table, markdown(rows, title, arguments, images))
-    if options.figure:
-        draw(rows, options.figure, f"{options.scenario}, {options.net}, {options.seeds} seed(s)")
+    frame.write(
+        options,
+        lambda: results(rows, vars(options), arguments),
+        lambda path: draw(rows, path, f"{options.scenario}, {options.net}, {options.seeds} seed(s)"),
+        lambda: markdown(rows, title, arguments, images),
+    )
 
 
 def _check(arguments: dict[str, Any]) -> tuple[str, int]:
@@ -217,4 +180,4 @@ def _recipe(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

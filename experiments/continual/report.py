@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from analysis.commands.blocks import blocks, paragraph
 from analysis.commands.chance import sentence
-from analysis.commands.provenance import provenance
 from analysis.reports.continual_costs import MAC_KINDS
 from analysis.reports.figures import save_figure
+from experiments import frame
 from lance_ref.continual.metrics import DEFINITIONS
 
 SHORTEST_TIMED_RUN = 10.0
@@ -23,14 +23,7 @@ METRICS = ("acc", "bwt", "fwt", "forgetting", "learning_accuracy")
 
 @dataclass(frozen=True)
 class Row:
-    """One learner, all seeds.
-
-    Attributes
-    ----------
-    learner : str
-    seeds : tuple of dict
-        What :func:`experiments.continual.cell.run` returned, one for each seed.
-    """
+    """One learner; ``seeds`` is what :func:`experiments.continual.cell.run` returned for each seed."""
 
     learner: str
     seeds: tuple[Mapping[str, Any], ...]
@@ -39,22 +32,9 @@ class Row:
         """Of each seed, as a share."""
         return [float(seed["metrics"][name]) for seed in self.seeds]
 
-    def largest(self, name: str, predicted: bool = False) -> float:
+    def largest(self, name: str) -> float:
         """Bytes of the task that takes most, mean over the seeds."""
-        return fmean(
-            max(task["predicted"][name] if predicted else task[name] for task in seed["tasks"]) for seed in self.seeds
-        )
-
-    @property
-    def flash(self) -> float:
-        """Bytes kept after the last task, mean over the seeds."""
-        return fmean(seed["tasks"][-1]["flash_bytes"] for seed in self.seeds)
-
-    @property
-    def ram(self) -> tuple[float, float]:
-        """Bytes beside and with the tape, of the task that takes most; means over the seeds."""
-        both = [max(task["ram_bytes"] + task["tape_bytes"] for task in seed["tasks"]) for seed in self.seeds]
-        return self.largest("ram_bytes"), fmean(both)
+        return fmean(max(task[name] for task in seed["tasks"]) for seed in self.seeds)
 
     @property
     def agrees(self) -> bool:
@@ -63,7 +43,16 @@ class Row:
 
     def macs(self, part: str) -> float:
         """Multiply-adds: of a ``step`` of the last task, ``between`` tasks, or of the ``whole`` run."""
-        return fmean(_macs(seed["tasks"], part) for seed in self.seeds)
+        if part == "step":
+            return fmean(sum(seed["tasks"][-1]["step_macs"].values()) for seed in self.seeds)
+        between = ("before_macs", "after_macs")
+        return fmean(
+            sum(
+                task["macs"] if part == "whole" else sum(sum(task[name].values()) for name in between)
+                for task in seed["tasks"]
+            )
+            for seed in self.seeds
+        )
 
     @property
     def R(self) -> np.ndarray:  # noqa: N802  (as in the formulas)
@@ -81,14 +70,6 @@ def agrees(task: Mapping[str, Any]) -> bool:
     )
 
 
-def _macs(tasks: Sequence[Mapping[str, Any]], part: str) -> int:
-    if part == "step":
-        return sum(tasks[-1]["step_macs"].values())
-    if part == "between":
-        return sum(sum(task["before_macs"].values()) + sum(task["after_macs"].values()) for task in tasks)
-    return sum(task["macs"] for task in tasks)
-
-
 COLUMNS = (
     "learner", "ACC %", "BWT %", "FWT %", "forgetting %", "learning acc. %", "tape KiB", "beside KiB", "RAM KiB",
     "flash KiB", "predicted", "M mult-adds a step", "between tasks", "whole run", "seconds",
@@ -97,11 +78,12 @@ COLUMNS = (
 
 def cells(row: Row) -> list[str]:
     """One row of the table, in the order of :data:`COLUMNS`."""
-    beside, ram = row.ram
+    ram = fmean(max(task["ram_bytes"] + task["tape_bytes"] for task in seed["tasks"]) for seed in row.seeds)
+    flash = fmean(seed["tasks"][-1]["flash_bytes"] for seed in row.seeds)
     return [
         row.learner,
-        *(spread([100 * value for value in row.metric(name)]) for name in METRICS),
-        *(f"{value / 1024:,.1f}" for value in (row.largest("tape_bytes"), beside, ram, row.flash)),
+        *(frame.spread([100 * value for value in row.metric(name)]) for name in METRICS),
+        *(f"{value / 1024:,.1f}" for value in (row.largest("tape_bytes"), row.largest("ram_bytes"), ram, flash)),
         "equal" if row.agrees else "DIFFERS",
         *(f"{row.macs(part) / 1e6:,.{digits}f}" for part, digits in (("step", 3), ("between", 0), ("whole", 0))),
         _seconds(row),
@@ -109,19 +91,9 @@ def cells(row: Row) -> list[str]:
 
 
 def _seconds(row: Row) -> str:
-    """Of training, mean over the seeds, unless that is too short to compare with others."""
+    """Of training; a short run's are decided by the load of the machine."""
     seconds = fmean(sum(task["seconds"] for task in seed["tasks"]) for seed in row.seeds)
     return "too short" if seconds < SHORTEST_TIMED_RUN else f"{seconds:,.1f}"
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation; the mean alone of one value.
-
-    >>> spread([1.0, 2.0, 3.0]), spread([5.0])
-    ('2.00 ± 1.00', '5.00')
-    """
-    text = f"{fmean(values):.2f}".replace("-0.00", "0.00")
-    return f"{text} ± {stdev(values):.2f}" if len(values) > 1 else text
 
 
 NOTES = (
@@ -152,36 +124,19 @@ def chance(rows: Sequence[Row], images: int) -> str:
 
 def markdown(rows: Sequence[Row], title: str, arguments: Sequence[str], images: int) -> str:
     """The same table in Markdown, with the command that made it."""
-    lines = [
-        f"`python -m experiments.continual {' '.join(arguments)}`",
-        "",
-        title,
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-    ]
-    lines += ["|" + "|".join(["---"] + ["---:"] * (len(COLUMNS) - 1)) + "|"]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    return "\n".join([*lines, "", NOTES, "", chance(rows, images), ""])
+    table = {title: map(cells, rows)}
+    return frame.markdown("experiments.continual", arguments, COLUMNS, table, NOTES, chance(rows, images))
 
 
 def results(rows: Sequence[Row], settings: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
     """Everything, as it goes into the result file."""
-    return {
-        **provenance("experiments.continual", 0),
-        "arguments": list(arguments),
-        "settings": dict(settings),
-        "definitions": DEFINITIONS,
-        "rows": [
-            {
-                "learner": row.learner,
-                **{f"{name}_mean": fmean(row.metric(name)) for name in METRICS},
-                **{f"{name}_sd": stdev(row.metric(name)) if len(row.seeds) > 1 else None for name in METRICS},
-                "predicted_equals_measured": row.agrees,
-                "seeds": [dict(seed) for seed in row.seeds],
-            }
-            for row in rows
-        ],
-    }
+    shown = []
+    for row in rows:
+        numbers: dict[str, Any] = {"learner": row.learner}
+        for name in METRICS:
+            numbers |= frame.statistics(name, row.metric(name))
+        shown.append({**numbers, "predicted_equals_measured": row.agrees, "seeds": list(row.seeds)})
+    return frame.document("experiments.continual", settings, arguments, shown, definitions=DEFINITIONS)
 
 
 def draw(rows: Sequence[Row], path: str, title: str) -> None:

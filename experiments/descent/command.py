@@ -18,28 +18,19 @@ from typing import Any
 
 import numpy as np
 
+from analysis.commands import cli
 from analysis.commands.chance import NORMAL_95, sentence, share_variance
-from analysis.commands.cli import OneLineParser, count, figure_file, json_file, run_command, run_main, seed
 from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
-from experiments.descent.cases import (
-    BATCHES,
-    EXAMPLES,
-    FLOAT32_ROUNDING,
-    batch_mode_cases,
-    both_gradients,
-    cosine,
-    fixed_store,
-    one_mode_cases,
-    same_batch_cases,
-    sketch_cases,
-    summary,
-)
-from lance_ref import F, calibrate, compress, datasets, models, no_grad, optim, tune
+from experiments import frame
+from experiments.descent import cases
+from experiments.descent.cases import both_gradients, cosine, fixed_store, summary
+from lance_ref import calibrate, compress, datasets, evaluate, models, optim, tune
 from lance_ref.algebra.geometry import Geometry
 from lance_ref.io.whole_file import sealed, write_text
 from lance_ref.nn.module import Module
 from lance_ref.stores import ActivationStore, Hosvd
+from lance_ref.train.run import Pass, Run
 
 EPSILON = 0.7
 """Energy threshold of the training runs, the papers'."""
@@ -59,7 +50,7 @@ METHODS = (
     ("LANCE", "sketched batch"),
 )
 """What is compressed of every convolution's input, and how. BP is there for its accuracy; its cosines are 1."""
-FULL: dict[str, Any] = {"trials": 1000, "epochs": 10, "batches": BATCHES, "images": None}
+FULL: dict[str, Any] = {"trials": 1000, "epochs": 10, "batches": cases.BATCHES, "images": None}
 QUICK: dict[str, Any] = {"trials": 20, "epochs": 1, "batches": (2, 8), "images": 256}
 
 
@@ -116,21 +107,16 @@ def train(method: str, modes: str, epochs: int, images: int | None, seed: int) -
     data, test = datasets.load("digits", "train", limit=images), datasets.load("digits", "test")
     net = models.create("convnet", in_channels=1, rng=seed)
     besides = attach(net, tune(net, "all").layers, method, modes, data, seed)
-    optimizer = optim.SGD(list(net.parameters()), lr=LEARNING_RATE, momentum=MOMENTUM)
+    parameters = list(net.parameters())
+    training = Run(net, optim.SGD(parameters, lr=LEARNING_RATE, momentum=MOMENTUM), CLIP_NORM)
     rng = np.random.default_rng(seed + 1)
     for _ in range(epochs):
         for x, y in datasets.batches(data, BATCH, rng=rng):
-            optimizer.zero_grad()
-            F.cross_entropy(net(x), y).backward()
-            optim.clip_grad_norm_(list(net.parameters()), CLIP_NORM)
-            optimizer.step()
-    x, y = next(datasets.batches(test, len(test), shuffle=False))
-    with no_grad():
-        answers = net(x).data.argmax(axis=1)
+            training.update([Pass(0, x, y)])
     return {
         "method": method,
         "modes": modes,
-        "test_accuracy": round(float(np.mean(answers == y)), 4),
+        "test_accuracy": round(evaluate(net, test, len(test)), 4),
         "layers": {path: quantiles(beside.cosines) for path, beside in besides.items()},
         "cosines": {path: [round(value, 4) for value in beside.cosines] for path, beside in besides.items()},
     }
@@ -139,16 +125,16 @@ def train(method: str, modes: str, epochs: int, images: int | None, seed: int) -
 def quantiles(cosines: Sequence[float]) -> dict[str, Any]:
     """What :func:`~experiments.descent.cases.summary` says, and where 5 and 95 % lie."""
     low, high = (round(float(value), 6) for value in np.quantile(cosines, [0.05, 0.95]))
-    return {**summary(cosines, FLOAT32_ROUNDING), "quantile_05": low, "quantile_95": high}
+    return {**summary(cosines, cases.FLOAT32_ROUNDING), "quantile_05": low, "quantile_95": high}
 
 
 def run(trials: int, epochs: int, batches: Sequence[int], images: int | None, seed: int) -> dict[str, Any]:
     """Everything; each part has its own random numbers, so that none depends on what ran before."""
     parts = {
-        "one_mode": lambda rng: one_mode_cases(trials, rng),
-        "batch_mode": lambda rng: batch_mode_cases(trials, rng, batches),
-        "same_batch": lambda rng: same_batch_cases(trials, rng),
-        "sketch": lambda rng: sketch_cases(trials, rng, batches[1::2]),
+        "one_mode": lambda rng: cases.one_mode_cases(trials, rng),
+        "batch_mode": lambda rng: cases.batch_mode_cases(trials, rng, batches),
+        "same_batch": lambda rng: cases.same_batch_cases(trials, rng),
+        "sketch": lambda rng: cases.sketch_cases(trials, rng, batches[1::2]),
     }
     result: dict[str, Any] = {"trials": trials, "epochs": epochs, "examples": dict(examples())}
     for (name, part), child in zip(parts.items(), np.random.SeedSequence(seed).spawn(len(parts)), strict=True):
@@ -161,7 +147,7 @@ def run(trials: int, epochs: int, batches: Sequence[int], images: int | None, se
 def examples() -> dict[str, dict[str, Any]]:
     """The examples to check by hand, computed."""
     rows = {}
-    for name, example in EXAMPLES.items():
+    for name, example in cases.EXAMPLES.items():
         store = fixed_store(example.activation.shape, example.factors)
         exact, compressed = both_gradients(example.geometry, store, example.activation, example.grad_output)
         rows[name] = {
@@ -178,6 +164,13 @@ def examples() -> dict[str, dict[str, Any]]:
 
 def report(result: dict[str, Any]) -> str:
     """The figures that matter, as text."""
+
+    def share(row: dict[str, Any]) -> str:
+        return f"negative {row['negative']:.4f}, least {row['least']:+.3f}, median {row['median']:.3f}"
+
+    def size(row: dict[str, Any]) -> str:
+        return f"B = {row['batch']:<3} r = {row['rank']:<2} {row['in']:>2} to {row['out']:<2}"
+
     off = 100 * NORMAL_95 * math.sqrt(share_variance(0.5, result["trials"]))
     lines = [
         f"{result['trials']} random cases of each kind; a share may be off by {off:.0f} points by chance (95 %).\n",
@@ -186,34 +179,29 @@ def report(result: dict[str, Any]) -> str:
     for name, row in result["examples"].items():
         lines.append(f"  {name:<30} dW = {row['dW']}, dŴ = {row['dW_hat']}, cosine {row['cosine']:.3f}")
     lines.append(f"\nOne mode on fixed random directions ({result['trials']} random small layers each)")
-    for row in result["one_mode"]:
-        lines.append(f"  {row['layer']:<18} {row['mode']:<8} {_share(row)}")
+    lines += [f"  {row['layer']:<18} {row['mode']:<8} {share(row)}" for row in result["one_mode"]]
     lines.append("\nBatch mode on fixed directions, linear layer; alignment of the calibration with the batch")
     for row in result["batch_mode"]:
         if row["rank"] == max(1, row["batch"] // 4):
             expected = f", expected of noise {row['chance']:.4f}" if "chance" in row else ""
-            size = f"B = {row['batch']:<3} r = {row['rank']:<2} {row['in']:>2} to {row['out']:<2}"
-            lines.append(f"  {size}  alignment {row['alignment']:<4} {_share(row)}{expected}")
+            lines.append(f"  {size(row)}  alignment {row['alignment']:<4} {share(row)}{expected}")
     lines.append("\nHOSVD of the very batch, random ranks in every mode")
     for row in result["same_batch"]:
-        lines.append(f"  {row['layer']:<18} random G: {_share(row['random_G'])}")
-        lines.append(f"  {'':<18} worst G:  {_share(row['worst_G'])}")
+        lines += [
+            f"  {row['layer']:<18} random G: {share(row['random_G'])}",
+            f"{'':<21}worst G:  {share(row['worst_G'])}",
+        ]
     lines.append("\nSketched batch mode, linear layer")
     for row in result["sketch"]:
-        size = f"B = {row['batch']:<3} r = {row['rank']:<2} {row['in']:>2} to {row['out']:<2}"
-        lines.append(f"  {size}  {_share(row)}, expected of noise {row['chance']:.4f}; bias {row['bias']:.2f}")
+        lines.append(f"  {size(row)}  {share(row)}, expected of noise {row['chance']:.4f}; bias {row['bias']:.2f}")
     lines.append(f"\nDigits, {result['epochs']} epoch(s) from random weights, ε = {EPSILON}")
     for run_ in result["training"]:
         lines.append(f"  {run_['method']}, {run_['modes']}: accuracy {run_['test_accuracy']:.3f}")
         for path, row in run_["layers"].items():
-            lines.append(f"    {path:<8} {_share(row)}, 5 % below {row['quantile_05']:.3f}")
+            lines.append(f"    {path:<8} {share(row)}, 5 % below {row['quantile_05']:.3f}")
     accuracies = [[run_["test_accuracy"]] for run_ in result["training"]]
     lines.append(sentence(accuracies, result["test_images"]))
     return "\n".join(lines)
-
-
-def _share(row: dict[str, Any]) -> str:
-    return f"negative {row['negative']:.4f}, least {row['least']:+.3f}, median {row['median']:.3f}"
 
 
 def draw(result: dict[str, Any], path: str) -> None:
@@ -282,14 +270,13 @@ def _draw_training(ax: Any, runs: Sequence[dict[str, Any]]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parse = OneLineParser(prog="python -m experiments.descent", description=__doc__.split("\n\n")[0])
-    parse.add_argument("--trials", type=count, help="random cases of each kind (default: 1000)")
-    parse.add_argument("--epochs", type=count, help="of training, for each method (default: 10)")
-    parse.add_argument("--seed", type=seed, default=0, help="fixes everything (default: %(default)s)")
-    parse.add_argument("--quick", action="store_true", help="a few seconds: few trials, batches, epochs and images")
-    parse.add_argument("--output", type=json_file, help="also write the results as JSON")
-    parse.add_argument("--figure", type=figure_file, help="also draw them, as .png or .svg")
-    return parse
+    p = frame.parser("experiments.descent", __doc__)
+    p.add_argument("--trials", type=cli.count, help="random cases of each kind (1000)")
+    p.add_argument("--epochs", type=cli.count, help="of training, for each method (10)")
+    p.add_argument("--seed", type=cli.seed, default=0, help="fixes everything (%(default)s)")
+    p.add_argument("--quick", action="store_true", help="a few seconds: few trials, batches, epochs and images")
+    frame.add_outputs(p, "the shares and cosines")
+    return p
 
 
 def work(options: argparse.Namespace) -> None:
@@ -308,7 +295,7 @@ def work(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return run_command(parser, arguments, work)
+    return cli.run_command(parser, arguments, work)
 
 
 def compact(result: dict[str, Any]) -> str:
@@ -324,4 +311,4 @@ def compact(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

@@ -12,7 +12,7 @@ import numpy as np
 
 import lance_ref
 from experiments.device.whole_maps import WholeMaps
-from experiments.finetune.cell import calibration_batches_of, data_and_network
+from experiments.finetune.cell import Setup
 from lance_ref import calibrate, datasets, device, models
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.datasets import Dataset
@@ -69,12 +69,13 @@ def train(
         Largest norm of the gradient of a batch. (With an update after every image the weights of a layer change before
         the gradients of earlier layers are known.)
     """
-    module, parts = _data_and_network(net, data, tune, seed, image_size, train_images, test_images, validation, folder)
+    setup = Setup(net, data, tune, seed, image_size, train_images, test_images, validation, folder)
+    module, parts = _opened(setup)
     lance_ref.tune(module, tune)  # another cell of this process may have chosen otherwise
     part = tail(module, parts[0].stage) if isinstance(parts[0], Features) else module
     calibration = None
     if method == "lance":
-        batches = calibration_batches_of(parts[0], calibration_batch, calibration_batches, seed, net, image_size)
+        batches = setup.calibration_batches(parts[0], calibration_batch, calibration_batches)
         calibration = calibrate(part, batches, modes=("channel",), mean_free=True, progress=False)
         calibration = calibration.with_ranks({path: _ranks(calibration[path], directions) for path in calibration})
     first = next(_inputs(parts[0], net, image_size))
@@ -103,8 +104,8 @@ def train(
 
 
 @lru_cache(maxsize=1)  # a process runs many cells on the same images
-def _data_and_network(*arguments: Any) -> tuple[Module, list[Dataset | Features]]:
-    return data_and_network(*arguments)
+def _opened(setup: Setup) -> tuple[Module, list[Dataset | Features]]:
+    return setup.open()
 
 
 def evaluate(maps: WholeMaps, inputs: Iterator[np.ndarray], labels: np.ndarray) -> float:

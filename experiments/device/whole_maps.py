@@ -11,7 +11,7 @@ matrices, whatever B is: the matrix of the kernels times what each output place 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ class WholeMaps:
         places = np.arange(B)
         loss = float((np.log(np.exp(z).sum(0)) - z[labels, places]).mean())
         p[labels, places] -= 1
-        changes = self._backward((p / self.dtype.type(B))[:, None])
+        changes: Iterable[Change] = self._backward((p / self.dtype.type(B))[:, None])
         if clip is not None:
             changes = list(changes)
             norm = math.sqrt(sum(float(np.vdot(gradient, gradient)) for _, gradient in changes))

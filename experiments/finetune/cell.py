@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 import lance_ref
-from analysis.rules.account import WEIGHTED, Billed, account
+from analysis.rules.account import WEIGHTED, account
 from experiments.finetune.methods import Start, methods, prepare
 from lance_ref import F, datasets, models
 from lance_ref.datasets import Dataset
 from lance_ref.nn.module import Module
-from lance_ref.nn.selection import Tuning, weighted_layers
+from lance_ref.nn.selection import Tuning, learns, weighted_layers
+from lance_ref.nn.subspace import as_whole
 from lance_ref.stores import EXACT
-from lance_ref.train.features import frozen_stages, tail
+from lance_ref.train.features import frozen_stages, images_of, tail
 from lance_ref.train.training import Features, StepInfo, evaluate, extract, fit
 
 MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
@@ -30,24 +31,13 @@ HELD_OUT = 0.1
 
 
 def run(
-    net: str,
-    data: str,
-    tune: str,
     method: str,
     lr: float,
-    seed: int,
     epochs: int,
     batch: int,
-    image_size: int | None,
-    train_images: int | None,
-    test_images: int | None,
     calibration_batches: int,
     clip: float | None,
-    epsilon: float,
     modes: Sequence[str],
-    budget_kib: float,
-    validation: bool,
-    folder: str,
     **values: Any,
 ) -> dict[str, Any]:
     """Train one network and measure what it took; all arguments are JSON, and so is the result.
@@ -56,51 +46,37 @@ def run(
 
     Parameters
     ----------
-    net, data, tune, method : str
-        Names of a model, a data set, a selection of layers, and one of :func:`experiments.finetune.methods.methods`.
-    image_size : int or None
-        None: the data set's own.
-    train_images, test_images : int or None
-        At most so many, spread over the classes; None: all.
-    budget_kib : float
-        KiB of cores, for methods with a budget.
-    validation : bool
-        Train on nine tenths of the training images and report the accuracy on the rest, not on the test set; 0 for
-        a training that diverged.
-    folder : str
-        Where the outputs of the frozen part are kept between cells; "" keeps none.
+    method : str
+        One of :func:`experiments.finetune.methods.methods`.
     **values
-        Of the other settings of methods, by name.
+        The fields of :class:`Setup`, and the settings of all methods by name.
     """
-    module, sources = data_and_network(
-        net, data, tune, seed, image_size, train_images, test_images, validation, folder
-    )  # fmt: skip
-    tuning = prepare(module, tune, method)
+    setup = Setup.of(values)
+    module, sources = setup.open()
+    tuning = prepare(module, setup.tune, method)
     started = tail(module, sources[0].stage) if isinstance(sources[0], Features) else module
-    batches = calibration_batches_of(sources[0], batch, calibration_batches, seed, net, image_size)
-    values |= {"epsilon": epsilon, "budget_kib": budget_kib}
+    batches = setup.calibration_batches(sources[0], batch, calibration_batches)
     began = time.perf_counter()
     with lance_ref.count_macs() as counter:
-        notes = methods()[method].begin(Start(started, tuning, batches, tuple(modes), values, seed))
+        notes = methods()[method].begin(Start(started, tuning, batches, tuple(modes), values, setup.seed))
     prepared = time.perf_counter() - began
     parts = methods()[method].parts
     micro = max(1, batch // parts) if parts > 1 else None
     cost = measure_step(started, tuning, batches[0], micro)
     watch = Watch(tuning)
+    taken: dict[str, Any] = {"normalise": models.preprocessing(setup.net), "image_size": setup.image_size}
     try:
         result = fit(
-            module, sources[0], epochs=epochs, batch_size=batch, lr=lr, clip_norm=clip, seed=seed, micro_batch=micro,
-            on_step=watch, progress=False, normalise=models.preprocessing(net), image_size=image_size,
+            module, sources[0], epochs=epochs, batch_size=batch, lr=lr, clip_norm=clip, seed=setup.seed,
+            micro_batch=micro, on_step=watch, progress=False, **taken,
         )  # fmt: skip
     except FloatingPointError as error:
-        if not validation:
+        if not setup.validation:
             raise
         return {"accuracy": 0.0, "diverged": str(error)}  # a learning rate that is too large is not the best one
-    last = StepInfo(result.steps, epochs - 1, result.steps, started, *batches[0])
-    watch.measure(last, "end")
-    accuracy = evaluate(module, sources[1], normalise=models.preprocessing(net), image_size=image_size)
+    watch.measure(StepInfo(result.steps, epochs - 1, result.steps, started, *batches[0]), "end")
     return {
-        "accuracy": accuracy,
+        "accuracy": evaluate(module, sources[1], **taken),
         "images": len(sources[1]),
         "train_accuracy": result.history[-1]["train_accuracy"],
         "loss": [epoch["loss"] for epoch in result.history],
@@ -117,6 +93,92 @@ def run(
 # ---- data and network --------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Setup:
+    """Data and network of a cell.
+
+    Attributes
+    ----------
+    net, data, tune : str
+        Names of a model, a data set and a selection of layers.
+    image_size : int or None
+        None: the data set's own.
+    train_images, test_images : int or None
+        At most so many, spread over the classes; None: all.
+    validation : bool
+        Train on nine tenths of the training images and report the accuracy on the rest, not on the test set; 0 for
+        a training that diverged.
+    folder : str
+        Where the outputs of the frozen part are kept between cells; "" keeps none.
+    """
+
+    net: str
+    data: str
+    tune: str
+    seed: int
+    image_size: int | None
+    train_images: int | None
+    test_images: int | None
+    validation: bool = False
+    folder: str = ""
+
+    @classmethod
+    def of(cls, cell: Mapping[str, Any]) -> Setup:
+        """What the arguments of a cell say."""
+        return cls(**{field.name: cell[field.name] for field in fields(cls)})
+
+    def open(self) -> tuple[Module, list[Dataset | Features]]:
+        """The tuned network, and training and test set after its frozen part.
+
+        Held-out images are rows of the training set's outputs, so that these are computed once.
+        """
+        train = open_data(self.data, "train", self.train_images, self.image_size)
+        module, _ = self.network(train)  # where the outputs are cut: the same for all methods
+        if self.validation:
+            whole = self.after_frozen(module, train)
+            return module, [_rows(whole, rows) for rows in _held_out(train.labels, self.seed)]
+        test = open_data(self.data, "test", self.test_images, self.image_size)
+        return module, [self.after_frozen(module, each) for each in (train, test)]
+
+    def network(self, train: Dataset) -> tuple[Module, Tuning]:
+        """The model with its pretrained weights where there are some, and a fresh head."""
+        spec, (height, width, channels) = models.find(self.net), train.images.shape[1:]
+        more = {"pretrained": True} if spec.weights is not None else spec.options_for((channels, height, width))
+        module = models.create(self.net, num_classes=train.num_classes, rng=self.seed, **more)
+        module.train()
+        return module, lance_ref.tune(module, self.tune)
+
+    def after_frozen(self, module: Module, data: Dataset) -> Dataset | Features:
+        """The data set after the frozen part, from a file if one is kept; the images where nothing is frozen."""
+        if not frozen_stages(module)[0]:
+            return data
+        path = None
+        if self.folder:
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
+            weights = "" if models.find(self.net).weights is not None else f"seed {self.seed}"
+            # the selection is where the network is cut
+            title = f"{self.net} {weights} {data.name} {data.split} {len(data)} {self.image_size} {self.tune}"
+            path = Path(self.folder) / f"{''.join(c if c.isalnum() else '_' for c in title)}.npy"
+        return extract(module, data, models.preprocessing(self.net), self.image_size, path=path, progress=False)
+
+    def calibration_batches(
+        self, train: Dataset | Features, batch: int, count: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As many batches as asked for, or as there are, in an order of their own."""
+        check_batch(train, batch)
+        order = np.random.default_rng((self.seed, 1)).permutation(len(train))
+        chosen = [order[i * batch : (i + 1) * batch] for i in range(min(count, len(train) // batch))]
+        if isinstance(train, Features):
+            return [(train.arrays[rows], train.labels[rows]) for rows in chosen]
+        return [images_of(train, rows, models.preprocessing(self.net), self.image_size) for rows in chosen]
+
+
+def check_batch(train: Dataset | Features, batch: int) -> None:
+    """Raise ValueError if there is no full batch."""
+    if batch > len(train):
+        raise ValueError(f"the training set has {len(train)} images, fewer than one batch of {batch}")
+
+
 def prepare_data(cell: Mapping[str, Any]) -> None:
     """Open data and network of a cell, and run the frozen part, so that the cells find its outputs there.
 
@@ -125,37 +187,10 @@ def prepare_data(cell: Mapping[str, Any]) -> None:
     ValueError, OSError
         If a name is unknown, a file is missing or damaged, or the data do not fit the network.
     """
-    names = ("net", "data", "tune", "seed", "image_size", "train_images", "test_images", "validation", "folder")
-    _, sources = data_and_network(**{name: cell[name] for name in names})
-    if cell["batch"] > len(sources[0]):
-        raise ValueError(f"the training set has {len(sources[0])} images, fewer than one batch of {cell['batch']}")
-    if len(np.unique(sources[0].labels)) < 2:
+    train = Setup.of(cell).open()[1][0]
+    check_batch(train, cell["batch"])
+    if len(np.unique(train.labels)) < 2:
         raise ValueError(f"all images of {cell['data']!r} have one label, expected at least two classes")
-
-
-def data_and_network(
-    net: str,
-    data: str,
-    tune: str,
-    seed: int,
-    image_size: int | None,
-    train_images: int | None,
-    test_images: int | None,
-    validation: bool,
-    folder: str,
-) -> tuple[Module, list[Dataset | Features]]:
-    """The tuned network, and training and test set after its frozen part.
-
-    Held-out images are rows of the training set's outputs, so that these are computed once.
-    """
-    train = open_data(data, "train", train_images, image_size)
-    module = _network(net, train, seed)
-    lance_ref.tune(module, tune)  # where the outputs are cut: the same for all methods
-    if validation:
-        whole = _features(module, train, net, seed, image_size, folder, tune)
-        return module, [_rows(whole, rows) for rows in _held_out(train.labels, seed)]
-    test = open_data(data, "test", test_images, image_size)
-    return module, [_features(module, each, net, seed, image_size, folder, tune) for each in (train, test)]
 
 
 def _held_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -180,51 +215,6 @@ def open_data(data: str, split: str, limit: int | None, image_size: int | None) 
     return datasets.load(data, split, limit=limit)
 
 
-def _network(net: str, train: Dataset, seed: int) -> Module:
-    """The model with its pretrained weights where there are some, and a fresh head."""
-    options: dict[str, Any] = {"num_classes": train.num_classes, "rng": seed}
-    _, height, width, channels = train.images.shape
-    if models.find(net).weights is not None:
-        options["pretrained"] = True
-    else:
-        options |= models.find(net).options_for((channels, height, width))
-    module = models.create(net, **options)
-    module.train()
-    return module
-
-
-def _features(
-    module: Module, data: Dataset, net: str, seed: int, image_size: int | None, folder: str, tune: str
-) -> Dataset | Features:
-    """The data set after the frozen part, from a file if one is kept; the images where nothing is frozen."""
-    if not frozen_stages(module)[0]:
-        return data
-    path = None
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        weights = "" if models.find(net).weights is not None else f"seed {seed}"
-        title = f"{net} {weights} {data.name} {data.split} {len(data)} {image_size} {tune}"  # which is where it is cut
-        path = Path(folder) / f"{''.join(c if c.isalnum() else '_' for c in title)}.npy"
-    return extract(module, data, normalise=models.preprocessing(net), image_size=image_size, path=path, progress=False)
-
-
-def calibration_batches_of(
-    train: Dataset | Features, batch: int, count: int, seed: int, net: str, image_size: int | None
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """As many batches as asked for, or as there are, in an order of their own."""
-    if batch > len(train):
-        raise ValueError(f"the training set has {len(train)} images, fewer than one batch of {batch}")
-    order = np.random.default_rng((seed, 1)).permutation(len(train))
-    chosen = [order[i * batch : (i + 1) * batch] for i in range(min(count, len(train) // batch))]
-    if isinstance(train, Features):
-        return [(train.arrays[rows], train.labels[rows]) for rows in chosen]
-    normalise = models.preprocessing(net)
-    return [
-        next(datasets.batches(train.subset(rows), batch, shuffle=False, normalise=normalise, image_size=image_size))
-        for rows in chosen
-    ]
-
-
 # ---- measuring ---------------------------------------------------------------------------
 
 
@@ -238,7 +228,8 @@ def measure_step(
     x, y = batch
     part = x if micro is None else x[:micro].copy()
     labels = y[: len(part)]
-    states = {path: layer.store.state() for path, layer in weighted_layers(net).items()}
+    layers = weighted_layers(net)
+    states = {path: layer.store.state() for path, layer in layers.items()}
     net.zero_grad()
     with lance_ref.count_macs() as counter, lance_ref.record(net) as records:
         loss = F.cross_entropy(net(part), labels)
@@ -246,18 +237,19 @@ def measure_step(
         loss.backward()
     repeats = len(x) // len(part)
     bills = account(records, tuning.head)
+    tuned = [bill for bill in bills if bill.record.op in WEIGHTED and bill.record.path in tuning.layers]
     ratio, seconds = _time_ratio(net, part, labels)
     net.zero_grad()
-    for path, layer in weighted_layers(net).items():
+    for path, layer in layers.items():
         layer.store.load_state(states[path])
         layer.store.energy_kept = None
     return {
         "tape_bytes": tape.total_bytes,
         "predicted_tape_bytes": sum(bill.tape_bytes for bill in bills),
-        "layer_bytes": _layer_bytes(bills, tuning),
+        "layer_bytes": {bill.record.path: bill.cost.paper_bytes for bill in tuned},
         "second_tape_bytes": max((bill.cost.second_tape_bytes for bill in bills), default=0),
         "paper_bytes": sum(bill.paper_bytes for bill in bills),
-        "factor_bytes": sum(layer.store.factor_bytes for layer in weighted_layers(net).values()),
+        "factor_bytes": sum(layer.store.factor_bytes for layer in layers.values()),
         "macs": {kind: repeats * count for kind, count in counter.by_kind().items() if kind in MAC_KINDS},
         "predicted_macs": {
             kind: repeats * sum(getattr(bill.cost, f"{kind}_macs") for bill in bills) for kind in MAC_KINDS
@@ -267,29 +259,17 @@ def measure_step(
     }
 
 
-def _layer_bytes(bills: Sequence[Billed], tuning: Tuning) -> dict[str, int]:
-    """What the stores of the tuned layers keep on the tape."""
-    return {
-        bill.record.path: bill.cost.paper_bytes
-        for bill in bills
-        if bill.record.op in WEIGHTED and bill.record.path in tuning.layers
-    }
-
-
 def _time_ratio(net: Module, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """Median time of a step over that of plain backpropagation of the same layers, in turns; and the former."""
-    stores = {path: layer.store for path, layer in weighted_layers(net).items()}
-    layers = weighted_layers(net)
+    stores = {layer: layer.store for layer in weighted_layers(net).values()}
     times: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(TIMED_STEPS):
-        for plain in (False, True):
-            for path, layer in layers.items():
-                layer.store = EXACT if plain else stores[path]
+        for plain in (True, False):  # the stores come last, and stay
+            for layer, store in stores.items():
+                layer.store = EXACT if plain else store
             began = time.perf_counter()
             F.cross_entropy(net(x), y).backward()
             times[plain].append(time.perf_counter() - began)
-    for path, layer in layers.items():
-        layer.store = stores[path]
     return median(times[False]) / median(times[True]), median(times[False])
 
 
@@ -319,9 +299,7 @@ class Watch:
         """Cosines and energies of this batch, under ``when``."""
         modules = weighted_layers(info.net)
         watched = {
-            path: modules[path]
-            for path in self.layers
-            if modules[path].weight.requires_grad and modules[path].store is not EXACT
+            path: modules[path] for path in self.layers if learns(modules[path]) and modules[path].store is not EXACT
         }
         if not watched:
             return
@@ -332,23 +310,33 @@ class Watch:
         self.energies[when] = {path: float(e) for path, e in energies.items() if e is not None}
         for layer in watched.values():
             layer.store = EXACT
-        exact = _weight_gradients(info, watched)
+        with as_whole(info.net):  # the whole gradient, not the part of it that a subspace can follow
+            exact = _weight_gradients(info, watched)
         for path, layer in watched.items():
             layer.store = stores[path]
             layer.store.load_state(states[path])
-        self.cosines[when] = {path: _cosine(exact[path], compressed[path]) for path in watched}
+        lengths = {
+            path: float(np.linalg.norm(exact[path])) * float(np.linalg.norm(compressed[path])) for path in watched
+        }
+        self.cosines[when] = {
+            path: float(np.vdot(exact[path], compressed[path])) / length if length > 0 else 0.0
+            for path, length in lengths.items()
+        }
 
 
 def _weight_gradients(info: StepInfo, layers: Mapping[str, Module]) -> dict[str, np.ndarray]:
     """Of one batch; no gradient is left behind."""
     info.net.zero_grad()
     F.cross_entropy(info.net(info.x), info.y).backward()
-    gradients = {path: layer.weight.grad for path, layer in layers.items()}
+    gradients = {path: _gradient(layer) for path, layer in layers.items()}
     info.net.zero_grad()
     return gradients
 
 
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """0 where one of them is zero."""
-    lengths = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
-    return float(np.vdot(a, b)) / lengths if lengths > 0 else 0.0
+def _gradient(layer: Module) -> np.ndarray:
+    """Of the weight, or the one that it follows where D trains."""
+    if layer.update is None:
+        gradient: np.ndarray = layer.weight.grad
+        return gradient
+    expanded: np.ndarray = layer.update.basis.expand(layer.update.weight.grad, layer.weight.shape)
+    return expanded

@@ -15,27 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.commands.cli import (
-    OneLineParser,
-    add_sweep,
-    built_in_net,
-    check_effect,
-    check_once,
-    check_sweep,
-    check_tune,
-    count,
-    data_set,
-    few,
-    figure_file,
-    fill_in,
-    json_file,
-    markdown_file,
-    name_of,
-    pixels,
-    positive,
-    run_command,
-    run_main,
-)
+from analysis.commands import cli
+from experiments import frame
 
 CELL = "experiments.finetune.cell:run"
 PAPERS_LR = 0.05
@@ -57,13 +38,11 @@ def parser() -> argparse.ArgumentParser:
     from experiments.finetune.methods import methods
 
     known = methods()
-    p = OneLineParser(
-        prog="python -m experiments.finetune", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False,
-        epilog="; ".join(f"{name}: {of.about}" for name, of in known.items()) + ".",
-    )  # fmt: skip
+    about = "; ".join(f"{name}: {of.about}" for name, of in known.items())
+    p = frame.parser("experiments.finetune", __doc__, epilog=f"{about}.")
     p.add_argument("--quick", action="store_true", help="a small net on the digits of the package, within a minute")
-    p.add_argument("--net", type=built_in_net, help="mcunet, mobilenetv2, resnet8, convnet, ... (mcunet)")
-    p.add_argument("--data", type=data_set, help="a data set by name, or a folder with train/ and test/ (cifar10)")
+    p.add_argument("--net", type=cli.built_in_net, help="mcunet, mobilenetv2, resnet8, convnet, ... (mcunet)")
+    p.add_argument("--data", type=cli.data_set, help="a data set by name, or a folder with train/ and test/ (cifar10)")
     p.add_argument("--tune", help="last:n, all, or a glob of layer names (last:4)")
     p.add_argument(
         "--methods", "--method", nargs="+", default=list(known), metavar="METHOD",
@@ -72,61 +51,61 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--recipe", nargs="+", choices=["papers", "tuned"], help="one learning rate, or each its own best")
     add_settings(p, known, later=DEFAULTS)
     p.add_argument(
-        "--modes", type=name_of(lambda: MODES), nargs="+", default=list(MODES), metavar="MODE",
+        "--modes", type=cli.name_of(lambda: MODES), nargs="+", default=list(MODES), metavar="MODE",
         help="modes that LANCE compresses (all four)",
     )  # fmt: skip
-    p.add_argument("--seeds", type=few, help="runs of each method, seeds 0, 1, ... (3)")
-    p.add_argument("--epochs", type=count, help="(15)")
-    p.add_argument("--batch", type=count, help="images a step (128)")
-    p.add_argument("--lr", type=positive, help="of the papers' recipe (0.05)")
+    p.add_argument("--seeds", type=cli.few, help="runs of each method, seeds 0, 1, ... (3)")
+    p.add_argument("--epochs", type=cli.count, help="(15)")
+    p.add_argument("--batch", type=cli.count, help="images a step (128)")
+    p.add_argument("--lr", type=cli.positive, help="of the papers' recipe (0.05)")
     p.add_argument(
-        "--lr-grid", type=positive, nargs="+", default=[0.05, 0.1, 0.2],
+        "--lr-grid", type=cli.positive, nargs="+", default=[0.05, 0.1, 0.2],
         help="of the tuned recipe (0.05 0.1 0.2); where the largest is best, twice as much is tried too",
     )  # fmt: skip
-    p.add_argument("--tuning-epochs", type=count, default=5, help="epochs of a run that compares learning rates (5)")
-    p.add_argument("--clip", type=positive, default=2.0, help="largest norm of the gradient (2.0)")
-    p.add_argument("--calibration-batches", type=count, help="or all there are, if fewer (100)")
-    p.add_argument("--image-size", type=pixels, help="pixels (what the net was trained with)")
-    p.add_argument("--train-images", type=count, help="at most so many, spread over the classes (all)")
-    p.add_argument("--test-images", type=count, help="(all)")
-    add_sweep(p, "runs/finetune")
-    p.add_argument("--output", type=json_file, help="write the results as JSON")
-    p.add_argument("--table", type=markdown_file, help="write the table as Markdown")
-    p.add_argument("--figure", type=figure_file, help="draw accuracy against bytes, .png or .svg")
+    p.add_argument(
+        "--tuning-epochs", type=cli.count, default=5, help="epochs of a run that compares learning rates (5)"
+    )
+    p.add_argument("--clip", type=cli.positive, default=2.0, help="largest norm of the gradient (2.0)")
+    p.add_argument("--calibration-batches", type=cli.count, help="or all there are, if fewer (100)")
+    p.add_argument("--image-size", type=cli.pixels, help="pixels (what the net was trained with)")
+    p.add_argument("--train-images", type=cli.count, help="at most so many, spread over the classes (all)")
+    p.add_argument("--test-images", type=cli.count, help="(all)")
+    cli.add_sweep(p, "runs/finetune")
+    frame.add_outputs(p, "accuracy against bytes", table=True)
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return run_command(parser, given, lambda options: _run(checked(options), given))
+    return cli.run_command(parser, given, lambda options: _run(checked(options), given))
 
 
 def checked(options: argparse.Namespace) -> argparse.Namespace:
     """Defaults of the chosen size, and everything checked that can be before anything runs."""
     from experiments.finetune.methods import all_settings, methods
 
-    fill_in(options, QUICK if options.quick else DEFAULTS)
+    cli.fill_in(options, QUICK if options.quick else DEFAULTS)
     if options.image_size is None:
         from lance_ref import models
 
         options.image_size = models.find(options.net).image_size
     known, own = methods(), [own_settings(spec) for spec in options.methods]
     for name in ("methods", "recipe", "modes", "lr_grid"):
-        check_once(options, name)
+        cli.check_once(options, name)
     tuned = "tuned" in options.recipe
-    check_effect(options, "lr", "papers" in options.recipe, "--recipe papers")
-    check_effect(options, "lr_grid", tuned, "--recipe tuned")
-    check_effect(options, "tuning_epochs", tuned, "--recipe tuned")
-    check_sweep(options)
+    cli.check_effect(options, "lr", "papers" in options.recipe, "--recipe papers")
+    cli.check_effect(options, "lr_grid", tuned, "--recipe tuned")
+    cli.check_effect(options, "tuning_epochs", tuned, "--recipe tuned")
+    cli.check_sweep(options)
     with_modes = [name for name, of in known.items() if of.modes]
     open_modes = any(settings["method"] in with_modes for settings in own)
-    check_effect(options, "modes", open_modes, f"a method of {', '.join(with_modes)}")
+    cli.check_effect(options, "modes", open_modes, f"a method of {', '.join(with_modes)}")
     for name, setting in all_settings().items():
         takers = [method for method, of in known.items() if setting in of.settings]
         effective = any(settings["method"] in takers and name not in settings for settings in own)
-        check_effect(options, name, effective, f"a method of {', '.join(takers)}, without a value of its own")
-    check_tune(options.net, options.tune)
+        cli.check_effect(options, name, effective, f"a method of {', '.join(takers)}, without a value of its own")
+    cli.check_tune(options.net, options.tune)
     return options
 
 
@@ -158,21 +137,17 @@ def cell(options: argparse.Namespace, spec: str, seed: int, lr: float, validatio
     """The arguments of one run."""
     from experiments.finetune.methods import all_settings
 
+    names = (
+        "net", "data", "tune", "batch", "image_size", "train_images", "test_images", "calibration_batches", "clip",
+    )  # fmt: skip
     return {
-        "net": options.net,
-        "data": options.data,
-        "tune": options.tune,
+        **{name: getattr(options, name) for name in names},
         "lr": lr,
         "seed": seed,
         "epochs": options.tuning_epochs if validation else options.epochs,
-        "batch": options.batch,
-        "image_size": options.image_size,
-        "train_images": options.train_images,
-        "test_images": options.test_images,
-        "calibration_batches": options.calibration_batches,
-        "clip": options.clip,
         "modes": list(options.modes),
-        **{name: getattr(options, name) for name in all_settings()},
+        # a setting without a value is left out, so that cells of before keep their names
+        **{name: getattr(options, name) for name in all_settings() if getattr(options, name) is not None},
         "validation": validation,
         "folder": f"{options.folder}/frozen",
         **own_settings(spec),
@@ -180,26 +155,25 @@ def cell(options: argparse.Namespace, spec: str, seed: int, lr: float, validatio
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> None:
+    from experiments.finetune.cell import prepare_data
     from experiments.finetune.report import Row, draw, markdown, results, show
-    from lance_ref.io.whole_file import write_json, write_text
 
-    _warm_up(options)
+    # The data are opened once here: what is wrong with them is said once, and the frozen outputs are kept.
+    for validation in {recipe == "tuned" for recipe in options.recipe} | {False}:
+        prepare_data(cell(options, options.methods[0], 0, options.lr, validation))
     rows: list[Row] = []
     for recipe in options.recipe:
         rates = best_rates(options) if recipe == "tuned" else dict.fromkeys(options.methods, options.lr)
         cells = [cell(options, spec, seed, rates[spec]) for spec in options.methods for seed in range(options.seeds)]
-        outcomes = _cells(options, cells)
-        for i, spec in enumerate(options.methods):
-            seeds = outcomes[i * options.seeds : (i + 1) * options.seeds]
-            rows.append(Row(recipe, spec, rates[spec], tuple(seeds)))
+        groups = frame.by_seed(frame.run_cells(options, cells, CELL), options.seeds)
+        rows += [Row(recipe, spec, rates[spec], seeds) for spec, seeds in zip(options.methods, groups, strict=True)]
     show(rows)
-    if options.output:
-        document = results(rows, vars(options), arguments)
-        write_json(options.output, document)
-    if options.table:
-        write_text(options.table, markdown(rows, arguments))
-    if options.figure:
-        draw(rows, options.figure, f"{options.net} on {options.data}, {options.tune}")
+    frame.write(
+        options,
+        lambda: results(rows, vars(options), arguments),
+        lambda path: draw(rows, path, f"{options.net} on {options.data}, {options.tune}"),
+        lambda: markdown(rows, arguments),
+    )
 
 
 def best_rates(options: argparse.Namespace) -> dict[str, float]:
@@ -211,7 +185,8 @@ def best_rates(options: argparse.Namespace) -> dict[str, float]:
     trials = [(spec, lr) for spec in options.methods for lr in sorted(options.lr_grid)]
     best: dict[str, float] = {}
     while trials:
-        outcomes = _cells(options, [cell(options, spec, 0, lr, validation=True) for spec, lr in trials])
+        cells = [cell(options, spec, 0, lr, validation=True) for spec, lr in trials]
+        outcomes = frame.run_cells(options, cells, CELL)
         for (spec, lr), outcome in zip(trials, outcomes, strict=True):
             found[spec][lr] = outcome["accuracy"]
         best = {spec: max(sorted(tried), key=tried.__getitem__) for spec, tried in found.items()}
@@ -219,19 +194,5 @@ def best_rates(options: argparse.Namespace) -> dict[str, float]:
     return best
 
 
-def _cells(options: argparse.Namespace, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    from analysis.commands.sweep import run_cells
-
-    return run_cells(cells, CELL, options.folder, jobs=options.jobs, scheduler=options.scheduler)
-
-
-def _warm_up(options: argparse.Namespace) -> None:
-    """Open the data once here, so that what is wrong with it is said once, in one line; keep the frozen outputs."""
-    from experiments.finetune.cell import prepare_data
-
-    for validation in {recipe == "tuned" for recipe in options.recipe} | {False}:
-        prepare_data(cell(options, options.methods[0], 0, options.lr, validation))
-
-
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

@@ -1,7 +1,7 @@
 """The methods of the fine-tuning experiment: what each does to a network before it trains.
 
-Those of the cost model are taken from its register; more entries stand below, beside the function that begins each. All
-methods start from the same weights and see the same batches; they differ in what trains and in what is kept for it.
+Those of the cost model come from its register; more stand in :data:`ENTRIES`, below the functions that begin them.
+All methods start from the same weights and see the same batches; they differ in what trains and in what is kept for it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import reduce
+from typing import Any
 
 import numpy as np
 
@@ -17,20 +18,18 @@ import lance_ref
 from analysis.commands.cli import positive, share
 from analysis.rules.account import WEIGHTED
 from analysis.steps import methods as register
+from analysis.steps.changes import in_segments
 from analysis.steps.register import tuned_layers
 from analysis.steps.settings import Setting, Settings
-from lance_ref import nn
-from lance_ref.engine.tensor import Tensor
 from lance_ref.lance.asi_ranks import choose_ranks
 from lance_ref.lance.calibration import Calibration
 from lance_ref.lance.gradient_samples import sample_gradients
 from lance_ref.lance.planning import plan_ranks
 from lance_ref.nn.module import Module
 from lance_ref.nn.selection import Tuning, weighted_layers
-from lance_ref.stores import Hosvd, Sketch
+from lance_ref.stores import ActivationStore, Hosvd, Sketch
 
 Notes = dict[str, Any]
-ALL_MODES = ("batch", "channel", "height", "width")
 GRADIENT_SAMPLES = 2
 """Batches from which ASI and the planner with gradients choose ranks."""
 
@@ -46,14 +45,12 @@ class Start:
     ----------
     net : Module
         What takes the batches: the network, or what follows its frozen part.
-    tuning : Tuning
     batches : list of (x, y)
         For calibration, drawn from the training set.
     modes : tuple of str
         Modes that LANCE compresses where the method does not say.
     values : mapping of setting to value
         Of every setting of every method.
-    seed : int
     """
 
     net: Module
@@ -62,6 +59,11 @@ class Start:
     modes: tuple[str, ...]
     values: Mapping[str, Any]
     seed: int
+
+    @property
+    def update(self) -> str:
+        """What trains of compressed layers, for methods of LANCE."""
+        return self.values.get("update") or "weight"
 
     @property
     def budget_bytes(self) -> int:
@@ -75,7 +77,6 @@ class Start:
 
 
 Begin = Callable[[Start], Notes]
-Begins = TypeVar("Begins", bound=Callable[..., Notes])
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,6 @@ class Entry:
 
     Attributes
     ----------
-    about : str
-        In a few words.
     begin : callable
         What it does to the network before training; gives the notes that it wants in the results.
     settings : tuple of Setting
@@ -106,27 +105,14 @@ class Entry:
     parts: int = 1
 
 
-_ENTRIES: dict[str, Entry] = {}
-
-
-def _entry(name: str, about: str = "", *settings: Setting, **fields: Any) -> Callable[[Begins], Begins]:
-    """Register the function below as a method of this experiment, in place of what the cost model's register says."""
-
-    def add(begin: Begins) -> Begins:
-        _ENTRIES[name] = Entry(about or register.METHODS[name].about, begin, settings, **fields)
-        return begin
-
-    return add
-
-
 def methods() -> dict[str, Entry]:
     """Every method by its name on the command line: those below, and all others that begin with a store or a tuning."""
     others = {
         name: Entry(of.about, of.begin or _with_stores(of), of.settings)
         for name, of in register.METHODS.items()
-        if name not in _ENTRIES and (of.make or of.begin or (of.tune and not of.runs))
+        if name not in ENTRIES and (of.make or of.begin or (of.tune and not of.runs))
     }
-    return {**_ENTRIES, **others}
+    return {**ENTRIES, **others}
 
 
 def all_settings() -> dict[str, Setting]:
@@ -154,60 +140,23 @@ def _with_stores(method: register.Method) -> Begin:
     return begin
 
 
-# ---- the entries ---------------------------------------------------------------------------
+# ---- what a method does before training -----------------------------------------------------
 
 
-@_entry("micro-batch", parts=4)
-@_entry("checkpoint", on_net=lambda net: _recompute_stages(net))
-@_entry("bp")
-@_entry("bias-only", "the biases of the layers and the classifier")
-@_entry("head-only", "the classifier alone trains")
 def nothing(start: Start) -> Notes:
     """Plain backpropagation; what trains was decided by the tuning, and what runs by the entry."""
     return {}
 
 
-@_entry("lance", "one threshold for all layers and modes", EPSILON, modes=True)
-def lance(start: Start, **options: Any) -> Notes:
-    """One threshold for all layers and modes."""
-    calibration = start.calibrate()
-    lance_ref.compress(start.net, calibration, **options)
+def compressed(start: Start, mean_free: bool = False, **options: Any) -> Notes:
+    """LANCE with one threshold for all layers and modes; options as of :func:`lance_ref.compress`."""
+    calibration = start.calibrate(mean_free=mean_free)
+    lance_ref.compress(start.net, calibration, update=start.update, **options)
     return _ranks(calibration)
 
 
-@_entry(
-    "lance-mean-free",
-    "channel directions orthogonal to the mean activation, as many in each layer, in the budget",
-    BUDGET,
-)
-def lance_mean_free(start: Start) -> Notes:
-    """Channel directions orthogonal to the mean activation, as many in each layer as the budget gives equally."""
-    return equal_channels(start, mean_free=True)
-
-
-@_entry("lance-mean-free-epsilon", "lance, orthogonal to the mean activation", EPSILON, modes=True)
-def lance_mean_free_epsilon(start: Start) -> Notes:
-    """As ``lance``, one threshold for all layers and modes, but orthogonal to the mean activation."""
-    calibration = start.calibrate(mean_free=True)
-    lance_ref.compress(start.net, calibration)
-    return _ranks(calibration)
-
-
-@_entry("lance-channels", "lance-mean-free with the mean", BUDGET)
-def lance_channels(start: Start) -> Notes:
-    """The leading channel directions, mean included, as many in each layer as the budget gives equally."""
-    return equal_channels(start, mean_free=False)
-
-
-@_entry("lance-center", "lance-mean-free, the mean's own gradient added exactly", BUDGET)
-def lance_center(start: Start) -> Notes:
-    """The mean activation exactly, and channel directions of the rest, as many as the budget gives equally."""
-    return equal_channels(start, center=True)
-
-
-@_entry("lance-uniform", "the largest single threshold in the budget", BUDGET, modes=True)
-def lance_uniform(start: Start) -> Notes:
-    """The largest single threshold whose cores fit the budget: the papers' way to spend it."""
+def uniform(start: Start) -> Notes:
+    """LANCE with the largest single threshold whose cores fit the budget: the papers' way to spend it."""
     calibration = start.calibrate()
     low, high = 0.0, 1.0
     for _ in range(30):
@@ -221,42 +170,15 @@ def lance_uniform(start: Start) -> Notes:
     return {"epsilon": low, **_ranks(calibration)}
 
 
-@_entry("lance-planned", "mean-free, the budget shared out over layers and modes by sampled gradients", BUDGET)
-def lance_planned(start: Start) -> Notes:
-    """Mean-free subspaces, the bytes shared out over layers and modes by the error of sampled weight gradients.
-
-    The batch mode is left alone: what a calibrated one keeps of another batch is little.
-    """
-    return _planned(start, start.calibrate(["channel", "height", "width"], mean_free=True))
-
-
-@_entry("lance-planned-channels", "lance-planned over layers and channels alone", BUDGET)
-def lance_planned_channels(start: Start) -> Notes:
-    """As planned, over layers and channels alone."""
-    return _planned(start, start.calibrate(["channel"], mean_free=True))
-
-
-@_entry("lance-planned-modes", "lance-planned over all modes, with the mean", BUDGET, modes=True)
-def lance_planned_modes(start: Start) -> Notes:
-    """As planned, over all modes of the setting and with the mean."""
-    return _planned(start, start.calibrate())
-
-
-def _planned(start: Start, calibration: Calibration) -> Notes:
+def planned(start: Start, modes: Iterable[str] | None = None, mean_free: bool = True) -> Notes:
+    """LANCE, the bytes shared out over layers and modes by the error of sampled weight gradients."""
+    calibration = start.calibrate(modes, mean_free=mean_free)
     samples = sample_gradients(start.net, start.batches[:GRADIENT_SAMPLES])
     plan = plan_ranks(calibration, start.budget_bytes, samples)
     calibration = plan.apply(start.net, calibration)
     return {**_ranks(calibration, plan.trained), "not_trained": [p for p, r in plan.ranks.items() if r is None]}
 
 
-@_entry("hosvd", "a fresh HOSVD at every step, at the threshold", EPSILON)
-def hosvd(start: Start) -> Notes:
-    """A fresh HOSVD at every step, at the threshold of the start."""
-    lance_ref.attach(start.net, lambda path, layer: Hosvd(start.values["epsilon"]))
-    return {}
-
-
-@_entry("asi", "one subspace iteration a step, ranks chosen in the budget", BUDGET)
 def asi(start: Start) -> Notes:
     """Subspace iteration at ranks chosen by perplexity under the budget."""
     plan = choose_ranks(sample_gradients(start.net, start.batches[:GRADIENT_SAMPLES]), start.budget_bytes)
@@ -264,28 +186,9 @@ def asi(start: Start) -> Notes:
     return {"ranks": {path: list(ranks) for path, ranks in plan.ranks.items()}}
 
 
-@_entry(
-    "lance-sketch",
-    "lance, the batch mode projected on directions drawn at every step",
-    EPSILON,
-    register.RATIO,
-    modes=True,
-)
-def lance_sketch(start: Start) -> Notes:
-    """As ``lance``, without a calibrated batch mode."""
-    return lance(start, batch_mode="sketch", batch_ratio=start.values["ratio"], seed=start.seed)
-
-
-@_entry("lance-int8", "lance, its cores as 8-bit codes", EPSILON, modes=True)
-def lance_int8(start: Start) -> Notes:
-    """As ``lance``, with smaller cores."""
-    return lance(start, core_bits=8)
-
-
-@_entry("sketch", "", register.RATIO)
-def sketch(start: Start) -> Notes:
-    """One seed for all layers."""
-    lance_ref.attach(start.net, lambda path, layer: Sketch(start.values["ratio"], seed=start.seed))
+def with_store(start: Start, make: Callable[[], ActivationStore]) -> Notes:
+    """A new store in every tuned layer, and no ranks that are known before training."""
+    lance_ref.attach(start.net, lambda path, layer: make())
     return {}
 
 
@@ -306,7 +209,7 @@ def equal_channels(start: Start, **options: Any) -> Notes:
     for path in ranks:
         ranks[path][1] = min(r, calibration.grams_of(path).free_directions)  # type: ignore[call-overload]
     calibration = calibration.with_ranks(ranks)
-    lance_ref.compress(start.net, calibration)
+    lance_ref.compress(start.net, calibration, update=start.update)
     for path in start.tuning.layers:
         if path not in layers:
             modules[path].requires_grad_(False)
@@ -327,22 +230,78 @@ def prepare(net: Module, selection: str, method: str) -> Tuning:
     of = register.METHODS.get(method)
     changes: dict[str, Any] = {"selection": selection, **(of.tune if of else {})}
     tuning = lance_ref.tune(net, **changes)
-    on_net = methods()[method].on_net
-    if on_net is not None:
+    if (on_net := methods()[method].on_net) is not None:
         on_net(net)
     return tuning
 
 
 def _recompute_stages(net: Module) -> None:
     """Every stage that trains, the last aside, keeps its input alone and runs again in the backward pass."""
-    *stages, last = net.stages()
-    trained = [any(parameter.requires_grad for parameter in stage.parameters()) for stage in stages]
-    segments = [nn.Recompute(stage) if trains else stage for stage, trains in zip(stages, trained, strict=True)]
-
-    def forward(x: Tensor) -> Tensor:
-        for segment in (*segments, last):
-            x = segment(x)
-        return x
-
+    parts, _ = in_segments(net, None)
     # of this one network, not of its class
-    net.__dict__.update(stages=lambda: [*segments, last], forward=forward)
+    net.__dict__.update(stages=lambda: parts, forward=lambda x: reduce(lambda value, part: part(value), parts, x))
+
+
+# ---- the entries ---------------------------------------------------------------------------
+
+
+def _of_register(name: str, begin: Begin, *settings: Setting, **fields: Any) -> Entry:
+    """A method of the cost model that begins otherwise here."""
+    return Entry(register.METHODS[name].about, begin, settings, **fields)
+
+
+ENTRIES: dict[str, Entry] = {
+    "head-only": Entry("the classifier alone trains", nothing),
+    "bias-only": Entry("the biases of the layers and the classifier", nothing),
+    "bp": _of_register("bp", nothing),
+    "checkpoint": _of_register("checkpoint", nothing, on_net=_recompute_stages),
+    "micro-batch": _of_register("micro-batch", nothing, parts=4),
+    "lance": Entry("one threshold for all layers and modes", compressed, (EPSILON, register.UPDATE), modes=True),
+    "lance-mean-free": Entry(
+        "channel directions orthogonal to the mean activation, as many in each layer, in the budget",
+        lambda start: equal_channels(start, mean_free=True), (BUDGET, register.UPDATE),
+    ),
+    "lance-mean-free-epsilon": Entry(
+        "lance, orthogonal to the mean activation",
+        lambda start: compressed(start, mean_free=True), (EPSILON, register.UPDATE), modes=True,
+    ),
+    "lance-channels": Entry(
+        "lance-mean-free with the mean", lambda start: equal_channels(start), (BUDGET, register.UPDATE)
+    ),
+    "lance-center": Entry(
+        "lance-mean-free, the mean's own gradient added exactly",
+        lambda start: equal_channels(start, center=True), (BUDGET, register.UPDATE),
+    ),
+    "lance-uniform": Entry("the largest single threshold in the budget", uniform, (BUDGET,), modes=True),
+    # the batch mode is left alone: what a calibrated one keeps of another batch is little
+    "lance-planned": Entry(
+        "mean-free, the budget shared out over layers and modes by sampled gradients",
+        lambda start: planned(start, ["channel", "height", "width"]), (BUDGET,),
+    ),
+    "lance-planned-channels": Entry(
+        "lance-planned over layers and channels alone", lambda start: planned(start, ["channel"]), (BUDGET,)
+    ),
+    "lance-planned-modes": Entry(
+        "lance-planned over all modes, with the mean",
+        lambda start: planned(start, mean_free=False), (BUDGET,), modes=True,
+    ),
+    "hosvd": Entry(
+        "a fresh HOSVD at every step, at the threshold",
+        lambda start: with_store(start, lambda: Hosvd(start.values["epsilon"])), (EPSILON,),
+    ),
+    "asi": Entry("one subspace iteration a step, ranks chosen in the budget", asi, (BUDGET,)),
+    "lance-sketch": Entry(
+        "lance, the batch mode projected on directions drawn at every step",
+        lambda start: compressed(start, batch_mode="sketch", batch_ratio=start.values["ratio"], seed=start.seed),
+        (EPSILON, register.RATIO), modes=True,
+    ),
+    "lance-int8": Entry(
+        "lance, its cores as 8-bit codes", lambda start: compressed(start, core_bits=8), (EPSILON,), modes=True
+    ),
+    # one seed for all layers
+    "sketch": _of_register(
+        "sketch",
+        lambda start: with_store(start, lambda: Sketch(start.values["ratio"], seed=start.seed)), register.RATIO,
+    ),
+}  # fmt: skip
+"""The methods of this experiment that the register lacks, or that begin otherwise here."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,24 +10,17 @@ from typing import Any
 
 from analysis.commands.blocks import blocks, paragraph
 from analysis.commands.chance import SHORTEST_TIMED_STEP, sentence, too_short
-from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
+from experiments import frame
 
 KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute")
-WHEN = ("start", "middle", "end")
+KEPT = (*(("cosines", when) for when in ("start", "middle", "end")), ("energy_kept", "start"), ("energy_kept", "end"))
+"""What the last columns are of, and at which moment of the training."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method under one recipe, all seeds.
-
-    Attributes
-    ----------
-    recipe, method : str
-    lr : float
-    seeds : tuple of dict
-        What :func:`experiments.finetune.cell.run` returned, one for each seed.
-    """
+    """One method under one recipe; ``seeds`` is what :func:`experiments.finetune.cell.run` returned for each seed."""
 
     recipe: str
     method: str
@@ -44,15 +36,6 @@ class Row:
         return fmean(float(seed[name]) for seed in self.seeds)
 
     @property
-    def core_bytes(self) -> float:
-        """What the stores of the tuned layers keep, mean over the seeds."""
-        return fmean(sum(seed["layer_bytes"].values()) for seed in self.seeds)
-
-    @property
-    def macs(self) -> dict[str, float]:
-        return {kind: fmean(seed["macs"].get(kind, 0) for seed in self.seeds) for kind in KINDS}
-
-    @property
     def agrees(self) -> bool:
         """Whether every predicted number equals the measured one, for every seed."""
         return all(
@@ -61,14 +44,9 @@ class Row:
             for seed in self.seeds
         )
 
-    def cosine(self, when: str) -> float | None:
-        """Mean over layers and seeds; None for methods whose gradients are exact."""
-        values = [value for seed in self.seeds for value in seed["cosines"].get(when, {}).values()]
-        return fmean(values) if values else None
-
-    def energy(self, when: str) -> float | None:
-        """Mean share of the energy kept over layers and seeds; None where a method does not say."""
-        values = [value for seed in self.seeds for value in seed["energy_kept"].get(when, {}).values()]
+    def kept(self, what: str, when: str) -> float | None:
+        """Mean of ``cosines`` or ``energy_kept`` over layers and seeds; None for methods that have none."""
+        values = [value for seed in self.seeds for value in seed[what].get(when, {}).values()]
         return fmean(values) if values else None
 
 
@@ -80,26 +58,19 @@ COLUMNS = (
 
 def cells(row: Row) -> list[str]:
     """One row of the table, in the order of :data:`COLUMNS`."""
-    spread = f" ± {100 * stdev(row.accuracies):.1f}" if len(row.accuracies) > 1 else ""
-    macs = row.macs
+    macs = {kind: fmean(seed["macs"].get(kind, 0) for seed in row.seeds) for kind in KINDS}
+    core_bytes = fmean(sum(seed["layer_bytes"].values()) for seed in row.seeds)
     return [
         row.method,
-        f"{100 * fmean(row.accuracies):.1f}{spread}",
+        frame.spread([100 * accuracy for accuracy in row.accuracies], 1),
         f"{row.lr:g}",
         f"{row.mean('tape_bytes') / 1024:,.1f}",
         "equal" if row.agrees else "DIFFERS",
-        f"{row.core_bytes / 1024:,.1f}",
-        f"{row.mean('paper_bytes') / 1024:,.1f}",
-        f"{row.mean('factor_bytes') / 1024:,.1f}",
+        *(f"{n / 1024:,.1f}" for n in (core_bytes, row.mean("paper_bytes"), row.mean("factor_bytes"))),
         *(f"{macs[kind] / 1e6:,.1f}" if macs[kind] else "-" for kind in KINDS),
         "too short" if too_short(row.mean("step_seconds")) else f"{row.mean('time_ratio'):.2f}",
-        *(_number(row.cosine(when)) for when in WHEN),
-        *(_number(row.energy(when)) for when in ("start", "end")),
+        *("-" if value is None else f"{value:.2f}" for value in (row.kept(*each) for each in KEPT)),
     ]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 NOTES = (
@@ -114,10 +85,16 @@ NOTES = (
 
 def show(rows: Sequence[Row]) -> None:
     """Print one table for each recipe, and what chance decides."""
-    for recipe, of in itertools.groupby(rows, key=lambda row: row.recipe):
-        print(f"Recipe: {recipe}\n")
-        print(blocks(COLUMNS, [cells(row) for row in of]), end="\n\n")
+    for heading, table in tables(rows).items():
+        print(f"{heading.removeprefix('### ')}\n")
+        print(blocks(COLUMNS, table), end="\n\n")
     print(paragraph(NOTES), paragraph(chance(rows)), sep="\n")
+
+
+def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
+    """The cells of all rows, by the heading of their recipe."""
+    recipes = dict.fromkeys(row.recipe for row in rows)
+    return {f"### Recipe: {recipe}": [cells(row) for row in rows if row.recipe == recipe] for recipe in recipes}
 
 
 def chance(rows: Sequence[Row]) -> str:
@@ -127,34 +104,23 @@ def chance(rows: Sequence[Row]) -> str:
 
 def markdown(rows: Sequence[Row], arguments: Sequence[str]) -> str:
     """The same tables in Markdown, with the command that made them."""
-    lines = [f"`python -m experiments.finetune {' '.join(arguments)}`", ""]
-    for recipe, of in itertools.groupby(rows, key=lambda row: row.recipe):
-        lines += [f"### Recipe: {recipe}", "", "| " + " | ".join(COLUMNS) + " |"]
-        lines += ["|" + "|".join(["---"] + ["---:"] * (len(COLUMNS) - 1)) + "|"]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in of]
-        lines.append("")
-    return "\n".join([*lines, NOTES, "", chance(rows), ""])
+    return frame.markdown("experiments.finetune", arguments, COLUMNS, tables(rows), NOTES, chance(rows))
 
 
 def results(rows: Sequence[Row], settings: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
     """Everything, as it goes into the result file."""
-    return {
-        **provenance("experiments.finetune", 0),
-        "arguments": list(arguments),
-        "settings": dict(settings),
-        "rows": [
-            {
-                "recipe": row.recipe,
-                "method": row.method,
-                "lr": row.lr,
-                "accuracy_mean": fmean(row.accuracies),
-                "accuracy_sd": stdev(row.accuracies) if len(row.accuracies) > 1 else None,
-                "predicted_equals_measured": row.agrees,
-                "seeds": [dict(seed) for seed in row.seeds],
-            }
-            for row in rows
-        ],
-    }
+    shown = [
+        {
+            "recipe": row.recipe,
+            "method": row.method,
+            "lr": row.lr,
+            **frame.statistics("accuracy", row.accuracies),
+            "predicted_equals_measured": row.agrees,
+            "seeds": list(row.seeds),
+        }
+        for row in rows
+    ]
+    return frame.document("experiments.finetune", settings, arguments, shown)
 
 
 def draw(rows: Sequence[Row], path: str, title: str) -> None:
@@ -171,10 +137,8 @@ def draw(rows: Sequence[Row], path: str, title: str) -> None:
             error = 100 * stdev(row.accuracies) if len(row.accuracies) > 1 else 0
             shape = "s" if row.method.startswith("lance") else "o"
             panel.errorbar(x, y, yerr=error, fmt=shape, color="0.1", ms=4, elinewidth=0.8, capsize=2)
-        front = pareto([(x, y) for x, y, _ in points])
-        panel.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0, drawstyle="steps-post")
         panel.set(xlabel="tape, KiB (log)", title=f"{title}\nrecipe: {recipe}")
-        kibibyte_axis(panel, [x for x, _, _ in points])
+        draw_front(panel, [(x, y) for x, y, _ in points])
         _label(panel, points)
     panels[0].set_ylabel("accuracy on the test set, %")
     save_figure(figure, path)
@@ -193,12 +157,18 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
+def draw_front(panel: Any, points: Sequence[tuple[float, float]]) -> None:
+    """The Pareto front of (KiB, accuracy) as a line, over a :func:`kibibyte_axis`."""
+    panel.plot(*zip(*pareto(points), strict=True), color="0.6", lw=1, zorder=0, drawstyle="steps-post")
+    kibibyte_axis(panel, [x for x, _ in points])
+
+
 def kibibyte_axis(panel: Any, sizes: Sequence[float]) -> None:
     """A logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten, and some room on both sides."""
+    low, high = min(sizes) / 1.3, max(sizes) * 1.3
     panel.set_xscale("log")
-    panel.set_xlim(min(sizes) / 1.3, max(sizes) * 1.3)
-    decades = range(math.floor(math.log10(min(sizes) / 1.3)), math.ceil(math.log10(max(sizes) * 1.3)) + 1)
-    low, high = panel.get_xlim()
+    panel.set_xlim(low, high)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [n * 10.0**decade for decade in decades for n in (1, 2, 5) if low <= n * 10.0**decade <= high]
     panel.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
     panel.minorticks_off()

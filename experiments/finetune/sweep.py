@@ -12,30 +12,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from analysis.commands import cli
 from analysis.commands.chance import sentence
-from analysis.commands.cli import (
-    OneLineParser,
-    add_sweep,
-    built_in_net,
-    check_once,
-    check_sweep,
-    check_tune,
-    count,
-    data_set,
-    figure_file,
-    fill_in,
-    json_file,
-    positive,
-    run_command,
-    run_main,
-    seed,
-)
+from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
-from experiments.finetune.command import CELL, PAPERS_LR
+from experiments import frame
+from experiments.finetune.command import CELL, MODES, PAPERS_LR
 from lance_ref import models
 
-ALL = ("batch", "channel", "height", "width")
-MODE_SETS = {"all modes": ALL, "no batch": ALL[1:], "channel": ("channel",)}
+MODE_SETS = {"all modes": MODES, "no batch": MODES[1:], "channel": ("channel",)}
 EPSILONS = (0.5, 0.7, 0.9, 0.99)
 BUDGETS_KIB = (12.5, 25.0, 50.0, 100.0, 200.0, 400.0)
 SELECTIONS = ("last:1", "last:2", "last:3")
@@ -44,6 +29,12 @@ SELECTIONS = ("last:1", "last:2", "last:3")
 QUICK = {"net": "convnet", "data": "digits", "tune": "last:2", "batch": [32], "lr": 0.2}
 DEFAULTS = {"net": "mcunet", "data": "cifar10", "tune": "last:4", "batch": [128, 8], "lr": PAPERS_LR}
 """Where an option is not given, with and without ``--quick``."""
+
+FIXED = {
+    "calibration_batches": 100, "clip": 2.0, "epsilon": 0.7, "modes": list(MODES), "budget_kib": 200.0, "patch": 2,
+    "ratio": 0.125, "validation": False,
+}  # fmt: skip
+"""Arguments of every run where the setting that is swept does not say otherwise."""
 
 STYLES = {
     "uniform threshold": ("o", "0.75"), "uniform, mean-free": ("^", "0.55"), "uniform in a budget": ("s", "0.35"),
@@ -54,22 +45,19 @@ STYLES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    p = OneLineParser(
-        prog="python -m experiments.finetune.sweep", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
-    )
+    p = frame.parser("experiments.finetune.sweep", __doc__)
     p.add_argument("--quick", action="store_true", help="a few settings of a small net on the digits of the package")
-    p.add_argument("--net", type=built_in_net, help="(mcunet)")
-    p.add_argument("--data", type=data_set, help="a data set by name, or a folder (cifar10)")
+    p.add_argument("--net", type=cli.built_in_net, help="(mcunet)")
+    p.add_argument("--data", type=cli.data_set, help="a data set by name, or a folder (cifar10)")
     p.add_argument("--tune", help="layers that train (last:4)")
-    p.add_argument("--batch", type=count, nargs="+", help="images a step, each a sweep (128 8)")
-    p.add_argument("--epochs", type=count, default=4, help="(%(default)s)")
-    p.add_argument("--train-images", type=count, default=4000, help="at most so many (%(default)s)")
-    p.add_argument("--test-images", type=count, default=2000, help="at most so many (%(default)s)")
-    p.add_argument("--lr", type=positive, help=f"({PAPERS_LR})")
-    p.add_argument("--seed", type=seed, default=0, help="(%(default)s)")
-    add_sweep(p, "runs/finetune")
-    p.add_argument("--output", type=json_file, help="write the results as JSON")
-    p.add_argument("--figure", type=figure_file, help="draw accuracy against bytes, .png or .svg")
+    p.add_argument("--batch", type=cli.count, nargs="+", help="images a step, each a sweep (128 8)")
+    p.add_argument("--epochs", type=cli.count, default=4, help="(%(default)s)")
+    p.add_argument("--train-images", type=cli.count, default=4000, help="at most so many (%(default)s)")
+    p.add_argument("--test-images", type=cli.count, default=2000, help="at most so many (%(default)s)")
+    p.add_argument("--lr", type=cli.positive, help=f"({PAPERS_LR})")
+    p.add_argument("--seed", type=cli.seed, default=0, help="(%(default)s)")
+    cli.add_sweep(p, "runs/finetune")
+    frame.add_outputs(p, "accuracy against bytes")
     return p
 
 
@@ -79,7 +67,7 @@ def settings(options: argparse.Namespace) -> list[dict[str, Any]]:
     budgets: Sequence[float] = BUDGETS_KIB
     mode_sets: Mapping[str, Sequence[str]] = MODE_SETS
     if options.quick:
-        epsilons, budgets, mode_sets = (0.7, 0.95), (4.0, 8.0), {"all modes": ALL, "channel": ("channel",)}
+        epsilons, budgets, mode_sets = (0.7, 0.95), (4.0, 8.0), {"all modes": MODES, "channel": ("channel",)}
     found = [_setting("bp", "bp", method="bp"), _setting("head-only", "head-only", method="head-only")]
     for name, modes in mode_sets.items():
         for epsilon in epsilons:
@@ -92,7 +80,7 @@ def settings(options: argparse.Namespace) -> list[dict[str, Any]]:
         found.append(_setting("planned", f"planned {kib:g} KiB", method="lance-planned", budget_kib=kib))
     for selection in () if options.quick else SELECTIONS:
         found.append(_setting("fewer layers, exact", f"{selection} exact", method="bp", tune=selection))
-        changes = {"tune": selection, "epsilon": 0.9, "modes": list(ALL[1:])}
+        changes = {"tune": selection, "epsilon": 0.9, "modes": list(MODES[1:])}
         found.append(_setting("fewer layers", f"{selection} mean-free", method="lance-mean-free-epsilon", **changes))
     return found
 
@@ -103,25 +91,12 @@ def _setting(family: str, label: str, **changes: Any) -> dict[str, Any]:
 
 def cell(options: argparse.Namespace, batch: int, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of one run."""
+    names = ("net", "data", "tune", "lr", "seed", "epochs", "train_images", "test_images")
     return {
-        "net": options.net,
-        "data": options.data,
-        "tune": options.tune,
-        "lr": options.lr,
+        **{name: getattr(options, name) for name in names},
         "image_size": models.find(options.net).image_size,
-        "seed": options.seed,
-        "epochs": options.epochs,
         "batch": batch,
-        "train_images": options.train_images,
-        "test_images": options.test_images,
-        "calibration_batches": 100,
-        "clip": 2.0,
-        "epsilon": 0.7,
-        "modes": list(ALL),
-        "budget_kib": 200.0,
-        "patch": 2,
-        "ratio": 0.125,
-        "validation": False,
+        **FIXED,
         "folder": f"{options.folder}/frozen",
         **changes,
     }
@@ -129,14 +104,13 @@ def cell(options: argparse.Namespace, batch: int, changes: Mapping[str, Any]) ->
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """All cells of all batch sizes; one dict of numbers for each."""
-    from analysis.commands.sweep import run_cells
     from experiments.finetune.cell import prepare_data
 
     swept = settings(options)
     batches = options.batch
     cells = [cell(options, batch, setting["changes"]) for batch in batches for setting in swept]
     prepare_data(cells[0])
-    outcomes = run_cells(cells, CELL, options.folder, jobs=options.jobs, scheduler=options.scheduler)
+    outcomes = frame.run_cells(options, cells, CELL)
     return [
         {
             "batch": one["batch"],
@@ -159,7 +133,7 @@ def draw(points: Sequence[Mapping[str, Any]], path: str, title: str) -> None:
     """One row for each batch size: accuracy against the tape, and against tape and factors."""
     from matplotlib.figure import Figure
 
-    from experiments.finetune.report import kibibyte_axis, pareto
+    from experiments.finetune.report import draw_front
 
     batches = list(dict.fromkeys(point["batch"] for point in points))
     figure = Figure(figsize=(11, 4.4 * len(batches)), layout="constrained")
@@ -178,11 +152,9 @@ def draw(points: Sequence[Mapping[str, Any]], path: str, title: str) -> None:
                 own = [places[point["label"]] for point in of if point["family"] == family]
                 if own:
                     panel.plot(*zip(*own, strict=True), marker, color=grey, ms=6, label=family)
-            front = pareto(list(places.values()))
-            panel.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0, drawstyle="steps-post")
             what = "tape and factors" if factors else "tape"
             panel.set(xlabel=f"{what}, KiB (log)", title=f"{title}, batch {batch}")
-            kibibyte_axis(panel, [size for size, _ in places.values()])
+            draw_front(panel, list(places.values()))
         panels[0].set_ylabel("accuracy, %")
     rows[0][1].legend(frameon=False, fontsize=8)
     save_figure(figure, path)
@@ -205,27 +177,24 @@ def show(points: Sequence[Mapping[str, Any]]) -> None:
 
 def work(options: argparse.Namespace) -> None:
     """Check, run, show and write."""
-    fill_in(options, QUICK if options.quick else DEFAULTS)
-    check_once(options, "batch")
-    check_sweep(options)
+    cli.fill_in(options, QUICK if options.quick else DEFAULTS)
+    cli.check_once(options, "batch")
+    cli.check_sweep(options)
     for selection in {options.tune, *(setting["changes"].get("tune", options.tune) for setting in settings(options))}:
-        check_tune(options.net, selection)
+        cli.check_tune(options.net, selection)
     points = run(options)
     show(points)
-    if options.output:
-        from analysis.commands.provenance import provenance
-        from lance_ref.io.whole_file import write_json
-
-        document = {**provenance("experiments.finetune.sweep", options.seed), "points": points}
-        write_json(options.output, document)
-    if options.figure:
-        draw(points, options.figure, f"{options.net} on {options.data}")
+    frame.write(
+        options,
+        lambda: {**provenance("experiments.finetune.sweep", options.seed), "points": points},
+        lambda path: draw(points, path, f"{options.net} on {options.data}"),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return run_command(parser, arguments, work)
+    return cli.run_command(parser, arguments, work)
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

@@ -51,14 +51,8 @@ class Work:
 class Figures:
     """What the cost model says of one method: bytes under each accounting, and multiply-adds.
 
-    Attributes
-    ----------
-    paper, pytorch, tape, factors : int
-        Bytes.
-    bases : int
-        Bytes of an orthogonal basis of the whole input space of every tuned layer, Σ n² numbers, n = C_in·k_h·k_w: the
-        most that a projection memory such as GPM's can grow to.
-    net, tuned : Work
+    ``bases`` are the bytes of an orthogonal basis of the whole input space of every tuned layer, Σ n² numbers, n =
+    C_in·k_h·k_w: the most that a projection memory such as GPM's can grow to.
     """
 
     paper: int
@@ -81,16 +75,9 @@ class Reading:
 def readings(quantity: str, unit: str, figures: Figures, base: Figures) -> list[Reading]:
     """Every reading of a quantity, those with the fewest rules first; each value once.
 
-    Parameters
-    ----------
-    quantity : {"memory", "memory-ratio", "work", "work-ratio", "bases"}
-        A ratio is that of ``base`` over ``figures``, both read by the same rules.
-    unit : str
-        ``"MiB"``, ``"MB"``, ``"GFLOPs"``; ratios have ``"x"``.
-    figures : Figures
-        Of the method that the published figure is of.
-    base : Figures
-        Of plain backpropagation.
+    ``quantity`` is "memory", "memory-ratio", "work", "work-ratio" or "bases", and ``unit`` "MiB", "MB", "GFLOPs", or
+    "x" of ratios. The published figure is of the method of ``figures``; ``base`` is plain backpropagation. A ratio is
+    that of ``base`` over ``figures``, both read by the same rules.
 
     Examples
     --------
@@ -119,10 +106,7 @@ def _memory(quantity: str, unit: str, figures: Figures, base: Figures, compresse
     """Which arrays, in which unit."""
     counted: list[tuple[int, int, frozenset[str]]]
     if quantity == "bases":
-        counted = [
-            (figures.bases, 0, frozenset()),
-            (figures.bases + base.paper, 0, frozenset({"with-activations"})),
-        ]
+        counted = [(figures.bases, 0, frozenset()), (figures.bases + base.paper, 0, frozenset({"with-activations"}))]
     else:
         counted = [
             (figures.pytorch, base.pytorch, frozenset()),

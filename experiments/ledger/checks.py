@@ -5,32 +5,23 @@ Each gives our figure, the verdict and why. The main case is MobileNetV2, last 4
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from experiments.ledger.accounting_rules import MIB, Figures
-from experiments.ledger.evidence import Evidence, Outcome
+from experiments.ledger.evidence import Evidence, Outcome, check, graded
 from experiments.ledger.explain import explain, figures_of, reports_of
 from experiments.ledger.published import published
 
 if TYPE_CHECKING:
     from lance_ref.algebra.geometry import Geometry
 
-Check = Callable[[Evidence], Outcome]
-CHECKS: dict[str, Check] = {}
 MAIN = {"net": "mobilenetv2", "batch": 128, "tune": "last:4", "num_classes": 1000}
 NETS = ("mobilenetv2", "resnet18", "resnet34", "mcunet", "deit-tiny", "alexnet-cl")
 MICROCONTROLLER, COMPUTER = 256 * 1024, 512 * MIB
 ALEXNET = {"net": "alexnet-cl", "batch": 64, "tune": "all", "ranks": "0.25"}
-
-
-def check(function: Check) -> Check:
-    """Register a check under its name."""
-    CHECKS[function.__name__] = function
-    return function
 
 
 def main_case() -> tuple[Figures, Figures]:
@@ -48,7 +39,7 @@ def table_memory(evidence: Evidence) -> Outcome:
     rows = [row for row in published()[1].values() if row.case.get("batch") == 64 and row.source == "lance"]
     found = [explain(row) for row in rows if row.quantity == "memory" and row.case.get("method", "bp") == "bp"]
     met = sum(each.status == "explained" and each.reading.rules == ("inputs-only",) for each in found if each.reading)
-    verdict = "reproduced" if found and met == len(found) else "contradicted"
+    verdict = graded(found and met == len(found))
     return Outcome(
         f"{met} of {len(found)} figures to the last digit", verdict,
         "as the inputs of the tuned convolutions alone: what BN and ReLU6 keep is left out",
@@ -60,7 +51,7 @@ def activation_reduction(evidence: Evidence) -> Outcome:
     """Bytes of bp over those of lance, under each accounting."""
     bp, lance = main_case()
     paper, tape, pytorch = bp.paper / lance.paper, bp.tape / lance.tape, bp.pytorch / lance.pytorch
-    verdict = "reproduced" if pytorch >= 250 else "bounded" if paper >= 250 else "contradicted"
+    verdict = graded(pytorch >= 250, paper >= 250)
     return Outcome(
         f"{paper:,.0f}x of the papers' count, {tape:.1f}x of our tape, {pytorch:.2f}x of what PyTorch keeps", verdict,
         "true of the inputs of the tuned layers; in a usual framework most of the memory is kept by other operations",
@@ -99,7 +90,7 @@ def gpm_storage(evidence: Evidence) -> Outcome:
     return Outcome(
         f"GPM {gpm_ram / MIB:.1f} MiB, LANCE {lance_ram / MIB:.1f} MiB in training ({ratio:.1f}x); bases of "
         f"{flash / MIB:.1f} MiB in flash for both",
-        "bounded" if 1 < ratio < 10 else "reproduced" if ratio >= 10 else "contradicted",
+        "bounded" if 1 < ratio < 10 else graded(ratio >= 10),
         "AlexNet, batch 64, half of all directions protected, ranks of a quarter: bases leave RAM, but must be kept",
     )
 
@@ -115,7 +106,7 @@ def small_batches(evidence: Evidence) -> Outcome:
         least, outweigh = min(least, of_all), max(outweigh, lance.factors / lance.tape)
         parts.append(f"batch {batch}: {bp.tape / lance.tape:.1f}x of the tape, {of_all:.1f}x with factors")
     return Outcome(
-        "; ".join(parts), "reproduced" if least >= 10 else "bounded" if least > 1 else "contradicted",
+        "; ".join(parts), graded(least >= 10, least > 1),
         f"the factors do not shrink with the batch: at batch 2 they are {outweigh:.1f} times the tape",
     )  # fmt: skip
 
@@ -128,7 +119,7 @@ def deployable(evidence: Evidence) -> Outcome:
     trained = 4 * sum(row.parameters for row in plain.rows if row.tuned)
     total = plain.totals["lance"]
     least = total.tape_and_factors + trained
-    verdict = "reproduced" if least <= MICROCONTROLLER else "bounded" if least <= COMPUTER else "contradicted"
+    verdict = graded(least <= MICROCONTROLLER, least <= COMPUTER)
     return Outcome(
         f"MCUNet, batch 1: tape and factors {total.tape_and_factors / 1024:.0f} KiB, "
         f"gradients {trained / 1024:.0f} KiB, weights {weights / 1024:,.0f} KiB",
@@ -191,7 +182,7 @@ def flops_less(evidence: Evidence) -> Outcome:
     b, c = bp.tuned, lance.tuned
     theirs = (b.forward + b.grad_weight) / (c.forward + c.papers_grad_weight + c.full_projection)
     whole = _net_macs(bp) / _net_macs(lance)
-    verdict = "reproduced" if whole >= 1.45 else "bounded" if theirs >= 1.45 else "contradicted"
+    verdict = graded(whole >= 1.45, theirs >= 1.45)
     return Outcome(
         f"{theirs:.2f}x of forward and weight gradient of the tuned layers, {whole:.2f}x of the whole step", verdict,
         "the forward pass of the frozen layers and the input gradients stay as they are",
@@ -225,7 +216,7 @@ def projection_overhead(evidence: Evidence) -> Outcome:
     theirs = c.full_projection / (c.forward + c.papers_grad_weight + c.full_projection)
     figures = figures_of("mcunet", 128, "last:4", 10, ranks="0.25")["lance"].tuned
     quarter = figures.full_projection / (figures.forward + figures.papers_grad_weight + figures.full_projection)
-    verdict = "reproduced" if share < 0.01 else "bounded" if share < 0.1 else "contradicted"
+    verdict = graded(share < 0.01, share < 0.1)
     return Outcome(
         f"{100 * share:.2f} % of the step; by the papers' own bill {100 * theirs:.1f} % of the tuned layers, "
         f"and {100 * quarter:.0f} % at ranks of a quarter (MCUNet)",
@@ -255,7 +246,7 @@ def full_rank(evidence: Evidence) -> Outcome:
     worst = max(_full_rank_error(g, seed) for seed, g in enumerate(_geometries()))
     return Outcome(
         f"largest relative difference {worst:.0e}, {len(_geometries())} geometries, float64",
-        "reproduced" if worst < 1e-12 else "contradicted",
+        graded(worst < 1e-12),
         "orthonormal factors of full rank change nothing but the rounding",
     )  # fmt: skip
 
@@ -317,7 +308,7 @@ def metrics_defined(evidence: Evidence) -> Outcome:
     right = (m.acc, m.bwt, m.fwt) == (0.875, -0.25, 0.25)
     return Outcome(
         f"R = [[1, 0.5], [0.75, 1]], b = [0.5, 0.25]: ACC {m.acc}, BWT {m.bwt}, FWT {m.fwt}",
-        "reproduced" if right else "contradicted",
+        graded(right),
         "BWT: how much accuracy on earlier tasks has changed since they were learned; FWT: against a random network",
     )  # fmt: skip
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from analysis.commands.cli import OneLineParser, check_once, one_line, run_command, run_main
+from analysis.commands import cli
 from analysis.commands.shipped import shipped
-from experiments.ledger.evidence import NOT_RUN, PROVENANCE, VERDICTS, Evidence, MissingEvidenceError, Outcome
-from experiments.ledger.yaml_file import choose, load_entries
+from experiments import frame
+from experiments.ledger.evidence import CHECKS, NOT_RUN, PROVENANCE, VERDICTS, Evidence, MissingEvidenceError, Outcome
+from experiments.ledger.published import choose, load_entries
 
 KINDS = ("claim", "question")
 LIVE = "live"
@@ -31,19 +32,14 @@ class Claim:
 
     Attributes
     ----------
-    id : str
     kind : {"claim", "question"}
-        A question's verdict is about what it doubts; ``claim`` says what that is.
-    claim : str
-        In our words.
+        A question's verdict is about what it doubts; ``claim`` says what that is, in our words.
     source, where : str
-        A name of the file's sources, and the place there.
-    quote : str
-        At most one short phrase.
+        A name of the file's sources, and the place there; ``quote`` is at most one short phrase.
     command : str
         That shows it, or makes the result file.
     check : str
-        A function of :mod:`experiments.ledger.checks`, ``from_results`` or ``tasks``.
+        A function that :func:`experiments.ledger.evidence.check` has registered.
     evidence : list of str
         Result files, by name or pattern; ``["live"]`` where it is computed anew whenever it is asked for.
     verdict : str or None
@@ -66,12 +62,8 @@ class Claim:
 class Finding:
     """A claim and what came of it.
 
-    Attributes
-    ----------
-    provenance : dict
-        By result file: command, seed, versions, machine.
-    missing : bool
-        Whether the evidence is not there; the outcome then says which command makes it.
+    ``provenance`` has command, seed, versions and machine by result file. If the evidence is ``missing``, the outcome
+    says which command makes it.
     """
 
     claim: Claim
@@ -109,10 +101,10 @@ def evaluate(claim: Claim, evidence: Evidence | None = None) -> Finding:
     ValueError
         If there is no such check, it gives a verdict that there is not, or a result file is broken.
     """
-    from experiments.ledger import checks, from_results, tasks
+    from experiments.ledger import checks, from_results, tasks  # noqa: F401  (which register their checks)
 
     evidence = Evidence() if evidence is None else evidence
-    check = {**checks.CHECKS, **from_results.CHECKS, **tasks.CHECKS}.get(claim.check)
+    check = CHECKS.get(claim.check)
     if check is None:
         raise ValueError(f"claim {claim.id}: there is no check {claim.check!r}")
     provenance: dict[str, dict[str, Any]] = {}
@@ -126,7 +118,7 @@ def evaluate(claim: Claim, evidence: Evidence | None = None) -> Finding:
         return Finding(claim, Outcome("none here", NOT_RUN, str(error)), {}, missing=True)
     except (KeyError, StopIteration) as error:
         files = ", ".join(claim.evidence)
-        raise ValueError(f"claim {claim.id}: {files} lacks {one_line(error) or 'a row'}") from None
+        raise ValueError(f"claim {claim.id}: {files} lacks {cli.one_line(error) or 'a row'}") from None
     if outcome.verdict not in VERDICTS:
         raise ValueError(f"claim {claim.id}: the check says {outcome.verdict!r}, expected one of {VERDICTS}")
     return Finding(claim, outcome, provenance)
@@ -194,9 +186,7 @@ def counts(findings: Sequence[Finding]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = OneLineParser(
-        prog="python -m experiments.ledger.claims", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
-    )
+    p = frame.parser("experiments.ledger.claims", __doc__)
     p.add_argument("--run", nargs="+", default=[], metavar="ID", help="compute these again, and say where from (all)")
     p.add_argument("--json", action="store_true", help="as JSON")
     return p
@@ -204,11 +194,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code: 1 if a verdict differs from the one in the ledger."""
-    return run_command(parser, arguments, _run)
+    return cli.run_command(parser, arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    check_once(options, "run")
+    cli.check_once(options, "run")
     evidence = Evidence()
     findings = [evaluate(claim, evidence) for claim in choose("claim", options.run, ledger()[1])]
     if options.json:
@@ -226,4 +216,4 @@ def _run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

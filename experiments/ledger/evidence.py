@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,18 @@ class Outcome:
     why: str
 
 
+def graded(reproduced: object, bounded: object = False) -> str:
+    """The verdict of two conditions, the stronger one first."""
+    return "reproduced" if reproduced else "bounded" if bounded else "contradicted"
+
+
 def verdict_of_points(behind: float) -> str:
     """Of "within a few points": reproduced up to 2 points behind, bounded up to 5.
 
     >>> [verdict_of_points(points) for points in (-1.0, 2.0, 5.0, 5.1)]
     ['reproduced', 'reproduced', 'bounded', 'contradicted']
     """
-    return "reproduced" if behind <= 2 else "bounded" if behind <= 5 else "contradicted"
+    return graded(behind <= 2, behind <= 5)
 
 
 class MissingEvidenceError(LookupError):
@@ -42,31 +48,16 @@ class MissingEvidenceError(LookupError):
 
 @dataclass
 class Evidence:
-    """Result files by name, read once.
-
-    Attributes
-    ----------
-    folder : Path
-    """
+    """Result files of ``folder`` by name, read once."""
 
     folder: Path = RESULTS
     _read: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def results(self, name: str, command: str) -> dict[str, Any]:
-        """The contents of ``<name>.json``.
+        """The contents of ``<name>.json``, which ``command`` makes.
 
-        Parameters
-        ----------
-        name : str
-        command : str
-            That makes the file.
-
-        Raises
-        ------
-        MissingEvidenceError
-            If there is no such file.
-        ValueError
-            If it is no JSON object, or lacks command, seed, versions or machine.
+        MissingEvidenceError if there is no such file; ValueError if it is no JSON object, or lacks command, seed,
+        versions or machine.
         """
         if name in self._read:
             return self._read[name]
@@ -82,3 +73,22 @@ class Evidence:
     def names(self, pattern: str) -> list[str]:
         """Names of the files that fit a pattern, such as ``domain_shift*``, in order."""
         return sorted(path.stem for path in self.folder.glob(f"{pattern}.json"))
+
+
+Check = Callable[[Evidence], Outcome]
+CHECKS: dict[str, Check] = {}
+"""Every check by its name, which is that of its function."""
+
+
+def check(function: Check) -> Check:
+    """Register a check under its name."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+def row_of(rows: Sequence[dict[str, Any]], command: str, option: str, **wanted: str) -> dict[str, Any]:
+    """The row of a result file that has these entries, else the command that would make it."""
+    for row in rows:
+        if all(row[name] == value for name, value in wanted.items()):
+            return row
+    raise MissingEvidenceError(f"needs {command}, with {' and '.join(wanted.values())} among {option}")

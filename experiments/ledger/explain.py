@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from analysis.commands.cli import OneLineParser, check_once, run_command, run_main
+from analysis.commands import cli
+from experiments import frame
 from experiments.ledger.accounting_rules import (
     MIB,
     OF_COMPRESSION,
@@ -28,8 +29,7 @@ from experiments.ledger.accounting_rules import (
     nearest,
     readings,
 )
-from experiments.ledger.published import STATUSES, Published, published
-from experiments.ledger.yaml_file import choose
+from experiments.ledger.published import STATUSES, Published, choose, published
 
 if TYPE_CHECKING:
     from analysis.reports.report import Report, Row
@@ -40,18 +40,8 @@ if TYPE_CHECKING:
 class Explanation:
     """What was found for one figure.
 
-    Attributes
-    ----------
-    status : str
-        One of :data:`STATUSES`.
-    reading : Reading
-        That gives the number, or the nearest.
-    figures : dict of method to Figures
-    tried : int
-        Readings.
-    also : tuple of rules
-        Other readings with as few rules that give it too.
-    note : str
+    ``reading`` gives the number, or the nearest; ``tried`` is the number of readings, and ``also`` are other readings
+    with as few rules that give it too.
     """
 
     published: Published
@@ -90,20 +80,18 @@ def reports_of(
 
 def figures_of(*case: Any, **more: Any) -> dict[str, Figures]:
     """Bytes and multiply-adds of bp and lance; arguments as of :func:`reports_of`."""
-    reports = reports_of(*case, **more)
-    return {method: _figures(method, *reports) for method in ("bp", "lance")}
-
-
-def _figures(method: str, plain: Report, papers: Report) -> Figures:
-    total = plain.totals[method]
+    plain, papers = reports_of(*case, **more)
     bases = [math.prod(row.weight_shape[1:]) for row in plain.rows if row.tuned and row.weight_shape is not None]
-    return Figures(
-        **total.activation_bytes,
-        factors=total.subspace_bytes,
-        bases=sum(4 * n**2 for n in bases),
-        net=_work(method, plain.rows, papers.rows, tuned_only=False),
-        tuned=_work(method, plain.rows, papers.rows, tuned_only=True),
-    )
+    return {
+        method: Figures(
+            **plain.totals[method].activation_bytes,
+            factors=plain.totals[method].subspace_bytes,
+            bases=sum(4 * n**2 for n in bases),
+            net=_work(method, plain.rows, papers.rows, tuned_only=False),
+            tuned=_work(method, plain.rows, papers.rows, tuned_only=True),
+        )
+        for method in ("bp", "lance")
+    }
 
 
 def _work(method: str, plain: Sequence[Row], papers: Sequence[Row], tuned_only: bool) -> Work:
@@ -128,11 +116,7 @@ def _work(method: str, plain: Sequence[Row], papers: Sequence[Row], tuned_only: 
 def explain(row: Published, threshold: bool = False) -> Explanation:
     """Try all rules on our figures.
 
-    Parameters
-    ----------
-    row : Published
-    threshold : bool
-        For a figure of LANCE that nothing explains, look as well for the ε that would.
+    With ``threshold``, a figure of LANCE that nothing explains is looked at again, for the ε that would give it.
     """
     case = dict(row.case)
     method = case.pop("method", "bp")
@@ -200,9 +184,9 @@ def _threshold(row: Published, case: dict[str, Any]) -> str:
         least, most = 1, 100
         while most - least > 1:  # the bytes grow with ε
             middle = (least + most) // 2
-            least, most = (middle, most) if _kept(case, middle, factors) < target else (least, middle)
+            least, most = (middle, most) if _kept(middle, factors, **case) < target else (least, middle)
         for percent in (least, most):
-            found.append((abs(math.log(_kept(case, percent, factors) / target)), percent, factors))
+            found.append((abs(math.log(_kept(percent, factors, **case) / target)), percent, factors))
     distance, percent, factors = min(found)
     return (
         f"the ranks behind it are not published; with our spectra ε = {percent / 100:.2f} comes nearest, counting "
@@ -211,18 +195,13 @@ def _threshold(row: Published, case: dict[str, Any]) -> str:
 
 
 @lru_cache(maxsize=256)
-def _bytes_at(net: str, batch: int, tune: str, percent: int, num_classes: int = 10) -> tuple[int, int]:
-    """Bytes of cores and factors at an energy threshold."""
+def _kept(percent: int, factors: bool, net: str, batch: int, tune: str, num_classes: int = 10) -> int:
+    """Bytes of cores, and of factors if they count, at an energy threshold."""
     from analysis.cost_model import cost
 
     step = _traced(net, batch, tune, num_classes)
     total = cost(step, methods=["lance"], epsilon=percent / 100).totals["lance"]
-    return total.activation_bytes["paper"], total.subspace_bytes
-
-
-def _kept(case: dict[str, Any], percent: int, factors: bool) -> int:
-    core, more = _bytes_at(**case, percent=percent)
-    return core + more * factors
+    return total.activation_bytes["paper"] + factors * total.subspace_bytes
 
 
 # ---- printing ----------------------------------------------------------------------------------
@@ -240,14 +219,11 @@ def text(found: Explanation) -> str:
     ]
     if row.remark:
         lines.append(f"  remark    {row.remark}")
+    case = ", ".join(f"{name} {value}" for name, value in row.case.items() if name != "method")
     for method, figures in found.figures.items():
         if method == "bp" or row.case.get("method") == "lance":
-            lines += ["", f"  {method}, by our cost model ({_case(row.case)})", *_table(figures)]
+            lines += ["", f"  {method}, by our cost model ({case})", *_table(figures)]
     return "\n".join([*lines, "", f"  {found.status}: {_conclusion(found)}"]) + "\n"
-
-
-def _case(case: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in case.items() if name != "method")
 
 
 def _table(figures: Figures) -> list[str]:
@@ -308,9 +284,7 @@ def to_json(found: Explanation) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = OneLineParser(
-        prog="python -m experiments.ledger.explain", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
-    )
+    p = frame.parser("experiments.ledger.explain", __doc__)
     p.add_argument("--claim", nargs="+", default=[], metavar="ID", help="published figures (all, a line each)")
     p.add_argument("--json", action="store_true", help="as JSON")
     return p
@@ -318,11 +292,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return run_command(parser, arguments, _run)
+    return cli.run_command(parser, arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> None:
-    check_once(options, "claim")
+    cli.check_once(options, "claim")
     rows = choose("published figure", options.claim, published()[1])
     found = [explain(row, threshold=bool(options.claim)) for row in rows]
     if options.json:
@@ -338,4 +312,4 @@ def _run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

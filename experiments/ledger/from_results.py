@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-from experiments.ledger.evidence import Evidence, MissingEvidenceError, Outcome, verdict_of_points
+from experiments.ledger.evidence import (
+    Evidence,
+    MissingEvidenceError,
+    Outcome,
+    check,
+    graded,
+    row_of,
+    verdict_of_points,
+)
 from experiments.ledger.explain import figures_of
 
-Check = Callable[[Evidence], Outcome]
-CHECKS: dict[str, Check] = {}
 FINETUNE = "finetune_cifar10"
 SWEEP_COMMAND = "python -m experiments.finetune.sweep --data {0} --output experiments/results/sweep_{0}.json"
 
 
-def check(function: Check) -> Check:
-    """Register a check under its name."""
-    CHECKS[function.__name__] = function
-    return function
-
-
 def _method(evidence: Evidence, name: str, recipe: str = "papers") -> dict[str, Any]:
     """A method's row of the fine-tuning experiment."""
-    rows: Sequence[dict[str, Any]] = evidence.results(FINETUNE, "python -m experiments.finetune")["rows"]
-    for row in rows:
-        if row["method"] == name and row["recipe"] == recipe:
-            return row
-    raise MissingEvidenceError(f"needs python -m experiments.finetune --recipe {recipe} with {name} among --methods")
+    rows = evidence.results(FINETUNE, "python -m experiments.finetune")["rows"]
+    return row_of(rows, f"python -m experiments.finetune --recipe {recipe}", "--methods", method=name, recipe=recipe)
 
 
 def _accuracy(row: Mapping[str, Any]) -> str:
@@ -72,7 +69,7 @@ def saved_in_finetuning(evidence: Evidence) -> Outcome:
     return Outcome(
         f"{100 * saved:.1f} % of our tape with factors, {bp['tape_bytes'] / 1024:,.0f} -> "
         f"{with_factors / 1024:,.0f} KiB; in PyTorch at most {100 * most:.0f} %",
-        "reproduced" if min(saved, most) >= 0.7 else "bounded" if max(saved, most) >= 0.7 else "contradicted",
+        graded(min(saved, most) >= 0.7, max(saved, most) >= 0.7),
         "MCUNet, last 4: beyond the inputs of the tuned layers there is nothing that the method could save",
     )
 
@@ -133,7 +130,7 @@ def energy_kept(evidence: Evidence) -> Outcome:
     lost = 1 - end / start
     return Outcome(
         f"{start:.2f} of the energy at the start, {end:.2f} at the end; directions found anew keep {fresh:.2f}",
-        "reproduced" if lost < 0.05 else "bounded" if lost < 0.3 else "contradicted",
+        graded(lost < 0.05, lost < 0.3),
         f"{100 * lost:.0f} % of it is lost in training: the layers that train move the inputs of those above",
     )
 
@@ -148,7 +145,7 @@ def drift(evidence: Evidence) -> Outcome:
     return Outcome(
         f"{layer}: {first[layer]:.2f} -> {last[layer]:.2f} in {len(history)} steps; mean of {len(change)} layers "
         f"{fmean(first.values()):.2f} -> {fmean(last.values()):.2f}",
-        "reproduced" if min(change.values()) > -0.05 else "bounded" if min(change.values()) > -0.5 else "contradicted",
+        graded(min(change.values()) > -0.05, min(change.values()) > -0.5),
         f"{layer} loses {-100 * change[layer]:.0f} % of what it kept; lance_ref.lance.recalibration watches that",
     )
 
@@ -164,7 +161,7 @@ def fidelity(evidence: Evidence) -> Outcome:
     rising = all(a[1] < b[1] for a, b in pairwise(points))
     return Outcome(
         "cosine with the exact gradient, end of training: " + ", ".join(f"{c:.2f} in {k:.0f} KiB" for k, c in points),
-        "reproduced" if rising else "contradicted",
+        graded(rising),
         "more bytes, nearer to the gradient; how near says little of the accuracy (angle-70)",
     )
 
@@ -238,7 +235,7 @@ def batch_mode_sweep(evidence: Evidence) -> Outcome:
     best = [max(family, key=lambda point: point["accuracy"]) for family in families]
     return Outcome(
         f"best of all modes {_shown(best[0])}; of all but batch {_shown(best[1])}",
-        "reproduced" if matched == len(left) else "bounded" if matched else "contradicted",
+        graded(matched == len(left), matched),
         f"for {matched} of {len(left)} thresholds without it, with it there is as much accuracy in no more bytes",
     )
 
@@ -262,7 +259,7 @@ def small_batch_accuracy(evidence: Evidence) -> Outcome:
     lost = 100 * (bp["accuracy"] - planned["accuracy"])
     return Outcome(
         f"batch 8: bp {_shown(bp)}, planned LANCE {_shown(planned)}, head alone {_shown(head)}",
-        "reproduced" if lost <= 2 else "bounded" if planned["accuracy"] > head["accuracy"] else "contradicted",
+        graded(lost <= 2, planned["accuracy"] > head["accuracy"]),
         f"{_beside(lost)} backpropagation; one seed",
     )
 
@@ -292,6 +289,6 @@ def batch_mode(evidence: Evidence) -> Outcome:
     return Outcome(
         f"convnet on digits, ε = 0.7: all modes {100 * compressed:.1f} %, without batch {100 * left:.1f} %, "
         f"channel alone {100 * of['channel only']:.1f} %",
-        "reproduced" if compressed >= left else "contradicted",
+        graded(compressed >= left),
         f"{100 * (left - compressed):.0f} points less, one small run: of shuffled images only the mean has a direction",
     )

@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-from experiments.ledger.evidence import Evidence, MissingEvidenceError, Outcome, verdict_of_points
+from experiments.ledger.evidence import (
+    Evidence,
+    MissingEvidenceError,
+    Outcome,
+    check,
+    graded,
+    row_of,
+    verdict_of_points,
+)
 
-Check = Callable[[Evidence], Outcome]
-CHECKS: dict[str, Check] = {}
 NETS = {"permuted-mnist": "Permuted MNIST, MLP", "split100": "Split-100, alexnet-cl"}
 """Scenarios, one of linear layers and one of convolutions, on which bytes and multiply-adds are compared."""
 
 SHIFT_COMMAND = "python -m experiments.domain_shift --output experiments/results/domain_shift.json"
 
 
-def check(function: Check) -> Check:
-    """Register a check under its name."""
-    CHECKS[function.__name__] = function
-    return function
-
-
 def _learner(evidence: Evidence, name: str, scenario: str = "permuted-mnist") -> dict[str, Any]:
     result = f"continual_{scenario}"
     command = f"python -m experiments.continual --scenario {scenario} --output experiments/results/{result}.json"
-    rows: Sequence[dict[str, Any]] = evidence.results(result, command)["rows"]
-    for row in rows:
-        if row["learner"] == name:
-            return row
-    raise MissingEvidenceError(f"needs {command}, with {name} among --learners")
-
-
-def _task_bytes(row: Mapping[str, Any]) -> int:
-    """Tape and what is in memory beside it, of the task that takes most."""
-    return max(task["tape_bytes"] + task["ram_bytes"] for seed in row["seeds"] for task in seed["tasks"])
+    return row_of(evidence.results(result, command)["rows"], command, "--learners", learner=name)
 
 
 @check
@@ -45,7 +36,7 @@ def gpm_accuracy(evidence: Evidence) -> Outcome:
     spread = 2 * math.hypot(0.16, sd)
     return Outcome(
         f"ACC {acc:.2f} ± {sd:.2f} %, BWT {bwt:.2f} %, {len(row['seeds'])} seeds; published 93.91 ± 0.16 %, -3 %",
-        "reproduced" if abs(acc - 93.91) <= spread else "bounded" if abs(acc - 93.91) <= 2 else "contradicted",
+        graded(abs(acc - 93.91) <= spread, abs(acc - 93.91) <= 2),
         "10-task Permuted MNIST, one head, the authors' recipe",
     )
 
@@ -82,12 +73,15 @@ def saved_in_continual_learning(evidence: Evidence) -> Outcome:
     """Tape and RAM of LANCE beside GPM's, on a net of linear layers and on one of convolutions."""
     parts, saved = [], []
     for scenario, where in NETS.items():
-        gpm, lance = (_task_bytes(_learner(evidence, name, scenario)) for name in ("gpm", "lance"))
+        gpm, lance = (
+            max(task["tape_bytes"] + task["ram_bytes"] for seed in row["seeds"] for task in seed["tasks"])
+            for row in (_learner(evidence, name, scenario) for name in ("gpm", "lance"))
+        )
         saved.append(1 - lance / gpm)
         parts.append(f"{where}: {gpm / 1024:,.0f} -> {lance / 1024:,.0f} KiB of tape and RAM, {100 * saved[-1]:.0f} %")
     return Outcome(
         "against GPM, " + "; ".join(parts),
-        "reproduced" if min(saved) >= 0.85 else "bounded" if max(saved) > 0 else "contradicted",
+        graded(min(saved) >= 0.85, max(saved) > 0),
         "batch norm keeps its inputs under either; bases in flash are not counted",
     )
 
@@ -97,20 +91,17 @@ def continual_work(evidence: Evidence) -> Outcome:
     """Multiply-adds of whole runs, steps and what is between tasks, of GPM and LANCE."""
     parts, ratios = [], []
     for scenario, where in NETS.items():
-        gpm, lance = (_run_macs(_learner(evidence, name, scenario)) for name in ("gpm", "lance"))
+        gpm, lance = (
+            fmean(sum(task["macs"] for task in seed["tasks"]) for seed in _learner(evidence, name, scenario)["seeds"])
+            for name in ("gpm", "lance")
+        )
         ratios.append(lance / gpm)
         parts.append(f"{where}: {gpm / 1e12:.2f} -> {lance / 1e12:.2f}")
     return Outcome(
         "10^12 multiply-adds of a run, GPM -> LANCE, " + "; ".join(parts),
-        "reproduced" if max(ratios) < 1 else "bounded" if min(ratios) < 1 else "contradicted",
+        graded(max(ratios) < 1, min(ratios) < 1),
         "less where GPM's projection of every gradient is the work; more where patches overlap: their cores are large",
     )
-
-
-def _run_macs(row: Mapping[str, Any]) -> float:
-    """Of all tasks, mean over the seeds."""
-    totals = [sum(task["macs"] for task in seed["tasks"]) for seed in row["seeds"]]
-    return sum(totals) / len(totals)
 
 
 @check
@@ -140,6 +131,6 @@ def domain_shift(evidence: Evidence) -> Outcome:
         worst = max(worst, 100 * (same - other))
         parts.append(f"{name}: {100 * same:.1f} %, from elsewhere {100 * other:.1f} %, again {100 * again:.1f} %")
     return Outcome(
-        "; ".join(parts), "reproduced" if worst <= 1 else "bounded" if worst <= 5 else "contradicted",
+        "; ".join(parts), graded(worst <= 1, worst <= 5),
         f"at most {worst:.1f} points of accuracy are lost to a calibration on another data set",
     )  # fmt: skip

@@ -136,25 +136,31 @@ def with_direction(protected: np.ndarray | None, vector: np.ndarray) -> np.ndarr
 
 
 def checked_protected(layer: str, protected: np.ndarray, n: int) -> np.ndarray | None:
-    """A basis of protected directions as float64 (n, m), or None if it has no columns.
+    """The protected directions of a layer as :func:`checked_basis` gives them."""
+    return checked_basis(f"protected[{layer!r}]", protected, n)
+
+
+def checked_basis(name: str, basis: np.ndarray, n: int) -> np.ndarray | None:
+    """Orthonormal directions as float64 (n, m), or None if there are no columns; ``name`` is for errors.
 
     Raises
     ------
     TypeError, ValueError
         If it is not a real (n, m) array with m ≤ n and orthonormal, finite columns.
     """
-    if not isinstance(protected, np.ndarray) or protected.dtype.kind != "f":
-        what = protected.dtype if isinstance(protected, np.ndarray) else type(protected).__name__
-        raise TypeError(f"protected[{layer!r}] is {what}, expected a floating-point array ({n}, m)")
-    if protected.ndim != 2 or protected.shape[0] != n or protected.shape[1] > n:
-        raise ValueError(f"protected[{layer!r}] has shape {protected.shape}, expected ({n}, m) with m at most {n}")
-    M = protected.astype(np.float64)
+    if not isinstance(basis, np.ndarray) or basis.dtype.kind != "f":
+        array = isinstance(basis, np.ndarray)
+        what = f"of shape {basis.shape} and dtype {basis.dtype}" if array else type(basis).__name__
+        raise TypeError(f"{name} is {what}, expected a floating-point array ({n}, m) or None")
+    if basis.ndim != 2 or basis.shape[0] != n or basis.shape[1] > n:
+        raise ValueError(f"{name} has shape {basis.shape}, expected ({n}, m) with m at most {n}")
+    M = basis.astype(np.float64)
     if M.shape[1] == 0:
         return None
     error = np.abs(M.T @ M - np.eye(M.shape[1])).max()
     if not error <= ORTHONORMAL_TOLERANCE:  # NaN too
         raise ValueError(
-            f"protected[{layer!r}] of shape {M.shape} has columns that are not orthonormal: "
+            f"{name} of shape {M.shape} has columns that are not orthonormal: "
             f"MᵀM differs from the identity by {error:.2g}, expected at most {ORTHONORMAL_TOLERANCE:g}"
         )
     return M

@@ -101,7 +101,7 @@ class ConvGeometry:
         g = self.groups
         out = np.empty((B, g, C_out // g, H_out * W_out), x.dtype)
         grouped_weight = weight.reshape(g, C_out // g, -1)  # (g, C_out/g, K)
-        for images, rows in self._blocks(x.itemsize):
+        for images, rows in self.blocks(x.itemsize):
             block = out[images, :, :, rows.start * W_out : rows.stop * W_out]  # (b, g, C_out/g, l)
             columns = self._columns(x[images], rows)  # (g, K, b·l)
             if len(block) == 1:
@@ -127,7 +127,7 @@ class ConvGeometry:
         g, kernel = self.groups, self.weight_shape[2:]
         transposed_weight = weight.reshape(g, C_out // g, -1).transpose(0, 2, 1)  # (g, K, C_out/g)
         grad = np.zeros(self.input_shape, grad_output.dtype)
-        for images, rows in self._blocks(grad_output.itemsize):
+        for images, rows in self.blocks(grad_output.itemsize):
             columns = matmul(transposed_weight, self._grouped(grad_output[images, :, rows]))  # (g, K, b·l)
             patches = columns.reshape(C_in, *kernel, images.stop - images.start, rows.stop - rows.start, W_out)
             add_columns(patches, grad[images], rows, self.stride, self.padding, self.dilation)
@@ -143,7 +143,7 @@ class ConvGeometry:
             )
         grad = np.zeros(self.weight_shape, grad_output.dtype)
         by_group = grad.reshape(g, C_out // g, -1)  # (g, C_out/g, K), the same memory
-        for images, rows in self._blocks(x.itemsize):
+        for images, rows in self.blocks(x.itemsize):
             columns = self._columns(x[images], rows)  # (g, K, b·l)
             by_group += matmul(self._grouped(grad_output[images, :, rows]), columns.transpose(0, 2, 1))
             del columns  # before the next block is laid out
@@ -168,7 +168,7 @@ class ConvGeometry:
         """
         return self._columns(x, slice(0, self.output_size[0]) if rows is None else rows, batch_first=True)
 
-    def _blocks(self, itemsize: int) -> Iterator[tuple[slice, slice]]:
+    def blocks(self, itemsize: int) -> Iterator[tuple[slice, slice]]:
         """(images, output rows) of blocks whose columns fit the workspace; rows run innermost.
 
         Images with many places come one by one: their products need no change of layout.

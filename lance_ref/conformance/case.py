@@ -44,44 +44,21 @@ EXACT = ("saved_bytes", "projection_macs", "weight_gradient_macs", "energy_rank"
 
 @dataclass(frozen=True)
 class Check:
-    """One call of one function.
+    """One call of one function."""
 
-    Attributes
-    ----------
-    function : str
-        One of :data:`FUNCTIONS`.
-    arguments : dict
-        By name, as in the JSON; ``{"array": name}`` stands for an array of the case.
-    expected : dict
-        As in the JSON: ``kind`` and what belongs to it.
-    """
-
-    function: str
-    arguments: dict[str, Any]
-    expected: dict[str, Any]
+    function: str  #: One of :data:`FUNCTIONS`.
+    arguments: dict[str, Any]  #: By name, as in the JSON; ``{"array": name}`` stands for an array of the case.
+    expected: dict[str, Any]  #: As in the JSON: ``kind`` and what belongs to it.
 
 
 @dataclass(frozen=True)
 class Case:
-    """A few arrays, and the checks that use them.
+    """A few arrays, and the checks that use them."""
 
-    Attributes
-    ----------
-    name : str
-        Ends with the dtype: ``conv_stride.float32``.
-    about : str
-        One line: what the case is there for.
-    dtype : str
-        "float32" or "float64".
-    arrays : dict of str to array
-        Arguments and expected results.
-    checks : list of Check
-    """
-
-    name: str
-    about: str
-    dtype: str
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    name: str  #: Ends with the dtype: ``conv_stride.float32``.
+    about: str  #: One line: what the case is there for.
+    dtype: str  #: "float32" or "float64".
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)  #: Arguments and expected results.
     checks: list[Check] = field(default_factory=list)
 
     def array(self, name: str, value: np.ndarray) -> dict[str, str]:

@@ -20,24 +20,15 @@ STATUSES = PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one check.
-
-    Attributes
-    ----------
-    case, dtype, function : str
-    status : {"passed", "failed", "skipped"}
-    error : float or None
-        Largest relative error, max|x − y| / max|y|; None where nothing was compared, or integers were.
-    reason : str
-        Why it failed or was skipped, on one line.
-    """
+    """What became of one check."""
 
     case: str
     dtype: str
     function: str
-    status: str
+    status: str  #: {"passed", "failed", "skipped"}
+    #: Largest relative error, max|x − y| / max|y|; None where nothing was compared, or integers were.
     error: float | None = None
-    reason: str = ""
+    reason: str = ""  #: Why it failed or was skipped, on one line.
 
     @property
     def label(self) -> str:
@@ -108,7 +99,6 @@ def check(adapter: Any, kit: Kit, only: str = "*") -> list[Outcome]:
     ----------
     adapter : object
         Whatever has some of :data:`~lance_ref.conformance.case.FUNCTIONS` as callable attributes.
-    kit : Kit
     only : str
         Glob over ``case/function``, such as ``conv_*`` or ``*/weight_gradient``.
 

@@ -112,14 +112,8 @@ def _check_target(target: Path, given: str | os.PathLike[str]) -> None:
 
 def _entry(case: Case, file: str, digest: str) -> dict[str, Any]:
     checks = [{"function": c.function, "arguments": c.arguments, "expected": c.expected} for c in case.checks]
-    return {
-        "name": case.name,
-        "about": case.about,
-        "dtype": case.dtype,
-        "file": file,
-        "sha256": digest,
-        "checks": checks,
-    }
+    about = {"name": case.name, "about": case.about, "dtype": case.dtype}
+    return {**about, "file": file, "sha256": digest, "checks": checks}
 
 
 def _document(kit: Kit, entries: list[dict[str, Any]]) -> str:

@@ -18,18 +18,12 @@ NONE = ((0, 0), (0, 0))
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: its input, the size of its weight, and the ranks that LANCE keeps.
-
-    Attributes
-    ----------
-    weight : tuple of int
-        (C_out, k_h, k_w) of a convolution, (O,) of a linear layer.
-    """
+    """One layer: its input, the size of its weight, and the ranks that LANCE keeps."""
 
     name: str
     about: str
     input_shape: tuple[int, ...]
-    weight: tuple[int, ...]
+    weight: tuple[int, ...]  #: (C_out, k_h, k_w) of a convolution, (O,) of a linear layer.
     ranks: Ranks
     stride: tuple[int, int] = (1, 1)
     padding: tuple[tuple[int, int], tuple[int, int]] = NONE
@@ -39,20 +33,14 @@ class Layer:
     def geometry(self) -> dict[str, Any]:
         """As it stands in the JSON."""
         width = self.input_shape[-1] if len(self.weight) == 1 else self.input_shape[1] // self.groups
-        weight_shape = [self.weight[0], width, *self.weight[1:]]
+        shapes = {"input_shape": list(self.input_shape), "weight_shape": [self.weight[0], width, *self.weight[1:]]}
         if len(self.weight) == 1:
-            return {
-                "kind": "linear",
-                "input_shape": list(self.input_shape),
-                "weight_shape": weight_shape,
-                "output_shape": [*self.input_shape[:-1], self.weight[0]],
-            }
+            return {"kind": "linear", **shapes, "output_shape": [*self.input_shape[:-1], self.weight[0]]}
         sizes = zip(self.input_shape[2:], self.padding, self.dilation, self.weight[1:], self.stride, strict=True)
         output_size = [(n + sum(zeros) - d * (k - 1) - 1) // s + 1 for n, zeros, d, k, s in sizes]
         return {
             "kind": "conv",
-            "input_shape": list(self.input_shape),
-            "weight_shape": weight_shape,
+            **shapes,
             "output_shape": [self.input_shape[0], self.weight[0], *output_size],
             "stride": list(self.stride),
             "padding": [list(sides) for sides in self.padding],
@@ -69,51 +57,34 @@ LAYERS: Sequence[Layer] = (
     Layer("conv_stride_leftover", "last rows that no kernel reaches", (2, 2, 8, 6), (3, 3, 3), (1, 2, 3, 2), (3, 2)),
     Layer("conv_padding", "more zeros for width", (2, 3, 4, 5), (3, 3, 3), (1, 2, 2, 2), padding=((1, 1), (2, 2))),
     Layer(
-        "conv_padding_sides", "four different sides", (2, 2, 4, 5), (3, 3, 2), (1, 2, 3, 2), padding=((1, 0), (3, 2))
+        "conv_padding_sides", "four different sides",
+        (2, 2, 4, 5), (3, 3, 2), (1, 2, 3, 2), padding=((1, 0), (3, 2)),
     ),
     Layer("conv_dilation", "dilation of 2 and 3", (2, 2, 6, 8), (3, 2, 3), (1, 1, 2, 3), dilation=(2, 3)),
     Layer("conv_tall_kernel", "4×1 kernel", (2, 3, 6, 3), (2, 4, 1), (1, 2, 2, 2)),
     Layer("conv_wide_kernel", "1×3 kernel", (2, 3, 3, 6), (2, 1, 3), (1, 2, 2, 2)),
     Layer(
-        "conv_kernel_beyond_image",
-        "a kernel larger than the image",
-        (2, 2, 2, 3),
-        (3, 4, 5),
-        (1, 2, 1, 2),
-        padding=((2, 1), (1, 2)),
+        "conv_kernel_beyond_image", "a kernel larger than the image",
+        (2, 2, 2, 3), (3, 4, 5), (1, 2, 1, 2), padding=((2, 1), (1, 2)),
     ),
     Layer("conv_one_place", "an output of one pixel", (3, 2, 3, 4), (4, 3, 4), (2, 1, 2, 2)),
     Layer("conv_one_image", "a batch of one", (1, 3, 5, 4), (2, 3, 3), (1, 2, 2, 2), padding=((1, 1), (1, 1))),
     Layer(
-        "conv_groups",
-        "two groups, the channels compressed across them",
-        (2, 6, 5, 4),
-        (4, 3, 3),
-        (1, 4, 2, 2),
-        groups=2,
+        "conv_groups", "two groups, the channels compressed across them",
+        (2, 6, 5, 4), (4, 3, 3), (1, 4, 2, 2), groups=2,
     ),
     Layer(
-        "conv_groups_channels_alone",
-        "three groups, the channels left alone",
-        (2, 6, 4, 5),
-        (3, 2, 3),
-        (1, None, 2, 2),
-        groups=3,
+        "conv_groups_channels_alone", "three groups, the channels left alone",
+        (2, 6, 4, 5), (3, 2, 3), (1, None, 2, 2), groups=3,
     ),
     Layer(
-        "conv_everything",
-        "groups, strides, dilations and four paddings together",
-        (3, 4, 8, 7),
-        (6, 3, 2),
-        (2, 3, 4, 3),
-        (2, 1),
-        ((1, 2), (0, 1)),
-        (1, 2),
-        2,
+        "conv_everything", "groups, strides, dilations and four paddings together",
+        (3, 4, 8, 7), (6, 3, 2), (2, 3, 4, 3), (2, 1), ((1, 2), (0, 1)), (1, 2), 2,
     ),
     Layer("conv_depthwise", "depthwise", (2, 4, 6, 5), (4, 3, 3), (1, 2, 2, 3), (2, 1), ((1, 1), (1, 1)), groups=4),
     Layer(
-        "conv_depthwise_multiplier", "depthwise, two outputs a channel", (2, 3, 5, 5), (6, 3, 2), (1, 2, 2, 2), groups=3
+        "conv_depthwise_multiplier", "depthwise, two outputs a channel",
+        (2, 3, 5, 5), (6, 3, 2), (1, 2, 2, 2), groups=3,
     ),
     Layer("conv_batch_alone", "the batch mode left alone", (3, 3, 4, 5), (2, 3, 2), (None, 2, 2, 2)),
     Layer("conv_channel_only", "the channel mode compressed alone", (3, 4, 4, 3), (2, 2, 2), (None, 2, None, None)),
@@ -123,21 +94,12 @@ LAYERS: Sequence[Layer] = (
     Layer("conv_nothing", "no mode compressed: plain backpropagation", (2, 3, 4, 4), (3, 3, 3), (None,) * 4),
     Layer("conv_rank_one", "rank 1 in every mode", (3, 4, 5, 4), (3, 3, 3), (1, 1, 1, 1), padding=((1, 1), (1, 1))),
     Layer(
-        "conv_full_rank",
-        "full rank, the factors not symmetric: backpropagation's gradient from a rotated core",
-        (3, 4, 5, 6),
-        (2, 3, 3),
-        (3, 4, 5, 6),
-        (1, 2),
-        ((1, 1), (0, 1)),
+        "conv_full_rank", "full rank, the factors not symmetric: backpropagation's gradient from a rotated core",
+        (3, 4, 5, 6), (2, 3, 3), (3, 4, 5, 6), (1, 2), ((1, 1), (0, 1)),
     ),
     Layer(
-        "conv_equal_sizes",
-        "every size is 4, so that exchanged modes or axes show in values alone",
-        (4, 4, 4, 4),
-        (4, 3, 3),
-        (4, 4, 4, 4),
-        padding=((1, 1), (1, 1)),
+        "conv_equal_sizes", "every size is 4, so that exchanged modes or axes show in values alone",
+        (4, 4, 4, 4), (4, 3, 3), (4, 4, 4, 4), padding=((1, 1), (1, 1)),
     ),
     Layer("linear", "(B, I)", (5, 6), (4,), (3, 2)),
     Layer("linear_feature_only", "the feature mode compressed alone", (4, 6), (3,), (None, 3)),
@@ -149,7 +111,7 @@ LAYERS: Sequence[Layer] = (
     Layer("linear_tokens_batch_alone", "tokens, the batch mode left alone", (3, 4, 5), (2,), (None, 2, 3)),
     Layer("linear_tokens_feature_only", "tokens, the feature mode alone", (2, 4, 6), (3,), (None, None, 2)),
     Layer("linear_tokens_equal_sizes", "B = L = I = O at full rank", (4, 4, 4), (4,), (4, 4, 4)),
-)
+)  # fmt: skip
 
 
 def layer_cases() -> Iterator[Case]:

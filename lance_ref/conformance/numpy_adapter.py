@@ -152,13 +152,8 @@ def _geometry(geometry: Geometry) -> ConvGeometry | LinearGeometry:
     if geometry["kind"] == "linear":
         return LinearGeometry(*shapes)
     (top, bottom), (left, right) = geometry["padding"]
-    return ConvGeometry(
-        *shapes,
-        tuple(geometry["stride"]),
-        ((top, bottom), (left, right)),
-        tuple(geometry["dilation"]),
-        geometry["groups"],
-    )
+    stride, dilation = tuple(geometry["stride"]), tuple(geometry["dilation"])
+    return ConvGeometry(*shapes, stride, ((top, bottom), (left, right)), dilation, geometry["groups"])
 
 
 def _gradient(tensor: Tensor) -> np.ndarray:

@@ -16,22 +16,14 @@ DTYPES = ("float32", "float64")
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The inputs of one layer in several batches, and what is asked of them.
-
-    Attributes
-    ----------
-    modes : tuple of bool
-        Which modes are compressed.
-    protected : int
-        Number of directions of the feature mode to leave alone.
-    """
+    """The inputs of one layer in several batches, and what is asked of them."""
 
     name: str
     about: str
     shapes: Sequence[tuple[int, ...]]
     epsilon: float
-    modes: tuple[bool, ...]
-    protected: int = 0
+    modes: tuple[bool, ...]  #: Which modes are compressed.
+    protected: int = 0  #: Number of directions of the feature mode to leave alone.
     mean_free: bool = False
 
 
@@ -40,40 +32,29 @@ SPACES: Sequence[Calibrated] = (
     Calibrated("calibrate_one_batch", "HOSVD of one activation", [(5, 4, 6, 3)], 0.9, ALL),
     Calibrated("calibrate_batches", "three batches, each with the same weight", [(5, 4, 6, 3)] * 3, 0.9, ALL),
     Calibrated(
-        "calibrate_batch_sizes",
-        "the batch mode left alone, batches of 1, 6 and 3: every sample with the same weight",
-        [(1, 4, 3, 4), (6, 4, 3, 4), (3, 4, 3, 4)],
-        0.85,
-        (False, True, True, True),
+        "calibrate_batch_sizes", "the batch mode left alone, batches of 1, 6 and 3: every sample with the same weight",
+        [(1, 4, 3, 4), (6, 4, 3, 4), (3, 4, 3, 4)], 0.85, (False, True, True, True),
     ),
     Calibrated("calibrate_low", "a low threshold", [(4, 5, 4, 4)] * 2, 0.6, ALL),
     Calibrated("calibrate_full", "ε = 1 is full rank, exactly", [(3, 4, 2, 5)], 1.0, ALL),
     Calibrated(
-        "calibrate_deficient_full", "ε = 1 is full rank where energies are zero, too", [(2, 6)], 1.0, (False, True)
+        "calibrate_deficient_full", "ε = 1 is full rank where energies are zero, too",
+        [(2, 6)], 1.0, (False, True),
     ),
     Calibrated("calibrate_linear", "(B, I)", [(7, 6)] * 2, 0.9, (True, True)),
     Calibrated("calibrate_tokens", "(B, L, I)", [(4, 5, 6)] * 2, 0.9, (True, True, True)),
     Calibrated("calibrate_mean_free", "orthogonal to the mean", [(4, 5, 4, 3)] * 2, 0.8, ALL, mean_free=True),
     Calibrated(
-        "calibrate_mean_free_batch_sizes",
-        "the mean of all samples, not of the batches' means",
-        [(1, 5), (8, 5)],
-        0.7,
-        (False, True),
-        mean_free=True,
+        "calibrate_mean_free_batch_sizes", "the mean of all samples, not of the batches' means",
+        [(1, 5), (8, 5)], 0.7, (False, True), mean_free=True,
     ),
     Calibrated("calibrate_protected", "orthogonal to two directions", [(4, 6, 3, 3)] * 2, 0.85, ALL, protected=2),
     Calibrated("calibrate_protected_full", "all that two directions leave", [(9, 6)], 1.0, (False, True), protected=2),
     Calibrated(
-        "calibrate_protected_mean_free",
-        "tokens, orthogonal to two directions and to the mean",
-        [(3, 4, 7)] * 2,
-        0.75,
-        (False, True, True),
-        protected=2,
-        mean_free=True,
+        "calibrate_protected_mean_free", "tokens, orthogonal to two directions and to the mean",
+        [(3, 4, 7)] * 2, 0.75, (False, True, True), protected=2, mean_free=True,
     ),
-)
+)  # fmt: skip
 
 
 def activations_of(space: Calibrated) -> list[np.ndarray]:
@@ -117,27 +98,19 @@ def calibration_cases() -> Iterator[Case]:
 
 PATCHES: Sequence[Layer] = (
     Layer(
-        "patches",
-        "a 2×3 kernel with stride and padding",
-        (2, 2, 4, 5),
-        (1, 2, 3),
-        (None,) * 4,
-        (1, 2),
-        ((1, 0), (0, 2)),
+        "patches", "a 2×3 kernel with stride and padding",
+        (2, 2, 4, 5), (1, 2, 3), (None,) * 4, (1, 2), ((1, 0), (0, 2)),
     ),
     Layer("patches_dilation", "a 2×2 kernel with dilation", (3, 2, 4, 5), (1, 2, 2), (None,) * 4, dilation=(2, 3)),
-)
+)  # fmt: skip
 
 
 def patch_cases() -> Iterator[Case]:
     """Gram matrices of a convolution's patches, over two batches of different sizes."""
     for layer in PATCHES:
         for dtype in DTYPES:
-            case, geometry, numbers = (
-                Case(f"{layer.name}.{dtype}", layer.about, dtype),
-                layer.geometry(),
-                Numbers(layer.name),
-            )
+            case, numbers = Case(f"{layer.name}.{dtype}", layer.about, dtype), Numbers(layer.name)
+            geometry = layer.geometry()
             B, *rest = layer.input_shape
             batches = [numbers.array(b, *rest) for b in (B, B + 2)]
             K = definitions.gram([definitions.patch_columns(A, geometry) for A in batches])

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.algebra.frame import ORTHONORMAL_TOLERANCE
+from lance_ref.algebra.frame import checked_basis
 from lance_ref.algebra.magnitude import common_unit, exponent, near_one, scaled
 from lance_ref.algebra.tucker import check_epsilon, eigenbasis, energy_rank, gram
 from lance_ref.engine import counting
@@ -82,18 +82,14 @@ class Protected:
 
 
 def feature_gram(
-    net: Module,
-    batches: Iterable[Any],
-    layers: str | Sequence[str] | None = None,
-    weighting: str = "exact",
+    net: Module, batches: Iterable[Any], layers: str | Sequence[str] | None = None, weighting: str = "exact"
 ) -> dict[str, Gram]:
-    """Gram matrices of the feature mode of several layers' inputs, summed over all batches in float64.
+    """Gram matrices of the feature mode of several layers' inputs, summed over all batches in float64, by layer path.
 
     The network runs in evaluation mode, without gradients and without compression, and is left as it was found.
 
     Parameters
     ----------
-    net : Module
     batches : iterable of arrays, Tensors, or (inputs, labels) tuples
         Of any sizes.
     layers : glob or sequence of globs, optional
@@ -104,17 +100,11 @@ def feature_gram(
         mean starts with the mode's dimension n for the number of matrices seen, so that the first batch
         weighs n times as much as each later one, K = n·K_1 + K_2 + K_3 + …, and the others hardly count.
 
-    Returns
-    -------
-    dict of layer path to Gram
-
     Raises
     ------
-    ValueError
-        For an unknown ``weighting``, no batches, a glob that matches no layer, a layer that is not reached, a
-        convolution with groups, or activations that contain NaN or infinity; names the layer.
-    TypeError
-        For batches that are not arrays, and activations that are not float32 or float64.
+    ValueError, TypeError
+        For an unknown ``weighting``, a convolution with groups, and for unfit layers and batches as in
+        :func:`lance_ref.calibrate`; names the layer.
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting is {weighting!r}, expected one of {WEIGHTINGS}")
@@ -124,7 +114,6 @@ def feature_gram(
     for path in paths:
         check_one_group(f"layer {path!r}", getattr(modules[path], "groups", 1))
     grams: dict[str, Gram] = {}
-
     units: dict[str, int | None] = dict.fromkeys(paths)
 
     def add(path: str, activation: np.ndarray, again: bool) -> None:
@@ -178,11 +167,6 @@ def update_protected(M: np.ndarray | None, K: np.ndarray | Gram, threshold: floa
         ``[M, V]`` with the k leading directions V of what M leaves, for the smallest k ≥ 0 that reaches the threshold.
         All n directions are a state like any other (``saturated``), and zero inputs need none.
 
-    Raises
-    ------
-    ValueError, TypeError
-        If ``threshold`` is not in (0, 1], or shapes, dtypes or values do not fit.
-
     Notes
     -----
     The criterion of Saha et al. (GPM, ICLR 2021) for every task after the first. With K' = (I − MMᵀ) K (I − MMᵀ) and
@@ -212,19 +196,9 @@ def update_protected(M: np.ndarray | None, K: np.ndarray | Gram, threshold: floa
 
 
 def update_protected_from_samples(M: np.ndarray | None, R: np.ndarray, threshold: float) -> Protected:
-    """:func:`update_protected` from the inputs themselves, by a singular value decomposition of what M leaves of them.
+    """:func:`update_protected` from the inputs R (n, s) themselves, by a singular value decomposition of what M leaves.
 
-    Parameters
-    ----------
-    M : (n, m) array or None
-    R : (n, s) array
-        Inputs as columns.
-    threshold : float
-
-    Returns
-    -------
-    Protected
-        Spans the same as that of K = R Rᵀ; single columns may differ in sign, or where energies are equal.
+    It spans the same as that of K = R Rᵀ; single columns may differ in sign, or where energies are equal.
     """
     threshold = _checked_threshold(threshold)
     if not isinstance(R, np.ndarray) or R.ndim != 2 or R.dtype.kind != "f" or not len(R):
@@ -271,11 +245,6 @@ def task_subspace(K: np.ndarray | Gram, M: np.ndarray | None, epsilon: float) ->
         lie in the span of M up to :data:`NOTHING` of their energy).
     spectrum : (n − m,) float64 array
         All energies outside M, descending.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If ``epsilon`` is not in (0, 1], or shapes, dtypes or values do not fit.
     """
     (K, unit), epsilon = _checked_gram(K), check_epsilon(epsilon)
     M = _checked_basis(M, len(K))
@@ -322,11 +291,8 @@ def _lifted(N: np.ndarray, vectors: np.ndarray, reduced: bool) -> np.ndarray:
 def checked_bases(net: Module, protected: Mapping[str, np.ndarray | None]) -> dict[str, np.ndarray]:
     """The bases (n, m) as float64, None as one without columns, for layers that the network has.
 
-    Raises
-    ------
-    ValueError, TypeError
-        If a layer is missing or a convolution with groups, or a basis is not orthonormal or of another n: the numbers
-        that each output meets, I or C_in·k_h·k_w. Names the layer.
+    Raises ValueError or TypeError, with the layer, if it is missing or a convolution with groups, or its basis is not
+    orthonormal or of another n than the numbers that each output meets, I or C_in·k_h·k_w.
     """
     modules = weighted_layers(net)
     bases = {}
@@ -339,20 +305,8 @@ def checked_bases(net: Module, protected: Mapping[str, np.ndarray | None]) -> di
 
 
 def _checked_basis(M: np.ndarray | None, n: int, name: str = "M") -> np.ndarray:
-    if M is None:
-        return np.zeros((n, 0))
-    if not isinstance(M, np.ndarray) or M.dtype.kind != "f":
-        raise TypeError(f"{name} is {_what(M)}, expected a floating-point array ({n}, m) or None")
-    if M.ndim != 2 or len(M) != n or M.shape[1] > n:
-        raise ValueError(f"{name} has shape {M.shape}, expected ({n}, m) with m at most {n}")
-    M = M.astype(np.float64)
-    error = np.abs(M.T @ M - np.eye(M.shape[1])).max(initial=0)
-    if not error <= ORTHONORMAL_TOLERANCE:  # NaN too
-        raise ValueError(
-            f"{name} of shape {M.shape} has columns that are not orthonormal: MᵀM differs from the identity by "
-            f"{error:.2g}, expected at most {ORTHONORMAL_TOLERANCE:g}"
-        )
-    return M
+    checked = None if M is None else checked_basis(name, M, n)
+    return np.zeros((n, 0)) if checked is None else checked
 
 
 def _checked_gram(K: np.ndarray | Gram) -> tuple[np.ndarray, int]:

@@ -22,27 +22,19 @@ class GPM:
 
     the paper's projection for fully connected layers and, on unfolded patches, for convolutions.
 
-    The bases are in memory all through training, in the dtype of the weights; that is what LANCE saves.
-
-    Parameters
-    ----------
-    net : Module
-    protected : mapping of layer path to (n, m) array or None
-        Orthonormal bases. None, or no columns: nothing to protect. Layers that are not named are left alone.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If a layer is missing or a convolution with groups, or a basis does not fit it or is not orthonormal.
+    ``protected`` maps layer paths to orthonormal bases; None, or no columns, is nothing to protect, and layers that
+    are not named are left alone. The bases are in memory all through training, in the dtype of the weights; that is
+    what LANCE saves. ValueError or TypeError if a layer is missing or a convolution with groups, or a basis does not
+    fit it.
 
     Notes
     -----
     Where m = n the gradient is set to exactly zero, without a product and without keeping the basis: what
     the two products would leave is rounding alone, and a step along it is a step along M.
 
-    More generally the projection leaves rounding of the size of the *whole* gradient, about 1e-7 ‖∇W‖ in float32, along
-    M. If most of ∇W lies along M that is no longer small beside what remains; LANCE's gradient (G̃ᵀS) U_fᵀ is made
-    of free directions alone and has no such remainder.
+    More generally the projection leaves rounding of the size of the *whole* gradient, about 1e-7 ‖∇W‖ in float32,
+    along M. If most of ∇W lies along M that is no longer small beside what remains; LANCE's gradient (G̃ᵀS) U_fᵀ is
+    made of free directions alone and has no such remainder.
 
     Examples
     --------

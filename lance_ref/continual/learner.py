@@ -10,22 +10,10 @@ import numpy as np
 
 from lance_ref.continual.networks import body_layers
 from lance_ref.continual.scenario import Samples, Scenario
+from lance_ref.lance.compression import UPDATES
 from lance_ref.nn.module import Module
 from lance_ref.optim import Optimizer
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One forward and backward pass of a step, on images of one head.
-
-    ``share``: weight of its mean loss in the step's loss.
-    """
-
-    head: int
-    x: np.ndarray
-    y: np.ndarray
-    share: float = 1.0
-
+from lance_ref.train.run import Pass
 
 Stream = Callable[[int], list[Pass]]
 """The passes of each step of one epoch, by its position."""
@@ -58,6 +46,8 @@ class Recipe:
         Energy threshold of LANCE's subspaces.
     memory : int
         Images that replay keeps, of all tasks together.
+    update : {"weight", "subspace"}
+        What trains of LANCE's layers (:func:`lance_ref.continual.compress_for_task`).
     """
 
     epochs: int = 1
@@ -72,12 +62,15 @@ class Recipe:
     threshold_step: float = 0.0
     epsilon: float = 0.95
     memory: int = 200
+    update: str = "weight"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "eval_batch_size", "basis_samples", "memory"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a positive integer")
+        if self.update not in UPDATES:
+            raise ValueError(f"update is {self.update!r}, expected one of {', '.join(UPDATES)}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm is {self.clip_norm}, expected a positive number or None")
         if not 0 < self.epsilon <= 1:
@@ -104,6 +97,8 @@ class Learner:
     """
 
     name: ClassVar[str] = "finetune"
+    heeds: ClassVar[tuple[str, ...]] = ()
+    """The numbers of the recipe that only some learners look at, and this one does."""
 
     def __init__(self, net: Module, scenario: Scenario, recipe: Recipe) -> None:
         self.net, self.scenario, self.recipe = net, scenario, recipe

@@ -39,21 +39,9 @@ class Metrics:
 def metrics(R: np.ndarray, b: np.ndarray) -> Metrics:
     """All five metrics of one run.
 
-    Parameters
-    ----------
-    R : (T, T) array
-        ``R[t, i]`` in [0, 1]: accuracy on task i after task t, the upper triangle included.
-    b : (T,) array
-        Accuracy of the random initialisation on each task.
-
-    Returns
-    -------
-    Metrics
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit, there are fewer than two tasks, or an entry is not in [0, 1].
+    ``R[t, i]`` in [0, 1] is the accuracy on task i after task t, the upper triangle included, and ``b[i]`` that of the
+    random initialisation. ValueError if the shapes do not fit, there are fewer than two tasks, or an entry is not in
+    [0, 1].
 
     Notes
     -----
@@ -65,18 +53,6 @@ def metrics(R: np.ndarray, b: np.ndarray) -> Metrics:
     >>> metrics(np.array([[1.0, 0.5], [0.75, 1.0]]), np.array([0.5, 0.25]))
     Metrics(acc=0.875, bwt=-0.25, fwt=0.25, forgetting=0.25, learning_accuracy=1.0)
     """
-    R, b = checked(R, b)
-    return Metrics(
-        acc=float(R[-1].mean()),
-        bwt=float((R[-1] - np.diag(R))[:-1].mean()),
-        fwt=float((np.diag(R, 1) - b[1:]).mean()),  # R[i-1, i] for i = 1 .. T-1
-        forgetting=float((R[:-1].max(axis=0) - R[-1])[:-1].mean()),
-        learning_accuracy=float(np.diag(R).mean()),
-    )
-
-
-def checked(R: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64, else a ValueError that says what came."""
     R, b = np.asarray(R, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if R.ndim != 2 or R.shape[0] != R.shape[1] or b.shape != R.shape[:1]:
         raise ValueError(f"R has shape {R.shape} and b {b.shape}, expected (T, T) and (T,)")
@@ -85,4 +61,10 @@ def checked(R: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for name, values in (("R", R), ("b", b)):
         if not ((values >= 0) & (values <= 1)).all():  # NaN too
             raise ValueError(f"{name} has entries outside [0, 1] or not yet measured: {values.tolist()}")
-    return R, b
+    return Metrics(
+        acc=float(R[-1].mean()),
+        bwt=float((R[-1] - np.diag(R))[:-1].mean()),
+        fwt=float((np.diag(R, 1) - b[1:]).mean()),  # R[i-1, i] for i = 1 .. T-1
+        forgetting=float((R[:-1].max(axis=0) - R[-1])[:-1].mean()),
+        learning_accuracy=float(np.diag(R).mean()),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,20 +34,7 @@ Rng = np.random.Generator | int | None
 
 
 class TaskHeads(Heads):
-    """Linear classifiers without bias on the same features, of any numbers of classes, of which one runs.
-
-    Parameters
-    ----------
-    in_features : int
-    classes : sequence of int
-        Of each head.
-    rng : int, numpy.random.Generator or None
-
-    Attributes
-    ----------
-    selected : int
-        The head of ``forward``.
-    """
+    """Linear classifiers without bias on the same features, of any numbers of classes, of which ``selected`` runs."""
 
     def __init__(self, in_features: int, classes: Sequence[int], rng: Rng) -> None:
         nn.Sequential.__init__(self, *(nn.Linear(in_features, width, bias=False, rng=rng) for width in classes))
@@ -71,39 +59,25 @@ def body_layers(net: Module) -> list[str]:
 def make(name: str, scenario: Scenario, rng: Rng = None) -> Module:
     """A network for a scenario, freshly drawn, with as many heads as that asks for.
 
-    Parameters
-    ----------
-    name : str
-        One of :data:`NETWORKS`: the MLP has two hidden layers of 100, and no biases.
-    scenario : Scenario
-    rng : int, numpy.random.Generator or None
-
-    Raises
-    ------
-    ValueError
-        If there is no such network.
+    ``name`` is one of :data:`NETWORKS`, else ValueError; the MLP has two hidden layers of 100, and no biases.
     """
     rng = np.random.default_rng(rng) if isinstance(rng, int) else rng
     shape, widest = scenario.input_shape, max(scenario.heads)
-    if name == "mlp":
-        net = models.create("mlp", num_classes=widest, in_features=int(np.prod(shape)), bias=False, rng=rng)
-    elif name == "convnet":
-        _check_image(name, shape, 4)
-        net = models.create("convnet", num_classes=widest, in_channels=shape[0], rng=rng)
-    elif name == "alexnet-cl":
-        _check_image(name, shape, 32)
-        net = models.create("alexnet-cl", num_classes=widest, heads=len(scenario.heads), rng=rng)
-    else:
+    options: dict[str, dict[str, Any]] = {
+        "mlp": {"in_features": int(np.prod(shape)), "bias": False},
+        "convnet": {"in_channels": shape[0]},
+        "alexnet-cl": {"heads": len(scenario.heads)},
+    }
+    if name not in options:
         raise ValueError(f"unknown network {name!r}, expected one of {', '.join(NETWORKS)}")
+    least = {"mlp": 0, "convnet": 4, "alexnet-cl": 32}[name]
+    if least and (len(shape) != 3 or min(shape[1:]) < least):
+        raise ValueError(f"network {name!r} takes images of {least}x{least} pixels at least, those here have {shape}")
+    net = models.create(name, num_classes=widest, rng=rng, **options[name])
     if not scenario.shared_head and heads_of(net) is None:
         net.classifier = TaskHeads(net.classifier.in_features, scenario.heads, rng)
     net.train()
     return net
-
-
-def _check_image(name: str, shape: tuple[int, ...], least: int) -> None:
-    if len(shape) != 3 or min(shape[1:]) < least:
-        raise ValueError(f"network {name!r} takes images of {least}x{least} pixels at least, those here have {shape}")
 
 
 def domains(
@@ -116,28 +90,10 @@ def domains(
 ) -> tuple[Module, Scenario]:
     """Pretrained MCUNet whose last 1x1 convolutions train, and one data set after the other through the rest of it.
 
-    Parameters
-    ----------
-    names : sequence of str
-        Data sets, in the order in which they are learned.
-    seed : int
-        Of the heads.
-    train, test : int or None
-        Most images of each data set, spread over the classes.
-    image_size : int
-        Pixels to which all are resized.
-    folder : path, optional
-        Where the outputs of the frozen part are kept, for the next time.
-
-    Returns
-    -------
-    net : Module
-        What follows the frozen part, with one head for each data set.
-    scenario : Scenario
-
-    Notes
-    -----
-    Normalisation is the network's own, (pixel − 127.5)·2/255. Biases of the convolutions do not train.
+    The network is what follows the frozen part, with one head, drawn from ``seed``, for each data set. Of each data
+    set at most ``train`` and ``test`` images are taken, spread over the classes and resized to ``image_size`` pixels.
+    The outputs of the frozen part are kept in ``folder`` for the next time, if there is one. Pixels are normalised as
+    the network expects, (pixel − 127.5)·2/255. Biases of the convolutions do not train.
     """
     net = models.create("mcunet", num_classes=2, pretrained=True, rng=seed)
     net.requires_grad_(False)

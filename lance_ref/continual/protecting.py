@@ -28,6 +28,8 @@ class Protecting(Learner):
     says nothing about them.
     """
 
+    heeds: ClassVar[tuple[str, ...]] = ("thresholds", "threshold_step", "basis_samples")
+
     def __init__(self, net: Module, scenario: Scenario, recipe: Recipe) -> None:
         super().__init__(net, scenario, recipe)
         if len(recipe.thresholds) not in (1, len(self.layers)):
@@ -102,9 +104,13 @@ class Gpm(Protecting):
 
 
 class LanceLearner(Protecting):
-    """LANCE: compressed activations whose feature directions are orthogonal to M, so that the gradient is as well."""
+    """LANCE: compressed activations whose feature directions are orthogonal to M, so that the gradient is as well.
+
+    With ``recipe.update`` of "subspace" the layers train in these directions, and are merged after the task.
+    """
 
     name = "lance"
+    heeds = (*Protecting.heeds, "epsilon", "update")
     modes: ClassVar[tuple[str, ...]] = ("batch", "token", "feature")
 
     def __init__(self, net: Module, scenario: Scenario, recipe: Recipe) -> None:
@@ -115,8 +121,9 @@ class LanceLearner(Protecting):
         super().before_task(t, train)
         restore(self.net)
         self.task = compress_for_task(
-            self.net, self.batches(t, train), self.protected, epsilon=self.recipe.epsilon, modes=self.modes
-        )
+            self.net, self.batches(t, train), self.protected, epsilon=self.recipe.epsilon, modes=self.modes,
+            update=self.recipe.update,
+        )  # fmt: skip
         with counting.spending_on("calibration"):
             for path, subspace in self.task.subspaces.items():
                 counting.add(basis_macs(subspace, self.protected[path].shape[1]))

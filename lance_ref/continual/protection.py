@@ -4,6 +4,9 @@ With U_f the factor of a layer's feature mode (patches of a convolution, feature
 gradient is dŴ = X U_fᵀ for some X (C_out, r). So U_fᵀM = 0 gives dŴ M = 0 at every step, and sums of such gradients,
 scaled by anything, keep it: ΔW M = 0 and the layer answers to inputs in the span of M as before. M itself is
 needed between tasks only.
+
+A layer that trains in the subspace (:mod:`lance_ref.nn.subspace`) cannot leave it: ΔW = D U_fᵀ whatever the optimiser
+does to D. After the task W_0 ← W_0 + D U_fᵀ (:func:`lance_ref.merge`).
 """
 
 from __future__ import annotations
@@ -15,16 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.algebra.frame import FeatureMean, Frame, with_direction
-from lance_ref.algebra.grams import LayerGrams, select_modes
+from lance_ref.algebra.grams import LayerGrams
 from lance_ref.algebra.magnitude import near_one, scaled
 from lance_ref.algebra.subspace import Subspace, shape_text
 from lance_ref.algebra.tucker import check_epsilon
 from lance_ref.continual.bases import NOTHING, checked_bases
 from lance_ref.engine.tensor import Tensor
-from lance_ref.lance.compression import match_layers
-from lance_ref.lance.listening import run_over
-from lance_ref.lance.patches import PatchGrams, PatchLance, geometry_of, patch_tokens
+from lance_ref.lance.calibration import frames_of, grams_of
+from lance_ref.lance.compression import UPDATES, match_layers, put_on
+from lance_ref.lance.patches import PatchLance
 from lance_ref.models.alexnet_cl import Heads
 from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
@@ -49,10 +51,9 @@ class TaskCompression:
         Of the layers that learn.
     frozen : tuple of str
         Paths of the layers where no direction is left to learn in.
-    ram_bytes : int
-        Of the factors, in memory all through training beside the tape.
-    flash_bytes : int
-        Of the bases of protected directions, needed between tasks only.
+    ram_bytes, flash_bytes : int
+        Of the factors, which are in memory all through training beside the tape; and of the bases of protected
+        directions, which are needed between tasks only.
     core_bytes, input_bytes : dict of layer path to int
         What the tape keeps of one batch of calibration, and what it would keep without compression. Patches overlap: a
         convolution's core can be larger than its input.
@@ -96,6 +97,7 @@ def compress_for_task(
     epsilon: float,
     modes: Sequence[str] = MODES,
     mean_free: bool = False,
+    update: str = "weight",
 ) -> TaskCompression:
     """Calibrate layers in the null space of their protected directions, and have them keep cores alone.
 
@@ -117,10 +119,9 @@ def compress_for_task(
         Of "batch", "token", "feature"; the feature mode must be one of them.
     mean_free : bool
         Leave the direction of the mean input alone too, for this task. Needs two passes over ``batches``.
-
-    Returns
-    -------
-    TaskCompression
+    update : {"weight", "subspace"}
+        What trains of these layers, as for :func:`lance_ref.compress`. In the subspace any optimiser protects; merge
+        after the task.
 
     Raises
     ------
@@ -134,24 +135,54 @@ def compress_for_task(
     energy, not that of the parts which are not kept anyway. A layer whose inputs lie in the span of M up to a share of
     1e-12 of their energy has nothing left.
     """
-    epsilon, modes = check_epsilon(epsilon), _checked_modes(modes)
+    epsilon = check_epsilon(epsilon)
+    if isinstance(modes, str) or not set(modes) <= set(MODES):
+        raise ValueError(f"modes are {modes!r}, expected some of {MODES}")
+    if "feature" not in modes:
+        raise ValueError(f"modes are {tuple(modes)}, without 'feature', whose factor is what protects earlier tasks")
+    if update not in UPDATES:
+        raise ValueError(f"update is {update!r}, expected one of {', '.join(UPDATES)}")
     bases = checked_bases(net, protected)
     if not bases:
         raise ValueError("protected names no layer, expected a basis (or None) for every layer that is to learn")
     modules = weighted_layers(net)
-    frames = _frames(net, batches, bases, mean_free)
-    full = [path for path, frame in frames.items() if _columns(frame) == len(bases[path])]
-    grams, sizes = _grams(net, batches, {path: frame for path, frame in frames.items() if path not in full}, modes)
+    given = {path: M if M.shape[1] else None for path, M in bases.items()}
+    frames = frames_of(net, batches, given, mean_free, patches=True)
+    # Where all n directions are protected there is no subspace to look for.
+    open_frames = {
+        path: frame
+        for path, frame in frames.items()
+        if frame.protected is None or frame.protected.shape[1] < len(bases[path])
+    }
+    energies, sizes = dict.fromkeys(open_frames, 0.0), dict[str, int]()
+
+    def add_energy(layer: LayerGrams, activation: np.ndarray, before: int) -> None:
+        """The energy of the whole inputs, in the unit of the Grams, which may have become larger."""
+        whole = float(np.square(scaled(activation, -layer.unit), dtype=np.float64).sum())
+        energies[layer.layer] = math.ldexp(energies[layer.layer], 2 * (before - layer.unit)) + whole
+        sizes.setdefault(layer.layer, activation.size)
+
+    grams = grams_of(net, batches, open_frames, modes, patches=True, see=add_energy)
+    # The feature mode is the last one; its energies are those outside of the protected directions.
+    left = {path: float(layer.basis(len(layer.shape) - 1)[0].sum()) for path, layer in grams.items()}
+    grams = {path: layer for path, layer in grams.items() if left[path] > NOTHING * energies[path]}
     subspaces = {path: layer.subspace(epsilon) for path, layer in grams.items()}
     stores: dict[str, ActivationStore] = {}
     for path, subspace in subspaces.items():
         make = PatchLance if isinstance(modules[path], Conv2d) else Lance
         stores[path] = make(subspace, dtype=modules[path].weight.dtype)
+    # Only from here on is the network changed: all that can fail lies behind.
     frozen = tuple(path for path in bases if path not in stores)
     itemsizes = {path: modules[path].weight.dtype.itemsize for path in stores}
+    trained = {path: modules[path].weight.requires_grad for path in bases}
     for path in bases:
-        modules[path].store = stores.get(path, EXACT)
         modules[path].weight.requires_grad_(path in stores)
+    try:
+        put_on(net, {path: stores.get(path, EXACT) for path in bases}, update)
+    except ValueError:
+        for path, trains in trained.items():
+            modules[path].weight.requires_grad_(trains)
+        raise
     return TaskCompression(
         subspaces,
         frozen,
@@ -160,77 +191,6 @@ def compress_for_task(
         core_bytes={path: itemsizes[path] * math.prod(space.core_shape) for path, space in subspaces.items()},
         input_bytes={path: itemsizes[path] * sizes[path] for path in subspaces},
     )
-
-
-def _checked_modes(modes: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(modes, str) or not set(modes) <= set(MODES):
-        raise ValueError(f"modes are {modes!r}, expected some of {MODES}")
-    if "feature" not in modes:
-        raise ValueError(f"modes are {tuple(modes)}, without 'feature', whose factor is what protects earlier tasks")
-    return tuple(modes)
-
-
-def _columns(frame: Frame) -> int:
-    return 0 if frame.protected is None else frame.protected.shape[1]
-
-
-def _frames(net: Module, batches: Iterable[Any], bases: Mapping[str, np.ndarray], mean_free: bool) -> dict[str, Frame]:
-    """The directions to take out of each layer's inputs; a first pass over the batches finds the means."""
-    given = {path: M if M.shape[1] else None for path, M in bases.items()}
-    if not mean_free:
-        return {path: Frame(M) for path, M in given.items()}
-    if iter(batches) is batches:
-        raise TypeError(
-            f"batches is an iterator ({type(batches).__name__}), but mean_free takes two passes over it; "
-            "expected a list, or another iterable that starts anew each time"
-        )
-    modules = weighted_layers(net)
-    means: dict[str, FeatureMean] = {}
-
-    def add_mean(path: str, activation: np.ndarray, again: bool) -> None:
-        layer = modules[path]
-        blocks: Iterable[np.ndarray] = [activation]
-        if isinstance(layer, Conv2d):
-            blocks = patch_tokens(geometry_of(layer, activation.shape), activation)
-        for tokens in blocks:
-            means.setdefault(path, FeatureMean(path, tokens.shape)).add(tokens)
-
-    run_over(net, batches, list(bases), add_mean)
-    return {path: Frame(with_direction(M, means[path].mean)) for path, M in given.items()}
-
-
-def _grams(
-    net: Module, batches: Iterable[Any], frames: Mapping[str, Frame], modes: tuple[str, ...]
-) -> tuple[dict[str, LayerGrams], dict[str, int]]:
-    """The Grams of what each layer's frame leaves of its inputs, and the elements of one input.
-
-    Layers where nothing is left are left out.
-    """
-    modules = weighted_layers(net)
-    grams: dict[str, LayerGrams] = {}
-    energies = dict.fromkeys(frames, 0.0)
-    sizes: dict[str, int] = {}
-
-    def add(path: str, activation: np.ndarray, again: bool) -> None:
-        layer, shape = modules[path], activation.shape
-        if path not in grams:
-            if isinstance(layer, Conv2d):
-                selected = [mode in modes for mode in MODES]
-                grams[path] = PatchGrams(path, layer, shape, selected, frames[path])
-            else:
-                grams[path] = LayerGrams(path, shape, select_modes(path, shape, modes), frames[path])
-            sizes[path] = activation.size
-        before = grams[path].unit
-        grams[path].add(activation, again)
-        unit = grams[path].unit
-        whole = float(np.square(scaled(activation, -unit), dtype=np.float64).sum())
-        energies[path] = math.ldexp(energies[path], 2 * (before - unit)) + whole
-
-    if frames:
-        run_over(net, batches, list(frames), add)
-    # the feature mode is the last one; its energies are those outside of the protected directions
-    left = {path: float(layer.basis(len(layer.shape) - 1)[0].sum()) for path, layer in grams.items()}
-    return {path: grams[path] for path in frames if left[path] > NOTHING * energies[path]}, sizes
 
 
 # ---- during a task -------------------------------------------------------------------------
@@ -248,7 +208,8 @@ def check_optimizer(
     clipping, any learning rate. Refused are
 
     * **weight decay**: W itself has a part along M, and loses it;
-    * **Adam** and everything that is not SGD: its step is the gradient divided entry by entry, which is no sum of them;
+    * **Adam** and everything that is not SGD: its step is the gradient divided entry by entry, which is no sum of them
+      (of layers that train in the subspace every step is allowed);
     * **a momentum buffer of an earlier task**, which has a part along M: make a new optimiser for each task;
     * **a trained bias of a protected layer**: it moves the answer to all inputs;
     * **any other parameter that trains** and is not a head's: a layer without protection, or the weight and bias of
@@ -272,6 +233,11 @@ def check_optimizer(
         return
     modules = weighted_layers(net)
     weights = {modules[path].weight.uid: path for path in bases}
+    updates = {path: modules[path].update for path in bases if modules[path].update is not None}
+    inside = {p.uid for update in updates.values() for p in update.parameters()}
+    decay: Any = getattr(optimizer, "weight_decay", None)
+    if updates and decay:
+        _refuse_decay(optimizer, list(updates))
     biases = {modules[path].bias.uid: path for path in bases if modules[path].bias is not None}
     free = {parameter.uid for path in _head_paths(net, heads) for parameter in modules[path].parameters()}
     names = {parameter.uid: name for name, parameter in net.named_parameters()}
@@ -287,7 +253,7 @@ def check_optimizer(
                 f"the bias of the protected layer {biases[uid]!r} trains, which moves its answers to every input; "
                 "freeze it, or leave it out of the optimiser"
             )
-        elif uid not in free:
+        elif uid not in free | inside:
             raise ValueError(
                 f"parameter {names[uid]!r} trains, but is neither the weight of a protected layer nor a head's: it "
                 "moves what the layers above take in; protect its layer, freeze it, or name it in heads"
@@ -306,10 +272,14 @@ def _check_rule(optimizer: Optimizer, paths: list[str]) -> None:
             f"itself, and leave the null space of the directions that layers {paths} protect"
         )
     if optimizer.weight_decay:
-        raise ValueError(
-            f"weight_decay is {optimizer.weight_decay:g}, expected 0: it shrinks the weights of layers {paths} along "
-            "the protected directions too"
-        )
+        _refuse_decay(optimizer, paths)
+
+
+def _refuse_decay(optimizer: Any, paths: list[str]) -> None:
+    raise ValueError(
+        f"weight_decay is {optimizer.weight_decay:g}, expected 0: it shrinks the weights of layers {paths} along "
+        "the protected directions too"
+    )
 
 
 def _check_momentum(optimizer: Optimizer, position: int, path: str, M: np.ndarray) -> None:
@@ -336,16 +306,7 @@ def _head_paths(net: Module, heads: str | Sequence[str] | None) -> list[str]:
 def leak(before: np.ndarray | Tensor, after: np.ndarray | Tensor, M: np.ndarray) -> float:
     """‖ΔW M‖_F / ‖ΔW‖_F, the share of a weight's change along protected directions; 0 where nothing changed.
 
-    Parameters
-    ----------
-    before, after : (C_out, ...) arrays or Tensors
-    M : (n, m) array
-        n is the product of the sizes after C_out.
-
-    Returns
-    -------
-    float in [0, 1]
-        Computed in float64.
+    ``before`` and ``after`` are weights (C_out, ...); M is (n, m), n the product of the sizes after C_out.
     """
     W_0, W_1 = (np.asarray(W.data if isinstance(W, Tensor) else W, dtype=np.float64) for W in (before, after))
     change = (W_1 - W_0).reshape(len(W_0), -1)  # (C_out, n)

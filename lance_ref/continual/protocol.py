@@ -12,35 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref import functional as F
-from lance_ref.continual.learners import Learner, Pass
+from lance_ref.continual.learners import Learner
 from lance_ref.continual.metrics import Metrics, metrics
 from lance_ref.continual.networks import heads_of
 from lance_ref.continual.scenario import Samples, Scenario
-from lance_ref.engine.autograd import no_grad
 from lance_ref.engine.counting import count_macs
 from lance_ref.engine.recording import OpRecord
 from lance_ref.engine.tape_report import tape
 from lance_ref.engine.tensor import Tensor
-from lance_ref.io.npz import digest, load_npz, save_npz
-from lance_ref.io.progress import Advance, progress_bar
+from lance_ref.io.npz import digest
+from lance_ref.io.progress import progress_bar
 from lance_ref.nn.module import Module
 from lance_ref.nn.tracing import record
-from lance_ref.optim import SGD, clip_grad_norm_
-from lance_ref.train.checkpoint import (
-    _compare,
-    _examples,
-    _plain,
-    _unplain,
-    check_dtypes,
-    check_sound,
-    checked_path,
-    describe,
-    generators,
-)
+from lance_ref.optim import SGD
+from lance_ref.train import checkpoint as checkpoints
 from lance_ref.train.features import in_mode, mixed_batches
+from lance_ref.train.run import Pass, Run, right_answers
 
-FORMAT = 2
 Bill = Callable[[Sequence[Sequence[OpRecord]]], Mapping[str, Any]]
 """From the op records of each pass of a step to what a prediction says of them, fit for JSON."""
 
@@ -112,12 +100,6 @@ def run(
         What else must be the same for a checkpoint to fit, beside learner, recipe, network and scenario.
     on_step : callable, optional
         Called with task and step before each step.
-    progress : bool, optional
-        Show a bar; by default if standard error is a terminal.
-
-    Returns
-    -------
-    Result
 
     Raises
     ------
@@ -129,23 +111,17 @@ def run(
     """
     if every_steps is not None and (isinstance(every_steps, bool) or every_steps < 1):
         raise ValueError(f"every_steps is {every_steps!r}, expected a positive integer or None")
-    path = None if checkpoint is None else checked_path(checkpoint)
-    own = _Run(learner, bill, path, every_steps, settings or {}, on_step)
-    return own.go(progress)
+    path = None if checkpoint is None else checkpoints.checked_path(checkpoint)
+    return _Tasks(learner, bill, path, every_steps, settings or {}, on_step).go(progress)
 
 
-class _Run:
-    """A run and where it is."""
+class _Tasks:
+    """All tasks of a learner, and how far it has come with them."""
 
     def __init__(
-        self,
-        learner: Learner,
-        bill: Bill | None,
-        path: Path | None,
-        every_steps: int | None,
-        settings: Mapping[str, Any],
-        on_step: Callable[[int, int], Any] | None,
-    ) -> None:
+        self, learner: Learner, bill: Bill | None, path: Path | None, every_steps: int | None,
+        settings: Mapping[str, Any], on_step: Callable[[int, int], Any] | None,
+    ) -> None:  # fmt: skip
         self.learner, self.net, self.scenario, self.recipe = learner, learner.net, learner.scenario, learner.recipe
         self.bill, self.path, self.every_steps, self.on_step = bill, path, every_steps, on_step
         self.heads = heads_of(self.net)
@@ -163,44 +139,44 @@ class _Run:
         saved = self._load()
         if not self.at.baseline:
             self.at.baseline = self._accuracies()
-        total = sum(self._steps(t) for t in range(len(self.scenario)))
-        done = sum(self._steps(t) for t in range(self.at.task)) + self.at.step
-        with in_mode(self.net, training=True), progress_bar(self.learner.name, total, progress, done) as advance:
+        total = sum(self.steps(t) for t in range(len(self.scenario)))
+        done = sum(self.steps(t) for t in range(self.at.task)) + self.at.step
+        with in_mode(self.net, training=True), progress_bar(self.learner.name, total, progress, done) as self.advance:
             while self.at.task < len(self.scenario):
-                self._task(advance, saved)
+                self._task(saved)
                 saved = {}
         return Result(np.array(self.at.rows), np.array(self.at.baseline), self.at.tasks)
 
-    # ---- one task --------------------------------------------------------------------
-
-    def _task(self, advance: Advance, saved: Mapping[str, np.ndarray]) -> None:
+    def _task(self, saved: Mapping[str, np.ndarray]) -> None:
         """From wherever it is to its end. ``saved``: what a checkpoint inside the task holds."""
         t, at, learner = self.at.task, self.at, self.learner
         train = self.scenario.tasks[t].train
         if self.path is not None and not saved:
             self.start = self._arrays()
-        if self.heads is not None:
-            self.heads.selected = self.scenario.tasks[t].head
-        began = time.perf_counter()
-        before = self._counted(lambda: learner.before_task(t, train))
+        self.select(self.scenario.tasks[t].head)
+        began, spent = time.perf_counter(), at.seconds
+        # What a learner does before a task is done again after a restart, from the weights at the task's start. So
+        # subspaces need no place in the checkpoint, and what they cost is counted alike.
+        before = _counted(lambda: learner.before_task(t, train))
         trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
         if not saved:
             at.current = {"task": self.scenario.tasks[t].name, "before_macs": before, "ram_bytes": learner.ram_bytes}
         if trained:
+            # New for each task: the momentum of an earlier one has a part along the protected directions.
             optimizer = SGD(trained, lr=self.recipe.lr, momentum=self.recipe.momentum)
             learner.check(optimizer)
             if saved:
                 self._take_up(saved, optimizer)
-            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # the optimiser looks at the gradients
-                self._train(t, optimizer, began, advance)
+            _TaskRun(self, optimizer, began).go(self.every_steps)
+            at.seconds = spent
+            at.current["loss"] = at.loss / (self.steps(t) // self.recipe.epochs)
         else:  # every direction of every layer is protected, and the head is shared: nothing is left to learn in
-            self._note_first(self._counted(lambda: None), [], 0)
+            self.note_first({}, [], 0)
             at.current["loss"] = None
-        if self.heads is not None:  # replay has run others
-            self.heads.selected = self.scenario.tasks[t].head
-        after = self._counted(lambda: learner.after_task(t, train))
+        self.select(self.scenario.tasks[t].head)  # replay has run others
+        after = _counted(lambda: learner.after_task(t, train))
         at.seconds += time.perf_counter() - began
-        steps, each = self._steps(t) if trained else 0, at.current["step_macs"]
+        steps, each = self.steps(t) if trained else 0, at.current["step_macs"]
         at.current |= {
             "steps": steps,
             "after_macs": after,
@@ -209,80 +185,19 @@ class _Run:
             "seconds": at.seconds,
             "after": learner.notes(),
         }
+        # The accuracies on tasks that are still to come are measured too: forward transfer is made of them.
         at.rows.append(self._accuracies())
         at.tasks.append(at.current)
         self.at = _Position(t + 1, 0, at.rows, at.baseline, at.tasks)
-        self._save(None)
+        self.save(None)
 
-    def _train(self, t: int, optimizer: SGD, began: float, advance: Advance) -> None:
-        """The steps of a task; nothing in this loop that a step does not need."""
-        at, per_epoch = self.at, self._steps(t) // self.recipe.epochs
-        stream, spent = self.learner.stream(t), at.seconds
-        while at.step < self._steps(t):
-            epoch, position = divmod(at.step, per_epoch)
-            at.loss = 0.0 if position == 0 else at.loss
-            passes = stream(epoch)
-            for place in range(position, per_epoch):
-                if self.on_step is not None:
-                    self.on_step(t, at.step)
-                at.loss += self._step(passes(place), optimizer) if at.step else self._first(passes(0), optimizer)
-                at.step += 1
-                if at.step % 100 == 0:
-                    advance(100, f"task {t + 1} of {len(self.scenario)}, loss {at.loss / (place + 1):.3f}")
-                if self.every_steps and at.step % self.every_steps == 0 and at.step < self._steps(t):
-                    at.seconds = spent + time.perf_counter() - began
-                    self._save(optimizer)
-        at.seconds = spent
-        at.current["loss"] = at.loss / per_epoch
-
-    def _step(self, passes: Sequence[Pass], optimizer: SGD) -> float:
-        """Gradients of all passes, the learner's say, and the update; gives the loss."""
-        total = 0.0
-        optimizer.zero_grad()
-        for each in passes:
-            total += self._backward(each, self._forward(each))
-        self._update(optimizer)
-        return total
-
-    def _forward(self, each: Pass) -> Tensor:
-        """The mean loss of a pass."""
+    def select(self, head: int) -> None:
+        """The head that answers from now on, where there are several."""
         if self.heads is not None:
-            self.heads.selected = each.head
-        return F.cross_entropy(self.net(each.x), each.y)
+            self.heads.selected = head
 
-    def _backward(self, each: Pass, loss: Tensor) -> float:
-        """Its share in the gradients; gives its share in the loss."""
-        value = each.share * float(loss.data)
-        loss.backward(None if each.share == 1 else np.asarray(each.share, loss.dtype))
-        return value
-
-    def _update(self, optimizer: SGD) -> None:
-        try:
-            self.learner.after_backward()
-            if self.recipe.clip_norm is not None:
-                clip_grad_norm_(optimizer.params, self.recipe.clip_norm)
-            optimizer.step()
-        except ValueError as error:
-            where = f"task {self.at.task}, step {self.at.step} (counted from 0)"
-            raise FloatingPointError(f"{error}, in {where}; the learning rate may be too large") from None
-
-    def _first(self, passes: Sequence[Pass], optimizer: SGD) -> float:
-        """The first step of a task, counted: what the tape holds, what runs, and the records for the bill."""
-        total, largest = 0.0, 0
-        records: list[list[OpRecord]] = []
-        optimizer.zero_grad()
-        with count_macs() as counter:
-            for each in passes:
-                with record(self.net) as own:
-                    loss = self._forward(each)
-                records.append(own)
-                largest = max(largest, tape(loss).total_bytes)
-                total += self._backward(each, loss)
-            self._update(optimizer)
-        self._note_first(counter.by_kind(), records, largest)
-        return total
-
-    def _note_first(self, macs: dict[str, int], records: Sequence[Sequence[OpRecord]], tape_bytes: int) -> None:
+    def note_first(self, macs: dict[str, int], records: Sequence[Sequence[OpRecord]], tape_bytes: int) -> None:
+        """What the first step of a task has shown: one step is counted, and all others are like it."""
         self.at.current |= {
             "tape_bytes": tape_bytes,
             "step_macs": macs,
@@ -290,13 +205,8 @@ class _Run:
             "predicted": {} if self.bill is None else dict(self.bill(records)),
         }
 
-    def _counted(self, action: Callable[[], Any]) -> dict[str, int]:
-        """Multiply-adds of ``action`` by kind."""
-        with count_macs() as counter:
-            action()
-        return counter.by_kind()
-
-    def _steps(self, t: int) -> int:
+    def steps(self, t: int) -> int:
+        """Steps of task t."""
         return self.learner.images(t) // self.recipe.batch_size * self.recipe.epochs
 
     def _accuracies(self) -> list[float]:
@@ -314,66 +224,128 @@ class _Run:
             f"task {task.name}": [task.head, *(_digest(part, pixels) for part in (task.train, task.test))]
             for task in self.scenario.tasks
         }
-        return {"learner": self.learner.name, **asdict(self.recipe), **given, "scenario": self.scenario.about,
-                "order of tasks": list(tasks), **tasks, **describe(self.net)}  # fmt: skip
+        recipe = {name: value for name, value in asdict(self.recipe).items() if (name, value) != ("update", "weight")}
+        return {"learner": self.learner.name, **recipe, **given, "scenario": self.scenario.about,
+                "order of tasks": list(tasks), **tasks, **checkpoints.describe(self.net)}  # fmt: skip
 
     def _arrays(self) -> dict[str, np.ndarray]:
         """Copies of the weights, and what the learner remembers."""
         weights = {f"net/{name}": np.array(array) for name, array in self.net.state_dict().items()}
         return weights | {f"learner/{name}": np.array(array) for name, array in self.learner.state().items()}
 
-    def _save(self, optimizer: SGD | None) -> None:
-        """Between tasks without, inside one with the optimiser; all or nothing."""
+    def save(self, optimizer: SGD | None) -> None:
+        """Write the checkpoint: between tasks without an optimiser, inside one with it."""
         if self.path is None:
             return
         about = {
-            "format": FORMAT,
             "settings": self.settings,
             "position": vars(self.at),
-            "generators": {name: _plain(rng.bit_generator.state) for name, rng in generators(self.net).items()},
+            "generators": checkpoints.generator_states(self.net),
         }
+        # Inside a task the weights at its start are kept beside those of now, for the subspaces come from the former.
         arrays = self._arrays() if optimizer is None else dict(self.start)
         if optimizer is not None:
             arrays |= {f"now/{name}": np.array(array) for name, array in self.net.state_dict().items()}
             arrays |= {f"optimizer/{name}": array for name, array in optimizer.state_dict().items()}
         try:
-            check_sound(arrays)
+            checkpoints.check_sound(arrays)
         except ValueError as error:
             where = f"before step {self.at.step} of task {self.at.task} (counted from 0)"
             raise FloatingPointError(f"{error} {where}; the learning rate may be too large") from None
-        text = np.frombuffer(json.dumps(about, allow_nan=False).encode(), np.uint8)
-        save_npz(self.path, {"about": text, **arrays})
+        checkpoints.write(self.path, about, arrays)
 
     def _load(self) -> dict[str, np.ndarray]:
         """Go where the checkpoint says, if there is one; what it holds beside the start of the task."""
         if self.path is None or not self.path.exists():
             return {}
-        arrays = load_npz(self.path, needs_checksum=True)
-        about = _about(self.path, arrays.pop("about", None))
-        _compare(self.path, about["settings"], self.settings)
+        parts = ("settings", "position", "generators")
+        about, arrays = checkpoints.read(self.path, parts, "checkpoint of continual learning,")
+        checkpoints.compare(self.path, about["settings"], self.settings)
         try:
-            check_sound(arrays)
+            checkpoints.check_sound(arrays)
             own = self._arrays()
-            now = {f"now/{name.removeprefix('net/')}": array for name, array in own.items() if name.startswith("net/")}
-            check_dtypes(arrays, {**own, **now})
+            now = {f"now/{name}": array for name, array in checkpoints.part(own, "net/").items()}
+            checkpoints.check_dtypes(arrays, {**own, **now})
             self.at = _Position(**about["position"])
-            self.net.load_state_dict(_part(arrays, "net/"))
-            self.learner.load_state(_part(arrays, "learner/"))
-            for name, rng in generators(self.net).items():
-                rng.bit_generator.state = _unplain(about["generators"][name])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path}: the checkpoint does not fit: {' '.join(str(error).split())}") from None
+            self.net.load_state_dict(checkpoints.part(arrays, "net/"))
+            self.learner.load_state(checkpoints.part(arrays, "learner/"))
+            checkpoints.set_generators(self.net, about["generators"])
+        except checkpoints.BROKEN as error:
+            raise checkpoints.misfit(self.path, error) from None
         self.start = {name: array for name, array in arrays.items() if name.startswith(("net/", "learner/"))}
         return {name: array for name, array in arrays.items() if name.startswith(("now/", "optimizer/"))}
 
     def _take_up(self, saved: Mapping[str, np.ndarray], optimizer: SGD) -> None:
-        """The weights and the momentum of a checkpoint inside the task; subspaces were made anew from its start."""
+        """The weights and the momentum of a checkpoint inside the task; its subspaces came from its start."""
         try:
-            check_dtypes(saved, _examples(saved, self.net, optimizer))
-            self.net.load_state_dict(_part(saved, "now/"))
-            optimizer.load_state_dict(_part(saved, "optimizer/"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path}: the checkpoint does not fit: {' '.join(str(error).split())}") from None
+            checkpoints.check_dtypes(saved, checkpoints.examples(saved, self.net, optimizer))
+            self.net.load_state_dict(checkpoints.part(saved, "now/"))
+            optimizer.load_state_dict(checkpoints.part(saved, "optimizer/"))
+        except checkpoints.BROKEN as error:
+            raise checkpoints.misfit(self.path, error) from None
+
+
+class _TaskRun(Run):
+    """The steps of one task; the first of them is counted and recorded."""
+
+    optimizer: SGD
+
+    def __init__(self, tasks: _Tasks, optimizer: SGD, began: float) -> None:
+        super().__init__(tasks.net, optimizer, tasks.recipe.clip_norm)
+        self.tasks, self.at, self.step, self.task = tasks, tasks.at, tasks.at.step, tasks.at.task
+        self.began, self.spent = began, tasks.at.seconds
+        self.steps = tasks.steps(self.task)
+        self.steps_per_epoch = self.steps // tasks.recipe.epochs
+        self.batches = tasks.learner.stream(self.task)
+        self.records: list[list[OpRecord]] = []
+        self.largest_tape = 0
+
+    def stream(self, epoch: int) -> Callable[[int], Sequence[Pass]]:
+        if self.step % self.steps_per_epoch == 0:
+            self.at.loss = 0.0
+        return self.batches(epoch)
+
+    def take(self, batch: Sequence[Pass]) -> None:
+        if self.tasks.on_step is not None:
+            self.tasks.on_step(self.task, self.step)
+        if self.step:
+            self.at.loss += self.update(batch)
+            return
+        with count_macs() as counter:
+            self.at.loss += self.update(batch)
+        self.tasks.note_first(counter.by_kind(), self.records, self.largest_tape)
+
+    def forward(self, each: Pass) -> Tensor:
+        self.tasks.select(each.head)
+        if self.step:
+            return super().forward(each)
+        with record(self.net) as own:
+            loss = super().forward(each)
+        self.records.append(own)
+        self.largest_tape = max(self.largest_tape, tape(loss).total_bytes)
+        return loss
+
+    def after_backward(self) -> None:
+        self.tasks.learner.after_backward()
+
+    def stepped(self, position: int, save: bool) -> None:
+        self.at.step = self.step
+        if self.step % 100 == 0:
+            words = f"task {self.task + 1} of {len(self.tasks.scenario)}, loss {self.at.loss / (position + 1):.3f}"
+            self.tasks.advance(100, words)
+        if save and self.step < self.steps:  # the task's end saves by itself
+            self.at.seconds = self.spent + time.perf_counter() - self.began
+            self.tasks.save(self.optimizer)
+
+    def where(self) -> str:
+        return f"task {self.task}, step {self.step} (counted from 0); the learning rate may be too large"
+
+
+def _counted(action: Callable[[], Any]) -> dict[str, int]:
+    """Multiply-adds of ``action`` by kind."""
+    with count_macs() as counter:
+        action()
+    return counter.by_kind()
 
 
 def accuracy(net: Module, scenario: Scenario, samples: Samples, head: int, batch_size: int) -> float:
@@ -383,13 +355,10 @@ def accuracy(net: Module, scenario: Scenario, samples: Samples, head: int, batch
     """
     heads = heads_of(net)
     selected = 0 if heads is None else heads.selected
-    right = 0
-    with in_mode(net, training=False), no_grad():
-        if heads is not None:
-            heads.selected = head
-        for rows in mixed_batches(len(samples), batch_size):
-            scores = net(scenario.convert(samples.stored(rows))).data
-            right += int((scores.argmax(axis=1) == samples.labels[rows]).sum())
+    if heads is not None:
+        heads.selected = head
+    batches = mixed_batches(len(samples), batch_size)
+    right = right_answers(net, ((scenario.convert(samples.stored(rows)), samples.labels[rows]) for rows in batches))
     if heads is not None:
         heads.selected = selected
     return right / len(samples)
@@ -412,18 +381,3 @@ class _Pixels:
         if id(images) not in self._known:
             self._known[id(images)] = digest({"images": images})
         return self._known[id(images)]
-
-
-def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-
-
-def _about(path: Path, text: np.ndarray | None) -> dict[str, Any]:
-    try:
-        about = json.loads(b"" if text is None else text.tobytes())
-        version, parts = about["format"], [about[name] for name in ("settings", "position", "generators")]
-        if (type(version), version) != (int, FORMAT) or not all(isinstance(part, dict) for part in parts):
-            raise ValueError
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError(f"{path}: is no checkpoint of continual learning, format {FORMAT}") from None
-    return dict(about)

@@ -9,7 +9,7 @@ import numpy as np
 
 from lance_ref import datasets
 from lance_ref.datasets import Dataset
-from lance_ref.datasets.dataset import spread
+from lance_ref.datasets.dataset import affine, spread, to_network
 from lance_ref.train.features import Features
 
 Channels = tuple[float, ...]
@@ -74,15 +74,7 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One task.
-
-    Attributes
-    ----------
-    name : str
-    train, test : Samples
-    head : int
-        Which head of the network answers.
-    """
+    """One task, answered by head number ``head`` of the network."""
 
     name: str
     train: Samples
@@ -96,8 +88,6 @@ class Scenario:
 
     Attributes
     ----------
-    name : str
-    tasks : tuple of Task
     heads : tuple of int
         Classes of each head: one head for each task, or a single shared one.
     convert : callable
@@ -175,20 +165,8 @@ class Scenario:
 def split(name: str, train: Dataset, test: Dataset, tasks: int, statistics: tuple[Channels, Channels]) -> Scenario:
     """Consecutive classes, the same number in each task, one head for each.
 
-    Parameters
-    ----------
-    name : str
-    train, test : Dataset
-        With the same classes.
-    tasks : int
-        Divides the number of classes.
-    statistics : pair of tuples
-        Mean and standard deviation of each channel; x = (pixel/255 − mean) / std.
-
-    Raises
-    ------
-    ValueError
-        If the classes cannot be divided so, or a task would be empty or have one class.
+    ``statistics`` are mean and standard deviation of each channel: x = (pixel/255 − mean) / std. ValueError if the
+    classes, which must be those of both parts, cannot be divided so, or a task would be empty or have one class.
     """
     classes = train.num_classes
     if test.num_classes != classes or tasks < 1 or classes % tasks:
@@ -200,29 +178,21 @@ def split(name: str, train: Dataset, test: Dataset, tasks: int, statistics: tupl
     made = []
     for t in range(tasks):
         first = t * width
-        parts = [_of_classes(data, first, width) for data in (train, test)]
+        parts = []
+        for data in (train, test):
+            rows = np.flatnonzero((data.labels >= first) & (data.labels < first + width))
+            parts.append(Samples(data.images[rows], data.labels[rows] - first))
         made.append(Task(f"classes {first}-{first + width - 1}", parts[0], parts[1], head=t))
     about = f"{train.name}, {tasks} tasks of {width} classes in their order, a head for each; {_about(statistics)}"
     return Scenario(name, tuple(made), (width,) * tasks, normaliser(statistics), about)
 
 
-def _of_classes(data: Dataset, first: int, width: int) -> Samples:
-    rows = np.flatnonzero((data.labels >= first) & (data.labels < first + width))
-    return Samples(data.images[rows], data.labels[rows] - first)
-
-
 def permuted(
     name: str, train: Dataset, test: Dataset, tasks: int, statistics: tuple[Channels, Channels], seed: int = 0
 ) -> Scenario:
-    """The same images in every task, their pixels in another order, and one head for all.
+    """The same images in every task, their pixels in another order, and one head for all (see :func:`split`).
 
-    Parameters
-    ----------
-    name, train, test, statistics
-        As for :func:`split`.
-    tasks : int
-    seed : int
-        Of the permutations, each drawn from (seed, task); that of task 0 is the identity.
+    The order of each task is drawn from (``seed``, task); that of task 0 is the identity.
     """
     if tasks < 1:
         raise ValueError(f"tasks is {tasks}, expected a positive integer")
@@ -239,13 +209,7 @@ def permuted(
 def domains(name: str, features: Sequence[tuple[Features, Features]], classes: Sequence[int]) -> Scenario:
     """One data set after the other, seen through the same frozen part of a network; a head for each.
 
-    Parameters
-    ----------
-    name : str
-    features : sequence of (train, test)
-        Of :func:`lance_ref.train.features.extract`.
-    classes : sequence of int
-        Number of classes of each data set.
+    ``features`` are (train, test) of :func:`lance_ref.train.features.extract` for each data set.
     """
     made = []
     for t, (train, test) in enumerate(features):
@@ -261,15 +225,12 @@ def normaliser(statistics: tuple[Channels, Channels]) -> Callable[[np.ndarray], 
 
     Images (B, H, W, C) become (B, C, H, W); vectors (B, n), of one channel, stay vectors.
     """
-    mean, std = (np.asarray(part, dtype=np.float64) for part in statistics)
-    scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+    scale, shift = affine(statistics, len(statistics[0]))
 
     def convert(stored: np.ndarray) -> np.ndarray:
         if stored.ndim == 2:
-            return stored * scale[0] + shift[0]
-        pixels = np.ascontiguousarray(stored.transpose(0, 3, 1, 2), dtype=np.float32)  # (B, C, H, W)
-        result: np.ndarray = pixels * scale[:, None, None] + shift[:, None, None]
-        return result
+            return stored * scale[0, 0, 0] + shift[0, 0, 0]
+        return to_network(stored, scale, shift)
 
     return convert
 
@@ -299,26 +260,11 @@ def names() -> list[str]:
 
 
 def load(name: str, seed: int = 0) -> Scenario:
-    """A scenario of images by name.
+    """A scenario of images by name, its pixels normalised with :data:`STATISTICS` of the data set's training images.
 
-    Parameters
-    ----------
-    name : str
-        ``split-digits``, ``split-mnist``, ``split-cifar10`` (5 tasks of 2 classes), ``split100``, ``split-cifar100``
-        (10 tasks of 10 classes), ``permuted-digits`` (5 tasks) or ``permuted-mnist`` (10).
-    seed : int
-        Of the permutations.
-
-    Raises
-    ------
-    ValueError
-        If there is no such scenario; ``domains`` needs a network, see :func:`lance_ref.continual.networks.domains`.
-    FileNotFoundError
-        If the data set is not there.
-
-    Notes
-    -----
-    Pixels are normalised with :data:`STATISTICS` of the data set's training images.
+    The names are those of :data:`SPLITS` (5 tasks of 2 classes, or 10 tasks of 10) and :data:`PERMUTED` (5 or 10
+    orders of the pixels, drawn from ``seed``). ValueError for another name; ``domains`` needs a network, see
+    :func:`lance_ref.continual.networks.domains`. FileNotFoundError if the data set is not there.
     """
     if name not in SPLITS and name not in PERMUTED:
         raise ValueError(f"unknown scenario {name!r}, expected one of {', '.join([*SPLITS, *PERMUTED])}")

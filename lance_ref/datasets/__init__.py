@@ -2,9 +2,8 @@
 
 from lance_ref.datasets.dataset import Dataset, batches, resize, validation_split
 from lance_ref.datasets.digits import load_digits
-from lance_ref.datasets.fetch import cache_dir
+from lance_ref.datasets.fetch import cache_dir, data_file
 from lance_ref.datasets.folder import ImageFolder, load_folder
-from lance_ref.datasets.locate import data_file
 from lance_ref.datasets.published import PUBLISHED, Published
 from lance_ref.datasets.registry import SOURCES, Source, data_files, load, names
 

@@ -12,7 +12,7 @@ import re
 import struct
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +39,12 @@ _BROKEN = (tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError, OSError, Va
 
 
 def read_cifar(paths: Mapping[str, Path], split: str, image_size: Size, limit: int | None, kind: str) -> Arrays:
-    """A split of CIFAR-10 or CIFAR-100 from the binary version's ``.tar.gz``.
+    """A split of CIFAR-10 or CIFAR-100 from the binary version's ``.tar.gz``, the one entry of ``paths``.
 
     Each record is one label byte (CIFAR-100: the superclass, then the class) and 3072 bytes of pixels,
-    (3, 32, 32) in C order. Class names are those of the archive's own text files.
-
-    Parameters
-    ----------
-    paths : mapping
-        The one archive, by its name.
-    split : {"train", "test"}
-    image_size, limit
-        As in :func:`lance_ref.datasets.load`.
-    kind : {"cifar10", "cifar100", "cifar100_coarse"}
-
-    Raises
-    ------
-    ValueError
-        Naming the archive and what is wrong in it.
+    (3, 32, 32) in C order. Class names are those of the archive's own text files. ``kind`` is "cifar10", "cifar100" or
+    "cifar100_coarse"; the other arguments are those of :func:`lance_ref.datasets.load`. What is wrong in the archive
+    is a ValueError that names it.
     """
     (path,) = paths.values()
     folder = "cifar-10-batches-bin" if kind == "cifar10" else "cifar-100-binary"
@@ -68,7 +56,8 @@ def read_cifar(paths: Mapping[str, Path], split: str, image_size: Size, limit: i
     text = f"{folder}/{names_file[kind]}.txt"
     record = label_bytes + CIFAR_PIXELS
     limits = {text: MAX_NAMES_BYTES, **{f"{folder}/{part}": MAX_RECORDS * record for part in parts}}
-    members = _read_tar(path, limits)
+    found = dict(_members(path, limits))
+    members = {name: found[name] for name in limits}  # in the order of the parts, not of the archive
 
     class_names = tuple(members.pop(text).decode("utf-8", "replace").split())
     for name, content in members.items():
@@ -83,22 +72,20 @@ def read_cifar(paths: Mapping[str, Path], split: str, image_size: Size, limit: i
     return _resized(np.ascontiguousarray(images), image_size), labels[chosen], class_names
 
 
-def _read_tar(path: Path, limits: Mapping[str, int]) -> dict[str, bytes]:
-    """The named members of a ``.tar.gz``, in the order of ``limits``: the most bytes that each may have."""
-    found: dict[str, bytes] = {}
+def _members(path: Path, limits: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+    """The named members of a ``.tar.gz`` as they come; ``limits`` are the most bytes that each may have."""
+    left = set(limits)
     try:
         with tarfile.open(path, "r:gz") as archive:
             for info in archive:
-                if info.name in limits:
-                    found[info.name] = _read_tar_member(archive, info, limits[info.name])
-                if len(found) == len(limits):
-                    break
+                if info.name in left:
+                    left.discard(info.name)
+                    yield info.name, _read_tar_member(archive, info, limits[info.name])
+                if not left:
+                    return
     except _BROKEN as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
-    missing = [name for name in limits if name not in found]
-    if missing:
-        raise ValueError(f"{path}: member {missing[0]} is missing")
-    return {name: found[name] for name in limits}
+    raise ValueError(f"{path}: member {min(left)} is missing")
 
 
 def _read_tar_member(archive: tarfile.TarFile, info: tarfile.TarInfo, most: int) -> bytes:
@@ -202,26 +189,9 @@ def read_flowers(paths: Mapping[str, Path], split: str, image_size: Size, limit:
     check_memory(len(chosen), size, 3)
     rows = {f"jpg/image_{number:05d}.jpg": row for row, number in enumerate(numbers[chosen])}
     images = np.empty((len(chosen), *size, 3), dtype=np.uint8)
-    _fill_from_tar(archive_path, rows, images, size)
+    for name, content in _members(archive_path, dict.fromkeys(rows, MAX_FILE_BYTES)):
+        images[rows[name]] = decode(content, f"{archive_path}: member {name}", size)
     return images, labels[chosen], tuple(f"{label:03d}" for label in range(1, 103))
-
-
-def _fill_from_tar(path: Path, rows: Mapping[str, int], images: np.ndarray, size: tuple[int, int]) -> None:
-    """Decode each named member of a ``.tar.gz`` into its row of ``images``."""
-    left = dict(rows)
-    try:
-        with tarfile.open(path, "r:gz") as archive:
-            for info in archive:
-                row = left.pop(info.name, None)
-                if row is not None:
-                    content = _read_tar_member(archive, info, MAX_FILE_BYTES)
-                    images[row] = decode(content, f"member {info.name}", size)
-                if not left:
-                    break
-    except _BROKEN as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from None
-    if left:
-        raise ValueError(f"{path}: member {min(left)} is missing")
 
 
 def _read_mat(path: Path, key: str, most: int) -> np.ndarray:

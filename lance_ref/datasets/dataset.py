@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -30,7 +31,6 @@ class Dataset:
         Pixels 0..255; C is 1 or 3 (RGB).
     labels : numpy.ndarray (N,), int64
         Class index, a position in ``class_names``.
-    class_names : tuple of str
     source : str
         Where the images come from and under which terms.
     """
@@ -95,26 +95,11 @@ def spread(labels: np.ndarray, limit: int | None) -> np.ndarray:
 
 
 def validation_split(dataset: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Set a part of a data set aside, the same share of every class.
+    """Set a part of a data set aside, the same share of every class; gives the parts to train and to validate on.
 
-    Parameters
-    ----------
-    dataset : Dataset
-    fraction : float in (0, 1)
-        Of each class, rounded to whole images; a class of two images or more keeps one on either side, a
-        single image stays with the training part.
-    seed : int
-        Decides which images; the same seed gives the same parts.
-
-    Returns
-    -------
-    train, validation : Dataset
-        Without overlap, each in the data set's own order; the second's ``split`` is ``"validation"``.
-
-    Raises
-    ------
-    ValueError
-        If ``fraction`` is not between 0 and 1, or nothing would be set aside.
+    ``fraction``, between 0 and 1, is of each class, rounded to whole images; a class of two images or more keeps one
+    on either side, a single image stays with the training part. ``seed`` decides which images. ValueError if nothing
+    would be set aside.
 
     Examples
     --------
@@ -159,18 +144,9 @@ def check_memory(count: int, size: tuple[int, int], channels: int) -> None:
 
 
 def resize(images: np.ndarray, image_size: int | Sequence[int]) -> np.ndarray:
-    """Resize with PIL's bilinear filter (which averages when it makes images smaller).
+    """Resize uint8 (N, H, W, 1 or 3) with PIL's bilinear filter, which averages when it makes images smaller.
 
-    Parameters
-    ----------
-    images : numpy.ndarray (N, H, W, C), uint8
-        C is 1 or 3.
-    image_size : int or (height, width)
-
-    Returns
-    -------
-    numpy.ndarray (N, height, width, C), uint8
-        ``images`` itself if it has that size already.
+    ``image_size`` is an int or (height, width); images that have that size already are given back themselves.
     """
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
         raise ValueError(f"images has shape {images.shape} and dtype {images.dtype}, expected (N, H, W, 1 or 3) uint8")
@@ -206,11 +182,10 @@ def batches(
     image_size: int | Sequence[int] | None = None,
     channels: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """One pass over a data set in batches, ready for a network.
+    """One pass over a data set in batches x (B, C, H, W) float32 and y (B,) int64, ready for a network.
 
     Parameters
     ----------
-    dataset : Dataset
     batch_size : int
         Images a batch, at least 1.
     rng : int, numpy.random.Generator or None
@@ -229,11 +204,6 @@ def batches(
     channels : int, optional
         3 repeats a grey channel.
 
-    Yields
-    ------
-    x : numpy.ndarray (B, C, H, W), float32
-    y : numpy.ndarray (B,), int64
-
     Raises
     ------
     ValueError
@@ -248,7 +218,11 @@ def batches(
     if image_size is not None:
         size_pair(image_size)
     to_channels(dataset.images[:0], channels)
-    convert = normalise if callable(normalise) else _affine(normalise, channels or dataset.images.shape[3])
+    if callable(normalise):
+        convert = normalise
+    else:
+        scale, shift = affine(normalise, channels or dataset.images.shape[3])
+        convert = partial(to_network, scale=scale, shift=shift)
     order = as_generator(rng).permutation(len(dataset)) if shuffle else np.arange(len(dataset))
     stop = len(dataset) - len(dataset) % batch_size if drop_last else len(dataset)
 
@@ -263,10 +237,8 @@ def batches(
     return run()
 
 
-def _affine(
-    normalise: tuple[Sequence[float], Sequence[float]] | None, channels: int
-) -> Callable[[np.ndarray], np.ndarray]:
-    """uint8 (B, H, W, C) to float32 (B, C, H, W): (pixel/255 − mean) / std."""
+def affine(normalise: tuple[Sequence[float], Sequence[float]] | None, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and shift, each (C, 1, 1) float32, so that scale·pixel + shift = (pixel/255 − mean) / std."""
     if normalise is None:
         mean, std = np.zeros(channels), np.ones(channels)
     else:
@@ -278,12 +250,11 @@ def _affine(
             ) from None
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
             raise ValueError(f"normalise is {normalise!r}, expected finite means and positive standard deviations")
-    scale = (1 / (255 * std)).astype(np.float32)[:, None, None]
-    shift = (-mean / std).astype(np.float32)[:, None, None]
+    return (1 / (255 * std)).astype(np.float32)[:, None, None], (-mean / std).astype(np.float32)[:, None, None]
 
-    def convert(images: np.ndarray) -> np.ndarray:
-        pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)  # (B, C, H, W)
-        result: np.ndarray = pixels * scale + shift
-        return result
 
-    return convert
+def to_network(images: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """uint8 (B, H, W, C) to float32 (B, C, H, W): scale·pixel + shift."""
+    pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
+    result: np.ndarray = pixels * scale + shift
+    return result

@@ -25,23 +25,10 @@ def load_digits(
     limit: int | None = None,
     channels: int | None = None,
 ) -> Dataset:
-    """The bundled digits; needs no files from elsewhere.
+    """The bundled digits, without files from elsewhere; arguments as of :func:`lance_ref.datasets.load`.
 
-    Parameters
-    ----------
-    split : {"train", "test"}
-        The first 1,437 images, or the last 360, in the source's order.
-    image_size : int or (height, width), optional
-        Resize bilinearly; 8x8 otherwise.
-    limit : int, optional
-        Take that many, spread evenly over the classes.
-    channels : int, optional
-        3 repeats the grey channel.
-
-    Returns
-    -------
-    Dataset
-        Pixels are the source's levels 0..16 scaled to 0..255 and rounded.
+    The first 1,437 images are for training and the last 360 for the test, in the source's order. Pixels are the
+    source's levels 0..16 scaled to 0..255 and rounded.
 
     Examples
     --------

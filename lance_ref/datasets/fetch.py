@@ -1,21 +1,18 @@
-"""Files from their published addresses: downloaded once, checked against a pinned checksum, kept in a cache.
+"""Where the files of a data set are: in the folder of data, in the cache, or at the published address.
 
-A download goes to a temporary name (:mod:`lance_ref.io.whole_file`) and gets its own name only after its checksum
-fits, so a broken one leaves nothing behind and harms no earlier file.
+Downloads are pooch's: a file gets its name only after its pinned checksum fits, so that a broken download leaves
+nothing behind and harms no earlier file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lance_ref.io.whole_file import whole_file
-
-CACHE_VARIABLE = "LANCE_REF_CACHE"
-OFFLINE_VARIABLE = "LANCE_REF_OFFLINE"
+from lance_ref.datasets.published import Published
+from lance_ref.io.progress import progress_bar
 
 MAX_DOWNLOAD_BYTES = 1024**3
 """A download that claims or sends more than this is broken off."""
@@ -29,37 +26,108 @@ HEADERS = {"Accept-Encoding": "identity"}  # the checksum is of the bytes as the
 
 def cache_dir() -> Path:
     """Where downloads are kept: ``LANCE_REF_CACHE``, else the user's cache folder for ``lance-ref``."""
-    folder = os.environ.get(CACHE_VARIABLE)
-    if folder:
-        return Path(folder)
     import pooch  # type: ignore[import-untyped]
 
-    return Path(pooch.os_cache("lance-ref"))
+    return Path(os.environ.get("LANCE_REF_CACHE") or pooch.os_cache("lance-ref"))
 
 
-def offline() -> bool:
-    """Whether ``LANCE_REF_OFFLINE`` forbids downloads; any value but "" and "0" does."""
-    return os.environ.get(OFFLINE_VARIABLE, "") not in ("", "0")
+def data_file(relative: str, what: str, data_dir: str | Path | None = None) -> Path:
+    """Path of a file in the folder of data, which is ``data_dir`` or else that of ``LANCE_REF_DATA``.
+
+    Raises
+    ------
+    FileNotFoundError
+        In one line: what is missing (``what`` needs it) and where to put it.
+    """
+    folder, named = (data_dir, "data_dir") if data_dir is not None else (_data_folder(), "LANCE_REF_DATA")
+    if not folder:
+        raise FileNotFoundError(
+            f"{what} needs the file {relative}: put it into a folder and set the environment variable "
+            "LANCE_REF_DATA to that folder"
+        )
+    path = Path(folder) / relative
+    if not path.is_file():
+        raise FileNotFoundError(f"{what} needs the file {relative}: put it at {path} (folder from {named})")
+    return path
 
 
-def matches(path: Path, checksum: str) -> bool:
-    """Whether a file has the checksum ``"<algorithm>:<hexadecimal digits>"``, e.g. ``"md5:d41d8cd9…"``."""
-    algorithm, _, digits = checksum.partition(":")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest() == digits
+def find_files(
+    file: str | None, published: Published | None, what: str, data_dir: str | Path | None = None
+) -> tuple[dict[str, Path], Published | None]:
+    """The files of a data set by name, downloaded if need be.
+
+    They are looked for in ``data_dir``, if it is given, and then nowhere else. Otherwise in this order: in the folder
+    that ``LANCE_REF_DATA`` names; in the cache (``LANCE_REF_CACHE``, else the user's own); at the published address,
+    from which they come to the cache. ``LANCE_REF_OFFLINE=1`` forbids the last. The one ``file`` stands directly in
+    the folder of data, the published ones in their subfolder ``published.folder``. ``published`` is given back if
+    these are the files that were found, each with its checksum compared, and None for ``file``.
+
+    Raises
+    ------
+    FileNotFoundError
+        In one line: what is missing (``what`` needs it), where to put it, and why it was not downloaded.
+    ValueError
+        If a published file that was put into the folder has another checksum.
+    """
+    folder = data_dir if data_dir is not None else _data_folder()
+    if published is None or (folder and file is not None and (Path(folder) / file).is_file()):
+        return {str(file): data_file(str(file), what, data_dir)}, None
+    if folder:
+        own = {name: Path(folder) / published.folder / name for name in published.checksums}
+        if all(path.is_file() for path in own.values()):
+            for name, path in own.items():
+                if not matches(path, checksum := published.checksums[name]):
+                    raise ValueError(f"{path}: its checksum is not {checksum}: not the published file, or damaged")
+            return own, published
+    if data_dir is None:
+        return _in_cache(published, f"{what} needs {_or_file(file, folder)}"), published
+    if file is not None:
+        return {file: data_file(file, what, data_dir)}, None  # raises: it is not there
+    names, at = ", ".join(published.checksums), Path(data_dir) / published.folder
+    raise FileNotFoundError(f"{what} needs {names} of {published.url}: put it into {at} (folder from data_dir)")
+
+
+def matches(path: Path, checksum: str | None) -> bool:
+    """Whether a file has the checksum ``"<algorithm>:<hexadecimal digits>"``; without one any file will do."""
+    from pooch.hashes import hash_matches  # type: ignore[import-untyped]
+
+    return bool(hash_matches(path, checksum))
+
+
+def _data_folder() -> str | None:
+    return os.environ.get("LANCE_REF_DATA")
+
+
+def _or_file(file: str | None, folder: str | Path | None) -> str:
+    """What an error says of the file of the folder of data, before it names the published one."""
+    if file is None:
+        return ""
+    where = f"at {Path(folder) / file} (folder from LANCE_REF_DATA)" if folder else ""
+    where = where or "into a folder and set the environment variable LANCE_REF_DATA to it"
+    return f"the file {file}: put it {where}, or it needs "
+
+
+def _in_cache(published: Published, need: str) -> dict[str, Path]:
+    """The published files in the cache; those that are missing or damaged there are downloaded."""
+    found = {name: cache_dir() / published.folder / name for name in published.checksums}
+    for name, path in found.items():
+        checksum, url = published.checksums[name], published.url + name
+        if path.is_file() and matches(path, checksum):
+            continue
+        try:
+            if os.environ.get("LANCE_REF_OFFLINE", "") not in ("", "0"):
+                raise OSError("LANCE_REF_OFFLINE is set")
+            if checksum is None:
+                raise OSError("no checksum is known for it")
+            download(url, path, checksum)
+        except OSError as error:
+            by_hand = f"fetch it by hand and put it at {path} (not downloaded: {error})"
+            raise FileNotFoundError(f"{need}{url}: {by_hand}") from None
+    return found
 
 
 def download(url: str, path: Path, checksum: str) -> None:
     """Put the file at ``url`` to ``path``, if its checksum fits; otherwise leave everything as it was.
-
-    Parameters
-    ----------
-    url : str
-        An http or https address.
-    path : Path
-        Its folder is made if it is missing; a file already there is replaced by one that fits.
-    checksum : str
-        ``"<algorithm>:<hexadecimal digits>"``.
 
     Raises
     ------
@@ -67,25 +135,15 @@ def download(url: str, path: Path, checksum: str) -> None:
         In one line without the address: cannot connect, an HTTP error, broken off, too large, a checksum that
         does not fit, nowhere to write.
     """
+    import pooch
     import requests
 
-    algorithm, _, digits = checksum.partition(":")
-    found = hashlib.new(algorithm)
+    pooch.get_logger().setLevel("WARNING")  # it tells of every download on standard error
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            whole_file(path) as file,
-            requests.get(url, stream=True, timeout=TIMEOUT_SECONDS, headers=HEADERS) as response,
-            _Meter(path.name) as meter,
-        ):
-            response.raise_for_status()
-            meter.expect(int(response.headers.get("content-length", 0)))
-            for piece in response.iter_content(CHUNK_BYTES):
-                meter.count(len(piece))
-                found.update(piece)
-                file.write(piece)
-            if found.hexdigest() != digits:
-                raise OSError(f"what came does not have the checksum {checksum}")
+        with _Meter(path.name) as meter:
+            hooks = {"response": meter.close_at_end}
+            get = pooch.HTTPDownloader(meter, CHUNK_BYTES, timeout=TIMEOUT_SECONDS, headers=HEADERS, hooks=hooks)
+            pooch.retrieve(url, checksum, path.name, path.parent, downloader=get)
     except requests.exceptions.HTTPError as error:
         status = getattr(error.response, "status_code", "unknown")
         raise OSError(f"the server answered with HTTP status {status}") from None
@@ -97,7 +155,10 @@ def download(url: str, path: Path, checksum: str) -> None:
         raise OSError("cannot connect") from None
     except _TooLargeError as error:
         raise OSError(str(error)) from None
-    except (ValueError, OSError) as error:
+    except ValueError as error:
+        wrong = "known hash" in str(error)
+        raise OSError(f"what came does not have the checksum {checksum}" if wrong else _one_line(error)) from None
+    except OSError as error:
         raise OSError(_one_line(error)) from None
 
 
@@ -109,40 +170,33 @@ class _TooLargeError(Exception):
     """A download passed :data:`MAX_DOWNLOAD_BYTES`."""
 
 
-class _Meter:
-    """Counts the bytes of a download, stops one that is too large, and shows a bar if stderr is a terminal."""
+class _Meter(ExitStack):
+    """What pooch tells of a download: stops one that is too large, and shows a bar if standard error is a terminal."""
 
     def __init__(self, name: str) -> None:
+        super().__init__()
         self.name, self.done = name, 0
-        self._bar: Any = None
 
-    def __enter__(self) -> _Meter:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.start()
-            self._bar.add_task(self.name, total=None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+    def close_at_end(self, response: Any, *_: object, **__: object) -> None:
+        """A connection that is broken off is closed at once, not when its memory is given back."""
+        self.callback(response.close)
 
     def expect(self, total: int) -> None:
         """So many bytes are announced; 0 if none are."""
         _check_bytes(total, "announced")
-        if self._bar is not None and total:
-            self._bar.update(self._bar.task_ids[0], total=total)
+        self.advance = self.enter_context(progress_bar(self.name, total, None))
 
-    def count(self, more: int) -> None:
+    total = property(fset=expect, doc="What pooch assigns before the first piece.")
+
+    def update(self, more: int) -> None:
         """So many more bytes came."""
         self.done += more
         _check_bytes(self.done, "came")
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self.done)
+        self.advance(more, "")
+
+    def reset(self) -> None:
+        """pooch counts whole chunks, and says the true number at the end."""
+        self.done = 0
 
 
 def _check_bytes(count: int, verb: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,23 +33,11 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 
 
 def decode(encoded: bytes, where: str, image_size: tuple[int, int] | None, channels: int = 3) -> np.ndarray:
-    """One image as uint8 (H, W, C); its declared size is checked before it is decoded.
+    """One JPEG, PNG, BMP or WebP file as uint8 (H, W, C); its declared size is checked before it is decoded.
 
-    Parameters
-    ----------
-    encoded : bytes
-        A JPEG, PNG, BMP or WebP file.
-    where : str
-        How errors call the image.
-    image_size : (height, width) or None
-        Cut to the aspect ratio of this size around the centre, then resize bilinearly.
-    channels : {1, 3}
-        Grey or RGB.
-
-    Raises
-    ------
-    ValueError
-        If the image is too large, or no image, or damaged, or has more than 8 bits a channel.
+    It is cut to the aspect ratio of ``image_size`` (height, width) around the centre, if that is given, then resized
+    bilinearly. ``channels`` are 1 for grey or 3 for RGB. A file that is too large, damaged or no image, or has more
+    than 8 bits a channel, is a ValueError that begins with ``where``.
 
     Notes
     -----
@@ -91,14 +79,9 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
     turn = Image.Transpose
     turns = {
-        2: turn.FLIP_LEFT_RIGHT,
-        3: turn.ROTATE_180,
-        4: turn.FLIP_TOP_BOTTOM,
-        5: turn.TRANSPOSE,
-        6: turn.ROTATE_270,
-        7: turn.TRANSVERSE,
-        8: turn.ROTATE_90,
-    }
+        2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE, 6: turn.ROTATE_270,
+        7: turn.TRANSVERSE, 8: turn.ROTATE_90,
+    }  # fmt: skip
     if not isinstance(orientation, int) or orientation not in turns:
         return picture
     return picture.transpose(turns[orientation])
@@ -122,12 +105,8 @@ def read_zip(
     """Images, labels and class names of ``<split>/<class>/<file>`` in a zip archive.
 
     Members are taken in sorted order; a class's index is the position of its name among the sorted
-    names of all splits. Only the members that ``limit`` leaves are read and decoded.
-
-    Raises
-    ------
-    ValueError
-        Naming the archive and the member, if something is damaged or too large.
+    names of all splits. Only the members that ``limit`` leaves are read and decoded. What is damaged or too large is a
+    ValueError that names archive and member.
     """
     with image_archive(path) as archive:
         parts = {name: name.split("/") for name in archive.namelist() if name.lower().endswith(EXTENSIONS)}
@@ -160,20 +139,32 @@ def read_zip_members(
     limit: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 (N, H, W, 3) and labels int64 (N,) of these (member, label) pairs, as ``limit`` spreads them."""
-    size = None if image_size is None else size_pair(image_size)
     labels = np.array([label for _, label in members], dtype=np.int64)
     chosen = spread(labels, limit)
+    names = [members[i][0] for i in chosen]
+    encoded = ((f"{path}: member {name}", _read_member(archive, path, name)) for name in names)
+    return decode_all(encoded, len(names), None if image_size is None else size_pair(image_size)), labels[chosen]
+
+
+def decode_all(
+    encoded: Iterable[tuple[str, bytes]], count: int, size: tuple[int, int] | None, channels: int = 3
+) -> np.ndarray:
+    """Images uint8 (N, H, W, channels) of (what errors call it, file) pairs, ``count`` of them.
+
+    Without a ``size`` all must be as large as the first; the memory is checked as soon as that is known.
+    """
     images: np.ndarray | None = None
-    for row, member in enumerate(members[i][0] for i in chosen):
-        image = decode(_read_member(archive, path, member), f"{path}: member {member}", size)
+    for row, (where, file) in enumerate(encoded):
+        image = decode(file, where, size, channels)
         if images is None:
-            check_memory(len(chosen), image.shape[:2], 3)
-            images = np.empty((len(chosen), *image.shape), dtype=np.uint8)
+            check_memory(count, image.shape[:2], channels)
+            images = np.empty((count, *image.shape), dtype=np.uint8)
         if image.shape != images.shape[1:]:
-            raise ValueError(f"{path}: member {member}: size {image.shape}, the first image has {images.shape[1:]}")
+            (height, width), (first, across) = image.shape[:2], images.shape[1:3]
+            raise ValueError(f"{where}: {height}x{width} pixels, the first image has {first}x{across}: give image_size")
         images[row] = image
     assert images is not None
-    return images, labels[chosen]
+    return images
 
 
 def _read_member(archive: zipfile.ZipFile, path: Path, member: str) -> bytes:

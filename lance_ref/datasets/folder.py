@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from lance_ref.datasets.dataset import Dataset, check_memory, size_pair, spread
-from lance_ref.datasets.files import EXTENSIONS, MAX_FILE_BYTES, decode
+from lance_ref.datasets.dataset import Dataset, size_pair, spread
+from lance_ref.datasets.files import EXTENSIONS, MAX_FILE_BYTES, decode_all
+from lance_ref.io.whole_file import read_bytes
 
 SPLITS = ("train", "test")
 SUFFIXES = ", ".join(EXTENSIONS)
@@ -26,25 +26,21 @@ def ImageFolder(  # noqa: N802  (the name that users know)
 ) -> Dataset:
     """Pictures in ``<path>/<class>/`` or in ``<path>/train/<class>/`` and ``<path>/test/<class>/``.
 
+    Pictures are files named ``.jpg``, ``.jpeg``, ``.png``, ``.bmp`` or ``.webp``; hidden files and folders are left
+    out. Classes are the subfolders' names in sorted order, those of both parts together.
+
     Parameters
     ----------
-    path : str or Path
     image_size : int or (height, width), optional
         Each picture is cut around its centre to this aspect ratio and resized bilinearly. None takes the
         pictures as they are; they must then have one size.
     split : {"train", "test"}, optional
         Needed if the folder holds ``train/`` and ``test/``, and not allowed otherwise (a part can be set
-        aside with :func:`validation_split`).
+        aside with :func:`validation_split`); that of the result is then ``"all"``.
     limit : int, optional
         Read that many pictures, spread evenly over the classes.
     channels : {1, 3}
         Grey or RGB; pictures of other kinds are converted (of transparent ones the colours are kept).
-
-    Returns
-    -------
-    Dataset
-        Its classes are the subfolders' names in sorted order, those of both parts together;
-        ``split`` is ``"all"`` for a folder without parts.
 
     Raises
     ------
@@ -53,11 +49,6 @@ def ImageFolder(  # noqa: N802  (the name that users know)
     ValueError
         If there are no classes, or only one, or one without pictures; if a picture is damaged or too large
         (naming it), or has another size than the first and ``image_size`` is None.
-
-    Notes
-    -----
-    Pictures are files named ``.jpg``, ``.jpeg``, ``.png``, ``.bmp`` or ``.webp``; hidden files and
-    folders are left out.
     """
     folder, size = _check(path, image_size, channels)
     if split not in (None, *SPLITS):
@@ -84,36 +75,11 @@ def ImageFolder(  # noqa: N802  (the name that users know)
 def load_folder(
     path: str | Path, image_size: int | tuple[int, int], limit: int | None = None, channels: int = 3
 ) -> Dataset:
-    """A folder of pictures, with labels or without.
+    """A folder of pictures, with labels or without; arguments and pictures are as for :func:`ImageFolder`.
 
     Subfolders are classes, in sorted order; a folder with pictures and no such subfolders is one
-    class, with label 0. That is enough for calibration; :func:`ImageFolder` is stricter.
-
-    Parameters
-    ----------
-    path : str or Path
-    image_size : int or (height, width)
-        Each picture is cut around its centre to this aspect ratio and resized bilinearly.
-    limit : int, optional
-        Read that many pictures, spread evenly over the classes.
-    channels : {1, 3}
-        Grey or RGB.
-
-    Returns
-    -------
-    Dataset
-        With ``split == "all"``.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such folder.
-    ValueError
-        If it holds no pictures, or one is damaged or too large (naming it).
-
-    Notes
-    -----
-    Which files are pictures is the same as for :func:`ImageFolder`.
+    class, with label 0. That is enough for calibration; :func:`ImageFolder` is stricter. ValueError if there are no
+    pictures, or one is damaged or too large (naming it).
     """
     folder, _ = _check(path, image_size, channels)
     size = size_pair(image_size)
@@ -156,28 +122,9 @@ def _read(
     files = [picture for _, pictures in found for picture in pictures]
     labels = np.repeat(np.arange(len(found), dtype=np.int64), [len(pictures) for _, pictures in found])
     chosen = spread(labels, limit)
-    images = _read_pictures([files[i] for i in chosen], size, channels)
+    encoded = ((str(files[i]), read_bytes(files[i], MAX_FILE_BYTES)) for i in chosen)
+    images = decode_all(encoded, len(chosen), size, channels)
     return Dataset(folder.name, split, images, labels[chosen], tuple(name for name, _ in found), f"folder {folder}")
-
-
-def _read_pictures(files: Sequence[Path], size: tuple[int, int] | None, channels: int) -> np.ndarray:
-    """uint8 (N, H, W, channels); the memory is checked once the first picture's size is known."""
-    images: np.ndarray | None = None
-    for row, picture in enumerate(files):
-        if picture.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"{picture}: {picture.stat().st_size} bytes, at most {MAX_FILE_BYTES} are read")
-        image = decode(picture.read_bytes(), str(picture), size, channels)  # (H, W, channels)
-        if images is None:
-            check_memory(len(files), image.shape[:2], channels)
-            images = np.empty((len(files), *image.shape), dtype=np.uint8)
-        if image.shape != images.shape[1:]:
-            raise ValueError(
-                f"{picture}: {image.shape[0]}x{image.shape[1]} pixels, the first picture has "
-                f"{images.shape[1]}x{images.shape[2]}: give image_size"
-            )
-        images[row] = image
-    assert images is not None
-    return images
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -6,21 +6,10 @@ import numpy as np
 
 
 def preprocess(pixels: np.ndarray) -> np.ndarray:
-    """Pixels as the pretrained MobileNetV2 expects them: (pixel − 128) / 128.
+    """Pixels as the pretrained MobileNetV2 expects them: (pixel − 128) / 128, as float32 (B, 3, H, W).
 
-    Parameters
-    ----------
-    pixels : numpy.ndarray (B, H, W, 3) or (B, 3, H, W), uint8
-        RGB, 0..255; 3 in the last axis is taken for the channels first.
-
-    Returns
-    -------
-    numpy.ndarray (B, 3, H, W), float32
-
-    Raises
-    ------
-    ValueError
-        If the pixels are not uint8, or no axis holds three channels.
+    ``pixels`` is RGB uint8, (B, H, W, 3) or (B, 3, H, W); 3 in the last axis is taken for the channels first.
+    ValueError for anything else.
     """
     return (_channels_first(pixels, 3) - np.float32(128)) / np.float32(128)
 

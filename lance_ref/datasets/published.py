@@ -24,8 +24,6 @@ class Published:
 
     Attributes
     ----------
-    title : str
-        What to call it.
     url : str
         What a file name is appended to.
     checksums : mapping
@@ -48,8 +46,13 @@ class Published:
 
 
 # Checksums as the publishers state them (CIFAR, EuroSAT) or as torchvision pins them (MNIST, Flowers).
-_CIFAR100 = {"cifar-100-binary.tar.gz": "md5:03b5dce01913d631647c71ecec9e9cb8"}
-_TORONTO = "https://www.cs.toronto.edu/~kriz/"
+_CIFAR100 = ("cifar100", "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8")
+
+
+def _cifar(title: str, kind: str, folder: str, file: str, md5: str) -> Published:
+    origin = "www.cs.toronto.edu/~kriz/cifar.html, no licence stated"
+    url, read = "https://www.cs.toronto.edu/~kriz/", partial(read_cifar, kind=kind)
+    return Published(title, url, {file: f"md5:{md5}"}, folder, read, origin)
 
 
 PUBLISHED = {
@@ -66,30 +69,9 @@ PUBLISHED = {
         read_idx,
         "yann.lecun.com/exdb/mnist, by the copy at ossci-datasets.s3.amazonaws.com",
     ),
-    "cifar10": Published(
-        "CIFAR-10",
-        _TORONTO,
-        {"cifar-10-binary.tar.gz": "md5:c32a1d4ab5d03f1284b67883e8d87530"},
-        "cifar10",
-        partial(read_cifar, kind="cifar10"),
-        "www.cs.toronto.edu/~kriz/cifar.html, no licence stated",
-    ),
-    "cifar100": Published(
-        "CIFAR-100",
-        _TORONTO,
-        _CIFAR100,
-        "cifar100",
-        partial(read_cifar, kind="cifar100"),
-        "www.cs.toronto.edu/~kriz/cifar.html, no licence stated",
-    ),
-    "cifar100_coarse": Published(
-        "CIFAR-100, 20 superclasses",
-        _TORONTO,
-        _CIFAR100,
-        "cifar100",
-        partial(read_cifar, kind="cifar100_coarse"),
-        "www.cs.toronto.edu/~kriz/cifar.html, no licence stated",
-    ),
+    "cifar10": _cifar("CIFAR-10", "cifar10", "cifar10", "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+    "cifar100": _cifar("CIFAR-100", "cifar100", *_CIFAR100),
+    "cifar100_coarse": _cifar("CIFAR-100, 20 superclasses", "cifar100_coarse", *_CIFAR100),
     "eurosat": Published(
         "EuroSAT RGB",
         "https://zenodo.org/records/7711810/files/",

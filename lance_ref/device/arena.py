@@ -89,9 +89,9 @@ def live_bytes(arrays: Iterable[Array], times: int) -> list[int]:
 def place(arrays: Sequence[Array]) -> int:
     """Give every array an offset; returns the bytes of the arena.
 
-    What was learned comes first, then what else outlives a step. For the rest several orders are tried, and the best of them is kept: each array in turn is put at the lowest address at which it
-    overlaps none that is alive at the same time. The result is at least the largest sum of live bytes, and
-    ``tests/device`` holds it within 5 % of that.
+    What was learned comes first, then what else outlives a step. For the rest several orders are tried, and the best of
+    them is kept: each array in turn is put at the lowest address at which it overlaps none that is alive at the same
+    time. The result is at least the largest sum of live bytes, and ``tests/device`` holds it within 5 % of that.
     """
     bound = max(live_bytes(arrays, max(array.last for array in arrays) + 1))
     orders = [

@@ -12,7 +12,7 @@ from lance_ref.device import graph as graphs
 from lance_ref.device.budget import parse_bytes, shown_bytes
 from lance_ref.device.graph import Graph, UnsupportedError
 from lance_ref.device.layers import Pixels
-from lance_ref.device.layout import Choice, Factors, Layout, NotTiledError, Recipe, lay_out
+from lance_ref.device.layout import Choice, DeviceLayout, Factors, NotTiledError, Recipe, lay_out
 from lance_ref.device.program import Program
 from lance_ref.device.segments import first_roles
 from lance_ref.lance.calibration import Calibration
@@ -27,7 +27,11 @@ FORWARDS = ("auto", "factored", "merged")
 
 
 class BudgetError(ValueError):
-    """Nothing that the compiler tried fits the budget."""
+    """Nothing that the compiler tried fits the budget; ``needed_bytes`` is the smallest arena of what it tried."""
+
+    def __init__(self, message: str, needed_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
 
 
 def compile(
@@ -106,17 +110,22 @@ def compile(
     if (method == "lance") != (calibration is not None):
         came, wanted = ("none", "one") if calibration is None else ("given", "none")
         raise ValueError(f"calibration is {came}, but method {method!r} takes {wanted}")
+    shape = tuple(input_shape)
+    if len(shape) not in (1, 3) or any(
+        isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1 for n in shape
+    ):
+        raise ValueError(f"input_shape is {input_shape!r}, expected (C, H, W) or (features,), positive integers")
     allowed_bytes = None if budget is None else parse_bytes(budget)
     if tune is not None or method in ("bias", "head"):
         selection = "head" if method == "head" else tune if tune is not None else _tuned(net)
         choose_layers(net, selection, parameters="bias" if method == "bias" else "all")
     if isinstance(calibration, Calibration):
         calibration.check(net)
-    graph = graphs.read(net, input_shape)
+    graph = graphs.read(net, shape)
     if graph.output not in graph.needs_gradient:
         raise ValueError("nothing that the output depends on trains, expected tune to select a layer")
     factors = _factors(graph, calibration or {})
-    pixels = _pixels(net, tuple(input_shape), preprocess, graph)
+    pixels = _pixels(net, shape, preprocess, graph)
     head = [node.conv.path for node in graph.nodes if node.conv is not None][-1]
     recipe = Recipe(factors, train == "subspace", forward, update, float(momentum), head, pixels)
     layout = choose(graph, recipe, allowed_bytes)
@@ -131,7 +140,7 @@ def _tuned(net: Module) -> Any:
 # ---- choosing -----------------------------------------------------------------------------------
 
 
-def choose(graph: Graph, recipe: Recipe, budget: int | None) -> Layout:
+def choose(graph: Graph, recipe: Recipe, budget: int | None) -> DeviceLayout:
     """The layout with the fewest recomputed multiply-adds whose arena fits the budget; without one the smallest arena.
 
     First tiles are chosen with the roles that keep the largest maps from existing, then each convolution's role is
@@ -156,17 +165,18 @@ def choose(graph: Graph, recipe: Recipe, budget: int | None) -> Layout:
         shown = ", ".join(f"{a.name} ({shown_bytes(a.nbytes)})" for a in alive)
         raise BudgetError(
             f"budget is {shown_bytes(budget)}, but the step needs at least {shown_bytes(best.ram_bytes)}, "
-            f"of which most are {shown}"
+            f"of which most are {shown}",
+            best.ram_bytes,
         )
     return best
 
 
-def _at_peak(layout: Layout, array: Any) -> bool:
+def _at_peak(layout: DeviceLayout, array: Any) -> bool:
     time = layout.live.index(layout.lower_bound_bytes)
     return bool(array.first <= time <= array.last)
 
 
-def _best(graph: Graph, tried: Sequence[Layout], budget: int | None) -> Layout:
+def _best(graph: Graph, tried: Sequence[DeviceLayout], budget: int | None) -> DeviceLayout:
     """Places layouts in the order in which they would be chosen, until one holds what it promises."""
     if budget is not None:
         for layout in sorted(tried, key=lambda one: (one.recomputed_macs, one.lower_bound_bytes)):
@@ -181,7 +191,7 @@ def _best(graph: Graph, tried: Sequence[Layout], budget: int | None) -> Layout:
             for node in graph.nodes
             if node.conv is not None
         )
-    best: Layout | None = None
+    best: DeviceLayout | None = None
     for layout in sorted(tried, key=lambda one: (one.lower_bound_bytes, one.recomputed_macs)):
         if limit is not None and layout.recomputed_macs > limit:
             continue
@@ -194,7 +204,7 @@ def _best(graph: Graph, tried: Sequence[Layout], budget: int | None) -> Layout:
     return best
 
 
-def _tilings(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool]) -> Iterator[Layout]:
+def _tilings(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool]) -> Iterator[DeviceLayout]:
     """Layouts without tiles, and with more and more segments in tiles of several sizes."""
     plain = lay_out(graph, recipe, Choice(heads))
     yield plain
@@ -207,8 +217,8 @@ def _tilings(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool]) -> Iterato
         _, H, W = graph.shapes[segment.output]
         for tile_h in _cuts(H):
             for tile_w in _cuts(W):
-                if (tile_h, tile_w) == (H, W):
-                    continue
+                if (tile_h, tile_w) == (H, W) or (tile_w < W and max(tile_h / tile_w, tile_w / tile_h) > _LONGEST):
+                    continue  # all of it, or narrow tiles, which have more halo than square ones
                 try:
                     yield lay_out(graph, recipe, Choice(heads, count, (tile_h, tile_w)), plain.segments)
                 except NotTiledError:
@@ -220,7 +230,7 @@ def _tilings(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool]) -> Iterato
             return
 
 
-_PARTS = (1, 2, 3, 4, 6, 8)
+_PARTS, _LONGEST = (1, 2, 3, 4, 6, 8, 12, 16), 3
 
 
 def _cuts(n: int) -> list[int]:
@@ -236,8 +246,10 @@ def _factors(graph: Graph, calibration: Mapping[str, Subspace]) -> dict[str, Fac
     layers = {node.conv.path: node for node in graph.nodes if node.conv is not None}
     found: dict[str, Factors] = {}
     for path in calibration:
-        if path not in layers:
+        if path not in graph.layers:
             raise ValueError(f"the calibration names layer {path!r}, which the net does not run")
+        if path not in layers:  # nothing depends on it
+            continue
         node = layers[path]
         conv = node.conv
         assert conv is not None

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from lance_ref.engine.recording import OpRecord, Value
-from lance_ref.engine.tensor import Shape
+from lance_ref.engine.state import state
+from lance_ref.engine.tensor import Shape, Tensor
 from lance_ref.nn.module import Module
-from lance_ref.nn.tracing import trace
+from lance_ref.nn.tracing import record as recording
 
 Pair = tuple[int, int]
 ACTIVATIONS = ("relu", "relu6", "hardswish")
@@ -65,6 +66,8 @@ class Conv:
         Batch norm's factor for what trains; None for a factor of one.
     is_linear : bool
         Whether the input is flattened, so that its features are C, H and W together.
+    has_norm : bool
+        Whether a frozen batch norm is folded in.
     """
 
     path: str
@@ -78,6 +81,7 @@ class Conv:
     weight_scale: np.ndarray | None = None
     bias_scale: np.ndarray | None = None
     is_linear: bool = False
+    has_norm: bool = False
 
     @property
     def is_depthwise(self) -> bool:
@@ -131,17 +135,18 @@ class Graph:
     needs_gradient : set of int
         Maps whose gradient is needed, as something that trains lies before them.
     dtype : numpy dtype
+    output : int
+        The map of the logits.
+    layers : set of str
+        Paths of all layers that the network runs, those without effect on the output among them.
     """
 
     nodes: list[Node]
     shapes: dict[int, Shape]
     needs_gradient: set[int]
     dtype: Any
-
-    @property
-    def output(self) -> int:
-        """The map of the logits."""
-        return self.nodes[-1].output
+    output: int
+    layers: frozenset[str]
 
 
 def read(net: Module, input_shape: Sequence[int]) -> Graph:
@@ -157,40 +162,47 @@ def read(net: Module, input_shape: Sequence[int]) -> Graph:
     was_training = [module for _, module in net.named_modules() if module.training]
     net.train()
     try:
-        records = trace(net, (2, *input_shape))  # two images, so that batch statistics are seen rather than an error
+        # two images, so that batch statistics are seen rather than an error
+        dtype = next((p.dtype for p in net.parameters()), np.dtype(np.float32))
+        x = Tensor.meta((2, *input_shape), dtype)
+        with recording(net) as records:
+            output = net(x)
+            assert state.recorder is not None
+            image, value = state.recorder.value(x), None
+            if isinstance(output, Tensor):
+                value = state.recorder.value(output)
     finally:
         net.eval()
         for module in was_training:
             module.training = True
-    return _Reader(net, tuple(input_shape)).read(records)
+    if value is None:
+        raise UnsupportedError(f"the net gives a {type(output).__name__}, expected a Tensor of shape (batch, classes)")
+    return _Reader(net, tuple(input_shape), image).read(records, value)
 
 
 class _Reader:
-    def __init__(self, net: Module, input_shape: Shape) -> None:
+    def __init__(self, net: Module, input_shape: Shape, image: Value) -> None:
         self.parameters = dict(net.named_parameters())
         self.modules = dict(net.named_modules())
-        self.number: dict[int, int] = {}  # of a map, by the id of the value in the trace
+        self.number = {image.id: 0}  # of a map, by the id of the value in the trace
         self.shapes: dict[int, Shape] = {0: _as_map(input_shape)}
         self.nodes: list[Node] = []
         self.needs_gradient: set[int] = set()
         self.users: dict[int, int] = {}  # how many records use a value
         self.seen: set[str] = set()
 
-    def read(self, records: Sequence[OpRecord]) -> Graph:
-        if not records:
-            raise UnsupportedError("the net runs no operation, expected one that ends in a linear layer")
-        self.number[records[0].inputs[0].id] = 0
+    def read(self, records: Sequence[OpRecord], output: Value) -> Graph:
         for record in records:
             for value in record.inputs:
                 self.users[value.id] = self.users.get(value.id, 0) + 1
         for record in records:
             self._add(record)
-        last = self.nodes[-1]
-        if self.shapes[last.output][1:] != (1, 1) or len(records[-1].output.shape) != 2:
-            shape = (None, *records[-1].output.shape[1:])
-            raise UnsupportedError(f"the net gives an output of shape {shape}, expected (batch, classes)")
-        dtype = np.dtype(records[0].inputs[0].dtype)
-        return Graph(self.nodes, self.shapes, self.needs_gradient, dtype)
+        last = self.number.get(output.id)
+        if last is None or self.shapes[last][1:] != (1, 1) or len(output.shape) != 2 or not self.nodes:
+            shape = (None, *output.shape[1:])
+            raise UnsupportedError(f"the net gives an output of shape {shape}, expected (batch, classes) of a layer")
+        layers = frozenset(node.conv.path for node in self.nodes if node.conv is not None)
+        return Graph(_alive(self.nodes, last), self.shapes, self.needs_gradient, np.dtype(output.dtype), last, layers)
 
     def _add(self, record: OpRecord) -> None:
         op, path = record.op, record.path
@@ -306,8 +318,23 @@ class _Reader:
             if record.output.requires_grad:
                 self.needs_gradient.add(source)
         assert before.conv is not None
+        if trained is not None and before.conv.bias_name is not None:
+            raise UnsupportedError(
+                f"{here} trains its bias, and the layer before it trains {before.conv.bias_name!r}, which adds to the "
+                "same channels, expected one of them"
+            )
         folded = _folded(before.conv, scale, module.running_mean, beta, trained)
         self.nodes[-1] = replace(before, conv=folded)
+
+
+def _alive(nodes: list[Node], output: int) -> list[Node]:
+    """The nodes on whose results the output depends."""
+    wanted, alive = {output}, []
+    for node in reversed(nodes):
+        if node.output in wanted:
+            wanted.update(node.inputs)
+            alive.append(node)
+    return alive[::-1]
 
 
 def _folded(conv: Conv, scale: np.ndarray, mean: np.ndarray, beta: np.ndarray, trained: str | None) -> Conv:
@@ -322,6 +349,7 @@ def _folded(conv: Conv, scale: np.ndarray, mean: np.ndarray, beta: np.ndarray, t
         bias_name=trained or conv.bias_name,
         bias=beta if trained else conv.bias,
         bias_scale=None if trained or conv.bias_name is None else scale,
+        has_norm=True,
     )
 
 

@@ -18,7 +18,7 @@ from lance_ref.engine.tensor import Shape
 
 
 @dataclass(eq=False)
-class Plan:
+class SegmentPlan:
     """What the instructions of one segment share.
 
     Attributes
@@ -72,7 +72,7 @@ Spans = Mapping[int, Span]
 class Forward:
     """One segment, from its source to its output."""
 
-    plan: Plan
+    plan: SegmentPlan
     spans: Spans
 
     @property
@@ -198,7 +198,7 @@ class _Only:
 class Backward:
     """One segment, from the gradient of its output to that of its source."""
 
-    plan: Plan
+    plan: SegmentPlan
     needs: frozenset[int] = frozenset()
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 
 from lance_ref.device.arena import PERSISTENT, Array, live_bytes, place
 from lance_ref.device.graph import Conv, Graph, Node
-from lance_ref.device.instructions import Backward, Forward, Loss, Plan, Update
+from lance_ref.device.instructions import Backward, Forward, Loss, SegmentPlan, Update
 from lance_ref.device.layers import Core, Input, Layer, Pixels
 from lance_ref.device.segments import ELEMENTWISE, Segment, consumers, segments
 from lance_ref.device.windows import needed, whole
@@ -79,7 +79,7 @@ class Choice:
 
 
 @dataclass(eq=False)
-class Layout:
+class DeviceLayout:
     """A step whose arrays have addresses.
 
     Attributes
@@ -140,8 +140,8 @@ class NotTiledError(ValueError):
     """These segments cannot run tile by tile."""
 
 
-def lay_out(graph: Graph, recipe: Recipe, choice: Choice, split: list[Segment] | None = None) -> Layout:
-    """The layout of a choice; :meth:`Layout.place` gives addresses. ``split`` are its segments, if they are known.
+def lay_out(graph: Graph, recipe: Recipe, choice: Choice, split: list[Segment] | None = None) -> DeviceLayout:
+    """The layout of a choice; :meth:`DeviceLayout.place` gives addresses. ``split``: its segments, if they are known.
 
     Raises
     ------
@@ -164,7 +164,7 @@ class _Builder:
         self.gradients: dict[int, Array] = {}
         self.draws: Array | None = None
 
-    def build(self) -> Layout:
+    def build(self) -> DeviceLayout:
         g, n = self.graph, self.choice.tiled
         tiled = self.segments[:n]
         rows, columns = self._tile_parts(tiled) if n else ([], [])
@@ -195,9 +195,9 @@ class _Builder:
         update = Update(pairs, self.recipe.momentum) if pairs else None
         steps: list[Any] = [*(tiles[0] if tiles else []), *forward, loss, *backward, *([update] if update else [])]
         self._lifetimes(steps, n)
-        if n and in_bytes:
+        if n and in_bytes and image.last < n:  # nothing after the tiles reads the image
             self._overlap(image, self.maps[tiled[-1].output], rows)
-        layout = Layout(
+        layout = DeviceLayout(
             self.choice, self.segments, tiles, forward, loss, backward, update, self.arrays,
             [step.name for step in steps], image, logits, self.trained,
         )  # fmt: skip
@@ -242,12 +242,12 @@ class _Builder:
         exact = conv is not None and conv.weight_name is not None and conv.path not in self.recipe.factors
         return exact and node.inputs[0] == segment.source
 
-    def _plan(self, segment: Segment, is_tiled: bool) -> Plan:
+    def _plan(self, segment: Segment, is_tiled: bool) -> SegmentPlan:
         g, needs = self.graph, self.graph.needs_gradient
         for node in segment.nodes:
             if node.conv is not None:
                 self.layers[node] = self._layer(segment, node, node.conv)
-        plan = Plan(
+        plan = SegmentPlan(
             segment, g.shapes, self.layers, self.maps, gradients=self.gradients, pixels=self.recipe.pixels,
             draws=self.draws if any(node.op == "dropout" for node in segment.everything) else None,
         )  # fmt: skip
@@ -277,7 +277,7 @@ class _Builder:
         H, W = self.largest[number] if is_tiled else self.graph.shapes[number][1:]
         return self._array(f"channel {number}", (H, W), self.dtype, "channels")
 
-    def _step(self, plan: Plan, number: int) -> None:
+    def _step(self, plan: SegmentPlan, number: int) -> None:
         if number not in plan.steps:
             size = self.graph.shapes[number][1:]
             plan.steps[number] = self._array(f"gradient of channel {number}", size, self.dtype, "channels")
@@ -310,7 +310,7 @@ class _Builder:
                 layer.keeps = self._core(conv, (C, H, W), factors, node is segment.head or node is segment.tail)
                 U = factors[0]
                 if recipe.in_subspace and U is not None and conv.groups == 1 and U.shape[1] < len(U):
-                    self._subspace(layer, conv, U.shape[1], (H, W), reaches)
+                    self._subspace(layer, conv, U.shape[1], (H, W), reaches, kind)
             else:
                 alias = self._keeps_source(segment, node)
                 name = f"input of {conv.path}"
@@ -349,11 +349,11 @@ class _Builder:
         basis = None if U is None else U.reshape(C, 1, 1, -1)
         return Core(array, basis, rows, columns, (H, W), tuple(scratch), at_once and conv.groups == 1)
 
-    def _subspace(self, layer: Layer, conv: Conv, rank: int, size: tuple[int, int], reaches: bool) -> None:
+    def _subspace(self, layer: Layer, conv: Conv, rank: int, size: tuple[int, int], reaches: bool, kind: str) -> None:
         C_out, C_in, k_h, k_w = conv.weight.shape
         kernel = (1, 1) if conv.is_linear else (k_h, k_w)
         name = f"change of {conv.weight_name}"
-        layer.change = self._array(name, (C_out, rank, *kernel), self.dtype, "trained weights")
+        layer.change = self._array(name, (C_out, rank, *kernel), self.dtype, kind)
         places = math.prod(layer.output_size)
         merged = C_out * C_in * rank * math.prod(kernel)
         factored = C_out * rank * math.prod(kernel) * places
@@ -466,7 +466,7 @@ def flash(graph: Graph, recipe: Recipe, layers: Mapping[str, Layer]) -> dict[str
         layer = layers.get(conv.path)
         if layer is None or layer.weight is None:
             found[f"{conv.path}.weight"] = conv.weight
-        if conv.shift.any() or conv.bias is None:
+        if conv.has_norm or conv.bias is None:  # decided by shapes alone: a fresh norm's shift may be zero
             found[f"{conv.path}.shift"] = conv.shift
         for name, array in (("weight scale", conv.weight_scale), ("bias scale", conv.bias_scale)):
             if array is not None:
@@ -480,4 +480,4 @@ def flash(graph: Graph, recipe: Recipe, layers: Mapping[str, Layer]) -> dict[str
     return found
 
 
-__all__ = ["Choice", "Factors", "Layout", "NotTiledError", "Recipe", "consumers", "flash", "lay_out"]
+__all__ = ["Choice", "DeviceLayout", "Factors", "NotTiledError", "Recipe", "consumers", "flash", "lay_out"]

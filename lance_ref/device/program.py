@@ -10,7 +10,7 @@ import numpy as np
 from lance_ref.device import report
 from lance_ref.device.arena import PERSISTENT, Array, Memory
 from lance_ref.device.graph import Graph
-from lance_ref.device.layout import Layout, Recipe, flash, lay_out
+from lance_ref.device.layout import DeviceLayout, Recipe, flash, lay_out
 from lance_ref.nn.module import Module
 
 _DESCRIBED = {"name": "name", "kind": "kind", "offset": "offset", "bytes": "nbytes", "first": "first", "last": "last"}
@@ -22,7 +22,7 @@ class Program:
 
     Attributes
     ----------
-    layout : Layout
+    layout : DeviceLayout
         Instructions and arrays.
     ram_bytes : int
         Bytes of the arena: everything that changes while the device runs, in one block.
@@ -38,20 +38,20 @@ class Program:
         self,
         graph: Graph,
         recipe: Recipe,
-        layout: Layout,
+        layout: DeviceLayout,
         method: str,
         budget: int | None = None,
         poison: bool = False,
     ) -> None:
         self.graph, self.recipe, self.layout = graph, recipe, layout
         self.method, self.budget = method, budget
-        self.flash = flash(graph, recipe, layout.layers)
         self._poison = poison
         self._load(layout, None)
 
-    def _load(self, layout: Layout, state: dict[str, np.ndarray] | None) -> None:
+    def _load(self, layout: DeviceLayout, state: dict[str, np.ndarray] | None) -> None:
         """A fresh arena with the trained arrays in it."""
         self.layout = layout
+        self.flash = flash(self.graph, self.recipe, layout.layers)
         self._memory = Memory(layout.ram_bytes, self._poison)
         for array in self._persistent():
             self._memory[array][...] = 0

@@ -3,47 +3,53 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lance_ref.device.budget import shown_bytes
+from lance_ref.io.whole_file import whole_file
 
 if TYPE_CHECKING:
-    from lance_ref.device.layout import Layout
+    from lance_ref.device.layout import DeviceLayout
 
 COLOURS = {
     "image": "#4c78a8", "maps": "#72b7b2", "tiles": "#9ecae9", "channels": "#bab0ac", "masks": "#eeca3b",
     "cores": "#e45756", "trained weights": "#54a24b", "gradients": "#b6e3a8", "optimiser": "#88d27a", "head": "#b279a2",
 }  # fmt: skip
 
+WIDTH = 58
+"""Of the first column: with the bytes and a mark behind it a line has at most 80 characters."""
 
-def text(layout: Layout, flash_bytes: int) -> str:
+
+def text(layout: DeviceLayout, flash_bytes: int) -> str:
     """The instructions with the bytes that are alive, and the totals."""
     tiled = layout.choice.tiled
     peak = layout.live.index(layout.lower_bound_bytes)
-    lines = [f"{'instruction':<64}{'alive':>12}"]
+    lines = [f"{'instruction':<{WIDTH}}{'alive':>12}"]
     for time, (title, live) in enumerate(zip(layout.times, layout.live, strict=True)):
         if time == 0 and tiled:
             h, w = layout.choice.tile
             lines.append(f"{len(layout.tiles)} times, for tiles of {h}x{w} places:")
         name = f"{'  ' if time < tiled else ''}{title}"
-        name = name if len(name) <= 62 else f"{name[:30]}…{name[-31:]}"
-        lines.append(f"{name:<64}{shown_bytes(live):>12}{'  <- peak' if time == peak else ''}")
-    lines += ["", f"{'at the peak':<64}{'bytes':>12}"]
-    lines += [f"{kind:<64}{nbytes:>12,}" for kind, nbytes in sorted(layout.ram.items(), key=lambda kv: -kv[1])]
+        name = name if len(name) <= WIDTH - 2 else f"{name[: WIDTH // 2 - 2]}…{name[3 - WIDTH // 2 :]}"
+        lines.append(f"{name:<{WIDTH}}{shown_bytes(live):>12}{'  <- peak' if time == peak else ''}")
+    lines += ["", f"{'at the peak':<{WIDTH}}{'bytes':>12}"]
+    lines += [f"{kind:<{WIDTH}}{nbytes:>12,}" for kind, nbytes in sorted(layout.ram.items(), key=lambda kv: -kv[1])]
     totals = {
         "largest sum of live bytes (lower bound)": layout.lower_bound_bytes,
         "RAM: the whole arena": layout.ram_bytes,
         "flash: frozen weights and factors": flash_bytes,
     }
-    lines += [f"{what:<52}{shown_bytes(nbytes):>12}{nbytes:>12,}" for what, nbytes in totals.items()]
-    lines.append(f"{'multiply-adds that tiles compute again, per image':<64}{layout.recomputed_macs:>12,}")
+    lines += [f"{what:<{WIDTH - 12}}{shown_bytes(nbytes):>12}{nbytes:>12,}" for what, nbytes in totals.items()]
+    lines.append(f"{'multiply-adds that tiles compute again, per image':<{WIDTH}}{layout.recomputed_macs:>12,}")
     return "\n".join(lines)
 
 
-def plot(layout: Layout, path: str | os.PathLike[str]) -> None:
-    """Draw addresses against time, a rectangle for each array, with the peak marked, into an image file."""
+def plot(layout: DeviceLayout, path: str | os.PathLike[str]) -> None:
+    """Draw addresses against time, a rectangle for each array, into an image file, whole or not at all."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
@@ -72,6 +78,8 @@ def plot(layout: Layout, path: str | os.PathLike[str]) -> None:
         axes.axvline(at, color="black", linewidth=0.5, alpha=0.4)
     axes.set_ylabel("address in the arena (KiB)")
     axes.set_xlabel("instruction", labelpad=14)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     kinds = [kind for kind in COLOURS if any(array.kind == kind for array in layout.arrays)]
     axes.legend(handles=[Patch(color=COLOURS[k], label=k) for k in kinds], loc="upper right", fontsize=7)
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=150)

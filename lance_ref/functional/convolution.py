@@ -3,6 +3,9 @@
 Both leave it to an activation store to decide what is kept of the input for the weight
 gradient (:mod:`lance_ref.stores`). The input gradient needs the weight alone, so nothing is
 kept for it, and it is exact under every store that does not say otherwise.
+
+A weight may be given as a sum, W = s·W_0 + D ×₂ Q, of which D alone has a gradient (:mod:`lance_ref.algebra.basis`).
+The operation's inputs are then (x, D, [bias], W_0, s): what trains stands where the weight stands otherwise.
 """
 
 from __future__ import annotations
@@ -10,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from lance_ref.algebra.basis import Basis
 from lance_ref.algebra.geometry import ConvGeometry, Geometry, LinearGeometry, Padding, Pair
 from lance_ref.engine.autograd import Function, Node
 from lance_ref.engine.counting import spending_on
@@ -22,18 +26,40 @@ from lance_ref.engine.tensor import FLOATS, Shape, Tensor, as_tensor
 from lance_ref.stores import EXACT, ActivationStore
 
 
+class Update(NamedTuple):
+    """The part of a weight that trains, W = s·W_0 + D ×₂ Q.
+
+    Attributes
+    ----------
+    weight : Tensor
+        D, of ``basis.update_shape(W_0.shape)``.
+    decay : Tensor ()
+        s, what weight decay has left of W_0. Its gradient is zero: it follows the optimiser's rule alone.
+    basis : Basis
+        Q.
+    """
+
+    weight: Tensor
+    decay: Tensor
+    basis: Basis
+
+
 class _Weighted(Function):
     """What linear and conv2d share: output = geometry(x, weight) + bias."""
 
     @classmethod
     def run(
-        cls, ctx: Node, geometry: Geometry, store: ActivationStore, x: np.ndarray, weight: np.ndarray
+        cls, ctx: Node, geometry: Geometry, store: ActivationStore, update: Basis | None, inputs: Sequence[np.ndarray]
     ) -> np.ndarray:
         """The output without bias; saves what the gradients of x and weight will need."""
-        out = geometry.forward(x, weight)
-        ctx.geometry, ctx.store, ctx.kept = geometry, store, ()  # type: ignore[attr-defined]
+        x, weight, base, decay = *inputs[:2], *inputs[-2:]  # the last two of a sum
+        out = geometry.forward(x, weight) if update is None else update.output(x, base, decay, weight, geometry)
+        ctx.geometry, ctx.store, ctx.update, ctx.kept = geometry, store, update, ()  # type: ignore[attr-defined]
         if ctx.needs_input_grad[0]:
             ctx.save_input("weight", 1)
+            if update is not None:  # Backward writes W down once more: keeping it would keep a second weight.
+                ctx.save_input("base", len(inputs) - 2)
+                ctx.save_input("decay", len(inputs) - 1)
         if ctx.needs_input_grad[1]:
             with spending_on("projection"), _named():
                 kept = store.save_for(x, geometry)
@@ -46,17 +72,27 @@ class _Weighted(Function):
         return out
 
     @classmethod
-    def gradients(cls, ctx: Node, grad_output: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Gradients of x and weight."""
-        grad_x = grad_weight = None
+    def gradients(cls, ctx: Node, grad_output: np.ndarray) -> list[np.ndarray | None]:
+        """Gradients of all inputs but the bias."""
+        store, update, geometry = ctx.store, ctx.update, ctx.geometry  # type: ignore[attr-defined]
+        grads: list[np.ndarray | None] = [None] * len(ctx.needs_input_grad)
         if ctx.needs_input_grad[0]:
             with spending_on("grad_input"):
-                grad_x = ctx.store.input_gradient(ctx["weight"], grad_output, ctx.geometry)  # type: ignore[attr-defined]
+                if update is None:
+                    grads[0] = store.input_gradient(ctx["weight"], grad_output, geometry)
+                else:
+                    grads[0] = update.input_gradient(ctx["base"], ctx["decay"], ctx["weight"], grad_output, geometry)
         if ctx.needs_input_grad[1]:
             saved = {name: ctx[name] for name in ctx.kept}  # type: ignore[attr-defined]
             with spending_on("grad_weight"):
-                grad_weight = ctx.store.weight_gradient(saved, grad_output, ctx.geometry)  # type: ignore[attr-defined]
-        return grad_x, grad_weight
+                if update is None:
+                    grads[1] = store.weight_gradient(saved, grad_output, geometry)
+                else:
+                    grads[1] = store.update_gradient(saved, grad_output, geometry, update)
+        if update is not None and ctx.needs_input_grad[-1]:
+            # The loss depends on s, but s is not there to be learned: it changes by weight decay alone.
+            grads[-1] = np.zeros((), grad_output.dtype)
+        return grads
 
 
 class Linear(_Weighted):
@@ -65,34 +101,35 @@ class Linear(_Weighted):
     op = "linear"
 
     @staticmethod
-    def output_shape(x: Tensor, weight: Tensor, *bias: Tensor, store: ActivationStore) -> Shape:  # type: ignore[override]
+    def output_shape(x: Tensor, *weights: Tensor, store: ActivationStore, update: Basis | None = None) -> Shape:  # type: ignore[override]
         _check_floating("linear", x)
+        weight = weights[0] if update is None else _base("linear", weights, update)
         if weight.ndim != 2:
             raise ValueError(f"linear: weight has shape {weight.shape}, expected 2 dimensions (out, in)")
         if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
             raise ValueError(
                 f"linear: x has shape {x.shape}, expected (..., {weight.shape[1]}) for a weight of shape {weight.shape}"
             )
-        _check_bias("linear", bias, weight.shape[0])
-        _check_store(store, x, weight)
+        _check_bias("linear", weights, weight.shape[0])
+        _check_store(store, x, weights[0])
         return LinearGeometry(x.shape, weight.shape).output_shape
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Node, x: np.ndarray, weight: np.ndarray, *bias: np.ndarray, store: ActivationStore
+        ctx: Node, *inputs: np.ndarray, store: ActivationStore, update: Basis | None = None
     ) -> np.ndarray:
-        out = Linear.run(ctx, LinearGeometry(x.shape, weight.shape), store, x, weight)
-        if bias:
-            out += bias[0]
+        weight = inputs[1] if update is None else inputs[-2]
+        out = Linear.run(ctx, LinearGeometry(inputs[0].shape, weight.shape), store, update, inputs)
+        if has_bias(len(inputs)):
+            out += inputs[2]
         return out
 
     @staticmethod
     def backward(ctx: Node, grad_output: np.ndarray) -> tuple[np.ndarray | None, ...]:
         gradients = Linear.gradients(ctx, grad_output)
-        if len(ctx.needs_input_grad) == 2:
-            return gradients
-        needed = ctx.needs_input_grad[2]
-        return (*gradients, grad_output.reshape(-1, grad_output.shape[-1]).sum(axis=0) if needed else None)
+        if has_bias(len(gradients)) and ctx.needs_input_grad[2]:
+            gradients[2] = grad_output.reshape(-1, grad_output.shape[-1]).sum(axis=0)
+        return tuple(gradients)
 
 
 class Conv2d(_Weighted):
@@ -101,30 +138,56 @@ class Conv2d(_Weighted):
     op = "conv2d"
 
     @staticmethod
-    def output_shape(x: Tensor, weight: Tensor, *bias: Tensor, **attributes: Any) -> Shape:  # type: ignore[override]
-        _check_bias("conv2d", bias, weight.shape[0])
-        _check_store(attributes["store"], x, weight)
+    def output_shape(x: Tensor, *weights: Tensor, **attributes: Any) -> Shape:  # type: ignore[override]
+        update = attributes.get("update")
+        weight = weights[0] if update is None else _base("conv2d", weights, update)
+        _check_bias("conv2d", weights, weight.shape[0])
+        _check_store(attributes["store"], x, weights[0])
         return _conv_geometry(x.shape, weight.shape, attributes).output_shape
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Node, x: np.ndarray, weight: np.ndarray, *bias: np.ndarray, **attributes: Any
-    ) -> np.ndarray:
-        geometry = _conv_geometry(x.shape, weight.shape, attributes)
-        out = Conv2d.run(ctx, geometry, attributes["store"], x, weight)
-        if bias:
-            out += bias[0][:, None, None]
+    def forward(ctx: Node, *inputs: np.ndarray, **attributes: Any) -> np.ndarray:
+        update = attributes.get("update")
+        weight = inputs[1] if update is None else inputs[-2]
+        geometry = _conv_geometry(inputs[0].shape, weight.shape, attributes)
+        out = Conv2d.run(ctx, geometry, attributes["store"], update, inputs)
+        if has_bias(len(inputs)):
+            out += inputs[2][:, None, None]
         return out
 
     @staticmethod
     def backward(ctx: Node, grad_output: np.ndarray) -> tuple[np.ndarray | None, ...]:
         gradients = Conv2d.gradients(ctx, grad_output)
-        if len(ctx.needs_input_grad) == 2:
-            return gradients
-        return (*gradients, grad_output.sum(axis=(0, 2, 3)) if ctx.needs_input_grad[2] else None)
+        if has_bias(len(gradients)) and ctx.needs_input_grad[2]:
+            gradients[2] = grad_output.sum(axis=(0, 2, 3))
+        return tuple(gradients)
 
 
-def linear(x: Any, weight: Tensor, bias: Tensor | None = None, *, store: ActivationStore = EXACT) -> Tensor:
+def has_bias(inputs: int) -> bool:
+    """Whether a bias is among so many inputs: (x, W) and (x, D, W_0, s) have none."""
+    return inputs % 2 == 1
+
+
+def _base(op: str, weights: tuple[Tensor, ...], update: Basis) -> Tensor:
+    """W_0 of (D, [b], W_0, s)."""
+    base = weights[-2]
+    wanted = update.update_shape(base.shape)
+    if weights[0].shape != wanted or weights[-1].shape != ():
+        raise ValueError(
+            f"{op}: the update has shape {weights[0].shape} and decay {weights[-1].shape}, expected {wanted} and () "
+            f"for a weight of shape {base.shape}"
+        )
+    return base
+
+
+def linear(
+    x: Any,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    store: ActivationStore = EXACT,
+    update: Update | None = None,
+) -> Tensor:
     """``x @ weight.T + bias``.
 
     Parameters
@@ -134,6 +197,8 @@ def linear(x: Any, weight: Tensor, bias: Tensor | None = None, *, store: Activat
     bias : Tensor (O,), optional
     store : ActivationStore
         What is kept of ``x`` for the weight gradient; all of it by default.
+    update : Update, optional
+        What trains in place of the weight, which is W_0 then.
 
     Returns
     -------
@@ -144,8 +209,8 @@ def linear(x: Any, weight: Tensor, bias: Tensor | None = None, *, store: Activat
     ValueError, TypeError
         If shapes or dtypes do not fit.
     """
-    inputs = [as_tensor(x), as_tensor(weight)] + ([] if bias is None else [as_tensor(bias)])
-    return Linear.apply(*inputs, store=store)
+    inputs, more = _inputs(as_tensor(x), as_tensor(weight), bias, update)
+    return Linear.apply(*inputs, store=store, **more)
 
 
 def conv2d(
@@ -158,6 +223,7 @@ def conv2d(
     groups: int = 1,
     *,
     store: ActivationStore = EXACT,
+    update: Update | None = None,
 ) -> Tensor:
     """2-D convolution (cross-correlation) of a batch of images.
 
@@ -175,6 +241,8 @@ def conv2d(
         Divides C_in and C_out; ``groups = C_in`` is the depthwise convolution.
     store : ActivationStore
         What is kept of ``x`` for the weight gradient; all of it by default.
+    update : Update, optional
+        What trains in place of the weight, which is W_0 then.
 
     Returns
     -------
@@ -215,8 +283,20 @@ def conv2d(
             f"conv2d: the output would be empty, {geometry.output_shape}: x has shape {x.shape}, "
             f"weight {weight.shape}, stride {strides}, padding {pads}, dilation {dilations}"
         )
-    inputs = [x, weight] + ([] if bias is None else [as_tensor(bias)])
-    return Conv2d.apply(*inputs, stride=strides, padding=pads, dilation=dilations, groups=int(groups), store=store)
+    inputs, more = _inputs(x, weight, bias, update)
+    return Conv2d.apply(
+        *inputs, stride=strides, padding=pads, dilation=dilations, groups=int(groups), store=store, **more
+    )
+
+
+def _inputs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, update: Update | None
+) -> tuple[list[Tensor], dict[str, Basis]]:
+    """The operation's inputs, and the attribute that it has beside its own where a weight is a sum."""
+    biases = [] if bias is None else [as_tensor(bias)]
+    if update is None:
+        return [x, weight, *biases], {}
+    return [x, update.weight, *biases, weight, update.decay], {"update": update.basis}
 
 
 def pair(name: str, value: int | Sequence[int], smallest: int) -> Pair:
@@ -284,6 +364,6 @@ def _check_floating(op: str, x: Tensor) -> None:
         raise TypeError(f"{op}: x has dtype {x.dtype}, expected float32 or float64")
 
 
-def _check_bias(op: str, bias: tuple[Tensor, ...], size: int) -> None:
-    if bias and bias[0].shape != (size,):
-        raise ValueError(f"{op}: bias has shape {bias[0].shape}, expected ({size},)")
+def _check_bias(op: str, weights: tuple[Tensor, ...], size: int) -> None:
+    if has_bias(1 + len(weights)) and weights[1].shape != (size,):
+        raise ValueError(f"{op}: bias has shape {weights[1].shape}, expected ({size},)")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lance_ref.algebra.kernels.elementwise import apply_mask
 from lance_ref.engine.arguments import (
     NUMBERS,
     Context,
@@ -26,19 +27,31 @@ from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 
 
 class Unary(Function):
-    """A function of one floating tensor, element by element."""
+    """A function of one floating tensor whose result has its shape; attributes may say more."""
 
     @classmethod
-    def output_shape(cls, x: Tensor) -> Shape:
+    def output_shape(cls, x: Tensor, **attributes: Any) -> Shape:
         return x.shape
 
 
-class Add(Function):
-    op = "add"
+class Masked(Unary):
+    """One that lets the gradient through where a bit of the saved ``mask`` is set."""
 
     @staticmethod
-    def output_shape(a: Tensor, b: Tensor) -> Shape:
-        return broadcast_shape("add", a, b)
+    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
+        return (apply_mask(ctx["mask"], grad_output),)
+
+
+class Binary(Function):
+    """A function of two tensors, element by element, with broadcasting."""
+
+    @classmethod
+    def output_shape(cls, a: Tensor, b: Tensor) -> Shape:
+        return broadcast_shape(cls.op, a, b)
+
+
+class Add(Binary):
+    op = "add"
 
     @staticmethod
     def forward(ctx: Context, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -50,12 +63,8 @@ class Add(Function):
         return tuple(unbroadcast(grad_output, shapes[i]) if needed[i] else None for i in (0, 1))
 
 
-class Sub(Function):
+class Sub(Binary):
     op = "sub"
-
-    @staticmethod
-    def output_shape(a: Tensor, b: Tensor) -> Shape:
-        return broadcast_shape("sub", a, b)
 
     @staticmethod
     def forward(ctx: Context, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -70,12 +79,8 @@ class Sub(Function):
         )
 
 
-class Mul(Function):
+class Mul(Binary):
     op = "mul"
-
-    @staticmethod
-    def output_shape(a: Tensor, b: Tensor) -> Shape:
-        return broadcast_shape("mul", a, b)
 
     @staticmethod
     def forward(ctx: Context, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -95,12 +100,8 @@ class Mul(Function):
         )
 
 
-class Div(Function):
+class Div(Binary):
     op = "div"
-
-    @staticmethod
-    def output_shape(a: Tensor, b: Tensor) -> Shape:
-        return broadcast_shape("div", a, b)
 
     @staticmethod
     def forward(ctx: Context, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -132,12 +133,8 @@ class Neg(Unary):
         return (np.asarray(-grad_output),)
 
 
-class Pow(Function):
+class Pow(Unary):
     op = "pow"
-
-    @staticmethod
-    def output_shape(x: Tensor, exponent: float) -> Shape:
-        return x.shape
 
     @staticmethod
     def forward(ctx: Context, x: np.ndarray, exponent: float) -> np.ndarray:

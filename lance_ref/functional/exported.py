@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.algebra.kernels.elementwise import apply_mask, pack_blocks
+from lance_ref.algebra.kernels.elementwise import pack_blocks
 from lance_ref.engine.arguments import NUMBERS, Context, Gradients, unbroadcast
 from lance_ref.engine.autograd import Function
 from lance_ref.engine.blocks import blockwise
 from lance_ref.engine.tensor import Shape, Tensor, as_tensor
-from lance_ref.functional.elementwise import Unary
+from lance_ref.functional.elementwise import Masked, Unary
 
 TANH_SCALE, TANH_CUBE = math.sqrt(2 / math.pi), 0.044715
 """GELU by tanh: Φ(x) ≈ (1 + tanh(√(2/π)·(x + 0.044715·x³))) / 2."""
@@ -60,22 +60,14 @@ def _gelu_tanh(x: np.ndarray) -> np.ndarray:
     return np.asarray(np.tanh(TANH_SCALE * (x + TANH_CUBE * x * x * x)))
 
 
-class Clip(Function):
+class Clip(Masked):
     op = "clip"
-
-    @staticmethod
-    def output_shape(x: Tensor, low: float, high: float) -> Shape:
-        return x.shape
 
     @staticmethod
     def forward(ctx: Context, x: np.ndarray, low: float, high: float) -> np.ndarray:
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(mask=pack_blocks(lambda x: (x > low) & (x < high), x))
         return np.asarray(np.clip(x, x.dtype.type(low), x.dtype.type(high)))
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (apply_mask(ctx["mask"], grad_output),)
 
 
 class Expand(Function):
@@ -94,12 +86,8 @@ class Expand(Function):
         return (unbroadcast(grad_output, ctx.input_shapes[0]),)
 
 
-class FakeQuantize(Function):
+class FakeQuantize(Masked):
     op = "fake_quantize"
-
-    @staticmethod
-    def output_shape(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Shape:
-        return x.shape
 
     @staticmethod
     def forward(ctx: Context, x: np.ndarray, scale: float, zero_point: int, low: int, high: int) -> np.ndarray:
@@ -109,10 +97,6 @@ class FakeQuantize(Function):
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(mask=pack_blocks(lambda x: (low <= steps(x)) & (steps(x) <= high), x))
         return blockwise(lambda x: (np.clip(steps(x), low, high) - zero_point) * x.dtype.type(scale), x)
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (apply_mask(ctx["mask"], grad_output),)
 
 
 def erf(x: Any) -> Tensor:

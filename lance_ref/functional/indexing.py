@@ -90,7 +90,6 @@ def index(x: Any, index: Any) -> Tensor:
 
     Parameters
     ----------
-    x : Tensor
     index : int, slice, None, Ellipsis, integer or boolean array, or a tuple of these
         Integers, slices and None give a view and keep nothing. Arrays (also as Tensors or lists)
         give a copy, and their positions are kept, in the smallest unsigned type that fits.

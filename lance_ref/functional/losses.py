@@ -103,10 +103,6 @@ def cross_entropy(x: Any, target: Any, reduction: str = "mean") -> Tensor:
     reduction : {"mean", "sum"}
         Over the batch.
 
-    Returns
-    -------
-    Tensor ()
-
     Raises
     ------
     ValueError, TypeError
@@ -117,18 +113,9 @@ def cross_entropy(x: Any, target: Any, reduction: str = "mean") -> Tensor:
 
 
 def mse_loss(a: Any, b: Any, reduction: str = "mean") -> Tensor:
-    """Squared difference of two tensors of one shape.
+    """Squared difference of prediction and target, of one shape; both may need gradients.
 
-    Parameters
-    ----------
-    a, b : Tensor
-        Prediction and target; both may need gradients.
-    reduction : {"mean", "sum"}
-        Over all elements.
-
-    Returns
-    -------
-    Tensor ()
+    ``reduction``, "mean" or "sum", is over all elements.
     """
     return MseLoss.apply(*operands(a, b), reduction=_checked("mse_loss", reduction))
 

@@ -10,11 +10,10 @@ import numpy as np
 
 from lance_ref.algebra.kernels.elementwise import apply_mask, clamp_and_pack, pack_blocks
 from lance_ref.engine.arguments import Context, Gradients, one_dim, share
-from lance_ref.engine.autograd import Function
 from lance_ref.engine.blocks import BLOCK_ELEMENTS, blockwise, pieces
 from lance_ref.engine.random import as_generator, will_draw
-from lance_ref.engine.tensor import Shape, Tensor, as_tensor
-from lance_ref.functional.elementwise import Unary
+from lance_ref.engine.tensor import Tensor, as_tensor
+from lance_ref.functional.elementwise import Masked, Unary
 
 
 class Tanh(Unary):
@@ -107,28 +106,20 @@ class Hardsigmoid(Unary):
         return (apply_mask(ctx["mask"], grad_output, 1 / 6),)
 
 
-class Relu(Unary):
+class Relu(Masked):
     op = "relu"
 
     @staticmethod
     def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
         return _clamped(ctx, x, math.inf)
 
-    @staticmethod
-    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (apply_mask(ctx["mask"], grad_output),)
 
-
-class Relu6(Unary):
+class Relu6(Masked):
     op = "relu6"
 
     @staticmethod
     def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
         return _clamped(ctx, x, 6.0)
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (apply_mask(ctx["mask"], grad_output),)
 
 
 def _clamped(ctx: Context, x: np.ndarray, ceiling: float) -> np.ndarray:
@@ -140,12 +131,8 @@ def _clamped(ctx: Context, x: np.ndarray, ceiling: float) -> np.ndarray:
     return output
 
 
-class Softmax(Function):
+class Softmax(Unary):
     op = "softmax"
-
-    @staticmethod
-    def output_shape(x: Tensor, dim: int) -> Shape:
-        return x.shape
 
     @staticmethod
     def forward(ctx: Context, x: np.ndarray, dim: int) -> np.ndarray:
@@ -166,12 +153,8 @@ class Softmax(Function):
         return (product,)
 
 
-class LogSoftmax(Function):
+class LogSoftmax(Unary):
     op = "log_softmax"
-
-    @staticmethod
-    def output_shape(x: Tensor, dim: int) -> Shape:
-        return x.shape
 
     @staticmethod
     def forward(ctx: Context, x: np.ndarray, dim: int) -> np.ndarray:
@@ -201,12 +184,8 @@ class _Chance:
         return self.p
 
 
-class Dropout(Function):
+class Dropout(Unary):
     op = "dropout"
-
-    @staticmethod
-    def output_shape(x: Tensor, p: _Chance) -> Shape:
-        return x.shape
 
     @staticmethod
     def forward(ctx: Context, x: np.ndarray, p: _Chance) -> np.ndarray:
@@ -285,7 +264,6 @@ def dropout(x: Any, p: float = 0.5, training: bool = True, rng: np.random.Genera
 
     Parameters
     ----------
-    x : Tensor
     p : float in [0, 1]
     training : bool
         If False, or if ``p`` is 0, ``x`` itself is returned and nothing is recorded.

@@ -9,13 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.engine.arguments import (
-    Context,
-    Gradients,
-    many_dims,
-    one_dim,
-    smallest_unsigned,
-)
+from lance_ref.engine.arguments import Context, Gradients, many_dims, one_dim, smallest_unsigned
 from lance_ref.engine.autograd import Function
 from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 
@@ -39,12 +33,16 @@ def _spread(reduced: Any, shape: Shape, dim: Dims) -> np.ndarray:
     return np.broadcast_to(reduced.reshape(_reduced_shape(shape, dim, True)), shape)
 
 
-class Sum(Function):
-    op = "sum"
+class Reduction(Function):
+    """A function of all elements along some dimensions, or of all."""
 
     @staticmethod
     def output_shape(x: Tensor, dim: Dims, keepdim: bool) -> Shape:
         return _reduced_shape(x.shape, dim, keepdim)
+
+
+class Sum(Reduction):
+    op = "sum"
 
     @staticmethod
     def forward(ctx: Context, x: np.ndarray, dim: Dims, keepdim: bool) -> np.ndarray:
@@ -56,12 +54,8 @@ class Sum(Function):
         return (_spread(grad_output, ctx.input_shapes[0], ctx.dim),)
 
 
-class Mean(Function):
+class Mean(Reduction):
     op = "mean"
-
-    @staticmethod
-    def output_shape(x: Tensor, dim: Dims, keepdim: bool) -> Shape:
-        return _reduced_shape(x.shape, dim, keepdim)
 
     @staticmethod
     def forward(ctx: Context, x: np.ndarray, dim: Dims, keepdim: bool) -> np.ndarray:

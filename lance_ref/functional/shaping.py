@@ -160,13 +160,11 @@ def pad(x: Any, pad: Sequence[int], mode: str = "constant", value: float = 0.0) 
 
     Parameters
     ----------
-    x : Tensor
     pad : sequence of int
         PyTorch's order, last dimension first: ``(left, right, top, bottom, ...)``. Dimensions
         that are not named are left alone.
     mode : str
         Only ``"constant"``.
-    value : float
 
     Raises
     ------

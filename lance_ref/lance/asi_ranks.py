@@ -20,6 +20,7 @@ from lance_ref.algebra.subspace import shape_text
 from lance_ref.algebra.tucker import check_epsilon
 from lance_ref.engine.counting import spending_on
 from lance_ref.engine.tensor import Shape
+from lance_ref.io.progress import aligned
 from lance_ref.lance.gradient_samples import LayerSample
 from lance_ref.lance.knapsack import choose
 from lance_ref.nn.module import Module
@@ -35,15 +36,8 @@ GRID = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 class RankOption:
     """What one threshold means for one layer.
 
-    Attributes
-    ----------
-    epsilon : float
-    ranks : tuple of int or None
-        One per mode, None for a mode of full rank.
-    kept_bytes : int
-        Core and factors, of every call of the layer in a step.
-    perplexity : float
-        ‖dW − dŴ‖_F, the mean over the samples.
+    ``ranks`` has one per mode, None for a full one; ``kept_bytes`` are those of core and factors, of every call of the
+    layer in a step; ``perplexity`` is ‖dW − dŴ‖_F, the mean over the samples.
     """
 
     epsilon: float
@@ -54,16 +48,9 @@ class RankOption:
 
 @dataclass(frozen=True)
 class AsiPlan:
-    """The ranks chosen for each layer, by layer path.
+    """The ranks chosen for each layer, by layer path, with thresholds, perplexities and bytes of core and factors.
 
-    Attributes
-    ----------
-    ranks : dict of str to tuple of int or None
-    epsilon, perplexity : dict of str to float
-    kept_bytes : dict of str to int
-        Core and factors on the tape.
-    budget_bytes : int
-        What ``total_bytes`` had to stay within.
+    ``budget_bytes`` is what ``total_bytes`` had to stay within.
     """
 
     ranks: dict[str, Ranks]
@@ -90,26 +77,12 @@ class AsiPlan:
 
     def __str__(self) -> str:
         rows = [("layer", "epsilon", "ranks", "perplexity", "bytes")]
-        rows += [
-            (
-                path or "(root)",
-                f"{self.epsilon[path]:g}",
-                shape_text(ranks),
-                f"{self.perplexity[path]:.3g}",
-                f"{self.kept_bytes[path]:,}",
-            )
-            for path, ranks in self.ranks.items()
-        ]
+        for path, ranks in self.ranks.items():
+            numbers = f"{self.perplexity[path]:.3g}", f"{self.kept_bytes[path]:,}"
+            rows.append((path or "(root)", f"{self.epsilon[path]:g}", shape_text(ranks), *numbers))
         total, budget = self.total_bytes, self.budget_bytes
         rows.append(("total", "", "", f"{self.total_perplexity:.3g}", f"{total:,}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = []
-        for row in rows:
-            cells = [
-                cell.ljust(w) if i in (0, 2) else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
+        lines = aligned(rows, right=(1, 3, 4))
         return "\n".join([*lines, f"budget {budget:,} bytes"])
 
 
@@ -126,10 +99,6 @@ def choose_ranks(
         For core and factors of all these layers together.
     grid : sequence of float
         The thresholds to choose from, in (0, 1].
-
-    Returns
-    -------
-    AsiPlan
 
     Raises
     ------
@@ -173,27 +142,39 @@ def rank_options(path: str, samples: Sequence[LayerSample], grid: Sequence[float
     grid = [check_epsilon(epsilon) for epsilon in grid]
     if not grid:
         raise ValueError("grid is empty, expected energy thresholds in (0, 1]")
-    shape = _shape_of(path, samples)
+    if not samples:
+        raise ValueError(f"layer {path!r} has no samples, expected at least one")
+    shape = samples[0].activation.shape
+    for sample in samples:
+        check_activation(f"layer {path!r}", sample.activation)
+        if sample.activation.shape != shape:
+            raise ValueError(
+                f"layer {path!r}: samples have shapes {shape} and {sample.activation.shape}, expected one shape, for "
+                "ASI's ranks are fixed; drop the odd batch"
+            )
     with spending_on("calibration"):
-        directions = [_directions(sample.activation) for sample in samples]
+        directions = [
+            all_directions(x, {mode: None for mode, n in enumerate(x.shape) if n > 1})  # of every mode that has any
+            for x in (sample.activation for sample in samples)
+        ]
         ranks = [_largest_ranks(shape, directions, epsilon) for epsilon in grid]
         perplexity = np.mean([_perplexities(*pair, ranks) for pair in zip(samples, directions, strict=True)], axis=0)
     calls = 1 + max(sample.call for sample in samples)
     itemsize = samples[0].activation.itemsize
     return [
-        RankOption(epsilon, chosen, calls * itemsize * kept_elements(shape, chosen), float(loss))
+        RankOption(epsilon, chosen, calls * itemsize * sum(kept_elements(shape, chosen)), float(loss))
         for epsilon, chosen, loss in zip(grid, ranks, perplexity, strict=True)
     ]
 
 
-def kept_elements(shape: Shape, ranks: Ranks) -> int:
-    """Elements of core and factors: Π r_n + Σ n·r_n, a mode of None with its full size and without a factor.
+def kept_elements(shape: Shape, ranks: Ranks) -> tuple[int, int]:
+    """Elements of the core and of the factors, Π r_n and Σ n·r_n; a mode of None is left whole and has no factor.
 
-    >>> kept_elements((8, 6, 5), (2, None, 1))  # 2·6·1 + 8·2 + 5·1
-    33
+    >>> kept_elements((8, 6, 5), (2, None, 1))  # 2·6·1, and 8·2 + 5·1
+    (12, 21)
     """
     core = math.prod(n if r is None else r for n, r in zip(shape, ranks, strict=True))
-    return core + sum(n * r for n, r in zip(shape, ranks, strict=True) if r is not None)
+    return core, sum(n * r for n, r in zip(shape, ranks, strict=True) if r is not None)
 
 
 def _perplexities(sample: LayerSample, directions: Mapping[int, Directions], ranks: Sequence[Ranks]) -> np.ndarray:
@@ -207,29 +188,9 @@ def _perplexities(sample: LayerSample, directions: Mapping[int, Directions], ran
     return np.array([norm(error) for error in errors])
 
 
-def _directions(activation: np.ndarray) -> dict[int, Directions]:
-    """The singular directions of every mode that is larger than 1."""
-    return all_directions(activation, {mode: None for mode, n in enumerate(activation.shape) if n > 1})
-
-
 def _largest_ranks(shape: Shape, directions: Sequence[Mapping[int, Directions]], epsilon: float) -> Ranks:
     """The largest rank of each mode over the samples, None for a full one."""
     if epsilon == 1:
         return (None,) * len(shape)
     ranks = (max(found[mode].rank(epsilon) if n > 1 else 1 for found in directions) for mode, n in enumerate(shape))
     return tuple(None if r == n else r for n, r in zip(shape, ranks, strict=True))
-
-
-def _shape_of(path: str, samples: Sequence[LayerSample]) -> Shape:
-    """The shape that all samples of a layer have."""
-    if not samples:
-        raise ValueError(f"layer {path!r} has no samples, expected at least one")
-    shape = samples[0].activation.shape
-    for sample in samples:
-        check_activation(f"layer {path!r}", sample.activation)
-        if sample.activation.shape != shape:
-            raise ValueError(
-                f"layer {path!r}: samples have shapes {shape} and {sample.activation.shape}, expected one shape, for "
-                "ASI's ranks are fixed; drop the odd batch"
-            )
-    return shape

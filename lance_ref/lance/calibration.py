@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,12 @@ from lance_ref.algebra.grams import LayerGrams, check_modes, select_modes
 from lance_ref.algebra.subspace import Subspace, seen_text, shape_text
 from lance_ref.algebra.tucker import check_epsilon
 from lance_ref.engine.tensor import Tensor
+from lance_ref.io.progress import aligned
 from lance_ref.lance import calibration_file
 from lance_ref.lance.calibration_file import Ranks
-from lance_ref.lance.compression import check_shapes, chosen_layers
+from lance_ref.lance.compression import check_shapes, chosen_layers, features_of
 from lance_ref.lance.listening import run_over
+from lance_ref.lance.patches import PatchGrams, geometry_of, patch_shape, patch_tokens
 from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
 from lance_ref.nn.selection import weighted_layers
@@ -36,14 +38,6 @@ class Calibration(Mapping[str, Subspace]):
     Made by :func:`calibrate` or :meth:`load`; never changes. ``print(calibration)`` shows a table.
     Eigenvectors are computed when a layer is first asked for, once per mode, and are shared by the
     calibrations that :meth:`with_epsilon` and :meth:`with_ranks` return.
-
-    Parameters
-    ----------
-    grams : mapping of str to LayerGrams
-    epsilon : mapping of str to float
-        Energy threshold of each layer.
-    ranks : mapping of str to tuple, optional
-        Ranks of the layers where they were given instead.
     """
 
     def __init__(
@@ -87,13 +81,7 @@ class Calibration(Mapping[str, Subspace]):
         return Calibration(self._grams, {**self._epsilon, **changed}, kept)
 
     def with_ranks(self, ranks: Mapping[str, Sequence[int | None]]) -> Calibration:
-        """The same calibration with given ranks for some layers.
-
-        Parameters
-        ----------
-        ranks : mapping of layer path to sequence of int or None
-            One rank per mode; None leaves the mode alone.
-        """
+        """The same calibration with given ranks for some layers: one for each mode, None leaves the mode alone."""
         self._check_known("ranks", ranks)
         for path, values in ranks.items():
             self._grams[path].check_ranks(values)
@@ -101,15 +89,10 @@ class Calibration(Mapping[str, Subspace]):
         return Calibration(self._grams, self._epsilon, {**self._ranks, **given})
 
     def merge(self, other: Calibration) -> Calibration:
-        """Both calibrations as one, as if one run had seen the batches of both.
+        """Both calibrations as one, as if one run had seen the batches of both, with thresholds and ranks of ``self``.
 
-        Thresholds and ranks are those of ``self``.
-
-        Raises
-        ------
-        ValueError
-            If the layers, shapes or modes differ (with the batch mode calibrated, also the batch
-            size); names the layer and both shapes.
+        Raises ValueError, with the layer and both shapes, if the layers, shapes or modes differ (with the batch mode
+        calibrated, also the batch size).
         """
         if set(self) != set(other):
             mine, theirs = sorted(set(self) - set(other)), sorted(set(other) - set(self))
@@ -138,15 +121,7 @@ class Calibration(Mapping[str, Subspace]):
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Calibration:
-        """Read what :meth:`save` wrote: the same subspaces, bit by bit.
-
-        Raises
-        ------
-        ValueError
-            One line that names the file and what is wrong with it.
-        OSError
-            If the file cannot be opened.
-        """
+        """Read what :meth:`save` wrote, the same subspaces bit by bit; ValueError, on one line, for another file."""
         return Calibration(*calibration_file.load(path))
 
     # ---- printing --------------------------------------------------------------------
@@ -164,11 +139,7 @@ class Calibration(Mapping[str, Subspace]):
         whole = sum(math.prod(space.shape) for space in self.values())
         cores = sum(math.prod(space.core_shape) for space in self.values())
         rows.append(("total", f"{whole:,}", f"{cores:,}", "", f"{whole / cores:,.1f}x"))
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = []
-        for row in rows:
-            cells = [cell.ljust(width) for cell, width in zip(row[:4], widths[:4], strict=True)]
-            lines.append("  ".join([*cells, row[4].rjust(widths[4])]))
+        lines = aligned(rows, right=(4,))
         rule = "-" * len(lines[0])
         thresholds = sorted({self._epsilon[path] for path in self if path not in self._ranks})
         chosen = ["epsilon " + ", ".join(f"{value:g}" for value in thresholds)] if thresholds else []
@@ -198,7 +169,6 @@ def calibrate(
 
     Parameters
     ----------
-    net : Module
     batches : iterable of arrays, Tensors, or (inputs, labels) tuples
         What the network takes. With the batch mode selected all have the same batch size.
     layers : glob or sequence of globs, optional
@@ -221,10 +191,6 @@ def calibrate(
     center : bool
         Split A = μ + R with the mean activation μ (one number per feature): the subspaces are those of R,
         and the compressed layer adds the exact weight gradient of μ back. Needs two passes as well.
-
-    Returns
-    -------
-    Calibration
 
     Raises
     ------
@@ -258,41 +224,42 @@ def calibrate(
         raise TypeError(f"batches is a single array of shape {batches.shape}, expected an iterable of them: [array]")
     epsilon, modes = check_epsilon(epsilon), check_modes(modes)
     paths = chosen_layers(net, layers)
+    modules, given = weighted_layers(net), dict(protected or {})
+    if unknown := [path for path in given if path not in paths]:
+        raise ValueError(f"protected names layer {unknown[0]!r}, expected one of {', '.join(map(repr, paths))}")
+    bases = {
+        path: checked_protected(path, given[path], features_of(modules[path])) if path in given else None
+        for path in paths
+    }
     # What is taken out of the activations has to be known before their Grams are summed.
-    frames = _frames(net, batches, paths, progress, dict(protected or {}), mean_free, center)
-    grams: dict[str, LayerGrams] = {}
-
-    def add_grams(path: str, activation: np.ndarray, again: bool) -> None:
-        if path not in grams:
-            selected = select_modes(path, activation.shape, modes)
-            grams[path] = LayerGrams(path, activation.shape, selected, frames.get(path))
-        # Equation (1), while the network runs: the activation is let go when this returns.
-        grams[path].add(activation, again)
-
-    run_over(net, batches, paths, add_grams, progress)
+    frames = frames_of(net, batches, bases, mean_free, center, progress=progress)
+    grams = grams_of(net, batches, frames, modes, progress=progress)
     for layer in grams.values():
         layer.check_energy()
     # Equations (2) and (3) wait until a subspace is asked for; another epsilon then needs no data.
-    return Calibration({path: grams[path] for path in paths}, dict.fromkeys(paths, epsilon))
+    return Calibration(grams, dict.fromkeys(paths, epsilon))
 
 
-def _frames(
+def frames_of(
     net: Module,
     batches: Iterable[Any],
-    paths: Sequence[str],
-    progress: bool | None,
-    protected: Mapping[str, np.ndarray],
-    mean_free: bool,
-    center: bool,
+    bases: Mapping[str, np.ndarray | None],
+    mean_free: bool = False,
+    center: bool = False,
+    patches: bool = False,
+    progress: bool | None = False,
 ) -> dict[str, Frame]:
-    """What to take out of each layer's activations; a first pass over the batches finds the means."""
-    unknown = [path for path in protected if path not in paths]
-    if unknown:
-        raise ValueError(f"protected names layer {unknown[0]!r}, expected one of {', '.join(map(repr, paths))}")
+    """What to take out of each layer's inputs: protected directions, and the mean, which takes a pass of its own.
+
+    Parameters
+    ----------
+    bases : mapping of layer path to (n, m) array or None
+        For every layer to calibrate.
+    patches : bool
+        Whether a convolution is seen as a linear layer over its patches, so that n = C_in·k_h·k_w.
+    """
     if mean_free and center:
         raise ValueError("mean_free and center are both set: a centred activation has no mean to be free of")
-    sizes = {path: _features(weighted_layers(net)[path]) for path in paths}
-    bases = {path: checked_protected(path, M, sizes[path]) for path, M in protected.items()}
     if not (mean_free or center):
         return {path: Frame(M) for path, M in bases.items()}
     if iter(batches) is batches:
@@ -300,18 +267,50 @@ def _frames(
             f"batches is an iterator ({type(batches).__name__}), but mean_free and center take two passes over it; "
             "expected a list, or another iterable that starts anew each time"
         )
-    means: dict[str, FeatureMean] = {}
+    modules, means = weighted_layers(net), dict[str, FeatureMean]()
 
     def add_mean(path: str, activation: np.ndarray, again: bool) -> None:
-        means.setdefault(path, FeatureMean(path, activation.shape)).add(activation)
+        layer, blocks = modules[path], iter([activation])
+        if patches and isinstance(layer, Conv2d):
+            blocks = patch_tokens(geometry_of(layer, activation.shape), activation)
+        for block in blocks:
+            means.setdefault(path, FeatureMean(path, block.shape)).add(block)
 
-    run_over(net, batches, paths, add_mean, progress)
+    run_over(net, batches, list(bases), add_mean, progress)
     if center:
-        return {path: Frame(bases.get(path), means[path].mean) for path in paths}
-    return {path: Frame(with_direction(bases.get(path), means[path].mean)) for path in paths}
+        return {path: Frame(M, means[path].mean) for path, M in bases.items()}
+    return {path: Frame(with_direction(M, means[path].mean)) for path, M in bases.items()}
 
 
-def _features(layer: Module) -> int:
-    """Size of the feature mode of the layer's input."""
-    width: int = layer.weight.shape[1]
-    return width * layer.groups if isinstance(layer, Conv2d) else width
+def grams_of(
+    net: Module,
+    batches: Iterable[Any],
+    frames: Mapping[str, Frame],
+    modes: Sequence[str],
+    patches: bool = False,
+    see: Callable[[LayerGrams, np.ndarray, int], None] | None = None,
+    progress: bool | None = False,
+) -> dict[str, LayerGrams]:
+    """The Gram matrices of what each layer's frame leaves of its inputs, from one pass over the batches.
+
+    ``see`` is called with the Grams, the activation that they have just taken in, and the unit that they had before.
+    """
+    modules, grams = weighted_layers(net), dict[str, LayerGrams]()
+
+    def add(path: str, activation: np.ndarray, again: bool) -> None:
+        layer, shape = modules[path], activation.shape
+        if path not in grams:
+            if patches and isinstance(layer, Conv2d):
+                selected = select_modes(path, patch_shape(geometry_of(layer, shape)), modes)
+                grams[path] = PatchGrams(path, layer, shape, selected, frames[path])
+            else:
+                grams[path] = LayerGrams(path, shape, select_modes(path, shape, modes), frames[path])
+        before = grams[path].unit
+        # Equation (1), while the network runs: the activation is let go when this returns.
+        grams[path].add(activation, again)
+        if see is not None:
+            see(grams[path], activation, before)
+
+    if frames:
+        run_over(net, batches, list(frames), add, progress)
+    return {path: grams[path] for path in frames}

@@ -57,15 +57,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> Parts:
-    """Read what :func:`save` wrote.
-
-    Raises
-    ------
-    ValueError
-        One line that names the file and what is wrong with it.
-    OSError
-        If the file cannot be opened.
-    """
+    """Read what :func:`save` wrote; ValueError, in one line that names the file, for anything else."""
     arrays = load_npz(path)
     try:
         metadata = json.loads(arrays.pop("metadata").tobytes())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -11,9 +12,11 @@ from lance_ref.algebra.subspace import Subspace
 from lance_ref.engine.tensor import Shape
 from lance_ref.nn import Conv2d
 from lance_ref.nn.module import Module
-from lance_ref.nn.selection import weighted_layers
+from lance_ref.nn.selection import learns, weighted_layers
+from lance_ref.nn.subspace import merge, train_in_subspace
 from lance_ref.stores import EXACT, ActivationStore, Lance
 
+UPDATES = ("weight", "subspace")
 _SHOWN = 6  # layer paths that an error lists
 
 
@@ -27,6 +30,8 @@ def compress(
     batch_mode: str = "calibrated",
     batch_ratio: float | None = None,
     seed: int = 0,
+    update: str = "weight",
+    forward: str = "auto",
 ) -> list[str]:
     """Have calibrated layers keep the core of their input in place of the input.
 
@@ -46,6 +51,13 @@ def compress(
         As :class:`~lance_ref.stores.Lance` takes them: cores as codes, and a random sketch of the batch.
     seed : int
         Of the sketches; each layer's is drawn independently of the others'.
+    update : {"weight", "subspace"}
+        What trains of these layers: the weight, or D in W = W_0 + D ×₂ Q with Q from the factor of channels or
+        features, where D is smaller (:mod:`lance_ref.nn.subspace`). By stochastic gradient descent both are the same
+        to rounding, and gradient and optimiser state are smaller in the subspace. :func:`merge` ends it. Make the
+        optimiser afterwards.
+    forward : {"auto", "merged", "factored"}
+        How a layer that trains in a subspace computes its output (:class:`~lance_ref.algebra.basis.Basis`).
 
     Returns
     -------
@@ -56,9 +68,13 @@ def compress(
     ------
     ValueError
         If a glob matches no calibrated layer, or a layer is missing from the network or takes another
-        number of channels or features than was calibrated; names the layer and both shapes. Nothing has
-        been changed then.
+        number of channels or features than was calibrated; names the layer and both shapes. Also if a layer trains in
+        a subspace already, or cannot. Nothing has been changed then.
     """
+    if update not in UPDATES:
+        raise ValueError(f"update is {update!r}, expected one of {', '.join(UPDATES)}")
+    if forward != "auto" and update != "subspace":
+        raise ValueError(f"forward is {forward!r}, but update is {update!r}, expected 'subspace'")
     paths = list(calibration) if layers is None else match_layers(layers, list(calibration), "calibrated layer")
     subspaces = {path: calibration[path] for path in paths}
     check_shapes(net, {path: subspace.shape for path, subspace in subspaces.items()})
@@ -68,13 +84,34 @@ def compress(
         path: Lance(subspace, order, modules[path].weight.dtype, core_bits, batch_mode, batch_ratio, int(own))
         for own, (path, subspace) in zip(seeds, subspaces.items(), strict=True)
     }
-    for path, store in stores.items():
-        modules[path].store = store
+    put_on(net, stores, update, forward)
     return paths
 
 
+def put_on(net: Module, stores: Mapping[str, ActivationStore], update: str = "weight", forward: str = "auto") -> None:
+    """Give layers their stores, and have them train as ``update`` says; a ValueError leaves the net as it was."""
+    modules = weighted_layers(net)
+    updated = [path for path in stores if modules[path].update is not None]
+    if updated:
+        raise ValueError(f"layer {updated[0]!r} trains in the subspace of its store; merge(net) before it gets another")
+    before = {path: modules[path].store for path in stores}
+    try:
+        for path, store in stores.items():
+            modules[path].store = store
+        if update == "subspace":
+            train_in_subspace(net, list(stores), forward)
+    except ValueError:
+        for path, store in before.items():
+            modules[path].store = store
+        raise
+
+
 def restore(net: Module) -> list[str]:
-    """Have every Conv2d and Linear of ``net`` keep its whole input again; the paths of those that did not."""
+    """Have every Conv2d and Linear of ``net`` keep its whole input again; the paths of those that did not.
+
+    Layers that train in a subspace are merged (:func:`lance_ref.merge`).
+    """
+    merge(net)
     changed = [path for path, layer in weighted_layers(net).items() if layer.store is not EXACT]
     for layer in weighted_layers(net).values():
         layer.store = EXACT
@@ -82,7 +119,11 @@ def restore(net: Module) -> list[str]:
 
 
 def attach(
-    net: Module, make: Callable[[str, Module], ActivationStore], layers: str | Sequence[str] | None = None
+    net: Module,
+    make: Callable[[str, Module], ActivationStore],
+    layers: str | Sequence[str] | None = None,
+    update: str = "weight",
+    forward: str = "auto",
 ) -> list[str]:
     """Give every chosen layer an activation store of its own.
 
@@ -94,6 +135,8 @@ def attach(
     layers : glob or sequence of globs, optional
         By default the layers that ``tune`` selected (without the head), or, for a network that was not tuned, all
         whose weight requires gradients.
+    update, forward
+        As for :func:`compress`.
 
     Returns
     -------
@@ -122,8 +165,7 @@ def attach(
         s is not EXACT for s in stores.values()
     ):
         raise ValueError(f"make returned one store for several layers of {list(stores)}, expected a new one for each")
-    for path, store in stores.items():
-        modules[path].store = store
+    put_on(net, stores, update, forward)
     return list(stores)
 
 
@@ -134,14 +176,14 @@ def chosen_layers(net: Module, layers: str | Sequence[str] | None) -> list[str]:
         return match_layers(layers, list(available), "Conv2d or Linear layer")
     tuning = getattr(net, "tuning", None)
     if tuning is not None:
-        chosen = [path for path in available if path in tuning.layers and available[path].weight.requires_grad]
+        chosen = [path for path in available if path in tuning.layers and learns(available[path])]
         if tuning.layers and not chosen:
             raise ValueError(
                 "no weight of the tuned layers trains, only biases, so there is no activation to compress; name layers "
                 "with layers=..."
             )
     else:
-        chosen = [path for path, layer in available.items() if layer.weight.requires_grad]
+        chosen = [path for path, layer in available.items() if learns(layer)]
     if not chosen:
         raise ValueError("net has no Conv2d or Linear layer that trains (its head aside); name them with layers=...")
     return chosen
@@ -150,18 +192,8 @@ def chosen_layers(net: Module, layers: str | Sequence[str] | None) -> list[str]:
 def match_layers(layers: str | Sequence[str], available: Sequence[str], what: str) -> list[str]:
     """The paths among ``available`` that a glob matches, in their own order.
 
-    Parameters
-    ----------
-    layers : glob or sequence of globs
-        Matched against whole dotted paths; ``*`` also matches dots.
-    available : sequence of str
-    what : str
-        What ``available`` holds, for the error.
-
-    Raises
-    ------
-    ValueError
-        If ``layers`` is empty or one of the globs matches nothing.
+    Globs are matched against whole dotted paths; ``*`` also matches dots. ValueError if there are none, or one of them
+    matches nothing; ``what`` says in it what is available.
     """
     globs = [layers] if isinstance(layers, str) else list(layers)
     if not globs:
@@ -173,6 +205,12 @@ def match_layers(layers: str | Sequence[str], available: Sequence[str], what: st
             raise ValueError(f"layers: {glob!r} matches no {what}, expected one of {_listed(available)}")
         selected.update(matches)
     return [path for path in available if path in selected]
+
+
+def features_of(layer: Module) -> int:
+    """Size of the feature mode of the layer's input."""
+    width: int = layer.weight.shape[1]
+    return width * layer.groups if isinstance(layer, Conv2d) else width
 
 
 def check_shapes(net: Module, shapes: Mapping[str, Shape]) -> None:
@@ -188,17 +226,13 @@ def check_shapes(net: Module, shapes: Mapping[str, Shape]) -> None:
                 f"net has no Conv2d or Linear layer {path!r}, which was calibrated with shape {shape}; "
                 f"it has {_listed(list(modules))}"
             )
-        layer, weight = modules[path], modules[path].weight.shape
-        if isinstance(layer, Conv2d):
-            expected: tuple[int | str, ...] = ("B", weight[1] * layer.groups, "H", "W")
-            fits = len(shape) == 4 and shape[1] == expected[1]
-        else:
-            expected = ("B", weight[1]) if len(shape) != 3 else ("B", "L", weight[1])
-            fits = len(shape) in (2, 3) and shape[-1] == weight[1]
-        if not fits:
+        layer, n = modules[path], features_of(modules[path])
+        takes = ("B", n, "H", "W") if isinstance(layer, Conv2d) else ("B", "L", n) if len(shape) == 3 else ("B", n)
+        if len(shape) != len(takes) or shape[takes.index(n)] != n:
             raise ValueError(
                 f"layer {path!r} was calibrated with activations of shape {shape}, but this net's "
-                f"{type(layer).__name__} with a weight of shape {weight} takes ({', '.join(map(str, expected))})"
+                f"{type(layer).__name__} with a weight of shape {layer.weight.shape} takes "
+                f"({', '.join(map(str, takes))})"
             )
 
 
@@ -207,3 +241,16 @@ def _listed(paths: Iterable[str]) -> str:
     paths = list(paths)
     text = ", ".join(map(repr, paths[:_SHOWN])) or "none"
     return text if len(paths) <= _SHOWN else f"{text} and {len(paths) - _SHOWN} more"
+
+
+@contextmanager
+def uncompressed(net: Module) -> Iterator[None]:
+    """Every layer keeps its whole input inside the ``with`` block; afterwards each has its own store again."""
+    stores = [(layer, layer.store) for layer in weighted_layers(net).values()]
+    for layer, _ in stores:
+        layer.store = EXACT  # a batch size that an earlier calibration fixed is of no concern inside
+    try:
+        yield
+    finally:
+        for layer, store in stores:
+            layer.store = store

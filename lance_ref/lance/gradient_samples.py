@@ -18,10 +18,11 @@ from lance_ref.engine.counting import spending_on
 from lance_ref.engine.state import state
 from lance_ref.engine.tensor import Tensor
 from lance_ref.functional import cross_entropy
-from lance_ref.lance.compression import chosen_layers
+from lance_ref.lance.compression import chosen_layers, uncompressed
 from lance_ref.nn.module import Module
-from lance_ref.nn.selection import weighted_layers
-from lance_ref.stores import EXACT, ActivationStore
+from lance_ref.nn.selection import refuse_updates, weighted_layers
+from lance_ref.stores import ActivationStore
+from lance_ref.train.features import in_mode
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,10 +33,9 @@ class LayerSample:
 
     Attributes
     ----------
-    activation : array of shape ``geometry.input_shape``
-        What the layer took in.
-    grad_output : array of shape ``geometry.output_shape``
-        The gradient of the loss with respect to what it gave out.
+    activation, grad_output : array
+        What the layer took in, of shape ``geometry.input_shape``, and the gradient of the loss with respect to what it
+        gave out.
     geometry : ConvGeometry or LinearGeometry
         The sizes of the call; ``geometry.weight_gradient(activation, grad_output)`` is its weight gradient.
     call : int
@@ -50,10 +50,7 @@ class LayerSample:
 
 
 def sample_gradients(
-    net: Module,
-    batches: Iterable[Any],
-    layers: str | Sequence[str] | None = None,
-    loss: Loss = cross_entropy,
+    net: Module, batches: Iterable[Any], layers: str | Sequence[str] | None = None, loss: Loss = cross_entropy
 ) -> dict[str, list[LayerSample]]:
     """Run the network forward and backward, and write down what each chosen layer saw.
 
@@ -80,25 +77,34 @@ def sample_gradients(
     Raises
     ------
     ValueError
-        If there are no batches, a glob matches no layer, or the loss never depends on a chosen layer.
+        If there are no batches, a glob matches no layer, the loss never depends on a chosen layer, or a layer trains in
+        a subspace.
     TypeError
         If a batch is not a pair.
     """
     if not isinstance(net, Module):
         raise TypeError(f"net is a {type(net).__name__}, expected a lance_ref.nn.Module")
+    refuse_updates(net, "sample_gradients")
     paths = chosen_layers(net, layers)
+    modules = weighted_layers(net)
     samples: dict[str, list[LayerSample]] = {path: [] for path in paths}
     count = 0
     with _as_found(net):
         for batch in batches:
-            inputs, targets = _pair(batch, count)
-            notebooks = _write_down(net, paths)
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise TypeError(f"batch {count} is a {type(batch).__name__}, expected a pair (inputs, targets)")
+            inputs, targets = (x if isinstance(x, Tensor) else Tensor(x) for x in batch)
+            notebooks = {path: _Notebook() for path in paths}
+            for path, notebook in notebooks.items():  # whose weight alone asks for gradients
+                modules[path].store = notebook
+                modules[path].weight.requires_grad_()
+                modules[path].weight.grad = None
             with spending_on("calibration"):
                 value = loss(net(inputs), targets)
             if value.requires_grad:
                 value.backward()
-            for path, notebook in notebooks.items():
-                samples[path] += notebook.samples()
+            for path, notebook in notebooks.items():  # what the backward pass came through, as the forward pass did
+                samples[path] += sorted(notebook.found, key=lambda sample: sample.call)
             count += 1
     if not count:
         raise ValueError("batches is empty, expected at least one pair of inputs and targets")
@@ -130,51 +136,20 @@ class _Notebook(ActivationStore):
         self.found.append(LayerSample(activation, gradient, geometry, int(saved["call"])))
         return np.zeros(geometry.weight_shape, grad_output.dtype)
 
-    def samples(self) -> list[LayerSample]:
-        """All calls that the backward pass came through, in the order of the forward pass."""
-        return sorted(self.found, key=lambda sample: sample.call)
-
-
-def _write_down(net: Module, paths: Sequence[str]) -> dict[str, _Notebook]:
-    """A new notebook on every chosen layer, whose weight alone asks for gradients."""
-    modules = weighted_layers(net)
-    notebooks = {path: _Notebook() for path in paths}
-    for path, notebook in notebooks.items():
-        modules[path].store = notebook
-        modules[path].weight.requires_grad_()
-        modules[path].weight.grad = None
-    return notebooks
-
 
 @contextmanager
 def _as_found(net: Module) -> Iterator[None]:
     """Evaluation mode, nothing compressed, no parameter that trains, gradients on; all put back at the end."""
-    training = [(module, module.training) for module in net.modules()]
-    stores = [(layer, layer.store) for layer in weighted_layers(net).values()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in net.parameters()]
     grad_enabled = state.grad_enabled
-    try:
-        net.eval()
-        state.grad_enabled = True
-        for layer, _ in stores:
-            layer.store = EXACT
-        for parameter, _, _ in parameters:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        state.grad_enabled = grad_enabled
-        for module, mode in training:
-            module.training = mode
-        for layer, store in stores:
-            layer.store = store
-        for parameter, requires_grad, grad in parameters:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-
-
-def _pair(batch: Any, index: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets as Tensors."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(f"batch {index} is a {type(batch).__name__}, expected a pair (inputs, targets)")
-    inputs, targets = (x if isinstance(x, Tensor) else Tensor(x) for x in batch)
-    return inputs, targets
+    with in_mode(net, training=False), uncompressed(net):
+        try:
+            state.grad_enabled = True
+            for parameter, _, _ in parameters:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            state.grad_enabled = grad_enabled
+            for parameter, requires_grad, grad in parameters:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad

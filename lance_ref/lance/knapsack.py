@@ -20,26 +20,15 @@ MOST_CANDIDATES = 20_000_000
 def choose(options: Sequence[Options], budget: int) -> tuple[int, ...]:
     """Choose one option per layer so that the summed loss is least and the summed cost within the budget.
 
-    Parameters
-    ----------
-    options : sequence of sequences of (cost, loss)
-        ``options[layer][i]``: cost a non-negative integer, loss a finite number.
-    budget : int
-        Largest summed cost.
-
-    Returns
-    -------
-    tuple of int
-        The index of the option of each layer. Among choices of equal loss the cheapest, among those the
-        lowest indices, from the first layer on.
+    ``options[layer][i]`` is (cost, loss): a non-negative integer and a finite number. Gives the index of the option of
+    each layer. Among choices of equal loss it is the cheapest, among those the one of the lowest indices, from the
+    first layer on; losses are summed in float64 in the order of the layers.
 
     Raises
     ------
-    ValueError
-        If a layer has no options, a cost is negative or a loss not finite, or the budget is below the least
-        possible cost; names both numbers.
-    TypeError
-        If a cost or the budget is not an integer.
+    ValueError, TypeError
+        If a layer has no options, a cost is negative or no integer, a loss not finite, or the budget is below the
+        least possible cost; names both numbers.
     RuntimeError
         If there are more partial choices to compare than :data:`MOST_CANDIDATES`.
 
@@ -54,8 +43,6 @@ def choose(options: Sequence[Options], budget: int) -> tuple[int, ...]:
     loss of all options on one line) the front grows by a factor with every layer, as it must, the problem
     being NP-hard. Where losses fall off with the costs as those of ranks do, the bounds leave f at some
     hundred or thousand for 52 layers of 64 options: a fraction of a second.
-
-    Losses are summed in float64 in the order of the layers; "equal" means equal after that.
 
     Examples
     --------

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lance_ref.algebra import geometry as geometries
+from lance_ref.algebra.basis import Basis
 from lance_ref.algebra.frame import Frame
 from lance_ref.algebra.geometry import ConvGeometry, Geometry
 from lance_ref.algebra.grams import LayerGrams
@@ -118,18 +119,37 @@ class PatchLance(ActivationStore):
         check_kept("PatchLance", core, activation.shape)
         return {"core": core}
 
+    def basis(self, groups: int, forward: str = "auto") -> Basis | None:
+        """Q is the feature mode's factor; None if that mode is left alone."""
+        check_one_group("PatchLance", groups)
+        U_feature = self.factors[FEATURE]
+        return None if U_feature is None else Basis(U_feature[None], patches=True, forward=forward)
+
+    def update_gradient(
+        self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry, basis: Basis
+    ) -> np.ndarray:
+        """(G ×₁U_bᵀ ×₂U_tᵀ)ᵀ S, the weight gradient before its patches come back, (C_out, r, 1, 1)."""
+        if basis.directions.base is not self.factors[FEATURE]:
+            return super().update_gradient(saved, grad_output, geometry, basis)
+        return self._gradient(saved, grad_output, None)[:, :, None, None]
+
     def weight_gradient(
         self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry
     ) -> np.ndarray:
         """dW = (G ×₁U_bᵀ ×₂U_tᵀ)ᵀ S U_fᵀ, of the weight's shape."""
-        U_batch, U_token, U_feature = self.factors
+        wide = self._gradient(saved, grad_output, self.factors[FEATURE])  # (C_out, K)
+        return wide.reshape(geometry.weight_shape)  # (C_out, C_in, k_h, k_w)
+
+    def _gradient(
+        self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, U_feature: np.ndarray | None
+    ) -> np.ndarray:
+        U_batch, U_token, _ = self.factors
         B, C_out = grad_output.shape[:2]
         tokens = grad_output.reshape(B, C_out, -1)  # (B, C_out, L)
         outer = (None if U_batch is None else U_batch.T, None, None if U_token is None else U_token.T)
         Z = multi_mode_product(tokens, outer)  # (r1, C_out, r2)
         rows, core = Z.transpose(0, 2, 1).reshape(-1, C_out), saved["core"]  # (r1·r2, C_out)
-        wide = contract_features(rows, core.reshape(-1, core.shape[-1]), U_feature)  # (C_out, K)
-        return wide.reshape(geometry.weight_shape)  # (C_out, C_in, k_h, k_w)
+        return contract_features(rows, core.reshape(-1, core.shape[-1]), U_feature)
 
     def _check_size(self, mode: int, n: int, input_shape: Shape) -> None:
         U = self.factors[mode]
@@ -171,22 +191,12 @@ def check_one_group(subject: str, groups: int) -> None:
 
 
 def project_patches(activation: np.ndarray, factors: Sequence[np.ndarray | None], geometry: ConvGeometry) -> np.ndarray:
-    """The core S = P ×₁U_bᵀ ×₂U_tᵀ ×₃U_fᵀ of the patches P (B, L, K), a block of them at a time.
+    """The core S = P ×₁U_bᵀ ×₂U_tᵀ ×₃U_fᵀ (r1, r2, r3) of the patches P (B, L, K), a block of them at a time.
 
     The products are taken in the cheapest order of the whole (B, L, K), and the mode among batch and token that comes
     first in it is summed over in the inner loop; so the multiply-adds do not depend on the size of the blocks.
 
-    Parameters
-    ----------
-    activation : (B, C_in, H, W) array
-    factors : (n, r) arrays or None, for batch, token and feature
-    geometry : ConvGeometry
-        Of one group.
-
-    Returns
-    -------
-    (r1, r2, r3) array
-        With the full size of a mode whose factor is None.
+    ``factors`` are (n, r) arrays for batch, token and feature, or None, which leaves the full size of the mode.
     """
     shape = patch_shape(geometry)
     order = contraction_order(shape, [None if U is None else U.shape[1] for U in factors])
@@ -256,18 +266,8 @@ def _cut(n: int, step: int) -> list[slice]:
 class PatchGrams(LayerGrams):
     """Gram matrices of the modes (batch, token, feature) of a convolution's patches, in float64.
 
-    Parameters
-    ----------
-    path : str
-        Path of the layer, for errors.
-    layer : Conv2d
-        Of one group.
-    input_shape : tuple of int
-        Of its activations, (B, C_in, H, W).
-    selected : sequence of bool
-        Which of the three modes have a Gram.
-    frame : Frame, optional
-        What is taken out of the patches first: its directions are directions of patches, (K, m).
+    ``layer`` is a Conv2d of one group at ``path``, and ``input_shape`` that of its activations, (B, C_in, H, W).
+    Directions of ``frame``, which is taken out of the patches first, are directions of patches, (K, m).
     """
 
     def __init__(

@@ -13,7 +13,6 @@ The loss of a layer at given ranks is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +21,9 @@ import numpy as np
 
 from lance_ref.algebra import projection_fast
 from lance_ref.algebra.frame import Frame, feature_mode
-from lance_ref.algebra.geometry import LinearGeometry
 from lance_ref.algebra.subspace import Subspace, shape_text
 from lance_ref.algebra.tucker import energy_rank
+from lance_ref.lance.asi_ranks import kept_elements
 from lance_ref.lance.calibration import Calibration
 from lance_ref.lance.calibration_file import Ranks
 from lance_ref.lance.compression import compress
@@ -50,7 +49,6 @@ class RankPlan:
         Bytes of each layer's core (and factors, if they were to count).
     losses : dict of layer path to float
         Loss of each layer at these ranks, see :mod:`lance_ref.lance.planning`.
-    budget_bytes : int
     """
 
     ranks: dict[str, Ranks | None]
@@ -76,18 +74,8 @@ class RankPlan:
     def apply(self, net: Module, calibration: Calibration, **options: Any) -> Calibration:
         """Compress the layers that train to these ranks, and freeze weight and bias of the others.
 
-        Parameters
-        ----------
-        net : Module
-        calibration : Calibration
-            The one that was planned for.
-        **options
-            As for :func:`lance_ref.compress`.
-
-        Returns
-        -------
-        Calibration
-            With the ranks of the plan.
+        ``calibration`` is the one that was planned for, and comes back with the ranks of the plan; options are those of
+        :func:`lance_ref.compress`.
         """
         given = calibration.with_ranks({path: ranks for path, ranks in self.ranks.items() if ranks is not None})
         compress(net, given, layers=self.trained, **options)
@@ -192,14 +180,8 @@ def gradient_errors(
 ) -> list[float]:
     """The mean of ‖dW − dŴ‖² over the samples, for each choice of ranks; ‖dW‖² for None.
 
-    Parameters
-    ----------
-    subspace : Subspace
-        For the shape and the frame; where the activation is centred, dŴ has the exact gradient of the mean.
-    bases : sequence of (n, m) arrays or None
-        All directions of each mode, of which the leading ones are taken.
-    candidates : sequence of ranks or None
-    samples : sequence of LayerSample
+    ``subspace`` gives the shape and the frame (where the activation is centred, dŴ has the exact gradient of the
+    mean), and ``bases`` all directions (n, m) of each mode, of which the leading ones are taken.
     """
     errors = np.zeros(len(candidates))
     f = feature_mode(subspace.shape)
@@ -209,7 +191,7 @@ def gradient_errors(
         centred = Frame(None, subspace.frame.mean).apply(sample.activation)
         target = whole if centred is sample.activation else sample.geometry.weight_gradient(centred, sample.grad_output)
         U_all = [None if U is None else U.astype(centred.dtype) for U in bases]
-        if only_feature and _ungrouped(sample):
+        if only_feature and getattr(sample.geometry, "groups", 1) == 1:
             errors += _feature_errors(target, whole, U_all[f], candidates, f)
             continue
         core = projection_fast.project(centred, U_all)
@@ -224,10 +206,6 @@ def gradient_errors(
             )
             errors[i] += _energy(target - ours)
     return [float(error) for error in errors / len(samples)]
-
-
-def _ungrouped(sample: LayerSample) -> bool:
-    return isinstance(sample.geometry, LinearGeometry) or sample.geometry.groups == 1
 
 
 def _feature_errors(
@@ -279,17 +257,17 @@ class _Layer:
 
     def bytes_of(self, ranks: Ranks) -> int:
         """Bytes of the core, and of the factors if they count."""
-        elements = math.prod(n if r is None else r for n, r in zip(self.shape, ranks, strict=True))
-        if self.include_factors:
-            elements += sum(n * r for n, r in zip(self.shape, ranks, strict=True) if r is not None)
-        return elements * self.itemsize
+        core, factors = kept_elements(self.shape, ranks)
+        return (core + factors if self.include_factors else core) * self.itemsize
 
     def bounds(self, candidates: Sequence[Ranks | None]) -> list[float]:
         """Bound on the energy left out at each choice of ranks."""
-        return [self.total if ranks is None else self._bound(ranks) for ranks in candidates]
-
-    def _bound(self, ranks: Ranks) -> float:
-        return min(self.total, float(sum(self.tails[mode][_rank(ranks, mode)] for mode in self.calibrated)))
+        return [
+            self.total
+            if ranks is None
+            else min(self.total, float(sum(self.tails[mode][_rank(ranks, mode)] for mode in self.calibrated)))
+            for ranks in candidates
+        ]
 
     def candidates(self, budget_bytes: int) -> list[Ranks | None]:
         """Rank 0, the ranks at every threshold, and the greedy path, as far as the budget goes."""

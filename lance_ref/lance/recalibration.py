@@ -21,7 +21,7 @@ from lance_ref.engine.tensor import Tensor
 from lance_ref.lance.calibration import Calibration
 from lance_ref.lance.compression import compress
 from lance_ref.nn.module import Module
-from lance_ref.nn.selection import weighted_layers
+from lance_ref.nn.selection import refuse_updates, weighted_layers
 from lance_ref.stores import Lance
 from lance_ref.train.features import in_mode
 from lance_ref.train.run import StepInfo
@@ -35,11 +35,8 @@ class Event:
     ----------
     step : int
         The first step with the new subspaces.
-    layer : str
-    energy_before : float
-        Share kept over the window that gave the alarm.
-    reference : float
-        What it was compared with.
+    energy_before, reference : float
+        Share kept over the window that gave the alarm, and what it was compared with.
     batches : int
         Batches that the new subspaces come from.
     macs : int
@@ -66,19 +63,14 @@ class Recalibrator:
     share : float
         In (0, 1]. A layer is calibrated again when it keeps less than ``share`` of its reference, on the mean of
         ``window`` steps.
-    window : int
-        Steps.
     batches : int
         Running batches that new subspaces are made of.
-
-    Attributes
-    ----------
-    events : list of Event
 
     Notes
     -----
     Ranks stay as they are, so the tape does. Protected directions and means are those of the first calibration. What a
-    layer keeps in the ``window`` steps after it was calibrated again becomes its new reference.
+    layer keeps in the ``window`` steps after it was calibrated again becomes its new reference. Every renewal is an
+    :class:`Event` in ``events``.
 
     The Gram matrices are booked as calibration, and take no forward pass of their own. A checkpoint of
     :func:`~lance_ref.train.training.fit` does not hold what this object knows: a run with a Recalibrator cannot be
@@ -111,6 +103,7 @@ class Recalibrator:
 
     def __call__(self, info: StepInfo) -> None:
         """Look at what the step before kept; called before each step."""
+        refuse_updates(info.net, "Recalibrator")  # other directions would need another D
         layers = weighted_layers(info.net)
         for path in self._recent:
             store = layers[path].store
@@ -146,12 +139,10 @@ class Recalibrator:
         store = layer.store
         ranks = tuple([None if U is None else U.shape[1] for U in store.factors])
         fresh = Calibration({path: collection.grams}, {path: 1.0}, {path: ranks})
-        sizes = [U.shape[0] for U in fresh[path].factors if U is not None]
-        macs = collection.macs + sum(counting.eigh_macs(n) for n in sizes)
-        sketch = store.sketch
+        macs = collection.macs + sum(counting.eigh_macs(len(U)) for U in fresh[path].factors if U is not None)
         options: dict[str, Any] = {"core_bits": store.core_bits, "order": store.order}
-        if sketch is not None:
-            options |= {"batch_mode": "sketch", "batch_ratio": sketch.ratio}
+        if store.sketch is not None:
+            options |= {"batch_mode": "sketch", "batch_ratio": store.sketch.ratio}
         state = store.state()
         compress(info.net, fresh, **options)
         layer.store.load_state(state)
@@ -182,22 +173,10 @@ class _Collection:
 
 
 def measure_energy(net: Module, batches: Iterable[Any]) -> dict[str, float]:
-    """The share of the energy that each compressed layer keeps, mean over the batches.
+    """The share of the energy that each compressed layer keeps, as a mean over the batches, by layer path.
 
-    Parameters
-    ----------
-    net : Module
-        With LANCE on some of its layers; left as it was found, but for ``energy_kept`` of their stores.
-    batches : iterable of arrays, or tuples that start with one
-
-    Returns
-    -------
-    dict of layer path to float
-
-    Raises
-    ------
-    ValueError
-        If no layer is compressed, or there are no batches.
+    The network is left as it was found, but for ``energy_kept`` of its stores. ValueError if no layer is compressed by
+    LANCE, or there are no batches.
     """
     stores = {path: layer.store for path, layer in weighted_layers(net).items() if isinstance(layer.store, Lance)}
     if not stores:

@@ -1,4 +1,13 @@
-"""Networks by name, laid out and named as in torchvision where they come from there."""
+"""Networks by name, laid out and named as in torchvision where they come from there.
+
+Each function that makes a network takes ``rng``, the seed or the generator of the initial weights and of dropout masks
+(by default the library's generator), and raises ValueError for an option that is out of range.
+
+``pretrained=True`` reads the weights of :data:`PRETRAINED` from the folder of data (``LANCE_REF_DATA``) and checks
+their SHA-256; a path reads a file of the same layout. The classifier is loaded where the numbers of classes agree;
+otherwise a fresh one stays. FileNotFoundError says that the weights are not there, ValueError that they do not fit.
+:func:`preprocessing` prepares the pixels.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +47,7 @@ def names() -> list[str]:
 
 
 def create(name: str, **options: Any) -> Module:
-    """A network by name.
-
-    Parameters
-    ----------
-    name : str
-        One of :func:`names`.
-    **options
-        The arguments of the function of that name, e.g. ``num_classes=10``.
+    """A network by name, one of :func:`names`, with the options of its own function, e.g. ``num_classes=10``.
 
     Raises
     ------
@@ -65,23 +67,9 @@ def create(name: str, **options: Any) -> Module:
 def preprocessing(name: str) -> Callable[[np.ndarray], np.ndarray]:
     """What turns pixels into the input of a network, for ``normalise=`` of :func:`lance_ref.datasets.batches`.
 
-    Parameters
-    ----------
-    name : str
-        One of :func:`names`.
-
-    Returns
-    -------
-    callable
-        From uint8 (B, H, W, C) to float32 (B, C, H, W). For networks with pretrained weights what these
-        were trained on: (pixel − 128) / 128 for ``mobilenetv2``, (pixel − 127.5) · 2 / 255 for
-        ``mcunet``, the pixel itself for ``resnet8``, all for RGB. The others expect nothing in
-        particular and get pixel / 255, grey or RGB.
-
-    Raises
-    ------
-    ValueError
-        If there is no such network.
+    It takes uint8 (B, H, W, C) to float32 (B, C, H, W). Networks with pretrained weights get what these were trained
+    on, RGB alone: (pixel − 128) / 128 for ``mobilenetv2``, (pixel − 127.5) · 2 / 255 for ``mcunet``, the pixel itself
+    for ``resnet8``. The others expect nothing in particular and get pixel / 255, grey or RGB.
 
     Examples
     --------

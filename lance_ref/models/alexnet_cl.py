@@ -23,13 +23,7 @@ WIDTH = 2048
 
 
 class Heads(nn.Sequential):
-    """Linear classifiers ``0``, ``1``, … on the same features, of which one runs.
-
-    Attributes
-    ----------
-    selected : int
-        The head of ``forward``.
-    """
+    """Linear classifiers ``0``, ``1``, … on the same features, of which ``selected`` runs."""
 
     def __init__(self, in_features: int, num_classes: int, heads: int, rng: Rng) -> None:
         super().__init__(*(nn.Linear(in_features, num_classes, bias=False, rng=rng) for _ in range(heads)))
@@ -42,18 +36,7 @@ class Heads(nn.Sequential):
 class AlexNetCL(nn.Module):
     """``conv1`` … ``conv3``, ``fc1``, ``fc2`` with ``bn1`` … ``bn5``, and the heads ``fc3.0``, ``fc3.1``, ….
 
-    Parameters
-    ----------
-    num_classes : int
-        Of each head.
-    heads : int
-        Classifiers on the same features, one for each task.
-    rng : int, numpy.random.Generator or None
-
-    Attributes
-    ----------
-    head : int
-        Which head runs, from 0; the first until another is chosen.
+    ``head`` selects the one that runs.
     """
 
     def __init__(self, num_classes: int, heads: int, rng: Rng) -> None:
@@ -114,18 +97,8 @@ def alexnet_cl(num_classes: int = 10, heads: int = 1, rng: Rng = None) -> AlexNe
         Of each head.
     heads : int
         One for each task; ``net.head = t`` selects the one that runs. With 1 the net is an ordinary classifier.
-    rng : int or numpy.random.Generator, optional
-        Seed or generator of the initial weights (PyTorch's default initialisation) and of the dropout masks;
-        the library's default generator otherwise.
-
-    Returns
-    -------
-    AlexNetCL
-
-    Raises
-    ------
-    ValueError
-        If ``num_classes`` or ``heads`` is no positive integer.
+    rng
+        See :mod:`lance_ref.models`; the initialisation is PyTorch's default.
 
     Notes
     -----

@@ -38,22 +38,15 @@ class ConvNet(nn.Module):
 
 
 @net("convnet", input_shape=(3, 32, 32), small_shape=(3, 12, 16), options_for=lambda shape: {"in_channels": shape[0]})
-def convnet(
-    num_classes: int = 10,
-    in_channels: int = 3,
-    channels: int = 16,
-    rng: Rng = None,
-) -> ConvNet:
+def convnet(num_classes: int = 10, in_channels: int = 3, channels: int = 16, rng: Rng = None) -> ConvNet:
     """Three 3x3 convolutions and a linear classifier, without batch norm, for images (B, in_channels, H, W).
 
     Parameters
     ----------
-    num_classes, in_channels : int
     channels : int
         Of the first convolution; the second and third have twice and four times as many.
-    rng : int or numpy.random.Generator, optional
-        Seed or generator of the initial weights (PyTorch's default initialisation); the library's default
-        generator otherwise.
+    rng
+        See :mod:`lance_ref.models`; the initialisation is PyTorch's default.
 
     Notes
     -----

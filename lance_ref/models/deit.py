@@ -99,10 +99,8 @@ class DeiT(nn.Module):
         Features C of a token.
     num_heads : int
         Of each attention.
-    num_classes : int
     image_size : int
         Height and width; there are N = (image_size / 16)² + 1 tokens, each with its own position embedding.
-    rng : int, numpy.random.Generator or None
     """
 
     def __init__(self, dim: int, num_heads: int, num_classes: int, image_size: int, rng: Rng) -> None:
@@ -127,24 +125,7 @@ class DeiT(nn.Module):
 
 @net("deit-tiny", small_shape=(3, 48, 48), options_for=lambda shape: {"image_size": shape[-1]})
 def deit_tiny(num_classes: int = 1000, image_size: int = 224, rng: Rng = None) -> DeiT:
-    """DeiT-Tiny for RGB images (B, 3, image_size, image_size): 192 features, 3 heads, 12 blocks.
-
-    Parameters
-    ----------
-    num_classes : int
-    image_size : int
-        A multiple of 16.
-    rng : int or numpy.random.Generator, optional
-        Seed or generator of the initial weights; the library's default generator otherwise.
-
-    Returns
-    -------
-    DeiT
-
-    Raises
-    ------
-    ValueError
-        If ``num_classes`` is no positive integer or ``image_size`` no positive multiple of 16.
+    """DeiT-Tiny for RGB images (B, 3, image_size, image_size), a multiple of 16: 192 features, 3 heads, 12 blocks.
 
     Notes
     -----

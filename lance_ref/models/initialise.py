@@ -45,6 +45,28 @@ def kaiming_fan_out(conv: nn.Conv2d, rng: Rng) -> nn.Conv2d:
     return conv
 
 
+def kaiming_conv(
+    C_in: int,
+    C_out: int,
+    kernel_size: int,
+    stride: int,
+    rng: Rng,
+    *,
+    groups: int = 1,
+    same: bool = False,
+    bias: bool = False,
+) -> nn.Conv2d:
+    """A convolution with the weight of :func:`kaiming_fan_out` and a bias of 0, if any.
+
+    Its padding keeps the size at stride 1: symmetric, or, at ``same``, as TensorFlow has it.
+    """
+    padding: int | str = "same" if same else (kernel_size - 1) // 2
+    conv = nn.Conv2d(C_in, C_out, kernel_size, stride, padding, groups=groups, bias=bias, rng=rng)
+    if conv.bias is not None and not conv.bias.is_meta:
+        conv.bias.data = np.zeros_like(conv.bias.data)
+    return kaiming_fan_out(conv, rng)
+
+
 def normal_weight(linear: nn.Linear, std: float, rng: Rng) -> nn.Linear:
     """Draw the weight anew from N(0, std²), set the bias to 0, and return the layer."""
     if not linear.weight.is_meta:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
-
 from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.datasets.pixels import preprocess_mcunet
 from lance_ref.engine.tensor import Tensor
-from lance_ref.models.initialise import Rng, check_positive_int, kaiming_fan_out, source
+from lance_ref.models.initialise import Rng, check_positive_int, kaiming_conv, source
 from lance_ref.models.pretrained import load_plain
 from lance_ref.models.register import SMALL_IMAGE, Weights, net
 
@@ -44,14 +42,12 @@ class MCUBlock(nn.Module):
 
     Parameters
     ----------
-    C_in, C_out : int
     stride : {1, 2}
         Of the depthwise convolution.
     expand_ratio : int
         Hidden channels = C_in · expand_ratio; 1 leaves the expansion out.
     kernel_size : int
         Of the depthwise convolution, odd.
-    rng : int, numpy.random.Generator or None
     """
 
     def __init__(self, C_in: int, C_out: int, stride: int, expand_ratio: int, kernel_size: int, rng: Rng) -> None:
@@ -60,9 +56,9 @@ class MCUBlock(nn.Module):
         self.use_res_connect = stride == 1 and C_in == C_out
         self.has_expand = expand_ratio != 1
         if self.has_expand:
-            self.expand = _conv(C_in, hidden, 1, 1, 1, rng)
-        self.depthwise = _conv(hidden, hidden, kernel_size, stride, hidden, rng)
-        self.project = _conv(hidden, C_out, 1, 1, 1, rng)
+            self.expand = kaiming_conv(C_in, hidden, 1, 1, rng, bias=True)
+        self.depthwise = kaiming_conv(hidden, hidden, kernel_size, stride, rng, groups=hidden, bias=True)
+        self.project = kaiming_conv(hidden, C_out, 1, 1, rng, bias=True)
         self.relu6 = nn.ReLU6()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +72,7 @@ class MCUNet(nn.Module):
 
     def __init__(self, num_classes: int, rng: Rng) -> None:
         super().__init__()
-        self.first_conv = _conv(3, FIRST_CHANNELS, 3, 2, 1, rng)
+        self.first_conv = kaiming_conv(3, FIRST_CHANNELS, 3, 2, rng, bias=True)
         self.relu6 = nn.ReLU6()
         blocks = []
         C_in = FIRST_CHANNELS
@@ -111,29 +107,7 @@ class MCUNet(nn.Module):
     ),
 )
 def mcunet(num_classes: int = 1000, pretrained: bool | str | os.PathLike[str] | None = None, rng: Rng = None) -> MCUNet:
-    """MCUNet-5fps for RGB images (B, 3, H, W), 128x128 by custom.
-
-    Parameters
-    ----------
-    num_classes : int
-    pretrained : bool or path, optional
-        True reads the ImageNet weights of :data:`~lance_ref.models.PRETRAINED` from the folder of
-        data (``LANCE_REF_DATA``) and checks their SHA-256; a path reads a file of the same layout.
-        The classifier is loaded for 1000 classes; any other number gets a fresh one.
-        Feed such a net with :func:`models.preprocessing("mcunet") <lance_ref.models.preprocessing>`.
-    rng : int or numpy.random.Generator, optional
-        Seed or generator of the initial weights; the library's default generator otherwise.
-
-    Returns
-    -------
-    MCUNet
-
-    Raises
-    ------
-    ValueError
-        If ``num_classes`` is out of range, or the weights do not fit.
-    FileNotFoundError
-        If the pretrained weights are not there.
+    """MCUNet-5fps for RGB images (B, 3, H, W), 128x128 by custom; options as in :mod:`lance_ref.models`.
 
     Notes
     -----
@@ -144,10 +118,3 @@ def mcunet(num_classes: int = 1000, pretrained: bool | str | os.PathLike[str] | 
     net = MCUNet(num_classes, source(rng))
     load_plain(net, "mcunet", pretrained)
     return net
-
-
-def _conv(C_in: int, C_out: int, kernel_size: int, stride: int, groups: int, rng: Rng) -> nn.Conv2d:
-    conv = nn.Conv2d(C_in, C_out, kernel_size, stride, (kernel_size - 1) // 2, groups=groups, rng=rng)
-    if conv.bias is not None and not conv.bias.is_meta:
-        conv.bias.data = np.zeros_like(conv.bias.data)
-    return kaiming_fan_out(conv, rng)

@@ -45,14 +45,12 @@ def mlp(
 
     Parameters
     ----------
-    num_classes, in_features : int
     hidden : sequence of int
         Widths of the hidden layers; () leaves the classifier alone.
     bias : bool
         Of all layers.
-    rng : int or numpy.random.Generator, optional
-        Seed or generator of the initial weights (PyTorch's default initialisation); the library's default
-        generator otherwise.
+    rng
+        See :mod:`lance_ref.models`; the initialisation is PyTorch's default.
     """
     check_positive_int("num_classes", num_classes)
     check_positive_int("in_features", in_features)

@@ -8,7 +8,7 @@ from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.datasets.pixels import preprocess
 from lance_ref.engine.tensor import Tensor
-from lance_ref.models.initialise import Rng, check_positive, check_positive_int, kaiming_fan_out, source
+from lance_ref.models.initialise import Rng, check_positive, check_positive_int, kaiming_conv, source
 from lance_ref.models.pretrained import load_mobilenetv2
 from lance_ref.models.register import SMALL_IMAGE, Weights, net
 
@@ -31,7 +31,7 @@ class ConvBNReLU6(nn.Sequential):
         self, C_in: int, C_out: int, kernel_size: int, stride: int, groups: int, padding: str, rng: Rng
     ) -> None:
         super().__init__(
-            _conv(C_in, C_out, kernel_size, stride, groups, padding, rng),
+            kaiming_conv(C_in, C_out, kernel_size, stride, rng, groups=groups, same=padding == "same"),
             nn.BatchNorm2d(C_out),
             nn.ReLU6(),
         )
@@ -42,13 +42,11 @@ class InvertedResidual(nn.Module):
 
     Parameters
     ----------
-    C_in, C_out : int
     stride : {1, 2}
         Of the depthwise convolution.
     expand_ratio : int
         Hidden channels = C_in · expand_ratio; 1 leaves the expansion out.
     padding : {"symmetric", "same"}
-    rng : int, numpy.random.Generator or None
     """
 
     def __init__(self, C_in: int, C_out: int, stride: int, expand_ratio: int, padding: str, rng: Rng) -> None:
@@ -59,7 +57,7 @@ class InvertedResidual(nn.Module):
         self.conv = nn.Sequential(
             *expand,
             ConvBNReLU6(hidden, hidden, 3, stride, hidden, padding, rng),
-            _conv(hidden, C_out, 1, 1, 1, padding, rng),
+            kaiming_conv(hidden, C_out, 1, 1, rng, same=padding == "same"),
             nn.BatchNorm2d(C_out),
         )
 
@@ -120,7 +118,6 @@ def mobilenetv2(
 
     Parameters
     ----------
-    num_classes : int
     width : float
         Multiplies all channel counts, which are then rounded to multiples of 8.
     dropout : float
@@ -129,26 +126,9 @@ def mobilenetv2(
         Of the 3x3 convolutions. ``"symmetric"`` is 1 on every side (torchvision); ``"same"`` is
         TensorFlow's, asymmetric at stride 2. By default what the weights need: ``"same"`` for
         pretrained ones, ``"symmetric"`` otherwise.
-    pretrained : bool or path, optional
-        True reads the ImageNet weights of :data:`~lance_ref.models.PRETRAINED` from the folder of
-        data (``LANCE_REF_DATA``) and checks their SHA-256; a path reads a file of the same layout.
-        The classifier is loaded for 1001 classes (output 0 is "background", output k is ImageNet
-        class k − 1) and for 1000 (without the background); any other number gets a fresh one.
-        Feed such a net with :func:`~lance_ref.models.preprocess`.
-    rng : int or numpy.random.Generator, optional
-        Seed or generator of the initial weights and of the dropout masks; the library's default generator
-        otherwise.
-
-    Returns
-    -------
-    MobileNetV2
-
-    Raises
-    ------
-    ValueError
-        If an argument is out of range, or the weights do not fit.
-    FileNotFoundError
-        If the pretrained weights are not there.
+    pretrained, rng
+        See :mod:`lance_ref.models`. The classifier of the weights has 1001 outputs (output 0 is "background", output k
+        is ImageNet class k − 1), which are loaded for 1001 classes and, without the background, for 1000.
 
     Notes
     -----
@@ -178,9 +158,3 @@ def divisible(channels: float, divisor: int = 8) -> int:
     """
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded if rounded >= 0.9 * channels else rounded + divisor
-
-
-def _conv(C_in: int, C_out: int, kernel_size: int, stride: int, groups: int, padding: str, rng: Rng) -> nn.Conv2d:
-    pad: int | str = "same" if padding == "same" else (kernel_size - 1) // 2
-    conv = nn.Conv2d(C_in, C_out, kernel_size, stride, pad, groups=groups, bias=False, rng=rng)
-    return kaiming_fan_out(conv, rng)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
 from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.engine.tensor import Tensor
-from lance_ref.models.initialise import Rng, check_positive, check_positive_int, kaiming_fan_out, normal_weight, source
+from lance_ref.models.initialise import Rng, check_positive, check_positive_int, kaiming_conv, normal_weight, source
 from lance_ref.models.mobilenetv2 import divisible
 from lance_ref.models.register import SMALL_IMAGE, net
 
@@ -54,9 +52,9 @@ class SqueezeExcitation(nn.Module):
         super().__init__()
         squeezed = divisible(channels // 4)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc1 = _conv(channels, squeezed, 1, 1, 1, True, rng)
+        self.fc1 = kaiming_conv(channels, squeezed, 1, 1, rng, bias=True)
         self.relu = nn.ReLU()
-        self.fc2 = _conv(squeezed, channels, 1, 1, 1, True, rng)
+        self.fc2 = kaiming_conv(squeezed, channels, 1, 1, rng, bias=True)
         self.scale_activation = nn.Hardsigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,10 +67,8 @@ class InvertedResidual(nn.Module):
 
     Parameters
     ----------
-    C_in : int
     block : Block
         Its channels as they are to be, already scaled. Without more channels there is no expansion.
-    rng : int, numpy.random.Generator or None
     """
 
     def __init__(self, C_in: int, block: Block, rng: Rng) -> None:
@@ -95,15 +91,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV3(nn.Module):
-    """``features.0`` … ``features.12``, ``avgpool`` and ``classifier``; see :func:`mobilenetv3_small`.
-
-    Parameters
-    ----------
-    num_classes : int
-    width : float
-    dropout : float
-    rng : int, numpy.random.Generator or None
-    """
+    """``features.0`` … ``features.12``, ``avgpool`` and ``classifier``; see :func:`mobilenetv3_small`."""
 
     def __init__(self, num_classes: int, width: float, dropout: float, rng: Rng) -> None:
         super().__init__()
@@ -141,23 +129,10 @@ def mobilenetv3_small(
 
     Parameters
     ----------
-    num_classes : int
     width : float
         Multiplies all channel counts, which are then rounded to multiples of 8.
     dropout : float
         Probability before the last layer.
-    rng : int or numpy.random.Generator, optional
-        Seed or generator of the initial weights and of the dropout masks; the library's default generator
-        otherwise.
-
-    Returns
-    -------
-    MobileNetV3
-
-    Raises
-    ------
-    ValueError
-        If an argument is out of range.
 
     Notes
     -----
@@ -176,13 +151,5 @@ def _conv_bn(
     C_in: int, C_out: int, kernel_size: int, stride: int, groups: int, activation: type[nn.Module] | None, rng: Rng
 ) -> nn.Sequential:
     """``0`` convolution without bias, ``1`` batch norm, ``2`` the activation if there is one."""
-    layers: list[nn.Module] = [_conv(C_in, C_out, kernel_size, stride, groups, False, rng)]
-    layers.append(nn.BatchNorm2d(C_out, EPS, MOMENTUM))
-    return nn.Sequential(*layers, *([activation()] if activation else []))
-
-
-def _conv(C_in: int, C_out: int, kernel_size: int, stride: int, groups: int, bias: bool, rng: Rng) -> nn.Conv2d:
-    conv = nn.Conv2d(C_in, C_out, kernel_size, stride, (kernel_size - 1) // 2, groups=groups, bias=bias, rng=rng)
-    if conv.bias is not None and not conv.bias.is_meta:
-        conv.bias.data = np.zeros_like(conv.bias.data)
-    return kaiming_fan_out(conv, rng)
+    conv = kaiming_conv(C_in, C_out, kernel_size, stride, rng, groups=groups)
+    return nn.Sequential(conv, nn.BatchNorm2d(C_out, EPS, MOMENTUM), *([activation()] if activation else []))

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from lance_ref import nn
-from lance_ref.datasets.locate import data_file
+from lance_ref.datasets.fetch import data_file
 from lance_ref.engine.state import state
 from lance_ref.io.npz import load_npz
-from lance_ref.models.register import Weights, find
+from lance_ref.models.register import find
 from lance_ref.nn.module import Module
 
 IMAGENET_OUTPUTS = 1001
@@ -24,26 +24,13 @@ MAX_BYTES = 64 * 1024**2
 def load_mobilenetv2(net: Module, path: str | os.PathLike[str] | None = None) -> None:
     """Put the pretrained weights into a MobileNetV2 of width 1.0; checks everything before any change.
 
-    Parameters
-    ----------
-    net : MobileNetV2
-        With ``padding="same"``. Its classifier is loaded if it has 1001 outputs, or 1000 (without
-        "background"), and left as it is otherwise.
-    path : path, optional
-        A file of the same layout; the pinned one of :data:`~lance_ref.models.PRETRAINED` by default.
+    The net has ``padding="same"``; its classifier is loaded if it has 1001 outputs, or 1000 (without "background"), and
+    left as it is otherwise. ``path`` is a file of the same layout, by default the pinned one of
+    :data:`~lance_ref.models.PRETRAINED`.
 
-    Raises
-    ------
-    FileNotFoundError
-        If the file is not there.
-    ValueError
-        If it is damaged, or is not the pinned file, or names, shapes or dtypes do not fit.
-
-    Notes
-    -----
-    The file has batch norm folded into the weights. To keep the architecture that of a network
-    trained from scratch, each batch norm becomes x ↦ x + b: weight 1, bias b, running mean 0 and
-    running variance 1 − eps, so that (x − 0) / √(1 − eps + eps) = x up to rounding.
+    The file has batch norm folded into the weights. To keep the architecture that of a network trained from scratch,
+    each batch norm becomes x ↦ x + b: weight 1, bias b, running mean 0 and running variance 1 − eps, so that (x − 0) /
+    √(1 − eps + eps) = x up to rounding.
     """
     file, arrays = _read("mobilenetv2", path)
     try:
@@ -56,15 +43,9 @@ def load_mobilenetv2(net: Module, path: str | os.PathLike[str] | None = None) ->
 def load_plain(net: Module, name: str, pretrained: bool | str | os.PathLike[str] | None = True) -> None:
     """Put weights into a net from a file whose arrays have the net's own names; checks everything first.
 
-    Parameters
-    ----------
-    net : Module
-        Its last layer, ``classifier``, is loaded if it has as many outputs as the file's, and left as it is
-        otherwise.
-    name : str
-        Which of :data:`~lance_ref.models.PRETRAINED`.
-    pretrained : bool or path, optional
-        True takes the pinned file, a path a file of the same layout; False and None do nothing.
+    Its last layer, ``classifier``, is loaded if it has as many outputs as the file's, and left as it is otherwise.
+    ``name`` is one of :data:`~lance_ref.models.PRETRAINED`, whose pinned file True takes; a path is a file of the same
+    layout, and False and None do nothing.
 
     Raises
     ------
@@ -96,7 +77,8 @@ def _read(name: str, path: str | os.PathLike[str] | None) -> tuple[Path, dict[st
     if state.shapes_only:
         raise ValueError("pretrained weights cannot be loaded into a net that has shapes only")
     if path is None:
-        pinned = _pinned(name)
+        pinned = find(name).weights
+        assert pinned is not None, f"{name} has no pretrained weights"
         file = data_file(pinned.file, f"{name}(pretrained=True)")
         found = hashlib.sha256(file.read_bytes()).hexdigest()
         if found != pinned.sha256:
@@ -106,12 +88,6 @@ def _read(name: str, path: str | os.PathLike[str] | None) -> tuple[Path, dict[st
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file of pretrained weights")
     return file, load_npz(file, max_bytes=MAX_BYTES)
-
-
-def _pinned(name: str) -> Weights:
-    weights = find(name).weights
-    assert weights is not None, f"{name} has no pretrained weights"
-    return weights
 
 
 def _checked(arrays: dict[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:

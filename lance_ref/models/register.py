@@ -25,24 +25,12 @@ Maker = TypeVar("Maker", bound=Callable[..., Module])
 
 @dataclass(frozen=True)
 class Weights:
-    """A file of pretrained weights.
+    """A file of pretrained weights."""
 
-    Attributes
-    ----------
-    file : str
-        Relative to the folder of data.
-    sha256 : str
-        Of the file.
-    image_size : int
-        What the network was trained with, in pixels.
-    origin : str
-        Where the file's contents come from, and their terms.
-    """
-
-    file: str
-    sha256: str
-    image_size: int
-    origin: str
+    file: str  #: Relative to the folder of data.
+    sha256: str  #: Of the file.
+    image_size: int  #: What the network was trained with, in pixels.
+    origin: str  #: Where the file's contents come from, and their terms.
 
 
 def _nothing(input_shape: Shape) -> dict[str, Any]:
@@ -51,36 +39,23 @@ def _nothing(input_shape: Shape) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Net:
-    """What the commands must know of a network.
+    """What the commands must know of a network."""
 
-    Attributes
-    ----------
-    make : callable
-        Takes ``num_classes`` and, like all options, by name: ``rng``, and ``pretrained`` where there are weights.
-    input_shape : tuple of int
-        One input that it is made for, without the batch. Default: an RGB image of 224 pixels.
-    tune : str
-        What trains where nobody says otherwise, as for :func:`lance_ref.tune`. Default: the last four layers.
-    preprocess : callable
-        From uint8 pixels to the input. Default: pixel / 255.
-    weights : Weights, optional
-        Its pretrained weights. Default: none.
-    options_for : callable
-        From the shape of one input to the options of ``make`` that depend on it. Default: no option does.
-    small_shape : tuple of int
-        A smaller input that it takes too, with other height than width if it can: the validation runs it on that.
-        Default: ``input_shape``.
-    has_widths : bool
-        Whether ``make`` takes ``width=``, a factor of all channels, written ``name@0.35``. Default: it does not.
-    """
-
+    #: Takes ``num_classes`` and, like all options, by name: ``rng``, and ``pretrained`` where there are weights.
     make: Callable[..., Module]
+    #: One input that it is made for, without the batch. Default: an RGB image of 224 pixels.
     input_shape: Shape = (3, 224, 224)
+    #: What trains where nobody says otherwise, as for :func:`lance_ref.tune`. Default: the last four layers.
     tune: str = "last:4"
+    #: From uint8 pixels to the input. Default: pixel / 255.
     preprocess: Callable[[np.ndarray], np.ndarray] = scale_to_one
-    weights: Weights | None = None
+    weights: Weights | None = None  #: Its pretrained weights. Default: none.
+    #: From the shape of one input to the options of ``make`` that depend on it. Default: no option does.
     options_for: Callable[[Shape], Mapping[str, Any]] = _nothing
+    #: Whether ``make`` takes ``width=``, a factor of all channels, written ``name@0.35``. Default: it does not.
     has_widths: bool = False
+    #: A smaller input that it takes too, with other height than width if it can: the validation runs it on that.
+    #: Default: ``input_shape``.
     small_shape: Shape = ()
 
     def __post_init__(self) -> None:

@@ -7,36 +7,48 @@ from collections.abc import Sequence
 from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.engine.tensor import Tensor
-from lance_ref.models.initialise import Rng, check_positive_int, kaiming_fan_out, source
+from lance_ref.models.initialise import Rng, check_positive_int, kaiming_conv, source
 from lance_ref.models.register import SMALL_IMAGE, net
 
 
-class BasicBlock(nn.Module):
-    """relu(shortcut(x) + bn2(conv2(relu(bn1(conv1(x)))))); the shortcut is a 1x1 convolution where shapes change."""
+class Block(nn.Module):
+    """relu(shortcut(x) + residual(x)); the shortcut is a 1x1 convolution with batch norm where shapes change."""
+
+    relu: nn.ReLU
+
+    def _add_downsample(self, C_in: int, C_out: int, stride: int, rng: Rng) -> None:
+        self.has_downsample = stride != 1 or C_in != C_out
+        if self.has_downsample:
+            self.downsample = nn.Sequential(kaiming_conv(C_in, C_out, 1, stride, rng), nn.BatchNorm2d(C_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self._residual(x) + (self.downsample(x) if self.has_downsample else x))
+
+    def _residual(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class BasicBlock(Block):
+    """relu(shortcut(x) + bn2(conv2(relu(bn1(conv1(x))))))"""
 
     expansion = 1
 
     def __init__(self, C_in: int, width: int, stride: int, rng: Rng) -> None:
         super().__init__()
         C_out = width
-        self.conv1 = _conv(C_in, C_out, 3, stride, rng)
+        self.conv1 = kaiming_conv(C_in, C_out, 3, stride, rng)
         self.bn1 = nn.BatchNorm2d(C_out)
         self.relu = nn.ReLU()
-        self.conv2 = _conv(C_out, C_out, 3, 1, rng)
+        self.conv2 = kaiming_conv(C_out, C_out, 3, 1, rng)
         self.bn2 = nn.BatchNorm2d(C_out)
-        self.has_downsample = stride != 1 or C_in != C_out
-        if self.has_downsample:
-            self.downsample = nn.Sequential(_conv(C_in, C_out, 1, stride, rng), nn.BatchNorm2d(C_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self._residual(x) + (self.downsample(x) if self.has_downsample else x))
+        self._add_downsample(C_in, C_out, stride, rng)
 
     def _residual(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         return self.bn2(self.conv2(out))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """relu(shortcut(x) + bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))); 1x1 to ``width``, 3x3, 1x1 to four times.
 
     The stride is that of the 3x3 convolution, as in torchvision; He et al. have it in the first 1x1.
@@ -47,19 +59,14 @@ class Bottleneck(nn.Module):
     def __init__(self, C_in: int, width: int, stride: int, rng: Rng) -> None:
         super().__init__()
         C_out = self.expansion * width
-        self.conv1 = _conv(C_in, width, 1, 1, rng)
+        self.conv1 = kaiming_conv(C_in, width, 1, 1, rng)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv(width, width, 3, stride, rng)
+        self.conv2 = kaiming_conv(width, width, 3, stride, rng)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = _conv(width, C_out, 1, 1, rng)
+        self.conv3 = kaiming_conv(width, C_out, 1, 1, rng)
         self.bn3 = nn.BatchNorm2d(C_out)
         self.relu = nn.ReLU()
-        self.has_downsample = stride != 1 or C_in != C_out
-        if self.has_downsample:
-            self.downsample = nn.Sequential(_conv(C_in, C_out, 1, stride, rng), nn.BatchNorm2d(C_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self._residual(x) + (self.downsample(x) if self.has_downsample else x))
+        self._add_downsample(C_in, C_out, stride, rng)
 
     def _residual(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))  # (B, width, H, W)
@@ -76,15 +83,13 @@ class ResNet(nn.Module):
         :class:`BasicBlock` or :class:`Bottleneck`.
     blocks : sequence of 4 int
         Blocks in each of the four stages.
-    num_classes : int
-    rng : int, numpy.random.Generator or None
     """
 
     def __init__(
         self, block: type[BasicBlock] | type[Bottleneck], blocks: Sequence[int], num_classes: int, rng: Rng
     ) -> None:
         super().__init__()
-        self.conv1 = _conv(3, 64, 7, 2, rng)
+        self.conv1 = kaiming_conv(3, 64, 7, 2, rng)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, 2, 1)
@@ -114,12 +119,6 @@ class ResNet(nn.Module):
 def resnet18(num_classes: int = 1000, rng: Rng = None) -> ResNet:
     """ResNet-18 for RGB images (B, 3, H, W).
 
-    Parameters
-    ----------
-    num_classes : int
-    rng : int or numpy.random.Generator, optional
-        Seed or generator of the initial weights; the library's default generator otherwise.
-
     Notes
     -----
     As in torchvision, convolutions start from N(0, 2 / (C_out · k_h · k_w)), the classifier from PyTorch's
@@ -143,8 +142,3 @@ def resnet50(num_classes: int = 1000, rng: Rng = None) -> ResNet:
 def _resnet(block: type[BasicBlock] | type[Bottleneck], blocks: Sequence[int], num_classes: int, rng: Rng) -> ResNet:
     check_positive_int("num_classes", num_classes)
     return ResNet(block, blocks, num_classes, source(rng))
-
-
-def _conv(C_in: int, C_out: int, kernel_size: int, stride: int, rng: Rng) -> nn.Conv2d:
-    conv = nn.Conv2d(C_in, C_out, kernel_size, stride, (kernel_size - 1) // 2, bias=False, rng=rng)
-    return kaiming_fan_out(conv, rng)

@@ -88,30 +88,9 @@ class ResNet8(nn.Module):
     ),
 )
 def resnet8(num_classes: int = 10, pretrained: bool | str | os.PathLike[str] | None = None, rng: Rng = None) -> ResNet8:
-    """ResNet-8 for RGB images (B, 3, 32, 32), with TensorFlow's "same" padding.
+    """ResNet-8 for RGB images (B, 3, 32, 32), with TensorFlow's "same" padding; options as in :mod:`lance_ref.models`.
 
-    Parameters
-    ----------
-    num_classes : int
-    pretrained : bool or path, optional
-        True reads the CIFAR-10 weights of :data:`~lance_ref.models.PRETRAINED` from the folder of
-        data (``LANCE_REF_DATA``) and checks their SHA-256; a path reads a file of the same layout.
-        The classifier is loaded for 10 classes; any other number gets a fresh one.
-        Feed such a net with raw pixels 0..255, :func:`models.preprocessing("resnet8")
-        <lance_ref.models.preprocessing>`.
-    rng : int or numpy.random.Generator, optional
-        Seed or generator of the initial weights; the library's default generator otherwise.
-
-    Returns
-    -------
-    ResNet8
-
-    Raises
-    ------
-    ValueError
-        If ``num_classes`` is out of range, or the weights do not fit.
-    FileNotFoundError
-        If the pretrained weights are not there.
+    Its pretrained weights are those of CIFAR-10, and take raw pixels 0..255.
 
     Notes
     -----

@@ -13,34 +13,19 @@ from lance_ref.nn.module import Module
 class SelfAttention(Module):
     """Multi-head self-attention: softmax(Q Kᵀ / √D) V in each head, the heads joined and mixed.
 
+    Vaswani et al. (NeurIPS 2017, arXiv 1706.03762), equation 1 and section 3.2.2, with the three projections in one
+    matrix, as vision transformers have it. For backward the two products keep Q, K and V, which share one (B, N, 3·C)
+    array, and the (B, num_heads, N, N) attention, which the softmax keeps too.
+
     Parameters
     ----------
     dim : int
         Features C of a token.
     num_heads : int
-        Heads of D = C / num_heads features each.
+        Heads of D = C / num_heads features each; a divisor of ``dim``.
     bias : bool
-        Of both linear layers.
-    rng : numpy.random.Generator or int, optional
-        Source of the initial weights; the library's default generator otherwise.
-
-    Attributes
-    ----------
-    qkv : Linear
-        From C to 3·C: the queries of all heads, then the keys, then the values.
-    proj : Linear
-        From C to C, on the joined heads.
-
-    Raises
-    ------
-    ValueError
-        If ``num_heads`` does not divide ``dim``, or an input is not (B, N, C).
-
-    Notes
-    -----
-    Vaswani et al. (NeurIPS 2017, arXiv 1706.03762), equation 1 and section 3.2.2, with the three projections
-    in one matrix, as vision transformers have it. For backward the two products keep Q, K and V, which share one
-    (B, N, 3·C) array, and the (B, num_heads, N, N) attention, which the softmax keeps too.
+        Of both linear layers: ``qkv`` from C to 3·C (all queries, then keys, then values), and ``proj`` on the joined
+        heads.
     """
 
     def __init__(self, dim: int, num_heads: int, bias: bool = True, rng: Rng = None) -> None:

@@ -32,8 +32,6 @@ class Linear(Module):
 
     Parameters
     ----------
-    in_features, out_features : int
-    bias : bool
     rng : numpy.random.Generator or int, optional
         Source of the initial weights; the library's default generator otherwise.
 
@@ -43,6 +41,8 @@ class Linear(Module):
     bias : Parameter (out_features,) or None
     store : ActivationStore
         What is kept of the input for the weight gradient.
+    update : SubspaceUpdate or None
+        What trains in place of the weight (:mod:`lance_ref.nn.subspace`).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, rng: Rng = None) -> None:
@@ -55,9 +55,11 @@ class Linear(Module):
         self.weight = uniform_parameter(shape, default_bound(shape), rng)
         self.bias = uniform_parameter(shape[:1], default_bound(shape), rng) if bias else None
         self.store: ActivationStore = EXACT
+        self.update: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias, store=self.store)
+        update = None if self.update is None else self.update.parts()
+        return F.linear(x, self.weight, self.bias, store=self.store, update=update)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{_store_repr(self.store)}"
@@ -68,12 +70,10 @@ class Conv2d(Module):
 
     Parameters
     ----------
-    in_channels, out_channels : int
     kernel_size, stride, dilation : int or pair
     padding : int, pair, ((top, bottom), (left, right)), "valid" or "same"
     groups : int
         Divides both numbers of channels.
-    bias : bool
     rng : numpy.random.Generator or int, optional
         Source of the initial weights; the library's default generator otherwise.
 
@@ -83,6 +83,8 @@ class Conv2d(Module):
     bias : Parameter (out_channels,) or None
     store : ActivationStore
         What is kept of the input for the weight gradient.
+    update : SubspaceUpdate or None
+        What trains in place of the weight (:mod:`lance_ref.nn.subspace`).
     """
 
     def __init__(
@@ -113,11 +115,12 @@ class Conv2d(Module):
         self.weight = uniform_parameter(shape, default_bound(shape), rng)
         self.bias = uniform_parameter(shape[:1], default_bound(shape), rng) if bias else None
         self.store: ActivationStore = EXACT
+        self.update: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, store=self.store
-        )
+        update = None if self.update is None else self.update.parts()
+        sizes = self.stride, self.padding, self.dilation, self.groups
+        return F.conv2d(x, self.weight, self.bias, *sizes, store=self.store, update=update)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

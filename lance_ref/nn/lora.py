@@ -16,7 +16,7 @@ the adapted one, B a 1x1 convolution of stride 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -36,7 +36,7 @@ class Sum(Module):
 
 
 class LoRALinear(Linear):
-    """A linear layer with a trained update of low rank.
+    """A linear layer with a trained update of low rank: ``down`` is A, ``up`` is B, ``scale`` is α/r.
 
     Parameters
     ----------
@@ -48,15 +48,6 @@ class LoRALinear(Linear):
         α; by default r, so that the update counts once.
     rng : int or numpy.random.Generator, optional
         Source of A.
-
-    Attributes
-    ----------
-    weight, bias
-        Those of ``base``.
-    down, up : Linear
-        A and B.
-    scale : float
-        α/r.
     """
 
     down: Linear
@@ -88,7 +79,6 @@ class LoRAConv2d(Conv2d):
 
     Parameters
     ----------
-    base : Conv2d
     rank, alpha, rng
         As there.
 
@@ -144,21 +134,8 @@ def add_lora(
 ) -> dict[str, Module]:
     """Put a trained update of low rank beside some layers of a network, in place.
 
-    The weights and biases of these layers are frozen; what else trains is left as it is.
-
-    Parameters
-    ----------
-    net : Module
-    layers : sequence of str
-        Paths of linear layers and 1x1 convolutions of one group.
-    rank : int
-    alpha : float, optional
-    rng : int or numpy.random.Generator, optional
-
-    Returns
-    -------
-    dict of str to Module
-        The layers that were replaced, by path: :func:`put_back` takes them.
+    ``layers`` are paths of linear layers and 1x1 convolutions of one group. Their weights and biases are frozen; what
+    else trains is left as it is. Gives the layers that were replaced, by path, which :func:`put_back` takes.
 
     Raises
     ------
@@ -209,19 +186,16 @@ def merge_lora(net: Module) -> None:
 
 def _exchange(net: Module, old: Module, new: Module) -> None:
     """Put a module in the place of another wherever that is a child; the order of the children stays."""
-    for parent, name in list(_places(net, old)):
-        parent._modules[name] = new
+    for parent in list(net.modules()):
+        parent._modules.update(dict.fromkeys([name for name, module in parent._modules.items() if module is old], new))
     _structure_changed()
-
-
-def _places(net: Module, child: Module) -> Iterator[tuple[Module, str]]:
-    for parent in net.modules():
-        yield from ((parent, name) for name, module in parent._modules.items() if module is child)
 
 
 def _check(base: Module, kind: type[Module], rank: int) -> None:
     if not isinstance(base, kind):
         raise TypeError(f"LoRA: base is a {type(base).__name__}, expected a {kind.__name__}")
+    if base.update is not None:
+        raise ValueError("LoRA: base trains in a subspace, expected a plain layer; merge(net) first")
     positive_integers("LoRA", rank=rank)
 
 
@@ -231,7 +205,7 @@ def _adapt(layer: LoRALinear | LoRAConv2d, base: Linear | Conv2d, rank: int, alp
     if not 0 < alpha < float("inf"):
         raise ValueError(f"LoRA: alpha is {alpha}, expected a positive number")
     layer.scale = alpha / rank
-    layer.weight, layer.bias, layer.store = base.weight, base.bias, base.store
+    layer.weight, layer.bias, layer.store, layer.update = base.weight, base.bias, base.store, None
     layer.up.weight = constant_parameter(layer.up.weight.shape, 0.0)
     layer.sum = Sum()
     for part in (layer.down, layer.up):

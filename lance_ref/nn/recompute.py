@@ -119,25 +119,9 @@ class Segmented(Sequential):
 def checkpoint_sequential(net: Sequential, segments: int) -> Sequential:
     """The same modules one after the other, in ``segments`` stretches that are recomputed.
 
-    Parameters
-    ----------
-    net : Sequential
-        Is left as it is; the result has the same children, parameters included.
-    segments : int
-        From 1 to the number of children. The stretches are as long as each other, the first ones longer by
-        one where that does not come out even.
-
-    Returns
-    -------
-    Sequential
-        Of :class:`Recompute` modules, one for each stretch. The paths of the layers are those they have in
-        ``net``, so ``net.features = checkpoint_sequential(net.features, 4)`` changes no path. Indices and
-        iteration are over the stretches.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer children than segments.
+    The stretches, from 1 to the number of children, are as long as each other, the first ones longer by one where that
+    does not come out even. ``net`` is left as it is; the result is a Sequential of :class:`Recompute` modules with the
+    same children, whose paths do not change. Indices and iteration are over the stretches.
 
     Notes
     -----

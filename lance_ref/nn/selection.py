@@ -18,24 +18,12 @@ _SHOWN = 6  # layer names, or shapes, that an error lists
 
 @dataclass(frozen=True)
 class Tuning:
-    """What :func:`tune` decided.
+    """What :func:`tune` decided."""
 
-    Attributes
-    ----------
-    layers : tuple of str
-        Paths of the Conv2d and Linear layers that train, in module order, without the head.
-    head : str or None
-        Path of the classifier head, which always trains; None if every layer stands in ``layers``.
-    selection : str or tuple of str
-        What was asked for.
-    parameters : {"all", "bias"}
-        Whether ``layers`` train whole, or their biases alone.
-    """
-
-    layers: tuple[str, ...]
-    head: str | None
-    selection: str | tuple[str, ...]
-    parameters: str = "all"
+    layers: tuple[str, ...]  #: Paths of the Conv2d and Linear layers that train, in module order, without the head.
+    head: str | None  #: Path of the classifier head, which always trains; None if every layer stands in ``layers``.
+    selection: str | tuple[str, ...]  #: What was asked for.
+    parameters: str = "all"  #: "all", or "bias": of ``layers`` the biases alone.
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -46,6 +34,18 @@ class Tuning:
 def weighted_layers(net: Module) -> dict[str, Module]:
     """All Conv2d and Linear layers by path, in module order; the last one is the head."""
     return {path: module for path, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+
+
+def refuse_updates(net: Module, what: str) -> None:
+    """Raise ValueError if a layer trains in a subspace, which ``what`` does not heed."""
+    for path, layer in weighted_layers(net).items():
+        if layer.update is not None:
+            raise ValueError(f"layer {path!r} trains in a subspace, which {what} does not heed; merge(net) first")
+
+
+def learns(layer: Module) -> bool:
+    """Whether the weight of a layer trains, as a whole or in a subspace."""
+    return bool(layer.weight.requires_grad or layer.update is not None)
 
 
 def tune(
@@ -83,16 +83,13 @@ def tune(
         statistics would keep activations; ``train_batchnorm`` has the biases of all batch norms after
         the first selected layer train.
 
-    Returns
-    -------
-    Tuning
-
     Raises
     ------
     ValueError
         If the network has no Conv2d or Linear layer, ``n`` is not a number from 1 to the number of
         layers, a glob matches nothing, or a selected layer has no bias where only biases are to train; or if it
-        keeps layers that require gradients in a plain list, tuple or dict, which registers none of them.
+        keeps layers that require gradients in a plain list, tuple or dict, which registers none of them; or if a
+        layer trains in a subspace.
 
     Notes
     -----
@@ -117,6 +114,7 @@ def tune(
     ['2.bias', '4.weight', '4.bias']
     """
     choice = choose(net, selection, train_batchnorm, parameters)
+    refuse_updates(net, "tune")
     _check_containers(net)
     for parameter in net.parameters():
         parameter.requires_grad_(id(parameter) in choice.trains)
@@ -127,20 +125,11 @@ def tune(
 
 
 class Choice(NamedTuple):
-    """What :func:`tune` would do to a net.
-
-    Attributes
-    ----------
-    tuning : Tuning
-    trains : set of int
-        Identities of the parameters that train; no other does.
-    frozen : list of (BatchNorm2d, bool)
-        Whether each of the net is frozen.
-    """
+    """What :func:`tune` would do to a net."""
 
     tuning: Tuning
-    trains: set[int]
-    frozen: list[tuple[nn.BatchNorm2d, bool]]
+    trains: set[int]  #: Identities of the parameters that train; no other does.
+    frozen: list[tuple[nn.BatchNorm2d, bool]]  #: Whether each of the net is frozen.
 
 
 def choose(

@@ -41,21 +41,16 @@ def record(net: Module | None = None) -> Iterator[list[OpRecord]]:
 
 
 def trace(net: Module, input_shape: Sequence[int], dtype: Any = None) -> list[OpRecord]:
-    """The op records of one forward pass of ``net``, without computing anything.
+    """The op records of one forward pass of ``net`` in order of execution, without computing anything.
+
+    Any module will do; a module that is called twice appears twice.
 
     Parameters
     ----------
-    net : Module
-        Any module; a user's own needs no registration.
     input_shape : sequence of int
         Shape of the input, batch first.
     dtype : numpy dtype, optional
         float32 or float64; the dtype of the network's parameters by default.
-
-    Returns
-    -------
-    list of OpRecord
-        In order of execution. A module called twice appears twice.
 
     Raises
     ------

@@ -12,29 +12,15 @@ from lance_ref.engine.tensor import Tensor
 
 
 def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> float:
-    """Scale all gradients, in place, so that their joint 2-norm is at most ``max_norm``.
+    """Scale all gradients, in place, so that their joint 2-norm is at most ``max_norm``; gives the norm before.
 
-    Parameters
-    ----------
-    parameters : Tensor or iterable of Tensor
-        Those without a gradient are passed over.
-    max_norm : float
-        Positive.
-
-    Returns
-    -------
-    float
-        The norm before clipping.
+    Tensors without a gradient are passed over. As in PyTorch the factor is max_norm / (norm + 1e-6), and never above 1.
+    Squares are summed in float64.
 
     Raises
     ------
     ValueError
         If ``max_norm`` is not positive, or the norm is NaN or infinite: scaling could not mend that.
-
-    Notes
-    -----
-    As in PyTorch the factor is max_norm / (norm + 1e-6), and never above 1. Squares are summed in
-    float64.
     """
     whole = isinstance(max_norm, (int, float, np.integer, np.floating)) and not isinstance(max_norm, bool)
     if not whole or not max_norm > 0:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lance_ref.algebra.basis import Basis
 from lance_ref.algebra.geometry import Geometry
 from lance_ref.algebra.magnitude import NotFiniteError
 from lance_ref.engine.tensor import Shape
@@ -54,6 +55,19 @@ class ActivationStore(ABC):
         self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry
     ) -> np.ndarray:
         """The weight gradient, of the weight's shape, from what :meth:`save` returned."""
+
+    def basis(self, groups: int, forward: str = "auto") -> Basis | None:
+        """The directions that every weight gradient of a layer with so many groups lies in; None if there are none.
+
+        ``forward`` is how a layer that trains in them computes its output (:class:`~lance_ref.algebra.basis.Basis`).
+        """
+        return None
+
+    def update_gradient(
+        self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry, basis: Basis
+    ) -> np.ndarray:
+        """The gradient of D for a weight W_0 + D ×₂ Q: by default the coordinates of the weight gradient."""
+        return basis.coordinates(self.weight_gradient(saved, grad_output, geometry))
 
     def input_gradient(self, weight: np.ndarray, grad_output: np.ndarray, geometry: Geometry) -> np.ndarray:
         """The input gradient, of the input's shape. It needs nothing of the input, and is exact by default."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from lance_ref.algebra import projection, projection_fast
-from lance_ref.algebra.frame import along
+from lance_ref.algebra.basis import Basis, orthonormal
+from lance_ref.algebra.frame import along, feature_mode
 from lance_ref.algebra.geometry import WORKSPACE_BYTES, ConvGeometry, Geometry
 from lance_ref.algebra.magnitude import exponent, scaled
 from lance_ref.engine.tensor import FLOATS, Shape
@@ -23,6 +24,22 @@ ORDERS = ("auto", "papers", "separable")
 BATCH_MODES = ("calibrated", "sketch")
 DEFAULT_BATCH_RATIO = 1 / 8
 BATCH_HINT = "; a compressed batch mode fixes the batch size: calibrate with this one, or leave 'batch' out of modes"
+
+
+class _Narrow(NamedTuple):
+    """What a layer that trains in Q needs: Q, and the feature mode's factor and the mean in its coordinates.
+
+    A ``factor`` of None is the identity, Q = U.
+    """
+
+    basis: Basis
+    factor: np.ndarray | None
+    mean: np.ndarray | None
+
+    @property
+    def arrays(self) -> tuple[np.ndarray | None, ...]:
+        """Those that the store does not have without it."""
+        return () if self.factor is None else (self.basis.directions, self.factor, self.mean)
 
 
 class Lance(ActivationStore):
@@ -123,6 +140,7 @@ class Lance(ActivationStore):
         self.coding = Numbers() if core_bits is None else Codes(core_bits)
         self.batch = CalibratedBatch()
         self._batch_size = subspace.shape[0]  # of the last activation
+        self._narrow: _Narrow | None = None  # of a layer that trains in the subspace
         if batch_mode == "sketch":
             self.batch = SketchedBatch(DEFAULT_BATCH_RATIO if batch_ratio is None else batch_ratio, seed)
             self.factors = (None, *self.factors[1:])
@@ -156,8 +174,12 @@ class Lance(ActivationStore):
 
     @property
     def factor_bytes(self) -> int:
-        """Bytes of the fixed factors and the mean: not on the tape, but in memory all through training."""
-        return sum(array.nbytes for array in (*self.factors, self.mean) if array is not None)
+        """Bytes of the fixed factors and the mean: not on the tape, but in memory all through training.
+
+        With those of a basis that is not the feature mode's factor itself (:meth:`basis`).
+        """
+        own = () if self._narrow is None else self._narrow.arrays
+        return sum(array.nbytes for array in (*self.factors, self.mean, *own) if array is not None)
 
     def describe(self) -> dict[str, Any]:
         description: dict[str, Any] = {"name": self.name, "ranks": self.ranks, "shape": self.shape, "order": self.order}
@@ -205,17 +227,55 @@ class Lance(ActivationStore):
         self.energy_kept = energy_ratio(core, activation, self.mean)
         return {**self.coding.pack(core), **step}
 
+    def basis(self, groups: int, forward: str = "auto") -> Basis | None:
+        """Q of the feature mode: its factor U, of one group without a mean; None if that mode is left alone.
+
+        With groups, or with a mean, which is one more direction, Q_j is an orthonormal basis of each group's rows.
+        """
+        mode = feature_mode(self.shape)
+        U = self.factors[mode]
+        if U is None:
+            return None
+        directions, own = orthonormal(U, self.mean, groups)
+        found = Basis(directions, forward=forward)
+        mean = None if self.mean is None else found.coordinates(self.mean.reshape(groups, -1)).reshape(-1)
+        self._narrow = _Narrow(found, own, mean)
+        return found
+
+    def update_gradient(
+        self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry, basis: Basis
+    ) -> np.ndarray:
+        """The weight gradient before its channels come back, (C_out, r, k_h, k_w).
+
+        It is LANCE's weight gradient of the layer D on Qᵀ A, whose channels have the coordinates of U for their factor.
+        """
+        narrow = self._narrow
+        if narrow is None or narrow.basis is not basis:
+            return super().update_gradient(saved, grad_output, geometry, basis)
+        factors = list(self._factors(saved, len(grad_output)))
+        factors[feature_mode(self.shape)] = narrow.factor
+        return self._gradient(saved, grad_output, basis.up(geometry), factors, narrow.mean)
+
     def weight_gradient(
         self, saved: Mapping[str, np.ndarray], grad_output: np.ndarray, geometry: Geometry
     ) -> np.ndarray:
-        factors = self._factors(saved, len(grad_output))
+        return self._gradient(saved, grad_output, geometry, self._factors(saved, len(grad_output)), self.mean)
+
+    def _gradient(
+        self,
+        saved: Mapping[str, np.ndarray],
+        grad_output: np.ndarray,
+        geometry: Geometry,
+        factors: projection.Factors,
+        mean: np.ndarray | None,
+    ) -> np.ndarray:
         shape = tuple(n if U is None else U.shape[1] for n, U in zip(geometry.input_shape, factors, strict=True))
         core = self.coding.unpack(saved, shape)
         # Equations (5) to (8), in the order of fewest multiply-adds.
         gradient = projection_fast.weight_gradient(core, factors, grad_output, geometry, self.order)
-        if self.mean is not None:
+        if mean is not None:
             # The weight gradient is linear in A, so that of μ, which is exact, and that of A − μ add up.
-            gradient += projection.mean_weight_gradient(self.mean, grad_output, geometry)
+            gradient += projection.mean_weight_gradient(mean, grad_output, geometry)
         return gradient
 
     def order_for(self, geometry: ConvGeometry) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ VARYING = ("ranks", "shape", "selected")  # in what a store says of itself after
 NOT_NEGATIVE = ("running_var", "exp_avg_sq")
 """Means of squares, by the last part of their name that is no number."""
 
-_BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+"""What a state that does not fit can raise while it is put back."""
 
 
 def save(
@@ -46,21 +47,17 @@ def save(
     ----------
     path : path
         Taken as it is; its folder must exist.
-    net : Module
-    optimizer : Optimizer, optional
-    scheduler : LRScheduler, optional
     meta : mapping, optional
         What :func:`load` is to return, such as the step and the history; finite numbers, text, lists and mappings.
     settings : mapping, optional
-        Of the run, likewise; :func:`load` refuses a checkpoint with others.
+        Settings of the run, likewise; :func:`load` refuses a checkpoint with others.
 
     Raises
     ------
     ValueError, TypeError
         If ``meta`` or ``settings`` cannot be written as JSON, or a part of the state is not finite.
     OSError
-        If the file cannot be written, a full disk included. The earlier checkpoint is as it was, and
-        nothing is left of the new one.
+        If the file cannot be written, for instance because the disk is full.
 
     Examples
     --------
@@ -78,18 +75,12 @@ def save(
     arrays, randomness = _collect(net, optimizer, scheduler)
     check_sound(arrays)
     about = {
-        "format": FORMAT,
         "description": describe(net, optimizer, scheduler),
         "settings": dict(settings or {}),
         "generators": randomness,
         "meta": dict(meta or {}),
     }
-    text = json.dumps(about, allow_nan=False).encode()
-    try:
-        save_npz(path, {"about": np.frombuffer(text, np.uint8), **arrays})
-    except OSError as error:
-        reason = f"the checkpoint was not written ({error.strerror or error}); an earlier one is as it was"
-        raise OSError(error.errno, reason, str(path)) from error
+    write(path, about, arrays)
 
 
 def load(
@@ -100,21 +91,11 @@ def load(
     *,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Put network, optimiser, schedule, stores and random generators into the state that :func:`save` wrote.
+    """Put all into the state that :func:`save` wrote, stores and random generators included; gives ``meta``.
 
-    Parameters
-    ----------
-    path : path
-    net, optimizer, scheduler
-        Made as they were for the run that wrote the checkpoint. Changed in place, the generators that the
-        network draws from and the library's default generator included.
-    settings : mapping, optional
-        Must be those given to :func:`save`.
-
-    Returns
-    -------
-    dict
-        ``meta`` of :func:`save`.
+    Network, optimiser and schedule must be made as they were for the run that wrote the checkpoint, and are changed in
+    place, as are the generators that the network draws from and the library's default generator. ``settings`` must be
+    those given to :func:`save`.
 
     Raises
     ------
@@ -125,19 +106,18 @@ def load(
     OSError
         If the file cannot be opened.
     """
-    arrays = load_npz(path, needs_checksum=True)
-    about = _about(path, arrays.pop("about", None))
+    about, arrays = read(path, ("description", "settings", "generators", "meta"))
     for name, own in (("settings", dict(settings or {})), ("description", describe(net, optimizer, scheduler))):
-        _compare(path, about[name], json.loads(json.dumps(own)))
+        compare(path, about[name], json.loads(json.dumps(own)))
     earlier = _collect(net, optimizer, scheduler)
     try:
         check_sound(arrays)
-        check_dtypes(arrays, {**_examples(arrays, net, optimizer), **earlier[0]})
+        check_dtypes(arrays, {**examples(arrays, net, optimizer), **earlier[0]})
         _check_settings(arrays, optimizer, scheduler)
         _restore(arrays, about["generators"], net, optimizer, scheduler)
-    except _BROKEN as error:
+    except BROKEN as error:
         _restore(*earlier, net, optimizer, scheduler)
-        raise ValueError(f"{path}: the checkpoint does not fit: {' '.join(str(error).split())}") from None
+        raise misfit(path, error) from None
     meta: dict[str, Any] = about["meta"]
     return meta
 
@@ -210,10 +190,7 @@ def generators(net: Module) -> dict[str, np.random.Generator]:
 def checked_path(path: str | os.PathLike[str]) -> Path:
     """The path of a checkpoint that a run is going to write, cleared of what killed processes left beside it.
 
-    Raises
-    ------
-    ValueError
-        If it is a folder, or its folder does not exist.
+    ValueError if it is a folder, or its folder does not exist.
     """
     checked = Path(path)
     if checked.is_dir() or not checked.parent.is_dir():
@@ -262,8 +239,8 @@ def _collect(
     parts += [] if optimizer is None else [("optimizer/", optimizer.state_dict())]
     parts += [] if scheduler is None else [("scheduler/", scheduler.state_dict())]
     parts += [(prefix, store.state()) for prefix, store in _stores(net)]
-    arrays = {prefix + name: np.array(array) for prefix, part in parts for name, array in part.items()}
-    return arrays, {name: _plain(rng.bit_generator.state) for name, rng in generators(net).items()}
+    arrays = {prefix + name: np.array(array) for prefix, own in parts for name, array in own.items()}
+    return arrays, generator_states(net)
 
 
 def _restore(
@@ -274,15 +251,14 @@ def _restore(
     scheduler: LRScheduler | None,
 ) -> None:
     """Put back what :func:`_collect` gave."""
-    net.load_state_dict(_part(arrays, "net/"))
+    net.load_state_dict(part(arrays, "net/"))
     if optimizer is not None:
-        optimizer.load_state_dict(_part(arrays, "optimizer/"))
+        optimizer.load_state_dict(part(arrays, "optimizer/"))
     if scheduler is not None:
-        scheduler.load_state_dict(_part(arrays, "scheduler/"))
+        scheduler.load_state_dict(part(arrays, "scheduler/"))
     for prefix, store in _stores(net):
-        store.load_state(_part(arrays, prefix))
-    for name, generator in generators(net).items():
-        generator.bit_generator.state = _unplain(randomness[name])
+        store.load_state(part(arrays, prefix))
+    set_generators(net, randomness)
 
 
 def _check_settings(
@@ -297,7 +273,7 @@ def _check_settings(
             raise ValueError(f"{name} is {arrays[name]}, expected {value}")
 
 
-def _examples(names: Iterable[str], net: Module, optimizer: Optimizer | None) -> dict[str, np.ndarray]:
+def examples(names: Iterable[str], net: Module, optimizer: Optimizer | None) -> dict[str, np.ndarray]:
     """An array of the right dtype for what is made at the first step only: buffers, and warm starts of stores."""
     found: dict[str, np.ndarray] = {}
     if optimizer is not None:
@@ -308,9 +284,20 @@ def _examples(names: Iterable[str], net: Module, optimizer: Optimizer | None) ->
     return found
 
 
-def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+def part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """The arrays whose names start so, without that start."""
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def generator_states(net: Module) -> dict[str, Any]:
+    """The states of all random generators (:func:`generators`), fit for JSON."""
+    return {name: _plain(rng.bit_generator.state) for name, rng in generators(net).items()}
+
+
+def set_generators(net: Module, states: Mapping[str, Any]) -> None:
+    """Put all random generators into the states that :func:`generator_states` gave."""
+    for name, generator in generators(net).items():
+        generator.bit_generator.state = _unplain(states[name])
 
 
 def _plain(value: Any) -> Any:
@@ -331,23 +318,40 @@ def _unplain(value: Any) -> Any:
     return {name: _unplain(item) for name, item in value.items()}
 
 
-# ---- checks ------------------------------------------------------------------------------
+# ---- the file ------------------------------------------------------------------------------
 
 
-def _about(path: str | os.PathLike[str], text: np.ndarray | None) -> dict[str, Any]:
-    """The part that is no array, checked for form."""
+def write(path: str | os.PathLike[str], about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a checkpoint: arrays, and what is told about them as JSON beside the number of the format."""
+    text = json.dumps({"format": FORMAT, **about}, allow_nan=False).encode()
     try:
-        about = json.loads(b"" if text is None else text.tobytes())
+        save_npz(path, {"about": np.frombuffer(text, np.uint8), **arrays})
+    except OSError as error:
+        reason = f"the checkpoint was not written ({error.strerror or error}); an earlier one is as it was"
+        raise OSError(error.errno, reason, str(path)) from error
+
+
+def read(
+    path: str | os.PathLike[str], parts: Sequence[str], kind: str = "checkpoint of"
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What :func:`write` wrote; ValueError unless every one of these parts of it is a mapping."""
+    arrays = load_npz(path, needs_checksum=True)
+    try:
+        about = json.loads(arrays.pop("about", np.zeros(0, np.uint8)).tobytes())
         version = about["format"]
-        parts = [about[name] for name in ("description", "settings", "generators", "meta")]
-        if (type(version), version) != (int, FORMAT) or not all(isinstance(part, dict) for part in parts):
+        if (type(version), version) != (int, FORMAT) or not all(isinstance(about[name], dict) for name in parts):
             raise ValueError
     except (KeyError, TypeError, ValueError, RecursionError):  # a text that is no JSON is a ValueError
-        raise ValueError(f"{path}: is no checkpoint of format {FORMAT}") from None
-    return dict(about)
+        raise ValueError(f"{path}: is no {kind} format {FORMAT}") from None
+    return dict(about), arrays
 
 
-def _compare(path: str | os.PathLike[str], saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def misfit(path: str | os.PathLike[str] | None, error: Exception) -> ValueError:
+    """The one-line error of a checkpoint whose state cannot be put back."""
+    return ValueError(f"{path}: the checkpoint does not fit: {' '.join(str(error).split())}")
+
+
+def compare(path: str | os.PathLike[str], saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise ValueError with the first entry in which the two differ, and with the first parameter that does."""
     names = [*own, *(name for name in saved if name not in own)]
     unlike = [name for name in names if saved.get(name, "absent") != own.get(name, "absent")]

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,12 @@ class Features:
     ----------
     arrays : numpy.ndarray (N, ...)
         Output of the frozen stages in the network's dtype, float32 as a rule; memory-mapped if it has a file.
-    labels : numpy.ndarray (N,), int64
-    num_classes : int
     stage : int
         How many stages were run.
     name, split : str
         Of the data set.
-    part : str
-        SHA-256 of those stages and their weights.
-    fingerprint : str
-        SHA-256 of all that determines ``arrays``.
+    part, fingerprint : str
+        SHA-256 of those stages and their weights, and of all that determines ``arrays``.
     """
 
     arrays: np.ndarray
@@ -130,12 +127,8 @@ def frozen_stages(net: Module) -> tuple[int, str]:
     count, as it cannot be seen what it holds; nor does one with a hook, which has to be called at every step.
     Of random numbers only those of :class:`~lance_ref.nn.Dropout` are noticed.
 
-    Returns
-    -------
-    count : int
-        0 also if the frozen stages hold no parameters: it is not worth while then.
-    why : str
-        A clause for "not cached: ...".
+    The number is 0 also if the frozen stages hold no parameters, as it is not worth while then. The reason is a clause
+    for "not cached: ...".
     """
     stages = stages_of(net)
     if not stages:
@@ -182,7 +175,6 @@ def extract(
     net : Module
         With ``stages()``; what is frozen is decided by :func:`lance_ref.tune` or ``requires_grad_`` beforehand.
         Left as it was found.
-    dataset : Dataset
     normalise, image_size
         As for :func:`lance_ref.datasets.batches`; ``normalise`` must give the same at each call.
     batch_size : int
@@ -192,10 +184,6 @@ def extract(
         it, with ``.json`` added to its name. If the file is there and was made of the same, it is not made again.
     progress : bool, optional
         Show a bar; by default if standard error is a terminal.
-
-    Returns
-    -------
-    Features
 
     Raises
     ------
@@ -229,14 +217,12 @@ def extract(
         }
     )
 
-    def rows() -> Rows:
-        """The features, ``batch_size`` rows at a time."""
-        return _outputs(net, stage, dataset, normalise, image_size, batch_size, progress)
-
+    outputs = partial(_outputs, net, stage, normalise=normalise, image_size=image_size)
+    rows = partial(outputs, dataset, batch_size=batch_size, progress=progress)
     if path is None:
         arrays = _in_memory(rows(), len(dataset))
     else:
-        check = _outputs(net, stage, dataset.subset(range(min(SPOT_CHECK, len(dataset)))), normalise, image_size, 1)
+        check = outputs(dataset.subset(range(min(SPOT_CHECK, len(dataset)))), batch_size=1)
         arrays = stored(Path(path), fingerprint, np.concatenate(list(check)), len(dataset), rows)
     return Features(arrays, dataset.labels, dataset.num_classes, stage, dataset.name, dataset.split, part, fingerprint)
 
@@ -282,7 +268,7 @@ def _in_memory(rows: Rows, count: int) -> np.ndarray:
 def images_of(
     dataset: Dataset, indices: np.ndarray, normalise: Normalise, image_size: ImageSize
 ) -> tuple[np.ndarray, np.ndarray]:
-    """These images as one batch: x (B, C, H, W), y (B,)."""
+    """These images as one batch: x (B, C, H, W) and y (B,)."""
     chosen = dataset.subset(indices)
     return next(batches(chosen, len(indices), shuffle=False, normalise=normalise, image_size=image_size))
 

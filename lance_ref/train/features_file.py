@@ -17,41 +17,27 @@ Rows = Generator[np.ndarray, None, None]
 """Some rows of an array at a time."""
 
 BLOCK_BYTES = 4 * 2**20
-"""Of the array, for one checksum; all of them are compared, block by block, before a file is used."""
+"""How much of the array is read at a time, when its checksum is compared before it is used."""
 
-MOST_ABOUT = 2**26
+MOST_ABOUT = 2**16
 """Bytes of the largest description that is read."""
 
 
 def stored(path: Path, fingerprint: str, sample: np.ndarray, count: int, rows: Callable[[], Rows]) -> np.ndarray:
     """The memory-mapped array of a file, which is written first unless it is there and fits.
 
-    Parameters
-    ----------
-    path : Path
-        Of the array; ``.json`` is added for what it was made of.
-    fingerprint : str
-        Of all that determines the array.
-    sample : numpy.ndarray
-        Its first rows, up to the last bits.
-    count : int
-        How many rows it has.
-    rows : callable
-        Computes them.
-
-    Raises
-    ------
-    OSError
-        If a file cannot be written; nothing is left of it then.
+    ``path`` is that of the array; ``.json`` is added for what it was made of. ``fingerprint`` is of all that
+    determines the array, ``sample`` are its first rows up to the last bits, ``count`` is how many rows it has, and
+    ``rows`` computes them.
     """
     about = path.with_name(f"{path.name}.json")
     arrays = _reusable(path, about, fingerprint, sample, count)
     if arrays is None:
         about.unlink(missing_ok=True)  # first: it must never describe another file than the one beside it
         with whole_file(path) as file:
-            checksums = _write_npy(file, rows(), count)
+            checksum = _write_npy(file, rows(), count)
             arrays = _mapped(Path(file.name))  # what this call wrote, whatever another process puts in its place
-        write_json(about, {"fingerprint": fingerprint, "blocks": checksums})
+        write_json(about, {"fingerprint": fingerprint, "checksum": checksum})
     return arrays
 
 
@@ -70,20 +56,22 @@ def _reusable(path: Path, about: Path, fingerprint: str, sample: np.ndarray, cou
     if not np.allclose(arrays[: len(sample)], sample, rtol=1e-3, atol=near):
         return None
     values = arrays.reshape(-1).view(np.uint8)
-    blocks = (values[start : start + BLOCK_BYTES].tobytes() for start in range(0, len(values), BLOCK_BYTES))
-    return arrays if [zlib.crc32(block) for block in blocks] == known.get("blocks") else None
+    checksum = 0
+    for start in range(0, len(values), BLOCK_BYTES):
+        checksum = zlib.crc32(values[start : start + BLOCK_BYTES].tobytes(), checksum)
+    return arrays if known.get("checksum") == checksum else None
 
 
 def _mapped(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _write_npy(file: IO[bytes], rows: Rows, count: int) -> list[int]:
-    """An array in NumPy's format, chunk by chunk; gives the checksums of its blocks.
+def _write_npy(file: IO[bytes], rows: Rows, count: int) -> int:
+    """An array in NumPy's format, chunk by chunk; gives the checksum of its values.
 
     (Written through a memory map a full disk would kill the process.)
     """
-    checksums, left = [], b""
+    checksum = 0
     with closing(rows):
         first = next(rows)
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (count, *first.shape[1:])}
@@ -91,9 +79,6 @@ def _write_npy(file: IO[bytes], rows: Rows, count: int) -> list[int]:
         for chunk in itertools.chain([first], rows):
             values = chunk.tobytes()
             file.write(values)
-            left += values
-            while len(left) >= BLOCK_BYTES:
-                checksums.append(zlib.crc32(left[:BLOCK_BYTES]))
-                left = left[BLOCK_BYTES:]
+            checksum = zlib.crc32(values, checksum)
     file.flush()
-    return [*checksums, zlib.crc32(left)] if left else checksums
+    return checksum

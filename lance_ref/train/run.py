@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,129 @@ from lance_ref.datasets import Dataset
 from lance_ref.datasets.dataset import Normalise
 from lance_ref.engine.autograd import no_grad
 from lance_ref.engine.tape_report import tape
+from lance_ref.engine.tensor import Tensor
 from lance_ref.io.progress import progress_bar
 from lance_ref.nn.module import Module
 from lance_ref.optim import LRScheduler, Optimizer, clip_grad_norm_
-from lance_ref.train.features import (
-    Features,
-    ImageSize,
-    dtype_of,
-    images_of,
-    in_mode,
-    mixed_batches,
-    part_digest,
-    stages_of,
-    tail,
-)
+from lance_ref.train import features as parts
+from lance_ref.train.features import Features, ImageSize, in_mode, mixed_batches
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One forward and backward pass of a step, on images of one head.
+
+    ``share`` is the weight of its mean loss in the loss of the step.
+    """
+
+    head: int
+    x: np.ndarray
+    y: np.ndarray
+    share: float = 1.0
+
+
+class Run:
+    """The steps of a training, and how far it has come; a subclass says by its methods what is learned in them.
+
+    Attributes
+    ----------
+    step, steps, steps_per_epoch : int
+        Steps that are done, steps altogether, and steps of each epoch.
+    """
+
+    step: int = 0
+    steps: int
+    steps_per_epoch: int
+
+    def __init__(
+        self, net: Module, optimizer: Optimizer, clip_norm: float | None = None, scheduler: LRScheduler | None = None
+    ) -> None:
+        self.net, self.optimizer, self.clip_norm, self.scheduler = net, optimizer, clip_norm, scheduler
+
+    # ---- what a subclass says ----------------------------------------------------------
+
+    def stream(self, epoch: int) -> Callable[[int], Any]:
+        """From a position in the epoch to the batch of that step; the same whenever it is asked for."""
+        raise NotImplementedError
+
+    def take(self, batch: Any) -> None:
+        """One step on what :meth:`stream` gave; calls :meth:`update`."""
+        raise NotImplementedError
+
+    def forward(self, each: Pass) -> Tensor:
+        """The mean loss of a pass."""
+        return F.cross_entropy(self.net(each.x), each.y)
+
+    def after_backward(self) -> None:
+        """Change the gradients before they are clipped."""
+
+    def stepped(self, position: int, save: bool) -> None:
+        """Called after each step with its position in the epoch, and whether a checkpoint is due."""
+
+    def end_epoch(self, epoch: int) -> None:
+        """Called after the last step of an epoch."""
+
+    def where(self) -> str:
+        """The step under way, for errors."""
+        return f"step {self.step} (counted from 0); the learning rate may be too large"
+
+    # ---- the loop ----------------------------------------------------------------------
+
+    def go(self, every_steps: int | None = None) -> None:
+        """Train to the end; a checkpoint is due after every so many steps."""
+        while self.step < self.steps:
+            # After a restart the run is inside an epoch: its first steps lie behind.
+            epoch, done = divmod(self.step, self.steps_per_epoch)
+            batches = self.stream(epoch)
+            for position in range(done, self.steps_per_epoch):
+                self.take(batches(position))
+                self.step += 1
+                self.stepped(position, save=every_steps is not None and self.step % every_steps == 0)
+            self.end_epoch(epoch)
+
+    def update(self, passes: Iterable[Pass]) -> float:
+        """Gradients of L = Σ share·L_pass over all passes, clipping, and the update; gives L.
+
+        Raises
+        ------
+        FloatingPointError
+            If a loss or the gradient is not finite; the parameters are as before the step then.
+        """
+        total = 0.0
+        self.optimizer.zero_grad()
+        # NumPy's warnings would come for the same numbers that are looked for here by name.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            for each in passes:
+                loss = self.forward(each)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"the loss is {value} in {self.where()}")
+                total += each.share * value
+                loss.backward(np.asarray(each.share, loss.dtype))
+            self.after_backward()
+            try:
+                # Without a largest norm nothing is scaled, but a gradient that is not finite is still found.
+                clip_grad_norm_(self.optimizer.params, self.clip_norm or math.inf)
+            except ValueError:
+                raise FloatingPointError(f"the gradient is not finite in {self.where()}") from None
+            self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return total
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of an epoch's images; it depends on nothing else, so that it is the same after a restart."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def right_answers(net: Module, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> int:
+    """How many images the network answers right in evaluation mode; the mode is put back."""
+    with in_mode(net, training=False), no_grad():
+        return sum(int((net(x).data.argmax(axis=1) == y).sum()) for x, y in batches)
+
+
+# ---- the run of fit() ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +146,8 @@ class StepInfo:
 
     Attributes
     ----------
-    step : int
-        From 0, over all epochs.
-    epoch : int
-        From 0.
+    step, epoch : int
+        Both from 0; steps are counted over all epochs.
     steps : int
         Of the whole run.
     net : Module
@@ -59,22 +166,13 @@ class StepInfo:
 
 
 class Source:
-    """A data set, or features of one, with what takes its batches; checked before anything is trained.
-
-    Parameters
-    ----------
-    name : str
-        ``"train"`` or ``"test"``, for errors.
-    net : Module
-    data : Dataset or Features
-    normalise, image_size
-        For a data set.
+    """A data set, or features of one, with what takes its batches (``net``); checked before anything is trained.
 
     Raises
     ------
     ValueError
         If it is empty, the features are not of this network, the network does not take the images, or
-        a label is outside the network's outputs.
+        a label is outside the network's outputs. The message begins with ``name``, "train" or "test".
     """
 
     def __init__(
@@ -85,10 +183,12 @@ class Source:
         if not len(data):
             raise ValueError(f"{name} is empty: {data.name} ({data.split}) has 0 images")
         self.name, self.data, self.normalise, self.image_size = name, data, normalise, image_size
-        self.dtype = dtype_of(net)
+        self.dtype = parts.dtype_of(net)
         if isinstance(data, Features):
-            self._check_features(name, net, data)
-            self.net: Module = tail(net, data.stage)
+            if data.stage > len(parts.stages_of(net)) or data.part != parts.part_digest(net, data.stage):
+                why = "made by a network whose first stages differ from those of this one"
+                raise ValueError(f"{name} is {data!r}, {why}")
+            self.net: Module = parts.tail(net, data.stage)
         else:
             self.net = net
         self._check_outputs(name, net)
@@ -101,12 +201,8 @@ class Source:
         if isinstance(self.data, Features):
             x, y = np.take(np.asarray(self.data.arrays), indices, axis=0), self.data.labels[indices]
         else:
-            x, y = images_of(self.data, indices, self.normalise, self.image_size)
+            x, y = parts.images_of(self.data, indices, self.normalise, self.image_size)
         return x.astype(self.dtype, copy=False), y
-
-    def _check_features(self, name: str, net: Module, data: Features) -> None:
-        if data.stage > len(stages_of(net)) or data.part != part_digest(net, data.stage):
-            raise ValueError(f"{name} is {data!r}, made by a network whose first stages differ from those of this one")
 
     def _check_outputs(self, name: str, net: Module) -> None:
         x, _ = self.batch(np.arange(min(2, len(self.data))))  # one image has no variance for a batch norm to use
@@ -125,18 +221,9 @@ class Source:
 
 
 def accuracy(net: Module, source: Source, batch_size: int) -> float:
-    """Share of right answers, in evaluation mode; the mode is put back."""
-    right = 0
-    with in_mode(net, training=False), no_grad():
-        for rows in mixed_batches(len(source), batch_size):
-            x, y = source.batch(rows)
-            right += int((source.net(x).data.argmax(axis=1) == y).sum())
-    return right / len(source)
-
-
-def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of an epoch's images; it depends on nothing else, so that it is the same after a restart."""
-    return np.random.default_rng((seed, epoch)).permutation(count)
+    """Share of right answers; the whole network is in evaluation mode, also where only its last part runs."""
+    with in_mode(net, training=False):
+        return right_answers(source.net, map(source.batch, mixed_batches(len(source), batch_size))) / len(source)
 
 
 @dataclass
@@ -162,38 +249,30 @@ class Recipe:
     eval_batch_size: int
 
 
-@dataclass
-class Run:
-    """A training run and how far it has come.
+class FitRun(Run):
+    """The run of :func:`lance_ref.train.training.fit`.
 
     Attributes
     ----------
-    step : int
-        Steps done.
     history : list of dict
         One for each finished epoch.
     seconds : dict
         Of training and of evaluation, all epochs, and of running the frozen part once.
     """
 
-    net: Module
-    train: Source
-    test: Source | None
-    optimizer: Optimizer
     scheduler: LRScheduler
-    recipe: Recipe
-    step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("training", "evaluation", "frozen"), 0.0))
-    tally: Tally = field(default_factory=Tally)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.train) // self.recipe.batch_size
-
-    @property
-    def steps(self) -> int:
-        return self.recipe.epochs * self.steps_per_epoch
+    def __init__(
+        self, net: Module, train: Source, test: Source | None, optimizer: Optimizer, scheduler: LRScheduler,
+        recipe: Recipe,
+    ) -> None:  # fmt: skip
+        super().__init__(net, optimizer, recipe.clip_norm, scheduler)
+        self.train, self.test, self.recipe = train, test, recipe
+        self.steps_per_epoch = len(train) // recipe.batch_size
+        self.steps = recipe.epochs * self.steps_per_epoch
+        self.history: list[dict[str, Any]] = []
+        self.seconds = dict.fromkeys(("training", "evaluation", "frozen"), 0.0)
+        self.tally = Tally()
 
     def state(self) -> dict[str, Any]:
         """How far it has come, for a checkpoint."""
@@ -204,72 +283,62 @@ class Run:
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
         self.tally = Tally(**state["tally"])
 
-    def go(
-        self,
-        on_step: Callable[[StepInfo], Any] | None,
-        progress: bool | None,
-        save: Callable[[], None],
+    def train_all(
+        self, on_step: Callable[[StepInfo], Any] | None, progress: bool | None, write: Callable[[], None],
         every_steps: int | None,
-    ) -> None:
-        """Train to the end; ``save`` is called after each epoch, and after every so many steps."""
+    ) -> None:  # fmt: skip
+        """Train to the end with a progress bar; ``write`` is called after each epoch and after every so many steps."""
+        self.on_step, self.write = on_step, write
         with in_mode(self.net, training=True), progress_bar("training", self.steps, progress, self.step) as advance:
-            while self.step < self.steps:
-                epoch, done = divmod(self.step, self.steps_per_epoch)
-                order = epoch_order(self.recipe.seed, epoch, len(self.train))
-                for position in range(done, self.steps_per_epoch):
-                    start = position * self.recipe.batch_size
-                    self._step(order[start : start + self.recipe.batch_size], epoch, on_step)
-                    advance(1, self._words(position + 1))
-                    if every_steps and self.step % every_steps == 0 and self.step % self.steps_per_epoch:
-                        self._check_parameters(epoch)
-                        save()
-                self._finish_epoch(epoch)
-                save()
+            self.advance = advance
+            self.go(every_steps)
 
-    def _step(self, indices: np.ndarray, epoch: int, on_step: Callable[[StepInfo], Any] | None) -> None:
-        """One batch: gradients, clipping, update."""
+    def stream(self, epoch: int) -> Callable[[int], Any]:
+        order, size = epoch_order(self.recipe.seed, epoch, len(self.train)), self.recipe.batch_size
+        return lambda position: order[position * size : (position + 1) * size]
+
+    def take(self, batch: np.ndarray) -> None:
         began = time.perf_counter()
-        x, y = self.train.batch(indices)
+        x, y = self.train.batch(batch)
         loaded = time.perf_counter() - began
-        if on_step is not None:
-            on_step(StepInfo(self.step, epoch, self.steps, self.train.net, x, y))
+        if self.on_step is not None:
+            self.on_step(StepInfo(self.step, self.step // self.steps_per_epoch, self.steps, self.train.net, x, y))
         began = time.perf_counter()
-        self.optimizer.zero_grad()
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # what comes of it is looked for below
-            self._accumulate_gradients(x, y, epoch)
-            try:
-                clip_grad_norm_(self.optimizer.params, self.recipe.clip_norm or math.inf)
-            except ValueError:
-                raise FloatingPointError(f"the gradient is not finite in {self._where(epoch)}") from None
-            if self.step % self.steps_per_epoch == 0:
-                self.tally.learning_rate = self.optimizer.lr
-            self.optimizer.step()
-        self.scheduler.step()
-        self.step += 1
+        if self.step % self.steps_per_epoch == 0:
+            self.tally.learning_rate = self.optimizer.lr
+        self.tally.loss += self.update(self._micro_batches(x, y))
         self.tally.seconds += loaded + time.perf_counter() - began
 
-    def _accumulate_gradients(self, x: np.ndarray, y: np.ndarray, epoch: int) -> None:
+    def _micro_batches(self, x: np.ndarray, y: np.ndarray) -> Iterator[Pass]:
         """The gradient of the mean loss over the batch, L = Σ_parts (k / B)·L_part, k = ``micro_batch``."""
-        share = self.recipe.micro_batch / self.recipe.batch_size
-        loss_of_batch = 0.0
-        for start in range(0, len(x), self.recipe.micro_batch):
-            part = slice(start, start + self.recipe.micro_batch)
+        size = self.recipe.micro_batch
+        share = size / self.recipe.batch_size
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
             # a part is copied: the tape would keep the whole batch alive through a look at it
-            logits = self.train.net(x if share == 1 else x[part].copy())
-            loss = F.cross_entropy(logits, y[part])
-            if start == 0 and self.step % self.steps_per_epoch == 0:
-                self.tally.tape_bytes = tape(loss).total_bytes
-            value = loss.item()
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the loss is {value} in {self._where(epoch)}")
-            loss_of_batch += share * value
-            self.tally.right += int((logits.data.argmax(axis=1) == y[part]).sum())
-            loss.backward(np.asarray(share, loss.dtype))
-        self.tally.loss += loss_of_batch
+            yield Pass(0, x if share == 1 else x[part].copy(), y[part], share)
 
-    def _finish_epoch(self, epoch: int) -> None:
-        """Evaluate, and put the epoch into the history."""
-        self._check_parameters(epoch)
+    def forward(self, each: Pass) -> Tensor:
+        logits = self.train.net(each.x)
+        loss = F.cross_entropy(logits, each.y)
+        if not self.tally.tape_bytes:  # the first pass of the epoch
+            self.tally.tape_bytes = tape(loss).total_bytes
+        self.tally.right += int((logits.data.argmax(axis=1) == each.y).sum())
+        return loss
+
+    def stepped(self, position: int, save: bool) -> None:
+        done, tally = position + 1, self.tally
+        images = done * self.recipe.batch_size
+        words = f"loss {tally.loss / done:.3f}, accuracy {tally.right / images:.3f}, "
+        words += f"{images / max(tally.seconds, 1e-9):,.0f} images/s, tape {tally.tape_bytes:,} bytes"
+        self.advance(1, words)
+        if save and done < self.steps_per_epoch:  # the epoch's end saves by itself
+            self._check_parameters()
+            self.write()
+
+    def end_epoch(self, epoch: int) -> None:
+        """Evaluate, put the epoch into the history, and save."""
+        self._check_parameters()
         began = time.perf_counter()
         test_accuracy = None if self.test is None else accuracy(self.net, self.test, self.recipe.eval_batch_size)
         self.seconds["evaluation"] += time.perf_counter() - began
@@ -286,29 +355,18 @@ class Run:
             }
         )
         self.tally = Tally()
+        self.write()
 
-    def _check_parameters(self, epoch: int) -> None:
+    def _check_parameters(self) -> None:
         """Nothing that is not finite gets into a checkpoint or a result."""
-        for name, array in self._changing():
+        trained = ((name, p.data) for name, p in self.net.named_parameters() if p.requires_grad)
+        for name, array in (*trained, *self.net.named_buffers()):
             if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise FloatingPointError(f"{name} is not finite after {self._where(epoch, self.step - 1)}")
+                raise FloatingPointError(f"{name} is not finite after {self.where(self.step - 1)}")
 
-    def _changing(self) -> Iterator[tuple[str, np.ndarray]]:
-        """What training changes: the parameters that train, and running statistics."""
-        yield from ((name, p.data) for name, p in self.net.named_parameters() if p.requires_grad)
-        yield from self.net.named_buffers()
-
-    def _where(self, epoch: int, step: int | None = None) -> str:
+    def where(self, step: int | None = None) -> str:
         step = self.step if step is None else step
         return (
-            f"epoch {epoch}, step {step} of {self.steps} (counted from 0); training stopped, "
+            f"epoch {step // self.steps_per_epoch}, step {step} of {self.steps} (counted from 0); training stopped, "
             "the learning rate may be too large"
-        )
-
-    def _words(self, done: int) -> str:
-        """How it goes, ``done`` steps into the epoch."""
-        images, tally = done * self.recipe.batch_size, self.tally
-        return (
-            f"loss {tally.loss / done:.3f}, accuracy {tally.right / images:.3f}, "
-            f"{images / max(tally.seconds, 1e-9):,.0f} images/s, tape {tally.tape_bytes:,} bytes"
         )

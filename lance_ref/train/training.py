@@ -12,15 +12,30 @@ import numpy as np
 
 from lance_ref.datasets import Dataset
 from lance_ref.datasets.dataset import Normalise
+from lance_ref.engine.autograd import no_grad
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
-from lance_ref.optim import SGD, CosineAnnealingLR, LRScheduler, Optimizer, StepLR
+from lance_ref.optim import SGD, CosineAnnealingLR, Optimizer, StepLR
 from lance_ref.train import checkpoint as checkpoints
-from lance_ref.train.cache import MAX_FEATURE_BYTES, cache, cache_decision
-from lance_ref.train.features import Features, ImageSize, data_digest, extract, sample_of
-from lance_ref.train.run import Recipe, Run, Source, StepInfo, accuracy
+from lance_ref.train.features import (
+    Features,
+    ImageSize,
+    Part,
+    data_digest,
+    extract,
+    frozen_stages,
+    in_mode,
+    sample_of,
+    stages_of,
+)
+from lance_ref.train.run import FitRun, Recipe, Source, StepInfo, accuracy
 
 __all__ = ["MAX_FEATURE_BYTES", "Features", "FitResult", "StepInfo", "evaluate", "extract", "fit"]
+
+MAX_FEATURE_BYTES = 2 * 1024**3
+"""Most bytes that :func:`lance_ref.fit` takes in memory for the outputs of the frozen part."""
+
+SAMPLE = 32  # images on which `normalise` has to do the same twice
 
 SCHEDULES = ("cosine", "constant")
 
@@ -39,11 +54,8 @@ class FitResult:
         step), ``learning_rate`` (likewise) and ``seconds`` (of training).
     test_accuracy : float or None
         After the last epoch.
-    steps : int
     cached : bool
-        Whether the frozen part ran once and not at every step.
-    cache_note : str
-        A sentence on that for reports, with the reason.
+        Whether the frozen part ran once and not at every step; ``cache_note`` is a sentence on that, with the reason.
     seconds : dict
         ``training``, ``evaluation`` and ``frozen`` (running the frozen part once), summed over restarts.
     """
@@ -95,7 +107,6 @@ def fit(
     train, test : Dataset or Features
         ``test`` is evaluated after each epoch. Features of the frozen part, made by :func:`extract`, stand
         for the images they were made of.
-    epochs, batch_size : int
     lr : float
         Of the default optimiser.
     optimizer : callable, optional
@@ -131,10 +142,6 @@ def fit(
     eval_batch_size : int
         Images at a time in evaluation and in running the frozen part.
 
-    Returns
-    -------
-    FitResult
-
     Raises
     ------
     ValueError, TypeError
@@ -161,30 +168,34 @@ def fit(
     """
     _check_arguments(net, epochs, batch_size, schedule, clip_norm, seed, micro_batch, eval_batch_size)
     _positive("checkpoint_every_steps", 1 if checkpoint_every_steps is None else checkpoint_every_steps)
-    sources = [Source("train", net, train, normalise, image_size)]
-    sources += [] if test is None else [Source("test", net, test, normalise, image_size)]
-    _check_training_data(train, batch_size)
+    given = {"train": train} if test is None else {"train": train, "test": test}
+    sources = [Source(name, net, data, normalise, image_size) for name, data in given.items()]
+    what = f"{train.name} ({train.split})"
+    if batch_size > len(train):
+        raise ValueError(f"batch_size is {batch_size}, but {what} has {len(train)} images: no full batch")
+    if train.labels.min() == train.labels.max():
+        raise ValueError(f"train has images of one class only, {train.labels[0]}: {what} teaches nothing")
     made = _optimizer(net, optimizer, lr)
-    scheduler = _schedule(schedule, made, epochs * (len(train) // batch_size))
-    data = (sources[0], None if test is None else sources[1])
+    steps = epochs * (len(train) // batch_size)
+    scheduler = CosineAnnealingLR(made, T_max=steps) if schedule == "cosine" else StepLR(made, steps, gamma=1.0)
     recipe = Recipe(epochs, batch_size, micro_batch or batch_size, clip_norm, seed, eval_batch_size)
-    run = Run(net, *data, made, scheduler, recipe)
-    cached, cache_note = cache_decision(net, sources, cache_frozen)
+    run = FitRun(net, sources[0], None if test is None else sources[1], made, scheduler, recipe)
+    cached, cache_note = _cache_decision(net, sources, cache_frozen)
     path = None if checkpoint is None else checkpoints.checked_path(checkpoint)
     settings = {} if path is None else _settings(run, schedule, cached, sources)
     if path is not None and path.exists():
         run.load_state(checkpoints.load(path, net, made, scheduler, settings=settings))
     if cached and run.step < run.steps:
         began = perf_counter()
-        run.train = cache(run.train, net, eval_batch_size, progress)
-        run.test = None if run.test is None else cache(run.test, net, eval_batch_size, progress)
+        run.train = _cached(run.train, net, eval_batch_size, progress)
+        run.test = None if run.test is None else _cached(run.test, net, eval_batch_size, progress)
         run.seconds["frozen"] += perf_counter() - began
 
-    def save() -> None:
+    def write() -> None:
         if path is not None:
             checkpoints.save(path, net, made, scheduler, meta=run.state(), settings=settings)
 
-    run.go(on_step, progress, save, checkpoint_every_steps)
+    run.train_all(on_step, progress, write, checkpoint_every_steps)
     once = cached or isinstance(train, Features)
     return FitResult(run.history, run.history[-1]["test_accuracy"], run.steps, once, cache_note, run.seconds)
 
@@ -196,29 +207,62 @@ def evaluate(
     normalise: Normalise = None,
     image_size: ImageSize = None,
 ) -> float:
-    """Share of right answers, in evaluation mode and without a tape.
+    """Share of right answers in [0, 1], in evaluation mode and without a tape; the network is left as it was found.
 
-    Parameters
-    ----------
-    net : Module
-        Left as it was found.
-    data : Dataset or Features
-    batch_size : int
-        Images at a time.
-    normalise, image_size
-        As for :func:`lance_ref.datasets.batches`.
-
-    Returns
-    -------
-    float
-        In [0, 1].
-
-    Raises
-    ------
-    ValueError, TypeError
-        If there are no images, or they or their labels do not fit the network.
+    ``batch_size`` images run at a time; ``normalise`` and ``image_size`` are as for :func:`lance_ref.datasets.batches`.
+    ValueError or TypeError if there are no images, or they or their labels do not fit the network.
     """
     return accuracy(net, Source("data", net, data, normalise, image_size), _positive("batch_size", batch_size))
+
+
+# ---- the frozen part, run once ----------------------------------------------------------------
+
+
+def _cache_decision(net: Module, sources: Sequence[Source], wanted: bool | None) -> tuple[bool, str]:
+    """Whether features are to stand for the data sets (the training data first), and a sentence on that for reports.
+
+    ``wanted`` is ``cache_frozen`` of :func:`lance_ref.fit`; ValueError if it is True and cannot be.
+    """
+
+    def repeats(source: Source) -> bool:
+        """Whether ``normalise`` does the same twice; what draws random numbers is augmentation."""
+        assert isinstance(source.data, Dataset)
+        first, second = (sample_of(source.data, source.normalise, source.image_size, SAMPLE) for _ in range(2))
+        return np.array_equal(first, second, equal_nan=True)
+
+    given, stages = sources[0].data, len(stages_of(net))
+    note = ""
+    if isinstance(given, Features):
+        note = f"The outputs of the first {given.stage} of {stages} stages were given."
+    images = [source for source in sources if isinstance(source.data, Dataset)]
+    if not images:
+        return False, note
+    stage, why = frozen_stages(net)
+    total = 0
+    if wanted is False:
+        stage, why = 0, "this was asked for"
+    elif stage and not all(repeats(source) for source in images):
+        stage, why = 0, "normalise gives something else at each call"
+    elif stage:
+        with in_mode(net, training=False), no_grad():
+            body = Part(net, stages_of(net)[:stage])
+            total = sum(len(source) * body(source.batch(np.arange(1))[0]).data.nbytes for source in images)
+        if total > MAX_FEATURE_BYTES:
+            stage, why = 0, f"the outputs take {total:,} bytes, more than {MAX_FEATURE_BYTES:,}"
+    if wanted and not stage:
+        raise ValueError(f"cache_frozen is True, but the frozen part cannot be run once: {why}")
+    if not stage:
+        return False, note or f"The whole network ran at every step: {why}."
+    ran = f"are frozen and ran once over all images ({total:,} bytes of outputs)"
+    return True, note or f"The first {stage} of {stages} stages {ran}."
+
+
+def _cached(source: Source, net: Module, batch_size: int, progress: bool | None) -> Source:
+    """The same data as features of the frozen part, in memory."""
+    if isinstance(source.data, Features):
+        return source
+    features = extract(net, source.data, source.normalise, source.image_size, batch_size, progress=progress)
+    return Source(source.name, net, features, None, None)
 
 
 # ---- arguments -----------------------------------------------------------------------------
@@ -236,11 +280,7 @@ def _optimizer(net: Module, make: MakeOptimizer | None, lr: float) -> Optimizer:
     return made
 
 
-def _schedule(name: str, optimizer: Optimizer, steps: int) -> LRScheduler:
-    return CosineAnnealingLR(optimizer, T_max=steps) if name == "cosine" else StepLR(optimizer, steps, gamma=1.0)
-
-
-def _settings(run: Run, schedule: str, cached: bool, sources: Sequence[Source]) -> dict[str, Any]:
+def _settings(run: FitRun, schedule: str, cached: bool, sources: Sequence[Source]) -> dict[str, Any]:
     """What must be the same when the run is taken up again, beside the network."""
     settings: dict[str, Any] = {**asdict(run.recipe), "schedule": schedule}
     settings["frozen part run once"] = cached
@@ -278,14 +318,6 @@ def _check_arguments(
         raise ValueError(f"clip_norm is {clip_norm!r}, expected a positive number or None")
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise ValueError(f"no parameter of {type(net).__name__} requires gradients: there is nothing to train")
-
-
-def _check_training_data(train: Dataset | Features, batch_size: int) -> None:
-    what = f"{train.name} ({train.split})"
-    if batch_size > len(train):
-        raise ValueError(f"batch_size is {batch_size}, but {what} has {len(train)} images: no full batch")
-    if train.labels.min() == train.labels.max():
-        raise ValueError(f"train has images of one class only, {train.labels[0]}: {what} teaches nothing")
 
 
 def _positive(name: str, value: int, smallest: int = 1) -> int:

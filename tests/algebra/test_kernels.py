@@ -331,10 +331,10 @@ def test_a_wrong_number_of_threads_is_refused(value: str, monkeypatch: pytest.Mo
 
 def test_which_maps_run_along_the_channels() -> None:
     """Eight channels and more, of one output each, on maps of up to 28 columns."""
-    assert kernels_depthwise._along_channels(8, 8, 28)
-    assert not kernels_depthwise._along_channels(7, 7, 28)
-    assert not kernels_depthwise._along_channels(8, 8, 29)
-    assert not kernels_depthwise._along_channels(8, 16, 5)
+    assert kernels_depthwise.along_channels(8, 8, 28)
+    assert not kernels_depthwise.along_channels(7, 7, 28)
+    assert not kernels_depthwise.along_channels(8, 8, 29)
+    assert not kernels_depthwise.along_channels(8, 16, 5)
 
 
 @pytest.mark.parametrize("together", [8, 16, 48])

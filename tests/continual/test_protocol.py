@@ -25,6 +25,7 @@ from lance_ref.engine.autograd import no_grad
 from lance_ref.engine.counting import count_macs
 from lance_ref.io.npz import load_npz, save_npz
 from lance_ref.nn.selection import weighted_layers
+from lance_ref.train import checkpoint as checkpoints
 from lance_ref.train.features import in_mode
 
 SCRIPT = Path(__file__).parents[1] / "support" / "continual_resume_case.py"
@@ -206,7 +207,7 @@ def test_whatever_a_checkpoint_forgets_is_noticed(
     path = str(tmp_path / "run.npz")
     with pytest.raises(Stopped):
         train("lance", path, stop_at(1, 7))  # the checkpoint is of step 6
-    load = protocol.load_npz
+    load = checkpoints.load_npz
 
     def forgetful(file: Any, **options: Any) -> dict[str, np.ndarray]:
         arrays = load(file, **options)
@@ -221,7 +222,7 @@ def test_whatever_a_checkpoint_forgets_is_noticed(
             arrays[name] = np.eye(len(arrays[name]))[:, :1] if protects else 0 * arrays[name]
         return arrays
 
-    monkeypatch.setattr(protocol, "load_npz", forgetful)
+    monkeypatch.setattr(checkpoints, "load_npz", forgetful)
     try:
         result, resumed = train("lance", path)
     except (ValueError, FloatingPointError):

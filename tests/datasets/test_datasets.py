@@ -287,7 +287,7 @@ def test_pictures_of_different_sizes_are_refused(tmp_path: Path) -> None:
     """Without image_size the pictures must agree in size."""
     members = {"train/a/0.png": picture((0, 0, 0)), "train/a/1.png": picture((0, 0, 0), (8, 9))}
     archive(tmp_path / "flowers_128.zip", members)
-    with pytest.raises(ValueError, match=r"member train/a/1\.png: size \(9, 8, 3\)"):
+    with pytest.raises(ValueError, match=r"member train/a/1\.png: 9x8 pixels, the first image has 8x8"):
         datasets.load("flowers102", data_dir=tmp_path)
 
 

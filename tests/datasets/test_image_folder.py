@@ -101,7 +101,7 @@ def test_sizes_must_agree_or_be_given(tmp_path: Path) -> None:
     """Pictures of several sizes fit no array; with image_size they do."""
     fill(tmp_path, {"a/0.png": 1})
     fill(tmp_path, {"b/0.png": 2}, size=(7, 4))
-    with pytest.raises(ValueError, match=r"b.0\.png: 4x7 pixels, the first picture has 4x6: give image_size"):
+    with pytest.raises(ValueError, match=r"b.0\.png: 4x7 pixels, the first image has 4x6: give image_size"):
         datasets.ImageFolder(tmp_path)
     assert datasets.ImageFolder(tmp_path, 4).images.shape == (2, 4, 4, 3)
 

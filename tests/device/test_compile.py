@@ -41,7 +41,9 @@ def subspace(shape: Any = (2, 2, 4, 4), ranks: Any = (None, 1, None, None)) -> d
         ),
         ({"calibration": subspace(ranks=(1, 1, None, None))}, device.UnsupportedError, "compresses the batch mode"),
         ({"calibration": {"9": subspace()["0"]}}, ValueError, "layer '9', which the net does not run"),
-        ({"input_shape": (2, 4)}, ValueError, "conv2d"),
+        ({"input_shape": (2, 4)}, ValueError, r"input_shape is \(2, 4\), expected \(C, H, W\)"),
+        ({"input_shape": (2, 4, -1)}, ValueError, "positive integers"),
+        ({"input_shape": (2.0, 4, 4)}, ValueError, "positive integers"),
         ({"input_shape": (3, 4, 4)}, ValueError, "expected"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_nets import Residual, case, library_step, random_calibration, random_net
+from device_nets import RandomGraph, Residual, case, library_step, random_calibration, random_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,6 +42,26 @@ def test_a_step_is_the_librarys(seed: int, way: tuple[str, str, str]) -> None:
     assert loss == pytest.approx(want_loss, rel=1e-10)
     assert differ(program.weights(), want) < 1e-10
     assert program.lower_bound_bytes <= program.ram_bytes <= 1.05 * program.lower_bound_bytes
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10_000), st.sampled_from(["all", "last:1", "last:2", "head"]), st.booleans())
+def test_any_graph_of_maps(seed: int, selection: str, is_compressed: bool) -> None:
+    """Maps that several operations use, that are added to themselves, or that nothing uses: as in the library."""
+    net, shape, rng = RandomGraph(seed), (2, 5, 6), np.random.default_rng(seed)
+    net.to(np.float64)
+    try:
+        layers = tune(net, selection).layers
+    except ValueError:  # fewer layers
+        layers = tune(net, "head").layers
+    x, y = rng.normal(size=(2, *shape)), rng.integers(0, 3, 2)
+    calibration = random_calibration(net, shape, layers, rng, 2) if is_compressed else {}
+    program = device.compile(net, calibration or None, shape, poison=True)
+    loss = program.step(x, y, LR)
+    want_loss, want = library_step(net, calibration, x, y, LR)
+    got = program.weights()
+    assert loss == pytest.approx(want_loss, rel=1e-10)
+    assert differ({name: got[name] for name in want}, want) < 1e-10
 
 
 @settings(max_examples=15)

@@ -48,13 +48,20 @@ def _installed(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("names", [["analysis"], ["lance_ref"], ["analysis", "lance_ref", "lance_ref/datasets"]])
-@pytest.mark.parametrize("start", [["-m", "analysis.cost_model"], ["-m", "experiments.command", "cost"]])
+@pytest.mark.parametrize(
+    ("names", "start"),
+    [
+        (["analysis"], ["analysis.cost_model"]),
+        (["lance_ref"], ["analysis.cost_model"]),
+        (["analysis", "analysis/data", "lance_ref", "lance_ref/datasets"], ["analysis.cost_model"]),
+        (["analysis", "analysis/data", "lance_ref", "lance_ref/datasets"], ["experiments.command", "cost"]),
+    ],
+)
 def test_empty_folders_change_nothing(tmp_path: Path, names: list[str], start: list[str]) -> None:
     """MobileNetV2 reads 1060.95x of the papers' count, in whatever folder."""
     for name in names:
         (tmp_path / name).mkdir()
-    done = run(tmp_path, *start, *CASE)
+    done = run(tmp_path, "-m", *start, *CASE)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["ranks_from"].startswith("spectra shipped as analysis/data/mobilenetv2_224.json")
@@ -165,10 +172,14 @@ def test_every_file_of_the_list_is_there() -> None:
 # ---- one name for all commands ---------------------------------------------------------------
 
 
+PROGRAM = r'(?:prog="python -m |frame\.parser\(")([\w.]+)"'
+"""How a module says which command it is."""
+
+
 def test_every_command_has_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     """Every module that is run with ``python -m`` and has options; ``--help`` lists them."""
     files = [path for name in ("analysis", "experiments") for path in (ROOT / name).rglob("*.py")]
-    modules = {name for path in files for name in re.findall(r'prog="python -m ([\w.]+)"', path.read_text())}
+    modules = {name for path in files for name in re.findall(PROGRAM, path.read_text())}
     assert len(modules) > 10
     assert modules <= {module.removesuffix(".command") for module, _ in COMMANDS.values()}
     assert lance_ref_main(["--help"]) == 0

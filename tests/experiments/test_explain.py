@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from experiments.ledger import accounting_rules
 from experiments.ledger.accounting_rules import RULES, Figures, Work, fits, readings
 from experiments.ledger.explain import explain, line, main, text
-from experiments.ledger.published import Published, published
-from experiments.ledger.yaml_file import choose, load_entries
+from experiments.ledger.published import Published, choose, load_entries, published
 
 ROWS = published()[1]
 COSTS = list(ROWS.values())

@@ -14,6 +14,7 @@ from PIL import Image
 
 import lance_ref
 from analysis.rules import stores as store_rules
+from experiments import frame
 from experiments.finetune import cell as finetune_cell
 from experiments.finetune import command as finetune
 from experiments.finetune.cell import Watch, measure_step, run
@@ -79,6 +80,27 @@ def test_at_full_rank_lance_is_backpropagation() -> None:
     for when in ("start", "middle", "end"):
         np.testing.assert_allclose(list(full["cosines"][when].values()), 1, atol=1e-5)
         np.testing.assert_allclose(list(full["energy_kept"][when].values()), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lance", "lance-center"])
+def test_in_the_subspace_the_run_is_the_same(method: str) -> None:
+    """Losses, cosines with the whole gradient and energies to rounding; bytes and multiply-adds as predicted."""
+    whole, inside = run(**CELL, method=method), run(**CELL, method=method, update="subspace")
+    np.testing.assert_allclose(inside["loss"], whole["loss"], rtol=1e-4)
+    assert inside["predicted_tape_bytes"] == inside["tape_bytes"] == whole["tape_bytes"]
+    assert inside["predicted_macs"] == inside["macs"] != whole["macs"]
+    for when in ("start", "middle", "end"):
+        assert inside["cosines"][when] == pytest.approx(whole["cosines"][when], rel=1e-3)
+        assert inside["energy_kept"][when] == pytest.approx(whole["energy_kept"][when], rel=1e-3)
+
+
+def test_a_setting_of_its_own_default_names_no_new_cell() -> None:
+    """Finished cells of before are found again: what is not given is not among the arguments."""
+    plain, inside = (
+        finetune.cell(finetune.checked(finetune.parser().parse_args(["--quick", *more])), "lance", 0, 0.1)
+        for more in ([], ["--update=subspace"])
+    )
+    assert inside == {**plain, "update": "subspace"}
 
 
 def test_finished_runs_are_not_run_again(
@@ -278,11 +300,11 @@ def test_the_best_rate_is_not_at_the_edge_of_the_grid(
     """A best rate at the edge says that the grid was too small, and favours methods that it happened to suit."""
     asked: list[dict[str, Any]] = []
 
-    def outcomes(options: Any, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def outcomes(options: Any, cells: list[dict[str, Any]], function: str) -> list[dict[str, Any]]:
         asked.extend(cells)
         return [{"accuracy": accuracies[cell["lr"]] if cell["method"] == "bp" else -cell["lr"]} for cell in cells]
 
-    monkeypatch.setattr(finetune, "_cells", outcomes)
+    monkeypatch.setattr(frame, "run_cells", outcomes)
     given = ["--methods", "bp", "head-only", "--lr-grid", "0.2", "0.1", "--recipe", "tuned", "--quick"]
     options = finetune.checked(finetune.parser().parse_args(given))
     assert finetune.best_rates(options) == {"bp": best, "head-only": 0.1}

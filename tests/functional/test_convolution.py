@@ -234,7 +234,7 @@ def test_the_workspace_is_kept(g: ConvGeometry, bytes_: int, places: int) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(geometry, "WORKSPACE_BYTES", bytes_)
         patch.setattr(geometry, "MANY_PLACES", places)
-        blocks = list(g._blocks(4))
+        blocks = list(g.blocks(4))
     H_out, W_out = g.output_size
     seen = []
     for images, rows in blocks:

@@ -14,14 +14,14 @@ from continual_resume_case import small
 from small_nets import ThreeLayers
 
 import lance_ref
-from analysis.commands.sweep import _read, _task, _write
+from analysis.commands.sweep import FORMAT, VERSION, _read, _task
 from analysis.ranks.spectra_file import LayerSpectra, Spectra, load_spectra
 from experiments.ledger.evidence import RESULTS, Evidence
 from lance_ref import Calibration, calibrate, checkpoint, datasets, models, nn, optim
 from lance_ref.continual import networks
 from lance_ref.continual.learners import LEARNERS, Recipe
 from lance_ref.continual.protocol import run
-from lance_ref.io.whole_file import SEAL, read_json
+from lance_ref.io.whole_file import SEAL, read_json, write_json
 from lance_ref.train.features import extract
 
 FLIPS = 40
@@ -121,7 +121,8 @@ class Cell(Kind):
     task = _task(0, {"x": 5}, "sweep_cells:square")
 
     def make(self, path: Path) -> None:
-        _write(path, self.task, {"result": {"square": 25.125, "of": [1, 2.5]}, "seconds": 1.5})
+        about = {"format": FORMAT, "version": VERSION, "function": self.task.function, "cell": self.task.cell}
+        write_json(path, {**about, "result": {"square": 25.125, "of": [1, 2.5]}, "seconds": 1.5})
 
     def read(self, path: Path) -> Any:
         found = _read(path, self.task)

@@ -190,7 +190,7 @@ def test_planted_fault_of_forgotten_factors(
     monkeypatch.setattr(
         asi_ranks,
         "kept_elements",
-        lambda shape, ranks: math.prod(n if r is None else r for n, r in zip(shape, ranks, strict=True)),
+        lambda shape, ranks: (math.prod(n if r is None else r for n, r in zip(shape, ranks, strict=True)),),
     )
     wrong: AsiPlan = choose_ranks(samples, 10**6)
     assert wrong.ranks == right.ranks

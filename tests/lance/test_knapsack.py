@@ -115,9 +115,9 @@ def test_fifty_two_layers_of_sixty_four_options(share: float) -> None:
     options = real_size(0)
     low = least(options)
     budget = low + int(share * (sum(max(cost for cost, _ in layer) for layer in options) - low))
-    start = time.perf_counter()
+    start = time.process_time()
     loss, cost = totals(options, choose(options, budget))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert cost <= budget
     # any choice costs at least min Σ (loss + price·cost) − price·budget, whatever the price of a unit
     bounds = [

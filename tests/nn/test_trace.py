@@ -89,9 +89,9 @@ def test_a_large_batch_costs_nothing() -> None:
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
-    start = time.perf_counter()
+    start = time.process_time()
     trace(net, (4096, 3, 224, 224))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert sum(r.op == "conv2d" for r in records) == 36
     assert records[0].output.shape == (4096, 64, 112, 112)
     assert records[0].output.nbytes == 4096 * 64 * 112 * 112 * 4

@@ -99,6 +99,39 @@ def random_net(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
     return nn.Sequential(*layers), shape
 
 
+class RandomGraph(nn.Module):
+    """Maps of one size, added, convolved and activated in any order; some are used several times, some never."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        rng = np.random.default_rng(seed)
+        C, count = int(rng.integers(2, 5)), int(rng.integers(2, 8))
+        fixed = {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1}
+        makers = {
+            "act": lambda: activation(rng),
+            "conv": lambda: nn.Sequential(*conv(rng, C, C, 5, **fixed, groups=1)),
+            "depthwise": lambda: nn.Sequential(*conv(rng, C, C, 5, **fixed, groups=C)),
+            "pool": lambda: nn.MaxPool2d(3, 1, 1),
+        }
+        self.stem = nn.Conv2d(2, C, 3, padding=1, rng=rng)
+        self.plan: list[tuple[int, int | None]] = []
+        for k in range(1, count + 1):
+            kind = rng.choice([*makers, "add"])
+            a, b = int(rng.integers(max(0, k - 2), k)), int(rng.integers(0, k))
+            self.plan.append((a, b if kind == "add" else None))
+            self.add_module(f"m{k}", nn.Identity() if kind == "add" else makers[kind]())
+        self.end = max(1, count - int(rng.integers(0, 2)))
+        self.pool, self.flatten, self.head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(C, 3, rng=rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [self.stem(x)]
+        for k, (a, b) in enumerate(self.plan, 1):
+            values.append(self.get_submodule(f"m{k}")(values[a]) if b is None else values[a] + values[b])
+        logits = self.head(self.flatten(self.pool(values[self.end])))
+        F.relu(logits)  # without effect
+        return logits
+
+
 def random_calibration(
     net: nn.Module, shape: tuple[int, ...], layers: Any, rng: np.random.Generator, batch: int
 ) -> dict[str, Subspace]:

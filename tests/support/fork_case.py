@@ -1,4 +1,4 @@
-"""What a parent process and its children do in the tests of forks: ``python fork_case.py HOW`` prints "the same".
+"""What a parent and its children do in the tests of forks: ``python fork_case.py HOW ...`` prints "HOW: the same".
 
 Children that hang are killed with the process group by the test that started this one.
 """
@@ -101,5 +101,6 @@ if __name__ == "__main__":
     assert kernels._threads() > 1
     EXPECTED = [gradient(seed) for seed in range(4)]
     assert kernels._pool.cache_info().currsize == 1
-    found = run(sys.argv[1], range(4))
-    print("the same" if found == EXPECTED else f"{found} in place of {EXPECTED}")
+    for how in sys.argv[1:]:
+        found = run(how, range(4))
+        print(f"{how}: the same" if found == EXPECTED else f"{how}: {found} in place of {EXPECTED}", flush=True)

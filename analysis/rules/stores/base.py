@@ -48,7 +48,7 @@ def store_rule(name: str) -> Callable[[StoreRule], StoreRule]:
 
 def conv_sizes(call: Call) -> tucker_costs.ConvSizes:
     """The sizes of a conv2d record."""
-    x, weight, out = call.record.inputs[0].shape, call.record.inputs[1].shape, call.record.output.shape
+    x, weight, out = call.record.inputs[0].shape, call.weight.shape, call.record.output.shape
     B, C_in, H, W = x
     _, C_out, H_out, W_out = out
     k_h, k_w = weight[2:]

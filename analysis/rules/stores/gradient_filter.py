@@ -14,21 +14,11 @@ from analysis.rules.stores.base import StoreCost, conv_sizes, store_rule
 
 
 class Grid(NamedTuple):
-    """What a layer becomes on the grid of patches.
+    """What a layer becomes on the grid of patches."""
 
-    Attributes
-    ----------
-    patches : int
-        Of all images together: B·P_h·P_w, B·P, or B.
-    kernel : int
-        Kernel positions that the input gradient tells apart, 1 where the whole kernel falls in one patch.
-    whole : bool
-        Whether each window is one place, so that nothing is summed.
-    """
-
-    patches: int
-    kernel: int
-    whole: bool
+    patches: int  #: Of all images together: B·P_h·P_w, B·P, or B.
+    kernel: int  #: Kernel positions that the input gradient tells apart, 1 where the whole kernel falls in one patch.
+    whole: bool  #: Whether each window is one place, so that nothing is summed.
 
 
 @store_rule("gradient-filter")

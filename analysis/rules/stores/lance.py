@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Sequence
 
-from analysis.rules import tucker_costs
+from analysis.rules import subspace, tucker_costs
 from analysis.rules.op_cost import Call, Saved, fresh
 from analysis.rules.stores.base import StoreCost, conv_sizes, store_rule
 from analysis.rules.stores.quantized import DEQUANTISE_OPERATIONS, QUANTISE_OPERATIONS, codes
@@ -32,7 +32,7 @@ def lance(call: Call, macs: int) -> StoreCost:
     ``elementwise`` is the squares summed of activation and core, for the share of energy kept, and what these
     options do number by number.
     """
-    shape, weight = call.record.inputs[0].shape, call.record.inputs[1].shape
+    shape = call.record.inputs[0].shape
     store = call.record.attributes["store"]
     ranks, fixed = tuple(store["ranks"]), tuple(store["ranks"])
     decomposition = drawing = 0
@@ -41,13 +41,15 @@ def lance(call: Call, macs: int) -> StoreCost:
         ranks, fixed = (r1, *ranks[1:]), (None, *ranks[1:])
         decomposition, drawing = drawing_macs(shape[0], r1), drawing_elementwise(shape[0], r1)
     core = tucker_costs.core_elements(shape, ranks)
-    if call.record.op == "conv2d":
-        sizes = conv_sizes(call)
-        grad_weight = tucker_costs.conv_weight_gradient_macs(sizes, ranks, store.get("order", "auto"))
-        paper_grad_weight = tucker_costs.conv_papers_macs(sizes, ranks)
-    else:
-        grad_weight = tucker_costs.linear_weight_gradient_macs(shape, weight[0], ranks)
-        paper_grad_weight = tucker_costs.linear_weight_gradient_macs(shape, weight[0], ranks, "papers")
+    grad_weight, paper_grad_weight = _gradient_macs(call, ranks)
+    update, basis = subspace.update_of(call.record), 0
+    if update is not None:
+        narrow = subspace.of_update(call)
+        own = tuple(narrow.record.attributes["store"]["ranks"])
+        grad_weight, paper_grad_weight = _gradient_macs(narrow, (ranks[0], *own[1:]))
+        feature = 1 if len(shape) == 4 else len(shape) - 1
+        groups, centred = call.record.attributes.get("groups", 1), bool(store.get("centred"))
+        basis = subspace.basis_elements(shape[feature], groups, ranks[feature] or 0, update["rank"], centred)
     kept = kept_of_core(call, tucker_costs.core_shape(shape, ranks), store.get("core_bits"))
     coding = 0 if "core_bits" not in store else core * (QUANTISE_OPERATIONS + DEQUANTISE_OPERATIONS)
     if store.get("batch_mode") == "sketch":
@@ -65,12 +67,22 @@ def lance(call: Call, macs: int) -> StoreCost:
         paper_projection_macs=tucker_costs.paper_projection_macs(shape, ranks),
         decomposition_macs=decomposition,
         kept_bytes=sum(saved.storage.nbytes for saved in kept),
-        subspace_bytes=(tucker_costs.factor_elements(shape, fixed) + mean) * call.itemsize,
+        subspace_bytes=(tucker_costs.factor_elements(shape, fixed) + mean + basis) * call.itemsize,
         elementwise=2 * (math.prod(shape) + core) + coding + drawing + mean_elementwise,
         ranks=ranks,
         tape=kept,
         pytorch=kept,
     )
+
+
+def _gradient_macs(call: Call, ranks: Ranks) -> tuple[int, int]:
+    """Multiply-adds of the weight gradient from a core: as it runs, and in the papers' order."""
+    if call.record.op == "conv2d":
+        sizes, order = conv_sizes(call), call.record.attributes["store"].get("order", "auto")
+        return tucker_costs.conv_weight_gradient_macs(sizes, ranks, order), tucker_costs.conv_papers_macs(sizes, ranks)
+    shape, out = call.record.inputs[0].shape, call.weight.shape[0]
+    papers = tucker_costs.linear_weight_gradient_macs(shape, out, ranks, "papers")
+    return tucker_costs.linear_weight_gradient_macs(shape, out, ranks), papers
 
 
 def of_mean(call: Call) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from analysis.rules import tucker_costs
+from analysis.rules import subspace, tucker_costs
 from analysis.rules.op_cost import Call, fresh
 from analysis.rules.stores.base import StoreCost, conv_sizes, store_rule
 
@@ -25,10 +25,13 @@ def patch_lance(call: Call, macs: int) -> StoreCost:
         raise ValueError(f"layer {call.record.path!r}: patch-lance takes no groups, the convolution has {sizes.groups}")
     shape = sizes.B, sizes.H_out * sizes.W_out, sizes.C_in * sizes.k_h * sizes.k_w
     ranks = tuple(call.record.attributes["store"]["ranks"])
+    seen, kept = shape, ranks
+    if subspace.update_of(call.record) is not None:  # the gradient stays in the coordinates of the core's patches
+        seen, kept = (*shape[:2], ranks[2]), (*ranks[:2], None)
     core = fresh("core", tucker_costs.core_elements(shape, ranks) * call.itemsize)
     return StoreCost(
-        grad_weight_macs=tucker_costs.linear_weight_gradient_macs(shape, sizes.C_out, ranks),
-        paper_grad_weight_macs=tucker_costs.linear_weight_gradient_macs(shape, sizes.C_out, ranks, "papers"),
+        grad_weight_macs=tucker_costs.linear_weight_gradient_macs(seen, sizes.C_out, kept),
+        paper_grad_weight_macs=tucker_costs.linear_weight_gradient_macs(seen, sizes.C_out, kept, "papers"),
         projection_macs=tucker_costs.projection_macs(shape, ranks),
         paper_projection_macs=tucker_costs.paper_projection_macs(shape, ranks),
         kept_bytes=core.storage.nbytes,

@@ -28,8 +28,8 @@ def hosvd(call: Call, macs: int) -> StoreCost:
     those that ``store["selected"]`` leaves out.
     """
     shape, store = call.record.inputs[0].shape, call.record.attributes["store"]
-    ranks = _ranks(call)
-    return _core_and_factors(call, ranks, hosvd_macs(shape, ranks, _decomposed(shape, ranks, store)))
+    ranks = own_ranks(call)
+    return _core_and_factors(call, ranks, hosvd_macs(shape, ranks, decomposed(shape, ranks, store)))
 
 
 @store_rule("asi")
@@ -38,12 +38,12 @@ def asi(call: Call, macs: int) -> StoreCost:
 
     Between steps the factors are what the next one starts from; during a step they are the arrays on the tape.
     """
-    ranks = _ranks(call)
+    ranks = own_ranks(call)
     return _core_and_factors(call, ranks, asi_macs(call.record.inputs[0].shape, ranks))
 
 
 def hosvd_macs(shape: Sequence[int], ranks: Ranks, decomposed: Sequence[bool]) -> int:
-    """Multiply-adds of finding the factors of a truncated HOSVD.
+    """Multiply-adds of finding the factors of a truncated HOSVD; ``decomposed`` says of which modes.
 
     The Gram of the unfolding's smaller side:
 
@@ -51,12 +51,6 @@ def hosvd_macs(shape: Sequence[int], ranks: Ranks, decomposed: Sequence[bool]) -
     n > m                                K = A_(n)ᵀ A_(n): P·m; eigenvectors of (m, m); U = orth(A_(n) V): P·r, QR
 
     A matrix has one Gram of its smaller side for both modes.
-
-    Parameters
-    ----------
-    shape, ranks : sequences of int; a rank of None is full
-    decomposed : sequence of bool
-        Which modes are decomposed.
 
     >>> hosvd_macs((2, 3), (1, None), (True, False))  # 6·2 + 9·8/2
     48
@@ -98,13 +92,10 @@ def orthonormal_macs(n: int, r: int) -> int:
     return (6 * n * r * r - 2 * r * r * r) // 3
 
 
-def _ranks(call: Call) -> tuple[int | None, ...]:
+def own_ranks(call: Call) -> tuple[int | None, ...]:
     """The ranks of the store, None for a mode of full rank.
 
-    Raises
-    ------
-    ValueError
-        If no step has chosen them yet; names the layer.
+    Raises ValueError if no step has chosen them yet; names the layer.
     """
     store = call.record.attributes["store"]
     if store["ranks"] is None:
@@ -117,7 +108,7 @@ def _ranks(call: Call) -> tuple[int | None, ...]:
     )
 
 
-def _decomposed(shape: Sequence[int], ranks: Ranks, store: Mapping[str, Any]) -> tuple[bool, ...]:
+def decomposed(shape: Sequence[int], ranks: Ranks, store: Mapping[str, Any]) -> tuple[bool, ...]:
     """Which modes the HOSVD looked at: those with a rank below full, and those that only it found to be full."""
     epsilon = store.get("epsilon")
     if epsilon is None:

@@ -30,7 +30,7 @@ LANES, MOST_PLACES = 64, 256
 """Channels at a time of :func:`depthwise_core_gradient`, and the places of the largest map where it is faster."""
 
 
-def _along_channels(C_in: int, C_out: int, W_out: int) -> bool:
+def along_channels(C_in: int, C_out: int, W_out: int) -> bool:
     return C_in == C_out >= FEW and W_out <= NARROW
 
 
@@ -54,7 +54,7 @@ def depthwise_forward(
     if not numba_enabled():
         return depthwise_forward_numpy(*arguments, output_size, stride, padding, dilation)
     out = np.empty((B, C_out, *output_size), x.dtype)
-    by_channel = _along_channels(x.shape[1], C_out, output_size[1])
+    by_channel = along_channels(x.shape[1], C_out, output_size[1])
     loops, planes = (_forward_channels, B) if by_channel else (_depthwise_forward, B * C_out)
     loops.run(planes, out.size * k_h * k_w, *arguments, out, *_flat(stride, padding, dilation))
     return out
@@ -71,7 +71,7 @@ def depthwise_input_gradient(
     grad = np.empty(input_shape, grad_output.dtype)
     work = grad_output.size * math.prod(weight.shape[2:])
     B, C_in = input_shape[:2]
-    by_channel = _along_channels(C_in, weight.shape[0], grad_output.shape[3])
+    by_channel = along_channels(C_in, weight.shape[0], grad_output.shape[3])
     loops, planes = (_input_gradient_channels, B) if by_channel else (_depthwise_input_gradient, B * C_in)
     loops.run(planes, work, *arguments, grad, *_flat(stride, padding, dilation))
     return grad
@@ -87,7 +87,7 @@ def depthwise_weight_gradient(
         return depthwise_weight_gradient_numpy(*arguments, weight_shape, stride, padding, dilation)
     grad = np.zeros(weight_shape, grad_output.dtype)
     work = grad_output.size * math.prod(weight_shape[2:])
-    by_channel = _along_channels(x.shape[1], weight_shape[0], grad_output.shape[3])
+    by_channel = along_channels(x.shape[1], weight_shape[0], grad_output.shape[3])
     loops = _weight_gradient_channels if by_channel else _depthwise_weight_gradient
     loops.run(x.shape[1], work, *arguments, grad, *_flat(stride, padding, dilation))
     return grad

@@ -18,15 +18,12 @@ from analysis.check.measure import PEAK, compare
 from analysis.check.table import judged, summary, verdict
 from analysis.commands import sweep
 from analysis.reports import peaks as method_peaks
-from analysis.reports.predict import predict
-from analysis.rules import layouts, tucker_costs
 from analysis.rules import stores as store_rules
+from analysis.rules import tucker_costs
 from analysis.rules.norms import batch_norm
 from analysis.rules.op_cost import Call, OpCost
 from analysis.rules.operations import OPERATIONS
 from analysis.steps.methods import METHODS
-from lance_ref import F, Tensor, nn
-from lance_ref.engine.recording import OpRecord
 from lance_ref.models import NETS
 
 MIB = 2**20
@@ -164,52 +161,6 @@ def test_large_peaks_are_held_to_five_per_cent_in_the_summary() -> None:
 
     counts = summary([step(104 * MIB, 100 * MIB), step(5 * MIB // 4, MIB), step(MIB // 2, MIB // 4)])
     assert (counts["large_peaks"], counts["large_peaks_near"]) == (2, 1)
-
-
-# ---- costs that methods and accountings share ----------------------------------------------
-
-
-class Turned(nn.Module):
-    """Values in another order of axes than their shape: kept by our softmax and not by PyTorch's, and by its relu."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.mix, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 6), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x).permute(0, 2, 3, 1)  # (B, H, W, C)
-        y = F.softmax(F.relu(y), dim=-1) * y
-        y = F.relu(y.permute(0, 3, 1, 2)).reshape(x.shape[0], 6, -1)  # (B, C, H·W)
-        return self.head(self.mix(y.permute(0, 2, 1)).mean(dim=1))
-
-
-@pytest.mark.parametrize("net", ["turned", "deit-tiny", "mobilenetv3-small"])
-def test_asking_a_rule_once_for_both_tapes_changes_nothing(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where values live alike in NumPy and PyTorch a rule is asked once; asked twice it says the same."""
-
-    def rows() -> Any:
-        made = Turned() if net == "turned" else net
-        shape = (3, 9, 8) if net == "turned" else (3, 64, 64)
-        return predict(made, 4, input_shape=shape, tune="all", methods="all", ranks="0.3").report.rows
-
-    shared: list[bool] = []
-    right = layouts.Memory.follow_like
-
-    def watched(self: layouts.Memory, record: OpRecord, other: layouts.Memory) -> bool:
-        shared.append(right(self, record, other))
-        return shared[-1]
-
-    monkeypatch.setattr(layouts.Memory, "follow_like", watched)
-    once = rows()
-    assert any(shared)
-    assert not all(shared)
-
-    def never(self: layouts.Memory, record: OpRecord, other: layouts.Memory) -> bool:
-        self.follow(record)
-        return False
-
-    monkeypatch.setattr(layouts.Memory, "follow_like", never)
-    assert rows() == once
 
 
 # ---- resuming, and bad input ---------------------------------------------------------------

@@ -264,7 +264,7 @@ sys.path.insert(0, sys.argv[1])
 from analysis import sweep
 def full(*_):
     raise OSError("no space left")
-sweep._write = full
+sweep.write_json = full
 cells = [{"x": x, "log": sys.argv[2], "seconds": 0.3 * x} for x in range(6)]
 try:
     sweep.run_cells(cells, "sweep_cells:square", sys.argv[3], progress=False)

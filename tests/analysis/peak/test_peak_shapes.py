@@ -25,7 +25,7 @@ from lance_ref import nn, record
 from lance_ref.algebra.kernels.threads import numba_enabled
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.engine.arguments import unbroadcast
-from lance_ref.engine.blocks import BLOCK_ELEMENTS, pieces
+from lance_ref.engine.blocks import pieces
 from lance_ref.engine.state import state
 from lance_ref.engine.tensor import Tensor
 from lance_ref.stores import ActivationStore, Lance, Quantized, Sketch
@@ -363,7 +363,7 @@ def packed(*shape: int) -> Layout:
 
 def test_blocks_by_hand() -> None:
     """Axes that lie in one stretch are one; a block is made of whole inner axes, and of as much of the next as fits."""
-    assert BLOCK == BLOCK_ELEMENTS == 65_536
+    assert BLOCK == 65_536
     assert blocks([packed(8, 16, 48, 64)], BLOCK) == (65_536, 0)
     assert blocks([packed(8, 16, 48, 64), packed(16, 1, 1)], BLOCK) == (49_152, 1)  # 3072 · 16, then 1 of 8
     assert blocks([packed(8, 16, 48, 64), packed(8, 16, 1, 1)], BLOCK) == (21 * 3072, 1)  # of 128 maps

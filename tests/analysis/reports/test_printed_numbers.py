@@ -314,7 +314,7 @@ def test_a_row_does_not_take_more_cells_than_there_are_columns() -> None:
     sheet.add("a")
     sheet.rule()
     assert sheet.rows[0] == ["a", ""]
-    assert sheet.row_count == 1
+    assert len(sheet.rows) == 2
 
 
 def test_words_are_at_the_left_and_numbers_at_the_right() -> None:

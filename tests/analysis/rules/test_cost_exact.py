@@ -29,7 +29,7 @@ from analysis.rules.layouts import Memory as Layouts
 from analysis.rules.op_cost import OpCost, cost_of
 from analysis.rules.protection_costs import LayerBill, calibration_macs, gpm_bill, lance_bill, update_macs
 from analysis.rules.stores.sketch import directions
-from analysis.rules.stores.tucker import _decomposed, asi_macs, hosvd_macs, orthonormal_macs
+from analysis.rules.stores.tucker import asi_macs, decomposed, hosvd_macs, orthonormal_macs
 from analysis.rules.tucker_costs import ConvSizes, conv_cheapest, conv_papers_macs
 from analysis.steps.changes import _stretches
 from analysis.steps.nets import trace_step
@@ -269,10 +269,10 @@ def test_a_square_unfolding() -> None:
 def test_which_modes_are_decomposed() -> None:
     """Not those of size one, none at a threshold of one, and only those that are selected."""
     none = (None, None, None)
-    assert _decomposed((1, 4, 5), none, {"epsilon": 0.9}) == (False, True, True)
-    assert _decomposed((1, 4, 5), none, {"epsilon": 0.9, "selected": (True, False, True)}) == (False, False, True)
-    assert _decomposed((2, 4, 5), none, {"epsilon": 1}) == (False, False, False)
-    assert _decomposed((2, 4, 5), (1, None, 5), {}) == (True, False, True)
+    assert decomposed((1, 4, 5), none, {"epsilon": 0.9}) == (False, True, True)
+    assert decomposed((1, 4, 5), none, {"epsilon": 0.9, "selected": (True, False, True)}) == (False, False, True)
+    assert decomposed((2, 4, 5), none, {"epsilon": 1}) == (False, False, False)
+    assert decomposed((2, 4, 5), (1, None, 5), {}) == (True, False, True)
 
 
 def test_codes() -> None:

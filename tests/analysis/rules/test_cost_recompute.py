@@ -17,7 +17,7 @@ from analysis.check.measure import Comparison, compare
 from analysis.cost_model import cost, main, predict
 from analysis.rules import account as fold
 from analysis.rules import recompute as recompute_rules
-from analysis.rules.account import account, with_stores
+from analysis.rules.account import account, with_described_stores
 from analysis.rules.layouts import Memory
 from analysis.rules.op_cost import OpCost
 from analysis.rules.recompute import Executed, executed, flatten
@@ -230,10 +230,15 @@ def test_mobilenetv2_in_four_segments() -> None:
 
 
 def test_lance_inside_a_segment_keeps_nothing_until_backward() -> None:
-    """with_stores reaches into segments: the layer projects in the second run, and its factors are at hand."""
+    """The change of stores reaches into segments: the layer projects in the second run, and its factors are at hand."""
     net = nn.Sequential(nn.Recompute(two_linears()), nn.Linear(5, 3))
     records, _ = step(net, np.ones((4, 6), np.float32), np.zeros(4, np.int64))
-    bills = {b.name: b for b in account(with_stores(records, {"0.0": (2, 3)}), "1")}
+    bills = {
+        b.name: b
+        for b in account(
+            with_described_stores(records, {"0.0": {"name": "lance", "ranks": (2, 3), "order": "auto"}}), "1"
+        )
+    }
     assert bills["0.0"].cost.projection_macs > 0
     assert (bills["0.0"].tape_bytes, bills["0.0"].subspace_bytes) == (0, (4 * 2 + 6 * 3) * 4)
     assert bills["0"].tape_bytes == 4 * 6 * 4

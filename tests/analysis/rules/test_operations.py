@@ -191,7 +191,7 @@ def test_the_layout_of_a_result(columns: dict[str, Any], strides: tuple[int, ...
     ours, theirs = Memory(), Memory(in_pytorch=True)
     for record in records:
         ours.follow(record)
-        theirs.follow_like(record, ours)
+        theirs.follow(record)
     assert ours.of(records[-1].output).strides == strides
     assert theirs.of(records[-1].output).strides == in_pytorch
     shared = theirs.of(records[-1].output).storage is theirs.of(records[-1].inputs[0]).storage

@@ -14,8 +14,11 @@ from analysis.peak.lifetimes import lifetimes, lifetimes_from_scopes, renumbered
 from analysis.peak.memory import parameters_bytes, peak
 from analysis.peak.stores import chain, projecting
 from analysis.rules.account import account
+from analysis.rules.layouts import Layout, Storage
 from lance_ref import functional as F
 from lance_ref import nn, record
+from lance_ref.algebra.geometry import ConvGeometry
+from lance_ref.algebra.kernels import threads
 from lance_ref.engine.tensor import Tensor
 from lance_ref.stores import Asi
 
@@ -182,40 +185,39 @@ def test_height_and_width_as_one_mode_have_one_factor() -> None:
 
 def convolution(**changes: Any) -> layers.Convolution:
     """Two images (3, 8, 6), 3 × 3 kernels, one zero around."""
-    sizes = {
-        "x": (2, 3, 8, 6), "weight": (4, 3, 3, 3), "out": (2, 4, 8, 6), "stride": (1, 1), "padding": ((1, 1), (1, 1)),
-        "dilation": (1, 1), "groups": 1, "itemsize": 4,
-    }  # fmt: skip
-    return layers.Convolution(**sizes | changes)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"input_shape": (2, 3, 8, 6), "weight_shape": (4, 3, 3, 3), "padding": ((1, 1), (1, 1))}
+    return layers.Convolution(ConvGeometry(**sizes | changes), itemsize=4)
 
 
 def test_workspaces_of_convolutions_by_hand() -> None:
     """Patches of both images; beside them the padded images, or the output with channels first, or weights."""
     columns, copied = 2 * 8 * 27 * 6 * 4, 2 * 4 * 8 * 6 * 4
-    assert convolution().forward_workspace(0) == columns + 2 * 3 * 10 * 8 * 4
+    assert convolution().forward_workspace(None) == columns + 2 * 3 * 10 * 8 * 4
     dilated = convolution(padding=((2, 2), (2, 2)), dilation=(2, 2))
-    assert dilated.forward_workspace(0) == columns + 2 * 3 * 12 * 10 * 4
-    one_side = convolution(weight=(1, 3, 2, 1), out=(2, 1, 8, 6), padding=((1, 0), (0, 0)))
-    assert one_side.forward_workspace(0) == 2 * 8 * 6 * 6 * 4 + 2 * 3 * 9 * 6 * 4
-    many = convolution(weight=(40, 3, 3, 3), out=(2, 40, 8, 6))
-    assert many.forward_workspace(0) == columns + 10 * copied
-    assert many.weight_workspace(0) == columns + 10 * copied + 40 * 27 * 4
-    assert many.input_workspace(0) == columns + 10 * copied
-    single = convolution(x=(1, 3, 8, 6), weight=(40, 3, 3, 3), out=(1, 40, 8, 6))
-    assert single.forward_workspace(0) == columns // 2 + 3 * 10 * 8 * 4  # its output lies as it must
-    assert single.weight_workspace(0) == columns // 2 + 40 * 27 * 4
-    assert single.input_workspace(0) == columns // 2
+    assert dilated.forward_workspace(None) == columns + 2 * 3 * 12 * 10 * 4
+    one_side = convolution(weight_shape=(1, 3, 2, 1), padding=((1, 0), (0, 0)))
+    assert one_side.forward_workspace(None) == 2 * 8 * 6 * 6 * 4 + 2 * 3 * 9 * 6 * 4
+    many = convolution(weight_shape=(40, 3, 3, 3))
+    assert many.forward_workspace(None) == columns + 10 * copied
+    assert many.weight_workspace(None, None) == columns + 10 * copied + 40 * 27 * 4
+    assert many.input_workspace(None) == columns + 10 * copied
+    single = convolution(input_shape=(1, 3, 8, 6), weight_shape=(40, 3, 3, 3))
+    assert single.forward_workspace(None) == columns // 2 + 3 * 10 * 8 * 4  # its output lies as it must
+    assert single.weight_workspace(None, None) == columns // 2 + 40 * 27 * 4
+    assert single.input_workspace(None) == columns // 2
 
 
 def test_workspaces_of_depthwise_loops_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """An image with its zeros, kernel and sum per channel for each of two threads, or one for the weight gradient."""
-    monkeypatch.setattr(layers, "threads", lambda: 2)
-    loops = convolution(x=(5, 16, 10, 9), weight=(16, 1, 3, 3), out=(5, 16, 10, 9), groups=16)
+    monkeypatch.setattr(threads, "_threads", lambda: 2)
+    loops = convolution(input_shape=(5, 16, 10, 9), weight_shape=(16, 1, 3, 3), groups=16)
     one = (12 * 11 + 9 + 1) * 16 * 4
-    assert loops.forward_workspace(0) == loops.input_workspace(0) == 2 * one
-    assert loops.weight_workspace(100) == 100 + one
-    few = convolution(x=(5, 4, 10, 9), weight=(4, 1, 3, 3), out=(5, 4, 10, 9), groups=4)
-    assert few.forward_workspace(0) == 2 * 12 * 11 * 4
+    assert loops.forward_workspace(None) == loops.input_workspace(None) == 2 * one
+    assert loops.weight_workspace(None, None) == one
+    x = Layout(Storage(0), (5, 16, 10, 9), (1440, 1, 144, 16))  # channels innermost: it is packed for the loops
+    assert loops.weight_workspace(None, x) == one + 5 * 16 * 10 * 9 * 4
+    few = convolution(input_shape=(5, 4, 10, 9), weight_shape=(4, 1, 3, 3), groups=4)
+    assert few.forward_workspace(None) == 2 * 12 * 11 * 4
 
 
 def test_gradients_of_a_layer_one_after_the_other() -> None:

@@ -199,7 +199,7 @@ def test_shared_costs_are_those_of_each_method_alone() -> None:
 
 @pytest.mark.parametrize("tune", ["last:3", "all", "head"])
 def test_shared_peaks_are_those_of_each_method_alone(tune: str) -> None:
-    """The simulation that methods have in common ends where the first of them keeps something."""
+    """The peak of a method does not depend on the others that were asked for."""
     prediction = predict("mcunet", 4, 64, tune=tune, methods="all", ranks="0.2", num_classes=7)
     together = prediction.peaks
     assert list(together) == list(prediction.bills)
@@ -212,13 +212,12 @@ def test_shared_peaks_are_those_of_each_method_alone(tune: str) -> None:
 
 @pytest.mark.parametrize("name", ["mobilenetv2", "mcunet", "deit-tiny", "alexnet-cl"])
 def test_checkpointing_runs_the_very_operations_of_the_plain_step(name: str) -> None:
-    """So that their costs are shared; the tensors live as long as in a trace of the checkpointed net."""
+    """In segments; the tensors live as long as in a trace of the checkpointed net."""
     size = 32 if name == "alexnet-cl" else 64
     prediction = predict(name, 4, size, tune="last:3", methods=["bp", "checkpoint"], num_classes=7)
     step, changed = prediction.step, prediction.steps["checkpoint"]
-    assert not changed.own_trace
-    plain = [record for record in flatten(changed.records) if record.op != "recompute"]
-    assert all(a is b for a, b in zip(plain, step.records, strict=True))
+    plain = [(record.op, record.path) for record in flatten(changed.records) if record.op != "recompute"]
+    assert plain == [(record.op, record.path) for record in step.records]
     with running(step, "checkpoint", changed):
         traced = step_records(step.net, name, step.input_shape, 4, "float32")
     assert changed.lifetimes == renumbered(traced.lifetimes, numbers(traced.records, changed.records))
@@ -379,7 +378,7 @@ def test_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     report: Report = cost("mlp", method=["bp", "lance", "lora"], **MLP)
     assert repr(report) == f"Report(mlp, batch {report.batch}, bp, lance, lora: {len(report.rows)} rows)"
-    assert totals_table(report).row_count == 5  # three methods, two reductions
+    assert len(totals_table(report).rows) == 5  # three methods, two reductions
     html = report._repr_html_()
     assert html.startswith("<pre")
     assert "bp / lora" in html

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import analysis
-from analysis.check.measure import compare, measure_peak_in_parts
+from analysis.check.measure import compare
 from analysis.commands import memory
 from analysis.commands.cli import input_shape
 from analysis.commands.names import plain, shown
@@ -246,7 +246,7 @@ def test_a_step_that_would_diverge_is_measured(optimizer: str) -> None:
     before = [p.data.copy() for p in net.parameters()]
     with np.errstate(over="ignore"):
         assert measure_peak(net, x, labels, optimizer) > 0
-        assert measure_peak_in_parts(net, x, labels, 2, optimizer) > 0
+        assert measure_peak(net, x, labels, optimizer, parts=2) > 0
     for parameter, values in zip(net.parameters(), before, strict=True):
         np.testing.assert_array_equal(parameter.data, values)
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import lance_ref
 from analysis.peak import layers as peak_layers
-from analysis.peak import stores as peak_stores
 from analysis.peak.lifetimes import lifetimes
 from analysis.peak.memory import Peak, measure_peak, peak
 from analysis.peak.simulation import Ledger
@@ -26,7 +25,6 @@ from lance_ref import functional as F
 from lance_ref import models, nn, record
 from lance_ref.algebra import projection_fast as projection
 from lance_ref.algebra.geometry import ConvGeometry
-from lance_ref.algebra.kernels import depthwise as kernels_depthwise
 from lance_ref.algebra.kernels.threads import numba_enabled
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.engine.blocks import BLOCK_ELEMENTS, blockwise
@@ -201,9 +199,7 @@ def test_weight_gradients_of_cores_in_blocks(groups: int, monkeypatch: pytest.Mo
     middle.store = Lance(Subspace.random((16, 128, 16, 16), (9, 20, 9, 9), np.random.default_rng(1)), "separable")
     whole = check(net, images, labels)
     assert whole.at == "1"
-    assert projection.CONTRACTION_BYTES == peak_stores.CONTRACTION_BYTES
-    for module in (projection, peak_stores):
-        monkeypatch.setattr(module, "CONTRACTION_BYTES", 2**20)
+    monkeypatch.setattr(projection, "CONTRACTION_BYTES", 2**20)
     assert check(net, images, labels).peak_bytes < 0.75 * whole.peak_bytes
 
 
@@ -220,7 +216,6 @@ def test_weight_gradients_of_depthwise_cores_in_one_pass(ranks: tuple[int | None
     geometry = ConvGeometry(shape, middle.weight.shape, padding=((1, 1), (1, 1)), groups=160)
     expanded = (0, 1) if ranks[0] else ()
     assert projection.cheapest_order(ranks, geometry) == ("separable", expanded)
-    assert (kernels_depthwise.LANES, kernels_depthwise.MOST_PLACES) == (peak_stores.LANES, peak_stores.MOST_PLACES)
     assert projection.depthwise_alone((None, None, *middle.store.factors[2:]), geometry)
     assert not projection.in_one_product((14, 14), (3 * (ranks[2] or 0), 3 * (ranks[3] or 0)))
     assert check(net, np.ones((64, 3, 14, 14), np.float32), np.arange(64) % 10).at == "1"

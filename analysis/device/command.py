@@ -1,0 +1,270 @@
+"""A training step on a device: ``lance-ref device --net mcunet --tune last:4 --directions 8 --update batch``.
+
+What the step takes of RAM and flash and what it computes, instruction by instruction. With ``--measure`` one step of
+one random image runs as well, and every number is compared with a prediction from shapes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from analysis.commands.cli import (
+    NET_HELP,
+    OneLineParser,
+    any_file,
+    check_effect,
+    count,
+    figure_file,
+    input_shape,
+    pixels,
+    run_command,
+    share,
+)
+
+if TYPE_CHECKING:
+    from analysis.device.check import Difference
+    from analysis.device.predict import DevicePrediction
+    from lance_ref.device import Program
+    from lance_ref.nn.module import Module
+
+SCHEMA = 1
+METHODS = ("lance", "bp", "bias", "head")
+DEFAULT_NUM_CLASSES = 10
+DEFAULT_DIRECTIONS = 8
+MOMENTUM = 0.9
+"""Of SGD, where ``--momentum`` asks for it; its value changes no size."""
+COLUMN = 58
+
+
+def parser() -> argparse.ArgumentParser:
+    p = OneLineParser(
+        prog="python -m analysis.device",
+        description="One training step compiled for a device: every array at a fixed address, one image at a time. "
+        "What it takes of RAM and flash and what it computes, instruction by instruction.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--net", required=True, help=NET_HELP)
+    p.add_argument(
+        "--num-classes", type=count, help=f"outputs of the classifier ({DEFAULT_NUM_CLASSES}; a factory's own)"
+    )
+    p.add_argument("--image-size", type=pixels, help="height and width in pixels (what the net is made for)")
+    p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
+    p.add_argument("--tune", nargs="+", help="last:n, all, head, or globs of layer names (last:4, all if fewer)")
+    p.add_argument("--method", default="lance", choices=METHODS, help="what trains, and what it keeps")
+    ranks = p.add_mutually_exclusive_group()
+    ranks.add_argument(
+        "--directions", type=count, metavar="N",
+        help=f"of lance: mean-free directions of the channels of each layer that has more ({DEFAULT_DIRECTIONS})",
+    )  # fmt: skip
+    ranks.add_argument("--epsilon", type=share, help="of lance: energy threshold for ranks from spectra")
+    ranks.add_argument(
+        "--ranks", help="of lance: a fraction for every mode, or layer=r1,r2,r3,r4;... (r1: the batch, not used)"
+    )
+    p.add_argument("--spectra", help="of --epsilon: file of measured spectra, from python -m analysis.spectra")
+    p.add_argument(
+        "--train", default="subspace", choices=["subspace", "weight"], help="of lance: D alone, or the weight"
+    )
+    p.add_argument("--update", default="batch", choices=["batch", "image"], help="after a batch, or after each image")
+    p.add_argument("--momentum", action="store_true", help="SGD with momentum")
+    p.add_argument("--budget", help="of RAM: 256KiB, 1.5MiB, 300000 (the smallest that is found)")
+    p.add_argument("--format", default="table", choices=["table", "json"], help="of the output")
+    p.add_argument(
+        "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
+        help="the same as --format json",
+    )  # fmt: skip
+    p.add_argument("--output", type=any_file, help="write to this file, whole or not at all")
+    p.add_argument("--plot", type=figure_file, metavar="FILE", help="draw the arena into this .png or .svg file")
+    p.add_argument(
+        "--measure", action="store_true", help="run a step of one random image and compare; exit 1 on a difference"
+    )
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code: 0 done, 1 a number is not as predicted, 2 cannot run."""
+    return run_command(parser, arguments, _run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from analysis.device.check import prediction_of
+
+    _check(options)
+    net, shape, program, source = compiled(options)
+    predicted = prediction_of(program, net, shape)
+    found = measured(program, predicted) if options.measure else None
+    if options.plot is not None:
+        program.plot(options.plot)
+    facts = _facts(options, net, program, shape, source)
+    _write(options, facts, program, predicted, found)
+    return 1 if found else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Options that change nothing beside the others are refused before the work."""
+    for name in ("directions", "epsilon", "ranks", "train"):
+        check_effect(options, name, options.method == "lance", "--method lance")
+    check_effect(options, "spectra", options.epsilon is not None, "--epsilon, for which it has the spectra")
+    check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")
+    check_effect(
+        options, "tune", options.method != "head", "another method than head, which trains the classifier alone"
+    )
+
+
+def compiled(options: argparse.Namespace) -> tuple[Module, tuple[int, ...], Program, str]:
+    """The net, the shape of one input, its program, and where the ranks come from.
+
+    Raises
+    ------
+    ValueError
+        In one line: what is asked for does not exist, does not fit the net, or cannot run on a device.
+    """
+    from analysis.device.subspaces import random_subspaces
+    from lance_ref import device
+    from lance_ref.device.budget import parse_bytes
+
+    budget = None if options.budget is None else parse_bytes(options.budget)  # before the work
+    net, shape, layers = _net(options)
+    calibration, source = None, ""
+    if options.method == "lance":
+        shapes, ranks, source = _ranks(options, net, shape, layers)
+        calibration = random_subspaces(shapes, ranks)
+    momentum = MOMENTUM if options.momentum else 0.0
+    program = device.compile(
+        net, calibration, shape, update=options.update, budget=budget, method=options.method, train=options.train,
+        momentum=momentum,
+    )  # fmt: skip
+    return net, shape, program, source
+
+
+def _net(options: argparse.Namespace) -> tuple[Module, tuple[int, ...], tuple[str, ...]]:
+    """The net, tuned; the shape of one input; and the layers that train besides the classifier."""
+    from analysis.steps.nets import build, check_classes, input_shape_for, trace_step
+    from lance_ref import models
+
+    shape = input_shape_for(options.net, options.image_size, options.input_shape)
+    built_in = options.net.partition("@")[0] in models.names()
+    classes = DEFAULT_NUM_CLASSES if options.num_classes is None and built_in else options.num_classes
+    net = build(options.net, classes, shape, without_weights=False)
+    tune = "head" if options.method == "head" else options.tune
+    selection = tune[0] if isinstance(tune, list) and len(tune) == 1 else tune
+    step = trace_step(net, options.net, shape, 2, selection, "float32")
+    check_classes(options.net, classes, step.num_classes)
+    return net, shape, step.tuned_layers
+
+
+def _ranks(
+    options: argparse.Namespace, net: Module, shape: tuple[int, ...], layers: Sequence[str]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Any], str]:
+    """Shapes of the layers' inputs, their ranks without the batch's, and where these come from."""
+    from analysis.device.subspaces import channel_directions, input_shapes
+    from analysis.ranks.choose import choose_ranks
+
+    shapes = input_shapes(net, shape, layers)
+    if options.epsilon is None and options.ranks is None:
+        number = DEFAULT_DIRECTIONS if options.directions is None else options.directions
+        return shapes, channel_directions(shapes, number), f"{number} mean-free directions of the channels"
+    epsilon = 1.0 if options.epsilon is None else options.epsilon
+    choice = choose_ranks(shapes, options.net, shape, epsilon, options.ranks, options.spectra)
+    if options.epsilon is not None and not choice.by_energy:
+        size = "x".join(map(str, shape))
+        raise ValueError(
+            f"--epsilon needs spectra, and there are none of {options.net} at {size}: give --spectra with a file from "
+            "python -m analysis.spectra, or --directions"
+        )
+    return shapes, {path: of[1:] for path, of in choice.ranks.items()}, choice.source
+
+
+def measured(program: Program, predicted: DevicePrediction) -> list[Difference]:
+    """Run a step of one random image; what is not as predicted."""
+    import numpy as np
+
+    from analysis.device.check import differences
+
+    rng = np.random.default_rng(0)
+    C, H, W = program.graph.shapes[0]
+    in_bytes = program.recipe.pixels is not None
+    image = rng.integers(0, 256, (1, H, W, C), dtype=np.uint8) if in_bytes else rng.normal(size=(1, C, H, W))
+    program.step(image, np.array([0]), 0.0)
+    return differences(program, predicted)
+
+
+# ---- what is written ----------------------------------------------------------------------------
+
+
+def _facts(
+    options: argparse.Namespace, net: Module, program: Program, shape: tuple[int, ...], source: str
+) -> dict[str, Any]:
+    tuning: Any = net.tuning
+    return {
+        "net": options.net,
+        "input_shape": list(shape),
+        "num_classes": program.graph.shapes[program.graph.output][0],
+        "tuned_layers": list(tuning.layers),
+        "ranks": {path: [None if U is None else U.shape[1] for U in of] for path, of in program.recipe.factors.items()},
+        "ranks_from": source,
+        "train": options.train if options.method == "lance" else None,
+        "momentum": options.momentum,
+    }
+
+
+def _write(
+    options: argparse.Namespace,
+    facts: dict[str, Any],
+    program: Program,
+    predicted: DevicePrediction,
+    found: list[Difference] | None,
+) -> None:
+    """The report, to the terminal, a pipe or a file; what was measured beside JSON goes to stderr."""
+    from lance_ref.io.whole_file import write_text
+
+    verdict = None if found is None else verdict_text(found)
+    as_json = options.format == "json"
+    text = json_text(facts, program, predicted, found) if as_json else table(facts, program, predicted)
+    if options.output is None:
+        sys.stdout.write(text)
+    else:
+        write_text(options.output, text)
+    if verdict is not None:
+        print(verdict, file=sys.stdout if options.format == "table" or options.output else sys.stderr)
+
+
+def verdict_text(found: list[Difference]) -> str:
+    """What came of the measurement."""
+    if not found:
+        return "measured: a step of one random image; RAM, flash and multiply-adds are as predicted"
+    return "\n".join(["measured: a step of one random image, which differs", *(f"  {line}" for line in found)])
+
+
+def table(facts: dict[str, Any], program: Program, predicted: DevicePrediction) -> str:
+    """The whole report as text, lines of at most 80 characters."""
+    import textwrap
+
+    size, layers = "x".join(map(str, facts["input_shape"])), len(facts["tuned_layers"])
+    also = f"{layers} layers and the classifier train" if layers else "the classifier trains"
+    heading = f"{facts['net']}, input {size}, {facts['num_classes']} classes: {program.method}, {also}"
+    update = "batch" if program.recipe.update == "batch" else "image"
+    heading += f"; update after each {update}{', with momentum' if facts['momentum'] else ''}"
+    source = [f"ranks: {facts['ranks_from']}"] if facts["ranks_from"] else []
+    lines = [line for text in (heading, *source) for line in textwrap.wrap(text, 80)]
+    lines += ["", str(program), "", f"{'multiply-adds of one image':<{COLUMN}}{'':>12}"]
+    lines += [f"{kind:<{COLUMN}}{macs:>12,}" for kind, macs in predicted.macs.items() if macs]
+    lines.append(f"{'all':<{COLUMN}}{sum(predicted.macs.values()):>12,}")
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def json_text(
+    facts: dict[str, Any], program: Program, predicted: DevicePrediction, found: list[Difference] | None
+) -> str:
+    """The whole report for machines; sizes in bytes, multiply-adds of one image."""
+    import json
+
+    from analysis.commands.provenance import provenance
+
+    described = {**program.describe(), "macs": {**predicted.macs, "total": sum(predicted.macs.values())}}
+    agrees = {} if found is None else {"measured": {"agrees": not found, "differences": [vars(one) for one in found]}}
+    whole = {"schema": SCHEMA, **facts, **described, **agrees, "provenance": provenance("analysis.device", 0)}
+    return json.dumps(whole, indent=2, allow_nan=False) + "\n"

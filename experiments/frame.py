@@ -1,0 +1,101 @@
+"""What the experiments share: how a command begins, what it runs, the files that it writes, and tables over seeds."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from analysis.commands import cli
+
+
+def parser(module: str, doc: str | None, **more: Any) -> cli.OneLineParser:
+    """The parser of a module that is run as a command; its help begins with the first paragraph of ``doc``."""
+    about = (doc or "").split("\n\n")[0]
+    return cli.OneLineParser(prog=f"python -m {module}", description=about, allow_abbrev=False, **more)
+
+
+def add_outputs(p: argparse.ArgumentParser, drawn: str, table: bool = False) -> None:
+    """The options ``--output``, ``--table`` and ``--figure``; ``drawn`` says what the figure shows."""
+    p.add_argument("--output", type=cli.json_file, help="write the results as JSON")
+    if table:
+        p.add_argument("--table", type=cli.markdown_file, help="write the table as Markdown")
+    p.add_argument("--figure", type=cli.figure_file, help=f"draw {drawn}, as .png or .svg")
+
+
+def run_cells(options: argparse.Namespace, cells: Sequence[dict[str, Any]], function: str) -> list[dict[str, Any]]:
+    """The results of all cells, from the folder of finished ones or from running them as the options say."""
+    from analysis.commands import sweep
+
+    return sweep.run_cells(cells, function, options.folder, jobs=options.jobs, scheduler=options.scheduler)
+
+
+def by_seed(outcomes: Sequence[dict[str, Any]], seeds: int) -> list[tuple[dict[str, Any], ...]]:
+    """The outcomes in groups of as many as there are seeds.
+
+    >>> by_seed([{"a": 0}, {"a": 1}, {"b": 0}, {"b": 1}], 2)
+    [({'a': 0}, {'a': 1}), ({'b': 0}, {'b': 1})]
+    """
+    return [tuple(outcomes[i : i + seeds]) for i in range(0, len(outcomes), seeds)]
+
+
+def write(
+    options: argparse.Namespace,
+    document: Callable[[], Mapping[str, Any]],
+    draw: Callable[[str], None],
+    table: Callable[[], str] = str,
+) -> None:
+    """Write the files that the options ask for; each is made only if it is asked for."""
+    from lance_ref.io.whole_file import write_json, write_text
+
+    if options.output:
+        write_json(options.output, document())
+    if getattr(options, "table", None):
+        write_text(options.table, table())
+    if options.figure:
+        draw(options.figure)
+
+
+def document(
+    module: str, options: Mapping[str, Any], arguments: Sequence[str], rows: Iterable[Any], **more: Any
+) -> dict[str, Any]:
+    """What goes into a result file: where it comes from, the settings, and the rows."""
+    from analysis.commands.provenance import provenance
+
+    about = {**provenance(module, 0), "arguments": list(arguments), "settings": dict(options), **more}
+    return {**about, "rows": list(rows)}
+
+
+def statistics(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and standard deviation over seeds, as a result file has them; of one seed no deviation is known.
+
+    >>> statistics("acc", [0.5])
+    {'acc_mean': 0.5, 'acc_sd': None}
+    """
+    return {f"{name}_mean": fmean(values), f"{name}_sd": stdev(values) if len(values) > 1 else None}
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation; the mean alone of one value.
+
+    >>> spread([1.0, 2.0, 3.0]), spread([5.0]), spread([-0.001])
+    ('2.00 ± 1.00', '5.00', '0.00')
+    """
+    mean = round(fmean(values), digits) + 0.0  # without the sign of a negative zero
+    return f"{mean:.{digits}f} ± {stdev(values):.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
+def markdown(
+    module: str,
+    arguments: Sequence[str],
+    columns: Sequence[str],
+    tables: Mapping[str, Iterable[Sequence[str]]],
+    *notes: str,
+) -> str:
+    """Tables in Markdown, each below its heading, with the command that made them above and the notes below."""
+    lines = [f"`python -m {module} {' '.join(arguments)}`", ""]
+    for heading, rows in tables.items():
+        lines += [heading, "", f"| {' | '.join(columns)} |", f"|{'|'.join(['---'] + ['---:'] * (len(columns) - 1))}|"]
+        lines += [*(f"| {' | '.join(row)} |" for row in rows), ""]
+    return "\n".join([*lines, *(f"{note}\n" for note in notes)])

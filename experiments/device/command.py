@@ -50,8 +50,8 @@ QUICK = {
 """What --quick stands for, where an option is not given."""
 
 DEFAULTS = {
-    "net": "mcunet", "data": "cifar10", "tune": "last:4", "directions": [8, 24], "epochs": 15, "image_epochs": 3,
-    "tuning_epochs": 3, "batch": 128, "calibration_batches": 4, "calibration_batch": 64, "train_images": 10000,
+    "net": "mcunet", "data": "cifar10", "tune": "last:4", "directions": [8, 24], "epochs": 15, "image_epochs": 5,
+    "tuning_epochs": 2, "batch": 128, "calibration_batches": 4, "calibration_batch": 64, "train_images": 10000,
     "test_images": None, "clip": 2.0, "seeds": 3, "batch_rates": [0.05, 0.1, 0.2], "image_rates": [0.001, 0.002, 0.004],
     "budgets": [160.0, 200.0, 256.0, 320.0, 512.0],
 }  # fmt: skip
@@ -72,8 +72,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--updates", nargs="+", choices=UPDATES, default=list(UPDATES), help="after each of these (both)")
     p.add_argument("--batch", type=count, help="images between two updates after a batch (128)")
     p.add_argument("--epochs", type=count, help="with updates after a batch (15)")
-    p.add_argument("--image-epochs", type=count, help="with updates after every image (3)")
-    p.add_argument("--tuning-epochs", type=count, help="with updates after a batch, to compare rates; 1 otherwise (3)")
+    p.add_argument("--image-epochs", type=count, help="with updates after every image (5)")
+    p.add_argument("--tuning-epochs", type=count, help="with updates after a batch, to compare rates; 1 otherwise (2)")
     for update, rates in (("batch", "0.05 0.1 0.2"), ("image", "0.001 0.002 0.004")):
         p.add_argument(
             f"--{update}-rates", type=positive, nargs="+", metavar="RATE",

@@ -237,20 +237,19 @@ def draw(rows: Sequence[Row], path: str, title: str, batch: int) -> None:
         colour = COLOURS.get(row.method) or colours[row.directions]
         axes.errorbar(size, y, yerr=error, fmt=MARKERS[row.update], color=colour, ms=6, elinewidth=1, capsize=3)
         axes.plot([size, row.untiled["ram_bytes"] / 1024], [y, y], color=colour, lw=3, alpha=0.22, zorder=0)
-    for name in dict.fromkeys(row.name for row in rows):
+    for name in dict.fromkeys(row.name for row in rows):  # to the right of the longer line, where there is room
+        last = max((row for row in rows if row.name == name), key=lambda row: sizes[row.key])
         first = min((row for row in rows if row.name == name), key=lambda row: sizes[row.key])
-        place = (sizes[first.key], 100 * fmean(first.accuracies))
+        end = last.untiled["ram_bytes"] / 1024
+        on_right = end < largest / 2
+        row, x, side = (last, end, 1) if on_right else (first, sizes[first.key], -1)
         axes.annotate(
-            name,
-            place,
-            (-8, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            fontsize=9,
-            color=COLOURS.get(first.method) or colours[first.directions],
-        )
-    kibibyte_axis(axes, [min(sizes.values()) / 2, largest])
+            name, (x, 100 * fmean(row.accuracies)), (8 * side, 0), textcoords="offset points",
+            ha="left" if on_right else "right", va="center", fontsize=9,
+            color=COLOURS.get(row.method) or colours[row.directions],
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
+    kibibyte_axis(axes, [*sizes.values(), largest])
     if min(sizes.values()) < LINE_KIB < largest:
         axes.axvline(LINE_KIB, color="0.3", lw=0.9, ls="--", zorder=0)
         axes.annotate(

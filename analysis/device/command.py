@@ -85,6 +85,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--weights", choices=["float32", "int8"], help="of --export: how frozen weights are stored (float32)"
     )
+    p.add_argument("--ram-section", metavar="NAME", help="of --export: the linker's section for the arena (none)")
+    p.add_argument("--flash-section", metavar="NAME", help="of --export: the linker's section for constants (none)")
     p.add_argument(
         "--measure", action="store_true", help="run a step of one random image and compare; exit 1 on a difference"
     )
@@ -118,7 +120,8 @@ def _check(options: argparse.Namespace) -> None:
         check_effect(options, name, options.method == "lance", "--method lance")
     check_effect(options, "spectra", options.epsilon is not None, "--epsilon, for which it has the spectra")
     check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")
-    check_effect(options, "weights", options.export is not None, "--export, which writes them")
+    for name in ("weights", "ram_section", "flash_section"):
+        check_effect(options, name, options.export is not None, "--export, which writes them")
     check_effect(
         options, "tune", options.method != "head", "another method than head, which trains the classifier alone"
     )
@@ -204,7 +207,8 @@ def measured(program: Program, predicted: DevicePrediction) -> list[Difference]:
 
 def _exported(options: argparse.Namespace, program: Program) -> dict[str, Any]:
     """Write the program as C; what was written."""
-    done = program.export_c(options.export, options.weights or "float32")
+    sections = {"ram_section": options.ram_section, "flash_section": options.flash_section}
+    done = program.export_c(options.export, options.weights or "float32", **sections)
     return {"folder": str(options.export), "weights": options.weights or "float32", "ram_bytes": done.ram_bytes,
             "state_bytes": done.state_bytes, "flash_bytes": done.flash_bytes}  # fmt: skip
 

@@ -31,10 +31,21 @@ def test_the_report_for_machines_says_what_was_written(tmp_path: Path, capsys: p
     assert report["exported"]["weights"] == "float32"
 
 
+def test_sections_of_the_linker(tmp_path: Path) -> None:
+    assert (
+        main([*SMALL, "--export", str(tmp_path / "out"), "--ram-section", ".bss.dtcm", "--flash-section", ".qspi"]) == 0
+    )
+    header = (tmp_path / "out" / "lance_net.h").read_text(encoding="utf-8")
+    assert 'LANCE_RAM __attribute__((section(".bss.dtcm")))' in header
+    assert 'LANCE_FLASH __attribute__((section(".qspi")))' in header
+
+
 def test_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes").write_text("mine", encoding="utf-8")
     for options, words in (
         (("--weights", "int8"), "--weights has no effect here: it needs --export"),
+        (("--ram-section", ".bss.dtcm"), "--ram-section has no effect here: it needs --export"),
+        (("--export", str(tmp_path / "new"), "--ram-section", "a b"), "expected the name of a section"),
         (("--export", str(tmp_path)), "has files that are no export"),
     ):
         with pytest.raises(SystemExit) as caught:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -215,22 +217,20 @@ def _tilings(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool]) -> Iterato
         if max(plain.live[count:]) == plain.lower_bound_bytes:
             return
         _, H, W = graph.shapes[segment.output]
-        for tile_h in _cuts(H):
-            for tile_w in _cuts(W):
-                if (tile_h, tile_w) == (H, W) or (tile_w < W and max(tile_h / tile_w, tile_w / tile_h) > _LONGEST):
-                    continue  # all of it, or narrow tiles, which have more halo than square ones
-                try:
-                    yield lay_out(graph, recipe, Choice(heads, count, (tile_h, tile_w)), plain.segments)
-                except NotTiledError:
-                    break
-            else:
-                continue
-            break
+        tiles = [tile for tile in product(_cuts(H), _cuts(W)) if tile != (H, W) and not _is_narrow(*tile, W)]
+        with suppress(NotTiledError):  # which is so for a tile of any size
+            for tile in tiles:
+                yield lay_out(graph, recipe, Choice(heads, count, tile), plain.segments)
         if segment.trains:
             return
 
 
 _PARTS, _LONGEST = (1, 2, 3, 4, 6, 8, 12, 16), 3
+
+
+def _is_narrow(h: int, w: int, W: int) -> bool:
+    """Whether a tile that does not span all ``W`` columns is much longer than wide, or wider: it has more halo."""
+    return w < W and max(h / w, w / h) > _LONGEST
 
 
 def _cuts(n: int) -> list[int]:

@@ -13,7 +13,7 @@ from lance_ref.device.arena import PERSISTENT, Array, live_bytes, place
 from lance_ref.device.graph import Conv, Graph, Node
 from lance_ref.device.instructions import Backward, Forward, Loss, SegmentPlan, Update
 from lance_ref.device.layers import Core, Input, Layer, Pixels
-from lance_ref.device.segments import ELEMENTWISE, Segment, consumers, segments
+from lance_ref.device.segments import ELEMENTWISE, Segment, segments
 from lance_ref.device.windows import needed, whole
 from lance_ref.engine.tensor import Shape
 
@@ -478,6 +478,3 @@ def flash(graph: Graph, recipe: Recipe, layers: Mapping[str, Layer]) -> dict[str
     if recipe.pixels is not None:
         found["pixel scale"], found["pixel shift"] = recipe.pixels.scale, recipe.pixels.shift
     return found
-
-
-__all__ = ["Choice", "DeviceLayout", "Factors", "NotTiledError", "Recipe", "consumers", "flash", "lay_out"]

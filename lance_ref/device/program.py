@@ -49,6 +49,7 @@ class Program:
     ) -> None:
         self.graph, self.recipe, self.layout = graph, recipe, layout
         self.method, self.budget = method, budget
+        self._pixels = recipe.pixels  # kept while images come as floats
         self._poison = poison
         self._load(layout, None)
 
@@ -211,7 +212,7 @@ class Program:
         if images.ndim < 2 or not len(images) or images.shape[1:] not in shapes:
             expected = " or ".join(str(("B", *shape)) for shape in sorted(shapes)).replace("'", "")
             raise ValueError(f"images have shape {images.shape} and dtype {images.dtype}, expected {expected}")
-        if in_bytes and self.recipe.pixels is None and self._pixels is None:
+        if in_bytes and self._pixels is None:
             raise TypeError("images have dtype uint8, but this net takes vectors, expected preprocessed floats")
         if not in_bytes:
             if not np.isfinite(images).all():
@@ -230,12 +231,8 @@ class Program:
             raise ValueError(f"labels run from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}")
         return images, labels
 
-    _pixels: Any = None
-
     def _change_image(self, in_bytes: bool) -> None:
         """Lay the program out again for images of bytes or of floats; what was trained stays."""
-        if self.recipe.pixels is not None:
-            self._pixels = self.recipe.pixels
         recipe = replace(self.recipe, pixels=self._pixels if in_bytes else None)
         layout = lay_out(self.graph, recipe, self.layout.choice)
         layout.place()

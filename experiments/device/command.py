@@ -14,26 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.commands.cli import (
-    OneLineParser,
-    add_sweep,
-    built_in_net,
-    check_effect,
-    check_once,
-    check_sweep,
-    check_tune,
-    count,
-    data_set,
-    few,
-    figure_file,
-    fill_in,
-    json_file,
-    markdown_file,
-    pixels,
-    positive,
-    run_command,
-    run_main,
-)
+from analysis.commands import cli
+from experiments import frame
 
 METHODS = ("head", "bias", "bp", "lance")
 UPDATES = ("image", "batch")
@@ -58,68 +40,68 @@ DEFAULTS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    p = OneLineParser(
-        prog="python -m experiments.device", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False,
+    p = frame.parser(
+        "experiments.device", __doc__,
         epilog="head: the classifier; bias: biases of the chosen layers; bp: their weights too, by exact "
         "backpropagation; lance: the weights from cores of the inputs. The classifier always trains.",
     )  # fmt: skip
     p.add_argument("--quick", action="store_true", help="a small net on the digits of the package, within a minute")
-    p.add_argument("--net", type=built_in_net, help="(mcunet)")
-    p.add_argument("--data", type=data_set, help="a data set by name, or a folder with train/ and test/ (cifar10)")
+    p.add_argument("--net", type=cli.built_in_net, help="(mcunet)")
+    p.add_argument("--data", type=cli.data_set, help="a data set by name, or a folder with train/ and test/ (cifar10)")
     p.add_argument("--tune", help="layers that train (last:4)")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="(all)")
-    p.add_argument("--directions", type=count, nargs="+", help="of LANCE, for each layer (8 24)")
+    p.add_argument("--directions", type=cli.count, nargs="+", help="of LANCE, for each layer (8 24)")
     p.add_argument("--updates", nargs="+", choices=UPDATES, default=list(UPDATES), help="after each of these (both)")
-    p.add_argument("--batch", type=count, help="images between two updates after a batch (128)")
-    p.add_argument("--epochs", type=count, help="with updates after a batch (15)")
-    p.add_argument("--image-epochs", type=count, help="with updates after every image (5)")
-    p.add_argument("--tuning-epochs", type=count, help="with updates after a batch, to compare rates; 1 otherwise (2)")
+    p.add_argument("--batch", type=cli.count, help="images between two updates after a batch (128)")
+    p.add_argument("--epochs", type=cli.count, help="with updates after a batch (15)")
+    p.add_argument("--image-epochs", type=cli.count, help="with updates after every image (5)")
+    p.add_argument(
+        "--tuning-epochs", type=cli.count, help="with updates after a batch, to compare rates; 1 otherwise (2)"
+    )
     for update, rates in (("batch", "0.05 0.1 0.2"), ("image", "0.001 0.002 0.004")):
         p.add_argument(
-            f"--{update}-rates", type=positive, nargs="+", metavar="RATE",
+            f"--{update}-rates", type=cli.positive, nargs="+", metavar="RATE",
             help=f"learning rates for updates after a{'n' if update[0] in 'i' else ''} {update} ({rates}); "
             "where the last at either end is best, the next is tried, half or twice as large",
         )  # fmt: skip
-    p.add_argument("--clip", type=positive, help="largest norm of the gradient of a batch (2.0)")
+    p.add_argument("--clip", type=cli.positive, help="largest norm of the gradient of a batch (2.0)")
     p.add_argument("--no-clip", action="store_true", help="leave the gradient of a batch as it is")
-    p.add_argument("--budgets", type=positive, nargs="+", metavar="KIB", help="of RAM (160 200 256 320 512)")
-    p.add_argument("--seeds", type=few, help="runs of each method, seeds 0, 1, ... (3)")
-    p.add_argument("--calibration-batches", type=count, help="(4)")
-    p.add_argument("--calibration-batch", type=count, help="images of each (64)")
-    p.add_argument("--image-size", type=pixels, help="pixels (what the net was trained with)")
-    p.add_argument("--train-images", type=count, help="at most so many, spread over the classes (10,000)")
-    p.add_argument("--test-images", type=count, help="(all)")
-    add_sweep(p, "runs/device")
-    p.add_argument("--output", type=json_file, help="write the results as JSON")
-    p.add_argument("--table", type=markdown_file, help="write the tables as Markdown")
-    p.add_argument("--figure", type=figure_file, help="draw accuracy against RAM, .png or .svg")
+    p.add_argument("--budgets", type=cli.positive, nargs="+", metavar="KIB", help="of RAM (160 200 256 320 512)")
+    p.add_argument("--seeds", type=cli.few, help="runs of each method, seeds 0, 1, ... (3)")
+    p.add_argument("--calibration-batches", type=cli.count, help="(4)")
+    p.add_argument("--calibration-batch", type=cli.count, help="images of each (64)")
+    p.add_argument("--image-size", type=cli.pixels, help="pixels (what the net was trained with)")
+    p.add_argument("--train-images", type=cli.count, help="at most so many, spread over the classes (10,000)")
+    p.add_argument("--test-images", type=cli.count, help="(all)")
+    cli.add_sweep(p, "runs/device")
+    frame.add_outputs(p, "accuracy against RAM", table=True)
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return run_command(parser, given, lambda options: _run(checked(options), given))
+    return cli.run_command(parser, given, lambda options: _run(checked(options), given))
 
 
 def checked(options: argparse.Namespace) -> argparse.Namespace:
     """Defaults of the chosen size, and everything checked that can be before anything runs."""
-    fill_in(options, QUICK if options.quick else DEFAULTS)
+    cli.fill_in(options, QUICK if options.quick else DEFAULTS)
     if options.image_size is None:
         from lance_ref import models
 
         options.image_size = models.find(options.net).image_size
     for name in ("methods", "directions", "updates", "batch_rates", "image_rates", "budgets"):
-        check_once(options, name)
+        cli.check_once(options, name)
     for name in ("directions", "calibration_batches", "calibration_batch", "budgets"):
-        check_effect(options, name, "lance" in options.methods, "--methods lance")
-    check_effect(options, "clip", not options.no_clip, "a run without --no-clip")
+        cli.check_effect(options, name, "lance" in options.methods, "--methods lance")
+    cli.check_effect(options, "clip", not options.no_clip, "a run without --no-clip")
     for name in ("batch", "epochs", "tuning_epochs", "batch_rates", "clip", "no_clip"):
-        check_effect(options, name, "batch" in options.updates, "--updates batch")
+        cli.check_effect(options, name, "batch" in options.updates, "--updates batch")
     for name in ("image_epochs", "image_rates"):
-        check_effect(options, name, "image" in options.updates, "--updates image")
-    check_sweep(options)
-    check_tune(options.net, options.tune)
+        cli.check_effect(options, name, "image" in options.updates, "--updates image")
+    cli.check_sweep(options)
+    cli.check_tune(options.net, options.tune)
     return options
 
 
@@ -193,12 +175,6 @@ def _shape(options: argparse.Namespace) -> tuple[int, tuple[int, int, int]]:
     return data.num_classes, (channels, height, width) if size is None else (channels, size, size)
 
 
-def _cells(options: argparse.Namespace, cells: list[dict[str, Any]], function: str) -> list[dict[str, Any]]:
-    from analysis.commands.sweep import run_cells
-
-    return run_cells(cells, function, options.folder, jobs=options.jobs, scheduler=options.scheduler)
-
-
 def swept_rates(options: argparse.Namespace) -> dict[Key, dict[float, float]]:
     """For each row the accuracy on held-out training images by learning rate, seed 0.
 
@@ -209,7 +185,9 @@ def swept_rates(options: argparse.Namespace) -> dict[Key, dict[float, float]]:
     grids = {"image": options.image_rates, "batch": options.batch_rates}
     trials = [(key, lr) for key in found for lr in sorted(grids[key[2]])]
     while trials:
-        outcomes = _cells(options, [train_cell(options, key, 0, lr, validation=True) for key, lr in trials], TRAIN)
+        outcomes = frame.run_cells(
+            options, [train_cell(options, key, 0, lr, validation=True) for key, lr in trials], TRAIN
+        )
         for (key, lr), outcome in zip(trials, outcomes, strict=True):
             found[key][lr] = outcome["accuracy"]
         trials = [(key, lr) for key, tried in found.items() for lr in _next_rates(tried)]
@@ -239,32 +217,32 @@ def best_rate(tried: dict[float, float]) -> float:
 def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     from experiments.device.report import Row, draw, markdown, results, show
     from experiments.finetune.cell import prepare_data
-    from lance_ref.io.whole_file import write_json, write_text
 
     every = keys(options)
     prepare_data(train_cell(options, every[0], 0, 1.0))
-    plans = _cells(options, [plan_cell(options, key) for key in every], PLAN)
-    untiled = _cells(options, [plan_cell(options, key, NO_LIMIT_KIB) for key in every], PLAN)
+    plans = frame.run_cells(options, [plan_cell(options, key) for key in every], PLAN)
+    untiled = frame.run_cells(options, [plan_cell(options, key, NO_LIMIT_KIB) for key in every], PLAN)
     lance = [key for key in every if key[0] == "lance"]
     tight = [(budget, key) for budget in options.budgets for key in lance]
-    budgeted = _cells(options, [plan_cell(options, key, budget) for budget, key in tight], PLAN) if tight else []
+    budgeted = (
+        frame.run_cells(options, [plan_cell(options, key, budget) for budget, key in tight], PLAN) if tight else []
+    )
     rates = swept_rates(options)
     best = {key: best_rate(tried) for key, tried in rates.items()}
     cells = [train_cell(options, key, seed, best[key]) for key in every for seed in range(options.seeds)]
-    outcomes = _cells(options, cells, TRAIN)
-    seeds = [tuple(outcomes[i * options.seeds : (i + 1) * options.seeds]) for i in range(len(every))]
+    seeds = frame.by_seed(frame.run_cells(options, cells, TRAIN), options.seeds)
     rows = [Row(*key, best[key], rates[key], plans[i], untiled[i], seeds[i]) for i, key in enumerate(every)]
     fits: dict[float, dict[Key, dict[str, Any]]] = {budget: {} for budget in options.budgets if lance}
     for (budget, key), outcome in zip(tight, budgeted, strict=True):
         fits[budget][key] = outcome
     show(rows, fits)
-    if options.output:
-        write_json(options.output, results(rows, fits, vars(options), arguments))
-    if options.table:
-        write_text(options.table, markdown(rows, fits, arguments))
-    if options.figure:
-        draw(rows, options.figure, f"{options.net} on {options.data}, {options.tune}", options.batch)
+    frame.write(
+        options,
+        lambda: results(rows, fits, vars(options), arguments),
+        lambda path: draw(rows, path, f"{options.net} on {options.data}, {options.tune}", options.batch),
+        lambda: markdown(rows, fits, arguments),
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

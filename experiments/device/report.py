@@ -10,8 +10,8 @@ from typing import Any
 
 from analysis.commands.blocks import blocks, paragraph
 from analysis.commands.chance import sentence
-from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
+from experiments import frame
 
 NAMES = {"head": "head only", "bias": "biases", "bp": "backpropagation", "lance": "LANCE"}
 
@@ -62,8 +62,7 @@ class Row:
     @property
     def accuracy(self) -> str:
         """Mean and standard deviation over the seeds, in per cent."""
-        spread = f" ± {100 * stdev(self.accuracies):.1f}" if len(self.accuracies) > 1 else ""
-        return f"{100 * fmean(self.accuracies):.1f}{spread}"
+        return frame.spread([100 * accuracy for accuracy in self.accuracies], 1)
 
 
 Fits = Mapping[float, Mapping[tuple[str, int | None, str], Mapping[str, Any]]]
@@ -173,37 +172,31 @@ def markdown(rows: Sequence[Row], fits: Fits, arguments: Sequence[str]) -> str:
 
 def results(rows: Sequence[Row], fits: Fits, settings: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
     """Everything, as it goes into the result file."""
-    return {
-        **provenance("experiments.device", 0),
-        "arguments": list(arguments),
-        "settings": dict(settings),
-        "rows": [
-            {
-                "method": row.method,
-                "directions": row.directions,
-                "update": row.update,
-                "lr": row.lr,
-                "accuracy_mean": fmean(row.accuracies),
-                "accuracy_sd": stdev(row.accuracies) if len(row.accuracies) > 1 else None,
-                "held_out_accuracy_by_lr": {f"{lr:g}": row.tried[lr] for lr in sorted(row.tried)},
-                "plan": dict(row.plan),
-                "plan_without_tiles": dict(row.untiled),
-                "seeds": [dict(seed) for seed in row.seeds],
-            }
-            for row in rows
-        ],
-        "budgets": [
-            {
-                "budget_kib": budget,
-                "plans": [
-                    {"method": method, "directions": directions, "update": update, **plan}
-                    for (method, directions, update), plan in of.items()
-                ],
-            }
-            for budget, of in fits.items()
-        ],
-        "published": PUBLISHED,
-    }
+    rows_of_file = [
+        {
+            "method": row.method,
+            "directions": row.directions,
+            "update": row.update,
+            "lr": row.lr,
+            **frame.statistics("accuracy", row.accuracies),
+            "held_out_accuracy_by_lr": {f"{lr:g}": row.tried[lr] for lr in sorted(row.tried)},
+            "plan": dict(row.plan),
+            "plan_without_tiles": dict(row.untiled),
+            "seeds": [dict(seed) for seed in row.seeds],
+        }
+        for row in rows
+    ]
+    budgets = [
+        {
+            "budget_kib": budget,
+            "plans": [
+                {"method": method, "directions": directions, "update": update, **plan}
+                for (method, directions, update), plan in of.items()
+            ],
+        }
+        for budget, of in fits.items()
+    ]
+    return frame.document("experiments.device", settings, arguments, rows_of_file, budgets=budgets, published=PUBLISHED)
 
 
 # ---- the figure ---------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_learning_rates_go_on_while_the_end_is_best(monkeypatch: pytest.MonkeyPa
         best = {"head": 1.6, "bp": 0.05}
         return [{"accuracy": 1 / (1 + abs(np.log(cell["lr"] / best[cell["method"]])))} for cell in cells]
 
-    monkeypatch.setattr(device_command, "_cells", pretend)
+    monkeypatch.setattr(device_command.frame, "run_cells", pretend)
     given = ["--quick", "--methods", "head", "bp", "--updates", "batch"]
     rates = device_command.swept_rates(device_command.checked(device_command.parser().parse_args(given)))
     assert {key[0]: sorted(tried) for key, tried in rates.items()} == {

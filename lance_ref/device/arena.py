@@ -133,6 +133,7 @@ def _orders(arrays: Sequence[Array]) -> Iterator[Callable[[Array], Any]]:
 def _in_order(arrays: Sequence[Array]) -> tuple[dict[Array, int], int]:
     """First fit: offsets, and the bytes of all."""
     offsets: dict[Array, int] = {}
+    placed: list[tuple[int, int, int, int]] = []  # first and last time, start and end address
     end = 0
     followers = {array.over for array in arrays if array.over is not None}
     for array in arrays:
@@ -140,16 +141,23 @@ def _in_order(arrays: Sequence[Array]) -> tuple[dict[Array, int], int]:
             continue
         parts = [array] if array.over is None else [array, array.over]
         align = max(np.dtype(part.dtype).itemsize for part in parts)
+        sizes = [(part.first, part.last, part.nbytes) for part in parts]
         taken = sorted(
-            {(offsets[o], offsets[o] + o.nbytes, part.nbytes) for o in offsets for part in parts if o.meets(part)}
+            {
+                (start, stop, nbytes)
+                for born, died, start, stop in placed
+                for first, last, nbytes in sizes
+                if born <= last and first <= died
+            }
         )
         at = 0
         for start, stop, nbytes in taken:
             if at + nbytes > start:
                 at = max(at, -(-stop // align) * align)
-        for part in parts:
+        for part, (first, last, nbytes) in zip(parts, sizes, strict=True):
             offsets[part] = at
-            end = max(end, at + part.nbytes)
+            placed.append((first, last, at, at + nbytes))
+            end = max(end, at + nbytes)
     return offsets, end
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import product
-from typing import Any
+from itertools import groupby, product
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +15,16 @@ from lance_ref.device import graph as graphs
 from lance_ref.device.budget import parse_bytes, shown_bytes
 from lance_ref.device.graph import Graph, UnsupportedError
 from lance_ref.device.layers import Pixels
-from lance_ref.device.layout import Choice, DeviceLayout, Factors, NotTiledError, Recipe, lay_out
+from lance_ref.device.layout import (
+    Choice,
+    DeviceLayout,
+    Factors,
+    NotTiledError,
+    Recipe,
+    lay_out,
+    parts_along,
+    recomputed_macs,
+)
 from lance_ref.device.program import Program
 from lance_ref.device.segments import first_roles
 from lance_ref.lance.calibration import Calibration
@@ -148,8 +158,7 @@ def choose(graph: Graph, recipe: Recipe, budget: int | None) -> DeviceLayout:
     First tiles are chosen with the roles that keep the largest maps from existing, then each convolution's role is
     turned round where that makes the arena smaller.
     """
-    tried = list(_tilings(graph, recipe, first_roles(graph)))
-    best = _best(graph, tried, budget)
+    best = _best(graph, recipe, first_roles(graph), budget)
     heads = dict(best.choice.heads)
     if budget is None or best.ram_bytes > budget:
         for node in heads:
@@ -178,49 +187,85 @@ def _at_peak(layout: DeviceLayout, array: Any) -> bool:
     return bool(array.first <= time <= array.last)
 
 
-def _best(graph: Graph, tried: Sequence[DeviceLayout], budget: int | None) -> DeviceLayout:
-    """Places layouts in the order in which they would be chosen, until one holds what it promises."""
+class _Tiling(NamedTuple):
+    """A choice, and what is known of it before its arrays are laid out, which takes longer."""
+
+    recomputed: int  #: Multiply-adds.
+    bound: int  #: Bytes that are alive after the tiles: its arena is no smaller.
+    choice: Choice
+
+
+def _best(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool], budget: int | None) -> DeviceLayout:
+    """Lays out and places tilings in the order in which they would be chosen, until one holds what it promises."""
+    plain = lay_out(graph, recipe, Choice(heads))
+    tilings = [_Tiling(0, plain.lower_bound_bytes, plain.choice), *_tilings(graph, plain)]
+    known = {id(plain.choice): plain}
+
+    def laid_out(equal: Iterable[_Tiling]) -> list[DeviceLayout]:
+        for tiling in equal:
+            if id(tiling.choice) not in known:
+                known[id(tiling.choice)] = lay_out(graph, recipe, tiling.choice, plain.segments)
+        return sorted((known[id(tiling.choice)] for tiling in equal), key=_size)
+
     if budget is not None:
-        for layout in sorted(tried, key=lambda one: (one.recomputed_macs, one.lower_bound_bytes)):
-            if layout.lower_bound_bytes <= budget:
-                layout.place()
-                if layout.ram_bytes <= budget:
-                    return layout
-        limit = None
-    else:
-        limit = 2 * sum(
-            node.conv.weight.size * graph.shapes[node.output][1] * graph.shapes[node.output][2]
-            for node in graph.nodes
-            if node.conv is not None
-        )
+        within = (tiling for tiling in sorted(tilings, key=_recomputed) if tiling.bound <= budget)
+        for _, equal in groupby(within, key=_recomputed):
+            for layout in laid_out(list(equal)):
+                if layout.lower_bound_bytes <= budget:
+                    layout.place()
+                    if layout.ram_bytes <= budget:
+                        return layout
+    # No tiles at all recompute nothing, so that something is always within the limit.
+    limit = math.inf if budget is not None else 2 * _forward_macs(graph)
     best: DeviceLayout | None = None
-    for layout in sorted(tried, key=lambda one: (one.lower_bound_bytes, one.recomputed_macs)):
-        if limit is not None and layout.recomputed_macs > limit:
-            continue
-        if best is not None and layout.lower_bound_bytes >= best.ram_bytes:
+    for bound, equal in groupby(sorted(tilings, key=_bound), key=_bound):
+        if best is not None and bound > best.ram_bytes:
             break
-        layout.place()
-        if best is None or layout.ram_bytes < best.ram_bytes:
-            best = layout
-    assert best is not None  # no tiles at all recompute nothing
+        for layout in laid_out([tiling for tiling in equal if tiling.recomputed <= limit]):
+            if best is None or _size(layout) < (best.ram_bytes, best.recomputed_macs):
+                layout.place()
+                if best is None or (layout.ram_bytes, layout.recomputed_macs) < (best.ram_bytes, best.recomputed_macs):
+                    best = layout
+    assert best is not None
     return best
 
 
-def _tilings(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool]) -> Iterator[DeviceLayout]:
-    """Layouts without tiles, and with more and more segments in tiles of several sizes."""
-    plain = lay_out(graph, recipe, Choice(heads))
-    yield plain
+def _recomputed(tiling: _Tiling) -> int:
+    return tiling.recomputed
+
+
+def _bound(tiling: _Tiling) -> int:
+    return tiling.bound
+
+
+def _size(layout: DeviceLayout) -> tuple[int, int]:
+    return layout.lower_bound_bytes, layout.recomputed_macs
+
+
+def _forward_macs(graph: Graph) -> int:
+    layers = [(node.conv, graph.shapes[node.output]) for node in graph.nodes if node.conv is not None]
+    return sum(conv.weight.size * H * W for conv, (_, H, W) in layers)
+
+
+def _tilings(graph: Graph, plain: DeviceLayout) -> Iterator[_Tiling]:
+    """More and more segments in tiles of several sizes."""
     peak = plain.live.index(plain.lower_bound_bytes)
     for count, segment in enumerate(plain.segments, 1):
         if count <= peak:  # tiles before the peak do not change it
             continue
-        if max(plain.live[count:]) == plain.lower_bound_bytes:
+        bound = max(plain.live[count:])
+        if bound == plain.lower_bound_bytes:
             return
         _, H, W = graph.shapes[segment.output]
-        tiles = [tile for tile in product(_cuts(H), _cuts(W)) if tile != (H, W) and not _is_narrow(*tile, W)]
         with suppress(NotTiledError):  # which is so for a tile of any size
-            for tile in tiles:
-                yield lay_out(graph, recipe, Choice(heads, count, tile), plain.segments)
+            rows, columns = (
+                {cut: parts_along(graph, plain.segments, count, axis, cut) for cut in _cuts(n)}
+                for axis, n in enumerate((H, W))
+            )
+            for h, w in product(rows, columns):
+                if (h, w) != (H, W) and not _is_narrow(h, w, W):
+                    again = recomputed_macs(graph, plain.segments[:count], rows[h], columns[w])
+                    yield _Tiling(again, bound, Choice(plain.choice.heads, count, (h, w)))
         if segment.trains:
             return
 

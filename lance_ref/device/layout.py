@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -84,8 +85,10 @@ class DeviceLayout:
 
     Attributes
     ----------
-    tiles : list of list of Forward
-        The instructions of each tile.
+    tiled : list of SegmentPlan
+        The segments that run tile by tile.
+    rows, columns : list of dict of int to pair of int
+        For each row of tiles, and each column of them, the part of every map.
     forward : list of Forward
         Those after the tiles.
     loss, backward, update
@@ -102,7 +105,9 @@ class DeviceLayout:
 
     choice: Choice
     segments: list[Segment]
-    tiles: list[list[Forward]]
+    tiled: list[SegmentPlan]
+    rows: list[Parts]
+    columns: list[Parts]
     forward: list[Forward]
     loss: Loss
     backward: list[Backward]
@@ -120,6 +125,12 @@ class DeviceLayout:
     def __post_init__(self) -> None:
         self.live = [int(n) for n in live_bytes(self.arrays, len(self.times))]
         self.lower_bound_bytes = max(self.live)
+
+    @cached_property
+    def tiles(self) -> list[list[Forward]]:
+        """The instructions of each tile."""
+        spans = [{m: (row[m], column[m]) for m in row} for row in self.rows for column in self.columns]
+        return [[Forward(plan, part) for plan in self.tiled] for part in spans]
 
     def place(self) -> None:
         """Give every array its address."""
@@ -151,6 +162,53 @@ def lay_out(graph: Graph, recipe: Recipe, choice: Choice, split: list[Segment] |
     return _Builder(graph, recipe, choice, split or segments(graph, choice.heads)).build()
 
 
+def parts_along(graph: Graph, split: Sequence[Segment], tiled: int, axis: int, tile: int) -> list[Parts]:
+    """Along one axis, for each tile of so many places the part of every map that it needs, from the last output back.
+
+    Raises
+    ------
+    NotTiledError
+        As of :func:`lay_out`.
+    """
+    inside = {node.output for s in split[:tiled] for node in s.everything} - {split[tiled - 1].output}
+    for segment in split[tiled:]:
+        if {segment.source, segment.residual} & inside:
+            raise NotTiledError(f"a map that {_named(segment)} needs is made in tiles")
+    for segment in split[:tiled]:
+        is_whole = any(
+            n.op in ("adaptive_pool", "dropout") or (n.conv and n.conv.is_linear) for n in segment.everything
+        )
+        if segment.trains or is_whole:
+            raise NotTiledError(f"{_named(segment)} cannot run in tiles")
+    nodes = [node for segment in reversed(split[:tiled]) for node in reversed(segment.everything)]
+    last = split[tiled - 1].output
+    n = graph.shapes[last][1 + axis]
+    found = []
+    for start in range(0, n, tile):
+        part: Parts = {last: (start, min(start + tile, n))}
+        for node in nodes:
+            window = node.conv.window if node.conv is not None else node.window
+            for number in node.inputs:
+                low, high = part[node.output]
+                if window is not None:
+                    low, high = needed(window, axis, (low, high), graph.shapes[number][1 + axis])
+                before = part.get(number, (low, high))
+                part[number] = min(low, before[0]), max(high, before[1])
+        found.append(part)
+    return found
+
+
+def recomputed_macs(graph: Graph, tiled: Sequence[Segment], rows: Sequence[Parts], columns: Sequence[Parts]) -> int:
+    """Multiply-adds of halos that several tiles compute."""
+    macs = 0
+    for segment in tiled:
+        for node in segment.nodes:
+            if node.conv is not None:
+                places = math.prod(sum(p[node.output][1] - p[node.output][0] for p in each) for each in (rows, columns))
+                macs += node.conv.weight.size * (places - math.prod(graph.shapes[node.output][1:]))
+    return macs
+
+
 class _Builder:
     def __init__(self, graph: Graph, recipe: Recipe, choice: Choice, split: list[Segment]) -> None:
         self.graph, self.recipe, self.choice = graph, recipe, choice
@@ -167,7 +225,8 @@ class _Builder:
     def build(self) -> DeviceLayout:
         g, n = self.graph, self.choice.tiled
         tiled = self.segments[:n]
-        rows, columns = self._tile_parts(tiled) if n else ([], [])
+        tile = enumerate(self.choice.tile)
+        rows, columns = (parts_along(g, self.segments, n, axis, cut) if n else [] for axis, cut in tile)
         for m in rows[0] if n else ():
             self.largest[m] = tuple(max(part[m][1] - part[m][0] for part in parts) for parts in (rows, columns))
         C, H, W = g.shapes[0]
@@ -183,8 +242,7 @@ class _Builder:
         self._place_maps(n)
         plans = [self._plan(segment, i < n) for i, segment in enumerate(self.segments)]
         full = {number: whole(shape[1:]) for number, shape in g.shapes.items()}  # type: ignore[arg-type]
-        spans = [{m: (row[m], column[m]) for m in row} for row in rows for column in columns]
-        tiles = [[Forward(plan, part) for plan in plans[:n]] for part in spans]
+        first = {m: (rows[0][m], columns[0][m]) for m in rows[0]} if n else {}
         forward = [Forward(plan, full) for plan in plans[n:]]
         logits = self.maps[g.output]
         loss = Loss(logits, self._gradient(g.output))
@@ -193,17 +251,21 @@ class _Builder:
         self._first_uses(backward)
         pairs = [pair for layer in self.trained.values() for pair in layer.gradients.items()]
         update = Update(pairs, self.recipe.momentum) if pairs else None
-        steps: list[Any] = [*(tiles[0] if tiles else []), *forward, loss, *backward, *([update] if update else [])]
+        steps: list[Any] = [
+            *(Forward(plan, first) for plan in plans[:n]),
+            *forward,
+            loss,
+            *backward,
+            *([update] if update else []),
+        ]
         self._lifetimes(steps, n)
         if n and in_bytes and image.last < n:  # nothing after the tiles reads the image
             self._overlap(image, self.maps[tiled[-1].output], rows)
         layout = DeviceLayout(
-            self.choice, self.segments, tiles, forward, loss, backward, update, self.arrays,
+            self.choice, self.segments, plans[:n], rows, columns, forward, loss, backward, update, self.arrays,
             [step.name for step in steps], image, logits, self.trained,
         )  # fmt: skip
-        for node, conv in ((node, node.conv) for segment in tiled for node in segment.nodes if node.conv is not None):
-            places = math.prod(sum(p[node.output][1] - p[node.output][0] for p in parts) for parts in (rows, columns))
-            layout.recomputed_macs += conv.weight.size * (places - math.prod(g.shapes[node.output][1:]))
+        layout.recomputed_macs = recomputed_macs(g, tiled, rows, columns)
         return layout
 
     # ---- arrays ---------------------------------------------------------------------------------
@@ -372,38 +434,6 @@ class _Builder:
             layer.returned = self._array(f"returned gradient of {conv.path}", (rank, *inner), self.dtype, "channels")
 
     # ---- tiles and lifetimes -------------------------------------------------------------------
-
-    def _tile_parts(self, tiled: Sequence[Segment]) -> tuple[list[Parts], list[Parts]]:
-        """For each row of tiles the rows of every map that it needs, from the last output back; then for columns."""
-        g = self.graph
-        inside = {node.output for s in tiled for node in s.everything} - {tiled[-1].output}
-        for segment in self.segments[len(tiled) :]:
-            if {segment.source, segment.residual} & inside:
-                raise NotTiledError(f"a map that {_named(segment)} needs is made in tiles")
-        for segment in tiled:
-            is_whole = any(
-                n.op in ("adaptive_pool", "dropout") or (n.conv and n.conv.is_linear) for n in segment.everything
-            )
-            if segment.trains or is_whole:
-                raise NotTiledError(f"{_named(segment)} cannot run in tiles")
-        nodes = [node for segment in tiled for node in segment.everything]
-        both = []
-        for axis in (0, 1):
-            n, tile = g.shapes[tiled[-1].output][1 + axis], self.choice.tile[axis]
-            parts = []
-            for start in range(0, n, tile):
-                part: Parts = {tiled[-1].output: (start, min(start + tile, n))}
-                for node in reversed(nodes):
-                    window = node.conv.window if node.conv is not None else node.window
-                    for number in node.inputs:
-                        low, high = part[node.output]
-                        if window is not None:
-                            low, high = needed(window, axis, (low, high), g.shapes[number][1 + axis])
-                        before = part.get(number, (low, high))
-                        part[number] = min(low, before[0]), max(high, before[1])
-                parts.append(part)
-            both.append(parts)
-        return both[0], both[1]
 
     def _first_uses(self, backward: Iterable[Backward]) -> None:
         seen = {self.graph.output}

@@ -116,7 +116,7 @@ def place(arrays: Sequence[Array]) -> int:
     return best[1]
 
 
-_SHUFFLES = 200
+_SHUFFLES, _PAIRS = 200, 3_000_000
 
 
 def _orders(arrays: Sequence[Array]) -> Iterator[Callable[[Array], Any]]:
@@ -125,7 +125,7 @@ def _orders(arrays: Sequence[Array]) -> Iterator[Callable[[Array], Any]]:
     yield lambda a: (-a.nbytes, a.first)
     yield lambda a: (-a.nbytes * (a.last - a.first + 1), a.first)
     rng = np.random.default_rng(0)
-    for _ in range(_SHUFFLES):
+    for _ in range(min(_SHUFFLES, _PAIRS // len(arrays) ** 2)):  # each looks at all pairs of arrays
         weight = {array: array.nbytes * float(rng.uniform(0.5, 1.5)) for array in arrays}
         yield lambda a, weight=weight: -weight[a]  # type: ignore[misc]
 

@@ -198,6 +198,10 @@ class _Tiling(NamedTuple):
 def _best(graph: Graph, recipe: Recipe, heads: Mapping[Any, bool], budget: int | None) -> DeviceLayout:
     """Lays out and places tilings in the order in which they would be chosen, until one holds what it promises."""
     plain = lay_out(graph, recipe, Choice(heads))
+    if budget is not None and plain.lower_bound_bytes <= budget:
+        plain.place()
+        if plain.ram_bytes <= budget:  # without tiles nothing is computed again
+            return plain
     tilings = [_Tiling(0, plain.lower_bound_bytes, plain.choice), *_tilings(graph, plain)]
     known = {id(plain.choice): plain}
 

@@ -33,6 +33,7 @@ from analysis.planner.options import (
     parse_bytes,
     parse_fraction_of_modes,
     parse_times,
+    unit_of,
 )
 from analysis.steps.methods import METHODS, check_methods_heed, chosen_methods
 from analysis.steps.register import add_settings
@@ -90,8 +91,8 @@ def parser() -> argparse.ArgumentParser:
         help="shares of the gradient's energy: layers (the same for each), parameters, or a JSON file by layer",
     )  # fmt: skip
     p.add_argument(
-        "--engine", default="library", choices=["library", "device"],
-        help="library: steps of lance_ref on whole batches; device: compiled programs, one image at a time (library)",
+        "--engine", default="both", choices=["library", "device", "both"],
+        help="library: steps of lance_ref on whole batches; device: compiled programs, one image at a time (both)",
     )  # fmt: skip
     p.add_argument(
         "--directions", type=count, nargs="+", default=list(DEFAULT_DIRECTIONS), metavar="N",
@@ -124,14 +125,95 @@ def _run(options: argparse.Namespace) -> None:
     from analysis.planner.costs import Device
     from analysis.planner.tables import csv_text, drawn, json_text
 
-    if options.engine == "device":
-        device = Device("program", "flash", "elsewhere", options.optimizer)
-        plan = make_device_plan(options)
+    library = Device(options.count, options.weights, options.calibration, options.optimizer)
+    device = Device("program", "flash", "elsewhere", options.optimizer) if options.engine == "device" else library
+    if options.engine == "both":
+        plan = make_both(options, library)
     else:
-        device = Device(options.count, options.weights, options.calibration, options.optimizer)
-        plan = make_plan(options, device)
+        plan = make_device_plan(options) if options.engine == "device" else make_plan(options, library)
+    plan = with_code(options, plan, library)
     texts = {"json": lambda: json_text(plan, device), "csv": lambda: csv_text(plan)}
     emit(drawn(plan, device), texts, options.format, options.output)
+
+
+def with_code(options: argparse.Namespace, plan: Plan, device: Device) -> Plan:
+    """The plan, with Python that runs the first candidate; or, where nothing fits, with what would."""
+    from dataclasses import replace
+
+    from analysis.planner.code import code_for
+    from analysis.steps.nets import input_shape_for
+
+    if not plan.fitting:
+        return replace(plan, facts={**plan.facts, "smaller": _what_would_fit(options, plan)})
+    first = plan.fitting[0].best
+    assert first is not None
+    shape = input_shape_for(options.net, options.image_size, options.input_shape)
+    code = code_for(first, options.net, shape, int(plan.facts["classes"]), options.dtype, device.optimizer)
+    return replace(plan, facts={**plan.facts, "code": code})
+
+
+SMALLER_SIZES = (192, 160, 128, 96, 64, 48, 32)
+FEWER_CLASSES = (100, 10, 2)
+
+
+def _what_would_fit(options: argparse.Namespace, plan: Plan) -> str:
+    """Where nothing fits: the largest image, the most classes, of a few that are tried, with which something does."""
+    from lance_ref import models
+
+    built_in = options.net.partition("@")[0]
+    if built_in not in models.names():
+        return plan.facts.get("smaller", "")
+    found = []
+    size = options.image_size or (models.NETS[built_in].input_shape[-1] if options.input_shape is None else 0)
+    images = len(models.NETS[built_in].input_shape) == 3 and options.input_shape is None
+    for name, values, now in (
+        ("image-size", SMALLER_SIZES if images else (), size),
+        ("num-classes", FEWER_CLASSES, int(plan.facts["classes"])),
+    ):
+        for value in values:
+            if value < now and _fits(options, name, value):
+                found.append(f"--{name} {value}")
+                break
+    return f"Something fits with {' or with '.join(found)}." if found else plan.facts.get("smaller", "")
+
+
+def _fits(options: argparse.Namespace, name: str, value: int) -> bool:
+    """Whether the head alone fits with another value of an option: there is nothing that takes less."""
+    from analysis.planner.costs import Device
+
+    library = Device(options.count, options.weights, options.calibration, options.optimizer)
+    changed = {name.replace("-", "_"): value, "method": ["head-only"]}
+    left = parser().parse_args(["--net", options.net, "--budget", options.budget])
+    kept = ("image_size", "input_shape", "num_classes", "dtype", "optimizer", "batch", "engine")
+    asked = argparse.Namespace(**{**vars(left), **{key: getattr(options, key) for key in kept}, **changed})
+    try:
+        if options.engine != "library" and make_device_plan(asked).fitting:
+            return True
+        return options.engine != "device" and bool(make_plan(asked, library).fitting)
+    except (ValueError, LookupError):
+        return False
+
+
+def make_both(options: argparse.Namespace, library: Device) -> Plan:
+    """One plan of both engines; without rows of device programs, and with the reason, where there are none.
+
+    Raises as :func:`make_plan`.
+    """
+    from dataclasses import replace
+
+    from analysis.device.programs import DEVICE_METHODS
+    from analysis.planner.search import merged
+
+    plan = make_plan(options, library)
+    programs = [name for name in chosen_methods(options.method) if name in DEVICE_METHODS and name != "lance-mean-free"]
+    if not programs or options.optimizer == "adam":
+        why = "adam has none" if programs else f"{' and '.join(options.method)} has none"
+        return replace(plan, facts={**plan.facts, "device": f"device programs: {why}"})
+    try:
+        device = make_device_plan(argparse.Namespace(**{**vars(options), "method": programs, "engine": "both"}))
+    except ValueError as error:
+        return replace(plan, facts={**plan.facts, "device": f"device programs: none, for {error}"})
+    return merged(plan, device)
 
 
 def make_plan(options: argparse.Namespace, device: Device) -> Plan:
@@ -179,10 +261,11 @@ def make_plan(options: argparse.Namespace, device: Device) -> Plan:
         "net": f"{options.net}, input {size}, {step.num_classes} classes, {options.dtype}",
         "ranks": ranks_from,
         "shares": SHARES.get(options.shares, f"from {options.shares}"),
+        "classes": str(step.num_classes),
         "remark": "; ".join(filter(None, remarks)),
         "smaller": _smaller(options, plan),
     }
-    return replace(plan, facts=facts)
+    return replace(plan, facts=facts, unit=unit_of(options.budget))
 
 
 def make_device_plan(options: argparse.Namespace) -> Plan:
@@ -202,8 +285,10 @@ def make_device_plan(options: argparse.Namespace) -> Plan:
 
     budget = parse_bytes(options.budget)
     times = None if options.flops_at_most is None else parse_times(options.flops_at_most)
-    library = ("batch", "epsilon", "ranks", "count", "weights", "calibration", *KNOWN)
-    check_no_effect(options, library, "--engine device has one image at a time, weights in flash and directions alone")
+    if options.engine == "device":
+        library = ("batch", "epsilon", "ranks", "count", "weights", "calibration", *KNOWN)
+        why = "--engine device has one image at a time, weights in flash and directions alone"
+        check_no_effect(options, library, why)
     programs = [name for name in DEVICE_METHODS if name != "lance-mean-free"]  # of the sizes of lance
     methods = programs if list(options.method) == ["all"] else chosen_methods(options.method)
     for name in methods:
@@ -225,10 +310,11 @@ def make_device_plan(options: argparse.Namespace) -> Plan:
         "net": f"{options.net}, input {'x'.join(map(str, shape))}, {classes} classes, {options.dtype}",
         "ranks": "--directions, of channels alone" + ("" if spectra is None else f"; {where}"),
         "shares": SHARES.get(options.shares, f"from {options.shares}"),
+        "classes": str(classes),
         "remark": _beside_the_library(costs, plan),
         "smaller": _smaller(options, plan),
     }
-    return replace(plan, facts=facts)
+    return replace(plan, facts=facts, unit=unit_of(options.budget))
 
 
 def _beside_the_library(costs: DeviceCosts, plan: Plan) -> str:
@@ -249,7 +335,7 @@ def _check_effects(options: argparse.Namespace, methods: Sequence[str]) -> None:
     """Options that change nothing beside the others are refused before the work."""
     check_methods_heed(options, methods)
     for name in ("directions", "update_after"):
-        check_effect(options, name, options.engine == "device", "--engine device")
+        check_effect(options, name, options.engine != "library", "--engine device or both")
     check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")
     calibrated = [name for name, method in METHODS.items() if method.calibration]
     check_effect(options, "calibration", bool(set(calibrated) & set(methods)), f"one of {', '.join(calibrated)}")

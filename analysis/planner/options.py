@@ -31,6 +31,11 @@ class Option:
     update: str = ""  #: Of a device program: after a ``batch`` or each ``image``; empty for a step of the library.
 
     @property
+    def engine(self) -> str:
+        """``library`` or ``device``."""
+        return "device" if self.update else "library"
+
+    @property
     def setting(self) -> str:
         """The settings in a few words; empty for a method without any.
 
@@ -93,6 +98,16 @@ def parse_bytes(text: str) -> int:
             "(1 KiB = 1024 bytes)"
         )
     return nbytes
+
+
+def unit_of(text: str) -> str:
+    """The unit in which a budget is written, KiB for bytes: sizes are shown in it.
+
+    >>> unit_of("8MiB"), unit_of("300000B")
+    ('MiB', 'KiB')
+    """
+    match = re.search(r"[KMG]iB", text)
+    return match[0] if match else "KiB"
 
 
 def parse_times(text: str) -> Fraction:

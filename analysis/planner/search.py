@@ -9,10 +9,11 @@ is tried, from the largest on. The tests compare with all candidates, one by one
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from analysis.planner.costs import Costs, Memory, layers_of, weights_by_layer
+from analysis.planner.evidence import Measured, measured
 from analysis.planner.fidelity import Fidelity, layer_fidelity, layer_shares, whole_fidelity, why_not
 from analysis.planner.options import Option
 from analysis.steps.methods import METHODS
@@ -31,6 +32,7 @@ class Candidate:
     layers: int
     batch: int
     fidelity: Fidelity | None  #: None: not predicted.
+    measured: Measured | None  #: None: no experiment says.
     memory: Memory
     times_bp: Fraction
     over_bytes: int  #: Beyond the budget; 0 if it fits.
@@ -63,8 +65,8 @@ class Row:
 class Plan:
     """The answer; see :func:`search`."""
 
-    #: Those that fit, the most faithful first, those whose fidelity is not predicted before those with 0.000; then
-    #: those that do not fit, by what is missing.
+    #: Those that fit, the most accurate first by experiments, then the most faithful by prediction, those without a
+    #: prediction before those with 0.000; then those that do not fit, by what is missing.
     rows: tuple[Row, ...]
     budget: int
     flops_at_most: Fraction | None
@@ -72,6 +74,7 @@ class Plan:
     tried: int = 0  #: Candidates whose memory was worked out.
     skipped: Mapping[str, str] = field(default_factory=dict)  #: Batch sizes that the net cannot run on, and why.
     facts: Mapping[str, str] = field(default_factory=dict)  #: For the heading.
+    unit: str = "KiB"  #: Of all sizes that are shown.
 
     @property
     def fitting(self) -> tuple[Row, ...]:
@@ -125,17 +128,49 @@ def search(
     return Plan(tuple(rows[i] for i in order), budget, flops_at_most, costs.layers, tried, skipped)
 
 
-def _rank(row: Row) -> tuple[int, float, float, float]:
-    """The order of the rows: fits, fidelity, batch, memory; then what is missing.
+def _rank(row: Row) -> tuple[float, ...]:
+    """The order of the rows: fits, measured accuracy, fidelity, batch, memory; then what is missing.
 
     A fidelity that is not predicted may be any. So it stands behind those that are known to be more than 0.000, and
-    before those that are known to be 0.000.
+    before those that are known to be 0.000. The head alone is behind all: in every experiment more layers were better.
     """
     best = row.best
     if best is None:
-        return (4, 0, 0, 0) if row.next is None else (3, *_excess(row.next), 0)
-    place = 1 if best.fidelity is None else 0 if round(best.fidelity.estimate, SHOWN_DIGITS) > 0 else 2
-    return place, *_order(best.fidelity, best.layers, best.batch), best.memory.total
+        return (5,) if row.next is None else (4, *_excess(row.next))
+    of = best.measured
+    place = 2 if best.fidelity is None else 1 if round(best.fidelity.estimate, SHOWN_DIGITS) > 0 else 3
+    if of is not None and best.layers:
+        place = 0
+    accuracy = -round(of.accuracy, 2) if of is not None else 0.0  # less than a point is no difference
+    return place, accuracy, *_order(best.fidelity, best.layers, best.batch), best.memory.total
+
+
+NEAR = 0.03
+"""Accuracy that a device program has to win for it to be put before a step of the library that fits."""
+
+
+def merged(library: Plan, device: Plan) -> Plan:
+    """One plan of both engines, the rows of each together.
+
+    The library's come first, which takes whole batches and is faster, unless nothing of it fits but the head, or the
+    best device program is better by :data:`NEAR` where both were measured, or trains more layers where they were not.
+    """
+    ours, theirs = (plan.rows[0].best for plan in (library, device))
+    if ours is None or not ours.layers:
+        device_first = theirs is not None
+    elif theirs is None or not theirs.layers:
+        device_first = False
+    elif ours.measured is not None and theirs.measured is not None:
+        device_first = theirs.measured.accuracy > ours.measured.accuracy + NEAR
+    else:
+        device_first = theirs.layers > ours.layers
+    plans = (device, library) if device_first else (library, device)
+    fits, rest = (
+        [row for plan in plans for row in plan.rows if (row.best is not None) is yes] for yes in (True, False)
+    )
+    rest.sort(key=_rank)
+    facts = {**library.facts, "device": device.facts.get("remark", "")}
+    return replace(library, rows=(*fits, *rest), tried=library.tried + device.tried, facts=facts)
 
 
 def _order(fidelity: Fidelity | None, layers: int, batch: int) -> tuple[float, int]:
@@ -197,7 +232,8 @@ class _Finder:
         memory = self.costs.memory(option, n, batch)
         times = self.costs.times_bp(option, n, batch)
         return Candidate(
-            option, n, batch, self._fidelity(option, n, batch) if predict else None, memory, times,
+            option, n, batch, self._fidelity(option, n, batch) if predict else None,
+            measured(self.costs.name, option, n), memory, times,
             max(0, memory.total - self.budget), self.flops_at_most is not None and times > self.flops_at_most,
         )  # fmt: skip
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from analysis.commands import console
 from analysis.commands.console import Sheet, say
+from analysis.planner.answer import amount, answer, fidelity, missing
 from analysis.planner.costs import Device
 from analysis.planner.search import SHOWN_DIGITS, Candidate, Plan, Row
 
@@ -16,15 +17,20 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 PARTS = ("step", "gradients", "optimizer_state", "factors", "weights", "calibration", "total")
-KIB = 2**10
-NAMED = 4
-"""Methods beside the first whose settings the answer states; the table has all of them."""
 MEANING = (
     "fidelity: an estimate of the largest cos² between the method's weight gradient and backpropagation's that steps "
     "scaled layer by layer can reach, over all {count} layers besides the head; a layer that does not train counts 0, "
     "one that trains exactly its share ({shares}), one that is compressed the share of the energy that its activation "
     "keeps. 'at least': what is certain of that energy on the images measured. It is about one step's gradient, "
     "not about accuracy."
+)
+TOTAL = (
+    "total: the larger of two moments, of which one is over before the other begins: a training step (step + factors + "
+    "weights), and the calibration, where that runs on the device."
+)
+ACCURACY = (
+    "accuracy: per cent of test images in the committed experiments, of a net of the same family and the same method, "
+    "setting and engine, with at most as many layers as are chosen here; '-' where there is no such experiment."
 )
 WEIGHTS = {"flash": "weights that do not train in flash", "ram": "all weights and buffers in RAM"}
 COUNTED = {
@@ -44,24 +50,41 @@ def render(plan: Plan, device: Device, across: int | None = None) -> str:
 
 
 def drawn(plan: Plan, device: Device) -> Callable[[Console], None]:
-    """Prints all of it to a rich console."""
-    calibrated = "calibrated on the device" if device.calibration == "device" else "calibrated elsewhere"
+    """Prints all of it to a rich console: the answer, the tables, and what the numbers mean."""
     limit = "" if plan.flops_at_most is None else f", at most {float(plan.flops_at_most):g}x backpropagation's FLOPs"
 
     def draw(on: Console) -> None:
-        say(on, f"{plan.facts.get('net', '')}: {_kib(plan.budget)} KiB of RAM{limit}")
-        say(on, conclusion(plan))
-        say(on, f"ranks from: {plan.facts.get('ranks', '')}")
-        say(on, f"{COUNTED[device.count]}; optimiser {device.optimizer}; {WEIGHTS[device.weights]}; {calibrated}")
-        say(on, MEANING.format(count=len(plan.paths), shares=plan.facts.get("shares", "")))
+        say(on, f"{plan.facts.get('net', '')}: {amount(plan.budget, plan.unit)} {plan.unit} of RAM{limit}")
+        for sentence in answer(plan):
+            say(on, sentence)
         if plan.fitting:
-            on.print(_fitting(plan, device))
+            on.print(_fitting(plan))
         if any(row.best is None for row in plan.rows):
-            on.print(_others(plan, device))
-        for line in (*_notes(plan), conclusion(plan)):
+            on.print(_others(plan))
+        for line in (*_notes(plan), *_meanings(plan, device)):
             say(on, line)
+        if plan.facts.get("code"):
+            say(on, f"To run the first of them{plan.facts.get('weights', '')}:")
+            on.print(f"\n{plan.facts['code']}", markup=False, highlight=False, soft_wrap=True)
 
     return draw
+
+
+def _meanings(plan: Plan, device: Device) -> list[str]:
+    """What the columns count."""
+    engines = {row.option.engine for row in plan.rows}
+    calibrated = "calibrated on the device" if device.calibration == "device" else "calibrated elsewhere"
+    lines = [f"ranks from: {plan.facts.get('ranks', '')}"]
+    if "library" in engines:
+        lines.append(
+            f"library: {COUNTED[device.count]}; optimiser {device.optimizer}; {WEIGHTS[device.weights]}; {calibrated}"
+        )
+    if "device" in engines:
+        lines.append(f"device: {COUNTED['program']}; optimiser {device.optimizer}; calibrated elsewhere")
+    lines.append(TOTAL)
+    lines.append(MEANING.format(count=len(plan.paths), shares=plan.facts.get("shares", "")))
+    lines.append(ACCURACY)
+    return lines
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -76,115 +99,50 @@ def _notes(plan: Plan) -> list[str]:
             notes.setdefault("would fit if calibrated elsewhere", {})[row.option.name] = None
     lines = [f"{note}: {', '.join(names)}" for note, names in notes.items()]
     lines += [f"{batch} left out: {reason}" for batch, reason in plan.skipped.items()]
-    return [*lines, *filter(None, [plan.facts.get("remark", "")])]
-
-
-def conclusion(plan: Plan) -> str:
-    """The answer in a sentence."""
-    if plan.fitting:
-        first, *others = [row.best for row in plan.fitting if row.best is not None]
-        total = f"{_kib(first.memory.total)} of {_kib(plan.budget)} KiB"
-        found = f"First: {first.option.name}, {_what(first, plan)}: fidelity {_fidelity(first)}, {total}."
-        return f"{found} {_alternatives(plan, first, others)}"
-    closest = plan.closest
-    if closest is None:
-        return "Nothing fits, and there was nothing that could be tried."
-    if not closest.over_bytes:
-        much = f"{float(closest.times_bp):.3f}x backpropagation's FLOPs, too much work"
-        return f"Nothing fits. Closest: {closest.option.name}, {_what(closest, plan)}: {much}."
-    return (
-        f"Nothing fits in {_kib(plan.budget)} KiB. Closest: {closest.option.name}, {_what(closest, plan)}: "
-        f"{_kib(closest.memory.total)} KiB, {_kib(closest.over_bytes)} KiB too much{_where(closest)}."
-        f" {plan.facts.get('smaller', '')}"
-    ).rstrip()
-
-
-def _alternatives(plan: Plan, first: Candidate, others: Sequence[Candidate]) -> str:
-    """The other methods that fit, each with the setting that stands first in the table."""
-    best: dict[str, Candidate] = {}
-    for other in others:
-        if other.option.method != first.option.method:
-            best.setdefault(other.option.method, other)
-    if not best:
-        return "No other method fits."
-    named = [
-        f"{other.option.name} ({_what(other, plan)}, fidelity {_fidelity(other)}, {_kib(other.memory.total)} KiB)"
-        for other in list(best.values())[:NAMED]
-    ]
-    more = f"; and {len(best) - NAMED} more" if len(best) > NAMED else ""
-    return f"Other methods that fit: {'; '.join(named)}{more}."
-
-
-def _fidelity(candidate: Candidate) -> str:
-    return "not predicted" if candidate.fidelity is None else f"{candidate.fidelity.estimate:.{SHOWN_DIGITS}f}"
-
-
-def _where(candidate: Candidate) -> str:
-    if candidate.memory.calibration > candidate.memory.training:
-        return " while it is calibrated"
-    return f" ({candidate.memory.at})" if candidate.memory.at else ""
-
-
-def _what(candidate: Candidate, plan: Plan) -> str:
-    count = len(plan.paths)
-    which = f"the last {candidate.layers} of {count} layers, " if candidate.layers else ""
-    return f"{f'all {count} layers, ' if candidate.layers == count else which}batch {candidate.batch}"
+    return [*lines, *filter(None, [plan.facts.get("remark", ""), plan.facts.get("device", "")])]
 
 
 # ---- tables ----------------------------------------------------------------------------------
 
 
-def _fitting(plan: Plan, device: Device) -> Sheet:
-    batches = list(plan.rows[0].layers)
-    columns = ["method and setting", "fidelity", "at least", "layers", "batch", device.count, "factors", "weights"]
-    columns += ["calibration", "total", "FLOPs/bp", "+1 layer", "most layers at batch " + ", ".join(map(str, batches))]
-    table = Sheet("What fits (memory in KiB)", columns)
+def _fitting(plan: Plan) -> Sheet:
+    batches = sorted({batch for row in plan.fitting for batch in row.layers})
+    columns = ["method and setting", "engine", "accuracy", "fidelity", "at least", "layers", "batch", "total", "step"]
+    columns += ["factors", "weights", "calibration", "FLOPs/bp", "+1 layer"]
+    columns += ["most layers at batch " + ", ".join(map(str, batches))]
+    table = Sheet(f"What fits (memory in {plan.unit})", columns, left=2)
     for row in plan.fitting:
         best = row.best
         assert best is not None
         memory, of = best.memory, best.fidelity
-        fidelity = ("-", "-") if of is None else (_fidelity(best), f"{of.least:.{SHOWN_DIGITS}f}")
-        parts = (memory.step, memory.factors, memory.weights, memory.calibration, memory.total)
+        known = "-" if best.measured is None else f"{100 * best.measured.accuracy:.1f}"
+        estimates = ("-", "-") if of is None else (fidelity(best), f"{of.least:.{SHOWN_DIGITS}f}")
+        parts = (memory.total, memory.step, memory.factors, memory.weights, memory.calibration)
         most = ", ".join("-" if row.layers.get(batch) is None else str(row.layers[batch]) for batch in batches)
         table.add(
-            row.option.name, *fidelity, str(best.layers), str(best.batch), *map(_kib, parts),
-            f"{float(best.times_bp):.3f}", _missing(row.next), most,
-            style="green" if row is plan.rows[0] else "" if of else "dim",
+            row.option.name, row.option.engine, known, *estimates, str(best.layers), str(best.batch),
+            *(amount(part, plan.unit) for part in parts), f"{float(best.times_bp):.3f}", missing(row, plan.unit), most,
+            style="green" if row is plan.rows[0] else "" if of or best.measured else "dim",
         )  # fmt: skip
     return table
 
 
-def _others(plan: Plan, device: Device) -> Sheet:
-    columns = ["method and setting", "layers", "batch", device.count, "factors", "weights", "calibration", "total"]
-    columns += ["too much by", "FLOPs/bp"]
-    table = Sheet("What does not fit: the least of each (memory in KiB)", columns)
+def _others(plan: Plan) -> Sheet:
+    columns = ["method and setting", "engine", "layers", "batch", "total", "too much by", "step", "factors", "weights"]
+    columns += ["calibration", "FLOPs/bp"]
+    table = Sheet(f"What does not fit: the least of each (memory in {plan.unit})", columns, left=2)
     for row in plan.rows:
         if row.best is not None:
             continue
         c = row.next
         if c is None:
-            table.add(row.option.name, *["-"] * 9)
+            table.add(row.option.name, row.option.engine, *["-"] * 9)
             continue
         m = c.memory
-        parts = map(_kib, (m.step, m.factors, m.weights, m.calibration, m.total))
-        where = (str(c.layers), str(c.batch))
-        table.add(row.option.name, *where, *parts, _missing(c), f"{float(c.times_bp):.3f}")
+        total, *parts = (amount(part, plan.unit) for part in (m.total, m.step, m.factors, m.weights, m.calibration))
+        where = (row.option.engine, str(c.layers), str(c.batch), total, missing(row, plan.unit))
+        table.add(row.option.name, *where, *parts, f"{float(c.times_bp):.3f}")
     return table
-
-
-def _missing(candidate: Candidate | None) -> str:
-    """What the candidate lacks: bytes, or work."""
-    if candidate is None:
-        return "-"
-    if candidate.over_bytes:
-        return f"{_kib(candidate.over_bytes)} KiB"
-    return f"{float(candidate.times_bp):.2f}x FLOPs" if candidate.too_much_work else "-"
-
-
-def _kib(nbytes: int) -> str:
-    """In KiB with one digit, rounded up, so that what does not fit is never shown as fitting."""
-    tenths = -(-10 * nbytes // KIB)
-    return f"{tenths // 10:,}.{tenths % 10}"
 
 
 # ---- JSON and CSV ----------------------------------------------------------------------------
@@ -201,7 +159,8 @@ def to_json(plan: Plan, device: Device) -> dict[str, Any]:
         "device": {"budget_bytes": plan.budget, **vars(device)},
         "flops_at_most": None if plan.flops_at_most is None else float(plan.flops_at_most),
         "layers": list(plan.paths),
-        "answer": conclusion(plan),
+        "answer": " ".join(answer(plan)),
+        "code": plan.facts.get("code", ""),
         "skipped": dict(plan.skipped),
         "rows": [_row_json(row) for row in plan.rows],
         "closest": None if plan.closest is None else _candidate_json(plan.closest),
@@ -210,6 +169,7 @@ def to_json(plan: Plan, device: Device) -> dict[str, Any]:
 
 def _row_json(row: Row) -> dict[str, Any]:
     return {
+        "engine": row.option.engine,
         "method": row.option.method,
         "setting": row.option.setting,
         "fits": row.best is not None,
@@ -223,6 +183,7 @@ def _row_json(row: Row) -> dict[str, Any]:
 def _candidate_json(c: Candidate) -> dict[str, Any]:
     m, of = c.memory, c.fidelity
     return {
+        "engine": c.option.engine,
         "method": c.option.method,
         "setting": c.option.setting,
         "layers": c.layers,
@@ -230,6 +191,8 @@ def _candidate_json(c: Candidate) -> dict[str, Any]:
         "fidelity": None if of is None else of.estimate,
         "fidelity_at_least": None if of is None else of.least,
         "fidelity_at_most": None if of is None else of.most,
+        "accuracy": None if c.measured is None else c.measured.accuracy,
+        "accuracy_from": None if c.measured is None else c.measured.shown,
         **{f"{name}_bytes": getattr(m, name) for name in PARTS},
         "over_bytes": c.over_bytes,
         "flops_over_bp": float(c.times_bp),

@@ -1,0 +1,121 @@
+"""The short answer of a plan: what to train, how good that was where it was measured, and what else fits.
+
+Sizes are in the unit of the budget, rounded up, so that what does not fit is never shown as fitting.
+"""
+
+from __future__ import annotations
+
+from analysis.planner.options import UNITS
+from analysis.planner.search import SHOWN_DIGITS, Candidate, Plan, Row
+
+ALTERNATIVES = 3
+"""Of other methods, each with what it gives up; the tables have all."""
+DIGITS = {"B": 0, "KiB": 1, "MiB": 2, "GiB": 3}
+
+
+def amount(nbytes: int, unit: str) -> str:
+    """A number of bytes in a unit, rounded up, without the unit.
+
+    >>> amount(524288, "KiB"), amount(524289, "MiB")
+    ('512.0', '0.51')
+    """
+    scale = 10 ** DIGITS[unit]
+    parts = -(-nbytes * scale // UNITS[unit])
+    return f"{parts // scale:,}" + (f".{parts % scale:0{DIGITS[unit]}d}" if DIGITS[unit] else "")
+
+
+def answer(plan: Plan) -> list[str]:
+    """Sentences: what fits best, and the alternatives; or the closest, and what would make something fit."""
+    if plan.fitting:
+        first = plan.fitting[0].best
+        assert first is not None
+        total = f"{amount(first.memory.total, plan.unit)} of {amount(plan.budget, plan.unit)} {plan.unit}"
+        return [f"Train {title(first, plan)}: {total}. {_known(first)}", *_alternatives(plan, first)]
+    closest = plan.closest
+    if closest is None:
+        return ["Nothing fits, and there was nothing that could be tried."]
+    if not closest.over_bytes:
+        much = f"{float(closest.times_bp):.3f}x backpropagation's FLOPs, too much work"
+        return [f"Nothing fits. Closest: {title(closest, plan)}: {much}."]
+    sentence = (
+        f"Nothing fits in {amount(plan.budget, plan.unit)} {plan.unit}. Closest: {title(closest, plan)}: "
+        f"{amount(closest.memory.total, plan.unit)} {plan.unit}, {amount(closest.over_bytes, plan.unit)} {plan.unit} "
+        f"too much{_where(closest)}. {plan.facts.get('smaller', '')}"
+    )
+    return [sentence.rstrip()]
+
+
+def title(candidate: Candidate, plan: Plan) -> str:
+    """What is trained, how, and on which engine."""
+    count, n = len(plan.paths), candidate.layers
+    layers = f"all {count} layers" if n == count else f"the last {n} of {count} layers" if n > 1 else "the last layer"
+    what = f"{layers} with {candidate.option.name}" if n else f"{candidate.option.name}"
+    images = "one image at a time" if candidate.option.update else f"batch {candidate.batch}"
+    engine = "a device program" if candidate.option.update else "a step of the library"
+    return f"{what}, {images}, as {engine}"
+
+
+def fidelity(candidate: Candidate) -> str:
+    """The estimate with three digits, or that there is none."""
+    return "not predicted" if candidate.fidelity is None else f"{candidate.fidelity.estimate:.{SHOWN_DIGITS}f}"
+
+
+def _known(candidate: Candidate) -> str:
+    predicted = f"predicted gradient fidelity: {fidelity(candidate)}"
+    if candidate.measured is None:
+        return f"Accuracy: not measured in this repository; {predicted}."
+    return f"Accuracy: {candidate.measured.shown}; {predicted}."
+
+
+def _alternatives(plan: Plan, first: Candidate) -> list[str]:
+    """The best of other methods, and what each gives up beside the first."""
+    others: dict[tuple[str, str], Candidate] = {}
+    for row in plan.fitting:
+        best = row.best
+        assert best is not None
+        key = (best.option.engine, best.option.method)
+        if key != (first.option.engine, first.option.method):
+            others.setdefault(key, best)
+    # Of each engine at least one: what the library needs and what a program of one's own needs are far apart.
+    shown = list(others.values())[: ALTERNATIVES - 1]
+    rest = [c for c in others.values() if c not in shown]
+    engines = {c.option.engine for c in (first, *shown)}
+    shown += [next((c for c in rest if c.option.engine not in engines), rest[0])] if rest else []
+    lines = [f"Or {title(other, plan)}: {_beside(other, first, plan)}." for other in shown]
+    more = len(others) - len(shown)
+    return [*lines, f"{more} more methods fit; see the table."] if more else lines or ["No other method fits."]
+
+
+def _beside(other: Candidate, first: Candidate, plan: Plan) -> str:
+    """What another candidate takes, and what it gives up or gains beside the first."""
+    parts = [f"{amount(other.memory.total, plan.unit)} {plan.unit}"]
+    if other.measured is not None and first.measured is not None:
+        points = 100 * (other.measured.accuracy - first.measured.accuracy)
+        word = "more" if points >= 0 else "less"
+        parts.append(f"{abs(points):.1f} points {word} accuracy where both were measured")
+    elif other.measured is None:
+        parts.append("its accuracy was not measured")
+    if other.layers < first.layers:
+        parts.append(f"{first.layers - other.layers} layers fewer")
+    ratio = float(other.times_bp / first.times_bp) if first.times_bp else 1.0
+    if other.option.engine == first.option.engine and ratio > 1.25:
+        parts.append(f"{ratio:.1f} times the multiply-adds relative to backpropagation's")
+    if other.memory.calibration > other.memory.training:
+        parts.append("most of it while the subspaces are found, which another machine can do")
+    return ", ".join(parts)
+
+
+def _where(candidate: Candidate) -> str:
+    if candidate.memory.calibration > candidate.memory.training:
+        return " while it is calibrated"
+    return f" ({candidate.memory.at})" if candidate.memory.at else ""
+
+
+def missing(row: Row, unit: str) -> str:
+    """What the next candidate of a row lacks: bytes, or work."""
+    candidate = row.next
+    if candidate is None:
+        return "-"
+    if candidate.over_bytes:
+        return f"{amount(candidate.over_bytes, unit)} {unit}"
+    return f"{float(candidate.times_bp):.2f}x FLOPs" if candidate.too_much_work else "-"

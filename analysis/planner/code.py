@@ -1,0 +1,148 @@
+"""Python that runs a candidate, to be pasted: the net, what trains, how it is kept, and the loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from analysis.planner.options import Option
+
+if TYPE_CHECKING:
+    from analysis.planner.search import Candidate
+
+STORES = {
+    "int8": "Quantized(8)",
+    "int4": "Quantized(4)",
+    "sketch": "Sketch({ratio!r})",
+    "gradient-filter": "GradientFilter({patch!r})",
+}
+CALIBRATED = {"lance": "", "lance-mean-free": ", mean_free=True", "lance-center": ", center=True"}
+PLAIN = ("bp", "head-only", "bias-only", "micro-batch")
+OPTIMIZERS = {
+    "sgd": "SGD(trained, lr=0.05)",
+    "sgd-momentum": "SGD(trained, lr=0.05, momentum=0.9)",
+    "adam": "Adam(trained, lr=1e-3)",
+}
+
+
+def code_for(
+    candidate: Candidate, net: str, input_shape: tuple[int, ...], classes: int, dtype: str, optimizer: str
+) -> str:
+    """A script without any import of this package; empty for a method or a net that it is not written for.
+
+    ``net`` is the name of a built-in network, ``input_shape`` is without the batch. Images and labels are random
+    numbers there, to be replaced.
+    """
+    option = candidate.option
+    made = _net(net, input_shape, classes)
+    if not made or (option.settings.update is not None and not option.update):
+        return ""
+    train = _device(candidate, input_shape, optimizer) if option.update else _library(candidate, optimizer)
+    if not train:
+        return ""
+    images = max(candidate.batch, 8) if option.update else candidate.batch
+    lines = [
+        "import numpy as np",
+        "import lance_ref",
+        *_imports(option),
+        "",
+        f"net = {made}  # and pretrained=True, or a file of weights",
+        *([f"net.to(np.{dtype})"] if dtype != "float32" else []),
+        f"lance_ref.tune(net, {_selection(candidate)})",
+        "rng = np.random.default_rng(0)  # put your own images and labels here, in the scale that the net expects",
+        f"images = rng.normal(size=({images}, {', '.join(map(str, input_shape))})).astype(np.{dtype})",
+        f"labels = rng.integers(0, {classes}, {images})",
+        "",
+        *train,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _net(name: str, input_shape: tuple[int, ...], classes: int) -> str:
+    from lance_ref import models
+
+    base, _, width = name.partition("@")
+    if base not in models.names():
+        return ""
+    given = [f'"{base}"', f"num_classes={classes}", *([f"width={width}"] if width else [])]
+    if len(input_shape) == 1:
+        given.append(f"in_features={input_shape[0]}")
+    elif input_shape[0] != 3:
+        given.append(f"in_channels={input_shape[0]}")
+    return f"lance_ref.models.create({', '.join(given)})"
+
+
+def _selection(candidate: Candidate) -> str:
+    selection = f'"last:{candidate.layers}"' if candidate.layers else '"head"'
+    return selection + (', parameters="bias"' if candidate.option.method == "bias-only" else "")
+
+
+def _imports(option: Option) -> list[str]:
+    if option.method in STORES:
+        return [f"from lance_ref.stores import {STORES[option.method].partition('(')[0]}"]
+    return ["from lance_ref import device"] if option.update else []
+
+
+def _library(candidate: Candidate, optimizer: str) -> list[str]:
+    option = candidate.option
+    lines = []
+    if option.method in CALIBRATED:
+        threshold = "" if option.epsilon is None else f", epsilon={option.epsilon:g}"
+        lines.append(f"calibration = lance_ref.calibrate(net, [images]{threshold}{CALIBRATED[option.method]})")
+        if option.fraction is not None:
+            lines += [
+                f"share = {float(option.fraction):g}  # of each mode",
+                "ranks = {path: [int(np.ceil(share * n)) for n in calibration[path].shape] for path in calibration}",
+                "calibration = calibration.with_ranks(ranks)",
+            ]
+        lines.append("lance_ref.compress(net, calibration)")
+    elif option.method in STORES:
+        store = STORES[option.method].format(ratio=option.settings.ratio, patch=option.settings.patch)
+        lines.append(f"lance_ref.attach(net, lambda path, layer: {store})")
+    elif option.method not in PLAIN:
+        return []
+    part = option.settings.micro_batch if option.method == "micro-batch" else None
+    step = ["loss = lance_ref.F.cross_entropy(net(images), labels)", "loss.backward()"]
+    if part is not None and part < candidate.batch:
+        step = [
+            f"for start in range(0, {candidate.batch}, {part}):",
+            f"    part = slice(start, start + {part})",
+            f"    loss = lance_ref.F.cross_entropy(net(images[part]), labels[part]) * {part / candidate.batch!r}",
+            "    loss.backward()",
+        ]
+    return [
+        *lines,
+        "trained = [parameter for parameter in net.parameters() if parameter.requires_grad]",
+        f"optimizer = lance_ref.optim.{OPTIMIZERS[optimizer]}",
+        "for step in range(2):  # over the batches of your data",
+        *(f"    {line}" for line in ("optimizer.zero_grad()", *step, "optimizer.step()")),
+    ]
+
+
+def _device(candidate: Candidate, input_shape: tuple[int, ...], optimizer: str) -> list[str]:
+    option = candidate.option
+    lines, more = [], [f"update={option.update!r}"]
+    if option.method == "lance":
+        n = option.directions
+        lines = [
+            'calibration = lance_ref.calibrate(net, [images], modes=("channel",), mean_free=True)',
+            "ranks = {",
+            f"    path: (None, {n}, *[None] * (len(calibration[path].shape) - 2))",
+            f"    for path in calibration if calibration[path].shape[1] > {n}",
+            "}",
+            "calibration = calibration.with_ranks(ranks)",
+            "calibration = {path: calibration[path] for path in ranks}",
+        ]
+        more = ["calibration", f"input_shape={input_shape}", *more]
+    else:
+        method = {"bp": "bp", "bias-only": "bias", "head-only": "head"}[option.method]
+        more = [f"input_shape={input_shape}", *more, f'method="{method}"']
+    if optimizer == "sgd-momentum":
+        more.append("momentum=0.9")
+    lines += [
+        f"program = device.compile(net, {', '.join(more)}, budget={candidate.memory.total})",
+        'print(f"{program.ram_bytes:,} bytes of RAM, {program.flash_bytes:,} bytes of flash")',
+        "for step in range(2):  # over the batches of your data",
+        "    program.step(images, labels, lr=0.004)",
+        "program.load_into(net)",
+    ]
+    return lines

@@ -123,8 +123,9 @@ def _device(candidate: Candidate, input_shape: tuple[int, ...], optimizer: str) 
     lines, more = [], [f"update={option.update!r}"]
     if option.method == "lance":
         n = option.directions
+        mean_free = ", mean_free=True" if input_shape[0] > 1 else ""  # nothing is left of one channel
         lines = [
-            'calibration = lance_ref.calibrate(net, [images], modes=("channel",), mean_free=True)',
+            f'calibration = lance_ref.calibrate(net, [images], modes=("channel",){mean_free})',
             "ranks = {",
             f"    path: (None, {n}, *[None] * (len(calibration[path].shape) - 2))",
             f"    for path in calibration if calibration[path].shape[1] > {n}",

@@ -16,11 +16,13 @@ import lance_ref
 from analysis.peak.lifetimes import lifetimes, lifetimes_from_scopes
 from analysis.peak.memory import peak
 from analysis.planner import search as plan_search
+from analysis.planner.answer import answer
 from analysis.planner.costs import Costs, Device, Memory
+from analysis.planner.evidence import Measured
 from analysis.planner.fidelity import Fidelity, layer_shares, mode_shares
 from analysis.planner.options import Option, options_for, parse_bytes
-from analysis.planner.search import Candidate, Plan, Row, search
-from analysis.planner.tables import conclusion, render, to_json
+from analysis.planner.search import Candidate, Plan, Row, merged, search
+from analysis.planner.tables import render, to_json
 from analysis.ranks.batch_law import batch_spectrum
 from analysis.ranks.choose import mean_free
 from analysis.ranks.spectra_file import LayerSpectra, Spectra
@@ -380,8 +382,10 @@ def test_the_closest_lacks_least() -> None:
 
 
 def candidate(option: Option, memory: Memory, fidelity: Fidelity | None = None, **more: Any) -> Candidate:
-    given: dict[str, Any] = {"over_bytes": 0, "too_much_work": False, "times_bp": Fraction(5, 4)} | more
-    return Candidate(option, 2, 3, fidelity, memory, **given)
+    given: dict[str, Any] = {
+        "over_bytes": 0, "too_much_work": False, "times_bp": Fraction(5, 4), "measured": None, **more
+    }  # fmt: skip
+    return Candidate(option, 2, 3, fidelity, memory=memory, **given)
 
 
 def plan_of(*rows: Row, budget: int = 10 * 1024) -> Plan:
@@ -398,20 +402,55 @@ def test_a_row_of_the_table_by_hand() -> None:
     best = candidate(HALF, ROOM, fidelity)
     plan = plan_of(Row(HALF, best, {3: 2}, candidate(HALF, ROOM, None, over_bytes=1)))
     (line,) = [line for line in render(plan, Device(), 200).splitlines() if line.lstrip().startswith("lance")]
-    assert line.split() == ["lance", "ranks", "0.5", "0.500", "0.250", "2", "3", "1.1", "2.0", "3.0", "4.0", "6.1",
-                            "1.250", "0.1", "KiB", "2"]  # fmt: skip
+    assert line.split() == ["lance", "ranks", "0.5", "library", "-", "0.500", "0.250", "2", "3", "6.1", "1.1", "2.0",
+                            "3.0", "4.0", "1.250", "0.1", "KiB", "2"]  # fmt: skip
     shown = to_json(plan, Device())["rows"][0]["best"]
     assert [shown[f"fidelity{name}"] for name in ("", "_at_least", "_at_most")] == [0.5, 0.25, 0.75]
 
 
 def test_alternatives_are_other_methods() -> None:
-    """The first setting of each, and not the method that comes first."""
-    options = [HALF, MOST, Option("int8"), Option("sketch"), replace(Option("sketch"), epsilon=0.5)]
-    said = conclusion(plan_of(*(Row(o, candidate(o, ROOM, Fidelity(1, 1, 1)), {3: 2}, None) for o in options)))
-    first, _, others = said.partition("Other methods that fit: ")
-    assert first.startswith("First: lance ranks 0.5")
-    assert others.count("lance") == 0
-    assert [others.count(name) for name in ("int8", "sketch ratio", "epsilon 0.5")] == [1, 1, 0]
+    """The first setting of each, and not the method that comes first; the rest is counted."""
+    options = [HALF, MOST, Option("int8"), Option("sketch"), replace(Option("sketch"), epsilon=0.5), Option("bp")]
+    options.append(Option("hosvd", fraction=Fraction(1, 2)))
+    first, *others = answer(plan_of(*(Row(o, candidate(o, ROOM, Fidelity(1, 1, 1)), {3: 2}, None) for o in options)))
+    assert first.startswith(
+        "Train the last 2 of 3 layers with lance ranks 0.5, batch 3, as a step of the library: 6.1 of"
+    )
+    assert [other.partition(" with ")[2].partition(",")[0] for other in others[:3]] == [
+        "int8",
+        "sketch ratio 0.125",
+        "bp",
+    ]
+    assert others[3:] == ["1 more methods fit; see the table."]
+
+
+def measured_as(accuracy: float) -> Measured:
+    return Measured("mcunet", "CIFAR-10", 2, accuracy, 0.002, 3)
+
+
+def test_what_an_alternative_gives_up() -> None:
+    """Accuracy in points, layers, multiply-adds; nothing is said of an accuracy that was not measured."""
+    best = candidate(HALF, ROOM, measured=measured_as(0.751))
+    worse = replace(candidate(Option("int8"), ROOM, measured=measured_as(0.732), times_bp=Fraction(5, 2)), layers=1)
+    unknown = candidate(Option("bp"), ROOM)
+    said = answer(plan_of(*(Row(c.option, c, {3: 2}, None) for c in (best, worse, unknown))))
+    assert "Accuracy: 75.1 ± 0.2 % on CIFAR-10, mcunet with its last 2 layers" in said[0]
+    assert "1.9 points less accuracy where both were measured, 1 layers fewer, 2.0 times the multiply-adds" in said[1]
+    assert said[2].endswith("6.1 KiB, its accuracy was not measured.")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "first"),
+    [(0.75, 0.77, "library"), (0.71, 0.77, "device"), (None, 0.77, "library"), ("nothing", 0.77, "device")],
+)
+def test_which_engine_comes_first(ours: float | str | None, theirs: float, first: str) -> None:
+    """The library, unless a device program is clearly better; of the same layers where nothing is measured."""
+    program = Option("bp", update="image")
+    device = candidate(program, ROOM, measured=measured_as(theirs))
+    library = candidate(HALF, ROOM, measured=measured_as(ours) if isinstance(ours, float) else None)
+    rows = [Row(HALF, None if ours == "nothing" else library, {3: 2}, library), Row(program, device, {1: 2}, None)]
+    plans = [plan_of(row) for row in rows]
+    assert merged(*plans).rows[0].option.engine == first
 
 
 def test_what_is_too_much() -> None:
@@ -424,7 +463,7 @@ def test_what_is_too_much() -> None:
     )
     for memory, more, end, elsewhere in cases:
         plan = plan_of(Row(HALF, None, {3: None}, candidate(HALF, memory, **more)))
-        assert end in conclusion(plan)
+        assert end in answer(plan)[0]
         assert ("would fit if calibrated elsewhere: lance ranks 0.5" in render(plan, Device())) is elsewhere
 
 

@@ -93,12 +93,15 @@ def test_formats_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     """The closest, and what is missing: exit 0. The head's 101·10 weights and their gradients are more than 4 KiB."""
-    assert main([*SMALL, "--budget", "4KiB", "--format", "json"]) == 0
+    assert main([*SMALL, "--budget", "4KiB", "--format", "json", "--engine", "library"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["closest"]["method"] == "head-only"
+    assert (document["closest"]["method"], document["closest"]["engine"]) == ("head-only", "library")
     assert document["closest"]["over_bytes"] == document["closest"]["total_bytes"] - 4096 > 0
-    assert document["answer"].startswith("Nothing fits in 4.0 KiB. Closest: head-only, batch 2: ")
-    assert document["answer"].endswith(" A smaller --batch may help.")
+    assert document["answer"].startswith(
+        "Nothing fits in 4.0 KiB. Closest: head-only, batch 2, as a step of the library: "
+    )
+    assert document["answer"].endswith(" Something fits with --num-classes 2.") or "--batch" in document["answer"]
+    assert not document["code"]
     assert not any(row["fits"] for row in document["rows"])
 
 
@@ -113,8 +116,9 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_what_may_help_where_nothing_fits(arguments: list[str], end: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Only options that were left alone; nothing where all were given."""
-    assert main(["--budget", "1KiB", "--method", "head-only", "--net", *arguments]) == 0
-    assert " ".join(capsys.readouterr().out.split()).endswith(end)
+    assert main(["--budget", "1KiB", "--method", "head-only", "--engine", "library", "--net", *arguments]) == 0
+    answer, _, _ = " ".join(capsys.readouterr().out.split()).partition(" What does not fit")
+    assert answer.endswith(end)
 
 
 def test_the_number_of_classes_is_the_nets_own(
@@ -145,7 +149,7 @@ def test_terminal_colours_are_a_choice(capsys: pytest.CaptureFixture[str], monke
         assert main([*SMALL, "--budget", "2MiB"]) == 0
         out = capsys.readouterr().out
         assert ("\x1b[32m" in out) == (not plain)
-        assert "First: " in out
+        assert "Train all 2 layers with " in out
 
 
 def test_a_batch_that_cannot_run_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,26 +164,59 @@ def test_a_batch_that_cannot_run_is_left_out(capsys: pytest.CaptureFixture[str])
     assert "in parts of 1" in rows["micro-batch"]["note"]
 
 
+def test_a_smaller_image_or_fewer_classes_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are tried: the head of 1000 classes alone has 629 KiB, that of 100 has a tenth."""
+    arguments = ["--net", "mcunet", "--image-size", "128", "--budget", "512KiB", "--method", "head-only"]
+    assert main([*arguments, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["answer"].endswith("Something fits with --num-classes 100.")
+    assert main([*arguments, "--json", "--num-classes", "100"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["fits"]
+
+
 def test_the_first_lines_name_what_else_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    """MCUNet at 32 pixels in 256 KiB: what is not predicted stands before a fidelity of 0.000, and all are named."""
+    """MCUNet at 32 pixels in 256 KiB: a step of the library for the biases, and what was measured; what else fits."""
     arguments = ["--net", "mcunet", "--budget", "256KiB", "--image-size", "32", "--num-classes", "10"]
-    assert main(arguments) == 0
+    assert main([*arguments, "--engine", "library"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    answer = text[text.index("First: ") : text.index(" ranks from: ")]
-    assert answer.startswith("First: bias-only, all 42 layers, batch 1: fidelity not predicted, 176.9 of 256.0 KiB. ")
-    assert "Other methods that fit: lora rank 4 (the last 11 of 42 layers, batch 1, fidelity not predicted, " in answer
-    assert answer.endswith("; head-only (batch 1, fidelity 0.000, 146.7 KiB).")
+    answer = text[: text.index(" What fits")]
+    assert "Train all 42 layers with bias-only, batch 1, as a step of the library: " in answer
+    assert "Accuracy: 71.3 ± 0.1 % on CIFAR-10 (10,000 training images), mcunet with its last 4 layers" in answer
+    assert "Or the last 11 of 42 layers with lora rank 4, " in answer
+    assert "Or head-only, batch 1, as a step of the library: " in answer
 
 
 def test_an_answer_without_alternatives_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    """One method was asked for; of many that fit four are named."""
-    arguments = [*SMALL, "--budget", "2MiB"]
+    """One method was asked for; of many that fit three are named."""
+    arguments = [*SMALL, "--budget", "2MiB", "--engine", "library"]
     assert main([*arguments, "--method", "head-only"]) == 0
-    assert "KiB. No other method fits. " in " ".join(capsys.readouterr().out.split())
+    assert "No other method fits. " in " ".join(capsys.readouterr().out.split())
     assert main([*arguments, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     fitting = list(dict.fromkeys(row["method"] for row in document["rows"] if row["fits"]))
     assert len(fitting) > 5
-    assert document["answer"].count(", fidelity ") == 4
-    assert document["answer"].endswith(f"; and {len(fitting) - 5} more.")
-    assert f"Other methods that fit: {fitting[1]}" in document["answer"]
+    assert document["answer"].count(" Or ") == 3
+    assert document["answer"].endswith(f"{len(fitting) - 4} more methods fit; see the table.")
+
+
+def test_both_engines_stand_in_one_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """And a net that no device runs has the reason in place of rows."""
+    assert (
+        main(["--net", "resnet8", "--num-classes", "10", "--budget", "1MiB", "--method", "bp", "lance", "--json"]) == 0
+    )
+    document = json.loads(capsys.readouterr().out)
+    assert {row["engine"] for row in document["rows"]} == {"library", "device"}
+    assert main(["--net", "deit-tiny", "--budget", "1GiB", "--method", "bp", "--batch", "1", "--layers", "2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "device programs: none, for " in out
+    assert "none that a device runs" in out
+
+
+def test_sizes_are_in_the_unit_of_the_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    for budget, shown in (
+        ("2MiB", "2.00 MiB of RAM"),
+        ("2048KiB", "2,048.0 KiB of RAM"),
+        ("2097152B", "2,048.0 KiB of RAM"),
+    ):
+        assert main([*SMALL, "--budget", budget, "--method", "bp", "--engine", "library"]) == 0
+        assert shown in capsys.readouterr().out

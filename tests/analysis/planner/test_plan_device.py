@@ -28,9 +28,9 @@ def test_lance_fits_mcunet_into_256_kib(capsys: pytest.CaptureFixture[str]) -> N
     arguments = ("--net", "mcunet", "--budget", "256KiB", "--image-size", "128", "--num-classes", "10")
     assert main([*arguments, "--engine", "device", "--method", "lance", "--directions", "8"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "First: lance 8 directions, update image, the last 10 of 42 layers" in out
+    assert "Train the last 10 of 42 layers with lance 8 directions, update image, one image at a time" in out
     assert "The library's engine takes" in out
-    library = plan(capsys, *arguments, "--method", "lance")
+    library = plan(capsys, *arguments, "--method", "lance", "--engine", "library")
     assert all(row["best"] is None for row in library["rows"])
 
 
@@ -128,8 +128,8 @@ def test_bad_options(capsys: pytest.CaptureFixture[str], arguments: tuple[str, .
 @pytest.mark.parametrize("option", [("--directions", "4"), ("--update-after", "image")])
 def test_the_library_has_no_such_options(capsys: pytest.CaptureFixture[str], option: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit):
-        main(["--net", "resnet8", "--budget", "1MiB", *option])
-    assert "it needs --engine device" in capsys.readouterr().err
+        main(["--net", "resnet8", "--budget", "1MiB", "--engine", "library", *option])
+    assert "it needs --engine device or both" in capsys.readouterr().err
 
 
 def test_a_net_that_no_device_runs_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,10 @@ from analysis.commands.cli import (
     check_no_effect,
     check_once,
     count,
+    figure_file,
     input_shape,
     pixels,
+    positive,
     run_command,
     run_main,
     share,
@@ -111,6 +113,14 @@ def parser() -> argparse.ArgumentParser:
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
         help="the same as --format json",
     )  # fmt: skip
+    p.add_argument(
+        "--gmacs-per-second", type=positive, metavar="N",
+        help="what the machine does, in billions of multiply-adds a second: adds an estimate of the time of a step",
+    )  # fmt: skip
+    p.add_argument(
+        "--plot", type=figure_file, metavar="FILE",
+        help="draw RAM by kind, the budget and what is known of accuracy into this .png or .svg, whole or not at all",
+    )  # fmt: skip
     p.add_argument("--output", type=any_file, help="write to this file, whole or not at all")
     return p
 
@@ -121,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from analysis.commands.console import emit
     from analysis.planner.costs import Device
     from analysis.planner.tables import csv_text, drawn, json_text
@@ -132,6 +144,12 @@ def _run(options: argparse.Namespace) -> None:
     else:
         plan = make_device_plan(options) if options.engine == "device" else make_plan(options, library)
     plan = with_code(options, plan, library)
+    if options.gmacs_per_second is not None:
+        plan = replace(plan, macs_per_second=1e9 * options.gmacs_per_second)
+    if options.plot is not None:
+        from analysis.planner.plots import draw
+
+        draw(plan, options.plot)
     texts = {"json": lambda: json_text(plan, device), "csv": lambda: csv_text(plan)}
     emit(drawn(plan, device), texts, options.format, options.output)
 

@@ -53,8 +53,8 @@ def _row(
         "method": method,
         **setting,
         "layers": 0 if method == "head-only" else layers,
-        "accuracy": round(row["accuracy_mean"], 4),
-        "sd": round(row["accuracy_sd"], 4),
+        "accuracy": round(row["accuracy_mean"], 6),
+        "sd": round(row["accuracy_sd"], 6),
         "seeds": len(row["seeds"]),
     }
 

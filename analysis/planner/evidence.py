@@ -10,14 +10,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+from analysis.commands.shipped import shipped
 from analysis.planner.options import Option
 from analysis.steps.methods import METHODS
 from analysis.steps.register import exact
 
-FILE = Path(__file__).parents[1] / "data" / "measured.json"
+FILE = "measured.json"
 FAMILIES = (("mcunet", "mobilenetv2"),)
 """Nets of one kind: inverted residual blocks, which were pretrained on ImageNet."""
 
@@ -86,5 +86,5 @@ def _setting(option: Option) -> dict[str, Any]:
 
 @cache
 def _file() -> tuple[str, Sequence[dict[str, Any]]]:
-    document = json.loads(FILE.read_text(encoding="utf-8"))
+    document = json.loads(shipped(FILE).read_text(encoding="utf-8"))
     return document["data"], document["rows"]

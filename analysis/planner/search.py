@@ -35,6 +35,7 @@ class Candidate:
     measured: Measured | None  #: None: no experiment says.
     memory: Memory
     times_bp: Fraction
+    macs: int  #: Of a step of the batch; of one image of a device program.
     over_bytes: int  #: Beyond the budget; 0 if it fits.
     too_much_work: bool
 
@@ -75,6 +76,7 @@ class Plan:
     skipped: Mapping[str, str] = field(default_factory=dict)  #: Batch sizes that the net cannot run on, and why.
     facts: Mapping[str, str] = field(default_factory=dict)  #: For the heading.
     unit: str = "KiB"  #: Of all sizes that are shown.
+    macs_per_second: float | None = None  #: Of the device, for estimates of time.
 
     @property
     def fitting(self) -> tuple[Row, ...]:
@@ -233,7 +235,7 @@ class _Finder:
         times = self.costs.times_bp(option, n, batch)
         return Candidate(
             option, n, batch, self._fidelity(option, n, batch) if predict else None,
-            measured(self.costs.name, option, n), memory, times,
+            measured(self.costs.name, option, n), memory, times, self.costs.macs(option, n, batch),
             max(0, memory.total - self.budget), self.flops_at_most is not None and times > self.flops_at_most,
         )  # fmt: skip
 

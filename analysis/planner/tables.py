@@ -81,6 +81,11 @@ def _meanings(plan: Plan, device: Device) -> list[str]:
         )
     if "device" in engines:
         lines.append(f"device: {COUNTED['program']}; optimiser {device.optimizer}; calibrated elsewhere")
+    if plan.macs_per_second:
+        lines.append(
+            f"estimated ms: an estimate, multiply-adds of the step (of one image of a device program) at "
+            f"{plan.macs_per_second / 1e9:g} billions a second; neither time nor energy was measured."
+        )
     lines.append(TOTAL)
     lines.append(MEANING.format(count=len(plan.paths), shares=plan.facts.get("shares", "")))
     lines.append(ACCURACY)
@@ -109,6 +114,7 @@ def _fitting(plan: Plan) -> Sheet:
     batches = sorted({batch for row in plan.fitting for batch in row.layers})
     columns = ["method and setting", "engine", "accuracy", "fidelity", "at least", "layers", "batch", "total", "step"]
     columns += ["factors", "weights", "calibration", "FLOPs/bp", "+1 layer"]
+    columns += ["estimated ms"] if plan.macs_per_second else []
     columns += ["most layers at batch " + ", ".join(map(str, batches))]
     table = Sheet(f"What fits (memory in {plan.unit})", columns, left=2)
     for row in plan.fitting:
@@ -121,7 +127,8 @@ def _fitting(plan: Plan) -> Sheet:
         most = ", ".join("-" if row.layers.get(batch) is None else str(row.layers[batch]) for batch in batches)
         table.add(
             row.option.name, row.option.engine, known, *estimates, str(best.layers), str(best.batch),
-            *(amount(part, plan.unit) for part in parts), f"{float(best.times_bp):.3f}", missing(row, plan.unit), most,
+            *(amount(part, plan.unit) for part in parts), f"{float(best.times_bp):.3f}", missing(row, plan.unit),
+            *([f"{1e3 * best.macs / plan.macs_per_second:,.1f}"] if plan.macs_per_second else []), most,
             style="green" if row is plan.rows[0] else "" if of or best.measured else "dim",
         )  # fmt: skip
     return table
@@ -196,6 +203,7 @@ def _candidate_json(c: Candidate) -> dict[str, Any]:
         **{f"{name}_bytes": getattr(m, name) for name in PARTS},
         "over_bytes": c.over_bytes,
         "flops_over_bp": float(c.times_bp),
+        "macs": c.macs,
         "too_much_work": c.too_much_work,
         "peak_at": m.at,
     }

@@ -383,7 +383,8 @@ def test_the_closest_lacks_least() -> None:
 
 def candidate(option: Option, memory: Memory, fidelity: Fidelity | None = None, **more: Any) -> Candidate:
     given: dict[str, Any] = {
-        "over_bytes": 0, "too_much_work": False, "times_bp": Fraction(5, 4), "measured": None, **more
+        "over_bytes": 0, "too_much_work": False, "times_bp": Fraction(5, 4), "macs": 10, "measured": None,
+        **more
     }  # fmt: skip
     return Candidate(option, 2, 3, fidelity, memory=memory, **given)
 

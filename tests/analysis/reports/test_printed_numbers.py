@@ -238,7 +238,8 @@ def test_what_is_shown_as_zero_counts_as_zero() -> None:
 
     def row(estimate: float | None) -> Row:
         of = None if estimate is None else Fidelity(estimate, 0.0, 1.0)
-        return Row(Option("bp"), Candidate(Option("bp"), 1, 1, of, memory, Fraction(1), 0, False), {1: 1}, None)
+        one = Candidate(Option("bp"), 1, 1, of, None, memory, Fraction(1), 1, 0, False)
+        return Row(Option("bp"), one, {1: 1}, None)
 
     assert _rank(row(0.0006)) < _rank(row(None)) < _rank(row(0.0004)) < _rank(Row(Option("bp"), None, {}, None))
 

@@ -68,7 +68,7 @@ def run(
     try:
         result = fit(
             module, sources[0], epochs=epochs, batch_size=batch, lr=lr, clip_norm=clip, seed=setup.seed,
-            micro_batch=micro, on_step=watch, progress=False, **taken,
+            chunk=micro, on_step=watch, progress=False, **taken,
         )  # fmt: skip
     except FloatingPointError as error:
         if not setup.validation:

@@ -35,6 +35,9 @@ class ActivationStore(ABC):
     """
 
     name: str
+    by_image = False
+    """Whether what is kept of an image is the same whatever the other images of the batch are, and the weight gradient
+    of a batch is the sum of its images' own: then a step may take its batch in chunks (``chunk`` of ``fit``)."""
     energy_kept: float | None = None
     """Share of the last activation's energy that was kept; None for a store that does not measure it."""
 
@@ -111,6 +114,7 @@ class Exact(ActivationStore):
     """Plain backpropagation: keep the activation itself."""
 
     name = "exact"
+    by_image = True
 
     def save(self, activation: np.ndarray) -> dict[str, np.ndarray]:
         return {"activation": activation}

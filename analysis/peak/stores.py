@@ -53,6 +53,8 @@ class StorePeak:
     """The rules of one activation store.
 
     ``carried``: (input shape, what the store says of itself) -> elements that it has from the step before.
+    ``by_image``: what the store says of itself -> whether it keeps of an image what it keeps of that image alone, so
+    that a batch may go in chunks.
     """
 
     save: Callable[[Call, Layer], int]
@@ -60,6 +62,7 @@ class StorePeak:
     input_gradient: Callable[[Call, Layer, Layout], int] | None = None
     shared: Callable[[Call], bool] = lambda call: False
     carried: Callable[[tuple[int, ...], Mapping[str, Any]], int] | None = None
+    by_image: Callable[[Mapping[str, Any]], bool] = lambda store: False
 
 
 STORES: dict[str, StorePeak] = {}
@@ -69,7 +72,11 @@ STORES: dict[str, StorePeak] = {}
 # ---- plain backpropagation, sketches, codes, patches -----------------------------------------
 
 
-STORES["exact"] = StorePeak(lambda call, layer: 0, lambda call, layer, g: layer.weight_workspace(g, call.inputs[0]))
+STORES["exact"] = StorePeak(
+    lambda call, layer: 0,
+    lambda call, layer, g: layer.weight_workspace(g, call.inputs[0]),
+    by_image=lambda store: True,
+)
 
 
 def _sketch_rows(call: Call) -> tuple[int, int]:
@@ -312,7 +319,11 @@ def _mean_weight(call: Call) -> int:
     return max((1 if math.prod(kernel) == 1 else 2) * weight.nbytes, summed)
 
 
-STORES["lance"] = StorePeak(_lance_save, _lance_weight)
+STORES["lance"] = StorePeak(
+    _lance_save,
+    _lance_weight,
+    by_image=lambda store: store["ranks"][0] is None and "core_bits" not in store,  # a sketch says its rank
+)
 
 
 def _patch_save(call: Call, layer: Layer) -> int:
@@ -335,7 +346,9 @@ def _patches(call: Call) -> tuple[tuple[int, int, int], Ranks]:
     return shape, call.record.attributes["store"]["ranks"]
 
 
-STORES["patch-lance"] = StorePeak(_patch_save, _patch_weight, shared=lambda call: True)
+STORES["patch-lance"] = StorePeak(
+    _patch_save, _patch_weight, shared=lambda call: True, by_image=lambda store: store["ranks"][0] is None
+)
 
 
 # ---- HOSVD and ASI ---------------------------------------------------------------------------
@@ -480,5 +493,9 @@ def _filter_input(call: Call, layer: Layer, g: Layout) -> int:
 
 
 STORES["gradient-filter"] = StorePeak(
-    _filter_save, _filter_weight, _filter_input, shared=lambda call: math.prod(call.record.inputs[1].shape[2:]) == 1
+    _filter_save,
+    _filter_weight,
+    _filter_input,
+    shared=lambda call: math.prod(call.record.inputs[1].shape[2:]) == 1,
+    by_image=lambda store: True,
 )

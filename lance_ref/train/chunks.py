@@ -47,17 +47,16 @@ def chunks_of(net: Module, input_shape: Shape, dtype: Any, batch: int, asked: in
     batch : int
         Images of a step.
     asked : int, "auto" or None
-        At most so many; ``"auto"``: as many as :data:`AUTO_BYTES` allow, but at least one; None: all of them.
+        At most so many, or with ``"auto"`` at most so many as :data:`AUTO_BYTES` allow, in equal chunks: the largest
+        divisor of ``batch`` up to that. None: all of them.
 
     Raises
     ------
     ValueError
         If ``asked`` is none of these.
     """
-    number = isinstance(asked, (int, np.integer)) and not isinstance(asked, bool) and asked >= 1
-    if not (number or asked is None or asked == "auto"):
-        raise ValueError(f"chunk is {asked!r}, expected 'auto', None, or a positive number of images")
-    if asked is None or (number and int(asked) >= batch):
+    check_chunk(asked)
+    if asked is None or (asked != "auto" and int(asked) >= batch):
         return Chunks(batch, "")
     why = mixing_store(net)  # first: a compressed batch mode would fit no other batch size
     if why is None:
@@ -70,19 +69,27 @@ def chunks_of(net: Module, input_shape: Shape, dtype: Any, batch: int, asked: in
             why = mixing_operation(few, more) or shared_draws(net, few) or unseen_store(net, few)
     if why is not None:
         return Chunks(batch, f"Each batch stayed whole: {why}.")
-    images = int(asked) if number else at_a_time(few, SIZES[0], batch)
+    images = at_a_time(few, SIZES[0], batch, asked)
     if images == batch:
         return Chunks(batch, "Each batch stayed whole: it is small enough.")
     return Chunks(images, f"Each step took its {batch} images {images} at a time.")
 
 
-def at_a_time(records: Sequence[OpRecord], traced: int, batch: int) -> int:
-    """The most images, up to ``batch``, of which the results that get gradients take at most :data:`AUTO_BYTES`.
+def check_chunk(asked: object) -> None:
+    """Raise ValueError unless this can be asked for."""
+    number = isinstance(asked, (int, np.integer)) and not isinstance(asked, bool) and asked >= 1
+    if not (number or asked is None or asked == "auto"):
+        raise ValueError(f"chunk is {asked!r}, expected 'auto', None, or a positive number of images")
 
-    ``records`` are the trace of ``traced`` images.
-    """
-    results = {record.output.id: record.output.nbytes for record in flat(records) if record.output.requires_grad}
-    return max(1, min(batch, AUTO_BYTES * traced // max(sum(results.values()), 1)))
+
+def at_a_time(records: Iterable[OpRecord], traced: int, batch: int, asked: int | str) -> int:
+    """The images of a chunk, for what was asked of :func:`chunks_of`; ``records`` are a trace of ``traced`` images."""
+    if isinstance(asked, str):
+        results = {record.output.id: record.output.nbytes for record in flat(records) if record.output.requires_grad}
+        most = AUTO_BYTES * traced // max(sum(results.values()), 1)
+    else:
+        most = int(asked)
+    return next(images for images in range(max(1, min(most, batch)), 0, -1) if batch % images == 0)
 
 
 def mixing_operation(few: Sequence[OpRecord], more: Sequence[OpRecord], sizes: tuple[int, int] = SIZES) -> str | None:

@@ -30,7 +30,8 @@ def small_net(kind: str = "stride", middle: Module | None = None, dtype: Any = n
     rng = np.random.default_rng(3)
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, rng=rng, **KINDS[kind]), nn.ReLU(),
-        nn.Conv2d(4, 4, 2, groups=2, rng=rng), middle or nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3, rng=rng),
+        nn.Conv2d(4, 4, 2, groups=2, rng=rng), middle or nn.ReLU6(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3, rng=rng),
     ).to(dtype)  # fmt: skip
 
 
@@ -49,11 +50,11 @@ def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
 @given(st.sampled_from(sorted(KINDS)), st.integers(1, BATCH))
 @settings(max_examples=12)
 def test_chunks_make_the_step_of_the_whole_batch(kind: str, chunk: int) -> None:
-    """Weights, losses and accuracies, to rounding in float64, whether or not the chunk divides the batch."""
+    """Weights, losses and accuracies, to rounding in float64; chunks are equal, 2 for 3 of 8."""
     whole, expected = trained(small_net(kind), None)
     parts, found = trained(small_net(kind), chunk)
     assert_close(found, expected)
-    assert parts.chunk == chunk
+    assert parts.chunk == max(k for k in (1, 2, 4, 8) if k <= chunk)
     assert whole.chunk == BATCH
     assert whole.chunk_note == ""
     for a, b in zip(whole.history, parts.history, strict=True):
@@ -80,23 +81,23 @@ def test_auto_takes_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results of one image: 4·2·2 twice; 4·1·1 in convolution, ReLU6, pool and the look at it; three scores."""
     net = small_net(dtype=np.float32)
     numbers = 2 * (4 * 2 * 2) + 2 * (4 * 1 * 1) + 4 + 4 + 3
-    for images_at_a_time in (1, 3, 8):
+    for images_at_a_time in (1, 2, 8):
         monkeypatch.setattr(chunks, "AUTO_BYTES", 4 * numbers * images_at_a_time + 3)
         assert chunks_of(net, (3, 6, 6), np.float32, BATCH, "auto").images == images_at_a_time
     monkeypatch.setattr(chunks, "AUTO_BYTES", 1)
     assert chunks_of(net, (3, 6, 6), np.float32, BATCH, "auto").images == 1
     tune(net, "head")  # what is before the head gets no gradients
     monkeypatch.setattr(chunks, "AUTO_BYTES", 4 * 3 * 5)
-    assert chunks_of(net, (3, 6, 6), np.float32, BATCH, "auto").images == 5
+    assert chunks_of(net, (3, 6, 6), np.float32, 10, "auto").images == 5
 
 
 def test_dropout_draws_what_the_whole_batch_draws() -> None:
     """Of odd numbers of elements too, and of two layers, each with a generator of its own."""
-    for chunk in (1, 3):
+    for chunk in (1, 2):
         found = []
         for of in (None, chunk):
             net = small_net(middle=nn.Dropout(0.4, rng=1))
-            net._modules["1"] = nn.Dropout(0.2, rng=2)
+            net._modules["7"] = nn.Dropout(0.2, rng=2)  # of three scores
             found.append(trained(net, of)[1])
         assert_close(found[1], found[0])
 
@@ -259,4 +260,4 @@ def test_the_tape_of_a_chunk_does_not_hold_the_batch() -> None:
         patch.setattr(FitRun, "forward", forward)
         trained(small_net(), 3)
     assert {x.base is None for x in seen} == {True}
-    assert [len(x) for x in seen[:3]] == [3, 3, 2]
+    assert [len(x) for x in seen[:5]] == [2, 2, 2, 2, 2]

@@ -49,6 +49,24 @@ def blockwise(formula: Callable[..., Any], *arrays: np.ndarray, over: np.ndarray
     return result
 
 
+def stretches(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Looks at the same elements of arrays of one shape, at most a block of them at a time, to read and to write.
+
+    >>> [[part.size for part in parts] for parts in stretches(np.zeros((9, 1 << 13)), np.ones((9, 1 << 13)))]
+    [[65536, 65536], [8192, 8192]]
+    """
+    first = arrays[0]
+    if first.size <= BLOCK_ELEMENTS:
+        yield arrays
+    elif all(array.flags.c_contiguous for array in arrays):
+        flat = [array.reshape(-1) for array in arrays]
+        for start in range(0, first.size, BLOCK_ELEMENTS):
+            yield tuple(array[start : start + BLOCK_ELEMENTS] for array in flat)
+    else:
+        for part in pieces(first.shape, ()):
+            yield tuple(array[part] for array in arrays)
+
+
 def pieces(shape: Sequence[int], whole: Collection[int]) -> Iterator[tuple[slice, ...]]:
     """Indices that cut an array along its longest axis, those in ``whole`` aside, into pieces of at most a block.
 

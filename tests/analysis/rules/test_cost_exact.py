@@ -480,9 +480,10 @@ def test_a_layer_that_runs_twice_is_there_once(optimizer: str, copies: int) -> N
 def test_what_an_update_allocates() -> None:
     """Small parameters and large ones."""
     small, large = 1000, 256 * 1024
-    assert [updating("sgd", n) for n in (small, large)] == [small, large]
-    assert [updating("sgd-momentum", n) for n in (small, large)] == [3 * small, 2 * large]
-    assert [updating("adam", n) for n in (small, large)] == [4 * small, 3 * large]
+    block = 4 * (1 << 16)
+    assert [updating("sgd", n, 4) for n in (small, 3 * block)] == [small, block]
+    assert [updating("sgd-momentum", n, 4) for n in (small, 3 * block)] == [small, block]
+    assert [updating("adam", n, 8) for n in (small, 3 * block)] == [2 * small, 2 * 2 * block]
     assert [temporaries(n) for n in (large - 4, large)] == [2 * (large - 4), large]
     assert [division_buffer(n) for n in (1, 2, 8192, 9000)] == [0, 32, 131_072, 131_072]
 

@@ -228,7 +228,6 @@ def predict_step(
     """The prediction for a step that was traced, by methods of these names."""
     from analysis.ranks.choose import choose_ranks
     from analysis.rules.account import CostCache, account
-    from analysis.steps.chunks import in_chunks
 
     tuned, choice = {}, None
     if any(METHODS[name].make is not None for name in names):
@@ -239,15 +238,18 @@ def predict_step(
     for name in names:
         try:
             given[name] = ranks_of(name, choice, tuned)
-            whole = method_step(name, step, asked.settings, given[name], tuned)
-            steps[name], said = in_chunks(name, step, whole, asked.settings, given[name], tuned, asked.chunk)
-            chunks |= {name: said} if said else {}
+            steps[name] = method_step(name, step, asked.settings, given[name], tuned)
         except NotApplicableError as error:
             if list(names) != list(METHODS):
                 raise ValueError(f"method {name!r} does not fit net {step.name!r}: {error}") from None
             notes[name] = str(error)
             given.pop(name, None)
             continue
+        if asked.chunk is not None:
+            from analysis.steps.chunks import in_chunks
+
+            whole = steps[name]
+            steps[name], chunks[name] = in_chunks(name, step, whole, asked.settings, given[name], tuned, asked.chunk)
         of_step = steps[name]
         bills[name] = account(of_step.records, step.head, of_step.repeats, None if of_step.own_trace else cache)
     calibration = _calibrations(step, bills, given, tuned, asked.settings, cache)

@@ -45,7 +45,7 @@ def in_chunks(
     settings: Settings,
     ranks: Mapping[str, Ranks],
     tuned: Mapping[str, tuple[int, ...]],
-    asked: int | str | None,
+    asked: int | str,
 ) -> tuple[MethodStep, str]:
     """The step of a method in equal chunks of images, and a clause on that; as it is where something mixes the images.
 
@@ -53,11 +53,11 @@ def in_chunks(
     ----------
     name, step, settings, ranks, tuned
         Those of :func:`analysis.steps.register.method_step`, which gave ``changed``.
-    asked : int, "auto" or None
-        As ``chunk`` of :func:`lance_ref.fit`, which decides likewise. None leaves the step as it is, in no words.
+    asked : int or "auto"
+        As ``chunk`` of :func:`lance_ref.fit`, which decides likewise.
     """
-    if asked is None or changed.repeats > 1:
-        return changed, ""
+    if changed.repeats > 1:
+        return changed, f"{step.batch // changed.repeats} images at a time"
     why = mixing_store(changed)
     if why is not None:
         return changed, f"each batch stays whole: {why}"

@@ -1,4 +1,4 @@
-"""Optimisers write into the parameters' own arrays, a block at a time: the bits of whole arrays, and nobody's values."""
+"""Optimisers write into the parameters' own arrays, a block at a time: the bits of whole arrays, nobody's values."""
 
 from __future__ import annotations
 

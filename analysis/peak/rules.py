@@ -39,7 +39,7 @@ class Backward:
 
     most: int  #: Bytes that it has allocated at a time, the gradients it returns included.
     gradients: tuple[Layout | None, ...]  #: One per input; None where none is computed.
-    #: Positions whose gradient is a view or is handed out twice: a leaf takes a copy of it.
+    #: Positions whose gradient is a look at memory that others see, or is handed out twice: a leaf takes a copy of it.
     shared: frozenset[int] = frozenset()
 
 
@@ -341,7 +341,7 @@ def matmul_backward(call: Call, g: Layout) -> Backward:
         if len(value.shape) > 2 or position == 0:
             full = max(full, math.prod(batch) * math.prod(value.shape[-2:]) * call.itemsize)
         made.add(position, new(value.shape, call.itemsize), full if full > value.nbytes else 0)
-    return made.done((0, 1))
+    return made.done()
 
 
 # ---- moving elements about ---------------------------------------------------------------
@@ -431,7 +431,7 @@ def max_forward(call: Call) -> int:
 @backward("max")
 def max_backward(call: Call, g: Layout) -> Backward:
     grad = like_input(call)
-    return Backward(grad.storage.nbytes + 8 * call.n_out + _other_axes(call), (grad,), frozenset({0}))
+    return Backward(grad.storage.nbytes + 8 * call.n_out + _other_axes(call), (grad,))
 
 
 @backward("var")
@@ -506,7 +506,7 @@ def batch_norm_backward(call: Call, g: Layout) -> Backward:
     for position in (1, 2) if affine else ():
         if call.needs(position):
             made.gradients[position] = like_input(call, position)
-    return made.done((1,))
+    return made.done()
 
 
 @backward("layer_norm")

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lance_ref.engine.ownership import alone, lie_alike
+from lance_ref.engine.ownership import alone, has_own_memory, lie_alike
 from lance_ref.engine.random import Draws
 from lance_ref.engine.state import state
 from lance_ref.engine.tensor import Shape, Tensor, Version
@@ -333,7 +333,7 @@ def _run_backward(root: Node, seed: np.ndarray, retain_graph: bool) -> None:
                     )
                 # The chain rule adds up over all uses of a tensor: in ``.grad`` of a leaf, in ``pending`` of a result.
                 if isinstance(edge, Tensor):
-                    in_use = (grad is grad_output and not own) or grad.base is not None
+                    in_use = (grad is grad_output and not own) or not has_own_memory(grad)
                     shared = in_use or sum(grad is g for g in grads) > 1
                     edge.accumulate_grad(grad, owned=not shared)
                 elif edge.sequence in pending:

@@ -52,6 +52,18 @@ def alone(array: Any, *, others: int = 0) -> bool:
     return whole and sys.getrefcount(array.base) == _OF_BASE
 
 
+def has_own_memory(array: Any) -> bool:
+    """Whether an array's memory is its own: no look at another array, or at one that nothing else refers to.
+
+    Of the latter only a packed one counts, as a copy of it would be.
+    """
+    if array.base is None:
+        return True
+    if type(array.base) is not np.ndarray or array.base.base is not None or array.nbytes != array.base.nbytes:
+        return False
+    return bool(array.flags.carray) and sys.getrefcount(array.base) == _OF_BASE
+
+
 def lie_alike(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays of one shape lie in memory the same way."""
     return all(n == 1 or i == j for n, i, j in zip(a.shape, a.strides, b.strides, strict=True))

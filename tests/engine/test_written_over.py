@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lance_ref import F, Tensor, nn
 from lance_ref.engine import autograd, blocks, ownership, tensor
 from lance_ref.engine.autograd import Function
-from lance_ref.engine.ownership import alone, lie_alike
+from lance_ref.engine.ownership import alone, has_own_memory, lie_alike
 from lance_ref.functional.nonlinearities import Relu
 
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
@@ -309,3 +309,24 @@ def test_where_references_are_counted_otherwise() -> None:
     """The count for one name is measured, not assumed: it is what this interpreter gives."""
     array = np.zeros(1)
     assert ownership._references(array) == ownership._ONE
+
+
+def test_a_leaf_takes_a_look_at_memory_of_its_own() -> None:
+    """A product that was reshaped is not copied; a look at what others see is."""
+    a, b = Tensor(np.ones((2, 3, 4)), requires_grad=True), Tensor(np.ones((4, 5)), requires_grad=True)
+    F.matmul(a, b).backward(np.ones((2, 3, 5)))
+    for leaf in (a, b):
+        assert leaf.grad is not None
+        assert has_own_memory(leaf.grad)
+    array: Any = np.zeros(12).reshape(3, 4)
+    assert has_own_memory(array)
+    other = array.base
+    assert not has_own_memory(array)
+    del other
+    for look in (np.zeros((3, 4))[1:], np.zeros((3, 4)).T, np.broadcast_to(np.zeros(1), 3)):
+        assert not has_own_memory(look)
+    x = Tensor(np.ones((4, 6)), requires_grad=True)
+    seed = SEED.copy()
+    x.reshape(24).backward(seed.reshape(24))
+    assert x.grad is not None
+    assert not np.shares_memory(x.grad, seed)

@@ -296,7 +296,10 @@ def test_the_peak_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert plain["peak"]["micro-batch"]["forward_bytes"] > trained > plain["peak"]["bp"]["forward_bytes"]
     assert main([*arguments, "--optimizer", "adam"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"The peak of a step with bp (and micro-batch )?is [0-9.]+ MiB, in the \w+( pass)? \([a-z.0-9]+\)\. The grad", text)
+    assert re.search(
+        r"The peak of a step with bp (and micro-batch )?is [0-9.]+ MiB, in the \w+( pass)? \([a-z.0-9]+\)\. The grad",
+        text,
+    )
 
 
 def test_tasks_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:

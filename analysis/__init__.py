@@ -27,7 +27,7 @@ sys.meta_path.insert(0, LateFinder())  # old import paths, for one release
 NEEDED = {
     "cost": (
         *("cost_model", "peak.memory", "ranks.choose", "reports.peaks", "reports.report", "reports.tables"),
-        "rules.calibration_costs",
+        *("rules.calibration_costs", "steps.chunks"),
     ),
     "operation": ("rules.operations", "rules.account", "peak.layers", "check.torch_replay"),
     "OpCost": ("rules.op_cost",),

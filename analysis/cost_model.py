@@ -17,6 +17,7 @@ from analysis.commands.cli import (
     check_effect,
     check_no_effect,
     check_once,
+    chunk,
     count,
     few,
     figure_file,
@@ -80,6 +81,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--optimizer", default="sgd", choices=["sgd", "sgd-momentum", "adam"], help="whose state counts at the peak"
     )
+    p.add_argument(
+        "--chunk", type=chunk,
+        help="most images at a time, or auto, with every method that gives the same step then (the whole batch)",
+    )  # fmt: skip
     p.add_argument("--continual", type=few, metavar="T", help="also bill learning T tasks one after the other")
     p.add_argument(
         "--protected", type=share_below_one, metavar="SHARE",
@@ -187,6 +192,7 @@ def _predict(options: argparse.Namespace) -> Prediction:
         protected=DEFAULT_PROTECTED if options.protected is None else options.protected,
         basis_batches=DEFAULT_BASIS_BATCHES if options.basis_batches is None else options.basis_batches,
         optimizer=options.optimizer,
+        chunk=options.chunk,
     )  # fmt: skip
 
 

@@ -235,6 +235,7 @@ def _compare_with_pytorch(comparison: Comparison, prediction: Prediction) -> Non
         except LookupError as error:
             comparison.notes.append(f"PyTorch's FLOP counter: skipped: {error}")
             continue
+        times = prediction.steps[method].repeats
         forward = sum(2 * bill.cost.forward_macs for bill in bills)
         costs = [bill.cost for bill in bills]
         backward = sum(2 * (cost.grad_input_macs + cost.grad_weight_macs + cost.recompute_macs) for cost in costs)
@@ -245,7 +246,8 @@ def _compare_with_pytorch(comparison: Comparison, prediction: Prediction) -> Non
                 f"the images: {', '.join(reworked)}"
             )
         for what, ours, theirs in (("forward", forward, counted.forward), ("backward", backward, counted.backward)):
-            comparison.add(method, f"FLOPs {what}, FlopCounterMode", {"all layers": ours}, {"all layers": theirs})
+            counts = {"all layers": ours}, {"all layers": times * theirs}
+            comparison.add(method, f"FLOPs {what}, FlopCounterMode", *counts)
 
 
 def _images(data: str | None, size: tuple[int, int]) -> Dataset:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -301,6 +301,21 @@ class StoreTestCase:
                 error = np.abs(found - expected).max()
                 require(error <= rounding, f"the weight gradient is off by {error:.3g}, of rounding is {rounding:.3g}")
         require(compared > 0, "exactly() gives a store for no layer")
+
+    def test_weight_gradients_of_images_add_up_where_it_is_said(self) -> None:
+        """``by_image``: the weight gradient of a batch is the sum of those of its images, to rounding."""
+        for case in self.cases():
+            with case.named():
+                store, g, (x, _, grad_output) = self.make(case.layer()), case.geometry, case.arrays()
+                if not store.by_image:
+                    continue
+                expected = store.weight_gradient(store.save_for(x, g), grad_output, g)
+                one, found = replace(g, input_shape=(1, *g.input_shape[1:])), np.zeros_like(expected)
+                for image, of_image in zip(np.split(x, len(x)), np.split(grad_output, len(x)), strict=True):
+                    found += store.weight_gradient(store.save_for(image.copy(), one), of_image, one)
+                rounding = 100 * np.finfo(case.dtype).eps * g.weight_gradient(abs(x), abs(grad_output)).max()
+                error = np.abs(found - expected).max()
+                require(error <= rounding, f"the images' sum is off by {error:.3g}, of rounding is {rounding:.3g}")
 
     def test_gradients_lie_in_the_basis_that_the_store_names(self) -> None:
         """A layer may train in it: the gradient of D is that of the weight in coordinates, at the cost predicted."""

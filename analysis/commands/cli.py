@@ -191,6 +191,11 @@ share = number("a number in (0, 1]", lambda value: 0 < value <= 1)
 share_below_one = number("a number in [0, 1)", lambda value: 0 <= value < 1)
 
 
+def chunk(text: str) -> int | str:
+    """A type: most images at a time, or ``auto``."""
+    return text if text == "auto" else count(text)
+
+
 def name_of(names: Callable[[], Iterable[str]]) -> Callable[[str], str]:
     """A type: one of the names that a function gives; it is called only when there is something to check."""
 

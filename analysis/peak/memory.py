@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.commands.names import plain
-from analysis.peak.arrays import REUSED_BYTES
+from analysis.peak.arrays import BLOCK
 from analysis.peak.lifetimes import Lifetimes, lifetimes_from_scopes
 from analysis.peak.simulation import Simulation
 from analysis.peak.stores import STORES
@@ -27,7 +27,7 @@ from analysis.rules.recompute import flatten
 from lance_ref import functional as F
 from lance_ref import optim
 from lance_ref.algebra.kernels.threads import numba_enabled
-from lance_ref.engine.recording import OpRecord
+from lance_ref.engine.recording import OpRecord, itemsize
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
 from lance_ref.optim import Optimizer
@@ -149,7 +149,7 @@ def peak_of(simulation: Simulation, optimizer: str, parameters: int | None) -> P
     ends["optimiser"] = ledger.live + state
     if trained:
         largest = max(trained, key=lambda value: trained[value])
-        ends["optimiser"] += updating(optimizer, trained[largest])
+        ends["optimiser"] += updating(optimizer, trained[largest], itemsize(read[largest].dtype))
         where["optimiser"] = str(read[largest].parameter)
     moment = max(ends, key=lambda moment: ends[moment])
     return Peak(
@@ -175,17 +175,12 @@ def records_of(step: Sequence[OpRecord] | Sequence[Billed]) -> list[OpRecord]:
     ]
 
 
-def updating(optimizer: str, nbytes: int) -> int:
-    """Bytes allocated while one parameter of ``nbytes`` is updated, its new values included, its state not.
+def updating(optimizer: str, nbytes: int, item: int) -> int:
+    """Bytes allocated while a parameter of ``nbytes`` is updated in place, a block of ``item``-byte numbers at a time.
 
-    SGD: the step, which becomes the new values. Momentum: the new velocity beside the old one, and the step, or, for
-    small parameters, both summands of the velocity. Adam: new means beside the old ones, and the formula's terms.
+    SGD, with momentum or without: the step. Adam: the step and its denominator.
     """
-    if optimizer == "sgd":
-        return nbytes
-    if optimizer == "sgd-momentum":
-        return (2 if nbytes >= REUSED_BYTES else 3) * nbytes
-    return (3 if nbytes >= REUSED_BYTES else 4) * nbytes
+    return (2 if optimizer == "adam" else 1) * min(nbytes, BLOCK * item)
 
 
 def make_optimizer(name: str, net: Module, lr: float = 1e-300) -> Optimizer:

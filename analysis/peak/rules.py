@@ -17,7 +17,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.peak import arrays
-from analysis.peak.arrays import BLOCK, UFUNC_BUFFER, division_buffer, in_blocks, like_input, new, packing, piece
+from analysis.peak.arrays import (
+    BLOCK,
+    UFUNC_BUFFER,
+    division_buffer,
+    in_blocks,
+    is_packed,
+    like_input,
+    new,
+    packing,
+    piece,
+)
 from analysis.rules.layouts import Layout, Shape, Storage, is_basic_index, packed_strides
 from analysis.rules.op_cost import Call, bit_bytes, index_bytes
 from analysis.rules.operations import OPERATIONS, column, fill
@@ -29,7 +39,7 @@ class Backward:
 
     most: int  #: Bytes that it has allocated at a time, the gradients it returns included.
     gradients: tuple[Layout | None, ...]  #: One per input; None where none is computed.
-    #: Positions whose gradient is a view or is handed out twice: a leaf takes a copy of it.
+    #: Positions whose gradient is a look at memory that others see, or is handed out twice: a leaf takes a copy of it.
     shared: frozenset[int] = frozenset()
 
 
@@ -74,6 +84,16 @@ def most_forward(call: Call) -> int:
     outside = {call.output.storage, *(x.storage for x in call.inputs)}
     kept = row.cost(call).tape if row.cost is not None else []
     return call.record.output.nbytes + sum(s.storage.nbytes for s in kept if s.storage not in outside) + _ordinary(call)
+
+
+def reused(call: Call, g: Layout, *others: Layout) -> bool:
+    """Whether the result is written over the gradient that came in; ``others`` are what it is computed from besides."""
+    return call.owns_gradient and all(x.shape != g.shape or lie_alike(x, g) for x in others)
+
+
+def lie_alike(a: Layout, b: Layout) -> bool:
+    """Whether two arrays of one shape lie in memory the same way."""
+    return all(n == 1 or i == j for n, i, j in zip(a.shape, a.strides, b.strides, strict=True))
 
 
 def run_backward(call: Call, g: Layout) -> Backward:
@@ -147,11 +167,17 @@ BESIDE_RESULT: dict[str, ForwardRule] = {
 
 fill("in_flight_forward", {op: lambda c: _result(c) + BESIDE_RESULT[c.record.op](c) for op in BESIDE_RESULT})
 
+
+@backward("relu", "relu6", "hardsigmoid", "dropout", "clip", "fake_quantize")
+def masked_backward(call: Call, g: Layout) -> Backward:
+    """Over the gradient that came in where that is packed."""
+    if reused(call, g) and is_packed(g):
+        return Backward(0, (g,))
+    return _alone(like_input(call), packing(g, call.itemsize))
+
+
 BESIDE_GRADIENT: dict[str, Callable[[Call, Layout], int]] = {
-    **dict.fromkeys(
-        ("relu", "relu6", "hardsigmoid", "dropout", "clip", "fake_quantize", "max_pool2d"),
-        lambda c, g: packing(g, c.itemsize),
-    ),
+    "max_pool2d": lambda c, g: packing(g, c.itemsize),
     "avg_pool2d": lambda c, g: _result(c) + _of_windows(c),  # each window's share
     "adaptive_avg_pool2d": lambda c, g: (_planes(c) + 2 * min(_planes(c), UFUNC_BUFFER)) * c.itemsize,
     "index": lambda c, g: _positions(c),
@@ -174,7 +200,10 @@ def unary_backward(call: Call, g: Layout) -> Backward:
     if call.record.op in UNBLOCKED:
         return _alone(grad, grad.storage.nbytes * UNBLOCKED[call.record.op][1])
     costs = TEMPORARIES[call.record.op][1]
-    return _alone(grad, 0 if costs == NONE else in_blocks(call, *costs, g, call.inputs[0]))
+    others = () if call.record.op == "neg" else call.inputs[:1]
+    over = reused(call, g, *others) and (costs == NONE or call.n_in > BLOCK)
+    beside = 0 if costs == NONE else in_blocks(call, *costs, g, call.inputs[0])
+    return Backward(beside, (g,)) if over else _alone(grad, beside)
 
 
 @forward("relu", "relu6", "hardsigmoid", "clip", "fake_quantize")
@@ -217,7 +246,10 @@ def softmax_backward(call: Call, g: Layout) -> Backward:
     total = new(tuple(1 if axis == dim else n for axis, n in enumerate(shape)), call.itemsize)
     logarithms = call.record.op == "log_softmax"
     pieces = in_blocks(call, *ONE, g, call.output, total) if logarithms else piece(shape, [dim], call.itemsize)
-    return _alone(new(g.shape, call.itemsize, g, call.output), total.storage.nbytes + pieces)
+    beside, in_blocks_at_all = total.storage.nbytes + pieces, call.n_in > BLOCK or total.shape != g.shape
+    if reused(call, g, call.output) and (in_blocks_at_all or not logarithms):
+        return Backward(beside, (g,))
+    return _alone(new(g.shape, call.itemsize, g, call.output), beside)
 
 
 # ---- arithmetic of two -------------------------------------------------------------------
@@ -243,7 +275,11 @@ def add_backward(call: Call, g: Layout) -> Backward:
         negative, summed = call.record.op == "sub" and position == 1, _repeated(call, position)
         if not (negative or summed):
             made.gradients[position] = g
-            shared.append(position)
+            if not call.owns_gradient or len(made.wanted) > 1:
+                shared.append(position)
+            continue
+        if negative and not summed and len(made.wanted) == 1 and reused(call, g):
+            made.gradients[position] = g
             continue
         grad = like_input(call, position)
         both = arrays.temporaries(grad.storage.nbytes) - grad.storage.nbytes
@@ -263,11 +299,15 @@ def _product(call: Call, shape: Shape, full: Shape) -> int:
 
 @backward("mul")
 def mul_backward(call: Call, g: Layout) -> Backward:
-    """A product for each."""
+    """A product for each, sums first; the last one over the gradient that came in, where it has its shape."""
     made = Making(call)
-    for position in made.wanted:
-        shape = call.record.inputs[position].shape
-        like = [] if _repeated(call, position) else [g, call.inputs[1 - position]]
+    order = sorted(made.wanted, key=lambda position: not _repeated(call, position))
+    for position in order:
+        shape, other = call.record.inputs[position].shape, call.inputs[1 - position]
+        if position == order[-1] and not _repeated(call, position) and reused(call, g, other):
+            made.gradients[position] = g
+            continue
+        like = [] if _repeated(call, position) else [g, other]
         made.add(position, new(shape, call.itemsize, *like), _product(call, shape, g.shape))
     return made.done()
 
@@ -275,11 +315,13 @@ def mul_backward(call: Call, g: Layout) -> Backward:
 @backward("div")
 def div_backward(call: Call, g: Layout) -> Backward:
     """The quotient g/b, which is the gradient of a, or is summed; its negative, a/b and their product for b."""
-    full = _result(call)
-    made = Making(call, full)
+    full, over = _result(call), reused(call, g, call.inputs[1])
+    made = Making(call, 0 if over else full)
     for position in made.wanted:
         summed = _repeated(call, position)
         grad = like_input(call, position) if summed else new(g.shape, call.itemsize, g)
+        if position == 0 and not summed and over:
+            grad = g
         made.gradients[position] = grad
         if position == 1:
             made.reach(full + max(arrays.temporaries(full), grad.storage.nbytes if summed else 0))
@@ -299,7 +341,7 @@ def matmul_backward(call: Call, g: Layout) -> Backward:
         if len(value.shape) > 2 or position == 0:
             full = max(full, math.prod(batch) * math.prod(value.shape[-2:]) * call.itemsize)
         made.add(position, new(value.shape, call.itemsize), full if full > value.nbytes else 0)
-    return made.done((0, 1))
+    return made.done()
 
 
 # ---- moving elements about ---------------------------------------------------------------
@@ -389,7 +431,7 @@ def max_forward(call: Call) -> int:
 @backward("max")
 def max_backward(call: Call, g: Layout) -> Backward:
     grad = like_input(call)
-    return Backward(grad.storage.nbytes + 8 * call.n_out + _other_axes(call), (grad,), frozenset({0}))
+    return Backward(grad.storage.nbytes + 8 * call.n_out + _other_axes(call), (grad,))
 
 
 @backward("var")
@@ -458,12 +500,13 @@ def batch_norm_backward(call: Call, g: Layout) -> Backward:
         made.held += full + groups
         made.reach(piece(shape, axes, call.itemsize))
     if of_input:
-        made.gradients[0] = new(shape, call.itemsize, call.inputs[0] if training else g)
-        made.reach(2 * groups if training else full)
+        over = reused(call, g) and not training
+        made.gradients[0] = g if over else new(shape, call.itemsize, call.inputs[0] if training else g)
+        made.reach(2 * groups if training else 0 if over else full)
     for position in (1, 2) if affine else ():
         if call.needs(position):
             made.gradients[position] = like_input(call, position)
-    return made.done((1,))
+    return made.done()
 
 
 @backward("layer_norm")

@@ -1,26 +1,28 @@
 """A training step, buffer by buffer: what is alive while the records of a trace run forward and back again.
 
 The order is that of the autograd: forward as traced; backward from the newest operation to the oldest, each giving up
-what it kept once its gradients are there; gradients that meet are added into a new array. A recomputed segment
+what it kept once its gradients are there. A gradient to which nothing else refers is written over by the one that comes
+of it, and gradients that meet are added up in the first one's array. A recomputed segment
 (:mod:`analysis.rules.recompute`) runs forward once more when backward arrives at it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from analysis.peak import layers  # noqa: F401  (it registers its rules)
 from analysis.peak.arrays import new
 from analysis.peak.lifetimes import Lifetimes
-from analysis.peak.rules import most_forward, run_backward
+from analysis.peak.rules import lie_alike, most_forward, run_backward
 from analysis.peak.stores import STORES
 from analysis.rules.layouts import Layout, Memory, Storage, backward_reaches
 from analysis.rules.op_cost import Call, Saved, cost_of
 from analysis.rules.recompute import OP as SEGMENT
 from analysis.rules.recompute import flatten, inside
-from lance_ref.engine.recording import OpRecord, Value
+from lance_ref.engine.recording import OpRecord, Value, itemsize
 
 
 @dataclass
@@ -84,6 +86,7 @@ class Simulation:
         self.records, self.ends = records, ends
         self.memory, self.ledger = Memory(), Ledger()
         self.gradients: dict[int, Storage] = {}  # of leaves, by id of the value
+        self.itemsize = itemsize(records[-1].output.dtype) if records else 1  # of the loss, and of all gradients
         self.made = {record.output.id for record in flatten(records)}
         self.pending: dict[int, Layout] = {}
         self.values: dict[int, Storage] = {}  # tensors that are alive
@@ -212,7 +215,8 @@ class Simulation:
                 self._backward(again)
                 continue
             del self.pending[each.record.output.id]
-            back = run_backward(each.call, gradient)
+            own = self._is_alone(gradient) and each.record is not self.records[-1]  # the loss's is the caller's
+            back = run_backward(replace(each.call, owns_gradient=own), gradient)
             self.ledger.reach(back.most, each.record)
             made = [grad.storage for grad in back.gradients if grad is not None]
             for storage in made:
@@ -224,26 +228,33 @@ class Simulation:
             for storage in [*made, gradient.storage]:
                 self.ledger.drop(storage)
 
+    def _is_alone(self, gradient: Layout) -> bool:
+        """Whether nothing else refers to a gradient's memory, all of which it is."""
+        item = self.itemsize * math.prod(gradient.shape)
+        repeats = any(step == 0 and n > 1 for n, step in zip(gradient.shape, gradient.strides, strict=True))
+        return self.ledger.holders[gradient.storage] == 1 and gradient.storage.nbytes == item and not repeats
+
     def _release(self, each: _Ran) -> None:
         for storage in each.kept:
             self.ledger.drop(storage)
 
     def _accumulate(self, value: Value, grad: Layout, shared: bool, record: OpRecord) -> None:
-        """A leaf keeps a gradient of its own; gradients that meet become a new array."""
+        """A leaf keeps a gradient of its own; gradients that meet are added up in the first one's array if they can."""
         item = value.nbytes // max(value.size, 1)
         if value.id not in self.made:
-            previous = self.gradients.get(value.id)
-            if previous is not None or shared:
+            if value.id in self.gradients:
+                return
+            if shared:
                 self.ledger.reach(value.nbytes, record)
                 grad = new(value.shape, item)
             self.ledger.hold(grad.storage)
             self.gradients[value.id] = grad.storage
-            if previous is not None:
-                self.ledger.drop(previous)
             return
         first = self.pending.get(value.id)
         if first is None:
             self._give(value.id, grad)
+            return
+        if self._is_alone(first) and lie_alike(first, grad):
             return
         self.ledger.reach(value.nbytes, record)
         self._give(value.id, new(value.shape, item, first))

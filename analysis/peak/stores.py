@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
 
-from analysis.peak.arrays import UFUNC_BUFFER
+from analysis.peak.arrays import BLOCK, UFUNC_BUFFER
 from analysis.rules import tucker_costs
-from analysis.rules.layouts import Layout
+from analysis.rules.layouts import Layout, Storage, packed_strides
 from analysis.rules.op_cost import Call
 from analysis.rules.stores import conv_sizes, sketch, tucker
 from lance_ref.algebra import projection_fast
@@ -53,6 +53,8 @@ class StorePeak:
     """The rules of one activation store.
 
     ``carried``: (input shape, what the store says of itself) -> elements that it has from the step before.
+    ``by_image``: what the store says of itself -> whether it keeps of an image what it keeps of that image alone, so
+    that a batch may go in chunks.
     """
 
     save: Callable[[Call, Layer], int]
@@ -60,6 +62,7 @@ class StorePeak:
     input_gradient: Callable[[Call, Layer, Layout], int] | None = None
     shared: Callable[[Call], bool] = lambda call: False
     carried: Callable[[tuple[int, ...], Mapping[str, Any]], int] | None = None
+    by_image: Callable[[Mapping[str, Any]], bool] = lambda store: False
 
 
 STORES: dict[str, StorePeak] = {}
@@ -69,7 +72,11 @@ STORES: dict[str, StorePeak] = {}
 # ---- plain backpropagation, sketches, codes, patches -----------------------------------------
 
 
-STORES["exact"] = StorePeak(lambda call, layer: 0, lambda call, layer, g: layer.weight_workspace(g, call.inputs[0]))
+STORES["exact"] = StorePeak(
+    lambda call, layer: 0,
+    lambda call, layer, g: layer.weight_workspace(g, call.inputs[0]),
+    by_image=lambda store: True,
+)
 
 
 def _sketch_rows(call: Call) -> tuple[int, int]:
@@ -81,7 +88,12 @@ def _sketch_rows(call: Call) -> tuple[int, int]:
 def _sketch_save(call: Call, layer: Layer) -> int:
     n, r = _sketch_rows(call)
     sketch = call.n_in // n * r
-    return sketch * call.itemsize + max(_drawing(n, r, call.itemsize), sketch)  # is each number of it finite?
+    return sketch * call.itemsize + max(_drawing(n, r, call.itemsize), checking(sketch))
+
+
+def checking(kept: int) -> int:
+    """Bytes of looking for a number that is not finite among so many that are kept: a Boolean for each of a block."""
+    return min(kept, BLOCK)
 
 
 def _drawing(n: int, r: int, itemsize: int) -> int:
@@ -180,7 +192,7 @@ def core_gradient(call: Call, layer: Layer, ranks: Ranks, order: str = "auto") -
         return _papers(call, layer, ranks)
     left = [None if mode in expanded else r for mode, r in enumerate(ranks)]
     one_pass = left[0] is None and left[1] is None and _in_one_pass(call, left, order == "auto")
-    contracting = _loops(call, left) if one_pass else _separable(call, left, order == "auto")
+    contracting = _loops(call, left) if one_pass else _separable(call, left, order == "auto", bool(expanded))
     if not expanded:
         return contracting
     full = [n if mode in expanded else None for mode, n in enumerate(shape)]
@@ -224,13 +236,21 @@ def _papers(call: Call, layer: Layer, ranks: Ranks) -> int:
     if ranks[1] is None:
         return summing * call.itemsize
     Z3, weights = math.prod(narrow), C_out * width * k_h * k_w
-    packed = Z3 if k_h * k_w > 1 else 0  # channels last, which a kernel of one place is already
-    expanding = Z1 + Z2 + Z3 + packed + weights  # the product, before its axes are put in order
+    # Z3 with its channels last, then the product before its axes are in order: neither for a kernel of one place
+    expanding = Z1 + Z3 + (max(Z3, weights) if k_h * k_w > 1 else 0)
     return max(summing + Z3 - weights, expanding) * call.itemsize
 
 
-def _separable(call: Call, ranks: Ranks, one_product: bool) -> int:
-    """Z, which is laid out once more for the product with the core; the core too."""
+def packed(shape: Sequence[int]) -> Layout:
+    """An array in C order, of which the bytes are of no interest."""
+    return Layout(Storage(0), tuple(shape), packed_strides(shape))
+
+
+def _separable(call: Call, ranks: Ranks, one_product: bool, expanded: bool) -> int:
+    """Z, which is laid out once more for the product with the core; the core too; neither where a view will do.
+
+    A core that was ``expanded`` is an array that is not kept anyway.
+    """
     C_out, width, k_h, k_w = call.record.inputs[1].shape
     shape = call.record.inputs[0].shape
     r1, c, r3, r4 = tucker_costs.core_shape(shape, ranks)
@@ -242,13 +262,21 @@ def _separable(call: Call, ranks: Ranks, one_product: bool) -> int:
     of_both = places[0] * (wanted[2] or 0) if len(places) == 1 else 0
     Z, narrow, wide = steps[-1], k_h * k_w * (width if ranks[1] is None else c), width * k_h * k_w
     fit = projection_fast.CONTRACTION_BYTES // (max(_at_a_time(steps), 2 * Z) * call.itemsize)
-    late = narrow + (0 if ranks[1] is None else wide)  # and the gradient in the order of the weight
+    # what is there beside the gradient: Z3, and its product with U_2 before its axes are in order; for a kernel of one
+    # place they are, and the last product is the gradient
+    late = (narrow if ranks[1] is not None else 0) + (wide if k_h * k_w > 1 else 0)
+    offsets_first = packed((r1, C_out, k_h, r3, k_w, r4)).permuted((1, 2, 4, 0, 3, 5))
+    again = 0 if offsets_first.reshaped((C_out * k_h * k_w, r1 * r3 * r4)) is not None else Z
+    in_core = groups if ranks[1] is None else 1
+    channels_last = packed((r1, in_core, c // in_core, r3, r4)).permuted((1, 0, 3, 4, 2))
+    a_view = channels_last.reshaped((in_core, r1 * r3 * r4, c // in_core)) is not None
+    core = 0 if a_view and not expanded else r1 * c * r3 * r4
     if fit >= C_out:
-        working = C_out * max(max(_at_a_time(steps[1:]), 2 * Z + narrow) - wide, late)
+        working = C_out * max(max(_at_a_time(steps[1:]), Z + again + narrow) - wide, late)
     else:  # a few channels at a time, each with a copy of its slice
         unit = 1 if groups == 1 else C_out // groups
-        working = max(fit // unit, 1) * unit * max(_at_a_time(steps), 2 * Z + narrow, late + wide)
-    return (r1 * c * r3 * r4 + working + of_both) * call.itemsize
+        working = max(fit // unit, 1) * unit * max(_at_a_time(steps), Z + again + narrow, late + wide)
+    return (core + working + of_both) * call.itemsize
 
 
 # ---- LANCE -----------------------------------------------------------------------------------
@@ -267,6 +295,7 @@ def _lance_save(call: Call, layer: Layer) -> int:
     most = projecting(shape, ranks, store.get("order", "auto"))
     core = tucker_costs.core_elements(shape, ranks)
     directions, drawn = _lance_directions(call)
+    most = max(most, core + checking(core) // call.itemsize)
     if "core_bits" in store:
         most = max(most, 3 * core)
     if store.get("centred"):  # the core of the mean; then the activation without it, a few images at a time
@@ -312,7 +341,11 @@ def _mean_weight(call: Call) -> int:
     return max((1 if math.prod(kernel) == 1 else 2) * weight.nbytes, summed)
 
 
-STORES["lance"] = StorePeak(_lance_save, _lance_weight)
+STORES["lance"] = StorePeak(
+    _lance_save,
+    _lance_weight,
+    by_image=lambda store: store["ranks"][0] is None and "core_bits" not in store,  # a sketch says its rank
+)
 
 
 def _patch_save(call: Call, layer: Layer) -> int:
@@ -335,21 +368,41 @@ def _patches(call: Call) -> tuple[tuple[int, int, int], Ranks]:
     return shape, call.record.attributes["store"]["ranks"]
 
 
-STORES["patch-lance"] = StorePeak(_patch_save, _patch_weight, shared=lambda call: True)
+STORES["patch-lance"] = StorePeak(
+    _patch_save, _patch_weight, shared=lambda call: True, by_image=lambda store: store["ranks"][0] is None
+)
 
 
 # ---- HOSVD and ASI ---------------------------------------------------------------------------
 
 
-def _unfolded(call: Call, mode: int) -> tuple[int, bool]:
-    """(bytes of the blocks of an unfolding that are there at a time, whether there are several).
-
-    A new block is laid out while the last is there; those of the outer modes are views.
-    """
+def _unfolded(call: Call, mode: int) -> list[tuple[int, int]]:
+    """The blocks of an unfolding one after the other: (columns, elements that are laid out, none for a view)."""
     shape = call.record.inputs[0].shape
-    whole, column = call.n_in * call.itemsize, shape[mode] * call.itemsize
-    block = min(whole, max(UNFOLDED_BYTES // column, 1) * column)
-    return 0 if _is_outer(shape, mode) else min(2 * block, whole), block < whole
+    n, pre, post = shape[mode], math.prod(shape[:mode]), math.prod(shape[mode + 1 :])
+    columns = max(1, UNFOLDED_BYTES // (call.itemsize * n))
+    if post == 1:
+        return [(min(columns, pre - start), 0) for start in range(0, pre, columns)]
+    width, depth = min(post, columns), max(1, columns // post)
+    sizes = [
+        (min(depth, pre - first), min(width, post - start))
+        for first in range(0, pre, depth)
+        for start in range(0, post, width)
+    ]
+    return [(rows * wide, n * rows * wide if rows > 1 else 0) for rows, wide in sizes]
+
+
+def _block_by_block(blocks: Sequence[tuple[int, int]], beside: Callable[[int, int], int]) -> int:
+    """The most elements while blocks are used one after the other: a new one is laid out while the last is there.
+
+    ``beside``: (columns of the block before, or 0; columns of this one, or 0 while it is laid out) -> elements that
+    are made of them.
+    """
+    most = before = last = 0
+    for columns, laid_out in blocks:
+        most = max(most, last + laid_out + beside(before, 0), laid_out + beside(before, columns))
+        before, last = columns, laid_out
+    return most
 
 
 def _is_outer(shape: Sequence[int], mode: int) -> bool:
@@ -357,56 +410,68 @@ def _is_outer(shape: Sequence[int], mode: int) -> bool:
     return mode in (0, len(shape) - 1)
 
 
+def _basis(n: int, r: int) -> int:
+    """Elements of an orthonormal basis of n by r numbers: these, what QR makes of them, Q in order, and R."""
+    return 3 * n * r + r * r
+
+
 def _hosvd_save(call: Call, layer: Layer) -> int:
-    """Gram and eigenvectors mode by mode, the eigenvectors staying until all factors are chosen; then the core.
+    """Gram and eigenvectors mode by mode; the factors, while all eigenvectors are there; then the core.
 
     LAPACK's divide and conquer takes a Gram of n², results of n² and 2n² of work.
     """
-    shape, store, item = call.record.inputs[0].shape, call.record.attributes["store"], call.itemsize
+    shape, store = call.record.inputs[0].shape, call.record.attributes["store"]
     ranks = tucker.own_ranks(call)
     chosen, epsilon = tucker.decomposed(shape, ranks, store), store.get("epsilon")
-    held = most = small = 0
-    vectors = dict.fromkeys(range(len(shape)), 0)
+    tall = []
+    held = most = 0
     for mode in sorted((m for m, yes in enumerate(chosen) if yes), key=lambda m: shape[m]):
         n, rest = shape[mode], call.n_in // shape[mode]
         wanted = store["ranks"][mode] if epsilon is None else None
         if n > rest and (wanted is None or wanted <= rest):
-            held += 0 if _is_outer(shape, mode) else call.n_in * item
-            small = max(small, (wanted or rest) ** 2 * item)
-            vectors[mode] = rest * rest * item
-            if not (len(shape) == 2 and all(chosen) and shape[0] != shape[1]):
-                most = max(most, held + 4 * rest * rest * item)
-                held += vectors[mode]
+            tall.append(mode)
+            held += 0 if _is_outer(shape, mode) else call.n_in
+            if not (len(shape) == 2 and all(chosen) and shape[0] != shape[1]):  # else found with the other mode
+                most = max(most, held + 4 * rest * rest)
+                held += rest * rest
             continue
-        blocks, several = _unfolded(call, mode)
-        most = max(most, held + 4 * n * n * item, held + blocks + (1 + several) * n * n * item)
-        vectors[mode] = n * n * item
-        held += vectors[mode]
-    factors = tucker_costs.factor_elements(shape, ranks) * item
-    widest = max((n * r for n, r in zip(shape, ranks, strict=True) if r is not None), default=0) * item
+        summing = _block_by_block(_unfolded(call, mode), lambda before, now, n=n: n * n * ((before > 0) + (now > 0)))
+        most = max(most, held + 4 * n * n, held + summing)
+        held += n * n
     if all(r is None for r in ranks):
-        return max(most, held)
-    last = next((m for m in reversed(range(len(shape))) if chosen[m]), 0)  # a loop variable, still named
-    # factors of tall unfoldings by a QR decomposition, whose R is there until Q is in order
-    choosing = held + factors + 2 * widest + small
-    return max(most, choosing, vectors[last] + factors + projecting(shape, ranks) * item)
+        return max(most, held) * call.itemsize
+    made = 0
+    for mode, (n, r) in enumerate(zip(shape, ranks, strict=True)):
+        if r is not None:
+            rest = call.n_in // n
+            most = max(most, held + made + (max(_basis(n, r), n * r + rest * r) if mode in tall else n * r))
+            made += n * r
+    return max(most, made + _core(call, ranks)) * call.itemsize
+
+
+def _core(call: Call, ranks: Ranks) -> int:
+    """Elements while the core is made, and then looked through."""
+    shape = call.record.inputs[0].shape
+    core = tucker_costs.core_elements(shape, ranks)
+    return max(projecting(shape, ranks), core + checking(core) // call.itemsize)
 
 
 def _asi_save(call: Call, layer: Layer) -> int:
     """One thin product and one QR decomposition per mode; the factors of the step before stay until then."""
-    shape, ranks, item = call.record.inputs[0].shape, tucker.own_ranks(call), call.itemsize
+    shape, ranks = call.record.inputs[0].shape, tucker.own_ranks(call)
     held = most = 0
     for mode, (n, r) in enumerate(zip(shape, ranks, strict=True)):
         if r is None:
             continue
-        columns = min(call.n_in // n, max(UNFOLDED_BYTES // (n * item), 1))
-        blocks, several = _unfolded(call, mode)
-        V = r * columns * (1 + several)
-        most = max(most, held + blocks + (V + 2 * n * r) * item, held + (3 * n * r + r * r) * item)
-        held += n * r * item
-    if held == 0:
-        return 0
-    return max(most, held + projecting(shape, ranks) * item)
+        image = n * r
+
+        def products(before: int, now: int, r: int = r, image: int = image) -> int:
+            """V of the block before and of this one; the image, and what is added to it."""
+            return image + max(r * (before + now), r * now + image if now else 0)
+
+        most = max(most, held + _block_by_block(_unfolded(call, mode), products), held + _basis(n, r))
+        held += n * r
+    return max(most, held + _core(call, ranks)) * call.itemsize if held else 0
 
 
 def _asi_carried(shape: tuple[int, ...], store: Mapping[str, Any]) -> int:
@@ -447,7 +512,7 @@ def _filter_save(call: Call, layer: Layer) -> int:
     """Sums axis by axis; then, for each number that is kept, whether it is finite."""
     sums = _pooled(call, call.record.inputs[0].shape, _strides(call))
     made, kept = (sums[-1], sums[-1]) if sums else (0, call.n_in)
-    return max(_at_a_time(sums) * call.itemsize, made * call.itemsize + kept)
+    return max(_at_a_time(sums) * call.itemsize, made * call.itemsize + checking(kept))
 
 
 def _filter_weight(call: Call, layer: Layer, g: Layout) -> int:
@@ -480,5 +545,9 @@ def _filter_input(call: Call, layer: Layer, g: Layout) -> int:
 
 
 STORES["gradient-filter"] = StorePeak(
-    _filter_save, _filter_weight, _filter_input, shared=lambda call: math.prod(call.record.inputs[1].shape[2:]) == 1
+    _filter_save,
+    _filter_weight,
+    _filter_input,
+    shared=lambda call: call.record.inputs[1].shape[2:] == (1, 1),
+    by_image=lambda store: True,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from analysis.commands.names import plain
@@ -21,7 +22,7 @@ def footnotes(report: Report) -> list[str]:
     ranks = [f"ranks from: {report.ranks_from}"] if ranked else []
     estimates = [f"{plain(what)}: {said}" for what, said in report.estimates.items()]
     remarks = filter(None, [report.remark])
-    return [*_peaks(report), *estimates, *ranks, *_calibrations(report), *_about(report), *remarks]
+    return [*_chunks(report), *_peaks(report), *estimates, *ranks, *_calibrations(report), *_about(report), *remarks]
 
 
 def orders(report: Report) -> list[str]:
@@ -78,18 +79,30 @@ def _about(report: Report) -> list[str]:
     return lines
 
 
+def _chunks(report: Report) -> list[str]:
+    """How the methods take their batches, where that was asked for; those that take it alike together."""
+    return [f"{', '.join(names)}: {clause}" for clause, names in _alike(report.chunks).items()]
+
+
+def _alike(said: Mapping[str, str]) -> dict[str, list[str]]:
+    """The methods of which the same is said, by what is said."""
+    methods: dict[str, list[str]] = {}
+    for method, words in said.items():
+        methods.setdefault(words, []).append(method)
+    return methods
+
+
 def _peaks(report: Report) -> list[str]:
     """The most that is alive at once, when, and what stands beside it; methods with the same peak together."""
-    methods: dict[str, list[str]] = {}
+    said = {}
     for method, peak in report.peaks.items():
-        sentences = (
+        said[method] = (
             f" is {peak.peak_bytes / 2**20:,.3f} MiB, {MOMENTS[peak.moment]} ({peak.at}). The gradients take "
             f"{peak.gradients_bytes / 2**20:,.3f} MiB, the state of {report.optimizer} takes "
             f"{peak.optimizer_state_bytes / 2**20:,.3f} MiB; the parameters, which the peak leaves out, take "
             f"{peak.parameters_bytes / 2**20:,.3f} MiB."
         )
-        methods.setdefault(sentences, []).append(method)
-    named = {text: [", ".join(names[:-1])] * (len(names) > 1) + names[-1:] for text, names in methods.items()}
+    named = {text: [", ".join(names[:-1])] * (len(names) > 1) + names[-1:] for text, names in _alike(said).items()}
     return [f"The peak of a step with {' and '.join(names)}{text}" for text, names in named.items()]
 
 

@@ -13,35 +13,12 @@ from analysis.ranks.spectra_file import Spectra, load_spectra
 from analysis.reports.predict import Prediction, Ranks, Shapes, predict_step, ranks_of, tuned_inputs
 from analysis.reports.report import reductions
 from analysis.rules.account import CostCache, account
-from analysis.rules.recompute import flatten
-from analysis.steps.changes import retrained
+from analysis.steps.chunks import at_batch
 from analysis.steps.methods import METHODS, method_step
-from analysis.steps.nets import TracedStep, step_records
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.995, 0.999, 1.0)
 FRACTIONS = tuple(Fraction(n, 16) for n in range(1, 17))
-
-
-def at_batch(step: TracedStep, batch: int) -> TracedStep:
-    """The same training step with that many images, traced anew.
-
-    Raises ValueError if the net does not run on so many, or was changed since ``step`` was traced.
-    """
-    if batch == step.batch:
-        return step
-    training = [(module, module.training) for module in step.net.modules()]
-    step.net.train()
-    try:
-        records = step_records(step.net, step.name, step.input_shape, batch, step.dtype).records
-    finally:
-        for module, was in training:
-            module.training = was
-    values = [value for record in flatten(step.records) for value in record.inputs]
-    records = retrained(records, {v.parameter for v in values if v.parameter is not None and v.requires_grad})
-    if [(r.op, r.path) for r in flatten(records)] != [(r.op, r.path) for r in flatten(step.records)]:
-        raise ValueError(f"net {step.name!r} was changed after its cost was predicted: predict it again")
-    return replace(step, records=records)
 
 
 def reduction_by_batch(

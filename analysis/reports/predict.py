@@ -48,6 +48,7 @@ class Asked:
     convention: str = "flops"
     optimizer: str = "sgd"
     settings: Settings = field(default_factory=Settings)
+    chunk: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Prediction:
     calibration: dict[str, CalibrationCost]
     notes: dict[str, str]  #: Why a method was left out.
     continual: Continual | None = None
+    chunks: dict[str, str] = field(default_factory=dict)  #: How each method takes its batch, where that was asked for.
 
     @cached_property
     def report(self) -> Report:
@@ -93,6 +95,7 @@ class Prediction:
             net_parameters=sum(parameter.size for parameter in step.net.parameters()),
             optimizer=self.asked.optimizer,
             remark=remark(step.net),
+            chunks=self.chunks,
         )
 
     @cached_property
@@ -122,6 +125,7 @@ def cost(
     protected: float = DEFAULT_PROTECTED,
     basis_batches: int = DEFAULT_BASIS_BATCHES,
     optimizer: str = "sgd",
+    chunk: int | str | None = None,
     **settings: Any,
 ) -> Report:
     """The cost of one training step: what ``python -m analysis.cost_model`` prints, as a value.
@@ -161,6 +165,9 @@ def cost(
         Batches from which protected directions are found.
     optimizer : {"sgd", "sgd-momentum", "adam"}
         Whose state and temporaries count at the peak of memory.
+    chunk : int or "auto", optional
+        Most images that go forward and backward at a time, as ``chunk`` of :func:`lance_ref.fit`. The batch of a method
+        that mixes its images stays whole, and the report says so.
     **settings
         Of the methods: :data:`analysis.steps.settings.KNOWN`.
 
@@ -181,7 +188,7 @@ def cost(
     return predict(
         net, batch, image_size, input_shape, num_classes, tune, asked, epsilon, ranks, spectra, convention, dtype,
         settings=Settings(**settings), continual=continual, protected=protected, basis_batches=basis_batches,
-        optimizer=optimizer,
+        optimizer=optimizer, chunk=chunk,
     ).report  # fmt: skip
 
 
@@ -204,10 +211,11 @@ def predict(
     protected: float = DEFAULT_PROTECTED,
     basis_batches: int = DEFAULT_BASIS_BATCHES,
     optimizer: str = "sgd",
+    chunk: int | str | None = None,
 ) -> Prediction:
     """As :func:`cost`, with what a measurement and the figures need beside the report."""
     _check_types(net, locals())
-    asked = Asked(epsilon, ranks, spectra, convention, optimizer, Settings() if settings is None else settings)
+    asked = Asked(epsilon, ranks, spectra, convention, optimizer, Settings() if settings is None else settings, chunk)
     names = chosen_methods(methods if isinstance(methods, str) else list(methods))
     _check(asked)
     step = _step(net, batch, image_size, input_shape, num_classes, tune, dtype, with_weights)
@@ -226,7 +234,7 @@ def predict_step(
         tuned = tuned_inputs(step)
     if any(METHODS[name].ranks is not None for name in names):
         choice = choose_ranks(tuned, step.name, step.input_shape, asked.epsilon, asked.ranks, asked.spectra)
-    cache, steps, given, bills, notes = CostCache(), {}, {}, {}, {}
+    cache, steps, given, bills, notes, chunks = CostCache(), {}, {}, {}, {}, {}
     for name in names:
         try:
             given[name] = ranks_of(name, choice, tuned)
@@ -237,10 +245,15 @@ def predict_step(
             notes[name] = str(error)
             given.pop(name, None)
             continue
+        if asked.chunk is not None:
+            from analysis.steps.chunks import in_chunks
+
+            whole = steps[name]
+            steps[name], chunks[name] = in_chunks(name, step, whole, asked.settings, given[name], tuned, asked.chunk)
         of_step = steps[name]
         bills[name] = account(of_step.records, step.head, of_step.repeats, None if of_step.own_trace else cache)
     calibration = _calibrations(step, bills, given, tuned, asked.settings, cache)
-    return Prediction(asked, step, choice, bills, given, steps, calibration, notes, continual)
+    return Prediction(asked, step, choice, bills, given, steps, calibration, notes, continual, chunks)
 
 
 _INTEGERS = ("batch", "image_size", "num_classes", "continual", "basis_batches")
@@ -293,6 +306,10 @@ def _check(asked: Asked) -> None:
         raise ValueError(f"epsilon is {asked.epsilon}, expected a number in (0, 1]")
     if asked.optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer is {asked.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
+    if asked.chunk is not None:
+        from lance_ref.train.chunks import check_chunk
+
+        check_chunk(asked.chunk)
 
 
 def _bill_tasks(step: TracedStep, tasks: int | None, protected: float, basis_batches: int) -> Continual | None:

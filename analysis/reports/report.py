@@ -163,6 +163,8 @@ class Report:
         Gives the peak of memory of one step, by method; asked once, when somebody looks at ``peaks``.
     optimizer : str
         Whose state counts at the peak.
+    chunks : dict of method to str
+        How the method takes its batch, as a clause, where chunks were asked for.
     remark : str
         What must be known of the net itself; empty for most.
     """
@@ -185,6 +187,7 @@ class Report:
     net_parameters: int | None = None
     optimizer: str = OPTIMIZERS[0]
     remark: str = ""
+    chunks: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, bills: Mapping[str, Sequence[Billed]], convention: str, **facts: Any) -> Report:
@@ -261,6 +264,7 @@ class Report:
             "settings": self.settings,
             "calibration": {method: cost.to_json() for method, cost in self.calibration.items()},
             "notes": self.notes | ({"net": self.remark} if self.remark else {}) | self.estimates,
+            "chunks": self.chunks,
             "optimizer": self.optimizer,
             "peak": {method: _peak_json(peak) for method, peak in self.peaks.items()},
             "continual": None if self.continual is None else self.continual.to_json(),

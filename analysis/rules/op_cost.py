@@ -98,6 +98,8 @@ class Call:
     inputs: tuple[Layout, ...]
     output: Layout
     on_tape: bool  #: Whether the backward pass comes through here.
+    #: While it runs back: whether nothing else refers to the memory of the gradient that came in.
+    owns_gradient: bool = False
 
     def needs(self, position: int) -> bool:
         """Whether the gradient of that input is computed."""

@@ -1,4 +1,4 @@
-"""What a method makes of the records of a plain training step: other gradients, other operations, another batch."""
+"""What a method makes of the records of a plain training step: other gradients, other operations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import lance_ref
 from analysis.rules.account import WEIGHTED
 from analysis.rules.recompute import OP, flatten, inside
 from analysis.rules.subspace import rank_of_update, with_update
-from analysis.steps.nets import RAISED, CannotRunError, TracedStep, said_by, step_records
+from analysis.steps.nets import RAISED, TracedStep, said_by, step_records
 from analysis.steps.settings import MethodStep, NotApplicableError
 from lance_ref import nn
 from lance_ref.engine.recording import OpRecord, Value
@@ -21,10 +21,6 @@ from lance_ref.nn.lora import add_lora, put_back
 from lance_ref.nn.module import Module
 from lance_ref.nn.selection import choose
 from lance_ref.train.features import stages_of
-
-MICRO_BATCHES = 4
-"""Of a step, at least, where nobody says otherwise."""
-
 
 # ---- what trains ---------------------------------------------------------------------------
 
@@ -207,7 +203,7 @@ def in_subspace(changed: MethodStep) -> MethodStep:
     return replace(changed, records=records, facts={**changed.facts, "updated": list(updated)})
 
 
-# ---- checkpointing and micro-batches -------------------------------------------------------
+# ---- checkpointing -------------------------------------------------------------------------
 
 
 @contextmanager
@@ -309,22 +305,3 @@ def numbers(records: Sequence[OpRecord], others: Sequence[OpRecord]) -> dict[int
         for mine, theirs in zip((*one.inputs, one.output), (*other.inputs, other.output), strict=True):
             found[mine.id] = theirs.id
     return found
-
-
-def in_micro_batches(step: TracedStep, images: int | None) -> MethodStep:
-    """The step in parts of so many images, traced anew.
-
-    Raises ValueError if that is no divisor of the batch, NotApplicableError if the net does not run on so few: batch
-    norm with the statistics of one vector.
-    """
-    if images is None:
-        images = next(k for k in range(max(step.batch // MICRO_BATCHES, 1), 0, -1) if step.batch % k == 0)
-    if step.batch % images:
-        raise ValueError(f"micro_batch is {images}, expected a divisor of batch = {step.batch}")
-    if images == step.batch:
-        return MethodStep(step.records, facts={"micro_batch": images})
-    try:
-        records, _, ends = step_records(step.net, step.name, step.input_shape, images, step.dtype)
-    except CannotRunError as error:
-        raise NotApplicableError(f"in parts of {images}: {error}") from None
-    return MethodStep(records, step.batch // images, facts={"micro_batch": images}, own_trace=True, lifetimes=ends)

@@ -151,7 +151,7 @@ def _recomputed(net: Module, facts: Mapping[str, Any]) -> AbstractContextManager
 
 
 def _micro_batch(step: TracedStep, settings: Settings) -> MethodStep:
-    from analysis.steps.changes import in_micro_batches
+    from analysis.steps.chunks import in_micro_batches
 
     return in_micro_batches(step, settings.micro_batch)
 

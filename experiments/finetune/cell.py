@@ -21,6 +21,7 @@ from lance_ref.nn.module import Module
 from lance_ref.nn.selection import Tuning, learns, weighted_layers
 from lance_ref.nn.subspace import as_whole
 from lance_ref.stores import EXACT
+from lance_ref.train.chunks import chunks_of
 from lance_ref.train.features import frozen_stages, images_of, tail
 from lance_ref.train.training import Features, StepInfo, evaluate, extract, fit
 
@@ -38,6 +39,7 @@ def run(
     calibration_batches: int,
     clip: float | None,
     modes: Sequence[str],
+    chunk: int | str | None = None,
     **values: Any,
 ) -> dict[str, Any]:
     """Train one network and measure what it took; all arguments are JSON, and so is the result.
@@ -60,15 +62,15 @@ def run(
     with lance_ref.count_macs() as counter:
         notes = methods()[method].begin(Start(started, tuning, batches, tuple(modes), values, setup.seed))
     prepared = time.perf_counter() - began
-    parts = methods()[method].parts
-    micro = max(1, batch // parts) if parts > 1 else None
-    cost = measure_step(started, tuning, batches[0], micro)
+    parts, x = methods()[method].parts, batches[0][0]
+    chunk = max(1, batch // parts) if parts > 1 else chunk
+    cost = measure_step(started, tuning, batches[0], chunks_of(started, x.shape[1:], x.dtype, batch, chunk).images)
     watch = Watch(tuning)
     taken: dict[str, Any] = {"normalise": models.preprocessing(setup.net), "image_size": setup.image_size}
     try:
         result = fit(
             module, sources[0], epochs=epochs, batch_size=batch, lr=lr, clip_norm=clip, seed=setup.seed,
-            micro_batch=micro, on_step=watch, progress=False, **taken,
+            chunk=chunk, on_step=watch, progress=False, **taken,
         )  # fmt: skip
     except FloatingPointError as error:
         if not setup.validation:
@@ -87,6 +89,7 @@ def run(
         "cosines": watch.cosines,
         "energy_kept": watch.energies,
         "frozen_part": result.cache_note,
+        "chunks": result.chunk_note,
     }
 
 
@@ -219,14 +222,14 @@ def open_data(data: str, split: str, limit: int | None, image_size: int | None) 
 
 
 def measure_step(
-    net: Module, tuning: Tuning, batch: tuple[np.ndarray, np.ndarray], micro: int | None = None
+    net: Module, tuning: Tuning, batch: tuple[np.ndarray, np.ndarray], chunk: int | None = None
 ) -> dict[str, Any]:
     """One real step, predicted and measured: tape bytes, multiply-adds by kind; and its time against plain training.
 
-    Of a step in micro-batches the tape is that of one of them, and the multiply-adds those of all.
+    Of a step in equal chunks of images the tape is that of one of them, and the multiply-adds are those of all.
     """
     x, y = batch
-    part = x if micro is None else x[:micro].copy()
+    part = x if chunk is None else x[:chunk].copy()
     labels = y[: len(part)]
     layers = weighted_layers(net)
     states = {path: layer.store.state() for path, layer in layers.items()}

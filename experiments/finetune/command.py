@@ -57,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=cli.few, help="runs of each method, seeds 0, 1, ... (3)")
     p.add_argument("--epochs", type=cli.count, help="(15)")
     p.add_argument("--batch", type=cli.count, help="images a step (128)")
+    p.add_argument(
+        "--chunk", type=cli.chunk, help="most images at a time, or auto, where that gives the same step (all)"
+    )
     p.add_argument("--lr", type=cli.positive, help="of the papers' recipe (0.05)")
     p.add_argument(
         "--lr-grid", type=cli.positive, nargs="+", default=[0.05, 0.1, 0.2],
@@ -146,7 +149,8 @@ def cell(options: argparse.Namespace, spec: str, seed: int, lr: float, validatio
         "seed": seed,
         "epochs": options.tuning_epochs if validation else options.epochs,
         "modes": list(options.modes),
-        # a setting without a value is left out, so that cells of before keep their names
+        # what has no value is left out, so that cells of before keep their names
+        **({} if options.chunk is None else {"chunk": options.chunk}),
         **{name: getattr(options, name) for name in all_settings() if getattr(options, name) is not None},
         "validation": validation,
         "folder": f"{options.folder}/frozen",

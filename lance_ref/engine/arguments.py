@@ -109,10 +109,13 @@ def unbroadcast(grad: Any, shape: Shape) -> np.ndarray:
     return result
 
 
-def unbroadcast_product(a: np.ndarray, b: np.ndarray, shape: Shape) -> np.ndarray:
-    """``unbroadcast(a * b, shape)``, of whose product only pieces are made where it has to be summed."""
-    if a.shape == b.shape == shape:
-        return np.asarray(a * b)
+def unbroadcast_product(a: np.ndarray, b: np.ndarray, shape: Shape, over: np.ndarray | None = None) -> np.ndarray:
+    """``unbroadcast(a * b, shape)``, of whose product only pieces are made where it has to be summed.
+
+    ``over`` is ``a``, if its shape is the result's and it may be written over.
+    """
+    if over is not None or a.shape == b.shape == shape:
+        return np.asarray(np.multiply(a, b, out=over))
     full = np.broadcast_shapes(a.shape, b.shape)
     repeated = [i for i in range(len(full)) if i < len(full) - len(shape) or shape[i - len(full)] != full[i]]
     if full == shape or 0 in full or len(repeated) == len(full):

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from lance_ref.engine.ownership import alone, has_own_memory, lie_alike
 from lance_ref.engine.random import Draws
 from lance_ref.engine.state import state
 from lance_ref.engine.tensor import Shape, Tensor, Version
@@ -210,8 +211,11 @@ class Node:
         The arrays kept for backward, by name. Nothing else of the inputs is kept.
     edges : tuple
         For each input: the node that made it, the leaf tensor to accumulate into, or None.
+    owns_gradient : bool
+        While ``backward`` runs: whether nobody else can see the gradient that it was given.
     """
 
+    owns_gradient = False
     freed_because = (
         "the graph was already consumed by a backward(); pass retain_graph=True to the first one to run it twice"
     )
@@ -267,6 +271,14 @@ class Node:
         """Carry ``seed``, the gradient of this node's result, back to every leaf."""
         _run_backward(self, seed, retain_graph)
 
+    def reused(self, grad_output: np.ndarray, *others: np.ndarray) -> np.ndarray | None:
+        """The gradient that ``backward`` was given, to be written over with one of its shape; None for a new array.
+
+        ``others`` are what that is computed from besides: the result lies in memory as a new one would.
+        """
+        alike = all(x.shape != grad_output.shape or lie_alike(x, grad_output) for x in others)
+        return grad_output if self.owns_gradient and alike else None
+
     def check_unchanged(self) -> None:
         """Raise if a saved tensor was written to since the forward pass."""
         for name, saved in self.saved.items():
@@ -305,6 +317,7 @@ def _run_backward(root: Node, seed: np.ndarray, retain_graph: bool) -> None:
                 heapq.heappush(queue, -last.sequence)
                 del last, grad_output
                 continue
+            own = node.owns_gradient = alone(grad_output)
             grads = node.function.backward(node, grad_output)
             # The saved arrays go before earlier nodes run, so memory falls during the backward pass.
             edges, shapes = node.edges, node.input_shapes
@@ -320,10 +333,14 @@ def _run_backward(root: Node, seed: np.ndarray, retain_graph: bool) -> None:
                     )
                 # The chain rule adds up over all uses of a tensor: in ``.grad`` of a leaf, in ``pending`` of a result.
                 if isinstance(edge, Tensor):
-                    shared = grad is grad_output or grad.base is not None or sum(grad is g for g in grads) > 1
+                    in_use = (grad is grad_output and not own) or not has_own_memory(grad)
+                    shared = in_use or sum(grad is g for g in grads) > 1
                     edge.accumulate_grad(grad, owned=not shared)
                 elif edge.sequence in pending:
-                    pending[edge.sequence] = pending[edge.sequence] + grad
+                    first = pending.pop(edge.sequence)
+                    in_place = alone(first) and lie_alike(first, grad)
+                    pending[edge.sequence] = np.add(first, grad, out=first if in_place else None)
+                    del first
                 else:
                     pending[edge.sequence], nodes[edge.sequence] = grad, edge
                     heapq.heappush(queue, -edge.sequence)

@@ -16,7 +16,7 @@ BLOCK_ELEMENTS = 1 << 16
 """Elements of a block."""
 
 
-def blockwise(formula: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
+def blockwise(formula: Callable[..., Any], *arrays: np.ndarray, over: np.ndarray | None = None) -> np.ndarray:
     """``formula(*arrays)`` for an element-wise formula.
 
     Parameters
@@ -25,10 +25,12 @@ def blockwise(formula: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
         From arrays of one shape to an array of that shape, element by element.
     arrays : arrays of one dtype
         Shapes that broadcast.
+    over : array, optional
+        One of ``arrays``, of the result's shape, that may be written over, and is where the arrays are large.
 
     Returns
     -------
-    New array in the dtype of ``arrays``, its axes in memory in the order of theirs.
+    ``over``, or a new array, in the dtype of ``arrays``, its axes in memory in the order of theirs.
 
     Examples
     --------
@@ -37,14 +39,32 @@ def blockwise(formula: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
     """
     if max(array.size for array in arrays) <= BLOCK_ELEMENTS and len({array.shape for array in arrays}) == 1:
         return np.asarray(formula(*arrays))
-    access = [*[["readonly"] for _ in arrays], ["writeonly", "allocate"]]
+    access = [*[["readonly"] for _ in arrays], ["writeonly", *["allocate"] * (over is None)]]
     nditer: Any = np.nditer  # its stub knows no list of flags
-    blocks = nditer([*arrays, None], ["external_loop", "buffered", "zerosize_ok"], access, buffersize=BLOCK_ELEMENTS)
+    blocks = nditer([*arrays, over], ["external_loop", "buffered", "zerosize_ok"], access, buffersize=BLOCK_ELEMENTS)
     with blocks:
         for *parts, out in blocks:
             out[...] = formula(*parts)
         result: np.ndarray = blocks.operands[-1]
     return result
+
+
+def stretches(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Looks at the same elements of arrays of one shape, at most a block of them at a time, to read and to write.
+
+    >>> [[part.size for part in parts] for parts in stretches(np.zeros((9, 1 << 13)), np.ones((9, 1 << 13)))]
+    [[65536, 65536], [8192, 8192]]
+    """
+    first = arrays[0]
+    if first.size <= BLOCK_ELEMENTS:
+        yield arrays
+    elif all(array.flags.c_contiguous for array in arrays):
+        flat = [array.reshape(-1) for array in arrays]
+        for start in range(0, first.size, BLOCK_ELEMENTS):
+            yield tuple(array[start : start + BLOCK_ELEMENTS] for array in flat)
+    else:
+        for part in pieces(first.shape, ()):
+            yield tuple(array[part] for array in arrays)
 
 
 def pieces(shape: Sequence[int], whole: Collection[int]) -> Iterator[tuple[slice, ...]]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from lance_ref.engine.ownership import alone, lie_alike
 from lance_ref.engine.state import state
 
 Shape = tuple[int, ...]
@@ -232,9 +233,11 @@ class Tensor:
 
     def accumulate_grad(self, grad: np.ndarray, owned: bool) -> None:
         """Add to this leaf's ``.grad``; an array that is not ``owned`` (may be in use elsewhere) is copied."""
-        # A new array and not +=, because somebody may hold the old gradient.
         if self.grad is not None:
-            grad = self.grad + grad
+            total, self.grad = self.grad, None
+            # A new array where somebody else holds the old gradient.
+            in_place = alone(total) and lie_alike(total, grad)
+            grad = np.add(total, grad, out=total if in_place else None)
         elif not owned:
             grad = grad.copy()
         self.grad = np.asarray(grad)  # NumPy's results without dimensions are no arrays

@@ -7,6 +7,7 @@ pass; gradients there are NaN or infinity as well (the slope of sqrt at 0 is inf
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,12 +35,19 @@ class Unary(Function):
         return x.shape
 
 
+def along_slope(
+    ctx: Context, grad_output: np.ndarray, saved: np.ndarray, formula: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> Gradients:
+    """``formula(grad_output, saved)``, element by element; over the gradient, where nobody else can see that."""
+    return (blockwise(formula, grad_output, saved, over=ctx.reused(grad_output, saved)),)
+
+
 class Masked(Unary):
     """One that lets the gradient through where a bit of the saved ``mask`` is set."""
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (apply_mask(ctx["mask"], grad_output),)
+        return (apply_mask(ctx["mask"], grad_output, over=ctx.reused(grad_output)),)
 
 
 class Binary(Function):
@@ -73,10 +81,12 @@ class Sub(Binary):
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
         (needs_a, needs_b), (shape_a, shape_b) = ctx.needs_input_grad, ctx.input_shapes
-        return (
-            unbroadcast(grad_output, shape_a) if needs_a else None,
-            np.asarray(-unbroadcast(grad_output, shape_b)) if needs_b else None,
-        )
+        grad_b = None
+        if needs_b:
+            summed = unbroadcast(grad_output, shape_b)
+            over = summed if summed is not grad_output else None if needs_a else ctx.reused(grad_output)
+            grad_b = np.asarray(np.negative(summed, out=over))
+        return unbroadcast(grad_output, shape_a) if needs_a else None, grad_b
 
 
 class Mul(Binary):
@@ -94,10 +104,15 @@ class Mul(Binary):
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
         (needs_a, needs_b), (shape_a, shape_b) = ctx.needs_input_grad, ctx.input_shapes
-        return (
-            unbroadcast_product(grad_output, ctx["b"], shape_a) if needs_a else None,
-            unbroadcast_product(grad_output, ctx["a"], shape_b) if needs_b else None,
-        )
+        grads: list[np.ndarray | None] = [None, None]
+        # Sums first, because the last product of the gradient's own shape may be written over the gradient.
+        factors = [(0, "b", shape_a)] * needs_a + [(1, "a", shape_b)] * needs_b
+        factors.sort(key=lambda factor: factor[2] == grad_output.shape)
+        for position, name, shape in factors:
+            last = position == factors[-1][0] and shape == grad_output.shape
+            over = ctx.reused(grad_output, ctx[name]) if last else None
+            grads[position] = unbroadcast_product(grad_output, ctx[name], shape, over)
+        return tuple(grads)
 
 
 class Div(Binary):
@@ -114,7 +129,7 @@ class Div(Binary):
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
         (needs_a, needs_b), (shape_a, shape_b) = ctx.needs_input_grad, ctx.input_shapes
         with np.errstate(divide="ignore", invalid="ignore"):
-            quotient = grad_output / ctx["b"]
+            quotient = np.divide(grad_output, ctx["b"], out=ctx.reused(grad_output, ctx["b"]))
             return (
                 unbroadcast(quotient, shape_a) if needs_a else None,
                 unbroadcast(-quotient * (ctx["a"] / ctx["b"]), shape_b) if needs_b else None,
@@ -130,7 +145,7 @@ class Neg(Unary):
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (np.asarray(-grad_output),)
+        return (np.asarray(np.negative(grad_output, out=ctx.reused(grad_output))),)
 
 
 class Pow(Unary):
@@ -148,7 +163,7 @@ class Pow(Unary):
         if n == 0:  # a constant, also where x is 0
             return (np.zeros_like(grad_output),)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            return (blockwise(lambda g, x: g * (n * x ** (n - 1)), grad_output, x),)
+            return along_slope(ctx, grad_output, x, lambda g, x: g * (n * x ** (n - 1)))
 
 
 class Exp(Unary):
@@ -162,7 +177,8 @@ class Exp(Unary):
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (np.asarray(grad_output * ctx["output"]),)
+        output = ctx["output"]
+        return (np.asarray(np.multiply(grad_output, output, out=ctx.reused(grad_output, output))),)
 
 
 class Log(Unary):
@@ -176,7 +192,8 @@ class Log(Unary):
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return (np.asarray(grad_output / ctx["x"]),)
+            x = ctx["x"]
+            return (np.asarray(np.divide(grad_output, x, out=ctx.reused(grad_output, x))),)
 
 
 class Sqrt(Unary):
@@ -191,7 +208,7 @@ class Sqrt(Unary):
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return (blockwise(lambda g, y: g / (2 * y), grad_output, ctx["output"]),)
+            return along_slope(ctx, grad_output, ctx["output"], lambda g, y: g / (2 * y))
 
 
 def add(a: Any, b: Any) -> Tensor:

@@ -13,7 +13,7 @@ from lance_ref.engine.arguments import Context, Gradients, one_dim, share
 from lance_ref.engine.blocks import BLOCK_ELEMENTS, blockwise, pieces
 from lance_ref.engine.random import as_generator, will_draw
 from lance_ref.engine.tensor import Tensor, as_tensor
-from lance_ref.functional.elementwise import Masked, Unary
+from lance_ref.functional.elementwise import Masked, Unary, along_slope
 
 
 class Tanh(Unary):
@@ -27,7 +27,7 @@ class Tanh(Unary):
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (blockwise(lambda g, y: g * (1 - y**2), grad_output, ctx["output"]),)
+        return along_slope(ctx, grad_output, ctx["output"], lambda g, y: g * (1 - y**2))
 
 
 class Sigmoid(Unary):
@@ -41,7 +41,7 @@ class Sigmoid(Unary):
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (blockwise(lambda g, y: g * (y * (1 - y)), grad_output, ctx["output"]),)
+        return along_slope(ctx, grad_output, ctx["output"], lambda g, y: g * (y * (1 - y)))
 
 
 def _logistic(x: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ class Gelu(Unary):
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (blockwise(lambda g, x: g * (_normal_cdf(x) + x * _normal_density(x)), grad_output, ctx["x"]),)
+        return along_slope(ctx, grad_output, ctx["x"], lambda g, x: g * (_normal_cdf(x) + x * _normal_density(x)))
 
 
 def _normal_cdf(x: np.ndarray) -> np.ndarray:
@@ -84,7 +84,7 @@ class Hardswish(Unary):
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (blockwise(lambda g, x: g * _hardswish_slope(x), grad_output, ctx["x"]),)
+        return along_slope(ctx, grad_output, ctx["x"], lambda g, x: g * _hardswish_slope(x))
 
 
 def _hardswish_slope(x: np.ndarray) -> np.ndarray:
@@ -103,7 +103,7 @@ class Hardsigmoid(Unary):
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (apply_mask(ctx["mask"], grad_output, 1 / 6),)
+        return (apply_mask(ctx["mask"], grad_output, 1 / 6, over=ctx.reused(grad_output)),)
 
 
 class Relu(Masked):
@@ -146,7 +146,7 @@ class Softmax(Unary):
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
         output = ctx["output"]
-        product: np.ndarray = grad_output * output
+        product = np.multiply(grad_output, output, out=ctx.reused(grad_output, output))
         along = product.sum(axis=ctx.dim, keepdims=True)
         for part in pieces(product.shape, [ctx.dim]):
             product[part] -= output[part] * along[part]
@@ -169,8 +169,9 @@ class LogSoftmax(Unary):
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        total = grad_output.sum(axis=ctx.dim, keepdims=True)
-        return (blockwise(lambda g, y, total: g - np.exp(y) * total, grad_output, ctx["output"], total),)
+        output, total = ctx["output"], grad_output.sum(axis=ctx.dim, keepdims=True)
+        over = ctx.reused(grad_output, output)
+        return (blockwise(lambda g, y, total: g - np.exp(y) * total, grad_output, output, total, over=over),)
 
 
 class _Chance:
@@ -201,7 +202,7 @@ class Dropout(Unary):
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (apply_mask(ctx["mask"], grad_output, ctx.scale),)
+        return (apply_mask(ctx["mask"], grad_output, ctx.scale, over=ctx.reused(grad_output)),)
 
 
 def tanh(x: Any) -> Tensor:

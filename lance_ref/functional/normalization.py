@@ -114,7 +114,7 @@ class BatchNorm(Function):
             x_hat *= _channels(ctx["weight"] * ctx["inv_std"] if ctx.affine else ctx["inv_std"], g)
             grad_x = x_hat
         elif needs[0]:
-            grad_x = g * _channels(ctx["scale"], g)
+            grad_x = np.multiply(g, _channels(ctx["scale"], g), out=ctx.reused(g))
         grads = (grad_x, grad_weight if needs_weight else None, sum_g if needs_bias else None)
         return (*grads[: 3 if ctx.affine else 1], *[None] * (len(needs) - (3 if ctx.affine else 1)))
 

@@ -55,6 +55,7 @@ class Matmul(Function):
             with counting.spending_on(_kind(ctx.edges[0])):
                 grad = counting.matmul(grad_output, b.swapaxes(-1, -2))  # (..., m, k)
             grad_a = unbroadcast(grad, rows).reshape(shape_a)
+            del grad  # before the other product is there
         if ctx.needs_input_grad[1]:
             a = ctx["a"].reshape(rows)
             if len(columns) == 2:  # one matrix for the whole batch: one product instead of a sum of products

@@ -82,6 +82,11 @@ class PatchLance(ActivationStore):
         self.factors = tuple(None if U is None else np.ascontiguousarray(U, dtype=dtype) for U in subspace.factors)
 
     @property
+    def by_image(self) -> bool:  # type: ignore[override]
+        """Whether the batch mode is left alone."""
+        return self.factors[BATCH] is None
+
+    @property
     def ranks(self) -> tuple[int | None, ...]:
         """Rank of each mode, None for a mode left alone."""
         return tuple(None if U is None else U.shape[1] for U in self.factors)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from lance_ref.algebra import magnitude
+from lance_ref.engine.blocks import BLOCK_ELEMENTS
 from lance_ref.engine.tensor import Tensor
 
 
@@ -28,7 +29,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> f
     tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
     with np.errstate(over="ignore", under="ignore"):
-        norm = math.sqrt(sum(float(np.square(grad, dtype=np.float64).sum()) for grad in grads))
+        norm = math.sqrt(sum(_sum_of_squares(grad.ravel(order="K")) for grad in grads))
     if not 1e-150 < norm < math.inf:  # squares may have left the range, which those of float32 do not
         norm = math.hypot(*(magnitude.norm(grad) for grad in grads))
     if not math.isfinite(norm):
@@ -38,3 +39,11 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> f
         for grad in grads:
             grad *= factor
     return norm
+
+
+def _sum_of_squares(flat: np.ndarray) -> float:
+    """In float64, a block at a time, in the order of NumPy's own pairwise sum: the squares are never all there."""
+    if flat.size <= BLOCK_ELEMENTS:
+        return float(np.square(flat, dtype=np.float64).sum())
+    half = flat.size // 2 // 8 * 8
+    return _sum_of_squares(flat[:half]) + _sum_of_squares(flat[half:])

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from lance_ref.engine.blocks import stretches
 from lance_ref.engine.tensor import Tensor
 from lance_ref.optim.optimizer import Optimizer, at_least
 
@@ -75,14 +76,20 @@ class Adam(Optimizer):
             if at_least(name, settings[name], 0) >= 1:
                 raise ValueError(f"{name} is {settings[name]!r}, expected a number in [0, 1)")
 
-    def update(self, position: int, data: np.ndarray, grad: np.ndarray) -> np.ndarray:
-        if self.weight_decay:
-            grad = grad + self.weight_decay * data
+    def update(self, position: int, data: np.ndarray, grad: np.ndarray, new: np.ndarray) -> None:
         t = self.steps[position]
-        mean, square = self.buffers["exp_avg"][position], self.buffers["exp_avg_sq"][position]
-        mean = (1 - self.beta1) * grad + (0 if mean is None else self.beta1 * mean)
-        square = (1 - self.beta2) * grad * grad + (0 if square is None else self.beta2 * square)
-        self.buffers["exp_avg"][position], self.buffers["exp_avg_sq"][position] = mean, square
-        step_size = self.lr / (1 - self.beta1**t)
-        denominator = np.sqrt(square) / math.sqrt(1 - self.beta2**t) + self.eps
-        return data - step_size * mean / denominator
+        step_size, correction = self.lr / (1 - self.beta1**t), math.sqrt(1 - self.beta2**t)
+        mean, square = self.remembered("exp_avg", position), self.remembered("exp_avg_sq", position)
+        for p, g, m, v, out in stretches(data, grad, mean, square, new):
+            if self.weight_decay:
+                g = g + self.weight_decay * p
+            m *= self.beta1
+            m += (1 - self.beta1) * g
+            v *= self.beta2
+            v += (1 - self.beta2) * g * g
+            denominator = np.sqrt(v) / correction
+            denominator += self.eps
+            step = step_size * m
+            step /= denominator
+            np.subtract(p, step, out=out)
+            del denominator, step  # before those of the next block are there

@@ -8,6 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from lance_ref.engine.blocks import stretches
+from lance_ref.engine.ownership import alone
 from lance_ref.engine.tensor import Tensor
 
 
@@ -75,18 +77,32 @@ class Optimizer:
         for position, parameter in enumerate(self.params):
             if parameter.grad is not None:
                 self.steps[position] += 1
-                parameter.data = self.update(position, parameter.data, parameter.grad)
+                data = parameter.data
+                # In place, unless somebody holds the old values: a tape that is kept, or whoever compares.
+                new = data if alone(data, others=1) else np.empty_like(data)
+                self.update(position, data, parameter.grad, new)
+                parameter.data = new
 
-    def update(self, position: int, data: np.ndarray, grad: np.ndarray) -> np.ndarray:
-        """The new values of the parameter at ``position``; may not write into ``data`` or ``grad``."""
+    def update(self, position: int, data: np.ndarray, grad: np.ndarray, new: np.ndarray) -> None:
+        """Write the new values of the parameter at ``position`` into ``new``, which may be ``data`` itself.
+
+        ``grad`` stays as it is. What an optimiser remembers is its own, and may be written over.
+        """
         raise NotImplementedError
+
+    def remembered(self, name: str, position: int) -> np.ndarray:
+        """A buffer of the parameter at ``position``, zeros before its first step."""
+        buffer = self.buffers[name][position]
+        if buffer is None:
+            buffer = self.buffers[name][position] = np.zeros_like(self.params[position].data)
+        return buffer
 
     def _check_gradient(self, position: int, parameter: Tensor, grad: np.ndarray) -> None:
         if grad.shape != parameter.shape:
             raise ValueError(f"the {self._gradient(position)} has shape {grad.shape}")
         if grad.dtype != parameter.dtype:
             raise TypeError(f"the {self._gradient(position)} has dtype {grad.dtype}, expected {parameter.dtype}")
-        if not np.isfinite(grad).all():
+        if not all(np.isfinite(part).all() for (part,) in stretches(grad)):
             bad = int(grad.size - np.isfinite(grad).sum())
             raise ValueError(
                 f"the {self._gradient(position)} holds {bad} NaN or infinite value(s); no parameter was changed"

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from lance_ref.engine.blocks import stretches
 from lance_ref.engine.tensor import Tensor
 from lance_ref.optim.optimizer import Optimizer
 
@@ -79,14 +80,16 @@ class SGD(Optimizer):
                 f"and dampening {settings['dampening']}"
             )
 
-    def update(self, position: int, data: np.ndarray, grad: np.ndarray) -> np.ndarray:
-        if self.weight_decay:
-            grad = grad + self.weight_decay * data
-        if self.momentum:
-            buffers = self.buffers["momentum_buffer"]
-            previous = buffers[position]
-            velocity = grad.copy() if previous is None else self.momentum * previous + (1 - self.dampening) * grad
-            buffers[position] = velocity
-            grad = grad + self.momentum * velocity if self.nesterov else velocity
-        step = np.multiply(grad, self.lr, out=np.empty_like(data))
-        return np.subtract(data, step, out=step)
+    def update(self, position: int, data: np.ndarray, grad: np.ndarray, new: np.ndarray) -> None:
+        first = self.buffers["momentum_buffer"][position] is None
+        velocity = self.remembered("momentum_buffer", position) if self.momentum else grad
+        for p, g, v, out in stretches(data, grad, velocity, new):
+            if self.weight_decay:
+                g = g + self.weight_decay * p
+            if self.momentum and first:
+                v[...] = g
+            elif self.momentum:
+                v *= self.momentum
+                v += (1 - self.dampening) * g
+            step = g if not self.momentum else g + self.momentum * v if self.nesterov else v
+            np.subtract(p, np.multiply(step, self.lr), out=out)

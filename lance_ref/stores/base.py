@@ -11,6 +11,7 @@ import numpy as np
 from lance_ref.algebra.basis import Basis
 from lance_ref.algebra.geometry import Geometry
 from lance_ref.algebra.magnitude import NotFiniteError
+from lance_ref.engine.blocks import stretches
 from lance_ref.engine.tensor import Shape
 
 
@@ -20,7 +21,7 @@ def check_kept(name: str, kept: np.ndarray, shape: Shape) -> None:
     Whatever sums over an activation, with any weights, carries its NaN and infinities on: looking at the sums is
     enough, and they are few.
     """
-    if not np.isfinite(kept).all():
+    if not all(np.isfinite(part).all() for (part,) in stretches(kept)):
         raise NotFiniteError(
             f"{name}: an activation of shape {shape} contains NaN or infinity, or numbers too large for sums of "
             f"{kept.dtype}, expected finite numbers"
@@ -35,6 +36,9 @@ class ActivationStore(ABC):
     """
 
     name: str
+    by_image = False
+    """Whether what is kept of an image is the same whatever the other images of the batch are, and the weight gradient
+    of a batch is the sum of its images' own: then a step may take its batch in chunks (``chunk`` of ``fit``)."""
     energy_kept: float | None = None
     """Share of the last activation's energy that was kept; None for a store that does not measure it."""
 
@@ -111,6 +115,7 @@ class Exact(ActivationStore):
     """Plain backpropagation: keep the activation itself."""
 
     name = "exact"
+    by_image = True
 
     def save(self, activation: np.ndarray) -> dict[str, np.ndarray]:
         return {"activation": activation}

@@ -102,6 +102,7 @@ class GradientFilter(ActivationStore):
     """
 
     name = "gradient-filter"
+    by_image = True
 
     def __init__(self, patch: int) -> None:
         if isinstance(patch, bool) or not isinstance(patch, (int, np.integer)) or patch < 1:

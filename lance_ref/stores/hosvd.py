@@ -206,6 +206,7 @@ def _gram(blocks: Any) -> np.ndarray:
     for block in blocks:
         product = matmul(block, block.T)
         gram = product if gram is None else np.add(gram, product, out=gram)
+        del product  # before that of the next block is there
     assert gram is not None
     return gram
 

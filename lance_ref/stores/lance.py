@@ -147,6 +147,11 @@ class Lance(ActivationStore):
         self.energy_kept: float | None = None
 
     @property
+    def by_image(self) -> bool:  # type: ignore[override]
+        """Whether neither the batch mode is compressed nor codes share a range with other images."""
+        return self.factors[0] is None and self.sketch is None and self.core_bits is None
+
+    @property
     def core_bits(self) -> int | None:
         """Bits of the core's codes, None for a core that is kept as it is."""
         return self.coding.bits

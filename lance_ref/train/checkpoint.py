@@ -107,6 +107,8 @@ def load(
         If the file cannot be opened.
     """
     about, arrays = read(path, ("description", "settings", "generators", "meta"))
+    if "micro_batch" in about["settings"]:  # the name of ``chunk`` in files of before
+        about["settings"]["chunk"] = about["settings"].pop("micro_batch")
     for name, own in (("settings", dict(settings or {})), ("description", describe(net, optimizer, scheduler))):
         compare(path, about[name], json.loads(json.dumps(own)))
     earlier = _collect(net, optimizer, scheduler)

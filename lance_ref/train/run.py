@@ -15,7 +15,7 @@ from lance_ref.datasets import Dataset
 from lance_ref.datasets.dataset import Normalise
 from lance_ref.engine.autograd import no_grad
 from lance_ref.engine.tape_report import tape
-from lance_ref.engine.tensor import Tensor
+from lance_ref.engine.tensor import Shape, Tensor
 from lance_ref.io.progress import progress_bar
 from lance_ref.nn.module import Module
 from lance_ref.optim import LRScheduler, Optimizer, clip_grad_norm_
@@ -114,6 +114,7 @@ class Run:
                     raise FloatingPointError(f"the loss is {value} in {self.where()}")
                 total += each.share * value
                 loss.backward(np.asarray(each.share, loss.dtype))
+                del each, loss  # before the images of the next pass are there
             self.after_backward()
             try:
                 # Without a largest norm nothing is scaled, but a gradient that is not finite is still found.
@@ -206,6 +207,7 @@ class Source:
 
     def _check_outputs(self, name: str, net: Module) -> None:
         x, _ = self.batch(np.arange(min(2, len(self.data))))  # one image has no variance for a batch norm to use
+        self.image_shape: Shape = x.shape[1:]
         try:
             with in_mode(net, training=False), no_grad():
                 shape = self.net(x).shape
@@ -239,11 +241,11 @@ class Tally:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of :func:`lance_ref.train.training.fit`; ``micro_batch`` is ``batch_size`` where it is not used."""
+    """The numbers of :func:`lance_ref.train.training.fit`; ``chunk`` is ``batch_size`` where the batch stays whole."""
 
     epochs: int
     batch_size: int
-    micro_batch: int
+    chunk: int
     clip_norm: float | None
     seed: int
     eval_batch_size: int
@@ -306,17 +308,16 @@ class FitRun(Run):
         began = time.perf_counter()
         if self.step % self.steps_per_epoch == 0:
             self.tally.learning_rate = self.optimizer.lr
-        self.tally.loss += self.update(self._micro_batches(x, y))
+        self.tally.loss += self.update(self._chunks(x, y))
         self.tally.seconds += loaded + time.perf_counter() - began
 
-    def _micro_batches(self, x: np.ndarray, y: np.ndarray) -> Iterator[Pass]:
-        """The gradient of the mean loss over the batch, L = Σ_parts (k / B)·L_part, k = ``micro_batch``."""
-        size = self.recipe.micro_batch
-        share = size / self.recipe.batch_size
-        for start in range(0, len(x), size):
-            part = slice(start, start + size)
-            # a part is copied: the tape would keep the whole batch alive through a look at it
-            yield Pass(0, x if share == 1 else x[part].copy(), y[part], share)
+    def _chunks(self, x: np.ndarray, y: np.ndarray) -> Iterator[Pass]:
+        """The gradient of the mean loss over the batch, L = Σ_chunks (k / B)·L_chunk of k images each."""
+        size, batch = self.recipe.chunk, len(x)
+        for start in range(0, batch, size):
+            some = slice(start, start + size)
+            # a chunk is copied: the tape would keep the whole batch alive through a look at it
+            yield Pass(0, x if size >= batch else x[some].copy(), y[some], len(y[some]) / batch)
 
     def forward(self, each: Pass) -> Tensor:
         logits = self.train.net(each.x)

@@ -17,6 +17,7 @@ from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
 from lance_ref.optim import SGD, CosineAnnealingLR, Optimizer, StepLR
 from lance_ref.train import checkpoint as checkpoints
+from lance_ref.train.chunks import chunks_of
 from lance_ref.train.features import (
     Features,
     ImageSize,
@@ -58,6 +59,9 @@ class FitResult:
         Whether the frozen part ran once and not at every step; ``cache_note`` is a sentence on that, with the reason.
     seconds : dict
         ``training``, ``evaluation`` and ``frozen`` (running the frozen part once), summed over restarts.
+    chunk : int
+        Images that went forward and backward at a time; ``chunk_note`` is a sentence on that, empty if none was asked
+        for.
     """
 
     history: list[dict[str, Any]]
@@ -66,6 +70,8 @@ class FitResult:
     cached: bool
     cache_note: str
     seconds: dict[str, float]
+    chunk: int
+    chunk_note: str
 
     def to_json(self) -> dict[str, Any]:
         """The same as lists, mappings, numbers and text."""
@@ -86,7 +92,7 @@ def fit(
     seed: int = 0,
     normalise: Normalise = None,
     image_size: ImageSize = None,
-    micro_batch: int | None = None,
+    chunk: int | str | None = None,
     cache_frozen: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every_steps: int | None = None,
@@ -119,10 +125,14 @@ def fit(
         Of the order of the images. Dropout draws from the generators that the network holds.
     normalise, image_size
         As for :func:`lance_ref.datasets.batches`.
-    micro_batch : int, optional
-        A divisor of ``batch_size``: so many images at a time go forward and backward, and their gradients are
-        added up. The gradient is that of the whole batch to rounding, unless a layer mixes the images of a batch
-        (batch norm with the statistics of the batch) or draws random numbers.
+    chunk : int or "auto", optional
+        Most images that go forward and backward at a time: the batch goes in equal chunks, of the largest divisor of
+        ``batch_size`` up to that many, and their gradients are added up, so that the tape and the activations shrink
+        to those of a chunk. ``"auto"``: as many as :data:`lance_ref.train.chunks.AUTO_BYTES` of activations allow.
+        The step is that of the whole batch to rounding, masks of dropout included. Where something mixes the images
+        of a batch (batch norm with its statistics, a compressed batch mode, directions found at every step, codes of
+        a common range, several dropouts on one generator) the batch stays whole, and ``chunk_note`` says why.
+        By default it stays whole in any case: chunks sum in another order, which changes the last bits of a run.
     cache_frozen : bool, optional
         Run the leading stages that do not train once over all images, and train on their outputs. By default
         this is done where it changes nothing (see :func:`lance_ref.train.features.frozen_stages`; ``normalise`` must
@@ -166,7 +176,7 @@ def fit(
     >>> print(result.cache_note)
     The first 2 of 4 stages are frozen and ran once over all images (460,032 bytes of outputs).
     """
-    _check_arguments(net, epochs, batch_size, schedule, clip_norm, seed, micro_batch, eval_batch_size)
+    _check_arguments(net, epochs, batch_size, schedule, clip_norm, seed, eval_batch_size)
     _positive("checkpoint_every_steps", 1 if checkpoint_every_steps is None else checkpoint_every_steps)
     given = {"train": train} if test is None else {"train": train, "test": test}
     sources = [Source(name, net, data, normalise, image_size) for name, data in given.items()]
@@ -178,7 +188,8 @@ def fit(
     made = _optimizer(net, optimizer, lr)
     steps = epochs * (len(train) // batch_size)
     scheduler = CosineAnnealingLR(made, T_max=steps) if schedule == "cosine" else StepLR(made, steps, gamma=1.0)
-    recipe = Recipe(epochs, batch_size, micro_batch or batch_size, clip_norm, seed, eval_batch_size)
+    chunks = chunks_of(sources[0].net, sources[0].image_shape, sources[0].dtype, batch_size, chunk)
+    recipe = Recipe(epochs, batch_size, chunks.images, clip_norm, seed, eval_batch_size)
     run = FitRun(net, sources[0], None if test is None else sources[1], made, scheduler, recipe)
     cached, cache_note = _cache_decision(net, sources, cache_frozen)
     path = None if checkpoint is None else checkpoints.checked_path(checkpoint)
@@ -197,7 +208,8 @@ def fit(
 
     run.train_all(on_step, progress, write, checkpoint_every_steps)
     once = cached or isinstance(train, Features)
-    return FitResult(run.history, run.history[-1]["test_accuracy"], run.steps, once, cache_note, run.seconds)
+    test_accuracy = run.history[-1]["test_accuracy"]
+    return FitResult(run.history, test_accuracy, run.steps, once, cache_note, run.seconds, *chunks)
 
 
 def evaluate(
@@ -304,14 +316,11 @@ def _check_arguments(
     schedule: str,
     clip_norm: float | None,
     seed: int,
-    micro_batch: int | None,
     eval_batch_size: int,
 ) -> None:
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
         _positive(name, value)
     _positive("seed", seed, smallest=0)
-    if micro_batch is not None and batch_size % _positive("micro_batch", micro_batch):
-        raise ValueError(f"micro_batch is {micro_batch}, expected a divisor of batch_size = {batch_size}")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule is {schedule!r}, expected one of {SCHEDULES}")
     if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):

@@ -116,6 +116,10 @@ class NamesABasis(Sketch):
         return Basis(np.full((groups, channels, 1), channels**-0.5, self.dtype), forward=forward)
 
 
+class SaysItTakesImages(Sketch):
+    by_image = True
+
+
 FAULTS = {
     Sketch: None,
     KeepsMore: "test_bytes_and_multiply_adds_are_those_predicted",
@@ -128,6 +132,7 @@ FAULTS = {
     HidesNaN: "test_numbers_that_are_not_finite_are_refused_or_carried",
     TakesMemory: "test_memory_is_at_most_what_is_predicted",
     ChangesTheActivation: "test_the_activation_stays_as_it_was",
+    SaysItTakesImages: "test_weight_gradients_of_images_add_up_where_it_is_said",
     NamesABasis: "test_gradients_lie_in_the_basis_that_the_store_names",
 }
 

@@ -163,7 +163,6 @@ def test_a_finished_run_returns_at_once(tmp_path: Path) -> None:
     [
         ({"epochs": EPOCHS + 1}, f"epochs is {EPOCHS} there and {EPOCHS + 1} here"),
         ({"batch_size": 16}, "batch_size is 32 there and 16 here"),
-        ({"micro_batch": 16}, "micro_batch is 32 there and 16 here"),
         ({"seed": 3}, "seed is 2 there and 3 here"),
         ({"schedule": "constant"}, "schedule is cosine there and constant here"),
         ({"clip_norm": None}, "clip_norm is 2.0 there and None here"),

@@ -1,4 +1,4 @@
-"""fit: the recipe by hand, micro-batches, what stops a run, what callbacks and reports get."""
+"""fit: the recipe by hand, what stops a run, what callbacks and reports get."""
 
 from __future__ import annotations
 
@@ -92,29 +92,6 @@ def test_a_seed_fixes_the_run_and_another_one_changes_it() -> None:
         fit(net, images(), epochs=2, batch_size=4, seed=seed)
     assert same(values(nets[0]), values(nets[1]))
     assert not same(values(nets[0]), values(nets[2]))
-
-
-@pytest.mark.parametrize("micro_batch", [1, 2, 4])
-def test_micro_batches_give_the_gradient_of_the_batch(micro_batch: int) -> None:
-    """Sums of partial gradients equal the whole one to rounding (no clipping that would hide a factor)."""
-    whole, parts = small_net(np.float64), small_net(np.float64)
-    settings: Any = {"epochs": 2, "batch_size": 8, "clip_norm": None, "lr": 0.3}
-    full = fit(whole, images(), **settings)
-    split = fit(parts, images(), micro_batch=micro_batch, **settings)
-    for name, array in values(whole).items():
-        assert array.dtype == np.float64
-        np.testing.assert_allclose(values(parts)[name], array, rtol=1e-12, atol=1e-13)
-    for a, b in zip(full.history, split.history, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-12)
-        assert b["train_accuracy"] == a["train_accuracy"]
-
-
-def test_micro_batches_shrink_the_tape() -> None:
-    """What is measured is the tape of k images, not of the batch: their inputs, sign bits, outputs, scores, labels."""
-    result = fit(small_net(), images(), epochs=1, batch_size=8, micro_batch=2)
-    inputs = 2 * 4 * (16 + 3 * 2 * 2 + 4)  # of the convolutions and the linear layer, float32
-    signs = -(-2 * 3 * 2 * 2 // 8)  # of the ReLU, a bit each
-    assert result.history[0]["tape_bytes"] == inputs + signs + 2 * 3 * 4 + 2
 
 
 def test_schedule_and_optimiser_of_choice() -> None:
@@ -273,8 +250,10 @@ def one_class() -> Dataset:
         ({"epochs": 0}, "epochs is 0"),
         ({"epochs": True}, "epochs is True"),
         ({"seed": -1}, "seed is -1"),
-        ({"micro_batch": 3}, "micro_batch is 3, expected a divisor of batch_size = 8"),
-        ({"micro_batch": 0}, "micro_batch is 0"),
+        ({"chunk": 0}, "chunk is 0, expected 'auto', None, or a positive number of images"),
+        ({"chunk": True}, "chunk is True"),
+        ({"chunk": 1.5}, "chunk is 1.5"),
+        ({"chunk": "large"}, "chunk is 'large'"),
         ({"eval_batch_size": 0}, "eval_batch_size is 0"),
         ({"checkpoint_every_steps": 0}, "checkpoint_every_steps is 0"),
         ({"schedule": "linear"}, "schedule is 'linear'"),

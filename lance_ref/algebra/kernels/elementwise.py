@@ -60,12 +60,16 @@ def pack_blocks(condition: Callable[[np.ndarray], np.ndarray], x: np.ndarray) ->
     return mask
 
 
-def apply_mask(mask: np.ndarray, array: np.ndarray, scale: float = 1.0) -> np.ndarray:
-    """``array * scale`` where the packed ``mask`` has a bit, zero elsewhere."""
+def apply_mask(mask: np.ndarray, array: np.ndarray, scale: float = 1.0, over: np.ndarray | None = None) -> np.ndarray:
+    """``array * scale`` where the packed ``mask`` has a bit, zero elsewhere.
+
+    ``over`` is ``array``, if it may be written over: it is where it lies in C order.
+    """
     if not numba_enabled():
         return apply_mask_numpy(mask, array, scale)
     source = np.ascontiguousarray(array)
-    out = np.empty(array.shape, source.dtype)
+    in_place = over is not None and over.flags.c_contiguous
+    out = over if over is not None and in_place else np.empty(array.shape, source.dtype)
     _apply_mask.run(mask.size, source.size, mask, source.reshape(-1), out.reshape(-1), source.dtype.type(scale))
     return out
 

@@ -76,17 +76,17 @@ class ConvGeometry:
         ]
         return sizes[0], sizes[1]
 
-    @property
+    @cached_property
     def output_shape(self) -> Shape:
         """(B, C_out, H_out, W_out)"""
         return (self.input_shape[0], self.weight_shape[0], *self.output_size)
 
-    @property
+    @cached_property
     def is_depthwise(self) -> bool:
         """Whether each output channel looks at one of several input channels only."""
         return self.weight_shape[1] == 1 and self.groups > 1
 
-    @property
+    @cached_property
     def is_pointwise(self) -> bool:
         """Whether the output is W @ x, pixel by pixel."""
         plain = (self.stride, self.padding, self.groups) == ((1, 1), ((0, 0), (0, 0)), 1)
@@ -290,7 +290,7 @@ class LinearGeometry:
     input_shape: Shape
     weight_shape: Shape
 
-    @property
+    @cached_property
     def output_shape(self) -> Shape:
         return (*self.input_shape[:-1], self.weight_shape[0])
 

@@ -66,19 +66,17 @@ def count_macs() -> Iterator[MacCounter]:
         state.counter = previous
 
 
-def spending_on(kind: str) -> _Spending:
-    """Book the multiply-adds of the ``with`` block under ``kind`` (one of :data:`KINDS`)."""
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, expected one of {KINDS}")
-    return _Spending(kind)
+class spending_on:  # noqa: N801  (it is called like a function)
+    """Book the multiply-adds of the ``with`` block under ``kind`` (one of :data:`KINDS`).
 
-
-class _Spending:
-    """Entered three times a layer and step: a class takes a third of a generator's time."""
+    It is entered three times a layer and step, and a class takes a third of a generator's time.
+    """
 
     __slots__ = ("kind", "previous")
 
     def __init__(self, kind: str) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}, expected one of {KINDS}")
         self.kind = kind
 
     def __enter__(self) -> None:

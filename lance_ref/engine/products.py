@@ -26,7 +26,9 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.n
     (:func:`undeserved_flags_ignored`).
     """
     if a.size * b.size <= ALONE_MACS or a.ndim < 2 or b.ndim < 2:  # no fewer than its multiply-adds
-        return undeserved_flags_ignored(np.matmul, a, b, out)
+        state.flagged = False
+        result = _noting_flags(np.matmul, a, b, out)
+        return result if not state.flagged or np.isfinite(result).all() else np.matmul(a, b, out)
     macs = max(a.size * b.shape[-1], b.size * a.shape[-2])
     if macs <= ALONE_MACS or a.dtype != b.dtype or _is_square(a, b):
         return undeserved_flags_ignored(np.matmul, a, b, out)

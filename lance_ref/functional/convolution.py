@@ -10,8 +10,7 @@ The operation's inputs are then (x, D, [bias], W_0, s): what trains stands where
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -61,7 +60,7 @@ class _Weighted(Function):
                 ctx.save_input("base", len(inputs) - 2)
                 ctx.save_input("decay", len(inputs) - 1)
         if ctx.needs_input_grad[1]:
-            with spending_on("projection"), _named():
+            with spending_on("projection"), _named:
                 kept = store.save_for(x, geometry)
             ctx.kept = tuple(kept)  # type: ignore[attr-defined]
             for name, array in kept.items():
@@ -112,14 +111,14 @@ class Linear(_Weighted):
             )
         _check_bias("linear", weights, weight.shape[0])
         _check_store(store, x, weights[0])
-        return LinearGeometry(x.shape, weight.shape).output_shape
+        return _linear_geometry(x.shape, weight.shape).output_shape
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Node, *inputs: np.ndarray, store: ActivationStore, update: Basis | None = None
     ) -> np.ndarray:
         weight = inputs[1] if update is None else inputs[-2]
-        out = Linear.run(ctx, LinearGeometry(inputs[0].shape, weight.shape), store, update, inputs)
+        out = Linear.run(ctx, _linear_geometry(inputs[0].shape, weight.shape), store, update, inputs)
         if has_bias(len(inputs)):
             out += inputs[2]
         return out
@@ -343,20 +342,30 @@ def _geometry(x: Shape, weight: Shape, stride: Pair, padding: Padding, dilation:
     return ConvGeometry(x, weight, stride, padding, dilation, groups)
 
 
+_linear_geometry = lru_cache(maxsize=1024)(LinearGeometry)
+
+
 def _check_store(store: ActivationStore, x: Tensor, weight: Tensor) -> None:
     """A store that cannot take ``x`` matters only where something will be saved: not under no_grad()."""
     if state.grad_enabled and weight.requires_grad:
-        with _named():
+        with _named:
             store.check(x.shape)
 
 
-@contextmanager
-def _named() -> Iterator[None]:
-    """Errors of a store name the layer."""
-    try:
-        yield
-    except ValueError as error:
-        raise type(error)(f"layer {state.path or '(root)'}: {error}") from None
+class _Named:
+    """Inside of ``with _named:`` errors of a store name the layer."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, ValueError):
+            raise type(error)(f"layer {state.path or '(root)'}: {error}") from None
+
+
+_named = _Named()
 
 
 def _check_floating(op: str, x: Tensor) -> None:

@@ -21,6 +21,7 @@ from analysis.peak.arrays import BLOCK, UFUNC_BUFFER, division_buffer, in_blocks
 from analysis.rules.layouts import Layout, Shape, Storage, is_basic_index, packed_strides
 from analysis.rules.op_cost import Call, bit_bytes, index_bytes
 from analysis.rules.operations import OPERATIONS, column, fill
+from lance_ref.algebra.kernels.elementwise import SHORT_PLANE
 
 
 @dataclass(frozen=True)
@@ -443,23 +444,40 @@ def norm(call: Call) -> int:
     groups, result = count * call.itemsize, call.n_out * call.itemsize
     if not (call.record.op == "layer_norm" or call.record.attributes["training"]):
         return result + (4 if call.record.attributes["affine"] else 3) * groups
+    if _in_loops(call):  # mean, variance and 1/√variance; an update of running statistics, or 1 and 0 for a map
+        affine = call.record.attributes["affine"]
+        running = len(call.record.inputs) > (3 if affine else 1)
+        return result + (5 if running or not affine else 3) * groups
     squares = piece(call.record.inputs[0].shape, axes, call.itemsize)
     return max(result + 2 * groups + squares + division_buffer(count), result + 4 * groups)
 
 
+def _in_loops(call: Call, *gradients: Layout) -> bool:
+    """Whether compiled loops normalise by the statistics of the batch: packed arrays with planes that are long enough."""
+    if call.record.op != "batch_norm":
+        return False
+    packed = not any(packing(layout, call.itemsize) for layout in (call.inputs[0], *gradients))
+    return packed and math.prod(call.record.inputs[0].shape[2:]) >= SHORT_PLANE
+
+
 @backward("batch_norm")
 def batch_norm_backward(call: Call, g: Layout) -> Backward:
-    """x̂, which becomes the gradient where the statistics are the batch's own; products with it in pieces."""
+    """The gradient, by loops that make nothing beside it, or of x̂, whose products are then taken in pieces."""
     (count, axes), training = _outside(call), call.record.attributes["training"]
     shape, affine = call.record.inputs[0].shape, call.record.attributes["affine"]
     full, groups, of_input = call.n_in * call.itemsize, count * call.itemsize, call.needs(0)
-    made = Making(call, groups if (affine and call.needs(2)) or (training and of_input) else 0)
-    if (affine and call.needs(1)) or (training and of_input):  # x̂ is needed
-        made.held += full + groups
-        made.reach(piece(shape, axes, call.itemsize))
+    needs_sums, through = (affine and call.needs(1)) or (training and of_input), training and of_input
+    if needs_sums and _in_loops(call, g):  # both sums, and the factor of each channel
+        made = Making(call, 2 * groups + (full if through else 0))
+        made.reach(groups)
+    else:  # x̂ in memory, which becomes the gradient
+        made = Making(call, groups if needs_sums or (affine and call.needs(2)) else 0)
+        if needs_sums:
+            made.held += full + groups
+            made.reach(max(piece(shape, axes, call.itemsize), 2 * groups if through else 0))
     if of_input:
         made.gradients[0] = new(shape, call.itemsize, call.inputs[0] if training else g)
-        made.reach(2 * groups if training else full)
+        made.reach(0 if training else full)
     for position in (1, 2) if affine else ():
         if call.needs(position):
             made.gradients[position] = like_input(call, position)

@@ -444,12 +444,12 @@ def norm(call: Call) -> int:
     groups, result = count * call.itemsize, call.n_out * call.itemsize
     if not (call.record.op == "layer_norm" or call.record.attributes["training"]):
         return result + (4 if call.record.attributes["affine"] else 3) * groups
+    affine = call.record.attributes["affine"]
+    running = call.record.op == "batch_norm" and len(call.record.inputs) > (3 if affine else 1)
     if _in_loops(call):  # mean, variance and 1/√variance; an update of running statistics, or 1 and 0 for a map
-        affine = call.record.attributes["affine"]
-        running = len(call.record.inputs) > (3 if affine else 1)
         return result + (5 if running or not affine else 3) * groups
     squares = piece(call.record.inputs[0].shape, axes, call.itemsize)
-    return max(result + 2 * groups + squares + division_buffer(count), result + 4 * groups)
+    return max(result + 2 * groups + squares + division_buffer(count), result + (5 if running else 4) * groups)
 
 
 def _in_loops(call: Call, *gradients: Layout) -> bool:
@@ -475,6 +475,7 @@ def batch_norm_backward(call: Call, g: Layout) -> Backward:
         if needs_sums:
             made.held += full + groups
             made.reach(max(piece(shape, axes, call.itemsize), 2 * groups if through else 0))
+            made.held -= 0 if through else full
     if of_input:
         made.gradients[0] = new(shape, call.itemsize, call.inputs[0] if training else g)
         made.reach(0 if training else full)

@@ -51,7 +51,11 @@ class Convolution(Layer):
     def weight_workspace(self, g: Layout | None, x: Layout | None) -> int:
         if self.geometry.is_depthwise:
             return self._copied(g) + self._copied(x) + self._loops(1)
-        (C_out, _, k_h, k_w), C_in, groups = self.geometry.weight_shape, self.geometry.input_shape[1], self.geometry.groups
+        (C_out, _, k_h, k_w), C_in, groups = (
+            self.geometry.weight_shape,
+            self.geometry.input_shape[1],
+            self.geometry.groups,
+        )
         parts = self.geometry.parts(C_in) if groups == 1 else 1  # each lays out some of the channels
         total = self._packed(x)
         for i in range(parts):
@@ -67,6 +71,11 @@ class Convolution(Layer):
         groups = self.geometry.groups if weight[:2] == self.geometry.weight_shape[:2] else 1
         geometry = replace(self.geometry, input_shape=x, weight_shape=weight, groups=groups)
         return Convolution(geometry, self.itemsize).weight_workspace(None, None)
+
+    def on_places(self, places: tuple[int, int]) -> int:
+        (B, C_in, *_), weight = self.geometry.input_shape, self.geometry.weight_shape
+        point = ConvGeometry((B, C_in, *places), (*weight[:2], 1, 1), groups=self.geometry.groups)
+        return Convolution(point, self.itemsize).weight_workspace(None, None)
 
     def _copied(self, layout: Layout | None) -> int:
         """Bytes of the copy of an input or output gradient that a product needs: packed, or plane by plane."""
@@ -139,6 +148,9 @@ class Linear(Layer):
         return self.forward_workspace(g) + self.forward_workspace(x)
 
     def smaller(self, x: tuple[int, ...], weight: tuple[int, ...]) -> int:
+        return 0
+
+    def on_places(self, places: tuple[int, int]) -> int:
         return 0
 
 

@@ -453,7 +453,7 @@ def norm(call: Call) -> int:
 
 
 def _in_loops(call: Call, *gradients: Layout) -> bool:
-    """Whether compiled loops normalise by the statistics of the batch: packed arrays with planes that are long enough."""
+    """Whether compiled loops normalise by the batch's statistics: packed arrays with planes that are long enough."""
     if call.record.op != "batch_norm":
         return False
     packed = not any(packing(layout, call.itemsize) for layout in (call.inputs[0], *gradients))

@@ -31,7 +31,7 @@ WORKSPACE_BYTES = 8 * 2**20
 """Largest block of columns that a convolution lays out at a time (one output row at the least)."""
 
 CACHED_BYTES = 2**20
-"""Largest block of columns that a thread lays out for itself, of images of many places: half of a usual second cache."""
+"""The same for each thread where images have many places: half of a usual second-level cache."""
 
 MANY_PLACES = 96
 """Of one image's output: enough columns for a fast matrix product; smaller images are put together."""
@@ -116,7 +116,9 @@ class ConvGeometry:
             if len(block) == 1:
                 product(grouped_weight, by_group, block[0])
             else:
-                block[:] = product(grouped_weight, by_group).reshape(g, C_out // g, len(block), -1).transpose(2, 0, 1, 3)
+                block[:] = (
+                    product(grouped_weight, by_group).reshape(g, C_out // g, len(block), -1).transpose(2, 0, 1, 3)
+                )
 
         self._in_blocks(x.dtype, work)
         return out.reshape(self.output_shape)
@@ -211,7 +213,7 @@ class ConvGeometry:
 
     def _in_blocks(self, dtype: np.dtype, work: Callable[[slice, slice, np.ndarray], None]) -> None:
         """``work(images, rows, columns)`` for each block, with columns to write on; in several threads."""
-        B, C_in = self.input_shape[:2]
+        B = self.input_shape[0]
         parts = self.parts(B)
         spare = [self._workspace(dtype) for _ in range(parts)]
 
@@ -225,7 +227,7 @@ class ConvGeometry:
         self._count()
 
     def _workspace(self, dtype: np.dtype, channels: int | None = None) -> np.ndarray:
-        """Room for the columns of the largest block, the first one: (C_in, k_h, k_w, b, n, W_out), or of some channels."""
+        """Room for the columns of the first block, the largest: (C_in, k_h, k_w, b, n, W_out), or of some channels."""
         images, rows = next(self.blocks(dtype.itemsize, channels))
         counts = images.stop, rows.stop, self.output_size[1]
         return np.empty((channels or self.input_shape[1], *self.weight_shape[2:], *counts), dtype)
@@ -282,6 +284,7 @@ class ConvGeometry:
             writeable=False,
         )
         return patches.reshape(b, g, -1, n * W_out)
+
 
 @dataclass(frozen=True)
 class LinearGeometry:

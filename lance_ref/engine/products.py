@@ -47,7 +47,7 @@ def _is_square(a: np.ndarray, b: np.ndarray) -> bool:
 
 def _in_parts(parts: int, a: np.ndarray, b: np.ndarray, out: np.ndarray | None) -> np.ndarray:
     """The product cut along the batch, or along the rows or columns of its matrices, whichever are more."""
-    batch = a.shape[:-2] if b.ndim == 2 else b.shape[:-2] if a.ndim == 2 else np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     m, n = a.shape[-2], b.shape[-1]
     result: np.ndarray = np.empty((*batch, m, n), a.dtype) if out is None else out
     flagged: list[bool] = []

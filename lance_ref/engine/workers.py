@@ -141,7 +141,6 @@ class _BlasAlone:
             if self._inside == 0 and blas is not None:
                 blas.write(self._before)
 
-
     def threads(self) -> int:
         """How many threads BLAS takes outside of every ``with`` block; 1 if that cannot be set."""
         blas = _blas()

@@ -55,7 +55,7 @@ def test_laying_out_equals_its_twin_and_the_patches(g: ConvGeometry, seed: int, 
 
 @given(g=GEOMETRIES, seed=st.integers(0, 9), parts=st.integers(2, 4), bytes_=st.sampled_from([1, 2000, 2**20]))
 def test_images_and_channels_in_several_threads(g: ConvGeometry, seed: int, parts: int, bytes_: int) -> None:
-    """Of images of many places each thread has its own, and of a weight gradient its own channels: the same products."""
+    """Each thread has images of its own, and channels of its own of a weight gradient: the same products."""
     x, weight, grad_output = arrays(g, seed)
     expected = g.forward(x, weight), g.input_gradient(weight, grad_output), g.weight_gradient(x, grad_output)
     with pytest.MonkeyPatch.context() as patch:

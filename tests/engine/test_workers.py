@@ -1,4 +1,4 @@
-"""Work in several threads: every part once, errors and NumPy's settings as in one, and a BLAS that is left as it was."""
+"""Work in several threads: every part once, errors and NumPy's settings as in one, BLAS left as it was."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Layer(ABC):
 
     @abstractmethod
     def on_places(self, places: tuple[int, int]) -> int:
-        """Bytes beside the weight gradient of a 1×1 convolution of the same channels and groups; 0 of a linear layer."""
+        """Bytes beside the weight gradient of a 1×1 convolution of the same channels and groups; 0 if linear."""
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ def lay_out(
     ----------
     x : (b, C, H, W)
     columns : (c, k_h, k_w, b, l_rows, W_out), contiguous
-        For the output rows ``rows``. ``columns[c, p, q, b, h, w] = x[b, first + c, s·h + d·p − top, s·w + d·q − left]``,
-        and zero where that lies in the padding.
+        ``columns[c, p, q, b, h, w] = x[b, first + c, s·h + d·p − top, s·w + d·q − left]``, and zero where that lies in
+        the padding.
     rows : slice
-        With both ends given.
+        The output rows of ``columns``, with both ends given.
     stride, dilation : pair of int
     padding : ((top, bottom), (left, right))
     first : int

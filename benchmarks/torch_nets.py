@@ -105,7 +105,9 @@ def folded(net: nn.Module) -> nn.Module:
         for i, (conv, norm) in enumerate(pairwise(list(sequence))):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and not norm.training:
                 sequence[i], sequence[i + 1] = nn.utils.fusion.fuse_conv_bn_eval(conv.eval(), norm), nn.Identity()
-    return net.to(memory_format=torch.channels_last)
+    innermost: Any = net.to  # its stub knows no memory format
+    result: nn.Module = innermost(memory_format=torch.channels_last)
+    return result
 
 
 def _statistics(net: nn.Module) -> list[Any]:

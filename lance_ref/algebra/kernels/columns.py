@@ -41,10 +41,10 @@ def lay_out_numpy(
 ) -> None:
     """NumPy twin of :func:`lay_out`."""
     C, k_h, k_w, _, n, W_out = columns.shape
-    (s_h, s_w), ((top, bottom), (left, right)) = stride, padding
-    padded = np.pad(x[:, first : first + C], ((0, 0), (0, 0), (top, bottom), (left, right)))
+    s_h, s_w = stride
+    padded = np.pad(x[:, first : first + C], [(0, 0), (0, 0), *padding])
     for p in range(k_h):
-        h = rows.start * s_h + p * dilation[0]
+        h = p * dilation[0] + rows.start * s_h
         for q in range(k_w):
             w = q * dilation[1]
             window = padded[:, :, h : h + s_h * (n - 1) + 1 : s_h, w : w + s_w * (W_out - 1) + 1 : s_w]
@@ -61,9 +61,9 @@ def _lay_out(start, stop, x, columns, channel, first, s_h, s_w, top, left, d_h, 
     for c in range(start, stop):
         for p in range(k_h):
             for q in range(k_w):
-                shift = q * d_w - left
-                low = min(W_out, max(0, (s_w - 1 - shift) // s_w))  # places that look into the image: low <= w < high
-                high = max(low, min(W_out, (W - 1 - shift) // s_w + 1))
+                offset = q * d_w - left
+                low = min(W_out, max(0, (s_w - 1 - offset) // s_w))  # places that look into the image: low <= w < high
+                high = max(low, min(W_out, (W - 1 - offset) // s_w + 1))
                 before, count, width = np.uintp(low), np.uintp(high - low), np.uintp(W_out)
                 for b in range(B):
                     place = (((c * k_h + p) * k_w + q) * B + b) * n
@@ -74,14 +74,14 @@ def _lay_out(start, stop, x, columns, channel, first, s_h, s_w, top, left, d_h, 
                         for i in range(np.uintp(known * W_out)):
                             target[to + i] = target[at + i]
                     for h in range(known, n):
-                        row = (first + h) * s_h + p * d_h - top
+                        line = (first + h) * s_h + p * d_h - top
                         to = np.uintp((place + h) * W_out)
-                        if row < 0 or row >= H:
+                        if line < 0 or line >= H:
                             for w in range(width):
                                 target[to + w] = zero
                             continue
                         # unsigned: a negative index would count from the end, and each would be looked at for that
-                        at = np.uintp(((b * C + channel + c) * H + row) * W + low * s_w + shift)
+                        at = np.uintp(((b * C + channel + c) * H + line) * W + low * s_w + offset)
                         for w in range(before):
                             target[to + w] = zero
                         to += before

@@ -213,6 +213,8 @@ def test_workspaces_of_convolutions_with_many_places(monkeypatch: pytest.MonkeyP
     one = 27 * 100 * 4
     assert many.forward_workspace(None) == many.input_workspace(None) == 2 * one
     assert many.weight_workspace(None, None) == 2 * one + 2 * 40 * 2 * 100 * 4 + 40 * 27 * 4
+    few = convolution()  # the block is shared out as a whole
+    assert few.forward_workspace(None) == 2 * 8 * 27 * 6 * 4 + 2 * 4 * 8 * 6 * 4
     in_groups = convolution(input_shape=(2, 4, 10, 10), weight_shape=(40, 2, 3, 3), groups=2)
     assert in_groups.weight_workspace(None, None) == 2 * 36 * 100 * 4 + 40 * 2 * 100 * 4 + 40 * 18 * 4
 

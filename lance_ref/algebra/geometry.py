@@ -299,17 +299,23 @@ class LinearGeometry:
 
     def forward(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """Y = X Wᵀ"""
-        return matmul(x.reshape(-1, x.shape[-1]), weight.T).reshape(self.output_shape)
+        out = matmul(_as_matrix(x), weight.T)
+        return out if x.ndim == 2 else out.reshape(self.output_shape)
 
     def input_gradient(self, weight: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
         """dX = G W"""
         grad = np.empty(self.input_shape, grad_output.dtype)  # not a view of the product: a leaf then need not copy it
-        matmul(grad_output.reshape(-1, grad_output.shape[-1]), weight, out=grad.reshape(-1, weight.shape[1]))
+        matmul(_as_matrix(grad_output), weight, out=_as_matrix(grad))
         return grad
 
     def weight_gradient(self, x: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
         """dW = Gᵀ X, summed over all leading axes."""
-        return matmul(grad_output.reshape(-1, grad_output.shape[-1]).T, x.reshape(-1, x.shape[-1]))
+        return matmul(_as_matrix(grad_output).T, _as_matrix(x))
+
+
+def _as_matrix(array: np.ndarray) -> np.ndarray:
+    """(..., n) as (rows, n)."""
+    return array if array.ndim == 2 else array.reshape(-1, array.shape[-1])
 
 
 Geometry = ConvGeometry | LinearGeometry

@@ -246,7 +246,7 @@ class Node:
         """Keep the input at ``position`` itself; a later change of its values is then an error."""
         if self._inputs is not None:
             tensor = self._inputs[position]
-            self.saved[name] = Saved(tensor.data, tensor._version, getattr(tensor, "is_parameter", False))
+            self.saved[name] = Saved(tensor.data, tensor._version, tensor.is_parameter)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The saved array of that name."""

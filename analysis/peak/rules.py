@@ -291,7 +291,10 @@ def div_backward(call: Call, g: Layout) -> Backward:
 
 @backward("matmul")
 def matmul_backward(call: Call, g: Layout) -> Backward:
-    """One product for each operand that needs it; where broadcasting repeated the operand, it is summed afterwards."""
+    """One product for each operand that needs it; where broadcasting repeated the operand, it is summed afterwards.
+
+    That of a vector is a view, which a leaf copies.
+    """
     batch = call.record.output.shape[: -2 if min(len(v.shape) for v in call.record.inputs) > 1 else -1]
     made = Making(call)
     for position in made.wanted:
@@ -300,7 +303,7 @@ def matmul_backward(call: Call, g: Layout) -> Backward:
         if len(value.shape) > 2 or position == 0:
             full = max(full, math.prod(batch) * math.prod(value.shape[-2:]) * call.itemsize)
         made.add(position, new(value.shape, call.itemsize), full if full > value.nbytes else 0)
-    return made.done((0, 1))
+    return made.done(i for i, value in enumerate(call.record.inputs) if len(value.shape) == 1)
 
 
 # ---- moving elements about ---------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,6 +77,7 @@ def test_an_error_waits_for_the_other_parts() -> None:
     def work(start: int, stop: int) -> None:
         if start == 0:
             raise ZeroDivisionError
+        time.sleep(0.2)
         done.set()
 
     with pytest.raises(ZeroDivisionError):

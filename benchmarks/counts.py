@@ -17,7 +17,7 @@ from typing import Any
 from analysis.commands.cli import OneLineParser, json_file, run_command, run_main
 from analysis.commands.provenance import provenance
 from benchmarks.buffers import count_buffers
-from benchmarks.side_by_side import Table
+from benchmarks.side_by_side import Table, pinned
 from benchmarks.steps import Case, side
 from lance_ref import count_macs, manual_seed
 from lance_ref.algebra.kernels.threads import numba_enabled
@@ -38,9 +38,12 @@ Counts = dict[str, int]
 
 
 def count_step(case: Case, method: str) -> Counts:
-    """A whole step, with its update; one before it compiles, and starts what goes on from step to step."""
+    """A whole step, with its update; one before it compiles, and starts what goes on from step to step.
+
+    In one thread: of several, each lays out patches of its own.
+    """
     manual_seed(0)  # HOSVD copies a Gram matrix whose exponent is not 0: with other weights these may be other matrices
-    with side(method, case) as step:
+    with pinned(1), side(method, case) as step:
         step()
         with count_macs() as macs, count_buffers() as buffers:
             step()

@@ -42,6 +42,7 @@ def run_all() -> None:
         )
         store = Lance(Subspace.random(x.shape, (2, 2, 2, 1), rng), "separable")
         y = F.conv2d(x, weight, padding=1, groups=C, store=store) + F.conv2d(x, weight, padding=1, groups=C)
+        y = F.batch_norm(y, None, None, training=True)
         y = F.batch_norm(y, np.zeros(C, np.float32), np.ones(C, np.float32))  # frozen
         F.max_pool2d(F.dropout(F.relu6(F.conv2d(y, dense, padding=1)), 0.5), 2).sum().backward()
         planes = Lance(Subspace.random(x.shape, (None, None, 1, 2), rng), "separable")  # height and width alone

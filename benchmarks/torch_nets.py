@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -93,6 +94,20 @@ def twin(name: str, net: Module, classes: int) -> nn.Module:
     for norm, own_is_frozen in zip(norms, frozen, strict=True):
         norm.train(net.training and not own_is_frozen)
     return theirs
+
+
+def folded(net: nn.Module) -> nn.Module:
+    """The network with channels innermost, and with frozen norms folded into the convolutions before them.
+
+    A convolution that trains then trains W·scale in place of W: the same work, of a step that is another one.
+    """
+    for sequence in [module for module in net.modules() if isinstance(module, nn.Sequential)]:
+        for i, (conv, norm) in enumerate(pairwise(list(sequence))):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and not norm.training:
+                sequence[i], sequence[i + 1] = nn.utils.fusion.fuse_conv_bn_eval(conv.eval(), norm), nn.Identity()
+    innermost: Any = net.to  # its stub knows no memory format
+    result: nn.Module = innermost(memory_format=torch.channels_last)
+    return result
 
 
 def _statistics(net: nn.Module) -> list[Any]:

@@ -38,25 +38,44 @@ class Convolution(Layer):
         if self.geometry.is_pointwise:
             return self._copied(x)
         outputs = 0 if self._block[0] == 1 else self._of_block(self.geometry.weight_shape[0])  # channels first
-        return self._laid_out + max(self._window, outputs)
+        return self._packed(x) + self._laid_out + outputs
 
     def input_workspace(self, g: Layout | None) -> int:
         if self.geometry.is_depthwise:
             return self._copied(g) + self._loops(self.geometry.input_shape[0])
         if self.geometry.is_pointwise:
             return self._copied(g)
-        return self._columns + (self._of_block(self.geometry.weight_shape[0]) if self._copied(g) else self._grouped)
+        grouped = self._of_block(self.geometry.weight_shape[0]) if self._copied(g) else self._grouped(self._block)
+        return self._laid_out + self.geometry.parts(self.geometry.input_shape[0]) * grouped
 
     def weight_workspace(self, g: Layout | None, x: Layout | None) -> int:
         if self.geometry.is_depthwise:
             return self._copied(g) + self._copied(x) + self._loops(1)
-        weights = math.prod(self.geometry.weight_shape) * self.itemsize
-        return self._laid_out + max(self._window, self._grouped + weights)
+        (C_out, _, k_h, k_w), C_in, groups = (
+            self.geometry.weight_shape,
+            self.geometry.input_shape[1],
+            self.geometry.groups,
+        )
+        parts = self.geometry.parts(C_in) if groups == 1 else 1  # each lays out some of the channels
+        total = self._packed(x)
+        for i in range(parts):
+            channels = C_in * (i + 1) // parts - C_in * i // parts
+            images, rows = next(self.geometry.blocks(self.itemsize, channels))
+            block = (images.stop, rows.stop)
+            places = math.prod(block) * self.geometry.output_size[1]
+            product = C_out * (channels // groups) * k_h * k_w
+            total += (channels * k_h * k_w * places + product) * self.itemsize + self._grouped(block)
+        return total
 
     def smaller(self, x: tuple[int, ...], weight: tuple[int, ...]) -> int:
         groups = self.geometry.groups if weight[:2] == self.geometry.weight_shape[:2] else 1
         geometry = replace(self.geometry, input_shape=x, weight_shape=weight, groups=groups)
         return Convolution(geometry, self.itemsize).weight_workspace(None, None)
+
+    def on_places(self, places: tuple[int, int]) -> int:
+        (B, C_in, *_), weight = self.geometry.input_shape, self.geometry.weight_shape
+        point = ConvGeometry((B, C_in, *places), (*weight[:2], 1, 1), groups=self.geometry.groups)
+        return Convolution(point, self.itemsize).weight_workspace(None, None)
 
     def _copied(self, layout: Layout | None) -> int:
         """Bytes of the copy of an input or output gradient that a product needs: packed, or plane by plane."""
@@ -65,6 +84,10 @@ class Convolution(Layer):
         if self.geometry.is_depthwise:
             return packing(layout, self.itemsize)
         return reshaping(layout, (*layout.shape[:2], math.prod(layout.shape[2:])), self.itemsize)
+
+    def _packed(self, x: Layout | None) -> int:
+        """Bytes of the copy of an input whose patches are laid out, unless it is packed."""
+        return 0 if x is None else packing(x, self.itemsize)
 
     # ---- the depthwise loops -------------------------------------------------------------
 
@@ -97,43 +120,17 @@ class Convolution(Layer):
         return math.prod(self._block) * self.geometry.output_size[1] * numbers * self.itemsize
 
     @property
-    def _columns(self) -> int:
-        """Bytes of a block of patches."""
-        return self._of_block(self.geometry.input_shape[1] * math.prod(self.geometry.weight_shape[2:]))
+    def _laid_out(self) -> int:
+        """Bytes of a block of patches for each thread that lays out its own."""
+        columns = self._of_block(self.geometry.input_shape[1] * math.prod(self.geometry.weight_shape[2:]))
+        return self.geometry.parts(self.geometry.input_shape[0]) * columns
 
-    @property
-    def _grouped(self) -> int:
+    def _grouped(self, of: tuple[int, int]) -> int:
         """Bytes of a block of the output gradient, channels first; 0 where that is a view."""
-        (images, rows), (_, C_out, H_out, W_out), groups = self._block, self.geometry.output_shape, self.geometry.groups
+        (images, rows), (_, C_out, H_out, W_out), groups = of, self.geometry.output_shape, self.geometry.groups
         block = Layout(Storage(0), (C_out, images, rows, W_out), (H_out * W_out, C_out * H_out * W_out, W_out, 1))
         by_group = block.reshaped((groups, C_out // groups, images * rows * W_out))
-        return 0 if by_group is not None else self._of_block(C_out)
-
-    @property
-    def _window_height(self) -> int:
-        """Rows of the input, with its padding, under a block."""
-        (stride, _), (dilation, _), k_h = self.geometry.stride, self.geometry.dilation, self.geometry.weight_shape[2]
-        return min((self._block[1] - 1) * stride + (k_h - 1) * dilation + 1, self._padded_size[0])
-
-    @property
-    def _window(self) -> int:
-        """Bytes of the padded piece of the input under a block; 0 where nothing is padded."""
-        (_, C, *size), (H, W) = self.geometry.input_shape, self._padded_size
-        return 0 if size == [H, W] else self._block[0] * C * self._window_height * W * self.itemsize
-
-    @property
-    def _laid_out(self) -> int:
-        """Bytes of a block of patches; 0 where they are a view of the input, or of its padded piece."""
-        g, (images, rows), (H, W) = self.geometry, self._block, self._padded_size
-        (C, (k_h, k_w), W_out) = g.input_shape[1], g.weight_shape[2:], g.output_size[1]
-        plane = W * (self._window_height if self._window else H)
-        patches = Layout(
-            Storage(0),
-            (C, k_h, k_w, images, rows, W_out),
-            (plane, W * g.dilation[0], g.dilation[1], C * plane, W * g.stride[0], g.stride[1]),
-        )
-        columns = (g.groups, C // g.groups * k_h * k_w, images * rows * W_out)
-        return 0 if patches.reshaped(columns) is not None else self._columns
+        return 0 if by_group is not None else images * rows * W_out * C_out * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -151,6 +148,9 @@ class Linear(Layer):
         return self.forward_workspace(g) + self.forward_workspace(x)
 
     def smaller(self, x: tuple[int, ...], weight: tuple[int, ...]) -> int:
+        return 0
+
+    def on_places(self, places: tuple[int, int]) -> int:
         return 0
 
 

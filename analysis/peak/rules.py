@@ -31,6 +31,7 @@ from analysis.peak.arrays import (
 from analysis.rules.layouts import Layout, Shape, Storage, is_basic_index, packed_strides
 from analysis.rules.op_cost import Call, bit_bytes, index_bytes
 from analysis.rules.operations import OPERATIONS, column, fill
+from lance_ref.algebra.kernels.elementwise import SHORT_PLANE
 
 
 @dataclass(frozen=True)
@@ -332,7 +333,10 @@ def div_backward(call: Call, g: Layout) -> Backward:
 
 @backward("matmul")
 def matmul_backward(call: Call, g: Layout) -> Backward:
-    """One product for each operand that needs it; where broadcasting repeated the operand, it is summed afterwards."""
+    """One product for each operand that needs it; where broadcasting repeated the operand, it is summed afterwards.
+
+    That of a vector is a view, which a leaf copies.
+    """
     batch = call.record.output.shape[: -2 if min(len(v.shape) for v in call.record.inputs) > 1 else -1]
     made = Making(call)
     for position in made.wanted:
@@ -485,24 +489,42 @@ def norm(call: Call) -> int:
     groups, result = count * call.itemsize, call.n_out * call.itemsize
     if not (call.record.op == "layer_norm" or call.record.attributes["training"]):
         return result + (4 if call.record.attributes["affine"] else 3) * groups
+    affine = call.record.attributes["affine"]
+    running = call.record.op == "batch_norm" and len(call.record.inputs) > (3 if affine else 1)
+    if _in_loops(call):  # mean, variance and 1/√variance; an update of running statistics, or 1 and 0 for a map
+        return result + (5 if running or not affine else 3) * groups
     squares = piece(call.record.inputs[0].shape, axes, call.itemsize)
-    return max(result + 2 * groups + squares + division_buffer(count), result + 4 * groups)
+    return max(result + 2 * groups + squares + division_buffer(count), result + (5 if running else 4) * groups)
+
+
+def _in_loops(call: Call, *gradients: Layout) -> bool:
+    """Whether compiled loops normalise by the batch's statistics: packed arrays with planes that are long enough."""
+    if call.record.op != "batch_norm":
+        return False
+    packed = not any(packing(layout, call.itemsize) for layout in (call.inputs[0], *gradients))
+    return packed and math.prod(call.record.inputs[0].shape[2:]) >= SHORT_PLANE
 
 
 @backward("batch_norm")
 def batch_norm_backward(call: Call, g: Layout) -> Backward:
-    """x̂, which becomes the gradient where the statistics are the batch's own; products with it in pieces."""
+    """The gradient, by loops that make nothing beside it, or of x̂, whose products are then taken in pieces."""
     (count, axes), training = _outside(call), call.record.attributes["training"]
     shape, affine = call.record.inputs[0].shape, call.record.attributes["affine"]
     full, groups, of_input = call.n_in * call.itemsize, count * call.itemsize, call.needs(0)
-    made = Making(call, groups if (affine and call.needs(2)) or (training and of_input) else 0)
-    if (affine and call.needs(1)) or (training and of_input):  # x̂ is needed
-        made.held += full + groups
-        made.reach(piece(shape, axes, call.itemsize))
+    needs_sums, through = (affine and call.needs(1)) or (training and of_input), training and of_input
+    if needs_sums and _in_loops(call, g):  # both sums, and the factor of each channel
+        made = Making(call, 2 * groups + (full if through else 0))
+        made.reach(groups)
+    else:  # x̂ in memory, which becomes the gradient
+        made = Making(call, groups if needs_sums or (affine and call.needs(2)) else 0)
+        if needs_sums:
+            made.held += full + groups
+            made.reach(max(piece(shape, axes, call.itemsize), 2 * groups if through else 0))
+            made.held -= 0 if through else full
     if of_input:
         over = reused(call, g) and not training
         made.gradients[0] = g if over else new(shape, call.itemsize, call.inputs[0] if training else g)
-        made.reach(2 * groups if training else 0 if over else full)
+        made.reach(0 if training or over else full)
     for position in (1, 2) if affine else ():
         if call.needs(position):
             made.gradients[position] = like_input(call, position)

@@ -47,6 +47,10 @@ class Layer(ABC):
     def smaller(self, x: tuple[int, ...], weight: tuple[int, ...]) -> int:
         """The same for the layer on packed arrays of other sizes."""
 
+    @abstractmethod
+    def on_places(self, places: tuple[int, int]) -> int:
+        """Bytes beside the weight gradient of a 1×1 convolution of the same channels and groups; 0 if linear."""
+
 
 @dataclass(frozen=True)
 class StorePeak:
@@ -517,7 +521,7 @@ def _filter_save(call: Call, layer: Layer) -> int:
 
 def _filter_weight(call: Call, layer: Layer, g: Layout) -> int:
     """Means, the product of 1×1, and its repetition over the kernel, which comes last."""
-    x, weight, out = call.record.inputs[0].shape, call.record.inputs[1].shape, call.record.output.shape
+    weight, out = call.record.inputs[1].shape, call.record.output.shape
     means, item = _pooled(call, out, _strides(call)), call.itemsize
     held, weights = means[-1] if means else 0, call.record.inputs[1].nbytes
     if call.record.op == "linear":
@@ -525,8 +529,8 @@ def _filter_weight(call: Call, layer: Layer, g: Layout) -> int:
     patch = call.record.attributes["store"]["patch"]
     places = tuple(-(-n // patch) for n in out[2:])
     point = math.prod(weight[:2]) * item
-    columns = min(math.prod((*x[:2], *places)) * item, BLOCK_BYTES) + min(BLOCK_BYTES, held * item)
-    return max(_at_a_time(means) * item - weights, held * item + columns + 2 * point - weights, held * item + point)
+    product = layer.on_places(places) + point
+    return max(_at_a_time(means) * item - weights, held * item + product - weights, held * item + point)
 
 
 def _filter_input(call: Call, layer: Layer, g: Layout) -> int:

@@ -6,28 +6,34 @@ L = H_out·W_out, each of the three takes B·L·C_out·K multiply-adds, whicheve
 
 * 1×1, stride 1, no padding: one matrix product per image on a view of the input;
 * depthwise (C_in/g = 1): loops, see :mod:`lance_ref.algebra.kernels.depthwise`;
-* everything else: patches are laid out as columns ("im2col") in blocks of bounded size, so that
-  the workspace stays under :data:`WORKSPACE_BYTES` whatever the batch.
+* everything else: patches are laid out as columns ("im2col") in blocks of bounded size, whatever the batch. Images of
+  many places are shared out to threads, each with a block of columns of its own that stays in its cache.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from lance_ref.algebra.kernels import depthwise as kernels_depthwise
-from lance_ref.algebra.kernels.columns import add_columns
-from lance_ref.engine.counting import matmul
+from lance_ref.algebra.kernels.columns import add_columns, lay_out
+from lance_ref.engine.counting import add, matmul
+from lance_ref.engine.products import product
 from lance_ref.engine.tensor import Shape
+from lance_ref.engine.workers import product_threads, share_out
 
 WORKSPACE_BYTES = 8 * 2**20
 """Largest block of columns that a convolution lays out at a time (one output row at the least)."""
 
-MANY_PLACES = 512
+CACHED_BYTES = 2**20
+"""The same for each thread where images have many places: half of a usual second-level cache."""
+
+MANY_PLACES = 96
 """Of one image's output: enough columns for a fast matrix product; smaller images are put together."""
 
 Pair = tuple[int, int]
@@ -70,17 +76,17 @@ class ConvGeometry:
         ]
         return sizes[0], sizes[1]
 
-    @property
+    @cached_property
     def output_shape(self) -> Shape:
         """(B, C_out, H_out, W_out)"""
         return (self.input_shape[0], self.weight_shape[0], *self.output_size)
 
-    @property
+    @cached_property
     def is_depthwise(self) -> bool:
         """Whether each output channel looks at one of several input channels only."""
         return self.weight_shape[1] == 1 and self.groups > 1
 
-    @property
+    @cached_property
     def is_pointwise(self) -> bool:
         """Whether the output is W @ x, pixel by pixel."""
         plain = (self.stride, self.padding, self.groups) == ((1, 1), ((0, 0), (0, 0)), 1)
@@ -99,16 +105,22 @@ class ConvGeometry:
             columns = x.reshape(B, -1, H_out * W_out)  # (B, C_in, L)
             return matmul(weight.reshape(C_out, -1), columns).reshape(self.output_shape)
         g = self.groups
+        x = np.ascontiguousarray(x)
         out = np.empty((B, g, C_out // g, H_out * W_out), x.dtype)
         grouped_weight = weight.reshape(g, C_out // g, -1)  # (g, C_out/g, K)
-        for images, rows in self.blocks(x.itemsize):
+
+        def work(images: slice, rows: slice, columns: np.ndarray) -> None:
             block = out[images, :, :, rows.start * W_out : rows.stop * W_out]  # (b, g, C_out/g, l)
-            columns = self._columns(x[images], rows)  # (g, K, b·l)
+            lay_out(x[images], columns, rows, self.stride, self.padding, self.dilation)
+            by_group = self._by_group(columns)  # (g, K, b·l)
             if len(block) == 1:
-                matmul(grouped_weight, columns, out=block[0])
+                product(grouped_weight, by_group, block[0])
             else:
-                block[:] = matmul(grouped_weight, columns).reshape(g, C_out // g, len(block), -1).transpose(2, 0, 1, 3)
-            del columns  # before the next block is laid out
+                block[:] = (
+                    product(grouped_weight, by_group).reshape(g, C_out // g, len(block), -1).transpose(2, 0, 1, 3)
+                )
+
+        self._in_blocks(x.dtype, work)
         return out.reshape(self.output_shape)
 
     def input_gradient(self, weight: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
@@ -124,14 +136,15 @@ class ConvGeometry:
             grad = np.empty(self.input_shape, grad_output.dtype)  # no view: a leaf then need not copy it
             matmul(weight.reshape(C_out, C_in).T, columns, out=grad.reshape(B, C_in, H_out * W_out))
             return grad
-        g, kernel = self.groups, self.weight_shape[2:]
+        g = self.groups
         transposed_weight = weight.reshape(g, C_out // g, -1).transpose(0, 2, 1)  # (g, K, C_out/g)
         grad = np.zeros(self.input_shape, grad_output.dtype)
-        for images, rows in self.blocks(grad_output.itemsize):
-            columns = matmul(transposed_weight, self._grouped(grad_output[images, :, rows]))  # (g, K, b·l)
-            patches = columns.reshape(C_in, *kernel, images.stop - images.start, rows.stop - rows.start, W_out)
-            add_columns(patches, grad[images], rows, self.stride, self.padding, self.dilation)
-            del columns, patches  # before the next block is laid out
+
+        def work(images: slice, rows: slice, columns: np.ndarray) -> None:
+            product(transposed_weight, self._grouped(grad_output[images, :, rows]), self._by_group(columns))
+            add_columns(columns, grad[images], rows, self.stride, self.padding, self.dilation)
+
+        self._in_blocks(grad_output.dtype, work)
         return grad
 
     def weight_gradient(self, x: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
@@ -142,14 +155,97 @@ class ConvGeometry:
                 x, grad_output, self.weight_shape, self.stride, self.padding, self.dilation
             )
         grad = np.zeros(self.weight_shape, grad_output.dtype)
-        by_group = grad.reshape(g, C_out // g, -1)  # (g, C_out/g, K), the same memory
-        for images, rows in self.blocks(x.itemsize):
-            columns = self._columns(x[images], rows)  # (g, K, b·l)
-            by_group += matmul(self._grouped(grad_output[images, :, rows]), columns.transpose(0, 2, 1))
-            del columns  # before the next block is laid out
+        x = np.ascontiguousarray(x)
+        C_in = x.shape[1]
+        parts = self.parts(C_in) if g == 1 else 1
+        bounds = [C_in * i // parts for i in range(parts + 1)]
+        columns_of = {first: self._workspace(x.dtype, stop - first) for first, stop in itertools.pairwise(bounds)}
+
+        def part(first: int, stop: int) -> None:  # of the channels
+            columns, width = columns_of[first], (stop - first) // g
+            for images, rows in self.blocks(x.itemsize, stop - first):
+                block = self._block(columns, images, rows)
+                lay_out(x[images], block, rows, self.stride, self.padding, self.dilation, first)
+                own = product(self._grouped(grad_output[images, :, rows]), self._by_group(block).transpose(0, 2, 1))
+                grad[:, first : first + width] += own.reshape(C_out, width, *self.weight_shape[2:])
+                del own  # before the next block is laid out
+
+        share_out(parts, C_in, part)
+        self._count()
         return grad
 
+    def _count(self) -> None:
+        """Report the multiply-adds of one of the three products, whose blocks may run in other threads."""
+        add(math.prod(self.output_shape) * math.prod(self.weight_shape[1:]))
+
     # ---- columns -------------------------------------------------------------------------
+
+    @property
+    def has_many_places(self) -> bool:
+        """Whether one image has enough of them for a product of its own; such images are shared out to threads."""
+        return math.prod(self.output_size) >= MANY_PLACES
+
+    def blocks(self, itemsize: int, channels: int | None = None) -> Iterator[tuple[slice, slice]]:
+        """(images, output rows) of blocks whose columns fit the workspace; rows run innermost.
+
+        Parameters
+        ----------
+        itemsize : int
+            Bytes of a number.
+        channels : int, optional
+            Of the input, whose patches are laid out: of a weight gradient. By default of all, and images with many
+            places come one by one: their products need no change of layout.
+        """
+        B, C_in = self.input_shape[:2]
+        H_out, W_out = self.output_size
+        room = min(WORKSPACE_BYTES, CACHED_BYTES) if self.has_many_places else WORKSPACE_BYTES
+        row_bytes = (channels or C_in) * math.prod(self.weight_shape[2:]) * W_out * itemsize
+        alone = self.has_many_places and channels is None
+        images = 1 if alone else max(1, min(B, room // (row_bytes * H_out)))
+        rows = H_out if images > 1 else max(1, min(H_out, room // row_bytes))
+        for b in range(0, B, images):
+            for h in range(0, H_out, rows):
+                yield slice(b, min(b + images, B)), slice(h, min(h + rows, H_out))
+
+    def parts(self, things: int) -> int:
+        """How many threads share out so many images or channels: one where each block is shared out by itself."""
+        return min(product_threads(), things) if self.has_many_places else 1
+
+    def _in_blocks(self, dtype: np.dtype, work: Callable[[slice, slice, np.ndarray], None]) -> None:
+        """``work(images, rows, columns)`` for each block, with columns to write on; in several threads."""
+        B = self.input_shape[0]
+        parts = self.parts(B)
+        spare = [self._workspace(dtype) for _ in range(parts)]
+
+        def part(start: int, stop: int) -> None:
+            columns = spare.pop()
+            for images, rows in self.blocks(dtype.itemsize):
+                if start <= images.start < stop:
+                    work(images, rows, self._block(columns, images, rows))
+
+        share_out(parts, B, part)
+        self._count()
+
+    def _workspace(self, dtype: np.dtype, channels: int | None = None) -> np.ndarray:
+        """Room for the columns of the first block, the largest: (C_in, k_h, k_w, b, n, W_out), or of some channels."""
+        images, rows = next(self.blocks(dtype.itemsize, channels))
+        counts = images.stop, rows.stop, self.output_size[1]
+        return np.empty((channels or self.input_shape[1], *self.weight_shape[2:], *counts), dtype)
+
+    @staticmethod
+    def _block(columns: np.ndarray, images: slice, rows: slice) -> np.ndarray:
+        """As much of a workspace as a block needs, in one piece."""
+        shape = (*columns.shape[:3], images.stop - images.start, rows.stop - rows.start, columns.shape[-1])
+        return columns.reshape(-1)[: math.prod(shape)].reshape(shape)
+
+    def _by_group(self, columns: np.ndarray) -> np.ndarray:
+        """Columns as matrices: (g, K, b·n·W_out)."""
+        return columns.reshape(self.groups, -1, math.prod(columns.shape[3:]))
+
+    def _grouped(self, block: np.ndarray) -> np.ndarray:
+        """Rows of an output gradient, (b, C_out, n, W_out), as they meet the columns: (g, C_out/g, b·n·W_out)."""
+        g, C_out = self.groups, self.weight_shape[0]
+        return block.transpose(1, 0, 2, 3).reshape(g, C_out // g, -1)
 
     def patches(self, x: np.ndarray, rows: slice | None = None) -> np.ndarray:
         """The patches that the kernel sees, one column for each place of the output.
@@ -166,33 +262,11 @@ class ConvGeometry:
         (b, g, K, l) array
             K = (C_in/g)·k_h·k_w in the order of the weight's axes, l = rows·W_out. May share memory with ``x``.
         """
-        return self._columns(x, slice(0, self.output_size[0]) if rows is None else rows, batch_first=True)
-
-    def blocks(self, itemsize: int) -> Iterator[tuple[slice, slice]]:
-        """(images, output rows) of blocks whose columns fit the workspace; rows run innermost.
-
-        Images with many places come one by one: their products need no change of layout.
-        """
-        B = self.input_shape[0]
-        H_out, W_out = self.output_size
-        row_bytes = self.groups * math.prod(self.weight_shape[1:]) * W_out * itemsize
-        images = 1 if H_out * W_out >= MANY_PLACES else max(1, min(B, WORKSPACE_BYTES // (row_bytes * H_out)))
-        rows = H_out if images > 1 else max(1, min(H_out, WORKSPACE_BYTES // row_bytes))
-        for b in range(0, B, images):
-            for h in range(0, H_out, rows):
-                yield slice(b, min(b + images, B)), slice(h, min(h + rows, H_out))
-
-    def _grouped(self, block: np.ndarray) -> np.ndarray:
-        """Rows of an output gradient, (b, C_out, n, W_out), as they meet the columns: (g, C_out/g, b·n·W_out)."""
-        g, C_out = self.groups, self.weight_shape[0]
-        return block.transpose(1, 0, 2, 3).reshape(g, C_out // g, -1)
-
-    def _columns(self, x: np.ndarray, rows: slice, batch_first: bool = False) -> np.ndarray:
-        """The patches under output rows ``rows``: (g, K, b·l), or (b, g, K, l) with ``batch_first``."""
         b, C_in, H, W = x.shape
         (k_h, k_w), W_out, g = self.weight_shape[2:], self.output_size[1], self.groups
         (top, _), (left, right) = self.padding
         (s_h, s_w), (d_h, d_w) = self.stride, self.dilation
+        rows = slice(0, self.output_size[0]) if rows is None else rows
         n = rows.stop - rows.start
         first = rows.start * s_h - top  # the first input row that is needed; may lie above the image
         last = first + (n - 1) * s_h + (k_h - 1) * d_h + 1
@@ -209,9 +283,7 @@ class ConvGeometry:
             (*padded.strides[:2], by * d_h, bx * d_w, by * s_h, bx * s_w),
             writeable=False,
         )
-        if batch_first:
-            return patches.reshape(b, g, -1, n * W_out)
-        return patches.transpose(1, 2, 3, 0, 4, 5).reshape(g, -1, b * n * W_out)
+        return patches.reshape(b, g, -1, n * W_out)
 
 
 @dataclass(frozen=True)
@@ -221,23 +293,29 @@ class LinearGeometry:
     input_shape: Shape
     weight_shape: Shape
 
-    @property
+    @cached_property
     def output_shape(self) -> Shape:
         return (*self.input_shape[:-1], self.weight_shape[0])
 
     def forward(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """Y = X Wᵀ"""
-        return matmul(x.reshape(-1, x.shape[-1]), weight.T).reshape(self.output_shape)
+        out = matmul(_as_matrix(x), weight.T)
+        return out if x.ndim == 2 else out.reshape(self.output_shape)
 
     def input_gradient(self, weight: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
         """dX = G W"""
         grad = np.empty(self.input_shape, grad_output.dtype)  # not a view of the product: a leaf then need not copy it
-        matmul(grad_output.reshape(-1, grad_output.shape[-1]), weight, out=grad.reshape(-1, weight.shape[1]))
+        matmul(_as_matrix(grad_output), weight, out=_as_matrix(grad))
         return grad
 
     def weight_gradient(self, x: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
         """dW = Gᵀ X, summed over all leading axes."""
-        return matmul(grad_output.reshape(-1, grad_output.shape[-1]).T, x.reshape(-1, x.shape[-1]))
+        return matmul(_as_matrix(grad_output).T, _as_matrix(x))
+
+
+def _as_matrix(array: np.ndarray) -> np.ndarray:
+    """(..., n) as (rows, n)."""
+    return array if array.ndim == 2 else array.reshape(-1, array.shape[-1])
 
 
 Geometry = ConvGeometry | LinearGeometry

@@ -89,11 +89,15 @@ class Function:
         """Check, compute, and, where an input requires gradients, put a node on the tape."""
         dtype = _common_dtype(cls.op, inputs)
         shape = cls.output_shape(*inputs, **attributes)
-        requires_grad = state.grad_enabled and any(tensor.requires_grad for tensor in inputs)
+        requires_grad = is_meta = False
+        for tensor in inputs:
+            requires_grad |= tensor.requires_grad
+            is_meta |= tensor._data is None
+        requires_grad &= state.grad_enabled
         segment = state.segment
         if segment is not None:
             segment.read(inputs)
-        if any(tensor._data is None for tensor in inputs):
+        if is_meta:
             output = Tensor.meta(shape, dtype, requires_grad)
         else:
             node = Node(cls, inputs, requires_grad and segment is None)
@@ -101,9 +105,7 @@ class Function:
             if data.shape != shape or data.dtype != dtype:
                 raise AssertionError(f"{cls.op}: forward gave {data.shape} {data.dtype}, expected {shape} {dtype}")
             # A view shares its version too: writing into one of the two spoils what the tape saved of either.
-            output = Tensor(data)
-            if cls.returns_view:
-                output._version = inputs[0]._version
+            output = Tensor.of(data, inputs[0]._version if cls.returns_view else None)
             if requires_grad:
                 # From here on the tape holds what forward saved by name, and no input.
                 node.close(output)
@@ -119,7 +121,7 @@ def _common_dtype(op: str, inputs: tuple[Tensor, ...]) -> np.dtype:
     common: np.dtype | None = None
     for tensor in inputs:
         dtype = tensor._dtype
-        if dtype.kind != "f":
+        if dtype is common or dtype.kind != "f":
             continue
         if common is None:
             common = dtype
@@ -229,9 +231,10 @@ class Node:
         self.needs_input_grad: tuple[bool, ...]
         self.edges: tuple[Node | Tensor | None, ...]
         if requires_grad:
-            self.needs_input_grad = tuple(tensor.requires_grad for tensor in inputs)
-            self.edges = tuple((t._node or t) if t.requires_grad else None for t in inputs)
-            self.input_shapes = tuple(tensor._shape for tensor in inputs)
+            # of lists: a generator takes three times as long
+            self.needs_input_grad = tuple([tensor.requires_grad for tensor in inputs])
+            self.edges = tuple([(t._node or t) if t.requires_grad else None for t in inputs])
+            self.input_shapes = tuple([tensor._shape for tensor in inputs])
             self._inputs: tuple[Tensor, ...] | None = inputs  # only until forward has run
         else:
             self.needs_input_grad = (False,) * len(inputs)
@@ -247,7 +250,7 @@ class Node:
         """Keep the input at ``position`` itself; a later change of its values is then an error."""
         if self._inputs is not None:
             tensor = self._inputs[position]
-            self.saved[name] = Saved(tensor.data, tensor._version, getattr(tensor, "is_parameter", False))
+            self.saved[name] = Saved(tensor.data, tensor._version, tensor.is_parameter)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The saved array of that name."""
@@ -262,10 +265,16 @@ class Node:
 
     def release(self) -> None:
         """Give up the saved arrays and the links to earlier nodes."""
-        self.saved, self.edges, self.freed = {}, (), True
-        for name in list(self.__dict__):
-            if name not in _NODE_FIELDS:
-                del self.__dict__[name]
+        self.__dict__ = {
+            "function": self.function,
+            "path": self.path,
+            "sequence": self.sequence,
+            "needs_input_grad": self.needs_input_grad,
+            "saved": {},
+            "edges": (),
+            "freed": True,
+            "_inputs": None,
+        }
 
     def run_backward(self, seed: np.ndarray, retain_graph: bool) -> None:
         """Carry ``seed``, the gradient of this node's result, back to every leaf."""
@@ -289,9 +298,6 @@ class Node:
                     f"was changed after the forward pass ({saved.version.value - saved.at_version} change(s)); "
                     "its gradient would be wrong. Call backward() before changing it"
                 )
-
-
-_NODE_FIELDS = frozenset({"function", "path", "sequence", "saved", "freed", "needs_input_grad", "edges", "_inputs"})
 
 
 def _run_backward(root: Node, seed: np.ndarray, retain_graph: bool) -> None:

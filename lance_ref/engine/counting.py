@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from lance_ref.engine.products import product, undeserved_flags_ignored
 from lance_ref.engine.state import state
 
 KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition", "recompute", "calibration")
@@ -65,19 +66,17 @@ def count_macs() -> Iterator[MacCounter]:
         state.counter = previous
 
 
-def spending_on(kind: str) -> _Spending:
-    """Book the multiply-adds of the ``with`` block under ``kind`` (one of :data:`KINDS`)."""
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, expected one of {KINDS}")
-    return _Spending(kind)
+class spending_on:  # noqa: N801  (it is called like a function)
+    """Book the multiply-adds of the ``with`` block under ``kind`` (one of :data:`KINDS`).
 
-
-class _Spending:
-    """Entered three times a layer and step: a class takes a third of a generator's time."""
+    It is entered three times a layer and step, and a class takes a third of a generator's time.
+    """
 
     __slots__ = ("kind", "previous")
 
     def __init__(self, kind: str) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}, expected one of {KINDS}")
         self.kind = kind
 
     def __enter__(self) -> None:
@@ -112,7 +111,7 @@ def qr_macs(n: int, r: int) -> int:
 
 def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """``np.matmul`` that counts: (..., m, k) @ (..., k, n) is batch * m * k * n multiply-adds."""
-    result: np.ndarray = _undeserved_flags_ignored(np.matmul, a, b, out=out)
+    result = product(a, b, out)
     if state.counter is not None:
         add(result.size * a.shape[-1])
     return result
@@ -120,31 +119,8 @@ def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.nd
 
 def tensordot(a: np.ndarray, b: np.ndarray, axes: Any) -> np.ndarray:
     """``np.tensordot`` that counts: result.size * (product of the contracted sizes)."""
-    result: np.ndarray = _undeserved_flags_ignored(np.tensordot, a, b, axes)
+    result = undeserved_flags_ignored(np.tensordot, a, b, axes)
     if state.counter is not None:
         contracted = range(a.ndim)[-axes:] if isinstance(axes, int) else np.atleast_1d(axes[0])
         add(result.size * math.prod(a.shape[axis] for axis in contracted))
     return result
-
-
-def _undeserved_flags_ignored(product: Callable[..., np.ndarray], *args: Any, **kwargs: Any) -> np.ndarray:
-    """``product(...)``, with NumPy's warning of an invalid value or an overflow only where the result has one.
-
-    BLAS kernels also multiply what happens to lie in the unused lanes of a vector register. That never
-    reaches the result, but it raises the processor's floating-point flags now and then, and NumPy then
-    warns of a result in which every element is right.
-    """
-    state.flagged = False
-    result = _noting_flags(product, *args, **kwargs)
-    if state.flagged and not np.isfinite(result).all():
-        return product(*args, **kwargs)  # again, for whatever the caller's np.errstate asks for
-    return result
-
-
-def _note_flag(error: str, flags: int) -> None:
-    state.flagged = True
-
-
-@np.errstate(invalid="call", over="call", call=_note_flag)
-def _noting_flags(product: Callable[..., np.ndarray], *args: Any, **kwargs: Any) -> np.ndarray:
-    return product(*args, **kwargs)

@@ -64,6 +64,20 @@ class Tensor:
             self.requires_grad_()
 
     @staticmethod
+    def of(data: np.ndarray, version: Version | None = None) -> Tensor:
+        """A tensor on an array that an operation made, whose dtype is known to be one of a tensor.
+
+        ``version`` is that of the tensor whose buffer it shares; by default it has one of its own.
+        """
+        tensor = Tensor.__new__(Tensor)
+        if type(data) is not np.ndarray:  # NumPy's results without dimensions are no arrays
+            data = np.asarray(data)
+        tensor._data, tensor._shape, tensor._dtype = data, data.shape, data.dtype
+        tensor._node, tensor._version, tensor.grad = None, version or Version(), None
+        tensor.requires_grad, tensor.uid = False, next(_uid)
+        return tensor
+
+    @staticmethod
     def meta(shape: Sequence[int], dtype: Any = np.float32, requires_grad: bool = False) -> Tensor:
         """A tensor that has a shape and a dtype but no data (see :func:`lance_ref.trace`)."""
         tensor = Tensor.__new__(Tensor)

@@ -10,8 +10,7 @@ The operation's inputs are then (x, D, [bias], W_0, s): what trains stands where
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ import numpy as np
 from lance_ref.algebra.basis import Basis
 from lance_ref.algebra.geometry import ConvGeometry, Geometry, LinearGeometry, Padding, Pair
 from lance_ref.engine.autograd import Function, Node
-from lance_ref.engine.counting import spending_on
 from lance_ref.engine.state import state
 from lance_ref.engine.tensor import FLOATS, Shape, Tensor, as_tensor
 from lance_ref.stores import EXACT, ActivationStore
@@ -61,8 +59,14 @@ class _Weighted(Function):
                 ctx.save_input("base", len(inputs) - 2)
                 ctx.save_input("decay", len(inputs) - 1)
         if ctx.needs_input_grad[1]:
-            with spending_on("projection"), _named():
+            # Here and below without a ``with``, whose overhead is that of a small product.
+            outer, state.kind = state.kind, "projection"
+            try:
                 kept = store.save_for(x, geometry)
+            except ValueError as error:
+                raise _of_layer(error) from None
+            finally:
+                state.kind = outer
             ctx.kept = tuple(kept)  # type: ignore[attr-defined]
             for name, array in kept.items():
                 if array is x:
@@ -76,19 +80,23 @@ class _Weighted(Function):
         """Gradients of all inputs but the bias."""
         store, update, geometry = ctx.store, ctx.update, ctx.geometry  # type: ignore[attr-defined]
         grads: list[np.ndarray | None] = [None] * len(ctx.needs_input_grad)
-        if ctx.needs_input_grad[0]:
-            with spending_on("grad_input"):
+        outer = state.kind
+        try:
+            if ctx.needs_input_grad[0]:
+                state.kind = "grad_input"
                 if update is None:
                     grads[0] = store.input_gradient(ctx["weight"], grad_output, geometry)
                 else:
                     grads[0] = update.input_gradient(ctx["base"], ctx["decay"], ctx["weight"], grad_output, geometry)
-        if ctx.needs_input_grad[1]:
-            saved = {name: ctx[name] for name in ctx.kept}  # type: ignore[attr-defined]
-            with spending_on("grad_weight"):
+            if ctx.needs_input_grad[1]:
+                state.kind = "grad_weight"
+                saved = {name: ctx[name] for name in ctx.kept}  # type: ignore[attr-defined]
                 if update is None:
                     grads[1] = store.weight_gradient(saved, grad_output, geometry)
                 else:
                     grads[1] = store.update_gradient(saved, grad_output, geometry, update)
+        finally:
+            state.kind = outer
         if update is not None and ctx.needs_input_grad[-1]:
             # The loss depends on s, but s is not there to be learned: it changes by weight decay alone.
             grads[-1] = np.zeros((), grad_output.dtype)
@@ -112,14 +120,14 @@ class Linear(_Weighted):
             )
         _check_bias("linear", weights, weight.shape[0])
         _check_store(store, x, weights[0])
-        return LinearGeometry(x.shape, weight.shape).output_shape
+        return _linear_geometry(x.shape, weight.shape).output_shape
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Node, *inputs: np.ndarray, store: ActivationStore, update: Basis | None = None
     ) -> np.ndarray:
         weight = inputs[1] if update is None else inputs[-2]
-        out = Linear.run(ctx, LinearGeometry(inputs[0].shape, weight.shape), store, update, inputs)
+        out = Linear.run(ctx, _linear_geometry(inputs[0].shape, weight.shape), store, update, inputs)
         if has_bias(len(inputs)):
             out += inputs[2]
         return out
@@ -343,20 +351,21 @@ def _geometry(x: Shape, weight: Shape, stride: Pair, padding: Padding, dilation:
     return ConvGeometry(x, weight, stride, padding, dilation, groups)
 
 
+_linear_geometry = lru_cache(maxsize=1024)(LinearGeometry)
+
+
 def _check_store(store: ActivationStore, x: Tensor, weight: Tensor) -> None:
     """A store that cannot take ``x`` matters only where something will be saved: not under no_grad()."""
     if state.grad_enabled and weight.requires_grad:
-        with _named():
+        try:
             store.check(x.shape)
+        except ValueError as error:
+            raise _of_layer(error) from None
 
 
-@contextmanager
-def _named() -> Iterator[None]:
-    """Errors of a store name the layer."""
-    try:
-        yield
-    except ValueError as error:
-        raise type(error)(f"layer {state.path or '(root)'}: {error}") from None
+def _of_layer(error: ValueError) -> ValueError:
+    """An error of a store, with the layer's name."""
+    return type(error)(f"layer {state.path or '(root)'}: {error}")
 
 
 def _check_floating(op: str, x: Tensor) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lance_ref.algebra.kernels.batch_norm import normalise, normalise_backward
 from lance_ref.algebra.kernels.elementwise import scale_and_shift
 from lance_ref.engine.arguments import (
     Context,
@@ -66,19 +67,10 @@ class BatchNorm(Function):
         weight, bias = others[:2] if affine else (None, None)
         running = others[2:] if affine else others
         ctx.training, ctx.affine = training, affine
-        axes = (0, *range(2, x.ndim))
         if training:
-            mean = x.mean(axis=axes)  # (C,)
-            out = x - _channels(mean, x)
-            var = np.empty_like(mean)
-            for part in pieces(x.shape, axes):
-                np.square(out[part]).mean(axis=axes, out=var[part[1:]])
+            out, mean, var, inv_std = normalise(x, weight, bias, eps)
             if running:
                 _update_running(running[0], running[1], mean, var, x.size // x.shape[1], momentum)
-            inv_std = 1 / np.sqrt(var + x.dtype.type(eps))
-            out *= _channels(inv_std if weight is None else weight * inv_std, x)
-            if bias is not None:
-                out += _channels(bias, x)
         else:
             mean, inv_std = running[0].copy(), 1 / np.sqrt(running[1] + x.dtype.type(eps))
             scale = inv_std if weight is None else weight * inv_std
@@ -97,23 +89,17 @@ class BatchNorm(Function):
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
         g, needs = grad_output, ctx.needs_input_grad
-        axes = (0, *range(2, g.ndim))
         needs_weight, needs_bias = (needs[1], needs[2]) if ctx.affine else (False, False)
         grad_x: Any = None
         grad_weight: Any = None
-        sum_g: Any = g.sum(axis=axes) if needs_bias or (ctx.training and needs[0]) else None  # (C,)
+        sum_g: Any = None
         if needs_weight or (ctx.training and needs[0]):
-            x_hat = ctx["x"] - _channels(ctx["mean"], g)
-            x_hat *= _channels(ctx["inv_std"], g)
-            grad_weight = unbroadcast_product(g, x_hat, (g.shape[1], *[1] * (g.ndim - 2))).reshape(-1)  # (C,)
-        if needs[0] and ctx.training:
-            n = g.size // g.shape[1]
-            x_hat *= _channels(-grad_weight / n, g)
-            x_hat += g
-            x_hat -= _channels(sum_g / n, g)
-            x_hat *= _channels(ctx["weight"] * ctx["inv_std"] if ctx.affine else ctx["inv_std"], g)
-            grad_x = x_hat
-        elif needs[0]:
+            through = ctx.training and needs[0]
+            weight = ctx["weight"] if through and ctx.affine else None
+            grad_x, grad_weight, sum_g = normalise_backward(g, ctx["x"], ctx["mean"], ctx["inv_std"], weight, through)
+        elif needs_bias:
+            sum_g = g.sum(axis=(0, *range(2, g.ndim)))  # (C,)
+        if needs[0] and not ctx.training:
             grad_x = np.multiply(g, _channels(ctx["scale"], g), out=ctx.reused(g))
         grads = (grad_x, grad_weight if needs_weight else None, sum_g if needs_bias else None)
         return (*grads[: 3 if ctx.affine else 1], *[None] * (len(needs) - (3 if ctx.affine else 1)))

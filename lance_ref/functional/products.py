@@ -24,6 +24,8 @@ class Matmul(Function):
         if a.ndim < 1 or b.ndim < 1:
             raise ValueError(f"matmul: a has shape {a.shape} and b {b.shape}, expected at least one dimension each")
         rows, columns = _as_matrices(a.shape, b.shape)
+        if len(rows) == len(columns) == 2 and rows[1] == columns[0]:  # the usual case, without a batch
+            return (*rows[:1][: a.ndim - 1], *columns[1:][: b.ndim - 1])
         try:
             batch = np.broadcast_shapes(rows[:-2], columns[:-2])
         except ValueError:
@@ -47,23 +49,27 @@ class Matmul(Function):
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
         shape_a, shape_b = ctx.input_shapes
         rows, columns = _as_matrices(shape_a, shape_b)
-        batch = grad_output.shape[: grad_output.ndim - (len(shape_a) > 1) - (len(shape_b) > 1)]
-        grad_output = grad_output.reshape(*batch, rows[-2], columns[-1])  # (..., m, n)
+        if rows is not shape_a or columns is not shape_b:  # a vector, whose dimension comes back
+            batch = grad_output.shape[: grad_output.ndim - (len(shape_a) > 1) - (len(shape_b) > 1)]
+            grad_output = grad_output.reshape(*batch, rows[-2], columns[-1])  # (..., m, n)
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             b = ctx["b"].reshape(columns)
             with counting.spending_on(_kind(ctx.edges[0])):
-                grad = counting.matmul(grad_output, b.swapaxes(-1, -2))  # (..., m, k)
-            grad_a = unbroadcast(grad, rows).reshape(shape_a)
-            del grad  # before the other product is there
+                grad_a = _summed(counting.matmul(grad_output, b.swapaxes(-1, -2)), rows, shape_a)  # of (..., m, k)
         if ctx.needs_input_grad[1]:
             a = ctx["a"].reshape(rows)
             if len(columns) == 2:  # one matrix for the whole batch: one product instead of a sum of products
                 a, grad_output = a.reshape(-1, rows[-1]), grad_output.reshape(-1, columns[-1])
             with counting.spending_on(_kind(ctx.edges[1])):
-                grad = counting.matmul(a.swapaxes(-1, -2), grad_output)  # (..., k, n)
-            grad_b = unbroadcast(grad, columns).reshape(shape_b)
+                grad_b = _summed(counting.matmul(a.swapaxes(-1, -2), grad_output), columns, shape_b)  # of (..., k, n)
         return grad_a, grad_b
+
+
+def _summed(grad: np.ndarray, matrices: Shape, shape: Shape) -> np.ndarray:
+    """The gradient over what was repeated, without the dimension that a vector was given; a view only for a vector."""
+    grad = unbroadcast(grad, matrices)
+    return grad if matrices is shape else grad.reshape(shape)
 
 
 def _as_matrices(a: Shape, b: Shape) -> tuple[Shape, Shape]:

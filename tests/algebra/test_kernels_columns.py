@@ -1,4 +1,4 @@
-"""The loops that add columns back: equal to their NumPy twin, and the transpose of laying columns out."""
+"""The loops that lay columns out and add them back: equal to their NumPy twins, and the transpose of each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from strategies import arrays, conv_geometries
 from lance_ref.algebra import geometry
 from lance_ref.algebra.geometry import ConvGeometry
 from lance_ref.algebra.kernels import columns as kernels_columns
-from lance_ref.algebra.kernels.columns import add_columns, add_columns_numpy
+from lance_ref.algebra.kernels.columns import add_columns, add_columns_numpy, lay_out, lay_out_numpy
 
 GEOMETRIES = conv_geometries()
 
@@ -33,6 +33,38 @@ def test_loops_equal_their_twin(g: ConvGeometry, seed: int, data: st.DataObject)
     add_columns(columns, found, rows, g.stride, g.padding, g.dilation)
     add_columns_numpy(columns, expected, rows, g.stride, g.padding, g.dilation)
     np.testing.assert_array_equal(found, expected)
+
+
+@given(g=GEOMETRIES, seed=st.integers(0, 99), data=st.data())
+def test_laying_out_equals_its_twin_and_the_patches(g: ConvGeometry, seed: int, data: st.DataObject) -> None:
+    """Any stride, padding, dilation, part of the rows and of the channels; every number is written, zeros too."""
+    x, _, _ = arrays(g, seed)
+    first = data.draw(st.integers(0, g.output_size[0] - 1))
+    rows = slice(first, data.draw(st.integers(first + 1, g.output_size[0])))
+    channel = data.draw(st.integers(0, g.input_shape[1] - 1))
+    shape = columns_like(g, rows, 0)[channel:].shape
+    found, twin = np.full(shape, np.nan), np.full(shape, np.nan)
+    lay_out(x, found, rows, g.stride, g.padding, g.dilation, channel)
+    lay_out_numpy(x, twin, rows, g.stride, g.padding, g.dilation, channel)
+    np.testing.assert_array_equal(found, twin)
+    places = (rows.stop - rows.start) * g.output_size[1]
+    patches = g.patches(x, rows).reshape(len(x), g.input_shape[1], -1, places)[:, channel:]
+    by_image = found.reshape(len(found), -1, len(x), places).transpose(2, 0, 1, 3)
+    np.testing.assert_array_equal(by_image, patches)
+
+
+@given(g=GEOMETRIES, seed=st.integers(0, 9), parts=st.integers(2, 4), bytes_=st.sampled_from([1, 2000, 2**20]))
+def test_images_and_channels_in_several_threads(g: ConvGeometry, seed: int, parts: int, bytes_: int) -> None:
+    """Each thread has images of its own, and channels of its own of a weight gradient: the same products."""
+    x, weight, grad_output = arrays(g, seed)
+    expected = g.forward(x, weight), g.input_gradient(weight, grad_output), g.weight_gradient(x, grad_output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(geometry, "MANY_PLACES", 1)
+        patch.setattr(geometry, "CACHED_BYTES", bytes_)
+        patch.setattr(geometry, "product_threads", lambda: parts)
+        found = g.forward(x, weight), g.input_gradient(weight, grad_output), g.weight_gradient(x, grad_output)
+    for ours, whole in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, whole, rtol=1e-11, atol=1e-11)
 
 
 @given(g=GEOMETRIES, seed=st.integers(0, 99))
@@ -61,9 +93,11 @@ def test_blocks_of_any_size_give_the_same_products(g: ConvGeometry, seed: int, b
 
 
 def test_without_numba_the_twin_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Numba is switched off the input gradient is the same."""
+    """Where Numba is switched off all three products are the same."""
     g = ConvGeometry((3, 4, 6, 5), (6, 2, 3, 2), (2, 1), ((1, 0), (0, 2)), groups=2)
-    _, weight, grad_output = arrays(g, 0)
-    expected = g.input_gradient(weight, grad_output)
+    x, weight, grad_output = arrays(g, 0)
+    expected = g.forward(x, weight), g.input_gradient(weight, grad_output), g.weight_gradient(x, grad_output)
     monkeypatch.setattr(kernels_columns, "numba_enabled", lambda: False)
-    np.testing.assert_allclose(g.input_gradient(weight, grad_output), expected, rtol=1e-12, atol=1e-12)
+    found = g.forward(x, weight), g.input_gradient(weight, grad_output), g.weight_gradient(x, grad_output)
+    for ours, compiled in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, compiled, rtol=1e-12, atol=1e-12)

@@ -41,9 +41,9 @@ def test_every_count_is_of_a_case(recorded: dict[str, Any]) -> None:
 
 
 def test_a_copy_more_is_caught(recorded: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A needless copy of the columns changes no result, but this."""
-    columns = geometry.ConvGeometry._columns
-    monkeypatch.setattr(geometry.ConvGeometry, "_columns", lambda *args, **options: columns(*args, **options).copy())
+    """A needless copy of an output gradient changes no result, but this."""
+    grouped = geometry.ConvGeometry._grouped
+    monkeypatch.setattr(geometry.ConvGeometry, "_grouped", lambda *args: grouped(*args).copy())
     case = Case("convnet", 8, image_size=16)
     before = {name: of for name, of in recorded["counts"].items() if name == "convnet, bp"}
     here = {"libraries": counts.libraries(), "counts": before}

@@ -235,6 +235,7 @@ def test_the_workspace_is_kept(g: ConvGeometry, bytes_: int, places: int) -> Non
         patch.setattr(geometry, "WORKSPACE_BYTES", bytes_)
         patch.setattr(geometry, "MANY_PLACES", places)
         blocks = list(g.blocks(4))
+        of_two = list(g.blocks(4, 2))
     H_out, W_out = g.output_size
     seen = []
     for images, rows in blocks:
@@ -244,6 +245,11 @@ def test_the_workspace_is_kept(g: ConvGeometry, bytes_: int, places: int) -> Non
         assert n == 1 or (l == H_out and H_out * W_out < places)
         seen += list(itertools.product(range(images.start, images.stop), range(rows.start, rows.stop)))
     assert seen == list(itertools.product(range(g.input_shape[0]), range(H_out)))
+    for images, rows in of_two:  # two channels alone: images together, whatever their places
+        n, l = images.stop - images.start, rows.stop - rows.start  # noqa: E741
+        assert 4 * n * l * W_out * 2 * int(np.prod(g.weight_shape[2:])) <= bytes_ or (n, l) == (1, 1)
+        assert n == 1 or l == H_out
+    assert sum((i.stop - i.start) * (r.stop - r.start) for i, r in of_two) == g.input_shape[0] * H_out
 
 
 def test_which_convolutions_are_depthwise_or_pointwise() -> None:

@@ -7,12 +7,13 @@ None of it counts as multiply-adds of products: these loops move, compare and sc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from lance_ref.algebra.kernels.threads import Loops, Pair, numba_enabled
 from lance_ref.engine.tensor import Shape
+from lance_ref.engine.workers import share_out, threads
 
 SHORT_PLANE = 8
 """Planes of fewer elements are left to NumPy's own loops, which then run along the channels."""
@@ -34,15 +35,30 @@ def clamp_and_pack(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarra
     """
     source = np.ascontiguousarray(x).reshape(-1)
     out, largest = np.empty(x.shape, x.dtype), x.dtype.type(ceiling)
-    flat = out.reshape(-1)
-    for start in range(0, source.size, PACKED_TOGETHER):
-        block = source[start : start + PACKED_TOGETHER]
-        np.clip(block, 0, largest, out=flat[start : start + PACKED_TOGETHER])
+    flat, mask = out.reshape(-1), np.empty(-(-source.size // 8), np.uint8)
 
-    def passes(x: np.ndarray) -> np.ndarray:
-        return (x > 0) & (x < ceiling) if ceiling < np.inf else x > 0
+    def part(start: int, stop: int) -> None:
+        for block in _blocks(start, stop, source.size):
+            seen, written = source[block], flat[block]
+            seen.clip(0, largest, out=written)
+            passes = seen > 0
+            if ceiling < np.inf:
+                passes &= seen < largest
+            mask[block.start // 8 : -(-block.stop // 8)] = np.packbits(passes)
 
-    return out, pack_blocks(passes, source)
+    _shared(source.size, part)
+    return out, mask
+
+
+def _blocks(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Blocks ``start`` to ``stop`` of so many elements, :data:`PACKED_TOGETHER` each but the last."""
+    for block in range(start, stop):
+        yield slice(block * PACKED_TOGETHER, min((block + 1) * PACKED_TOGETHER, size))
+
+
+def _shared(size: int, part: Callable[[int, int], None]) -> None:
+    """``part(start, stop)`` over the blocks of so many elements, in several threads where they are several."""
+    share_out(threads(), -(-size // PACKED_TOGETHER), part)
 
 
 def pack_blocks(condition: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
@@ -54,9 +70,12 @@ def pack_blocks(condition: Callable[[np.ndarray], np.ndarray], x: np.ndarray) ->
     """
     flat = np.ascontiguousarray(x).reshape(-1)
     mask = np.empty(-(-flat.size // 8), np.uint8)
-    for start in range(0, flat.size, PACKED_TOGETHER):
-        block = condition(flat[start : start + PACKED_TOGETHER])
-        mask[start // 8 : start // 8 + -(-block.size // 8)] = np.packbits(block)
+
+    def part(start: int, stop: int) -> None:
+        for block in _blocks(start, stop, flat.size):
+            mask[block.start // 8 : -(-block.stop // 8)] = np.packbits(condition(flat[block]))
+
+    _shared(flat.size, part)
     return mask
 
 

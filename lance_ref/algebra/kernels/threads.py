@@ -21,6 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from lance_ref.engine.workers import pool as _pool  # noqa: F401  (by this name it is known to what pins threads)
+from lance_ref.engine.workers import share_out
+from lance_ref.engine.workers import threads as _threads
+
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
 
@@ -35,26 +39,6 @@ def numba_enabled() -> bool:
     if setting not in ("0", "1"):
         raise ValueError(f"LANCE_REF_NUMBA is {setting!r}, expected 0 or 1")
     return setting == "1" and importlib.util.find_spec("numba") is not None
-
-
-@cache
-def _threads() -> int:
-    """How many threads share out the loops: ``LANCE_REF_THREADS``, by default the processors of this process."""
-    setting = os.environ.get("LANCE_REF_THREADS", "")
-    if setting and (not setting.isdigit() or int(setting) < 1):
-        raise ValueError(f"LANCE_REF_THREADS is {setting!r}, expected a positive integer")
-    return int(setting) if setting else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-
-
-@cache
-def _pool() -> Any:
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(_threads(), thread_name_prefix="lance_ref")
-
-
-if hasattr(os, "register_at_fork"):  # a forked child has none of its parent's threads, and would wait for them for ever
-    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 @cache
@@ -112,19 +96,18 @@ class Loops:
             self.compiled = self.compile(cached=False)
             self.compiled(*arguments)
 
+    def alone(self, planes: int, *arguments: Any) -> None:
+        """Run over all planes in the calling thread, one of several that share out something larger."""
+        if self.compiled is None:
+            self.compiled = self.compile()
+        self.call(0, planes, *arguments)
+
     def run(self, planes: int, work: int, *arguments: Any) -> None:
         """Run over ``planes`` independent planes; ``work`` (elements touched) decides about threads."""
         if self.compiled is None:
             self.compiled = self.compile()
-        parts = min(_threads(), planes) if work > SERIAL_ELEMENTS else 1
-        if parts == 1:
-            self.call(0, planes, *arguments)
-            return
-        bounds = [planes * i // parts for i in range(parts + 1)]
-        futures = [_pool().submit(self.call, bounds[i], bounds[i + 1], *arguments) for i in range(1, parts)]
-        self.call(bounds[0], bounds[1], *arguments)
-        for future in futures:
-            future.result()
+        parts = _threads() if work > SERIAL_ELEMENTS else 1
+        share_out(parts, planes, lambda start, stop: self.call(start, stop, *arguments))
 
 
 # ---- the projected output gradient -----------------------------------------------------

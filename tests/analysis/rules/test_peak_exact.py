@@ -17,6 +17,7 @@ from analysis.rules.account import account
 from analysis.rules.layouts import Layout, Storage
 from lance_ref import functional as F
 from lance_ref import nn, record
+from lance_ref.algebra import geometry
 from lance_ref.algebra.geometry import ConvGeometry
 from lance_ref.algebra.kernels import threads
 from lance_ref.engine.tensor import Tensor
@@ -190,21 +191,32 @@ def convolution(**changes: Any) -> layers.Convolution:
 
 
 def test_workspaces_of_convolutions_by_hand() -> None:
-    """Patches of both images; beside them the padded images, or the output with channels first, or weights."""
+    """Patches of both images; beside them the output with channels first, or that and weights."""
     columns, copied = 2 * 8 * 27 * 6 * 4, 2 * 4 * 8 * 6 * 4
-    assert convolution().forward_workspace(None) == columns + 2 * 3 * 10 * 8 * 4
-    dilated = convolution(padding=((2, 2), (2, 2)), dilation=(2, 2))
-    assert dilated.forward_workspace(None) == columns + 2 * 3 * 12 * 10 * 4
-    one_side = convolution(weight_shape=(1, 3, 2, 1), padding=((1, 0), (0, 0)))
-    assert one_side.forward_workspace(None) == 2 * 8 * 6 * 6 * 4 + 2 * 3 * 9 * 6 * 4
+    assert convolution().forward_workspace(None) == columns + copied
     many = convolution(weight_shape=(40, 3, 3, 3))
     assert many.forward_workspace(None) == columns + 10 * copied
     assert many.weight_workspace(None, None) == columns + 10 * copied + 40 * 27 * 4
     assert many.input_workspace(None) == columns + 10 * copied
     single = convolution(input_shape=(1, 3, 8, 6), weight_shape=(40, 3, 3, 3))
-    assert single.forward_workspace(None) == columns // 2 + 3 * 10 * 8 * 4  # its output lies as it must
+    assert single.forward_workspace(None) == columns // 2  # its output lies as it must
     assert single.weight_workspace(None, None) == columns // 2 + 40 * 27 * 4
     assert single.input_workspace(None) == columns // 2
+    strided = Layout(Storage(0), (2, 3, 8, 6), (144, 1, 18, 3))  # channels innermost: it is packed first
+    assert many.forward_workspace(strided) == columns + 10 * copied + 2 * 3 * 8 * 6 * 4
+
+
+def test_workspaces_of_convolutions_with_many_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads have the patches of an image each, or for the weight gradient those of some channels of both."""
+    monkeypatch.setattr(geometry, "product_threads", lambda: 2)
+    many = convolution(input_shape=(2, 3, 10, 10), weight_shape=(40, 3, 3, 3))
+    one = 27 * 100 * 4
+    assert many.forward_workspace(None) == many.input_workspace(None) == 2 * one
+    assert many.weight_workspace(None, None) == 2 * one + 2 * 40 * 2 * 100 * 4 + 40 * 27 * 4
+    few = convolution()  # the block is shared out as a whole
+    assert few.forward_workspace(None) == 2 * 8 * 27 * 6 * 4 + 2 * 4 * 8 * 6 * 4
+    in_groups = convolution(input_shape=(2, 4, 10, 10), weight_shape=(40, 2, 3, 3), groups=2)
+    assert in_groups.weight_workspace(None, None) == 2 * 36 * 100 * 4 + 40 * 2 * 100 * 4 + 40 * 18 * 4
 
 
 def test_workspaces_of_depthwise_loops_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -368,7 +368,8 @@ def test_a_formula_takes_little_beside_its_result(name: str) -> None:
 def test_a_rule_that_forgets_columns_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the workspace of convolutions the prediction leaves the 5 %."""
     net, images, labels = model("resnet8")
-    monkeypatch.setattr(peak_layers.Convolution, "_columns", property(lambda self: 0))
+    for products in ("forward", "input", "weight"):
+        monkeypatch.setattr(peak_layers.Convolution, f"{products}_workspace", lambda self, *layouts: 0)
     with pytest.raises(AssertionError, match="measured"):
         check(net, images, labels)
 

@@ -89,9 +89,13 @@ class Function:
         dtype = _common_dtype(cls.op, inputs)
         shape = cls.output_shape(*inputs, **attributes)
         requires_grad = state.grad_enabled and any(tensor.requires_grad for tensor in inputs)
-        segment = state.segment
+        segment, deferral = state.segment, state.deferral
         if segment is not None:
             segment.read(inputs)
+        elif deferral is not None and not requires_grad and state.recorder is None:
+            postponed: Tensor | None = deferral.take(cls, inputs, attributes, shape)
+            if postponed is not None:
+                return postponed
         if any(tensor._data is None for tensor in inputs):
             output = Tensor.meta(shape, dtype, requires_grad)
         else:

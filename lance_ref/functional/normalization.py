@@ -80,9 +80,8 @@ class BatchNorm(Function):
             if bias is not None:
                 out += _channels(bias, x)
         else:
-            mean, inv_std = running[0].copy(), 1 / np.sqrt(running[1] + x.dtype.type(eps))
-            scale = inv_std if weight is None else weight * inv_std
-            shift = -mean * scale if bias is None else bias - mean * scale
+            mean, inv_std = running[0].copy(), _inv_std(running[1], eps)
+            scale, shift = scale_and_shift_of(others, affine, eps)
             out = scale_and_shift(x, scale, shift) if x.size else x.copy()  # of no images
             if ctx.needs_input_grad[0]:
                 ctx.save_for_backward(scale=scale)
@@ -117,6 +116,22 @@ class BatchNorm(Function):
             grad_x = g * _channels(ctx["scale"], g)
         grads = (grad_x, grad_weight if needs_weight else None, sum_g if needs_bias else None)
         return (*grads[: 3 if ctx.affine else 1], *[None] * (len(needs) - (3 if ctx.affine else 1)))
+
+
+def scale_and_shift_of(others: Sequence[np.ndarray], affine: bool, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Frozen, y = x·scale + shift: new arrays (C,), from all inputs but x."""
+    running_mean, running_var = others[-2:]
+    scale = _inv_std(running_var, eps)
+    if not affine:
+        return scale, -running_mean * scale
+    weight, bias = others[:2]
+    scale = weight * scale
+    return scale, bias - running_mean * scale
+
+
+def _inv_std(var: np.ndarray, eps: float) -> np.ndarray:
+    inv_std: np.ndarray = 1 / np.sqrt(var + var.dtype.type(eps))
+    return inv_std
 
 
 def _channels(values: np.ndarray, like: np.ndarray) -> np.ndarray:

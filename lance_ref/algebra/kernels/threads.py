@@ -15,7 +15,7 @@ import importlib.util
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -44,6 +44,26 @@ def _threads() -> int:
     if setting and (not setting.isdigit() or int(setting) < 1):
         raise ValueError(f"LANCE_REF_THREADS is {setting!r}, expected a positive integer")
     return int(setting) if setting else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def thread_count() -> int:
+    """How many threads share out the loops."""
+    return _threads()
+
+
+def share_out(works: Sequence[Callable[[], None]]) -> None:
+    """Run all of these at the same time, the first in the calling thread; raises what the first one to fail raised.
+
+    There are at most :func:`thread_count` of them, and none of them shares out work of its own.
+    """
+    futures = [_pool().submit(work) for work in works[1:]]
+    try:
+        works[0]()
+    finally:
+        for future in futures:
+            future.exception()  # all are through, whatever came of them
+    for future in futures:
+        future.result()
 
 
 @cache
@@ -111,6 +131,12 @@ class Loops:
         except (OSError, EOFError, pickle.UnpicklingError):
             self.compiled = self.compile(cached=False)
             self.compiled(*arguments)
+
+    def alone(self, planes: int, *arguments: Any) -> None:
+        """Run over all planes in the calling thread, which is one of several that have shared out the work already."""
+        if self.compiled is None:
+            self.compiled = self.compile()
+        self.call(0, planes, *arguments)
 
     def run(self, planes: int, work: int, *arguments: Any) -> None:
         """Run over ``planes`` independent planes; ``work`` (elements touched) decides about threads."""

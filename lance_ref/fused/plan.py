@@ -1,0 +1,253 @@
+"""The plan of a fused pass: which operations form a group, how many images go together, and where their maps lie.
+
+A group is a source (a convolution, a pooling, a product, or a copy of a map) and what is done to its result in place,
+row by row: a frozen batch norm, an addition, an activation function, each at most once and in this order. What lies
+inside a group is never written down.
+
+The maps of all groups have places in one arena; a place is used again as soon as its map is no longer needed. The
+largest maps are placed first, each at the lowest place that is free all the time that it is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from lance_ref.engine.tensor import Shape
+from lance_ref.fused.rules import ACTIVATIONS
+
+CACHE_BYTES = 2 * 2**20
+"""What a thread's maps may take: about the cache of a processor that is its own. One image at the least."""
+COLUMNS_BYTES = 2**20
+"""Patches that are laid out as rows of a matrix at a time; one output row at the least."""
+ALIGNED = 64
+"""Every map begins at a multiple of so many bytes."""
+
+Ref = int
+"""A value: of operation i as i, of the i-th array from outside as −1 − i."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation as the plan sees it: ``operands`` are the values that are images, ``shape`` is (C, H, W)."""
+
+    op: str
+    operands: tuple[Ref, ...]
+    shape: Shape
+    detail: tuple = ()
+
+
+@dataclass
+class Group:
+    """Operations that run together.
+
+    Attributes
+    ----------
+    source : int
+        The operation that makes the map; None: it is copied from ``reads[0]``.
+    reads : list of int
+        Values that the source reads.
+    norm, activation : int, optional
+        Operations in place.
+    addition : tuple of int, optional
+        The operation in place, and the value that it adds.
+    result : int
+        The value that is written down.
+    """
+
+    source: int | None
+    reads: list[Ref]
+    result: Ref
+    norm: int | None = None
+    addition: tuple[int, Ref] | None = None
+    activation: int | None = None
+
+    def members(self) -> list[int]:
+        """All its operations in order."""
+        added = None if self.addition is None else self.addition[0]
+        return sorted(i for i in (self.source, self.norm, added, self.activation) if i is not None)
+
+
+@dataclass
+class Plan:
+    """What to run; see above.
+
+    Attributes
+    ----------
+    groups : list of Group
+    chunk : int
+        Images at a time.
+    workers : int
+        Threads, each with an arena of its own.
+    places : dict
+        Of values: offset in the arena in bytes. A value from outside is laid out anew if it has a place.
+    workspaces : dict
+        By group: offset and output rows at a time of the patches, for convolutions that need them.
+    arena_bytes : int
+    """
+
+    groups: list[Group]
+    chunk: int = 1
+    workers: int = 1
+    places: dict[Ref, int] = field(default_factory=dict)
+    workspaces: dict[int, tuple[int, int]] = field(default_factory=dict)
+    arena_bytes: int = 0
+
+
+def plan(
+    ops: Sequence[Op], outside: Sequence[Shape], wanted: Iterable[int], batch: int, item: int, threads: int
+) -> Plan:
+    """Plan a pass.
+
+    Parameters
+    ----------
+    ops : sequence of Op
+        In an order in which they can run.
+    outside : sequence of tuple of int
+        (C, H, W) of the arrays from outside.
+    wanted : iterable of int
+        Operations whose results are asked for; what they do not need is left out.
+    batch : int
+        Images.
+    item : int
+        Bytes of a number.
+    threads : int
+        At most so many workers.
+    """
+    made = Plan(_groups(ops, set(wanted)))
+    shapes = {i: op.shape for i, op in enumerate(ops)} | {-1 - i: shape for i, shape in enumerate(outside)}
+    made.workers = max(1, min(threads, batch))
+    _place(made, ops, shapes, 1, item, with_patches=False)
+    share = -(-batch // made.workers)
+    made.chunk = max(1, min(share, CACHE_BYTES // max(made.arena_bytes, 1)))
+    made.workers = min(made.workers, -(-batch // made.chunk))
+    _place(made, ops, shapes, made.chunk, item, with_patches=True)
+    return made
+
+
+def needs_patches(op: Op) -> bool:
+    """Whether a convolution is a product with patches: neither depthwise nor pixel by pixel."""
+    if op.op != "conv2d":
+        return False
+    weight, stride, padding = op.detail[:3]
+    plain = weight[2:] == (1, 1) and stride == (1, 1) and padding == ((0, 0), (0, 0))
+    return not plain and not is_depthwise(op)
+
+
+def is_depthwise(op: Op) -> bool:
+    """Whether each channel of a convolution is for itself."""
+    return op.op == "conv2d" and op.detail[4] > 1
+
+
+def _groups(ops: Sequence[Op], wanted: set[int]) -> list[Group]:
+    needed, waiting = set(wanted), sorted(wanted)
+    while waiting:
+        for ref in ops[waiting.pop()].operands:
+            if ref >= 0 and ref not in needed:
+                needed.add(ref)
+                waiting.append(ref)
+    readers: dict[Ref, list[int]] = {}
+    for i in sorted(needed):
+        for ref in ops[i].operands:
+            readers.setdefault(ref, []).append(i)
+    groups: list[Group] = []
+    taken: set[int] = set()
+    there = {ref for ref in readers if ref < 0}
+    for i in sorted(needed):
+        if i in taken:
+            continue
+        in_place = _order(ops[i].op) is not None
+        group = Group(None if in_place else i, list(ops[i].operands if not in_place else ops[i].operands[:1]), i)
+        latest, reader = 0, i if in_place else _sole_reader(group.result, readers, wanted)
+        previous = ops[i].operands[0] if in_place else i
+        while reader is not None and (order := _order(ops[reader].op)) is not None and order > latest:
+            if order == 2:
+                others = [ref for ref in ops[reader].operands if ref != previous]
+                if len(others) != 1 or others[0] not in there:
+                    if in_place and reader == i:  # x + x
+                        others = [previous]
+                    else:
+                        break
+                group.addition = reader, others[0]
+            elif order == 1:
+                group.norm = reader
+            else:
+                group.activation = reader
+            latest, group.result, previous = order, reader, reader
+            taken.add(reader)
+            reader = _sole_reader(reader, readers, wanted)
+        there.add(group.result)
+        groups.append(group)
+    return groups
+
+
+def _order(op: str) -> int | None:
+    """The place of an operation among those in place of a group; None for a source."""
+    if op in ACTIVATIONS:
+        return 3
+    return {"batch_norm": 1, "add": 2}.get(op)
+
+
+def _sole_reader(value: int, readers: dict[Ref, list[int]], wanted: set[int]) -> int | None:
+    found = readers.get(value, [])
+    return found[0] if len(found) == 1 and value not in wanted else None
+
+
+def _place(
+    made: Plan, ops: Sequence[Op], shapes: dict[Ref, Shape], chunk: int, item: int, *, with_patches: bool
+) -> None:
+    """Fill in ``places``, ``workspaces`` and ``arena_bytes`` for so many images at a time."""
+    spans: dict[Ref, tuple[int, int]] = {}  # by value: the first and the last group that it is needed in
+    patches: dict[int, tuple[int, int]] = {}  # by group: bytes, and output rows
+    for g, group in enumerate(made.groups):
+        reads = list(group.reads)
+        if group.source is not None and needs_patches(ops[group.source]):
+            op = ops[group.source]
+            if group.reads[0] < 0:
+                reads = []  # patches are taken from the array as it is
+            row = op.shape[2] * math.prod(op.detail[0][1:]) * item
+            rows = max(1, min(chunk * op.shape[1], COLUMNS_BYTES // row))
+            patches[g] = rows * row, rows
+        if group.addition is not None:
+            reads.append(group.addition[1])
+        for ref in reads:
+            spans[ref] = (spans[ref][0] if ref in spans else g, g)
+        spans[group.result] = (g, g)
+    items: list[tuple[int, int, int, Ref | None, int]] = [
+        (_aligned(chunk * math.prod(shapes[ref]) * item), *span, ref, -1) for ref, span in spans.items()
+    ]
+    if with_patches:
+        items += [(_aligned(size), g, g, None, g) for g, (size, _) in patches.items()]
+    items.sort(key=lambda entry: (-entry[0], entry[1], entry[4]))
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
+    made.places, made.workspaces, made.arena_bytes = {}, {}, 0
+    for size, first, last, ref, g in items:
+        offset = 0
+        for start, end, begins, ends in placed:  # in order of their offsets
+            if begins > last or ends < first:
+                continue
+            if start - offset >= size:
+                break
+            offset = max(offset, end)
+        placed.append((offset, offset + size, first, last))
+        placed.sort()
+        made.arena_bytes = max(made.arena_bytes, offset + size)
+        if ref is None:
+            made.workspaces[g] = offset, patches[g][1]
+        else:
+            made.places[ref] = offset
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def labels(made: Plan, ops: Sequence[Op]) -> Counter[str]:
+    """How many groups there are of each kind, such as ``conv2d + batch_norm + relu6``."""
+    return Counter(
+        " + ".join(ops[i].op for i in group.members()) if group.source is not None or len(group.members()) > 1
+        else ops[group.result].op
+        for group in made.groups
+    )

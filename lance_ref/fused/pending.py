@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from lance_ref.engine.state import Postponement
 from lance_ref.engine.tensor import Shape, Tensor, Version, next_uid
-
-if TYPE_CHECKING:
-    from lance_ref.fused.deferral import Deferral
 
 _slot: Any = Tensor.__dict__["_data"]  # where a tensor keeps its array, and this one what will give it
 
@@ -19,7 +17,7 @@ class Promise:
 
     __slots__ = ("deferral", "index")
 
-    def __init__(self, deferral: Deferral, index: int) -> None:
+    def __init__(self, deferral: Postponement, index: int) -> None:
         self.deferral = deferral
         self.index = index
 

@@ -247,7 +247,8 @@ def _aligned(size: int) -> int:
 def labels(made: Plan, ops: Sequence[Op]) -> Counter[str]:
     """How many groups there are of each kind, such as ``conv2d + batch_norm + relu6``."""
     return Counter(
-        " + ".join(ops[i].op for i in group.members()) if group.source is not None or len(group.members()) > 1
+        " + ".join(ops[i].op for i in group.members())
+        if group.source is not None or len(group.members()) > 1
         else ops[group.result].op
         for group in made.groups
     )

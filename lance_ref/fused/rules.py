@@ -53,8 +53,10 @@ def why_not(op: str, shapes: Sequence[Shape], attributes: Mapping[str, Any]) -> 
             return "its groups have several channels"
     elif op == "batch_norm" and attributes["training"]:
         return "it takes the statistics of the batch"
-    elif op in ("add", "mul") and shapes[1] != x and not (op == "mul" and shapes[1] == (*x[:2], 1, 1)):
-        return f"its inputs have shapes {shapes[0]} and {shapes[1]}"
+    elif op in ("add", "mul") and shapes[1] != x:
+        per_channel = (*x[:2], 1, 1)
+        if op == "add" or shapes[1][:2] != x[:2] or per_channel not in shapes:
+            return f"its inputs have shapes {shapes[0]} and {shapes[1]}"
     elif op == "max_pool2d" and attributes["ceil_mode"]:
         return "its windows reach beyond the image"
     elif op == "adaptive_avg_pool2d" and attributes["output_size"] != (1, 1):

@@ -29,8 +29,7 @@ class Prepared:
     Attributes
     ----------
     weight : array or None
-        (C_in, C_out) of a convolution pixel by pixel, (k_h·k_w·C_in, C_out) of patches, (k_h, k_w, C) of a depthwise
-        one.
+        (C_in·k_h·k_w, C_out), or (k_h, k_w, C) of a depthwise convolution.
     scale, shift : (C,) array
     """
 
@@ -54,10 +53,8 @@ def prepare(group: Group, ops: Sequence[Op], own: Sequence[Arrays], dtype: np.dt
         op, (raw, *biases) = ops[group.source], own[group.source]
         if is_depthwise(op):
             weight = np.ascontiguousarray(raw[:, 0].transpose(1, 2, 0))  # (k_h, k_w, C)
-        elif needs_patches(op):
-            weight = raw.transpose(2, 3, 1, 0).reshape(-1, len(raw))  # (k_h·k_w·C_in, C_out)
         else:
-            weight = raw.reshape(len(raw), -1).T  # (C_in, C_out), a view
+            weight = raw.reshape(len(raw), -1).T  # (C_in·k_h·k_w, C_out), a view
         if biases:
             shift = biases[0]
     if group.norm is not None:
@@ -103,7 +100,9 @@ def run(
             geometry = (stride, padding, dilation)
             if residual is None and activation.kind == CLAMP:
                 bounds = (activation.low, activation.high)
-                depthwise(maps[group.reads[0]], prepared.weight, out, *geometry, prepared.scale, prepared.shift, *bounds)
+                depthwise(
+                    maps[group.reads[0]], prepared.weight, out, *geometry, prepared.scale, prepared.shift, *bounds
+                )
                 return macs
             depthwise(maps[group.reads[0]], prepared.weight, out, *geometry, prepared.scale, prepared.shift)
             ones, zeros = np.ones_like(prepared.scale), np.zeros_like(prepared.shift)

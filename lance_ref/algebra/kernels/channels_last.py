@@ -140,7 +140,9 @@ def depthwise_numpy(
     out[:] = 0
     for p, q in np.ndindex(*weight.shape[:2]):
         seen = padded[:, p * dilation[0] :, q * dilation[1] :]
-        out += weight[p, q] * seen[:, : (H_out - 1) * stride[0] + 1 : stride[0], : (W_out - 1) * stride[1] + 1 : stride[1]]
+        out += (
+            weight[p, q] * seen[:, : (H_out - 1) * stride[0] + 1 : stride[0], : (W_out - 1) * stride[1] + 1 : stride[1]]
+        )
     out *= scale
     out += shift
     np.clip(out, x.dtype.type(low), x.dtype.type(high), out=out)
@@ -205,15 +207,22 @@ def _depthwise(start, stop, x, weight, out, s_h, s_w, top, left, d_h, d_w, scale
 
 
 def columns(
-    x: np.ndarray, out: np.ndarray, rows: slice, H_out: int, kernel: Pair, stride: Pair, padding: Padding, dilation: Pair
+    x: np.ndarray,
+    out: np.ndarray,
+    rows: slice,
+    H_out: int,
+    kernel: Pair,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
 ) -> None:
-    """The patches under some output rows, each as a row of a matrix, in the order (k_h, k_w, C).
+    """The patches under some output rows, each as a row of a matrix, in the order (C, k_h, k_w) of a weight.
 
     Parameters
     ----------
     x : (b, H, W, C)
         Any strides.
-    out : (n, W_out, k_h·k_w·C), contiguous
+    out : (n, W_out, C·k_h·k_w), contiguous
         Is written.
     rows : slice
         The n rows among the b·H_out of all images together.
@@ -226,16 +235,23 @@ def columns(
 
 
 def columns_numpy(
-    x: np.ndarray, out: np.ndarray, rows: slice, H_out: int, kernel: Pair, stride: Pair, padding: Padding, dilation: Pair
+    x: np.ndarray,
+    out: np.ndarray,
+    rows: slice,
+    H_out: int,
+    kernel: Pair,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
 ) -> None:
     """NumPy twin of :func:`columns`."""
     padded = np.pad(x, ((0, 0), *padding, (0, 0)))
-    patches = out.reshape(*out.shape[:2], *kernel, x.shape[3])  # (n, W_out, k_h, k_w, C)
+    patches = out.reshape(*out.shape[:2], x.shape[3], *kernel)  # (n, W_out, C, k_h, k_w)
     across = np.arange(out.shape[1])[:, None] * stride[1] + np.arange(kernel[1]) * dilation[1]  # (W_out, k_w)
     for n in range(len(out)):
         b, h = divmod(rows.start + n, H_out)
         for p in range(kernel[0]):
-            patches[n, :, p] = padded[b, h * stride[0] + p * dilation[0]][across]
+            patches[n, :, :, p] = padded[b, h * stride[0] + p * dilation[0]][across].transpose(0, 2, 1)
 
 
 @Loops
@@ -244,16 +260,19 @@ def _columns(start, stop, x, out, first_row, H_out, k_h, k_w, s_h, s_w, top, lef
     W_out = out.shape[1]
     for n in range(start, stop):
         b, h = (first_row + n) // H_out, (first_row + n) % H_out
-        for p in range(k_h):
-            row = h * s_h - top + p * d_h
-            for w in range(W_out):
-                place = out[n, w]
-                for q in range(k_w):
-                    column = w * s_w - left + q * d_w
-                    at = (p * k_w + q) * C
-                    if row < 0 or row >= H or column < 0 or column >= W:
-                        for c in range(C):
-                            place[at + c] = 0
-                    else:
-                        for c in range(C):
-                            place[at + c] = x[b, row, column, c]
+        row = h * s_h - top
+        for w in range(W_out):
+            place, column, i = out[n, w], w * s_w - left, 0
+            if row >= 0 and column >= 0 and row + (k_h - 1) * d_h < H and column + (k_w - 1) * d_w < W:
+                for c in range(C):
+                    for p in range(k_h):
+                        for q in range(k_w):
+                            place[i] = x[b, row + p * d_h, column + q * d_w, c]
+                            i += 1
+                continue
+            for c in range(C):
+                for p in range(k_h):
+                    for q in range(k_w):
+                        y, z = row + p * d_h, column + q * d_w
+                        place[i] = x[b, y, z, c] if y >= 0 and y < H and z >= 0 and z < W else 0
+                        i += 1

@@ -77,7 +77,8 @@ def differences(found: Mapping[str, Counts], recorded: Mapping[str, Any]) -> lis
     """One line for each count that is not the recorded one.
 
     Multiply-adds must be equal wherever they run. Allocations must be equal with the recorded libraries, and not more
-    than recorded with others; they are not compared on another system, with another number of threads, or if kernels are compiled in one case alone.
+    than recorded with others; they are not compared on another system, with another number of threads,
+    or if kernels are compiled in one case alone.
     """
     here, there = libraries(), recorded["libraries"]
     comparable = all(here[name] == there[name] for name in ("system", "numba", "threads"))

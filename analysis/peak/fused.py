@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lance_ref.algebra.kernels.blas_threads import controllable
@@ -103,20 +103,9 @@ class _Group:
         return self.records[-1].output.id
 
 
-def needed(records: Iterable[OpRecord], wanted: Iterable[int]) -> list[OpRecord]:
-    """Of records in order, those that the wanted values need."""
-    ids, found = set(wanted), []
-    for record in reversed(list(records)):
-        if record.output.id in ids:
-            ids.update(value.id for value in record.inputs)
-            found.append(record)
-    return found[::-1]
-
-
-def held(records: Iterable[OpRecord], wanted: Iterable[int]) -> Held:
-    """What a pass over the records holds that gives these values; see :func:`needed`."""
-    wanted = set(wanted)
-    groups = _groups(needed(records, wanted), wanted)
+def held(records: Sequence[OpRecord], wanted: Iterable[int]) -> Held:
+    """What a pass over the records holds that gives these values."""
+    groups = _groups(records, set(wanted))
     values = {value.id: value for group in groups for r in group.records for value in (*r.inputs, r.output)}
     first = groups[0].records[0].output
     batch, item = first.shape[0], first.nbytes // first.size
@@ -129,7 +118,7 @@ def held(records: Iterable[OpRecord], wanted: Iterable[int]) -> Held:
     return Held(workers * arena, sum(_weights(group) for group in groups), images)
 
 
-def _groups(records: list[OpRecord], wanted: set[int]) -> list[_Group]:
+def _groups(records: Sequence[OpRecord], wanted: set[int]) -> list[_Group]:
     """In the order in which they run: that of their first records."""
     readers = Counter(value.id for record in records for value in record.inputs)
     groups: list[_Group] = []

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from analysis.peak import layers  # noqa: F401  (it registers its rules)
 from analysis.peak.arrays import new
-from analysis.peak.fused import AT_THE_END, PutOff, held, needed
+from analysis.peak.fused import AT_THE_END, PutOff, held
 from analysis.peak.lifetimes import Lifetimes
 from analysis.peak.rules import most_forward, run_backward
 from analysis.peak.stores import STORES
@@ -165,23 +165,22 @@ class Simulation:
     def _run_together(self, done: int) -> None:
         """What was put off runs: results that are still named are written down, the others never were."""
         waiting = list(self.put_off.records)
-        alive = [r.output.id for r in waiting if self.ends.get(r.output.id, done + 1) > done]
         self.put_off.clear()
-        wanted = needed(waiting, alive)
-        last = [record for record in wanted if record.op in AT_THE_END]
-        together = [record for record in wanted if record.op not in AT_THE_END]
+        alive = {r.output.id for r in waiting if self.ends.get(r.output.id, done + 1) > done}
+        last = [record for record in waiting if record.op in AT_THE_END]
+        together = [record for record in waiting if record.op not in AT_THE_END]
         if len(together) < 2:
-            together, last = [], wanted
+            together, last = [], waiting
         read = {value.id for record in last for value in record.inputs}
-        results = [r.output for r in together if r.output.id in read or r.output.id in alive]
-        if results:
+        results = [r.output for r in together if r.output.id in read | alive]
+        if together:
             beside = held(together, [value.id for value in results]).total
             self.ledger.reach(beside + sum(value.nbytes for value in results), together[-1])
             for value in results:
                 self._name(value.id, self.memory.of(value).storage)
         for record in last:
             self._operation(record, on_tape=False)
-        for record in wanted:
+        for record in waiting:
             if record.output.id not in alive and (storage := self.values.pop(record.output.id, None)) is not None:
                 self.ledger.drop(storage)
 

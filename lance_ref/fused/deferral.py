@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, NamedTuple
@@ -113,10 +113,9 @@ class Deferral:
             return None
         if any(promise is not None and promise.deferral is not self for promise in promises):
             return None
-        for position, tensor in enumerate(inputs):
-            if position >= len(images) or promises[position] is None:
-                if type(tensor) is Pending or tensor._data is None:
-                    return None  # a weight that was computed, or a trace
+        there = [tensor for tensor, promise in zip(images, promises, strict=True) if promise is None]
+        if any(type(tensor) is Pending or tensor._data is None for tensor in (*there, *inputs[len(images) :])):
+            return None  # a weight that was put off itself, or a trace
         if not whole:
             if why_not(op, [tensor._shape for tensor in inputs], attributes) is not None:
                 return None
@@ -161,16 +160,18 @@ class Deferral:
         return self._refs[id(array)]
 
     def compute(self) -> None:
-        """Compute every pending tensor that is still alive."""
-        alive = [(i, tensor) for i, ref in enumerate(self._tensors) if type(tensor := ref()) is Pending]
-        if not alive:
+        """Run what was put off; every pending tensor that is still alive gets its values.
+
+        What nobody can use any more runs too, so that what is counted does not depend on how a net is run.
+        """
+        if not self.ops:
             return
-        wanted = [i for i, _ in alive]
+        alive = [(i, tensor) for i, ref in enumerate(self._tensors) if type(tensor := ref()) is Pending]
         if self.closed:
             raise RuntimeError(
                 f"this tensor of shape {alive[0][1].shape} has no data: the call that it comes from was interrupted"
             )
-        results = self._results(wanted)
+        results = self._results({i for i, _ in alive})
         for i, tensor in alive:
             tensor._data = results[i]
         self._start_anew()
@@ -180,28 +181,26 @@ class Deferral:
         self.ops, self.noted, self.own, self.outside = [], [], [], []
         self._tensors, self._refs, self.batch = [], {}, None
 
-    def _results(self, wanted: list[int]) -> dict[int, np.ndarray]:
+    def _results(self, wanted: set[int]) -> dict[int, np.ndarray]:
         """The arrays of these operations."""
-        needed = _reached(self.ops, wanted)
-        whole = [i for i in needed if self.ops[i].op in WHOLE]
-        streamed = {i for i in wanted if self.ops[i].op not in WHOLE}
-        streamed |= {r for i in whole for r in self.ops[i].operands if r >= 0 and self.ops[r].op not in WHOLE}
+        everything = range(len(self.ops))
+        whole = [i for i in everything if self.ops[i].op in WHOLE]
+        read = {ref for i in whole for ref in self.ops[i].operands if ref >= 0}
         results: dict[int, np.ndarray] = {}
-        if len(needed) - len(whole) < 2:  # nothing to join: as it would have run at once
-            whole = needed
-        elif streamed:
-            order = sorted(streamed)
+        if len(everything) - len(whole) < 2:  # nothing to join: as it would have run at once
+            one_by_one: Iterable[int] = everything
+        else:
+            order = sorted((wanted | read).difference(whole))
             planned = self._plan(order)
             results, macs, flagged = execute(planned, self.ops, self.own, self.outside, order)
             if flagged and not all(np.isfinite(array).all() for array in results.values()):
-                # once more, one operation after the other, for whatever the caller's np.errstate asks for
-                results = {}
-                whole = needed
+                results, one_by_one = {}, everything  # for whatever the caller's np.errstate asks for
             else:
+                one_by_one = whole
                 for i, count in macs.items():
                     with _as_called(self.noted[i]):
                         counting.add(count)
-        for i in whole:
+        for i in one_by_one:
             noted = self.noted[i]
             arrays = [self._value(each, results) for each in noted.inputs]
             with _as_called(noted):
@@ -229,17 +228,6 @@ class Deferral:
 def _context(noted: _Noted) -> Node:
     inputs: Any = noted.inputs  # no more than their number is asked for
     return Node(noted.function, inputs, requires_grad=False)
-
-
-def _reached(ops: list[Op], wanted: list[int]) -> list[int]:
-    """What these operations need, themselves included, in order."""
-    found, waiting = set(wanted), list(wanted)
-    while waiting:
-        for ref in ops[waiting.pop()].operands:
-            if ref >= 0 and ref not in found:
-                found.add(ref)
-                waiting.append(ref)
-    return sorted(found)
 
 
 @contextmanager

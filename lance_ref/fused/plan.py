@@ -108,7 +108,7 @@ def plan(
     outside : sequence of tuple of int
         (C, H, W) of the arrays from outside.
     wanted : iterable of int
-        Operations whose results are asked for; what they do not need is left out.
+        Operations whose results are asked for. The others run too, as they would one by one.
     batch : int
         Images.
     item : int
@@ -142,35 +142,29 @@ def is_depthwise(op: Op) -> bool:
 
 
 def _groups(ops: Sequence[Op], wanted: set[int]) -> list[Group]:
-    needed, waiting = set(wanted), sorted(wanted)
-    while waiting:
-        for ref in ops[waiting.pop()].operands:
-            if ref >= 0 and ref not in needed:
-                needed.add(ref)
-                waiting.append(ref)
     readers: dict[Ref, list[int]] = {}
-    for i in sorted(needed):
-        for ref in ops[i].operands:
+    for i, op in enumerate(ops):
+        for ref in op.operands:
             readers.setdefault(ref, []).append(i)
     groups: list[Group] = []
     taken: set[int] = set()
     there = {ref for ref in readers if ref < 0}
-    for i in sorted(needed):
+    for i, op in enumerate(ops):
         if i in taken:
             continue
-        in_place = _order(ops[i].op) is not None
-        group = Group(None if in_place else i, list(ops[i].operands if not in_place else ops[i].operands[:1]), i)
-        latest, reader = 0, i if in_place else _sole_reader(group.result, readers, wanted)
-        previous = ops[i].operands[0] if in_place else i
+        operands = op.operands
+        latest, previous, reader = 0, i, _sole_reader(i, readers, wanted)
+        group = Group(i, list(operands), i)
+        if _order(op.op) is not None:  # on a copy of its first operand
+            group.source, group.reads = None, [operands[0]]
+            previous, reader = operands[0], i
         while reader is not None and (order := _order(ops[reader].op)) is not None and order > latest:
             if order == 2:
-                others = [ref for ref in ops[reader].operands if ref != previous]
-                if len(others) != 1 or others[0] not in there:
-                    if in_place and reader == i:  # x + x
-                        others = [previous]
-                    else:
-                        break
-                group.addition = reader, others[0]
+                a, b = ops[reader].operands
+                other = b if a == previous else a
+                if other not in there:
+                    break
+                group.addition = reader, other
             elif order == 1:
                 group.norm = reader
             else:
@@ -246,9 +240,4 @@ def _aligned(size: int) -> int:
 
 def labels(made: Plan, ops: Sequence[Op]) -> Counter[str]:
     """How many groups there are of each kind, such as ``conv2d + batch_norm + relu6``."""
-    return Counter(
-        " + ".join(ops[i].op for i in group.members())
-        if group.source is not None or len(group.members()) > 1
-        else ops[group.result].op
-        for group in made.groups
-    )
+    return Counter(" + ".join(ops[i].op for i in group.members()) for group in made.groups)

@@ -51,10 +51,9 @@ def prepare(group: Group, ops: Sequence[Op], own: Sequence[Arrays], dtype: np.dt
     weight = None
     if group.source is not None and ops[group.source].op == "conv2d":
         op, (raw, *biases) = ops[group.source], own[group.source]
+        weight = raw.reshape(len(raw), -1).T  # (C_in·k_h·k_w, C_out), a view
         if is_depthwise(op):
             weight = np.ascontiguousarray(raw[:, 0].transpose(1, 2, 0))  # (k_h, k_w, C)
-        else:
-            weight = raw.reshape(len(raw), -1).T  # (C_in·k_h·k_w, C_out), a view
         if biases:
             shift = biases[0]
     if group.norm is not None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lance_ref.engine.tensor import Shape
-from lance_ref.fused.rules import ACTIVATIONS
+from lance_ref.fused.rules import ACTIVATIONS, WHOLE
 
 CACHE_BYTES = 2 * 2**20
 """What a thread's maps may take: about the cache of a processor that is its own. One image at the least."""
@@ -104,11 +104,11 @@ def plan(
     Parameters
     ----------
     ops : sequence of Op
-        In an order in which they can run.
+        In an order in which they can run. Those that run on the whole batch are left out.
     outside : sequence of tuple of int
         (C, H, W) of the arrays from outside.
     wanted : iterable of int
-        Operations whose results are asked for. The others run too, as they would one by one.
+        Operations whose results are asked for, or read by those on the whole batch. The others run too, as they would one by one.
     batch : int
         Images.
     item : int
@@ -143,13 +143,14 @@ def is_depthwise(op: Op) -> bool:
 
 def _groups(ops: Sequence[Op], wanted: set[int]) -> list[Group]:
     readers: dict[Ref, list[int]] = {}
-    for i, op in enumerate(ops):
+    streamed = [(i, op) for i, op in enumerate(ops) if op.op not in WHOLE]
+    for i, op in streamed:
         for ref in op.operands:
             readers.setdefault(ref, []).append(i)
     groups: list[Group] = []
     taken: set[int] = set()
     there = {ref for ref in readers if ref < 0}
-    for i, op in enumerate(ops):
+    for i, op in streamed:
         if i in taken:
             continue
         operands = op.operands

@@ -1,4 +1,4 @@
-"""Loops over maps with the channels innermost: against their NumPy twins, and against the convolutions of the layers."""
+"""Loops over maps with the channels innermost, compiled and in NumPy, against the convolutions of the layers."""
 
 from __future__ import annotations
 

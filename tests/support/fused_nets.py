@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from lance_ref import nn
 from lance_ref import functional as F
+from lance_ref import nn
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
 

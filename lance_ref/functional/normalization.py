@@ -80,8 +80,8 @@ class BatchNorm(Function):
             if bias is not None:
                 out += _channels(bias, x)
         else:
-            mean, inv_std = running[0].copy(), _inv_std(running[1], eps)
-            scale, shift = scale_and_shift_of(others, affine, eps)
+            mean, inv_std = running[0].copy(), inv_std_of(running[1], eps)
+            scale, shift = scale_and_shift_of(others, affine, inv_std)
             out = scale_and_shift(x, scale, shift) if x.size else x.copy()  # of no images
             if ctx.needs_input_grad[0]:
                 ctx.save_for_backward(scale=scale)
@@ -118,18 +118,20 @@ class BatchNorm(Function):
         return (*grads[: 3 if ctx.affine else 1], *[None] * (len(needs) - (3 if ctx.affine else 1)))
 
 
-def scale_and_shift_of(others: Sequence[np.ndarray], affine: bool, eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """Frozen, y = x·scale + shift: new arrays (C,), from all inputs but x."""
-    running_mean, running_var = others[-2:]
-    scale = _inv_std(running_var, eps)
+def scale_and_shift_of(
+    others: Sequence[np.ndarray], affine: bool, inv_std: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frozen, y = x·scale + shift: (C,) each, from all inputs but x and :func:`inv_std_of` the last one."""
+    running_mean = others[-2]
     if not affine:
-        return scale, -running_mean * scale
+        return inv_std, -running_mean * inv_std
     weight, bias = others[:2]
-    scale = weight * scale
+    scale = weight * inv_std
     return scale, bias - running_mean * scale
 
 
-def _inv_std(var: np.ndarray, eps: float) -> np.ndarray:
+def inv_std_of(var: np.ndarray, eps: float) -> np.ndarray:
+    """1 / √(var + eps), a new array."""
     inv_std: np.ndarray = 1 / np.sqrt(var + var.dtype.type(eps))
     return inv_std
 

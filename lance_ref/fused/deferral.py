@@ -27,7 +27,7 @@ from lance_ref.engine import counting
 from lance_ref.engine.autograd import Function, Node
 from lance_ref.engine.state import state
 from lance_ref.engine.tensor import Shape, Tensor
-from lance_ref.functional.normalization import scale_and_shift_of
+from lance_ref.functional.normalization import inv_std_of, scale_and_shift_of
 from lance_ref.fused.execute import execute, most_workers
 from lance_ref.fused.pending import Pending, Promise, promise_of
 from lance_ref.fused.plan import Op, Plan, Ref, plan
@@ -142,7 +142,7 @@ class Deferral:
         arrays = tuple(tensor.data for tensor in inputs[len(refs) :])
         own = arrays
         if function.op == "batch_norm":
-            own = scale_and_shift_of(arrays, attributes["affine"], attributes["eps"])
+            own = scale_and_shift_of(arrays, attributes["affine"], inv_std_of(arrays[-1], attributes["eps"]))
         self.ops.append(
             Op(function.op, refs, shape[1:], detail(function.op, [tensor._shape for tensor in inputs], attributes))
         )

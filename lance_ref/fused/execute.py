@@ -15,7 +15,7 @@ import numpy as np
 from lance_ref.algebra.kernels.blas_threads import controllable, one_thread
 from lance_ref.algebra.kernels.threads import share_out, thread_count
 from lance_ref.fused import steps
-from lance_ref.fused.plan import ALIGNED, Op, Plan, Ref
+from lance_ref.fused.plan import ALIGNED, Op, Plan, Ref, maps_read
 from lance_ref.fused.steps import Arrays, Prepared
 
 Results = dict[int, np.ndarray]
@@ -112,8 +112,8 @@ class _Worker:
         outside = {-1 - i: array[images].transpose(0, 2, 3, 1) for i, array in enumerate(self.outside)}
         entered: set[Ref] = set()
         for g, group in enumerate(self.plan.groups):
-            for ref in (*group.reads, *([group.addition[1]] if group.addition else [])):
-                if ref < 0 and ref in maps and ref not in entered:
+            for ref in maps_read(group, self.ops):
+                if ref < 0 and ref not in entered:
                     np.copyto(maps[ref], outside[ref])
                     entered.add(ref)
             macs = steps.run(g, self.plan, self.ops, self.prepared[g], maps, outside, self.workspaces.get(g))

@@ -108,7 +108,8 @@ def plan(
     outside : sequence of tuple of int
         (C, H, W) of the arrays from outside.
     wanted : iterable of int
-        Operations whose results are asked for, or read by those on the whole batch. The others run too, as they would one by one.
+        Operations whose results are asked for, or read by those on the whole batch. The others run too, as they would
+        one by one.
     batch : int
         Images.
     item : int
@@ -134,6 +135,14 @@ def needs_patches(op: Op) -> bool:
     weight, stride, padding = op.detail[:3]
     plain = weight[2:] == (1, 1) and stride == (1, 1) and padding == ((0, 0), (0, 0))
     return not plain and not is_depthwise(op)
+
+
+def maps_read(group: Group, ops: Sequence[Op]) -> list[Ref]:
+    """The values that a group reads in their places; patches are taken from an array from outside as it is."""
+    added = [] if group.addition is None else [group.addition[1]]
+    if group.source is not None and needs_patches(ops[group.source]) and group.reads[0] < 0:
+        return added
+    return [*group.reads, *added]
 
 
 def is_depthwise(op: Op) -> bool:
@@ -197,17 +206,12 @@ def _place(
     spans: dict[Ref, tuple[int, int]] = {}  # by value: the first and the last group that it is needed in
     patches: dict[int, tuple[int, int]] = {}  # by group: bytes, and output rows
     for g, group in enumerate(made.groups):
-        reads = list(group.reads)
         if group.source is not None and needs_patches(ops[group.source]):
             op = ops[group.source]
-            if group.reads[0] < 0:
-                reads = []  # patches are taken from the array as it is
             row = op.shape[2] * math.prod(op.detail[0][1:]) * item
             rows = max(1, min(chunk * op.shape[1], COLUMNS_BYTES // row))
             patches[g] = rows * row, rows
-        if group.addition is not None:
-            reads.append(group.addition[1])
-        for ref in reads:
+        for ref in maps_read(group, ops):
             spans[ref] = (spans[ref][0] if ref in spans else g, g)
         spans[group.result] = (g, g)
     items: list[tuple[int, int, int, Ref | None, int]] = [

@@ -109,7 +109,7 @@ def run(
             return macs
         if needs_patches(op):
             assert workspace is not None
-            x = maps[group.reads[0]] if group.reads[0] in maps else outside[group.reads[0]]
+            x = (outside if group.reads[0] < 0 else maps)[group.reads[0]]
             _by_patches(x, out, prepared, residual, activation, workspace, weight[2:], stride, padding, dilation)
             return macs
         np.matmul(maps[group.reads[0]].reshape(len(rows), -1), prepared.weight, out=rows)

@@ -41,8 +41,7 @@ def test_any_graph_gives_the_same(graph: tuple[Any, ...]) -> None:
 
 def net_of(name: str, size: int, dtype: Any, tuning: str | None) -> tuple[Module, np.ndarray]:
     rng = np.random.default_rng(1)
-    options = {} if size > 16 or name == "convnet" else {}
-    net = models.create(name, num_classes=5, rng=0, **options).to(dtype)
+    net = models.create(name, num_classes=5, rng=0).to(dtype)
     for module in net.modules():
         if hasattr(module, "running_mean") and module.running_mean is not None:
             module.running_mean[:] = 0.1 * rng.standard_normal(module.running_mean.shape)

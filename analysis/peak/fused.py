@@ -1,6 +1,6 @@
 """Operations without gradients that run together, a few images at a time: what a pass over them holds.
 
-Such a pass writes down what is still wanted, and beside it holds an arena for each thread and copies of some weights.
+Such a pass writes down what is still wanted, and beside it holds an arena for each thread.
 What belongs to a group, and where its map lies in the arena, is derived here anew, from the records alone.
 """
 
@@ -15,7 +15,7 @@ from lance_ref.algebra.kernels.blas_threads import controllable
 from lance_ref.algebra.kernels.threads import thread_count
 from lance_ref.engine.recording import OpRecord, Value
 from lance_ref.fused import deferral
-from lance_ref.fused.plan import ALIGNED, CACHE_BYTES, COLUMNS_BYTES
+from lance_ref.fused.plan import ALIGNED, CACHE_BYTES, PATCH_BYTES, PATCHES
 
 SOURCES = ("conv2d", "mul", "max_pool2d", "adaptive_avg_pool2d")
 IN_PLACE = {"batch_norm": 1, "add": 2, "relu": 3, "relu6": 3, "hardswish": 3, "hardsigmoid": 3}
@@ -26,15 +26,15 @@ AT_THE_END = ("reshape", "linear")
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of a pass, beside its results: the arenas of all threads, and the groups' own copies of weights."""
+    """Bytes of a pass, beside its results: the arenas of all threads, and the factors of batch norms."""
 
     arenas: int
-    weights: int
+    factors: int
     images: int  #: At a time in each arena.
 
     @property
     def total(self) -> int:
-        return self.arenas + self.weights
+        return self.arenas + self.factors
 
 
 @dataclass
@@ -114,8 +114,8 @@ def held(records: Sequence[OpRecord], wanted: Iterable[int]) -> Held:
     alone = _arena(_maps(groups, of_one, 1))
     images = max(1, min(math.ceil(batch / threads), CACHE_BYTES // max(alone, 1)))
     workers = min(threads, math.ceil(batch / images))
-    arena = _arena(_maps(groups, of_one, images) + _patches(groups, images, item)) + ALIGNED
-    return Held(workers * arena, sum(_weights(group) for group in groups), images)
+    arena = _arena(_maps(groups, of_one, images) + _laid_out(groups, images, item)) + ALIGNED
+    return Held(workers * arena, sum(_factors(group) for group in groups), images)
 
 
 def _groups(records: Sequence[OpRecord], wanted: set[int]) -> list[_Group]:
@@ -162,14 +162,18 @@ def _maps(groups: list[_Group], of_one: Mapping[int, int], images: int) -> list[
     return [(images * of_one[value], *span) for value, span in spans.items()]
 
 
-def _patches(groups: list[_Group], images: int, item: int) -> list[tuple[int, int, int]]:
-    """The same of the patches that are laid out at a time."""
+def _laid_out(groups: list[_Group], images: int, item: int) -> list[tuple[int, int, int]]:
+    """The same of the patches that are laid out at a time, and of the weights of depthwise convolutions."""
     found = []
     for i, group in enumerate(groups):
-        if _by_patches(group):
-            record = group.records[0]
-            row = record.output.shape[3] * math.prod(record.inputs[1].shape[1:]) * item
-            found.append((row * max(1, min(images * record.output.shape[2], COLUMNS_BYTES // row)), i, i))
+        record = group.records[0]
+        if record.op == "conv2d" and record.attributes["groups"] != 1:
+            found.append((record.inputs[1].nbytes, i, i))
+        elif _by_patches(group):
+            H_out, W_out = record.output.shape[2:]
+            row = W_out * math.prod(record.inputs[1].shape[1:]) * item
+            lines = max(PATCH_BYTES // row, math.ceil(PATCHES / W_out))
+            found.append((row * min(lines, images * H_out), i, i))
     return found
 
 
@@ -189,13 +193,9 @@ def _arena(blocks: list[tuple[int, int, int]]) -> int:
     return max((high for _, high, _, _ in placed), default=0)
 
 
-def _weights(group: _Group) -> int:
-    """Scale and shift of the group and of its norm, and the weight of a depthwise convolution, laid out anew."""
-    item = group.records[-1].output.nbytes // group.records[-1].output.size
-    count = 2 * group.records[-1].output.shape[1]
+def _factors(group: _Group) -> int:
+    """Scale and shift of a norm, and a shift that takes in the bias before it."""
+    value = group.records[-1].output
     norms = sum(record.op == "batch_norm" for record in group.records)
-    own = (count + 2 * norms * group.records[-1].output.shape[1]) * item
-    record = group.records[0]
-    if record.op == "conv2d" and record.attributes["groups"] != 1:
-        own += record.inputs[1].nbytes
-    return own
+    biased = norms and group.records[0].op == "conv2d" and len(group.records[0].inputs) == 3
+    return (2 * norms + bool(biased)) * value.shape[1] * (value.nbytes // value.size)

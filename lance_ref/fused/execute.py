@@ -48,7 +48,7 @@ def execute(
     """
     batch, dtype = len(outside[0]), outside[0].dtype
     results = {i: np.empty((batch, *ops[i].shape), dtype) for i in wanted}
-    prepared = [steps.prepare(group, ops, own, dtype) for group in plan.groups]
+    prepared = steps.prepare(plan.groups, ops, own, dtype)
     starts = deque(range(0, batch, plan.chunk))
     workers = [_Worker(plan, ops, prepared, outside, results, starts) for _ in range(plan.workers)]
     with one_thread() if plan.workers > 1 else nullcontext():
@@ -87,10 +87,7 @@ class _Worker:
         for ref, offset in plan.places.items():
             C, H, W = ops[ref].shape if ref >= 0 else outside[-1 - ref].shape[1:]
             self.maps[ref] = view(offset, (plan.chunk, H, W, C))
-        self.workspaces: dict[int, np.ndarray] = {}
-        for g, (offset, rows) in plan.workspaces.items():
-            op = ops[plan.groups[g].source]  # type: ignore[index]
-            self.workspaces[g] = view(offset, (rows, op.shape[2], math.prod(op.detail[0][1:])))
+        self.workspaces = {g: view(offset, shape) for g, (offset, shape) in plan.workspaces.items()}
 
     def run(self) -> None:
         """Take images until there are none left, or another worker has failed."""
@@ -116,7 +113,7 @@ class _Worker:
                 if ref < 0 and ref not in entered:
                     np.copyto(maps[ref], outside[ref])
                     entered.add(ref)
-            macs = steps.run(g, self.plan, self.ops, self.prepared[g], maps, outside, self.workspaces.get(g))
+            macs = steps.run(group, self.ops, self.prepared[g], maps, outside, self.workspaces.get(g))
             if macs:
                 self.macs[group.source] += macs  # type: ignore[index]
             result = self.results.get(group.result)

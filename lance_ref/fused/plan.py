@@ -20,8 +20,8 @@ from lance_ref.fused.rules import ACTIVATIONS, WHOLE
 
 CACHE_BYTES = 2 * 2**20
 """What a thread's maps may take: about the cache of a processor that is its own. One image at the least."""
-COLUMNS_BYTES = 2**20
-"""Patches that are laid out as rows of a matrix at a time; one output row at the least."""
+PATCH_BYTES, PATCHES = 2**18, 64
+"""Patches that are laid out as rows of a matrix at a time: so many bytes, but never fewer than so many patches."""
 ALIGNED = 64
 """Every map begins at a multiple of so many bytes."""
 
@@ -84,7 +84,7 @@ class Plan:
     places : dict
         Of values: offset in the arena in bytes. A value from outside is laid out anew if it has a place.
     workspaces : dict
-        By group: offset and output rows at a time of the patches, for convolutions that need them.
+        By group: offset and shape of what it lays out for itself while it runs, for convolutions that do.
     arena_bytes : int
     """
 
@@ -92,7 +92,7 @@ class Plan:
     chunk: int = 1
     workers: int = 1
     places: dict[Ref, int] = field(default_factory=dict)
-    workspaces: dict[int, tuple[int, int]] = field(default_factory=dict)
+    workspaces: dict[int, tuple[int, Shape]] = field(default_factory=dict)
     arena_bytes: int = 0
 
 
@@ -120,11 +120,11 @@ def plan(
     made = Plan(_groups(ops, set(wanted)))
     shapes = {i: op.shape for i, op in enumerate(ops)} | {-1 - i: shape for i, shape in enumerate(outside)}
     made.workers = max(1, min(threads, batch))
-    _place(made, ops, shapes, 1, item, with_patches=False)
+    _place(made, ops, shapes, 1, item, with_workspaces=False)
     share = -(-batch // made.workers)
     made.chunk = max(1, min(share, CACHE_BYTES // max(made.arena_bytes, 1)))
     made.workers = min(made.workers, -(-batch // made.chunk))
-    _place(made, ops, shapes, made.chunk, item, with_patches=True)
+    _place(made, ops, shapes, made.chunk, item, with_workspaces=True)
     return made
 
 
@@ -200,25 +200,21 @@ def _sole_reader(value: int, readers: dict[Ref, list[int]], wanted: set[int]) ->
 
 
 def _place(
-    made: Plan, ops: Sequence[Op], shapes: dict[Ref, Shape], chunk: int, item: int, *, with_patches: bool
+    made: Plan, ops: Sequence[Op], shapes: dict[Ref, Shape], chunk: int, item: int, *, with_workspaces: bool
 ) -> None:
     """Fill in ``places``, ``workspaces`` and ``arena_bytes`` for so many images at a time."""
     spans: dict[Ref, tuple[int, int]] = {}  # by value: the first and the last group that it is needed in
-    patches: dict[int, tuple[int, int]] = {}  # by group: bytes, and output rows
+    workspaces: dict[int, Shape] = {}
     for g, group in enumerate(made.groups):
-        if group.source is not None and needs_patches(ops[group.source]):
-            op = ops[group.source]
-            row = op.shape[2] * math.prod(op.detail[0][1:]) * item
-            rows = max(1, min(chunk * op.shape[1], COLUMNS_BYTES // row))
-            patches[g] = rows * row, rows
+        if with_workspaces and (shape := _workspace(group, ops, chunk, item)) is not None:
+            workspaces[g] = shape
         for ref in maps_read(group, ops):
             spans[ref] = (spans[ref][0] if ref in spans else g, g)
         spans[group.result] = (g, g)
     items: list[tuple[int, int, int, Ref | None, int]] = [
         (_aligned(chunk * math.prod(shapes[ref]) * item), *span, ref, -1) for ref, span in spans.items()
     ]
-    if with_patches:
-        items += [(_aligned(size), g, g, None, g) for g, (size, _) in patches.items()]
+    items += [(_aligned(math.prod(shape) * item), g, g, None, g) for g, shape in workspaces.items()]
     items.sort(key=lambda entry: (-entry[0], entry[1], entry[4]))
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
     made.places, made.workspaces, made.arena_bytes = {}, {}, 0
@@ -234,9 +230,25 @@ def _place(
         placed.sort()
         made.arena_bytes = max(made.arena_bytes, offset + size)
         if ref is None:
-            made.workspaces[g] = offset, patches[g][1]
+            made.workspaces[g] = offset, workspaces[g]
         else:
             made.places[ref] = offset
+
+
+def _workspace(group: Group, ops: Sequence[Op], chunk: int, item: int) -> Shape | None:
+    """What a group lays out while it runs: patches (rows, W_out, K), or a depthwise weight (k_h, k_w, C)."""
+    if group.source is None or ops[group.source].op != "conv2d":
+        return None
+    op = ops[group.source]
+    C_out, C_in, k_h, k_w = op.detail[0]
+    if is_depthwise(op):
+        return k_h, k_w, C_out
+    if not needs_patches(op):
+        return None
+    K = C_in * k_h * k_w
+    W_out = op.shape[2]
+    rows = max(PATCH_BYTES // (W_out * K * item), -(-PATCHES // W_out))
+    return min(rows, chunk * op.shape[1]), W_out, K
 
 
 def _aligned(size: int) -> int:

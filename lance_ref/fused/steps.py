@@ -8,64 +8,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lance_ref.algebra.kernels.channels_last import CLAMP, NONE, columns, depthwise, finish
-from lance_ref.fused.plan import Group, Op, Plan, Ref, is_depthwise, needs_patches
+from lance_ref.algebra.kernels.channels_last import CLAMP, NONE, Activation, columns, depthwise, finish
+from lance_ref.algebra.kernels.threads import Padding, Pair
+from lance_ref.fused.plan import Group, Op, Ref, is_depthwise, needs_patches
 from lance_ref.fused.rules import ACTIVATIONS
 
 Arrays = tuple[np.ndarray, ...]
 Maps = Mapping[Ref, np.ndarray]
-Step = Callable[[Maps, np.ndarray], int]
-"""Runs a group on the maps (b, H, W, C) of a few images; ``workspace`` takes patches. Gives its multiply-adds."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a group needs beside its maps: nothing here is as large as a map.
+    """What a group needs beside its maps.
 
     Attributes
     ----------
     weight : array or None
-        (C_in·k_h·k_w, C_out), or (k_h, k_w, C) of a depthwise convolution.
+        As it is, (C_out, C_in/groups, k_h, k_w).
     scale, shift : (C,) array
+    activation : Activation
     """
 
     weight: np.ndarray | None
     scale: np.ndarray
     shift: np.ndarray
+    activation: Activation
 
 
-def prepare(group: Group, ops: Sequence[Op], own: Sequence[Arrays], dtype: np.dtype) -> Prepared:
-    """The weight as the products take it, and all that follows as one scale and shift.
+def prepare(groups: Sequence[Group], ops: Sequence[Op], own: Sequence[Arrays], dtype: np.dtype) -> list[Prepared]:
+    """All that follows the source of each group as one scale, one shift and one activation function.
 
     Parameters
     ----------
     own : sequence of tuple of array
         By operation: weight and bias of a convolution, scale and shift of a batch norm.
     """
-    C = ops[group.result].shape[0]
-    scale, shift = np.ones(C, dtype), np.zeros(C, dtype)
-    weight = None
-    if group.source is not None and ops[group.source].op == "conv2d":
-        op, (raw, *biases) = ops[group.source], own[group.source]
-        weight = raw.reshape(len(raw), -1).T  # (C_in·k_h·k_w, C_out), a view
-        if is_depthwise(op):
-            weight = np.ascontiguousarray(raw[:, 0].transpose(1, 2, 0))  # (k_h, k_w, C)
-        if biases:
-            shift = biases[0]
-    if group.norm is not None:
-        scale, norm_shift = own[group.norm]
-        shift = norm_shift + shift * scale
-    return Prepared(weight, np.ascontiguousarray(scale, dtype), np.ascontiguousarray(shift, dtype))
+    most = max(ops[group.result].shape[0] for group in groups)
+    ones, zeros = np.ones(most, dtype), np.zeros(most, dtype)
+    prepared = []
+    for group in groups:
+        C = ops[group.result].shape[0]
+        scale, shift, weight = ones[:C], zeros[:C], None
+        if group.source is not None and ops[group.source].op == "conv2d":
+            weight, *biases = own[group.source]
+            shift = biases[0] if biases else shift
+        if group.norm is not None:
+            scale, norm_shift = own[group.norm]
+            shift = norm_shift if shift.base is zeros else norm_shift + shift * scale
+        activation = NONE if group.activation is None else ACTIVATIONS[ops[group.activation].op]
+        prepared.append(Prepared(weight, np.ascontiguousarray(scale), np.ascontiguousarray(shift), activation))
+    return prepared
 
 
-def run(
-    g: int, plan: Plan, ops: Sequence[Op], prepared: Prepared, maps: Maps, outside: Maps, workspace: np.ndarray | None
-) -> int:
-    """Run group ``g`` of a plan.
+def run(group: Group, ops: Sequence[Op], its: Prepared, maps: Maps, outside: Maps, workspace: np.ndarray | None) -> int:
+    """Run a group on a few images.
 
     Parameters
     ----------
@@ -74,70 +74,82 @@ def run(
     outside : mapping
         The same images of the arrays from outside, with the channels last and any strides.
     workspace : array or None
-        For patches: (rows, W_out, K).
+        For patches, (rows, W_out, K), or the weight of a depthwise convolution, (k_h, k_w, C).
 
     Returns
     -------
     int
         Multiply-adds.
     """
-    group = plan.groups[g]
     out = maps[group.result]  # (b, H_out, W_out, C_out)
-    activation = NONE if group.activation is None else ACTIVATIONS[ops[group.activation].op]
     residual = None if group.addition is None else maps[group.addition[1]]
-    rows = out.reshape(-1, out.shape[3])
     if group.source is None:
         np.copyto(out, maps[group.reads[0]])
-        _finish(rows, prepared, residual, activation)
+        _finish(out, its, residual)
         return 0
-    op, macs = ops[group.source], 0
-    if op.op == "conv2d":
-        weight, stride, padding, dilation = op.detail[:4]
-        macs = out.size * math.prod(weight[1:])
-        assert prepared.weight is not None
-        if is_depthwise(op):
-            geometry = (stride, padding, dilation)
-            if residual is None and activation.kind == CLAMP:
-                bounds = (activation.low, activation.high)
-                depthwise(
-                    maps[group.reads[0]], prepared.weight, out, *geometry, prepared.scale, prepared.shift, *bounds
-                )
-                return macs
-            depthwise(maps[group.reads[0]], prepared.weight, out, *geometry, prepared.scale, prepared.shift)
-            ones, zeros = np.ones_like(prepared.scale), np.zeros_like(prepared.shift)
-            _finish(rows, Prepared(None, ones, zeros), residual, activation)
-            return macs
-        if needs_patches(op):
-            assert workspace is not None
-            x = (outside if group.reads[0] < 0 else maps)[group.reads[0]]
-            _by_patches(x, out, prepared, residual, activation, workspace, weight[2:], stride, padding, dilation)
-            return macs
-        np.matmul(maps[group.reads[0]].reshape(len(rows), -1), prepared.weight, out=rows)
-    else:
+    op = ops[group.source]
+    if its.weight is None:
         SOURCES[op.op]([maps[ref] for ref in group.reads], out, *op.detail)
-    if group.members() != [group.source] or prepared.weight is not None:
-        _finish(rows, prepared, residual, activation)
-    return macs
+        if group.result != group.source:
+            _finish(out, its, residual)
+        return 0
+    stride, padding, dilation = op.detail[1:4]
+    if is_depthwise(op):
+        assert workspace is not None
+        workspace[:] = its.weight[:, 0].transpose(1, 2, 0)  # (k_h, k_w, C)
+        arguments = (maps[group.reads[0]], workspace, out, stride, padding, dilation, its.scale, its.shift)
+        if residual is None and its.activation.kind == CLAMP:
+            depthwise(*arguments, its.activation.low, its.activation.high)
+        else:
+            depthwise(*arguments)
+            _finish(out, replace(its, scale=np.ones_like(its.scale), shift=np.zeros_like(its.shift)), residual)
+    elif needs_patches(op):
+        assert workspace is not None
+        x = (outside if group.reads[0] < 0 else maps)[group.reads[0]]
+        _by_patches(x, out, its, residual, workspace, stride, padding, dilation)
+    else:
+        np.matmul(_rows(maps[group.reads[0]]), _transposed(its.weight), out=_rows(out))
+        _finish(out, its, residual)
+    return out.size * math.prod(its.weight.shape[1:])
 
 
-def _finish(rows: np.ndarray, prepared: Prepared, residual: np.ndarray | None, activation) -> None:  # type: ignore[no-untyped-def]
-    added = None if residual is None else residual.reshape(rows.shape)
-    finish(rows, prepared.scale, prepared.shift, added, activation)
-
-
-def _by_patches(x, out, prepared, residual, activation, workspace, *geometry):  # type: ignore[no-untyped-def]
+def _by_patches(
+    x: np.ndarray,
+    out: np.ndarray,
+    its: Prepared,
+    residual: np.ndarray | None,
+    workspace: np.ndarray,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+) -> None:
     """A convolution as products with patches, some output rows at a time, each finished before the next."""
+    assert its.weight is not None
     b, H_out, W_out, C_out = out.shape
-    places = out.reshape(b * H_out, W_out, C_out)
-    added = None if residual is None else residual.reshape(places.shape)
-    step = len(workspace)
-    for start in range(0, b * H_out, step):
-        stop = min(start + step, b * H_out)
+    lines = out.reshape(b * H_out, W_out, C_out)
+    added = None if residual is None else residual.reshape(lines.shape)
+    kernel = (its.weight.shape[2], its.weight.shape[3])
+    for start in range(0, len(lines), len(workspace)):
+        stop = min(start + len(workspace), len(lines))
         patches = workspace[: stop - start]  # (n, W_out, K)
-        columns(x, patches, slice(start, stop), H_out, *geometry)
-        block = places[start:stop].reshape(-1, C_out)
-        np.matmul(patches.reshape(len(block), -1), prepared.weight, out=block)
-        _finish(block, prepared, None if added is None else added[start:stop], activation)
+        columns(x, patches, slice(start, stop), H_out, kernel, stride, padding, dilation)
+        block = lines[start:stop]
+        np.matmul(_rows(patches), _transposed(its.weight), out=_rows(block))
+        _finish(block, its, None if added is None else added[start:stop])
+
+
+def _rows(array: np.ndarray) -> np.ndarray:
+    """(..., C) as (n, C)."""
+    return array.reshape(-1, array.shape[-1])
+
+
+def _transposed(weight: np.ndarray) -> np.ndarray:
+    """(C_in·k_h·k_w, C_out), a view."""
+    return weight.reshape(len(weight), -1).T
+
+
+def _finish(y: np.ndarray, its: Prepared, residual: np.ndarray | None) -> None:
+    finish(_rows(y), its.scale, its.shift, None if residual is None else _rows(residual), its.activation)
 
 
 # ---- sources that are no convolutions -------------------------------------------------------
@@ -155,9 +167,9 @@ def _product(inputs: Sequence[np.ndarray], out: np.ndarray) -> None:
 def _maximum(
     inputs: Sequence[np.ndarray],
     out: np.ndarray,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
 ) -> None:
     """One position of the window after the other, for all windows that see the image there."""
     (x,) = inputs

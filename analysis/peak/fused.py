@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lance_ref.algebra.kernels.blas_threads import controllable
-from lance_ref.algebra.kernels.threads import thread_count
+from lance_ref.algebra.kernels.threads import SERIAL_ELEMENTS, thread_count
 from lance_ref.engine.recording import OpRecord, Value
 from lance_ref.fused import deferral
 from lance_ref.fused.plan import ALIGNED, CACHE_BYTES, PATCH_BYTES, PATCHES
@@ -110,12 +110,12 @@ def held(records: Sequence[OpRecord], wanted: Iterable[int]) -> Held:
     first = groups[0].records[0].output
     batch, item = first.shape[0], first.nbytes // first.size
     of_one = {i: value.nbytes // batch for i, value in values.items()}
-    threads = min(thread_count() if controllable() else 1, batch)
+    little = sum(record.output.size for record in records) < SERIAL_ELEMENTS
+    threads = 1 if little or not controllable() else min(thread_count(), batch)
     alone = _arena(_maps(groups, of_one, 1))
-    images = max(1, min(math.ceil(batch / threads), CACHE_BYTES // max(alone, 1)))
-    workers = min(threads, math.ceil(batch / images))
+    images = max(1, min(batch // (2 * threads), CACHE_BYTES // max(alone, 1)))
     arena = _arena(_maps(groups, of_one, images) + _laid_out(groups, images, item)) + ALIGNED
-    return Held(workers * arena, sum(_factors(group) for group in groups), images)
+    return Held(threads * arena, sum(_factors(group) for group in groups), images)
 
 
 def _groups(records: Sequence[OpRecord], wanted: set[int]) -> list[_Group]:

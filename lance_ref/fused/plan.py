@@ -15,11 +15,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from lance_ref.algebra.kernels.threads import SERIAL_ELEMENTS
 from lance_ref.engine.tensor import Shape
 from lance_ref.fused.rules import ACTIVATIONS, WHOLE
 
 CACHE_BYTES = 2 * 2**20
-"""What a thread's maps may take: about the cache of a processor that is its own. One image at the least."""
+"""What a thread's maps may take: about the cache of a processor that is its own. One image at the least, and no more
+than that all threads together hold half of the batch."""
 PATCH_BYTES, PATCHES = 2**18, 64
 """Patches that are laid out as rows of a matrix at a time: so many bytes, but never fewer than so many patches."""
 ALIGNED = 64
@@ -119,11 +121,10 @@ def plan(
     """
     made = Plan(_groups(ops, set(wanted)))
     shapes = {i: op.shape for i, op in enumerate(ops)} | {-1 - i: shape for i, shape in enumerate(outside)}
-    made.workers = max(1, min(threads, batch))
+    little = batch * sum(math.prod(op.shape) for op in ops if op.op not in WHOLE) < SERIAL_ELEMENTS
+    made.workers = 1 if little else max(1, min(threads, batch))
     _place(made, ops, shapes, 1, item, with_workspaces=False)
-    share = -(-batch // made.workers)
-    made.chunk = max(1, min(share, CACHE_BYTES // max(made.arena_bytes, 1)))
-    made.workers = min(made.workers, -(-batch // made.chunk))
+    made.chunk = max(1, min(batch // (2 * made.workers), CACHE_BYTES // max(made.arena_bytes, 1)))
     _place(made, ops, shapes, made.chunk, item, with_workspaces=True)
     return made
 

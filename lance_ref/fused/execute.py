@@ -105,7 +105,8 @@ class _Worker:
 
     def _run(self, images: slice) -> None:
         count = images.stop - images.start
-        maps = {ref: array[:count] for ref, array in self.maps.items()}
+        whole = count == self.plan.chunk
+        maps = self.maps if whole else {ref: array[:count] for ref, array in self.maps.items()}
         outside = {-1 - i: array[images].transpose(0, 2, 3, 1) for i, array in enumerate(self.outside)}
         entered: set[Ref] = set()
         for g, group in enumerate(self.plan.groups):

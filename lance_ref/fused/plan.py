@@ -31,7 +31,7 @@ Ref = int
 """A value: of operation i as i, of the i-th array from outside as −1 − i."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Op:
     """An operation as the plan sees it: ``operands`` are the values that are images, ``shape`` is (C, H, W)."""
 

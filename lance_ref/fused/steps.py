@@ -21,7 +21,7 @@ Arrays = tuple[np.ndarray, ...]
 Maps = Mapping[Ref, np.ndarray]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """What a group needs beside its maps.
 

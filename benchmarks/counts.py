@@ -21,6 +21,7 @@ from benchmarks.side_by_side import Table, pinned
 from benchmarks.steps import Case, side
 from lance_ref import count_macs, manual_seed
 from lance_ref.algebra.kernels.threads import numba_enabled
+from lance_ref.engine.workers import threads
 from lance_ref.io.whole_file import write_json
 
 CASES = (
@@ -65,20 +66,26 @@ def count_all(cases: Sequence[Case] = CASES, methods: Sequence[str] = METHODS) -
 
 
 def libraries() -> dict[str, str]:
-    """What buffers depend on beside our own code: feature releases, the system, and whether kernels are compiled."""
+    """What buffers depend on beside our own code: releases, the system, whether kernels are compiled, and threads."""
     versions = provenance("benchmarks.counts", 0)["versions"]
     found = {name: ".".join(versions[name].split(".")[:2]) for name in ("numpy", "scipy")}
-    return {**found, "system": platform.system(), "numba": "on" if numba_enabled() else "off"}
+    return {
+        **found,
+        "system": platform.system(),
+        "numba": "on" if numba_enabled() else "off",
+        "threads": str(threads()),
+    }
 
 
 def differences(found: Mapping[str, Counts], recorded: Mapping[str, Any]) -> list[str]:
     """One line for each count that is not the recorded one.
 
     Multiply-adds must be equal wherever they run. Allocations must be equal with the recorded libraries, and not more
-    than recorded with others; they are not compared on another system, or if kernels are compiled in one case alone.
+    than recorded with others; they are not compared on another system, with another number of threads,
+    or if kernels are compiled in one case alone.
     """
     here, there = libraries(), recorded["libraries"]
-    comparable = all(here[name] == there[name] for name in ("system", "numba"))
+    comparable = all(here[name] == there[name] for name in ("system", "numba", "threads"))
     lines = []
     for case in sorted({*found, *recorded["counts"]}):
         now, then = found.get(case, {}), recorded["counts"].get(case, {})

@@ -18,6 +18,7 @@ from lance_ref.lance.gradient_samples import sample_gradients
 from lance_ref.lance.planning import plan_ranks
 from lance_ref.lance.recalibration import Recalibrator
 from lance_ref.moved import MOVED, MovedFinder
+from lance_ref.nn.fusing import fuse
 from lance_ref.nn.init import manual_seed
 from lance_ref.nn.selection import tune
 from lance_ref.nn.subspace import merge
@@ -45,6 +46,7 @@ __all__ = [
     "evaluate",
     "fit",
     "functional",
+    "fuse",
     "manual_seed",
     "merge",
     "models",

@@ -105,9 +105,17 @@ def structure_faults(notebook: Notebook) -> list[str]:
 
 
 def kernel_environment() -> dict[str, str]:
-    """The environment of a fresh machine: no folder of data, no cache, no network for data sets."""
+    """The environment of a fresh machine: no folder of data, no cache, no network for data sets.
+
+    Operations run one by one, so that last digits and bytes do not depend on which of them are joined.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "LANCE_REF_DATA"}
-    return {**environment, "LANCE_REF_OFFLINE": "1", "LANCE_REF_CACHE": str(FOLDER / "no-such-cache")}
+    return {
+        **environment,
+        "LANCE_REF_OFFLINE": "1",
+        "LANCE_REF_CACHE": str(FOLDER / "no-such-cache"),
+        "LANCE_REF_FUSE": "0",
+    }
 
 
 def execute(notebook: Notebook, folder: Path = FOLDER) -> tuple[dict[str, Any], list[str], float]:

@@ -15,6 +15,7 @@ os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and so may a shell: wha
 # Two processes share two cores: products of matrices that took a thread a core would take four
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("LANCE_REF_THREADS", "2")  # each holds an arena: what is printed of memory depends on it
 os.environ["LANCE_REF_OFFLINE"] = "1"  # no test reaches out, nor depends on what was downloaded before
 os.environ["LANCE_REF_CACHE"] = str(Path(__file__).with_name("no-such-cache"))
 
@@ -38,6 +39,12 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.fail(f"LANCE_REF_DATA is {folder!r}, which is no folder")
     return path
+
+
+@pytest.fixture
+def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operation for itself, as with ``LANCE_REF_FUSE=0``: for comparisons to the last bit."""
+    monkeypatch.setattr("lance_ref.fused.deferral.enabled", lambda: False)
 
 
 @pytest.hookimpl(optionalhook=True)

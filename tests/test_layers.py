@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    *(f"lance_ref.{name}" for name in ("io", "engine", "algebra", "stores", "functional", "nn", "optim", "datasets")),
-    *(f"lance_ref.{name}" for name in ("models", "train")),
+    *(f"lance_ref.{name}" for name in ("io", "engine", "algebra", "stores", "functional", "fused", "nn", "optim")),
+    *(f"lance_ref.{name}" for name in ("datasets", "models", "train")),
     *(f"lance_ref.{name}" for name in ["lance", "device", "continual", "conformance"]), "lance_ref",
     *(f"analysis.{name}" for name in ("commands", "rules", "onnx", "peak", "steps", "ranks", "reports", "check")),
     "analysis.device", "analysis.planner", "analysis",

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from analysis.peak import layers  # noqa: F401  (it registers its rules)
 from analysis.peak.arrays import new
+from analysis.peak.fused import AT_THE_END, PutOff, held
 from analysis.peak.lifetimes import Lifetimes
 from analysis.peak.rules import lie_alike, most_forward, run_backward
 from analysis.peak.stores import STORES
@@ -93,6 +94,7 @@ class Simulation:
         self.dying: defaultdict[int, list[int]] = defaultdict(list)
         for value, end in ends.items():
             self.dying[end].append(value)
+        self.put_off = PutOff()
         self._carried: dict[str, Storage] = {}
         self._take_in_inputs()
 
@@ -106,6 +108,7 @@ class Simulation:
         self._carry_over()
         reached = backward_reaches(self.records)
         ran = self._forward(self.records, reached, 0)
+        self._run_together(len(flatten(self.records)))
         if not self.records or not self.records[-1].output.requires_grad:
             return
         self.ledger.moment = "backward"
@@ -130,14 +133,24 @@ class Simulation:
                 elif value.id not in self.ends:
                     self._name(value.id, storage)
 
-    def _forward(self, records: Sequence[OpRecord], reached: Sequence[bool], done: int) -> list[_Ran]:
+    def _forward(
+        self, records: Sequence[OpRecord], reached: Sequence[bool], done: int, *, in_segment: bool = False
+    ) -> list[_Ran]:
         """Run records of which ``reached`` are on the tape; ``done`` operations have run before them."""
         ran = []
         for record, on_tape in zip(records, reached, strict=True):
             start = done
+            if not in_segment and self.put_off.takes(record):
+                self.memory.follow(record)
+                self.put_off.add(record)
+                done += 1
+                self._forget(done)
+                continue
+            if any(value.id in self.put_off.made for value in record.inputs):
+                self._run_together(done)
             if record.op == SEGMENT:
                 inner = inside(record)
-                self._forward(inner, [False] * len(inner), done)
+                self._forward(inner, [False] * len(inner), done, in_segment=True)
                 done += sum(each.op != SEGMENT for each in flatten(inner))
                 layouts = tuple(self.memory.of(value) for value in record.inputs)
                 call = Call(record, layouts, self.memory.of(record.output), on_tape)
@@ -151,6 +164,28 @@ class Simulation:
             if on_tape:
                 ran.append(_Ran(record, call, kept, start))
         return ran
+
+    def _run_together(self, done: int) -> None:
+        """What was put off runs: results that are still named are written down, the others never were."""
+        waiting = list(self.put_off.records)
+        self.put_off.clear()
+        alive = {r.output.id for r in waiting if self.ends.get(r.output.id, done + 1) > done}
+        last = [record for record in waiting if record.op in AT_THE_END]
+        together = [record for record in waiting if record.op not in AT_THE_END]
+        if len(together) < 2:
+            together, last = [], waiting
+        read = {value.id for record in last for value in record.inputs}
+        results = [r.output for r in together if r.output.id in read | alive]
+        if together:
+            beside = held(together, [value.id for value in results]).total
+            self.ledger.reach(beside + sum(value.nbytes for value in results), together[-1])
+            for value in results:
+                self._name(value.id, self.memory.of(value).storage)
+        for record in last:
+            self._operation(record, on_tape=False)
+        for record in waiting:
+            if record.output.id not in alive and (storage := self.values.pop(record.output.id, None)) is not None:
+                self.ledger.drop(storage)
 
     def _operation(self, record: OpRecord, on_tape: bool) -> tuple[Call, list[Storage]]:
         """One operation: its most, then its result and what it keeps."""

@@ -254,7 +254,7 @@ class Costs:
         return grams + weights + (self.in_flight(batch) if self.device.count == "peak" else 0)
 
     def in_flight(self, batch: int) -> int:
-        """The peak of a forward pass in which nothing trains: no candidate that runs the whole batch takes less."""
+        """The peak of a forward pass in which nothing trains."""
         records = retrained(self.whole(batch).records, ())
         return peak(records, lifetimes=self.whole(batch).lifetimes).forward_bytes
 

@@ -253,9 +253,6 @@ class _Finder:
 
     def _most_layers(self, option: Option, batch: int, most: int, guess: int) -> int:
         """The largest number of layers that fits, 0 if none does; ``guess`` is tried before bisection."""
-        whole_batch = not METHODS[option.method].parts and self.costs.device.count == "peak"
-        if whole_batch and self.costs.in_flight(batch) > self.budget:
-            return 0  # not even the forward pass of the whole batch fits
         try:
             n = self._bisect(option, batch, most, guess)
         except ValueError as error:  # some numbers of layers cannot be had, others may

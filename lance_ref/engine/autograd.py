@@ -92,11 +92,15 @@ class Function:
         requires_grad = is_meta = False
         for tensor in inputs:
             requires_grad |= tensor.requires_grad
-            is_meta |= tensor._data is None
+            is_meta |= tensor.is_meta
         requires_grad &= state.grad_enabled
-        segment = state.segment
+        segment, deferral = state.segment, state.deferral
         if segment is not None:
             segment.read(inputs)
+        elif deferral is not None and not requires_grad and state.recorder is None:
+            postponed: Tensor | None = deferral.take(cls, inputs, attributes, shape)
+            if postponed is not None:
+                return postponed
         if is_meta:
             output = Tensor.meta(shape, dtype, requires_grad)
         else:

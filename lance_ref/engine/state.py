@@ -38,6 +38,14 @@ class Stretch(Protocol):
     def read(self, inputs: tuple[Any, ...]) -> None: ...
 
 
+class Postponement(Protocol):
+    """Takes operations that may run later, together; see :class:`lance_ref.fused.deferral.Deferral`."""
+
+    def take(self, function: Any, inputs: tuple[Any, ...], attributes: dict[str, Any], shape: Any) -> Any: ...
+
+    def compute(self) -> None: ...
+
+
 class _State(threading.local):
     """Per-thread switches, read by the autograd, the trace and the counter of multiply-adds."""
 
@@ -45,6 +53,7 @@ class _State(threading.local):
     recorder: Listener | None = None
     counter: Counter | None = None
     segment: Stretch | None = None  # what runs now will run again in the backward pass, and keeps nothing
+    deferral: Postponement | None = None  # takes what runs without gradients
     shapes_only: bool = False
     module_paths: dict[int, str] | None = None  # paths below the module that was called first
     path: str = ""  # dotted path of the module that runs, as in `named_modules()`

@@ -18,6 +18,11 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _uid = itertools.count()
 
 
+def next_uid() -> int:
+    """A number that no other tensor has."""
+    return next(_uid)
+
+
 class Version:
     """Counts the in-place changes of one buffer; shared by a tensor and its views."""
 
@@ -134,7 +139,10 @@ class Tensor:
             raise RuntimeError("cannot write in place into the result of a differentiable operation; use detach()")
         if self.requires_grad and state.grad_enabled:
             raise RuntimeError("a leaf that requires gradients can be written in place only inside no_grad()")
-        self.data[index] = value.data if isinstance(value, Tensor) else value
+        new = value.data if isinstance(value, Tensor) else value
+        if state.deferral is not None:
+            state.deferral.compute()  # what was put off gets the values that it was called with
+        self.data[index] = new
         self._version.value += 1
 
     @property

@@ -110,6 +110,11 @@ def _blas() -> _Blas | None:
     return None
 
 
+def controllable() -> bool:
+    """Whether the number of BLAS's threads can be set here."""
+    return _blas() is not None
+
+
 def product_threads() -> int:
     """How many threads share out a product: :func:`threads`, but no more than BLAS itself would take.
 

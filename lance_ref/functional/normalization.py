@@ -72,9 +72,8 @@ class BatchNorm(Function):
             if running:
                 _update_running(running[0], running[1], mean, var, x.size // x.shape[1], momentum)
         else:
-            mean, inv_std = running[0].copy(), 1 / np.sqrt(running[1] + x.dtype.type(eps))
-            scale = inv_std if weight is None else weight * inv_std
-            shift = -mean * scale if bias is None else bias - mean * scale
+            mean, inv_std = running[0].copy(), inv_std_of(running[1], eps)
+            scale, shift = scale_and_shift_of(others, affine, inv_std)
             out = scale_and_shift(x, scale, shift) if x.size else x.copy()  # of no images
             if ctx.needs_input_grad[0]:
                 ctx.save_for_backward(scale=scale)
@@ -103,6 +102,24 @@ class BatchNorm(Function):
             grad_x = np.multiply(g, _channels(ctx["scale"], g), out=ctx.reused(g))
         grads = (grad_x, grad_weight if needs_weight else None, sum_g if needs_bias else None)
         return (*grads[: 3 if ctx.affine else 1], *[None] * (len(needs) - (3 if ctx.affine else 1)))
+
+
+def scale_and_shift_of(
+    others: Sequence[np.ndarray], affine: bool, inv_std: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frozen, y = x·scale + shift: (C,) each, from all inputs but x and :func:`inv_std_of` the last one."""
+    running_mean = others[-2]
+    if not affine:
+        return inv_std, -running_mean * inv_std
+    weight, bias = others[:2]
+    scale = weight * inv_std
+    return scale, bias - running_mean * scale
+
+
+def inv_std_of(var: np.ndarray, eps: float) -> np.ndarray:
+    """1 / √(var + eps), a new array."""
+    inv_std: np.ndarray = 1 / np.sqrt(var + var.dtype.type(eps))
+    return inv_std
 
 
 def _channels(values: np.ndarray, like: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 
 from lance_ref.engine.state import state
 from lance_ref.engine.tensor import FLOATS, Shape, Tensor
+from lance_ref.fused.deferral import deferring
 
 Self = TypeVar("Self", bound="Module")
 _structure = itertools.count(1)
@@ -273,6 +274,12 @@ class Module:
         return lambda: self._pre_hooks.remove(hook)
 
     def __call__(self, *inputs: Any) -> Tensor:
+        if state.module_paths is None:
+            with deferring():  # what it returns is computed when the block ends
+                return self._call(inputs)
+        return self._call(inputs)
+
+    def _call(self, inputs: tuple[Any, ...]) -> Tensor:
         tensors = tuple([Tensor(x) if isinstance(x, np.ndarray) else x for x in inputs])
         outer_paths, outer_path = state.module_paths, state.path
         if outer_paths is None:

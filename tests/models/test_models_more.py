@@ -165,6 +165,7 @@ def test_another_eps_is_caught() -> None:
 # ---- what they share ------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unfused")
 @pytest.mark.parametrize("name", SMALL)
 def test_stages_are_forward_and_the_trace_is_the_run(name: str) -> None:
     """To the last bit; and from shapes alone the very records of a real run."""

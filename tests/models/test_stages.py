@@ -27,6 +27,7 @@ def through(stages: list[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
+@pytest.mark.usefixtures("unfused")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("name", "options", "shape", "count"), CASES, ids=[case[0] for case in CASES])
 def test_composition_is_forward(

@@ -57,6 +57,7 @@ def assert_identical(found: Mapping[str, Any], expected: Mapping[str, Any]) -> N
             assert found[name] == value, name
 
 
+@pytest.mark.usefixtures("unfused")
 @given(
     recompute_nets.plans(),
     recompute_nets.tunings(),

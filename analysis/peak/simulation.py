@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from analysis.peak import layers  # noqa: F401  (it registers its rules)
+from analysis.peak import layers, more_rules  # noqa: F401  (they register their rules)
 from analysis.peak.arrays import new
 from analysis.peak.lifetimes import Lifetimes
 from analysis.peak.rules import most_forward, run_backward

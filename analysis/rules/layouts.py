@@ -144,7 +144,7 @@ class Memory:
         if layout is None:
             layout = self._new(record.output, False)
             if lies == LIKE_INPUT:
-                alike = [x for x in inputs if x.shape == layout.shape or record.op == "concatenate"]
+                alike = [x for x in inputs if x.shape == layout.shape or record.op in ("concatenate", "glu")]
                 if alike and alike[0].strides != layout.strides:
                     layout = Layout(layout.storage, layout.shape, packed_strides(layout.shape, alike[0].axis_order))
         self.layouts[record.output.id] = layout
@@ -175,10 +175,12 @@ def backward_reaches(records: Sequence[OpRecord], start: Value | None = None) ->
 _ARITHMETIC = (
     *("add", "sub", "mul", "div", "neg", "pow", "exp", "sqrt", "tanh", "sigmoid", "log", "gelu"),
     *("hardsigmoid", "hardswish", "erf", "gelu_tanh", "clip", "fake_quantize"),
+    *("silu", "mish", "softplus", "elu", "leaky_relu", "prelu"),
 )
-_ON_OUR_TAPE = ("softmax", "log_softmax", "batch_norm", "layer_norm", "concatenate")
+_ON_OUR_TAPE = ("softmax", "log_softmax", "batch_norm", "layer_norm", "rms_norm", "concatenate")
 fill("layout", dict.fromkeys((*_ARITHMETIC, *_ON_OUR_TAPE), LIKE_INPUT))
-fill("layout_in_pytorch", dict.fromkeys(_ON_OUR_TAPE, PACKED) | dict.fromkeys(("relu", "relu6", "dropout"), LIKE_INPUT))
+_AS_X_IN_PYTORCH = ("relu", "relu6", "dropout", "glu")
+fill("layout_in_pytorch", dict.fromkeys(_ON_OUR_TAPE, PACKED) | dict.fromkeys(_AS_X_IN_PYTORCH, LIKE_INPUT))
 fill("layout", {
     "reshape": lambda record, inputs: inputs[0].reshaped(record.output.shape),
     "permute": lambda record, inputs: inputs[0].permuted(record.attributes["dims"]),

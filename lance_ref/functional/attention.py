@@ -42,7 +42,7 @@ class ScaledDotProductAttention(Function):
         scores = matmul(q, np.swapaxes(k, -1, -2))  # (..., L, S)
         scores *= scores.dtype.type(scale)
         if is_causal:
-            scores[..., ~np.tri(*scores.shape[-2:], dtype=bool)] = -np.inf
+            np.copyto(scores, -np.inf, where=~np.tri(*scores.shape[-2:], dtype=bool))
         for m in mask:
             if m.dtype.kind == "f":
                 scores += m
@@ -51,7 +51,7 @@ class ScaledDotProductAttention(Function):
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
         scores /= scores.sum(axis=-1, keepdims=True)
-        needs_q, needs_k, needs_v, *_ = ctx.needs_input_grad
+        needs_q, needs_k, _, *_ = ctx.needs_input_grad
         ctx.scale = scale
         ctx.save_for_backward(probabilities=scores)
         for name, position, kept in (("q", 0, needs_k), ("k", 1, needs_q), ("v", 2, needs_q or needs_k)):

@@ -50,20 +50,20 @@ class GroupNorm(Function):
         ctx.num_groups, ctx.affine = num_groups, affine
         grouped = x.reshape(len(x), num_groups, -1)  # (B, G, n)
         mean = grouped.mean(axis=2, keepdims=True)
-        out = grouped - mean
+        result = np.empty(x.shape, x.dtype)
+        out = np.subtract(grouped, mean, out=result.reshape(grouped.shape))  # the same memory
         inv_std = 1 / np.sqrt(np.square(out).mean(axis=2, keepdims=True) + x.dtype.type(eps))
         out *= inv_std
-        out = out.reshape(x.shape)
         if affine:
             weight, bias = others
-            out *= _channels(weight, x)
-            out += _channels(bias, x)
+            result *= _channels(weight, x)
+            result += _channels(bias, x)
         if any(ctx.needs_input_grad[:2]):  # x or weight
             ctx.save_input("x", 0)
             ctx.save_for_backward(mean=mean, inv_std=inv_std)
         if affine and ctx.needs_input_grad[0]:
             ctx.save_input("weight", 1)
-        return out
+        return result
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
@@ -74,7 +74,9 @@ class GroupNorm(Function):
             grad_bias = grad_output.sum(axis=axes)
         if needs_x or needs_weight:
             x = ctx["x"]
-            x_hat = x.reshape(len(x), ctx.num_groups, -1) - ctx["mean"]  # (B, G, n)
+            grad_x = np.empty(x.shape, x.dtype)  # no view of x̂: a leaf then need not copy it
+            x_hat = grad_x.reshape(len(x), ctx.num_groups, -1)  # (B, G, n), the same memory
+            np.subtract(x.reshape(x_hat.shape), ctx["mean"], out=x_hat)
             x_hat *= ctx["inv_std"]
         if needs_weight:
             grad_weight = (grad_output * x_hat.reshape(x.shape)).sum(axis=axes)
@@ -85,7 +87,8 @@ class GroupNorm(Function):
             np.subtract(g, x_hat, out=x_hat)
             x_hat -= g.mean(axis=2, keepdims=True)
             x_hat *= ctx["inv_std"]
-            grad_x = x_hat.reshape(x.shape)
+        else:
+            grad_x = None
         return (grad_x, grad_weight, grad_bias) if ctx.affine else (grad_x,)
 
 

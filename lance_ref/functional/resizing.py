@@ -32,6 +32,7 @@ class Interpolate(Function):
     def forward(
         ctx: Context, x: np.ndarray, size: Shape, mode: str, align_corners: bool, steps: tuple[float, ...]
     ) -> np.ndarray:
+        ctx.nearest = mode == "nearest"
         ctx.taps = [
             taps(n, m, mode != "nearest", align_corners, step)
             for n, m, step in zip(x.shape[2:], size, steps, strict=True)
@@ -48,7 +49,10 @@ class Interpolate(Function):
             lines = np.moveaxis(grad, axis, 0)
             back = np.zeros((ctx.input_shapes[0][axis], *lines.shape[1:]), grad.dtype)
             for places, weights in ctx.taps[axis - 2]:
-                np.add.at(back, places, lines * _along(weights, 0, lines))
+                first = np.flatnonzero(np.diff(places, prepend=-1))  # where a run of results of one place begins
+                weighted = lines if ctx.nearest else lines * _along(weights, 0, lines)
+                back[places[first]] += np.add.reduceat(weighted, first, axis=0)
+                del weighted
             grad = np.moveaxis(back, 0, axis)
         return (np.ascontiguousarray(grad),)
 
@@ -61,10 +65,8 @@ def taps(n: int, m: int, linear: bool, align_corners: bool, step: float) -> Taps
     at = np.arange(m)
     if not linear:
         return [(np.minimum(np.floor(at * step).astype(np.intp), n - 1), np.ones(m))]
-    if align_corners:
-        where = at * ((n - 1) / (m - 1) if m > 1 else 0.0)
-    else:
-        where = np.maximum((at + 0.5) * step - 0.5, 0)
+    corners = (n - 1) / (m - 1) if m > 1 else 0.0
+    where = at * corners if align_corners else np.maximum((at + 0.5) * step - 0.5, 0)
     low = np.minimum(np.floor(where).astype(np.intp), n - 1)
     share = np.clip(where - low, 0, 1)
     return [(low, 1 - share), (np.minimum(low + 1, n - 1), share)]

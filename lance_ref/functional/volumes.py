@@ -85,7 +85,9 @@ class Conv3d(Function):
                 for p, depth in _taps(weight_shape[2], D_out, ctx.sizes):
                     frames = geometry.input_gradient(np.ascontiguousarray(ctx["weight"][:, :, p]), g)
                     padded[:, :, depth] += frames.reshape(len(padded), D_out, *frames.shape[1:]).swapaxes(1, 2)
-            grads[0] = np.ascontiguousarray(padded[:, :, before : before + shape[2]])
+                    del frames
+            grads[0] = padded[:, :, before : before + shape[2]].copy() if before else padded
+            del padded  # before the weight gradient is made
         if needs_weight:
             padded = _padded_depth(ctx["activation"], before)
             grads[1] = np.empty(weight_shape, g.dtype)
@@ -151,8 +153,11 @@ def _windows(shape: Shape, kernel: Shape, stride: Shape, padding: Shape) -> Iter
         yield i, (..., *(slice(o, o + s * (n - 1) + 1, s) for o, n, s in steps))
 
 
-def _inside(padding: Shape, size: Shape) -> tuple[Any, ...]:
-    return (..., *(slice(p, p + n) for p, n in zip(padding, size, strict=True)))
+def _cut(padded: np.ndarray, padding: Shape, size: Shape) -> np.ndarray:
+    """The volume without its padding, as an array of its own."""
+    if not any(padding):
+        return padded
+    return padded[(..., *(slice(p, p + n) for p, n in zip(padding, size, strict=True)))].copy()
 
 
 class MaxPool3d(_Pool3d):
@@ -185,8 +190,8 @@ class MaxPool3d(_Pool3d):
             (*shape[:2], *(n + 2 * p for n, p in zip(shape[2:], padding, strict=True))), grad_output.dtype
         )
         for i, seen in _windows(shape[2:], kernel, stride, padding):
-            padded[seen] += np.where(ctx["argmax"] == i, grad_output, 0)
-        return (np.ascontiguousarray(padded[_inside(padding, shape[2:])]),)
+            padded[seen] += np.where(ctx["argmax"] == i, grad_output, grad_output.dtype.type(0))
+        return (_cut(padded, padding, shape[2:]),)
 
 
 class AvgPool3d(_Pool3d):
@@ -211,7 +216,7 @@ class AvgPool3d(_Pool3d):
         padded = np.zeros((*shape[:2], *(n + 2 * p for n, p in zip(shape[2:], padding, strict=True))), share.dtype)
         for _, seen in _windows(shape[2:], *ctx.sizes):
             padded[seen] += share
-        return (np.ascontiguousarray(padded[_inside(padding, shape[2:])]),)
+        return (_cut(padded, padding, shape[2:]),)
 
 
 def _counts(size: Shape, sizes: tuple[Shape, Shape, Shape], counted: bool, dtype: np.dtype) -> np.ndarray:

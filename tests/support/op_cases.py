@@ -76,6 +76,12 @@ BROADCASTS = {
     "size one everywhere": ((1, 1), (2, 3)),
 }
 
+ALIASES = {
+    **{"cat": "concatenate", "flatten": "reshape", "transpose": "permute"},
+    **{f"{op}1d": f"{op}2d" for op in ("conv", "max_pool", "avg_pool")},
+}
+"""Functions that run another one's operation."""
+
 CASES = [
     *(Case("add", name, F.add, shapes) for name, shapes in BROADCASTS.items()),
     *(Case("sub", name, F.sub, shapes) for name, shapes in BROADCASTS.items()),
@@ -277,8 +283,8 @@ CASES = [
     Case(
         "conv_transpose2d", "depthwise", lambda x, w: F.conv_transpose2d(x, w, None, 2, groups=3), (IMAGE, (3, 1, 3, 3))
     ),
-    Case("conv1d", "", lambda x, w, b: F.conv1d(x, w, b, 2, (2, 1), 2, 2), ((2, 4, 9), (6, 2, 3), (6,))),
-    Case("conv1d", "same", lambda x, w: F.conv1d(x, w, padding="same"), ((2, 4, 9), (3, 4, 4))),
+    Case("conv2d", "1-D", lambda x, w, b: F.conv1d(x, w, b, 2, (2, 1), 2, 2), ((2, 4, 9), (6, 2, 3), (6,))),
+    Case("conv2d", "1-D, same", lambda x, w: F.conv1d(x, w, padding="same"), ((2, 4, 9), (3, 4, 4))),
     Case("conv3d", "", F.conv3d, ((2, 3, 4, 3, 5), (2, 3, 2, 3, 1), (2,))),
     Case(
         "conv3d",
@@ -286,8 +292,8 @@ CASES = [
         lambda x, w: F.conv3d(x, w, None, (2, 1, 2), (1, 2, 0), (2, 1, 2), 2),
         ((1, 4, 5, 3, 4), (2, 2, 3, 2, 2)),
     ),
-    Case("max_pool1d", "", lambda x: F.max_pool1d(x, 3, 2, 1), ((2, 3, 8),), distinct),
-    Case("avg_pool1d", "", lambda x: F.avg_pool1d(x, 3, 2, 1), ((2, 3, 8),)),
+    Case("max_pool2d", "1-D", lambda x: F.max_pool1d(x, 3, 2, 1), ((2, 3, 8),), distinct),
+    Case("avg_pool2d", "1-D", lambda x: F.avg_pool1d(x, 3, 2, 1), ((2, 3, 8),)),
     Case("max_pool3d", "", lambda x: F.max_pool3d(x, 2), ((2, 3, 4, 5, 2),), distinct),
     Case(
         "max_pool3d",

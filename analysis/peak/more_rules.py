@@ -287,7 +287,9 @@ def conv3d_backward(call: Call, g: Layout) -> Backward:
     layer, frames, padded = _frames(call)
     made = Making(call, call.n_out * call.itemsize)
     if call.needs(0):
-        made.add(0, like_input(call), padded + frames + layer.input_workspace(None))
+        of_frames = frames + layer.input_workspace(None)
+        made.reach(padded + of_frames)
+        made.add(0, like_input(call), padded or of_frames)
     if call.needs(1):
         made.add(1, like_input(call, 1), padded + frames + layer.weight_workspace(None, None))
     if call.has_bias and call.needs(2):

@@ -260,6 +260,7 @@ class Tensor:
     max: ClassVar[Operator]
     var: ClassVar[Operator]
     reshape: ClassVar[Operator]
+    view: ClassVar[Operator]
     flatten: ClassVar[Operator]
     permute: ClassVar[Operator]
     transpose: ClassVar[Operator]

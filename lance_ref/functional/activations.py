@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lance_ref.algebra.kernels.elementwise import pack_blocks
-from lance_ref.engine.arguments import Context, Gradients, number, one_dim, positive, require_floating
+from lance_ref.engine.arguments import Context, Gradients, number, one_dim, positive, require_floating, with_numpy_names
 from lance_ref.engine.autograd import Function
 from lance_ref.engine.blocks import blockwise, pieces
 from lance_ref.engine.tensor import Shape, Tensor, as_tensor
@@ -258,6 +258,7 @@ def prelu(x: Any, weight: Any) -> Tensor:
     return Prelu.apply(as_tensor(x), as_tensor(weight))
 
 
+@with_numpy_names
 def glu(x: Any, dim: int = -1) -> Tensor:
     """a·σ(b), where a and b are the two halves of ``x`` along ``dim`` (Dauphin et al. 2017, arXiv 1612.08083).
 

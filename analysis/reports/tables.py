@@ -60,8 +60,9 @@ def drawn(
 def _heading(report: Report) -> str:
     size = "" if report.image_size is None else f", {report.image_size} pixels"
     count = len(report.tuned_layers)
+    classes = f"{report.num_classes} classes" if report.num_classes else "no classes"
     return (
-        f"{report.net}, batch {report.batch}{size}, {report.num_classes} classes, {report.dtype}; "
+        f"{report.net}, batch {report.batch}{size}, {classes}, {report.dtype}; "
         f"tuned: {count} layer{'' if count == 1 else 's'} and the classifier head"
     )
 

@@ -181,6 +181,17 @@ _ON_OUR_TAPE = ("softmax", "log_softmax", "batch_norm", "layer_norm", "rms_norm"
 fill("layout", dict.fromkeys((*_ARITHMETIC, *_ON_OUR_TAPE), LIKE_INPUT))
 _AS_X_IN_PYTORCH = ("relu", "relu6", "dropout", "glu")
 fill("layout_in_pytorch", dict.fromkeys(_ON_OUR_TAPE, PACKED) | dict.fromkeys(_AS_X_IN_PYTORCH, LIKE_INPUT))
+
+
+def _as_pytorchs_kernel(record: OpRecord, inputs: Sequence[Layout]) -> Layout | None:
+    """Attention of four dimensions comes out with the heads of one place beside each other; the rest packed."""
+    shape = record.output.shape
+    if len(shape) != 4 or inputs[0].shape[-1] != shape[-1] or any(v.requires_grad for v in record.inputs[3:]):
+        return None
+    return Layout(Storage(record.output.nbytes), shape, packed_strides(shape, (0, 2, 1, 3)))
+
+
+fill("layout_in_pytorch", {"scaled_dot_product_attention": _as_pytorchs_kernel})
 fill("layout", {
     "reshape": lambda record, inputs: inputs[0].reshaped(record.output.shape),
     "permute": lambda record, inputs: inputs[0].permuted(record.attributes["dims"]),

@@ -23,7 +23,7 @@ NUMBERS = (int, float, np.integer, np.floating, np.bool_)
 
 
 def with_numpy_names(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function, which takes NumPy's ``axis=`` and ``keepdims=`` for ``dim=`` and ``keepdim=`` as well, as in PyTorch.
+    """The function, which takes NumPy's ``axis=`` and ``keepdims=`` for ``dim=`` and ``keepdim=``, as in PyTorch.
 
     TypeError if both names of one argument are given.
     """

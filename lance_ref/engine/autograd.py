@@ -103,6 +103,7 @@ class Function:
             output = Tensor(data)
             if cls.returns_view:
                 output._version = inputs[0]._version
+                output.of_parameter = inputs[0].of_parameter and np.may_share_memory(data, inputs[0].data)
             if requires_grad:
                 # From here on the tape holds what forward saved by name, and no input.
                 node.close(output)
@@ -243,7 +244,7 @@ class Node:
         """Keep the input at ``position`` itself; a later change of its values is then an error."""
         if self._inputs is not None:
             tensor = self._inputs[position]
-            self.saved[name] = Saved(tensor.data, tensor._version, getattr(tensor, "is_parameter", False))
+            self.saved[name] = Saved(tensor.data, tensor._version, tensor.of_parameter)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The saved array of that name."""

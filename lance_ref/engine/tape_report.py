@@ -123,16 +123,13 @@ def tape(tensor: Tensor) -> TapeReport:
     entries: list[TapeEntry] = []
     parameters: list[TapeEntry] = []
     billed: set[int] = set()
-    nodes = _nodes(tensor)
-    leaves = (edge for node in nodes for edge in node.edges if isinstance(edge, Tensor) and edge.is_parameter)
-    trained = {id(base_buffer(leaf.data)) for leaf in leaves}  # a look at a parameter is in memory anyway, too
-    for node in nodes:
+    for node in _nodes(tensor):
         for what, saved in node.saved.items():
             buffer = base_buffer(saved.array)
             nbytes = 0 if id(buffer) in billed else buffer.nbytes
             billed.add(id(buffer))
             entry = TapeEntry(node.path, node.function.op, what, saved.array.shape, str(saved.array.dtype), nbytes)
-            (parameters if saved.is_parameter or id(buffer) in trained else entries).append(entry)
+            (parameters if saved.is_parameter else entries).append(entry)
     return TapeReport(entries, parameters)
 
 

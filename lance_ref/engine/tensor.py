@@ -46,7 +46,10 @@ class Tensor:
         The accumulated gradient of a leaf, of the same shape and dtype; None before backward.
     """
 
-    __slots__ = ("__weakref__", "_data", "_dtype", "_node", "_shape", "_version", "grad", "requires_grad", "uid")
+    __slots__ = (
+        *("__weakref__", "_data", "_dtype", "_node", "_shape", "_version", "grad", "requires_grad", "uid"),
+        "of_parameter",  # whether it is a parameter, or a look at the memory of one
+    )
     __array_priority__ = 1000
     is_parameter = False
 
@@ -59,6 +62,7 @@ class Tensor:
         self.grad: np.ndarray | None = None
         self.uid = next(_uid)
         self.requires_grad = False
+        self.of_parameter = self.is_parameter
         if requires_grad:
             self.requires_grad_()
 
@@ -74,10 +78,11 @@ class Tensor:
     def _init_meta(self, shape: Shape, dtype: np.dtype) -> None:
         self._data, self._shape, self._dtype = None, shape, dtype
         self._node, self._version, self.grad = None, Version(), None
-        self.requires_grad, self.uid = False, next(_uid)
+        self.requires_grad, self.uid, self.of_parameter = False, next(_uid), self.is_parameter
 
     def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
         """What ``copy.deepcopy`` and ``pickle`` make is a tensor of its own, with a number of its own."""
+        self.of_parameter = self.is_parameter
         for part in state:
             for name, value in (part or {}).items():
                 setattr(self, name, value)

@@ -375,7 +375,7 @@ fill("twin", {
     "max": _max,
     **{op: _named(op) for op in ("exp", "sqrt", "tanh", "sigmoid", "log", "erf")},
     "clip": lambda torch, x, a: torch.clamp(x[0], a["low"], a["high"]),
-    "expand": lambda torch, x, a: x[0].expand(a["shape"]).contiguous(),
+    "expand": lambda torch, x, a: x[0].expand(a["shape"]),
     "fake_quantize": _fake_quantize,
     "gelu_tanh": lambda torch, x, a: torch.nn.functional.gelu(x[0], approximate="tanh"),
     **{op: _function(op) for op in ("gelu", "hardsigmoid", "hardswish", "relu", "relu6", "linear")},

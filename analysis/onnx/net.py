@@ -26,9 +26,9 @@ from analysis.onnx.host import HOST, MAX_ELEMENTS, RANDOM, evaluate
 from analysis.onnx.layers import LAYERS, Weight, layer_for, plan_for
 from analysis.onnx.ops import over_all_of_an_input, tensor_ops
 from analysis.onnx.patterns import simplify
+from analysis.onnx.telling import untold
 from analysis.onnx.tensor import Constant, shown
 from lance_ref import functional as F
-from lance_ref import nn
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module, Parameter
 from lance_ref.nn.tracing import record
@@ -42,6 +42,9 @@ PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 
 LITERAL = ("Resize", "Upsample", *RANDOM)
 """Operations whose stored numbers say what to do, and are no weights."""
+
+MAX_FOLDED = 2**26
+"""Elements of all arrays that are computed from constants alone."""
 
 MAX_FILLED = 2**28
 """Elements of a weight that a file fills with one number."""
@@ -98,6 +101,7 @@ class OnnxNet(Module):
             self._constants[name] = _weight_or_array(graph, name, constant)
         self._names: Counter[str] = Counter()
         self._made_by: dict[str, Node] = {}
+        self._folded_elements = 0
         layers: dict[Any, Module] = {}
         given = {value.name for value in graph.inputs}
         self._live = set(given)  # values that depend on an input, and not on its shape alone
@@ -112,6 +116,7 @@ class OnnxNet(Module):
             with _at(graph, node):
                 self._add(node, layers)
         self._normalising = _last_softmax(nodes, graph)
+        self._untold = untold(nodes, self._constants, graph.outputs)
         self._left_out = False
         for output in graph.outputs:
             if output not in self._live:
@@ -124,23 +129,19 @@ class OnnxNet(Module):
 
     @property
     def remark(self) -> str:
-        """What the file may lack, and what of it was left out."""
-        remarks = [self._no_batch_norm()]
+        """What the file may lack, what was read otherwise than it stands there, and what of it was left out."""
+        remarks = [*self._untold]
+        if any(node.op == "torch.scaled_dot_product_attention" for node, _ in self._steps):
+            remarks.append("attention: as PyTorch's kernel for the CPU keeps it")
         if self._left_out:
             ops = " and ".join(node.op for node in self._normalising)
             remarks.append(f"the {ops} at the end of this file is left out: the loss, cross-entropy, has its own")
-        return "; ".join(filter(None, remarks))
+        return "; ".join(remarks)
 
-    def _no_batch_norm(self) -> str:
-        """A convolution with a bias may have had batch norm behind it, if nothing has now."""
-        modules = list(self.modules())
-        biased = any(isinstance(module, nn.Conv2d) and module.bias is not None for module in modules)
-        if not biased or any(isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)) for module in modules):
-            return ""
-        return (
-            "no batch norm in this file: exporters fold it into the convolutions, and leave dropout out, unless told "
-            "otherwise (training=TrainingMode.TRAINING, do_constant_folding=False); what they keep is then missing here"
-        )
+    @property
+    def file_only(self) -> bool:
+        """Whether the file may lack what the network keeps, so that an account is that of the file alone."""
+        return bool(self._untold)
 
     # ---- building ----------------------------------------------------------------------
 
@@ -151,6 +152,9 @@ class OnnxNet(Module):
         with _at(self.graph, node):
             folded = _folded(node, [self._constants[name] if name else None for name in node.inputs])
         if folded is not None:
+            self._folded_elements += sum(np.size(array) for array in folded if isinstance(array, np.ndarray))
+            if self._folded_elements > MAX_FOLDED:
+                raise ValueError(f"{shown(self.graph.file)}: arrays of more than {MAX_FOLDED} elements computed beforehand")
             self._constants.update(zip(node.outputs, folded, strict=False))
         return folded is not None
 
@@ -462,7 +466,7 @@ def check_operations(graph: Graph) -> None:
 
 def known_operations() -> str:
     """Names of the operations that an input may go through."""
-    return ", ".join(sorted({*tensor_ops(), *LAYERS}))
+    return ", ".join(sorted(op for op in {*tensor_ops(), *LAYERS} if not op.startswith("torch.")))
 
 
 def _weight_or_array(graph: Graph, name: str, constant: Constant) -> Any:

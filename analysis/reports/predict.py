@@ -93,6 +93,7 @@ class Prediction:
             net_parameters=sum(parameter.size for parameter in step.net.parameters()),
             optimizer=self.asked.optimizer,
             remark="; ".join(filter(None, ["" if step.num_classes else SUM_OF_OUTPUTS, remark(step.net)])),
+            file_only=bool(getattr(step.net, "file_only", False)),
         )
 
     @cached_property

@@ -55,6 +55,8 @@ class Layout(NamedTuple):
     @property
     def axis_order(self) -> list[int]:
         """Axes from the slowest to the fastest in memory."""
+        if any(s == 0 and n > 1 for s, n in zip(self.strides, self.shape, strict=True)):
+            return list(range(len(self.shape)))  # something is repeated: its result is packed
         return sorted(range(len(self.shape)), key=lambda axis: -abs(self.strides[axis]))
 
 
@@ -184,14 +186,22 @@ fill("layout_in_pytorch", dict.fromkeys(_ON_OUR_TAPE, PACKED) | dict.fromkeys(_A
 
 
 def _as_pytorchs_kernel(record: OpRecord, inputs: Sequence[Layout]) -> Layout | None:
-    """Attention of four dimensions comes out with the heads of one place beside each other; the rest packed."""
+    """Attention of four dimensions comes out in the order of the queries' axes; the rest packed."""
     shape = record.output.shape
-    if len(shape) != 4 or inputs[0].shape[-1] != shape[-1] or any(v.requires_grad for v in record.inputs[3:]):
+    if len(shape) != 4 or inputs[0].shape != shape or any(v.requires_grad for v in record.inputs[3:]):
         return None
-    return Layout(Storage(record.output.nbytes), shape, packed_strides(shape, (0, 2, 1, 3)))
+    return Layout(Storage(record.output.nbytes), shape, packed_strides(shape, inputs[0].axis_order))
 
 
-fill("layout_in_pytorch", {"scaled_dot_product_attention": _as_pytorchs_kernel})
+def _repeated(record: OpRecord, inputs: Sequence[Layout]) -> Layout:
+    """A view of PyTorch's, with steps of 0 where something is repeated."""
+    x, shape = inputs[0], record.output.shape
+    lead = len(shape) - len(x.shape)
+    steps = [s if n == m else 0 for n, m, s in zip(x.shape, shape[lead:], x.strides, strict=True)]
+    return Layout(x.storage, shape, (*[0] * lead, *steps))
+
+
+fill("layout_in_pytorch", {"scaled_dot_product_attention": _as_pytorchs_kernel, "expand": _repeated})
 fill("layout", {
     "reshape": lambda record, inputs: inputs[0].reshaped(record.output.shape),
     "permute": lambda record, inputs: inputs[0].permuted(record.attributes["dims"]),

@@ -1,7 +1,7 @@
-"""ONNX's operations that choose elements, and those of numbers that no gradient goes through: indices, masks, conditions.
+"""ONNX's operations that choose elements, and those that no gradient goes through: of indices, masks, conditions.
 
-The latter are evaluated in NumPy (:mod:`analysis.onnx.host`) and cost nothing in any account. In a trace, which has shapes
-alone, zeros stand for their values.
+The latter are evaluated in NumPy (:mod:`analysis.onnx.host`) and cost nothing in any account. In a trace, which has
+shapes alone, zeros stand for their values.
 """
 
 from __future__ import annotations

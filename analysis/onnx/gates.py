@@ -1,7 +1,7 @@
-"""Activation functions that exporters take apart: a product of a value with a function of itself, or of its other half.
+"""Activation functions that exporters take apart: products of a value with a function of itself, or of its other half.
 
-x·σ(x) is SiLU, x·hardsigmoid(x) Hardswish, x·tanh(softplus(x)) Mish, a·σ(b) of two halves the gated unit, and GELU by tanh
-takes eight nodes.
+x·σ(x) is SiLU, x·hardsigmoid(x) Hardswish, x·tanh(softplus(x)) Mish, and a·σ(b) of two halves the gated unit. GELU by
+tanh takes eight nodes.
 """
 
 from __future__ import annotations

@@ -290,8 +290,8 @@ RANDOM = frozenset({"RandomUniformLike"})
 """Operations that give other numbers at each run."""
 
 UNARY = {"Floor": np.floor, "Ceil": np.ceil, "Sqrt": np.sqrt, "Neg": np.negative, "Abs": np.abs, "Not": np.invert,
-         "Round": np.rint, "Sign": np.sign, "Exp": np.exp, "Log": np.log, "Sin": np.sin, "Cos": np.cos, "IsNaN": np.isnan,
-         "IsInf": np.isinf, "Tanh": np.tanh}  # fmt: skip
+         "Round": np.rint, "Sign": np.sign, "Exp": np.exp, "Log": np.log, "Sin": np.sin, "Cos": np.cos,
+         "IsNaN": np.isnan, "Tanh": np.tanh}  # fmt: skip
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": _divide, "Sum": np.add, "Max": np.maximum,
     "Min": np.minimum, "Equal": np.equal, "Less": np.less, "Greater": np.greater, "And": np.logical_and,
@@ -321,6 +321,10 @@ HOST: dict[str, Callable[[Node, Arrays], Any]] = {
     "ReduceMin": _reduce(np.min),
     "ReduceMean": _reduce(np.mean),
     "Reciprocal": lambda node, x: 1 / x[0],
+    "IsInf": lambda node, x: (
+        (np.isposinf(x[0]) & bool(node.attributes.get("detect_positive", 1)))
+        | (np.isneginf(x[0]) & bool(node.attributes.get("detect_negative", 1)))
+    ),
     "Trilu": _trilu,
     "Mod": lambda node, x: (np.fmod if node.attributes.get("fmod", 0) else np.mod)(*x),
     "CumSum": _cumsum,

@@ -107,7 +107,7 @@ class OnnxNet(Module):
         self._live = set(given)  # values that depend on an input, and not on its shape alone
         self._tensors = set(given)  # those, and what is computed from parameters
         nodes = [node for node in graph.nodes if not self._fold(node)]
-        nodes = [_as_pytorch_has_it(node, graph) for node in simplify(nodes, self._constants, graph.outputs)]
+        nodes = [self._as_pytorch_has_it(node) for node in simplify(nodes, self._constants, graph.outputs)]
         for node in nodes:
             self._made_by.update(dict.fromkeys(node.outputs, node))
             with _at(graph, node):
@@ -154,7 +154,9 @@ class OnnxNet(Module):
         if folded is not None:
             self._folded_elements += sum(np.size(array) for array in folded if isinstance(array, np.ndarray))
             if self._folded_elements > MAX_FOLDED:
-                raise ValueError(f"{shown(self.graph.file)}: arrays of more than {MAX_FOLDED} elements computed beforehand")
+                raise ValueError(
+                    f"{shown(self.graph.file)}: arrays of more than {MAX_FOLDED} elements computed beforehand"
+                )
             self._constants.update(zip(node.outputs, folded, strict=False))
         return folded is not None
 
@@ -199,6 +201,14 @@ class OnnxNet(Module):
         operation = Operation(self._reading(node, node.inputs), [p for p in multiplied if p is not None])
         self.add_module(self._name(node.scope, node, False), operation)
         return operation
+
+    def _as_pytorch_has_it(self, node: Node) -> Node:
+        """An InstanceNormalization whose ones and zeros no parameter of the file has stands for one without weights."""
+        if node.op != "InstanceNormalization" or any(name in self.graph.constants for name in node.inputs[1:3]):
+            return node
+        values = [self._constants.get(name) for name in node.inputs[1:3]]
+        plain = all(isinstance(v, np.ndarray) and (v == n).all() for v, n in zip(values, (1, 0), strict=True))
+        return replace(node, attributes={**node.attributes, "plain": True}) if plain else node
 
     def _behind(self, names: Iterable[str]) -> list[str]:
         """The stored weights that values are, or that they are computed from without the input."""
@@ -351,6 +361,9 @@ class OnnxNet(Module):
             for name in last_use[i]:
                 values.pop(name, None)
         self._left_out = bool(left_out)
+        missing = [name for name in self.graph.outputs if name not in values]
+        if missing:
+            raise ValueError(f"{shown(self.graph.file)}: output {shown(missing[0])} is one that is not computed here")
         found = [values[name] for name in self.graph.outputs]
         return found if len(found) > 1 else found[0]
 
@@ -441,13 +454,6 @@ def _last_softmax(nodes: Sequence[Node], graph: Graph) -> list[Node]:
         behind = [node] if node.op == "Log" else []
         name = node.inputs[0]
     return []
-
-
-def _as_pytorch_has_it(node: Node, graph: Graph) -> Node:
-    """An InstanceNormalization whose ones and zeros no parameter of the file has stands for one without weights."""
-    if node.op == "InstanceNormalization" and not all(name in graph.constants for name in node.inputs[1:3]):
-        return replace(node, attributes={**node.attributes, "plain": True})
-    return node
 
 
 def check_operations(graph: Graph) -> None:

@@ -81,6 +81,9 @@ def _group_norm(uses: Uses, norm: Node) -> Match | None:
     if scaled is not None and shifted is not None:
         weight, bias = uses.other(scaled, after.outputs[0]), uses.other(shifted, scaled.outputs[0])
         stored = uses.weight(weight), uses.weight(bias)
+        plain = [_values(uses, name) for name in (weight, bias)]
+        if all(v is not None and (v == n).all() for v, n in zip(plain, (1, 0), strict=True)) and None in stored:
+            group = [*group, scaled, shifted]  # what the exporter puts in place of weights that are not there
         if stored[0] is not None and stored[1] is not None and all(_by_channel(w.shape) for w in stored if w):
             group, inputs = [*group, scaled, shifted], (before.inputs[0], weight, bias)
     if not uses.closed(group):

@@ -196,8 +196,8 @@ def _mean_variance(node: Node, x: Inputs) -> Tensor:
 def _lp_normalization(node: Node, x: Inputs) -> Tensor:
     (axis,) = axes_of([node.attributes.get("axis", -1)], x[0].ndim)
     if node.attributes.get("p", 2) == 1:
-        return x[0] / F.sum(F.relu(x[0]) + F.relu(-x[0]), axis, True)
-    return x[0] / F.sqrt(F.sum(x[0] * x[0], axis, True))
+        return x[0] / F.clip(F.sum(F.relu(x[0]) + F.relu(-x[0]), axis, True), low=1e-12)
+    return x[0] / F.sqrt(F.clip(F.sum(x[0] * x[0], axis, True), low=1e-24))  # of zeros alone: zeros
 
 
 def _batch_norm(node: Node, x: Inputs) -> Tensor:

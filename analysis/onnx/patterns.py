@@ -25,7 +25,7 @@ from analysis.onnx.uses import Match, Uses
 def simplify(nodes: Sequence[Node], constants: Mapping[str, Any], outputs: Iterable[str]) -> list[Node]:
     """The nodes with every recognised group replaced by one node.
 
-    The nodes that compute with constants alone are not among them; ``outputs`` are the values that are read from outside.
+    The nodes that compute with constants alone are not among them; ``outputs`` are the values read from outside.
     """
     result, read = list(nodes), list(outputs)
     for op, pattern in (("Erf", _gelu), *GATES, ("Sqrt", _layer_norm), *NORMS, *SCORES, ("MatMul", _linear)):
@@ -56,7 +56,7 @@ def _replace(nodes: Sequence[Node], matches: Iterable[Match | None]) -> list[Nod
 
 def _linear(uses: Uses, product: Node) -> Match | None:
     """x @ W + b, W (in, out) and b (out,) stored; or W @ x + b, W (out, in) and b (out, 1)."""
-    left = all(isinstance(uses.constants.get(name), Weight) == stored for name, stored in zip(product.inputs, (1, 0)))
+    left = [isinstance(uses.constants.get(name), Weight) for name in product.inputs] == [True, False]
     weight, add = uses.constants.get(product.inputs[0 if left else 1]), uses.reader(product, "Add")
     if add is None or not isinstance(weight, Weight) or len(weight.shape) != 2:
         return None

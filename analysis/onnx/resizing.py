@@ -79,6 +79,7 @@ def _nearest(node: Node, x: Tensor, new: dict[int, int], factors: dict[int, floa
 def _places(n: int, m: int, factor: float, where: str, node: Node) -> np.ndarray:
     """The place of each of m results on an axis of n."""
     at = np.arange(m)
+    source: np.ndarray
     if where == "asymmetric":
         source = at / factor
     elif where in ("half_pixel", "pytorch_half_pixel"):
@@ -90,7 +91,7 @@ def _places(n: int, m: int, factor: float, where: str, node: Node) -> np.ndarray
     rounding = node.attributes.get("nearest_mode", "round_prefer_floor")
     if node.op == "Upsample" or node.opset < 11:
         rounding = "floor"
-    rounds = {
+    rounds: dict[str, Any] = {
         "floor": np.floor,
         "ceil": np.ceil,
         "round_prefer_floor": lambda s: np.ceil(s - 0.5),
@@ -132,7 +133,8 @@ def _space_to_depth(node: Node, x: Inputs) -> Tensor:
     B, C, H, W = x[0].shape
     b = node.attributes["blocksize"]
     apart = F.reshape(x[0], (B, C, H // b, b, W // b, b))
-    return F.reshape(F.permute(apart, (0, 3, 5, 1, 2, 4)), (B, C * b**2, H // b, W // b))
+    order = (0, 3, 5, 1, 2, 4) if node.attributes.get("mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
+    return F.reshape(F.permute(apart, order), (B, C * b**2, H // b, W // b))
 
 
 RESIZING = {

@@ -1,7 +1,7 @@
 """Attention that PyTorch computes in one operation, and its exporters write as two products around a softmax.
 
-``scaled_dot_product_attention`` is told from attention that a network writes out by its two factors: the exporter scales
-queries and keys by the root of the scale each.
+``scaled_dot_product_attention`` is told from attention that a network writes out by its two factors: the exporter
+scales queries and keys by the root of the scale each.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def transposed(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: dict[str, 
         if weight.ndim == 3:
             kernel = F.reshape(weight, (*weight.shape[:2], 1, weight.shape[2]))
         zeros = {"output_padding": 0, "padding": 0}
-        wide = {n: (zeros.get(n, 1), *v) if isinstance(v, tuple) else v for n, v in sizes.items()}
+        wide: dict[str, Any] = {n: (zeros.get(n, 1), *v) if isinstance(v, tuple) else v for n, v in sizes.items()}
         y = F.conv_transpose2d(image, kernel, bias, **wide)
         y = F.reshape(y, (*y.shape[:2], y.shape[3]))
     elif x.ndim == 4:
@@ -240,7 +240,7 @@ def _global_pool(node: Node, x: Inputs) -> Tensor:
 
 def _global_max_pool(node: Node, x: Inputs) -> Tensor:
     (tensor, *_), count = x, x[0].ndim - 2
-    pools = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+    pools: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
     if count not in pools:
         raise ValueError(f"x has shape {tensor.shape}, expected 3 to 5 dimensions")
     return pools[count](tensor, tensor.shape[2:] if count > 1 else tensor.shape[2])

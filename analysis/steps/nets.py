@@ -250,7 +250,7 @@ def check_classes(name: str, asked: int | None, found: int) -> None:
 def trace_step(
     net: Module, name: str, input_shape: tuple[int, ...], batch: int, tune: str | Sequence[str] | None, dtype: str
 ) -> TracedStep:
-    """Tune a net and trace its forward pass and loss, on shapes alone: cross-entropy of scores, else the sum of outputs.
+    """Tune a net and trace its forward pass and loss, on shapes alone: cross-entropy, else the sum of outputs.
 
     Without a ``tune``, what the register of networks says trains: the last four layers, or all of a net that has fewer.
 

@@ -42,7 +42,7 @@ class ScaledDotProductAttention(Function):
         scores = matmul(q, np.swapaxes(k, -1, -2))  # (..., L, S)
         scores *= scores.dtype.type(scale)
         if is_causal:
-            np.copyto(scores, -np.inf, where=~np.tri(*scores.shape[-2:], dtype=bool))
+            np.copyto(scores, -np.inf, where=np.tri(*scores.shape[-2:]) == 0)
         for m in mask:
             if m.dtype.kind == "f":
                 scores += m

@@ -128,8 +128,8 @@ def interpolate(
         steps = tuple(n / m for n, m in zip(old, wanted, strict=False) if m)
     else:
         several = isinstance(scale_factor, (tuple, list))
-        factors = tuple(scale_factor) if several else (scale_factor,) * len(old)  # type: ignore[arg-type]
-        factors = tuple(positive("interpolate", "scale_factor", factor) for factor in factors)
+        given: tuple[Any, ...] = tuple(scale_factor) if several else (scale_factor,) * len(old)  # type: ignore[arg-type]
+        factors = tuple(positive("interpolate", "scale_factor", factor) for factor in given)
         wanted = tuple(math.floor(n * factor) for n, factor in zip(old, factors, strict=False))
         steps = tuple(1 / factor for factor in factors)
     if len(wanted) != len(old) or any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in wanted):

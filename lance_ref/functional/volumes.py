@@ -157,7 +157,9 @@ def _cut(padded: np.ndarray, padding: Shape, size: Shape) -> np.ndarray:
     """The volume without its padding, as an array of its own."""
     if not any(padding):
         return padded
-    return padded[(..., *(slice(p, p + n) for p, n in zip(padding, size, strict=True)))].copy()
+    inside: Any = (..., *(slice(p, p + n) for p, n in zip(padding, size, strict=True)))
+    result: np.ndarray = padded[inside].copy()
+    return result
 
 
 class MaxPool3d(_Pool3d):
@@ -203,7 +205,7 @@ class AvgPool3d(_Pool3d):
     ) -> np.ndarray:
         ctx.sizes, ctx.counted = (kernel_size, stride, padding), count_include_pad
         padded = np.pad(x, [(0, 0), (0, 0), *((p, p) for p in padding)])
-        out = np.zeros((*x.shape[:2], *_sizes(x.shape[2:], *ctx.sizes, (1, 1, 1))), x.dtype)
+        out = np.zeros((*x.shape[:2], *_sizes(x.shape[2:], kernel_size, stride, padding, (1, 1, 1))), x.dtype)
         for _, seen in _windows(x.shape[2:], *ctx.sizes):
             out += padded[seen]
         out /= _counts(x.shape[2:], ctx.sizes, count_include_pad, x.dtype)

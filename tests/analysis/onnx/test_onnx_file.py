@@ -635,7 +635,9 @@ def test_a_file_cannot_ask_for_much_memory(
         array("end", 2**60),
         array("step", 1),
     )
-    assert f"expected at most {MAX_ELEMENTS} elements" in message(capsys, save(tmp_path, mlp(*nodes, constants=constants)))
+    assert f"expected at most {MAX_ELEMENTS} elements" in message(
+        capsys, save(tmp_path, mlp(*nodes, constants=constants))
+    )
 
 
 def test_a_million_nodes_are_refused_before_they_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

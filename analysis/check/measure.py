@@ -283,7 +283,7 @@ def _batch(data: str | None, step: TracedStep) -> tuple[np.ndarray, np.ndarray, 
     else:
         images = planes.mean(axis=1).reshape(batch, -1)[:, : math.prod(shape)].reshape(batch, *shape)
     if not value.dtype.startswith("float"):  # indices or a mask: zeros and ones are among all of them
-        images = images > 0.5
+        images = np.rint(images)
     return (
         np.ascontiguousarray(images, dtype=value.dtype),
         dataset.labels[chosen] % max(step.num_classes, 1),

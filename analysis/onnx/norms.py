@@ -52,7 +52,8 @@ def _rms_norm(uses: Uses, sqrt: Node) -> Match | None:
     else:
         return None
     group.append(normalised)
-    inputs, scaled = (x,), uses.reader(normalised, "Mul")
+    inputs: tuple[str, ...] = (x,)
+    scaled = uses.reader(normalised, "Mul")
     if scaled is not None:
         weight = uses.other(scaled, normalised.outputs[0])
         stored = uses.weight(weight)
@@ -75,7 +76,8 @@ def _group_norm(uses: Uses, norm: Node) -> Match | None:
     if shape is None or shape.size != 3 or int(shape[1]) != scale.size or (scale != 1).any() or (shift != 0).any():
         return None
     attributes = {"num_groups": int(shape[1]), "epsilon": norm.attributes.get("epsilon", 1e-5)}
-    group, inputs = [before, norm, after], (before.inputs[0],)
+    group = [before, norm, after]
+    inputs: tuple[str, ...] = (before.inputs[0],)
     scaled = uses.reader(after, "Mul")
     shifted = uses.reader(scaled, "Add") if scaled is not None else None
     if scaled is not None and shifted is not None:

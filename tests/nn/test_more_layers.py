@@ -238,3 +238,20 @@ def test_bad_arguments_are_named(case: str) -> None:
     call, words = REFUSED[case]
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_a_method_refuses_by_name_what_it_cannot_compress() -> None:
+    """Backpropagation is predicted and measured; LANCE names the layer, and takes the net if that layer is left alone."""
+    from analysis.check.measure import compare
+    from analysis.reports.predict import predict
+
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, rng=0), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, 2, rng=1), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(4, 2, rng=2),
+    )  # fmt: skip
+    options: dict[str, Any] = {"input_shape": (3, 8, 8), "ranks": "0.5"}
+    prediction = predict(net, 2, tune="all", with_weights=True, input_shape=(3, 8, 8), methods=["bp"])
+    assert compare(prediction, peaks=True).agrees
+    with pytest.raises(ValueError, match="layer '2' is a conv_transpose2d, whose input lance does not compress"):
+        predict(net, 2, tune="all", methods=["bp", "lance"], **options)
+    assert predict(net, 2, tune="0", methods=["bp", "lance"], **options).report.methods == ("bp", "lance")

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 
 def kept(net: Any, x: Any) -> int:
-    """Bytes that PyTorch's autograd keeps of a module and its cross-entropy, each storage once, parameters left out."""
+    """Bytes that PyTorch keeps of a module and its cross-entropy, each storage once, without the module's own."""
     found: dict[int, int] = {}
 
     def pack(tensor: Any) -> Any:
@@ -26,8 +26,8 @@ def kept(net: Any, x: Any) -> int:
     with one_thread(), warnings.catch_warnings(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         warnings.simplefilter("ignore")
         torch.nn.functional.cross_entropy(net(x), torch.zeros(len(x), dtype=torch.long))
-    for parameter in net.parameters():
-        found.pop(parameter.untyped_storage()._cdata, None)
+    for tensor in (*net.parameters(), *net.buffers()):
+        found.pop(tensor.untyped_storage()._cdata, None)
     return sum(found.values())
 
 

@@ -238,6 +238,8 @@ def _attribute(path: Path, attribute: Any) -> Any:
         return value if isinstance(value, (int, float)) else tuple(value)
     if attribute.type == 3:
         return attribute.s.decode("utf-8", "replace")
+    if attribute.type == 8:
+        return tuple(value.decode("utf-8", "replace") for value in attribute.strings)
     return read_constant(path, attribute.t) if attribute.type == 4 else None
 
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,11 @@ from analysis.commands.names import plain
 from analysis.onnx.choosing import evaluate_plain, is_plain
 from analysis.onnx.file import Graph, Node, read_graph
 from analysis.onnx.host import HOST, MAX_ELEMENTS, RANDOM, evaluate
-from analysis.onnx.layers import LAYERS, Weight, layer_for, plan_for
+from analysis.onnx.layers import LAYERS, Weight, as_weight, layer_for, plan_for
 from analysis.onnx.ops import over_all_of_an_input, tensor_ops
 from analysis.onnx.patterns import simplify
+from analysis.onnx.recurrent import ORDER as RECURRENT
+from analysis.onnx.recurrent import layer as recurrent_layer
 from analysis.onnx.telling import untold
 from analysis.onnx.tensor import Constant, shown
 from lance_ref import functional as F
@@ -42,6 +45,9 @@ PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 
 LITERAL = ("Resize", "Upsample", *RANDOM)
 """Operations whose stored numbers say what to do, and are no weights."""
+
+CUTTING = ("Slice", "Concat", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Identity")
+"""Operations that move the numbers of a weight about."""
 
 MAX_FOLDED = 2**26
 """Elements of all arrays that are computed from constants alone."""
@@ -106,7 +112,7 @@ class OnnxNet(Module):
         given = {value.name for value in graph.inputs}
         self._live = set(given)  # values that depend on an input, and not on its shape alone
         self._tensors = set(given)  # those, and what is computed from parameters
-        nodes = [node for node in graph.nodes if not self._fold(node)]
+        nodes = self._put_together([node for node in graph.nodes if not self._fold(node)])
         nodes = [self._as_pytorch_has_it(node) for node in simplify(nodes, self._constants, graph.outputs)]
         for node in nodes:
             self._made_by.update(dict.fromkeys(node.outputs, node))
@@ -160,6 +166,38 @@ class OnnxNet(Module):
             self._constants.update(zip(node.outputs, folded, strict=False))
         return folded is not None
 
+    def _put_together(self, nodes: Sequence[Node]) -> list[Node]:
+        """The weights of recurrent layers, whose gates exporters cut out and join in another order, as one each."""
+        maker = {name: node for node in nodes for name in node.outputs}
+        constants = dict(self._constants)
+
+        def array(name: str, with_values: bool) -> np.ndarray:
+            value = constants.get(name)
+            if isinstance(value, Weight):
+                return np.asarray(value.constant.load() if with_values else np.zeros(value.shape, np.int8))
+            if value is not None or name not in maker or maker[name].op not in CUTTING:
+                return np.asarray(value)
+            inputs = [array(each, with_values) if each else None for each in maker[name].inputs]
+            if maker[name].op == "Concat":
+                return np.concatenate([x for x in inputs if x is not None], maker[name].attributes["axis"])
+            return np.asarray(HOST[maker[name].op](maker[name], inputs))
+
+        for node in nodes:
+            for name in node.inputs[1:4] if node.op in RECURRENT else ():
+                if name in maker and name not in self._live and maker[name].op in CUTTING:
+                    with _at(self.graph, node):
+                        shape = array(name, False).shape
+                    loaded = Constant(shape, np.dtype(np.float32), partial(array, name, True))
+                    self._constants[name] = Weight(loaded, (name,))
+        if not any(node.op in RECURRENT for node in nodes):
+            return list(nodes)
+        needed, kept = set(self.graph.outputs), []
+        for node in reversed(nodes):
+            if any(name in needed and name not in self._constants for name in node.outputs):
+                needed.update(node.inputs)
+                kept.append(node)
+        return kept[::-1]
+
     def _add(self, node: Node, layers: dict[Any, Module]) -> None:
         """Make a node a step."""
         if node.op in LITERAL:
@@ -174,7 +212,9 @@ class OnnxNet(Module):
         module: Module | None = None
         if any(name in self._tensors or isinstance(self._constants.get(name), Weight) for name in names):
             made = layer_for(node, self._constants, self._with_weights, layers)
-            if made is None:
+            if node.op in RECURRENT:
+                module, node = self._recurrent(node)
+            elif made is None:
                 module = operation = self._operation(node)
                 node = operation.node
             else:
@@ -184,6 +224,17 @@ class OnnxNet(Module):
                     self.add_module(self._name(made.path or node.scope, node, bool(made.path)), module)
             self._tensors.update(filter(None, node.outputs))
         self._steps.append((node, module))
+
+    def _recurrent(self, node: Node) -> tuple[Module, Node]:
+        """An LSTM or GRU, and its node without the weights."""
+        stored = [as_weight(self._constants.get(name), name) if name else None for name in node.inputs]
+        weights = [None, *(w if isinstance(w, Weight) else None for w in stored[1:4]), *stored[4:5]]
+        if any(name and weight is None for name, weight in zip(node.inputs[1:4], weights[1:], strict=False)):
+            raise ValueError("its weights are not stored in the file")
+        weights += [name or None for name in node.inputs[5:8]]
+        module = recurrent_layer(node, weights, self._with_weights)
+        self.add_module(self._name(node.scope, node, False), module)
+        return module, replace(node, inputs=(node.inputs[0], *node.inputs[5:7]))
 
     def _operation(self, node: Node) -> Operation:
         """A node that is no layer."""
@@ -463,7 +514,7 @@ def check_operations(graph: Graph) -> None:
         depends = node.op not in ("Shape", "Size") and any(name in live for name in node.inputs)
         if depends:
             live.update(filter(None, node.outputs))
-        if node.op not in tensor_ops() and node.op not in LAYERS and (depends or node.op not in HOST):
+        if node.op not in {*tensor_ops(), *LAYERS, *RECURRENT} and (depends or node.op not in HOST):
             missing.add(node.op)
     if missing:
         names = ", ".join(plain(name) for name in sorted(missing)[:50])
@@ -472,7 +523,7 @@ def check_operations(graph: Graph) -> None:
 
 def known_operations() -> str:
     """Names of the operations that an input may go through."""
-    return ", ".join(sorted(op for op in {*tensor_ops(), *LAYERS} if not op.startswith("torch.")))
+    return ", ".join(sorted(op for op in {*tensor_ops(), *LAYERS, *RECURRENT} if not op.startswith("torch.")))
 
 
 def _weight_or_array(graph: Graph, name: str, constant: Constant) -> Any:

@@ -49,6 +49,8 @@ def untold(nodes: Sequence[Node], constants: Mapping[str, Any], outputs: Sequenc
         else:
             found.append(f"no dropout in this file: exporters leave it out, {HOW}; what it keeps is then missing here")
     in_place = sorted({node.op for node in nodes if node.op in IN_PLACE})
+    if any(node.op in ("LSTM", "GRU") for node in nodes):
+        found.append("LSTM and GRU: PyTorch's own kernels keep another workspace than these operations")
     if in_place:
         found.append(f"{' and '.join(in_place)}: the file does not say whether in place, where PyTorch keeps less")
     return found

@@ -241,7 +241,7 @@ def test_bad_arguments_are_named(case: str) -> None:
 
 
 def test_a_method_refuses_by_name_what_it_cannot_compress() -> None:
-    """Backpropagation is predicted and measured; LANCE names the layer, and takes the net if that layer is left alone."""
+    """Backpropagation is predicted and measured; LANCE names the layer, and takes the net without it."""
     from analysis.check.measure import compare
     from analysis.reports.predict import predict
 

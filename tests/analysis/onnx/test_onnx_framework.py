@@ -201,3 +201,33 @@ def test_volumes(tmp_path: Path) -> None:
     prediction = predict(file, 2, tune="all", methods=["bp"], with_weights=True)
     assert prediction.report.totals["bp"].activation_bytes["pytorch"] == kept(frozen_beside(net), x)
     assert compare(prediction).agrees
+
+
+class Recurrent(tnn.Module):
+    """The last step of a recurrent layer, and a linear one."""
+
+    def __init__(self, inner: Any, size: int) -> None:
+        super().__init__()
+        self.inner, self.head = inner, tnn.Linear(size, 3)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.inner(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_recurrent_layers(kind: str, bidirectional: bool, tmp_path: Path) -> None:
+    """PyTorch's numbers, products as linear layers that train, and a mark: its kernels keep other things."""
+    torch.manual_seed(0)
+    inner = getattr(tnn, kind)(5, 4, num_layers=2, batch_first=True, bidirectional=bidirectional)
+    net, x = Recurrent(inner, 8 if bidirectional else 4), torch.randn(4, 6, 5)
+    file = exported(net, x, tmp_path / "net.onnx")
+    with no_grad(), torch.no_grad(), one_thread():
+        np.testing.assert_allclose(OnnxNet(file)(x.numpy()).data, net(x).numpy(), rtol=1e-5, atol=1e-6)
+    prediction = predict(file, 4, tune="all", methods=["bp"], with_weights=True)
+    assert prediction.report.file_only
+    assert "PyTorch's own kernels keep another workspace" in prediction.report.remark
+    gates, directions = (4 if kind == "LSTM" else 3) * 4, 2 if bidirectional else 1
+    per_step = directions * gates * (5 + 4) + directions * gates * (4 * directions + 4)
+    assert prediction.report.totals["bp"].flops["forward"] == 2 * 4 * (6 * per_step + 3 * 4 * directions)
+    assert compare(prediction).agrees

@@ -1,4 +1,4 @@
-"""Normalisations that exporters take apart: by the root mean square, of groups, and of layers without weights."""
+"""Normalisations that exporters take apart: by the root mean square, and of groups of channels."""
 
 from __future__ import annotations
 

@@ -41,11 +41,13 @@ class Recurrent(Module):
 
 def _state(state: Any, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A state that is given, or zeros."""
-    if isinstance(state, Tensor):
+    if isinstance(state, Tensor) and state.requires_grad:
         return state
+    if x.is_meta:
+        return Tensor.meta(shape, x.dtype)
     if state is None:
-        return Tensor.meta(shape, x.dtype) if x.is_meta else Tensor(np.zeros(shape, x.dtype))
-    return Tensor(np.asarray(state).astype(x.dtype))
+        return Tensor(np.zeros(shape, x.dtype))
+    return Tensor(np.asarray(state.data if isinstance(state, Tensor) else state).astype(x.dtype))  # each its own copy
 
 
 def arrays_of(node: Node, W: np.ndarray, R: np.ndarray, B: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -25,10 +25,10 @@ from analysis.commands.memory import check_memory
 from analysis.commands.names import plain
 from analysis.peak.memory import measure_peak
 from analysis.rules.account import Billed
+from analysis.rules.loss import loss_of
 from analysis.rules.op_cost import MAC_KINDS
 from analysis.rules.recompute import flatten
 from analysis.steps.runs import running
-from lance_ref import functional as F
 from lance_ref.algebra.kernels.threads import numba_enabled
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module
@@ -152,7 +152,7 @@ def _compare_step(
     with lance_ref.count_macs() as counter:
         for x, y in zip(np.split(images, repeats), np.split(labels, repeats), strict=True):
             with record(net) as records:
-                loss = F.cross_entropy(net(Tensor(x.copy())), Tensor(y.copy()))
+                loss = loss_of(net(Tensor(x.copy())), Tensor(y.copy()))
             tape = lance_ref.tape(loss)
             loss.backward()
     net.zero_grad()
@@ -278,9 +278,16 @@ def _batch(data: str | None, step: TracedStep) -> tuple[np.ndarray, np.ndarray, 
     dataset = _images(data, size)
     chosen = np.resize(np.random.default_rng(0).permutation(len(dataset)), batch)
     pixels = resize(dataset.images[chosen], size)  # (B, H, W, C)
-    planes = pixels.transpose(0, 3, 1, 2).astype(value.dtype) / 255  # (B, C, H, W)
+    floating = value.dtype if value.dtype.startswith("float") else "float32"
+    planes = pixels.transpose(0, 3, 1, 2).astype(floating) / 255  # (B, C, H, W)
     if len(shape) == 3:
         images = planes[:, np.arange(shape[0]) % planes.shape[1]]
     else:
         images = planes.mean(axis=1).reshape(batch, -1)[:, : math.prod(shape)].reshape(batch, *shape)
-    return np.ascontiguousarray(images, dtype=value.dtype), dataset.labels[chosen] % step.num_classes, dataset.name
+    if not value.dtype.startswith("float"):  # indices or a mask: zeros and ones are among all of them
+        images = np.rint(images)
+    return (
+        np.ascontiguousarray(images, dtype=value.dtype),
+        dataset.labels[chosen] % max(step.num_classes, 1),
+        dataset.name,
+    )

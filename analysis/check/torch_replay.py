@@ -62,6 +62,8 @@ class Replay:
         torch = self.torch
         if self.device == "meta":
             tensor = torch.empty(value.shape, dtype=getattr(torch, value.dtype), device="meta")
+        elif value.dtype == "bool":
+            tensor = torch.ones(value.shape, dtype=torch.bool)
         elif value.dtype.startswith("float"):
             tensor = torch.randn(value.shape, dtype=getattr(torch, value.dtype), generator=self._generator)
         else:
@@ -150,7 +152,10 @@ def with_groups_reworked(records: Sequence[OpRecord]) -> list[str]:
 
     PyTorch's counter forgets groups in the weight gradient: it would bill these layers ``groups`` times too much.
     """
-    return [r.path for r in records if r.op == "conv2d" and _forgotten_groups(r.attributes, r.inputs[1])]
+    return [r.path for r in records if r.op in _CONVOLUTIONS and _forgotten_groups(r.attributes, r.inputs[1])]
+
+
+_CONVOLUTIONS = ("conv2d", "conv_transpose2d", "conv3d")
 
 
 def _forgotten_groups(attributes: Mapping[str, Any], weight: Any) -> bool:
@@ -247,6 +252,63 @@ def _padded_as_by_pytorch(torch: Any, x: Any, attributes: Mapping[str, Any], ker
     return torch.nn.functional.pad(x, sides), (rows, columns)
 
 
+def _conv_transpose2d(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
+    F = torch.nn.functional
+    x, weight, *bias = inputs
+    a = attributes
+    if x.is_meta and _forgotten_groups(a, weight):  # as in :func:`_conv2d`
+        (B, C_in, H, W), groups = x.shape, a["groups"]
+        x, part = x.reshape(B * groups, C_in // groups, H, W), weight.chunk(groups)[0]
+        y = F.conv_transpose2d(x, part, None, a["stride"], a["padding"], a["output_padding"], 1, a["dilation"])
+        return y.reshape(B, -1, *y.shape[2:])
+    sizes = a["stride"], a["padding"], a["output_padding"], a["groups"], a["dilation"]
+    return F.conv_transpose2d(x, weight, bias[0] if bias else None, *sizes)
+
+
+def _conv3d(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
+    F = torch.nn.functional
+    x, weight, *bias = inputs
+    sizes = attributes["stride"], attributes["padding"], attributes["dilation"]
+    if x.is_meta and _forgotten_groups(attributes, weight):
+        (B, C_in, *size), groups = x.shape, attributes["groups"]
+        y = F.conv3d(x.reshape(B * groups, C_in // groups, *size), weight.chunk(groups)[0], None, *sizes)
+        return y.reshape(B, weight.shape[0], *y.shape[2:])
+    return F.conv3d(x, weight, bias[0] if bias else None, *sizes, attributes["groups"])
+
+
+def _attention(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
+    return torch.nn.functional.scaled_dot_product_attention(
+        *inputs, is_causal=attributes["is_causal"], scale=attributes["scale"]
+    )
+
+
+def _group_norm(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
+    x, *affine = inputs
+    return torch.nn.functional.group_norm(x, attributes["num_groups"], *(affine or (None, None)), attributes["eps"])
+
+
+def _instance_norm(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
+    x, *affine = inputs
+    weight, bias = affine or (None, None)
+    return torch.nn.functional.instance_norm(x, None, None, weight, bias, eps=attributes["eps"])
+
+
+def _rms_norm(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
+    x, *weight = inputs
+    shape = attributes["normalized_shape"]
+    return torch.nn.functional.rms_norm(x, shape, weight[0] if weight else None, attributes["eps"])
+
+
+def _interpolate(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
+    mode = attributes["mode"]
+    corners = {} if mode == "nearest" else {"align_corners": attributes["align_corners"]}
+    return torch.nn.functional.interpolate(inputs[0], size=attributes["size"], mode=mode, **corners)
+
+
+def _embedding(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
+    return torch.nn.functional.embedding(*inputs, padding_idx=attributes["padding_idx"])
+
+
 def _matmul(torch: Any, inputs: list[Any], attributes: Mapping[str, Any]) -> Any:
     a, b = inputs
     if not a.is_meta:
@@ -313,10 +375,28 @@ fill("twin", {
     "max": _max,
     **{op: _named(op) for op in ("exp", "sqrt", "tanh", "sigmoid", "log", "erf")},
     "clip": lambda torch, x, a: torch.clamp(x[0], a["low"], a["high"]),
-    "expand": lambda torch, x, a: x[0].expand(a["shape"]).contiguous(),
+    "expand": lambda torch, x, a: x[0].expand(a["shape"]),
     "fake_quantize": _fake_quantize,
     "gelu_tanh": lambda torch, x, a: torch.nn.functional.gelu(x[0], approximate="tanh"),
     **{op: _function(op) for op in ("gelu", "hardsigmoid", "hardswish", "relu", "relu6", "linear")},
+    **{op: _function(op) for op in ("silu", "mish", "prelu")},
+    "softplus": _function("softplus", "beta", "threshold"),
+    "elu": _function("elu", "alpha"),
+    "leaky_relu": _function("leaky_relu", "negative_slope"),
+    "glu": _function("glu", "dim"),
+    "where": lambda torch, x, a: torch.where(*x),
+    "embedding": _embedding,
+    "interpolate": _interpolate,
+    "scaled_dot_product_attention": _attention,
+    "conv_transpose2d": _conv_transpose2d,
+    "conv3d": _conv3d,
+    "max_pool3d": _function("max_pool3d", "kernel_size", "stride", "padding"),
+    "avg_pool3d": lambda torch, x, a: torch.nn.functional.avg_pool3d(
+        x[0], a["kernel_size"], a["stride"], a["padding"], count_include_pad=a["count_include_pad"]
+    ),
+    "group_norm": _group_norm,
+    "instance_norm": _instance_norm,
+    "rms_norm": _rms_norm,
     "dropout": _function("dropout", "p"),
     **{op: _function(op, "dim") for op in ("softmax", "log_softmax")},
     **{op: _function(op, "reduction") for op in ("cross_entropy", "mse_loss")},

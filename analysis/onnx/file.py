@@ -13,6 +13,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from analysis.onnx.tensor import Constant, read_constant, refuse, shown, text
 
 MAX_FILE_BYTES = 2**31 - 1
@@ -42,16 +44,30 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Input:
+    """One input of the graph."""
+
+    name: str
+    #: Batch first; None for a size that the file leaves open, and for an unknown rank.
+    shape: tuple[int | None, ...] | None
+    open: tuple[str, ...]  #: For each size the name that the file gives it; "" for none.
+    dtype: np.dtype  #: float32 for every floating type.
+
+
+@dataclass(frozen=True)
 class Graph:
-    """A file's graph as far as its output depends on it."""
+    """A file's graph as far as its outputs depend on it."""
 
     file: str
     nodes: list[Node]  #: Every node after those that it reads from.
     constants: dict[str, Constant]  #: By name.
-    input: str  #: The one input that is no constant.
-    #: Batch first; None for a size that the file leaves open, and for an unknown rank.
-    input_shape: tuple[int | None, ...] | None
-    output: str
+    inputs: tuple[Input, ...]  #: Those that are no constants, and that an output depends on.
+    outputs: tuple[str, ...]
+
+    @property
+    def input_shape(self) -> tuple[int | None, ...] | None:
+        """Of the first input."""
+        return self.inputs[0].shape
 
 
 def read_graph(file: str | os.PathLike[str]) -> Graph:
@@ -60,16 +76,13 @@ def read_graph(file: str | os.PathLike[str]) -> Graph:
     Those are read only when asked for, and only from regular files in the same folder or below it.
 
     Raises ValueError, in one line, for no such file, one that is no ONNX, damaged, too large or cyclic, and for a graph
-    that is not one tensor to one tensor.
+    of other things than tensors.
     """
     path = Path(file)
     model = _parse(path)
     graph = model.graph
     if not graph.node or not graph.output:
         refuse(path, "contains no graph with nodes and an output")
-    if len(graph.output) > 1:
-        names = ", ".join(shown(text(value.name)) for value in graph.output[:6])
-        refuse(path, f"has {len(graph.output)} outputs ({names}), expected one: export the one that the loss is of")
     if graph.sparse_initializer:
         refuse(path, "contains sparse tensors, expected dense ones")
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
@@ -80,12 +93,14 @@ def read_graph(file: str | os.PathLike[str]) -> Graph:
             refuse(path, f"contains tensor {shown(name)} twice")
         constants[name] = read_constant(path, tensor)
     inputs = [value for value in graph.input if text(value.name) not in constants]
-    if len(inputs) != 1:
-        refuse(path, f"has {len(inputs)} inputs beside its weights, expected one")
+    if not inputs:
+        refuse(path, "has no inputs beside its weights, expected at least one")
     nodes = [_node(path, proto, i, opset) for i, proto in enumerate(graph.node)]
-    source, result = text(inputs[0].name), text(graph.output[0].name)
-    nodes = _ordered(path, nodes, {source, *constants}, result)
-    return Graph(str(file), nodes, constants, source, _input_shape(path, inputs[0]), result)
+    results = tuple(dict.fromkeys(text(value.name) for value in graph.output))
+    nodes = _ordered(path, nodes, {*(text(value.name) for value in inputs), *constants}, results)
+    read = {name for node in nodes for name in node.inputs}
+    used = [value for value in inputs if text(value.name) in read] or inputs[:1]
+    return Graph(str(file), nodes, constants, tuple(_input(path, value) for value in used), results)
 
 
 def input_shape(file: str | os.PathLike[str] | Graph, image_size: int | None = None) -> tuple[int, ...]:
@@ -177,19 +192,29 @@ def _varint(content: bytes, start: int) -> tuple[int, int]:
     raise EOFError("it ends in the middle of a number")
 
 
-def _input_shape(path: Path, value: Any) -> tuple[int | None, ...] | None:
+_TYPES: dict[int, Any] = {
+    **dict.fromkeys((1, 10, 11, 16), np.float32),
+    **{2: np.uint8, 3: np.int8, 5: np.int16, 6: np.int32, 7: np.int64, 9: np.bool_},
+}
+"""What the elements of an input may be."""
+
+
+def _input(path: Path, value: Any) -> Input:
     import onnx
 
     kind = value.type.tensor_type
     if not value.type.HasField("tensor_type"):
         refuse(path, f"has input {shown(value.name)} that is no tensor")
-    if kind.elem_type not in (1, 10, 11, 16):
+    if kind.elem_type not in _TYPES:
         known = kind.elem_type in onnx.TensorProto.DataType.values()
         came = onnx.TensorProto.DataType.Name(kind.elem_type).lower() if known else f"type {kind.elem_type}"
-        refuse(path, f"has input {shown(value.name)} of {came}, expected floating numbers")
+        refuse(path, f"has input {shown(value.name)} of {came}, expected numbers or Booleans")
+    dtype, name = np.dtype(_TYPES[kind.elem_type]), text(value.name)
     if not kind.HasField("shape"):
-        return None
-    return tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in kind.shape.dim)
+        return Input(name, None, (), dtype)
+    dims = kind.shape.dim
+    sizes = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in dims)
+    return Input(name, sizes, tuple(text(d.dim_param) for d in dims), dtype)
 
 
 # ---- nodes ---------------------------------------------------------------------------------
@@ -213,6 +238,8 @@ def _attribute(path: Path, attribute: Any) -> Any:
         return value if isinstance(value, (int, float)) else tuple(value)
     if attribute.type == 3:
         return attribute.s.decode("utf-8", "replace")
+    if attribute.type == 8:
+        return tuple(value.decode("utf-8", "replace") for value in attribute.strings)
     return read_constant(path, attribute.t) if attribute.type == 4 else None
 
 
@@ -235,17 +262,19 @@ def _scope(proto: Any) -> str:
     return ".".join(parts)
 
 
-def _ordered(path: Path, nodes: Sequence[Node], given: set[str], output: str) -> list[Node]:
-    """The nodes that ``output`` depends on, each after those that it reads from."""
+def _ordered(path: Path, nodes: Sequence[Node], given: set[str], outputs: Sequence[str]) -> list[Node]:
+    """The nodes that the outputs depend on, each after those that it reads from."""
     maker: dict[str, int] = {}
     for i, node in enumerate(nodes):
         for name in filter(None, node.outputs):
             if name in maker or name in given:
                 refuse(path, f"has two sources for value {shown(name)}")
             maker[name] = i
-    if output not in maker:
-        refuse(path, f"has no node that makes its output {shown(output)}")
-    needed, stack = {maker[output]}, [maker[output]]
+    for output in outputs:
+        if output not in maker:
+            refuse(path, f"has no node that makes its output {shown(output)}")
+    needed = {maker[output] for output in outputs}
+    stack = sorted(needed)
     while stack:
         node = nodes[stack.pop()]
         for name in filter(None, node.inputs):

@@ -6,6 +6,7 @@ cost nothing worth counting; here they are evaluated.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +15,9 @@ import numpy as np
 
 from analysis.onnx.file import Node
 from analysis.onnx.tensor import Constant
+from lance_ref.engine.random import as_generator
 
-MAX_ELEMENTS = 65_536
+MAX_ELEMENTS = 2**20
 """Of an array of shape arithmetic: beyond this a file means something else, or harm."""
 
 _CASTS = {1: np.float32, 2: np.uint8, 3: np.int8, 5: np.int16, 6: np.int32, 7: np.int64, 9: np.bool_, 11: np.float64}
@@ -166,8 +168,8 @@ def _cast(node: Node, x: Arrays) -> Any:
 
 def _binary(function: Callable[[Any, Any], Any]) -> Callable[[Node, Arrays], Any]:
     def run(node: Node, x: Arrays) -> Any:
-        limited(np.broadcast_shapes(x[0].shape, x[1].shape))
-        return function(x[0], x[1])
+        limited(np.broadcast_shapes(*(v.shape for v in x)))
+        return functools.reduce(function, x)  # of two, or of any number that Max, Min and Sum take
 
     return run
 
@@ -231,11 +233,70 @@ def _expand(node: Node, x: Arrays) -> Any:
     return np.broadcast_to(x[0], shape)
 
 
-UNARY = {"Floor": np.floor, "Ceil": np.ceil, "Sqrt": np.sqrt, "Neg": np.negative, "Abs": np.abs, "Not": np.invert}
+def _trilu(node: Node, x: Arrays) -> Any:
+    k = int(np.asarray(x[1])) if len(x) > 1 and x[1] is not None else 0
+    return np.triu(x[0], k) if node.attributes.get("upper", 1) else np.tril(x[0], k)
+
+
+def _cumsum(node: Node, x: Arrays) -> Any:
+    if node.attributes.get("exclusive", 0) or node.attributes.get("reverse", 0):
+        raise ValueError("exclusive or reverse is not 0")
+    return np.cumsum(x[0], axis=int(np.asarray(x[1])), dtype=x[0].dtype)
+
+
+def _chosen(function: Callable[..., Any]) -> Callable[[Node, Arrays], Any]:
+    def run(node: Node, x: Arrays) -> Any:
+        if node.attributes.get("select_last_index", 0):
+            raise ValueError("select_last_index is not 0")
+        axis = node.attributes.get("axis", 0)
+        found = function(x[0], axis=axis).astype(np.int64)
+        return np.expand_dims(found, axis) if node.attributes.get("keepdims", 1) else found
+
+    return run
+
+
+def _cast_like(node: Node, x: Arrays) -> Any:
+    return x[0].astype(x[1].dtype)
+
+
+def _tile(node: Node, x: Arrays) -> Any:
+    times = integers(x[1], "repeats")
+    limited([n * t for n, t in zip(x[0].shape, times, strict=True)])
+    return np.tile(x[0], times)
+
+
+def _scatter_nd(node: Node, x: Arrays) -> Any:
+    if node.attributes.get("reduction", "none") != "none":
+        raise ValueError(f"reduction is {node.attributes['reduction']!r}, expected 'none'")
+    result = x[0].copy()
+    result[tuple(np.moveaxis(x[1], -1, 0))] = x[2]
+    return result
+
+
+def _gather_nd(node: Node, x: Arrays) -> Any:
+    if node.attributes.get("batch_dims", 0):
+        raise ValueError("batch_dims is not 0")
+    return x[0][tuple(np.moveaxis(x[1], -1, 0))]
+
+
+def _uniform(node: Node, x: Arrays) -> Any:
+    """Random numbers of a shape, from the library's own source."""
+    limited(x[0].shape)
+    low, high = node.attributes.get("low", 0.0), node.attributes.get("high", 1.0)
+    return (as_generator(None).random(x[0].shape) * (high - low) + low).astype(np.float32)
+
+
+RANDOM = frozenset({"RandomUniformLike"})
+"""Operations that give other numbers at each run."""
+
+UNARY = {"Floor": np.floor, "Ceil": np.ceil, "Sqrt": np.sqrt, "Neg": np.negative, "Abs": np.abs, "Not": np.invert,
+         "Round": np.rint, "Sign": np.sign, "Exp": np.exp, "Log": np.log, "Sin": np.sin, "Cos": np.cos,
+         "IsNaN": np.isnan, "Tanh": np.tanh}  # fmt: skip
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
-    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": _divide, "Mod": np.mod, "Max": np.maximum,
+    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": _divide, "Sum": np.add, "Max": np.maximum,
     "Min": np.minimum, "Equal": np.equal, "Less": np.less, "Greater": np.greater, "And": np.logical_and,
-    "Or": np.logical_or, "Pow": lambda a, b: np.power(a, b).astype(a.dtype),
+    "Or": np.logical_or, "Xor": np.logical_xor, "GreaterOrEqual": np.greater_equal, "LessOrEqual": np.less_equal,
+    "Pow": lambda a, b: np.power(a, b).astype(a.dtype),
 }  # fmt: skip
 
 HOST: dict[str, Callable[[Node, Arrays], Any]] = {
@@ -256,7 +317,25 @@ HOST: dict[str, Callable[[Node, Arrays], Any]] = {
     "Where": _where,
     "ReduceProd": _reduce(np.prod),
     "ReduceSum": _reduce(np.sum),
+    "ReduceMax": _reduce(np.max),
+    "ReduceMin": _reduce(np.min),
+    "ReduceMean": _reduce(np.mean),
     "Reciprocal": lambda node, x: 1 / x[0],
+    "IsInf": lambda node, x: (
+        (np.isposinf(x[0]) & bool(node.attributes.get("detect_positive", 1)))
+        | (np.isneginf(x[0]) & bool(node.attributes.get("detect_negative", 1)))
+    ),
+    "Trilu": _trilu,
+    "Mod": lambda node, x: (np.fmod if node.attributes.get("fmod", 0) else np.mod)(*x),
+    "CumSum": _cumsum,
+    "ArgMax": _chosen(np.argmax),
+    "ArgMin": _chosen(np.argmin),
+    "CastLike": _cast_like,
+    "Tile": _tile,
+    "ScatterND": _scatter_nd,
+    "GatherND": _gather_nd,
+    "RandomUniformLike": _uniform,
+    "Clip": lambda node, x: np.clip(x[0], argument(node, x, 1, "min"), argument(node, x, 2, "max")).astype(x[0].dtype),
     **{op: _unary(function) for op, function in UNARY.items()},
     **{op: _binary(function) for op, function in BINARY.items()},
 }

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from analysis.onnx.file import Node
-from analysis.onnx.host import axes_of, integers, new_shape
-from analysis.onnx.ops import conv_options, number, operand
+from analysis.onnx.host import axes_of, new_shape
+from analysis.onnx.numbers import number, operand
 from analysis.onnx.tensor import Constant
+from analysis.onnx.windows import conv_sizes, convolved, padding_of, transposed, transposed_sizes
 from lance_ref import functional as F
 from lance_ref import nn
 from lance_ref.engine.tensor import Tensor
-from lance_ref.functional.convolution import resolve_padding
 from lance_ref.nn.init import shapes_only
 from lance_ref.nn.module import Module, Parameter
 
@@ -237,7 +237,7 @@ def plan_for(node: Node, values: Values) -> LayerPlan | None:
         return None
     plan = LAYERS[node.op](node, [as_weight(values.get(name), name) for name in node.inputs])
     if plan is None:
-        if node.op in ("BatchNormalization", "LayerNormalization"):
+        if node.op == "LayerNormalization":
             raise ValueError("its weights are not stored in the file")
         return None
     stored = [weight for weight in (plan.weight, plan.bias) if weight is not None]
@@ -290,34 +290,93 @@ def _conv(node: Node, x: list[Any]) -> LayerPlan | None:
     weight, bias = (*x[1:], None)[:2]
     if not isinstance(weight, Weight) or not (bias is None or isinstance(bias, Weight)):
         return None
-    options = conv_options(node, weight.shape)
-    mode = node.attributes.get("auto_pad", "NOTSET")
-    sides = integers(node.attributes.get("pads") or (0, 0, 0, 0), "pads")
-    if mode == "NOTSET" and len(sides) == 4:
-        padding: Any = ((sides[0], sides[2]), (sides[1], sides[3]))
-    elif mode in ("SAME_UPPER", "SAME_LOWER", "VALID"):
-        padding = "valid" if mode == "VALID" else "same"
-    else:
-        raise ValueError(f"auto_pad is {mode!r} and pads are {sides}, which a convolution of images cannot have")
+    sizes = conv_sizes(node, weight.shape)
+    mode, count = node.attributes.get("auto_pad", "NOTSET"), len(weight.shape) - 2
     C_out, C_in, *kernel = weight.shape
-    options["padding"] = padding
-    kind = _SameLower if mode == "SAME_LOWER" else nn.Conv2d
+    whole = mode in ("SAME_UPPER", "SAME_LOWER")
+    sides = None if whole else padding_of(node, (1,) * count, tuple(kernel), sizes["stride"], sizes["dilation"])
+    key = (mode, sides, *sorted((k, repr(v)) for k, v in sizes.items()))
+    channels = C_in * sizes["groups"], C_out
+    if count == 2 and mode != "SAME_LOWER":
+        padding: Any = "same" if whole else sides
+        return LayerPlan(
+            lambda: nn.Conv2d(*channels, kernel, padding=padding, bias=bias is not None, **sizes), weight, bias, key
+        )
+    kind = {1: _Conv1d, 2: _Conv2d, 3: _Conv3d}[count]
+    if count == 1:
+        weight = weight.reshaped((C_out, C_in, 1, *kernel))
+    return LayerPlan(lambda: kind(node, channels, kernel, bias is not None, sizes), weight, bias, key)
 
-    def make() -> Module:
-        return kind(C_in * options["groups"], C_out, kernel, bias=bias is not None, **options)
 
-    return LayerPlan(make, weight, bias, (mode, *sorted((k, repr(v)) for k, v in options.items())))
+class _Windowed:
+    """A convolution whose padding is worked out for each input, as its node says it."""
+
+    def _say(self, node: Node, kernel: Sequence[int], sizes: dict[str, Any]) -> None:
+        self.node, self.sizes, self.kernel = node, sizes, tuple(kernel)
+
+    def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, **more: Any) -> Tensor:
+        sides = padding_of(self.node, x.shape[2:], self.kernel, self.sizes["stride"], self.sizes["dilation"])
+        return convolved(x, weight, bias, sides, self.sizes, **more)
 
 
-class _SameLower(nn.Conv2d):
+class _Conv2d(nn.Conv2d, _Windowed):
     """With "same" padding whose odd zero is at the top and left."""
 
+    def __init__(self, node: Node, channels: tuple[int, int], kernel: Any, bias: bool, sizes: dict[str, Any]) -> None:
+        super().__init__(*channels, kernel, bias=bias, **sizes)
+        self._say(node, kernel, sizes)
+
     def forward(self, x: Tensor) -> Tensor:
-        (top, bottom), (left, right) = resolve_padding(
-            self.padding, (x.shape[2], x.shape[3]), self.kernel_size, self.stride, self.dilation
-        )
-        padding = (bottom, top), (right, left)
-        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, store=self.store)
+        return self._convolved(x, self.weight, self.bias, store=self.store)
+
+
+class _Conv1d(nn.Conv1d, _Windowed):
+    """Of sequences; whoever looks at its input sees images of height 1."""
+
+    def __init__(self, node: Node, channels: tuple[int, int], kernel: Any, bias: bool, sizes: dict[str, Any]) -> None:
+        super().__init__(*channels, kernel[0], bias=bias, **{k: v[0] if k != "groups" else v for k, v in sizes.items()})
+        self._say(node, kernel, sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[-1:]
+        sides = padding_of(self.node, length, self.kernel, self.sizes["stride"], self.sizes["dilation"])
+        self.padding = ((0, 0), sides[0])
+        return super().forward(x)
+
+
+class _Conv3d(nn.Conv3d, _Windowed):
+    def __init__(self, node: Node, channels: tuple[int, int], kernel: Any, bias: bool, sizes: dict[str, Any]) -> None:
+        super().__init__(*channels, kernel, bias=bias, **sizes)
+        self._say(node, kernel, sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._convolved(x, self.weight, self.bias)
+
+
+class _ConvTranspose(nn.ConvTranspose2d):
+    """Of images or sequences, with what an ONNX node may cut off beside."""
+
+    def __init__(self, node: Node, shape: tuple[int, ...], bias: bool) -> None:
+        groups = node.attributes.get("group", 1)
+        super().__init__(shape[0], shape[1] * groups, shape[2:], groups=groups, bias=bias)
+        self.node = node
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.weight.shape[2:] if x.ndim == 4 else self.weight.shape[3:]
+        return transposed(x, self.weight, self.bias, transposed_sizes(self.node, x.shape[2:], kernel))
+
+
+def _conv_transpose(node: Node, x: list[Any]) -> LayerPlan | None:
+    weight, bias = (*x[1:], None)[:2]
+    if not isinstance(weight, Weight) or not (bias is None or isinstance(bias, Weight)):
+        return None
+    if len(weight.shape) not in (3, 4):
+        raise ValueError(f"weight has shape {weight.shape}, expected a transposed convolution of sequences or images")
+    if len(weight.shape) == 3:
+        weight = weight.reshaped((*weight.shape[:2], 1, weight.shape[2]))
+    shape = weight.shape
+    options = tuple(sorted((k, repr(v)) for k, v in node.attributes.items()))
+    return LayerPlan(lambda: _ConvTranspose(node, shape, bias is not None), weight, bias, options)
 
 
 class _Product(nn.Linear):
@@ -350,7 +409,7 @@ def _product(node: Node, x: list[Any], turned: list[bool]) -> LayerPlan | None:
     The third input is a bias; of a MatMul it is that of the Add which :mod:`analysis.onnx.patterns` joined to it.
     """
     bias = (*x, None)[2]
-    left = isinstance(x[0], Weight)
+    left = isinstance(x[0], Weight) and not isinstance(x[1], Weight)
     weight = x[0] if left else x[1]
     if not isinstance(weight, Weight) or len(weight.shape) != 2 or (left and x[1] is not None):
         return None
@@ -392,7 +451,7 @@ def _batch_norm(node: Node, x: list[Any]) -> LayerPlan | None:
 class _AnyBatchNorm(nn.BatchNorm2d):
     """Of images, sequences and vectors alike."""
 
-    _dimensions = (2, 3, 4)
+    _dimensions = (2, 3, 4, 5)
     _expected = "(B, {C}, ...)"
 
 
@@ -415,6 +474,7 @@ def _dropout(node: Node, x: list[Any]) -> LayerPlan | None:
 
 LAYERS: dict[str, Callable[[Node, list[Any]], LayerPlan | None]] = {
     "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
     "Gemm": lambda node, x: _product(node, x, [bool(node.attributes.get(name, 0)) for name in ("transA", "transB")]),
     "MatMul": lambda node, x: _product(node, x, [False, False]),
     "BatchNormalization": _batch_norm,

@@ -11,23 +11,27 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from analysis.commands.memory import check_memory
 from analysis.commands.names import plain
+from analysis.onnx.choosing import evaluate_plain, is_plain
 from analysis.onnx.file import Graph, Node, read_graph
-from analysis.onnx.host import HOST, MAX_ELEMENTS, evaluate
-from analysis.onnx.layers import LAYERS, Weight, layer_for, plan_for
+from analysis.onnx.host import HOST, MAX_ELEMENTS, RANDOM, evaluate
+from analysis.onnx.layers import LAYERS, Weight, as_weight, layer_for, plan_for
 from analysis.onnx.ops import over_all_of_an_input, tensor_ops
 from analysis.onnx.patterns import simplify
+from analysis.onnx.recurrent import ORDER as RECURRENT
+from analysis.onnx.recurrent import layer as recurrent_layer
+from analysis.onnx.telling import untold
 from analysis.onnx.tensor import Constant, shown
 from lance_ref import functional as F
-from lance_ref import nn
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module, Parameter
 from lance_ref.nn.tracing import record
@@ -35,8 +39,21 @@ from lance_ref.nn.tracing import record
 _EXPECTED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError)
 
 
-PRODUCTS = ("MatMul", "Gemm", "Conv")
+PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 """Operations whose first two inputs are multiplied."""
+
+
+LITERAL = ("Resize", "Upsample", *RANDOM)
+"""Operations whose stored numbers say what to do, and are no weights."""
+
+CUTTING = ("Slice", "Concat", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Identity")
+"""Operations that move the numbers of a weight about."""
+
+MAX_FOLDED = 2**26
+"""Elements of all arrays that are computed from constants alone."""
+
+MAX_FILLED = 2**28
+"""Elements of a weight that a file fills with one number."""
 
 
 class Operation(Module):
@@ -89,21 +106,27 @@ class OnnxNet(Module):
         for name, constant in graph.constants.items():
             self._constants[name] = _weight_or_array(graph, name, constant)
         self._names: Counter[str] = Counter()
+        self._made_by: dict[str, Node] = {}
+        self._folded_elements = 0
         layers: dict[Any, Module] = {}
-        self._live = {graph.input}  # values that depend on the input, and not on its shape alone
-        self._tensors = {graph.input}  # those, and what is computed from parameters
-        nodes = [node for node in graph.nodes if not self._fold(node)]
-        nodes = simplify(nodes, self._constants, graph.output)
+        given = {value.name for value in graph.inputs}
+        self._live = set(given)  # values that depend on an input, and not on its shape alone
+        self._tensors = set(given)  # those, and what is computed from parameters
+        nodes = self._put_together([node for node in graph.nodes if not self._fold(node)])
+        nodes = [self._as_pytorch_has_it(node) for node in simplify(nodes, self._constants, graph.outputs)]
         for node in nodes:
+            self._made_by.update(dict.fromkeys(node.outputs, node))
             with _at(graph, node):
                 plan_for(node, self._constants)  # layers claim their weights before other operations read them
         for node in nodes:
             with _at(graph, node):
                 self._add(node, layers)
         self._normalising = _last_softmax(nodes, graph)
+        self._untold = untold(nodes, self._constants, graph.outputs)
         self._left_out = False
-        if graph.output not in self._live:
-            raise ValueError(f"{shown(graph.file)}: its output {shown(graph.output)} does not depend on its input")
+        for output in graph.outputs:
+            if output not in self._live:
+                raise ValueError(f"{shown(graph.file)}: its output {shown(output)} does not depend on its input")
 
     @property
     def _declared_batch(self) -> int | None:
@@ -112,38 +135,76 @@ class OnnxNet(Module):
 
     @property
     def remark(self) -> str:
-        """What the file may lack, and what of it was left out."""
-        remarks = [self._no_batch_norm()]
+        """What the file may lack, what was read otherwise than it stands there, and what of it was left out."""
+        remarks = [*self._untold]
+        if any(node.op == "torch.scaled_dot_product_attention" for node, _ in self._steps):
+            remarks.append("attention: as PyTorch's kernel for the CPU keeps it")
         if self._left_out:
             ops = " and ".join(node.op for node in self._normalising)
             remarks.append(f"the {ops} at the end of this file is left out: the loss, cross-entropy, has its own")
-        return "; ".join(filter(None, remarks))
+        return "; ".join(remarks)
 
-    def _no_batch_norm(self) -> str:
-        """A convolution with a bias may have had batch norm behind it, if nothing has now."""
-        modules = list(self.modules())
-        biased = any(isinstance(module, nn.Conv2d) and module.bias is not None for module in modules)
-        if not biased or any(isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)) for module in modules):
-            return ""
-        return (
-            "no batch norm in this file: exporters fold it into the convolutions, and leave dropout out, unless told "
-            "otherwise (training=TrainingMode.TRAINING, do_constant_folding=False); what they keep is then missing here"
-        )
+    @property
+    def file_only(self) -> bool:
+        """Whether the file may lack what the network keeps, so that an account is that of the file alone."""
+        return bool(self._untold)
 
     # ---- building ----------------------------------------------------------------------
 
     def _fold(self, node: Node) -> bool:
         """Whether a node computes with constants alone, and its outputs are now constants as well."""
-        if not all(name in self._constants for name in node.inputs if name):
+        if node.op in RANDOM or not all(name in self._constants for name in node.inputs if name):
             return False
         with _at(self.graph, node):
             folded = _folded(node, [self._constants[name] if name else None for name in node.inputs])
         if folded is not None:
+            self._folded_elements += sum(np.size(array) for array in folded if isinstance(array, np.ndarray))
+            if self._folded_elements > MAX_FOLDED:
+                raise ValueError(
+                    f"{shown(self.graph.file)}: arrays of more than {MAX_FOLDED} elements computed beforehand"
+                )
             self._constants.update(zip(node.outputs, folded, strict=False))
         return folded is not None
 
+    def _put_together(self, nodes: Sequence[Node]) -> list[Node]:
+        """The weights of recurrent layers, whose gates exporters cut out and join in another order, as one each."""
+        maker = {name: node for node in nodes for name in node.outputs}
+        constants = dict(self._constants)
+
+        def array(name: str, with_values: bool) -> np.ndarray:
+            value = constants.get(name)
+            if isinstance(value, Weight):
+                return np.asarray(value.constant.load() if with_values else np.zeros(value.shape, np.int8))
+            if value is not None or name not in maker or maker[name].op not in CUTTING:
+                return np.asarray(value)
+            inputs = [array(each, with_values) if each else None for each in maker[name].inputs]
+            if maker[name].op == "Concat":
+                return np.concatenate([x for x in inputs if x is not None], maker[name].attributes["axis"])
+            return np.asarray(HOST[maker[name].op](maker[name], inputs))
+
+        for node in nodes:
+            for name in node.inputs[1:4] if node.op in RECURRENT else ():
+                if name in maker and name not in self._live and maker[name].op in CUTTING:
+                    with _at(self.graph, node):
+                        shape = array(name, False).shape
+                    loaded = Constant(shape, np.dtype(np.float32), partial(array, name, True))
+                    self._constants[name] = Weight(loaded, (name,))
+        if not any(node.op in RECURRENT for node in nodes):
+            return list(nodes)
+        needed, kept = set(self.graph.outputs), []
+        for node in reversed(nodes):
+            if any(name in needed and name not in self._constants for name in node.outputs):
+                needed.update(node.inputs)
+                kept.append(node)
+        return kept[::-1]
+
     def _add(self, node: Node, layers: dict[Any, Module]) -> None:
         """Make a node a step."""
+        if node.op in LITERAL:
+            for name in node.inputs[1 if node.op not in RANDOM else 0 :]:
+                weight = self._constants.get(name)
+                if isinstance(weight, Weight):
+                    self._constants[name] = np.asarray(weight.constant.load())
         of_a_shape = node.op in ("Shape", "Size")
         names = [] if of_a_shape else [name for name in node.inputs if name]
         if any(name in self._live for name in names):
@@ -151,7 +212,9 @@ class OnnxNet(Module):
         module: Module | None = None
         if any(name in self._tensors or isinstance(self._constants.get(name), Weight) for name in names):
             made = layer_for(node, self._constants, self._with_weights, layers)
-            if made is None:
+            if node.op in RECURRENT:
+                module, node = self._recurrent(node)
+            elif made is None:
                 module = operation = self._operation(node)
                 node = operation.node
             else:
@@ -161,6 +224,17 @@ class OnnxNet(Module):
                     self.add_module(self._name(made.path or node.scope, node, bool(made.path)), module)
             self._tensors.update(filter(None, node.outputs))
         self._steps.append((node, module))
+
+    def _recurrent(self, node: Node) -> tuple[Module, Node]:
+        """An LSTM or GRU, and its node without the weights."""
+        stored = [as_weight(self._constants.get(name), name) if name else None for name in node.inputs]
+        weights = [None, *(w if isinstance(w, Weight) else None for w in stored[1:4]), *stored[4:5]]
+        if any(name and weight is None for name, weight in zip(node.inputs[1:4], weights[1:], strict=False)):
+            raise ValueError("its weights are not stored in the file")
+        weights += [name or None for name in node.inputs[5:8]]
+        module = recurrent_layer(node, weights, self._with_weights)
+        self.add_module(self._name(node.scope, node, False), module)
+        return module, replace(node, inputs=(node.inputs[0], *node.inputs[5:7]))
 
     def _operation(self, node: Node) -> Operation:
         """A node that is no layer."""
@@ -173,10 +247,31 @@ class OnnxNet(Module):
                 self._constants[turned] = weight.permuted((1, 0))
                 inputs = (*node.inputs[:position], turned, *node.inputs[position + 1 :])
                 node = replace(node, inputs=inputs, attributes={**node.attributes, option: 0})
-        multiplied = [self._parameter(name) for name in node.inputs[:2] if node.op in PRODUCTS]
+        behind = self._behind(node.inputs[:2]) if node.op in PRODUCTS else []
+        multiplied = [self._parameter(name) for name in behind]
         operation = Operation(self._reading(node, node.inputs), [p for p in multiplied if p is not None])
         self.add_module(self._name(node.scope, node, False), operation)
         return operation
+
+    def _as_pytorch_has_it(self, node: Node) -> Node:
+        """An InstanceNormalization whose ones and zeros no parameter of the file has stands for one without weights."""
+        if node.op != "InstanceNormalization" or any(name in self.graph.constants for name in node.inputs[1:3]):
+            return node
+        values = [self._constants.get(name) for name in node.inputs[1:3]]
+        plain = all(isinstance(v, np.ndarray) and (v == n).all() for v, n in zip(values, (1, 0), strict=True))
+        return replace(node, attributes={**node.attributes, "plain": True}) if plain else node
+
+    def _behind(self, names: Iterable[str]) -> list[str]:
+        """The stored weights that values are, or that they are computed from without the input."""
+        found: dict[str, None] = {}
+        waiting = [name for name in names if name not in self._live]
+        while waiting:
+            name = waiting.pop()
+            if isinstance(self._constants.get(name), Weight):
+                found[name] = None
+            elif name in self._made_by:
+                waiting += self._made_by[name].inputs
+        return list(found)
 
     def _reading(self, node: Node, inputs: Sequence[str]) -> Node:
         """The node with these inputs; weights among them that no layer has become parameters of their own names."""
@@ -217,20 +312,63 @@ class OnnxNet(Module):
 
     # ---- running -----------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def input_dtype(self) -> np.dtype:
+        """Of the first input: the network's own for every floating type."""
+        dtype = self.graph.inputs[0].dtype
+        return self._dtype if dtype.kind == "f" else dtype
+
+    @property
+    def _dtype(self) -> np.dtype:
+        return next((p.dtype for p in self.parameters()), np.dtype(np.float32))
+
+    def inputs_beside(self, x: Tensor) -> list[Tensor]:
+        """Ones in place of the other inputs, in the shapes that the file declares: its own batch is that of ``x``.
+
+        Raises ValueError for a size that the file leaves open and that no size of ``x`` tells.
+        """
+        first = self.graph.inputs[0]
+        known = {name: n for name, n in zip(first.open, x.shape, strict=False) if name}
+        made = []
+        for value in self.graph.inputs[1:]:
+            sizes = list(value.shape or ())
+            for i, n in enumerate(sizes):
+                if i == 0 and (n is None or n == self._declared_batch):
+                    sizes[i] = x.shape[0]
+                elif n is None:
+                    sizes[i] = known.get(value.open[i])
+            if value.shape is None or None in sizes:
+                raise ValueError(f"input {shown(value.name)} has open sizes, expected sizes that the first input tells")
+            dtype = self._dtype if value.dtype.kind == "f" else value.dtype
+            shape = tuple(int(n) for n in sizes if n is not None)
+            made.append(Tensor.meta(shape, dtype) if x.is_meta else Tensor(np.ones(shape, dtype)))
+        return made
+
+    def forward(self, x: Tensor, *others: Tensor) -> Any:
+        """The output, or a list of several; inputs that are not given are ones (:meth:`inputs_beside`)."""
         if x.ndim == 0 or (self.graph.input_shape is not None and x.ndim != len(self.graph.input_shape)):
             raise ValueError(f"x has shape {x.shape}, expected {len(self.graph.input_shape or ())} dimensions")
+        names = [value.name for value in self.graph.inputs]
+        if others and len(others) != len(names) - 1:
+            raise ValueError(
+                f"{1 + len(others)} inputs are given, expected {len(names)}: {', '.join(map(shown, names))}"
+            )
+        for value, tensor in zip(self.graph.inputs, (x, *others), strict=False):
+            if (tensor.dtype.kind == "f") != (value.dtype.kind == "f"):
+                raise TypeError(f"input {shown(value.name)} has dtype {tensor.dtype}, expected {value.dtype}")
+        given = [x, *(others or self.inputs_beside(x))]
         declared = self._declared_batch
         if declared is None or x.shape[0] == declared:
-            return self._walk(x)
+            return self._walk(given)
         try:
             sizes: dict[str, int] | None = {}
             if x.shape[0] not in self._fitting:
                 with record():  # aside: these operations are not the network's own
-                    self._walk(Tensor.meta((declared, *x.shape[1:]), x.dtype), sizes=sizes, quietly=True)
+                    alone = Tensor.meta((declared, *x.shape[1:]), x.dtype)
+                    self._walk([alone, *self.inputs_beside(alone)], sizes=sizes, quietly=True)
             else:
                 sizes = None
-            result = self._walk(x, expected=sizes)
+            result = self._walk(given, expected=sizes)
         except _EXPECTED as error:
             raise ValueError(
                 f"{error}; the file is made for a batch of {declared}: export it with a dynamic batch, or ask for that"
@@ -240,24 +378,27 @@ class OnnxNet(Module):
 
     def _walk(
         self,
-        x: Tensor,
+        given: Sequence[Tensor],
         expected: Mapping[str, int] | None = None,
         sizes: dict[str, int] | None = None,
         quietly: bool = False,
-    ) -> Tensor:
+    ) -> Any:
         """Run the graph.
 
         ``sizes`` takes the number of elements of every value; ``expected`` are those of the batch that the file
         is made for, which must have grown with the batch. Quietly: past the hooks of the modules.
         """
-        values: dict[str, Any] = {self.graph.input: x}
+        batch = given[0].shape[0]
+        values: dict[str, Any] = {value.name: x for value, x in zip(self.graph.inputs, given, strict=True)}
         last_use = self._last_use()
         left_out: list[Node] = []
         for i, (node, module) in enumerate(self._steps):
             with _at(self.graph, node):
-                operands = self._with_batch(node, [self._operand(name, values) for name in node.inputs], x.shape[0])
+                operands = self._with_batch(node, [self._operand(name, values) for name in node.inputs], batch)
                 if module is None:
                     results: Any = evaluate(node, operands)
+                elif is_plain(node, operands):
+                    results = evaluate_plain(node, operands, self._dtype)
                 elif self.training and self._is_of_the_loss(node, operands[0], left_out):
                     left_out.append(node)
                     results = operands[0]
@@ -267,12 +408,15 @@ class OnnxNet(Module):
                     results = module.forward(*operands) if quietly else module(*operands)
                 for name, value in zip(node.outputs, results if isinstance(results, list) else [results], strict=False):
                     values[name] = value
-                    self._compare(name, value, x.shape[0], expected, sizes)
+                    self._compare(name, value, batch, expected, sizes)
             for name in last_use[i]:
                 values.pop(name, None)
         self._left_out = bool(left_out)
-        result: Tensor = values[self.graph.output]
-        return result
+        missing = [name for name in self.graph.outputs if name not in values]
+        if missing:
+            raise ValueError(f"{shown(self.graph.file)}: output {shown(missing[0])} is one that is not computed here")
+        found = [values[name] for name in self.graph.outputs]
+        return found if len(found) > 1 else found[0]
 
     def _is_of_the_loss(self, node: Node, x: Any, left_out: Sequence[Node]) -> bool:
         """Whether a node makes probabilities, or their logarithms, of the scores that cross-entropy takes."""
@@ -290,7 +434,8 @@ class OnnxNet(Module):
         """For each step, the values that no later one reads; found once."""
         if "_last_uses" not in self.__dict__:
             last = {name: i for i, (node, _) in enumerate(self._steps) for name in (*node.inputs, *node.outputs)}
-            last.pop(self.graph.output, None)
+            for output in self.graph.outputs:
+                last.pop(output, None)
             uses: list[list[str]] = [[] for _ in self._steps]
             for name, i in last.items():
                 uses[i].append(name)
@@ -303,6 +448,8 @@ class OnnxNet(Module):
         declared = self._declared_batch
         if declared is None or declared == batch:
             return operands
+        if node.op in RANDOM and operands[0].ndim and operands[0].shape[0] == declared:
+            return [np.zeros((batch, *operands[0].shape[1:]), operands[0].dtype), *operands[1:]]
         if node.op == "Reshape" and len(operands) > 1 and isinstance(operands[1], np.ndarray) and operands[1].size:
             shape = operands[1].copy()
             if node.inputs[0] in self._live and shape[0] == declared and operands[0].shape[0] == batch:
@@ -345,9 +492,11 @@ def _last_softmax(nodes: Sequence[Node], graph: Graph) -> list[Node]:
     """The Softmax or LogSoftmax behind which the graph only looks at its result otherwise; with the Log behind it."""
     maker = {name: node for node in nodes for name in node.outputs}
     reads = Counter(name for node in nodes for name in node.inputs)
-    name = graph.output
+    if len(graph.outputs) > 1:
+        return []
+    (name,) = graph.outputs
     behind: list[Node] = []
-    while name in maker and reads[name] == (name != graph.output):
+    while name in maker and reads[name] == (name not in graph.outputs):
         node = maker[name]
         if node.op in ("Softmax", "LogSoftmax"):
             return [node, *behind]
@@ -360,12 +509,12 @@ def _last_softmax(nodes: Sequence[Node], graph: Graph) -> list[Node]:
 
 def check_operations(graph: Graph) -> None:
     """Raise ValueError that names every operation without a rule."""
-    live, missing = {graph.input}, set()
+    live, missing = {value.name for value in graph.inputs}, set()
     for node in graph.nodes:
         depends = node.op not in ("Shape", "Size") and any(name in live for name in node.inputs)
         if depends:
             live.update(filter(None, node.outputs))
-        if node.op not in tensor_ops() and node.op not in LAYERS and (depends or node.op not in HOST):
+        if node.op not in {*tensor_ops(), *LAYERS, *RECURRENT} and (depends or node.op not in HOST):
             missing.add(node.op)
     if missing:
         names = ", ".join(plain(name) for name in sorted(missing)[:50])
@@ -374,7 +523,7 @@ def check_operations(graph: Graph) -> None:
 
 def known_operations() -> str:
     """Names of the operations that an input may go through."""
-    return ", ".join(sorted({*tensor_ops(), *LAYERS}))
+    return ", ".join(sorted(op for op in {*tensor_ops(), *LAYERS, *RECURRENT} if not op.startswith("torch.")))
 
 
 def _weight_or_array(graph: Graph, name: str, constant: Constant) -> Any:
@@ -394,8 +543,15 @@ def _folded(node: Node, inputs: list[Any]) -> list[Any] | None:
         inputs = [Weight.of(inputs[0], node.inputs[0]), *inputs[1:]]
     if node.op == "Constant" and isinstance(node.attributes.get("value"), Constant):
         constant = node.attributes["value"]
-        if constant.size > 1 and constant.is_floating:
+        if constant.size > MAX_ELEMENTS and constant.is_floating:
             return [Weight(constant, (node.outputs[0],))]
+    if node.op == "ConstantOfShape" and isinstance(inputs[0], np.ndarray):
+        shape = tuple(int(n) for n in inputs[0].reshape(-1))
+        if MAX_ELEMENTS < math.prod(shape) <= MAX_FILLED and min(shape) >= 0:
+            fill = node.attributes.get("value")
+            value = float(np.asarray(fill.load()).reshape(-1)[0]) if fill is not None else 0.0
+            filled = Constant(shape, np.dtype(np.float32), lambda: np.full(shape, value, np.float32))
+            return [Weight(filled, (node.outputs[0],))]
     if any(isinstance(x, Weight) for x in inputs):
         if node.op in ("Shape", "Size"):
             return evaluate(node, inputs)

@@ -8,7 +8,6 @@ nothing else reads what it computes on the way; whatever is not recognised is co
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,63 +15,23 @@ from typing import Any
 import numpy as np
 
 from analysis.onnx.file import Node
+from analysis.onnx.gates import GATES
 from analysis.onnx.layers import Weight, fits_as_bias
+from analysis.onnx.norms import NORMS
+from analysis.onnx.scores import SCORES
+from analysis.onnx.uses import Match, Uses
 
 
-class Uses:
-    """Who makes and who reads a value."""
-
-    def __init__(self, nodes: Sequence[Node], constants: Mapping[str, Any], output: str) -> None:
-        self.constants = constants
-        self.maker = {name: node for node in nodes for name in node.outputs}
-        self.readers: dict[str, list[Node]] = {}
-        self.count: Counter[str] = Counter({output: 1})
-        for node in nodes:
-            for name in node.inputs:
-                self.readers.setdefault(name, []).append(node)
-                self.count[name] += 1
-
-    def reader(self, node: Node, op: str) -> Node | None:
-        """The node of this kind that alone reads the first output of ``node``."""
-        name = node.outputs[0]
-        readers = self.readers.get(name, [])
-        alone = self.count[name] == 1 and len(readers) == 1 and not any(node.outputs[1:])
-        return readers[0] if alone and readers[0].op == op else None
-
-    def made_by(self, name: str, *ops: str) -> Node | None:
-        node = self.maker.get(name)
-        return node if node is not None and node.op in ops else None
-
-    def number(self, name: str) -> float | None:
-        """The value of a constant with one element."""
-        value = self.constants.get(name)
-        return float(value.reshape(())) if isinstance(value, np.ndarray) and value.size == 1 else None
-
-    def times(self, node: Node | None, factor: float) -> str | None:
-        """The operand that a Mul multiplies with ``factor``, or a Div divides by 1 / factor."""
-        if node is None or len(node.inputs) != 2:
-            return None
-        a, b = node.inputs
-        for operand, constant in ((a, b), (b, a)) if node.op == "Mul" else ((a, b),):
-            value = self.number(constant)
-            if value and math.isclose(value if node.op == "Mul" else 1 / value, factor, rel_tol=1e-3):
-                return operand
-        return None
-
-
-Match = tuple[Node, list[Node]]
-"""What takes the place of the last of a list of nodes; the others go."""
-
-
-def simplify(nodes: Sequence[Node], constants: Mapping[str, Any], output: str) -> list[Node]:
+def simplify(nodes: Sequence[Node], constants: Mapping[str, Any], outputs: Iterable[str]) -> list[Node]:
     """The nodes with every recognised group replaced by one node.
 
-    The nodes that compute with constants alone are not among them; ``output`` is the value that is read from outside.
+    The nodes that compute with constants alone are not among them; ``outputs`` are the values read from outside.
     """
-    result = list(nodes)
-    for op, pattern in (("Erf", _gelu), ("Sqrt", _layer_norm), ("MatMul", _linear)):
-        uses = Uses(result, constants, output)
-        result = _replace(result, (_tried(pattern, uses, node) for node in result if node.op == op))
+    result, read = list(nodes), list(outputs)
+    for op, pattern in (("Erf", _gelu), *GATES, ("Sqrt", _layer_norm), *NORMS, *SCORES, ("MatMul", _linear)):
+        if any(node.op == op for node in result):
+            uses = Uses(result, constants, read)
+            result = _replace(result, (_tried(pattern, uses, node) for node in result if node.op == op))
     return result
 
 
@@ -97,7 +56,7 @@ def _replace(nodes: Sequence[Node], matches: Iterable[Match | None]) -> list[Nod
 
 def _linear(uses: Uses, product: Node) -> Match | None:
     """x @ W + b, W (in, out) and b (out,) stored; or W @ x + b, W (out, in) and b (out, 1)."""
-    left = isinstance(uses.constants.get(product.inputs[0]), Weight)
+    left = [isinstance(uses.constants.get(name), Weight) for name in product.inputs] == [True, False]
     weight, add = uses.constants.get(product.inputs[0 if left else 1]), uses.reader(product, "Add")
     if add is None or not isinstance(weight, Weight) or len(weight.shape) != 2:
         return None
@@ -167,7 +126,7 @@ def _layer_norm(uses: Uses, sqrt: Node) -> Match | None:
         return None
     reductions = [n for n in group if n.op == "ReduceMean"]
     sources = {n.inputs[0] for n in group if n.op == "Sub"} | {m.inputs[0] for m in means if m is not None}
-    if sources != {x} or not all(_over_the_last(uses, n) for n in reductions) or not _closed(uses, group):
+    if sources != {x} or not all(_over_the_last(uses, n) for n in reductions) or not uses.closed(group):
         return None
     attributes = {"axis": -1, "epsilon": eps}
     joined = replace(
@@ -187,9 +146,3 @@ def _over_the_last(uses: Uses, node: Node) -> bool:
     if len(node.inputs) > 1:
         axes = uses.constants.get(node.inputs[1])
     return axes is not None and list(np.asarray(axes).reshape(-1)) == [-1] and node.attributes.get("keepdims", 1) == 1
-
-
-def _closed(uses: Uses, group: Sequence[Node]) -> bool:
-    """Whether only the group itself reads what it computes, its last node apart."""
-    inside: Callable[[str], int] = Counter(name for node in group for name in node.inputs).__getitem__
-    return all(uses.count[name] == inside(name) for node in group[:-1] for name in node.outputs if name)

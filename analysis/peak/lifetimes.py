@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from analysis.rules.loss import loss_of
 from analysis.rules.recompute import OP, flatten
-from lance_ref import functional as F
 from lance_ref.engine.recording import OpRecord, Recorder, Value
 from lance_ref.engine.state import state
 from lance_ref.engine.tensor import Tensor
@@ -66,15 +66,15 @@ def watched(net: Module) -> Iterator[Watcher]:
 
 
 def lifetimes(net: Module, input_shape: Sequence[int], dtype: Any = np.float32) -> dict[int, int]:
-    """When each tensor of ``F.cross_entropy(net(x), labels)`` is given back, from shapes alone.
+    """When each tensor of ``loss_of(net(x), labels)`` is given back, from shapes alone.
 
-    The net is in the mode and with the selection of the step; its output is (batch, classes). By id of the value, which
+    The net is in the mode and with the selection of the step. By id of the value, which
     is the same in any trace of this net and step: the number of operations after which it is given back. Input, labels
     and loss live on, and have no entry.
     """
     x, labels = Tensor.meta(input_shape, dtype), Tensor.meta((input_shape[0],), np.int64)
     with watched(net) as watcher:
-        loss = F.cross_entropy(net(x), labels)
+        loss = loss_of(net(x), labels)
         ends = dict(watcher.ends)  # before x, labels and the loss go
     del loss
     return ends

@@ -21,10 +21,10 @@ from analysis.peak.lifetimes import Lifetimes, lifetimes_from_scopes
 from analysis.peak.simulation import Simulation
 from analysis.peak.stores import STORES
 from analysis.rules.account import Billed, row_names
+from analysis.rules.loss import loss_of
 from analysis.rules.operations import known
 from analysis.rules.recompute import OP as SEGMENT
 from analysis.rules.recompute import flatten
-from lance_ref import functional as F
 from lance_ref import optim
 from lance_ref.algebra.kernels.threads import numba_enabled
 from lance_ref.engine.recording import OpRecord, itemsize
@@ -233,7 +233,7 @@ def measure_peak(net: Module, images: np.ndarray, labels: np.ndarray, optimizer:
 
 def _one_step(net: Module, batches: Sequence[Sequence[np.ndarray]], optimiser: Optimizer) -> None:
     for images, labels in zip(*batches, strict=True):
-        loss = F.cross_entropy(net(Tensor(images)), Tensor(labels))
+        loss = loss_of(net(Tensor(images)), Tensor(labels))
         loss.backward()
     optimiser.step()
 

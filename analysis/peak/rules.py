@@ -125,6 +125,8 @@ def _alone(grad: Layout, beside: int = 0) -> Backward:
 NONE, ONE, TWO = (0.0, 0.0), (1.0, 2.0), (2.0, 3.0)
 TEMPORARIES = {  # arrays beside the result, forward and backward: (of a small array, of a block)
     "neg": (NONE, NONE), "exp": (NONE, NONE), "log": (NONE, NONE), "sqrt": (NONE, ONE), "pow": (NONE, ONE),
+    "silu": ((3.0, 3.0), (3.0, 3.0)), "mish": (ONE, (5.0, 5.0)), "softplus": ((2.25, 3.25), (4.25, 4.25)),
+    "elu": ((1.25, 2.25), (1.25, 2.25)),
     "tanh": (NONE, ONE), "sigmoid": ((3.0, 3.0), (1.0, 1.0)), "gelu": (ONE, TWO), "hardswish": (ONE, (1.5, 2.5)),
 }  # fmt: skip
 UNBLOCKED = {"erf": (0, 1), "gelu_tanh": (1, 5)}

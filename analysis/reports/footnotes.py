@@ -21,7 +21,10 @@ def footnotes(report: Report) -> list[str]:
     ranked = any(cost.ranks for row in report.rows for cost in row.methods.values())
     ranks = [f"ranks from: {report.ranks_from}"] if ranked else []
     estimates = [f"{plain(what)}: {said}" for what, said in report.estimates.items()]
-    remarks = filter(None, [report.remark])
+    from analysis.reports.report import OF_THE_FILE
+
+    file_only = f"pytorch (file): {OF_THE_FILE}" if report.file_only else ""
+    remarks = filter(None, [report.remark, file_only])
     return [*_chunks(report), *_peaks(report), *estimates, *ranks, *_calibrations(report), *_about(report), *remarks]
 
 

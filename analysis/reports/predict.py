@@ -70,7 +70,7 @@ class Prediction:
     def report(self) -> Report:
         """The answer, as it is printed and written."""
         from analysis.reports.report import Report
-        from analysis.steps.nets import remark
+        from analysis.steps.nets import SUM_OF_OUTPUTS, remark
 
         step, shape, settings = self.step, self.step.input_shape, self.asked.settings
         return Report.of(
@@ -94,7 +94,8 @@ class Prediction:
             peaks_of=lambda: self.peaks,
             net_parameters=sum(parameter.size for parameter in step.net.parameters()),
             optimizer=self.asked.optimizer,
-            remark=remark(step.net),
+            remark="; ".join(filter(None, ["" if step.num_classes else SUM_OF_OUTPUTS, remark(step.net)])),
+            file_only=bool(getattr(step.net, "file_only", False)),
             chunks=self.chunks,
         )
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 ACCOUNTINGS = ("paper", "pytorch", "tape")
+OF_THE_FILE = "what PyTorch keeps of the operations of this file; of the network that it was made of, it may keep more"
 CONVENTIONS = ("flops", "paper")
 OPTIMIZERS = ("sgd", "sgd-momentum", "adam")
 _Place = tuple[str, str, int]
@@ -167,6 +168,8 @@ class Report:
         How the method takes its batch, as a clause, where chunks were asked for.
     remark : str
         What must be known of the net itself; empty for most.
+    file_only : bool
+        Whether the net comes from a file that may lack what the network keeps: then PyTorch's column is marked.
     """
 
     net: str
@@ -188,6 +191,7 @@ class Report:
     optimizer: str = OPTIMIZERS[0]
     remark: str = ""
     chunks: dict[str, str] = field(default_factory=dict)
+    file_only: bool = False
 
     @classmethod
     def of(cls, bills: Mapping[str, Sequence[Billed]], convention: str, **facts: Any) -> Report:
@@ -263,7 +267,10 @@ class Report:
             },
             "settings": self.settings,
             "calibration": {method: cost.to_json() for method, cost in self.calibration.items()},
-            "notes": self.notes | ({"net": self.remark} if self.remark else {}) | self.estimates,
+            "notes": self.notes
+            | ({"net": self.remark} if self.remark else {})
+            | ({"pytorch": OF_THE_FILE} if self.file_only else {})
+            | self.estimates,
             "chunks": self.chunks,
             "optimizer": self.optimizer,
             "peak": {method: _peak_json(peak) for method, peak in self.peaks.items()},

@@ -60,8 +60,9 @@ def drawn(
 def _heading(report: Report) -> str:
     size = "" if report.image_size is None else f", {report.image_size} pixels"
     count = len(report.tuned_layers)
+    classes = f"{report.num_classes} classes" if report.num_classes else "no classes"
     return (
-        f"{report.net}, batch {report.batch}{size}, {report.num_classes} classes, {report.dtype}; "
+        f"{report.net}, batch {report.batch}{size}, {classes}, {report.dtype}; "
         f"tuned: {count} layer{'' if count == 1 else 's'} and the classifier head"
     )
 
@@ -192,9 +193,12 @@ def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS, wide:
     columns += [*others, "elementwise", *kinds]
     optional = [["tape + factors"], *([name] for name in (*reversed(others), "elementwise")), kinds]
     title = f"Totals (memory in MiB, {work} and element-wise operations in billions)"
+    if report.file_only:
+        columns, optional = [_marked(c) for c in columns], [[_marked(c) for c in group] for group in optional]
     table = Sheet(title, columns, 1, () if wide else optional)
 
     def add(name: str, cells: dict[str, str], style: str = "") -> None:
+        cells = {_marked(column): cell for column, cell in cells.items()} if report.file_only else cells
         table.add(name, *(cells.get(column, "") for column in columns[1:]), style=style)
 
     for method, cost in totals.items():
@@ -208,6 +212,11 @@ def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS, wide:
             times = {**ratios, work: ratios["flops"]}
             add(f"bp / {method}", {k: "-" if n is None else f"{n:,.2f}x" for k, n in times.items()}, "green")
     return table
+
+
+def _marked(column: str) -> str:
+    """The name of a column of totals that is the file's alone."""
+    return "pytorch (file)" if column == "pytorch" else column
 
 
 def _reductions(report: Report, method: str) -> dict[str, float | None]:

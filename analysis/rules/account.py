@@ -19,6 +19,9 @@ from analysis.rules.recompute import OP, Executed, cost_inside, cost_outside, ex
 from lance_ref.engine.recording import OpRecord
 
 WEIGHTED = ("conv2d", "linear")
+"""Operations of layers whose input a store may compress."""
+TRAINED = (*WEIGHTED, "conv3d", "conv_transpose2d")
+"""Operations of all layers that :func:`lance_ref.tune` selects."""
 EXACT = {"name": "exact"}
 """What the store of plain backpropagation says of itself."""
 
@@ -60,7 +63,7 @@ def with_described_stores(records: Sequence[OpRecord], stores: Mapping[str, Mapp
 
 def is_tuned(record: OpRecord, head: str | None) -> bool:
     """Whether this is a call of a layer that trains, the classifier head left out, or a segment with one inside."""
-    if record.op in WEIGHTED:
+    if record.op in TRAINED:
         return record.inputs[1].requires_grad and record.path != head
     return any(is_tuned(each, head) for each in inside(record))
 

@@ -37,6 +37,11 @@ UNARY = {
     "gelu": Unary(5, 11, "x", "x"),  # ½x(1 + erf(x/√2));  g·(Φ(x) + x·φ(x))
     "hardswish": Unary(5, 6, "x", "x"),  # x·min(max(x + 3, 0), 6)/6;  g·(2x + 3)/6 inside (−3, 3)
     "hardsigmoid": Unary(4, 1, "bits", "x"),  # min(max(x + 3, 0), 6)/6;  g/6 inside (−3, 3)
+    "silu": Unary(5, 9, "x", "x"),  # x·σ(x);  g·σ·(1 + x·(1 − σ))
+    "mish": Unary(4, 15, "x", "x"),  # x·tanh(s), s = ln(1 + e^x);  g·(t + x·(1 − t²)·σ(x)), t and σ made again
+    "softplus": Unary(4, 6, "x", "x"),  # ln(1 + e^(βx))/β;  g·σ(βx)
+    "elu": Unary(3, 2, "output", "x"),  # x, or α·(e^x − 1);  g, or g·(y + α)
+    "leaky_relu": Unary(2, 1, "bits", "x"),
     "relu": Unary(1, 1, "bits", "output"),
     "relu6": Unary(2, 1, "bits", "x"),
     "clip": Unary(2, 1, "bits", "x"),
@@ -107,6 +112,66 @@ def div(call: Call) -> OpCost:
         cost.tape.append(call.save_input("a", 0))
     cost.pytorch = list(cost.tape)
     return cost
+
+
+@rule("prelu")
+def prelu(call: Call) -> OpCost:
+    """x, or w·x: a comparison and a product. Backward the same for x; a product and a sum for w."""
+    n = call.n_out
+    cost = OpCost(elementwise=2 * n + 2 * n * call.needs(0) + 2 * n * call.needs(1))
+    if call.on_tape:
+        cost.tape.append(call.save_input("x", 0))
+        cost.pytorch = [call.save_input("x", 0), call.save_input("weight", 1)]
+    if call.needs(0):
+        cost.tape.append(call.save_input("weight", 1))
+    return cost
+
+
+@rule("glu")
+def glu(call: Call) -> OpCost:
+    """a·σ(b): 5 for each result; backward σ again (4), g·σ, and ·(1 − σ)·a."""
+    cost = OpCost(elementwise=5 * call.n_out)
+    if call.on_tape:
+        cost.elementwise += 8 * call.n_out
+        cost.tape, cost.pytorch = [call.save_input("x", 0)], [call.save_input("x", 0)]
+    return cost
+
+
+@rule("where")
+def where(call: Call) -> OpCost:
+    """A choice for each result, and for each gradient. PyTorch keeps the condition as it is, a byte each."""
+    cost = OpCost(elementwise=call.n_out)
+    if call.on_tape:
+        cost.tape = [fresh("mask", bit_bytes(call.n_in))]
+        cost.pytorch = [call.save_input("condition", 0)]
+    for position in (1, 2):
+        if call.needs(position):
+            cost.elementwise += call.n_out + _summed(call, position)
+    return cost
+
+
+@rule("embedding")
+def embedding(call: Call) -> OpCost:
+    """Rows are copied; their gradients are added up. PyTorch keeps the indices as they are."""
+    cost = OpCost()
+    if call.on_tape:
+        cost.elementwise = call.n_out
+        cost.tape = [fresh("indices", call.n_in * index_bytes(call.record.inputs[1].shape[0]))]
+        cost.pytorch = [call.save_input("indices", 0)]
+    return cost
+
+
+@rule("interpolate")
+def interpolate(call: Call) -> OpCost:
+    """Nearest: copies, whose gradients are added up. Linear: two products and a sum along each axis, one by one."""
+    attributes = call.record.attributes
+    shape, work = list(call.record.inputs[0].shape), 0
+    for axis, size in enumerate(attributes["size"], start=2):
+        shape[axis] = size
+        work += 3 * math.prod(shape)
+    if attributes["mode"] == "nearest":
+        return OpCost(elementwise=call.n_out if call.on_tape else 0)
+    return OpCost(elementwise=work * (2 if call.on_tape else 1))
 
 
 @rule("reshape", "permute", "concatenate", "pad")
@@ -207,9 +272,9 @@ def mse_loss(call: Call) -> OpCost:
     return cost
 
 
-@rule("max_pool2d")
+@rule("max_pool2d", "max_pool3d")
 def max_pool2d(call: Call) -> OpCost:
-    """k_h·k_w comparisons per result; the place of the greatest is kept. PyTorch keeps it as int64, and the input."""
+    """A comparison per place of a window. The greatest place is kept; PyTorch keeps it as int64, and the input."""
     window = math.prod(call.record.attributes["kernel_size"])
     cost = OpCost(elementwise=call.n_out * window)
     if call.on_tape:
@@ -219,9 +284,9 @@ def max_pool2d(call: Call) -> OpCost:
     return cost
 
 
-@rule("avg_pool2d")
+@rule("avg_pool2d", "avg_pool3d")
 def avg_pool2d(call: Call) -> OpCost:
-    """k_h·k_w additions and a division per result, and the same back. PyTorch keeps the input."""
+    """An addition per place of a window and a division per result, and the same back. PyTorch keeps the input."""
     each = math.prod(call.record.attributes["kernel_size"]) + 1
     return _pooled(call, call.n_out * each)
 

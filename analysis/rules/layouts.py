@@ -55,6 +55,8 @@ class Layout(NamedTuple):
     @property
     def axis_order(self) -> list[int]:
         """Axes from the slowest to the fastest in memory."""
+        if any(s == 0 and n > 1 for s, n in zip(self.strides, self.shape, strict=True)):
+            return list(range(len(self.shape)))  # something is repeated: its result is packed
         return sorted(range(len(self.shape)), key=lambda axis: -abs(self.strides[axis]))
 
 
@@ -144,7 +146,7 @@ class Memory:
         if layout is None:
             layout = self._new(record.output, False)
             if lies == LIKE_INPUT:
-                alike = [x for x in inputs if x.shape == layout.shape or record.op == "concatenate"]
+                alike = [x for x in inputs if x.shape == layout.shape or record.op in ("concatenate", "glu")]
                 if alike and alike[0].strides != layout.strides:
                     layout = Layout(layout.storage, layout.shape, packed_strides(layout.shape, alike[0].axis_order))
         self.layouts[record.output.id] = layout
@@ -175,10 +177,31 @@ def backward_reaches(records: Sequence[OpRecord], start: Value | None = None) ->
 _ARITHMETIC = (
     *("add", "sub", "mul", "div", "neg", "pow", "exp", "sqrt", "tanh", "sigmoid", "log", "gelu"),
     *("hardsigmoid", "hardswish", "erf", "gelu_tanh", "clip", "fake_quantize"),
+    *("silu", "mish", "softplus", "elu", "leaky_relu", "prelu"),
 )
-_ON_OUR_TAPE = ("softmax", "log_softmax", "batch_norm", "layer_norm", "concatenate")
+_ON_OUR_TAPE = ("softmax", "log_softmax", "batch_norm", "layer_norm", "rms_norm", "concatenate")
 fill("layout", dict.fromkeys((*_ARITHMETIC, *_ON_OUR_TAPE), LIKE_INPUT))
-fill("layout_in_pytorch", dict.fromkeys(_ON_OUR_TAPE, PACKED) | dict.fromkeys(("relu", "relu6", "dropout"), LIKE_INPUT))
+_AS_X_IN_PYTORCH = ("relu", "relu6", "dropout", "glu")
+fill("layout_in_pytorch", dict.fromkeys(_ON_OUR_TAPE, PACKED) | dict.fromkeys(_AS_X_IN_PYTORCH, LIKE_INPUT))
+
+
+def _as_pytorchs_kernel(record: OpRecord, inputs: Sequence[Layout]) -> Layout | None:
+    """Attention of four dimensions comes out in the order of the queries' axes; the rest packed."""
+    shape = record.output.shape
+    if len(shape) != 4 or inputs[0].shape != shape or any(v.requires_grad for v in record.inputs[3:]):
+        return None
+    return Layout(Storage(record.output.nbytes), shape, packed_strides(shape, inputs[0].axis_order))
+
+
+def _repeated(record: OpRecord, inputs: Sequence[Layout]) -> Layout:
+    """A view of PyTorch's, with steps of 0 where something is repeated."""
+    x, shape = inputs[0], record.output.shape
+    lead = len(shape) - len(x.shape)
+    steps = [s if n == m else 0 for n, m, s in zip(x.shape, shape[lead:], x.strides, strict=True)]
+    return Layout(x.storage, shape, (*[0] * lead, *steps))
+
+
+fill("layout_in_pytorch", {"scaled_dot_product_attention": _as_pytorchs_kernel, "expand": _repeated})
 fill("layout", {
     "reshape": lambda record, inputs: inputs[0].reshaped(record.output.shape),
     "permute": lambda record, inputs: inputs[0].permuted(record.attributes["dims"]),

@@ -1,4 +1,4 @@
-"""Cost rules of the normalisations: batch_norm (frozen and training) and layer_norm."""
+"""Cost rules of the normalisations: batch norm (frozen and training), and norms of layers, groups and instances."""
 
 from __future__ import annotations
 
@@ -41,6 +41,41 @@ def batch_norm(call: Call) -> OpCost:
 @rule("layer_norm")
 def layer_norm(call: Call) -> OpCost:
     return _normalised(call, groups=call.n_in // math.prod(call.record.attributes["normalized_shape"]))
+
+
+@rule("group_norm", "instance_norm")
+def group_norm(call: Call) -> OpCost:
+    """As layer_norm, over groups of channels. PyTorch's instance norm keeps the weight once for each sample."""
+    B, num_groups = call.record.inputs[0].shape[0], call.record.attributes["num_groups"]
+    cost = _normalised(call, groups=B * num_groups)
+    if call.on_tape and call.record.op == "instance_norm" and call.record.attributes["affine"]:
+        repeated = fresh("weight, repeated", B * num_groups * call.itemsize)
+        cost.pytorch = [call.save_input("x", 0), repeated, *cost.pytorch[1:3]]
+    return cost
+
+
+@rule("rms_norm")
+def rms_norm(call: Call) -> OpCost:
+    """x̂ = x·inv_rms over each group: 4 per element, 1 more with a weight.
+
+    Backward: x̂ again (1), ∂x = inv_rms·(g − x̂·mean(g·x̂)) (5), with a weight g·w (1); weight Σ g·x̂ (2). PyTorch takes
+    it apart: it keeps x, inv_rms, and, for the weight, x̂.
+    """
+    n, weighted = call.n_out, len(call.record.inputs) > 1
+    group_bytes = n // math.prod(call.record.attributes["normalized_shape"]) * call.itemsize
+    cost = OpCost(elementwise=(5 if weighted else 4) * n)
+    if call.on_tape:
+        cost.elementwise += n + (5 + weighted) * n * call.needs(0)
+        cost.tape += [call.save_input("x", 0), fresh("inv_rms", group_bytes)]
+    if call.needs(0):
+        cost.pytorch += [call.save_input("x", 0), fresh("inv_rms", group_bytes)]
+        if weighted:
+            cost.tape.append(call.save_input("weight", 1))
+            cost.pytorch.append(call.save_input("weight", 1))
+    if weighted and call.needs(1):
+        cost.elementwise += 2 * n
+        cost.pytorch.append(fresh("x, normalised", n * call.itemsize))
+    return cost
 
 
 def _normalised(call: Call, groups: int) -> OpCost:

@@ -1,4 +1,4 @@
-"""Cost rules of the operations that multiply matrices: conv2d, linear, matmul.
+"""Cost rules of the operations that multiply matrices: convolutions, linear, matmul, attention.
 
 A layer with weights keeps what its activation store keeps, so there is one rule per store as well, in
 :mod:`analysis.rules.stores`.
@@ -76,6 +76,70 @@ def _weighted(call: Call, macs: int, in_pytorch: Saved, pytorch_keeps_frozen: bo
         cost.pytorch.append(call.save_input("weight", 1))
     if bias and call.needs(2):
         cost.elementwise += call.n_out
+    return cost
+
+
+@rule("conv_transpose2d", "conv3d")
+def uncompressed(call: Call) -> OpCost:
+    """Convolutions whose input no store compresses; each product takes as many multiply-adds as the forward pass.
+
+    Transposed, every input meets the weight: B·H·W·C_in·(C_out/g)·k_h·k_w. In three dimensions every output does.
+    PyTorch keeps input and weight wherever backward comes through.
+    """
+    x, weight = call.record.inputs[:2]
+    name = call.record.attributes["store"]["name"]
+    if name != "exact":
+        raise ValueError(f"layer {call.record.path!r}: {name} does not compress the input of {call.record.op}")
+    transposed = call.record.op == "conv_transpose2d"
+    macs = (x.size if transposed else call.n_out) * math.prod(weight.shape[1:])
+    cost = OpCost(forward_macs=macs, elementwise=call.n_out * call.has_bias)
+    if call.needs(1):
+        cost.grad_weight_macs = cost.paper_grad_weight_macs = macs
+        cost.paper_bytes = x.nbytes
+        cost.tape.append(call.save_input("activation", 0))
+    if call.needs(0):
+        cost.grad_input_macs = macs
+        cost.tape.append(call.save_input("weight", 1))
+    if call.on_tape:
+        cost.pytorch = [call.save_input("input", 0), call.save_input("weight", 1)]
+    if call.has_bias and call.needs(2):
+        cost.elementwise += call.n_out
+    return cost
+
+
+@rule("scaled_dot_product_attention")
+def attention(call: Call) -> OpCost:
+    """softmax(scale·Q Kᵀ + mask)·V: two products. Of the gradients V takes one, Q and K one each and one for both.
+
+    Per score: scaling 1, softmax 5, a mask 1; backward 4 and 1. Operands of four dimensions and one head size, whose
+    mask is not trained, go through PyTorch's kernel for the CPU. It keeps the operands, its result and one number for
+    each row of scores. Others go through the products, which keep scaled copies of Q and K, and the probabilities.
+    """
+    q, k, v, *mask = call.record.inputs
+    scores = q.size // q.shape[-1] * k.shape[-2]
+    of_scores, of_values = scores * q.shape[-1], scores * v.shape[-1]
+    cost = OpCost(forward_macs=of_scores + of_values, elementwise=scores * (6 + len(mask)))
+    if not call.on_tape:
+        return cost
+    needs_q, needs_k, needs_v = (call.needs(i) for i in range(3))
+    needs_mask = bool(mask) and call.needs(3)
+    through = needs_q or needs_k or needs_mask
+    cost.grad_input_macs = of_values * (needs_v + through) + of_scores * (needs_q + needs_k)
+    cost.elementwise += 5 * scores * through
+    cost.tape = [fresh("probabilities", scores * call.itemsize)]
+    kept = [call.save_input("q", 0), call.save_input("k", 1), call.save_input("v", 2)]
+    cost.tape += [saved for saved, yes in zip(kept, (needs_k, needs_q, through), strict=True) if yes]
+    if len(q.shape) == 4 and q.shape[-1] == v.shape[-1] and not needs_mask:
+        rows = scores // k.shape[-2]
+        cost.pytorch = [*kept, call.save_output(), fresh("logsumexp", rows * call.itemsize)]
+        for value in mask:
+            floating = value.dtype.startswith("float")
+            cost.pytorch.append(call.save_input("mask", 3) if floating else fresh("mask", value.size * call.itemsize))
+        return cost
+    if through:
+        cost.pytorch = [fresh("k, scaled", k.nbytes)] * needs_q + [fresh("q, scaled", q.nbytes)] * needs_k
+        cost.pytorch.append(kept[2])
+    cost.pytorch.append(fresh("probabilities", scores * call.itemsize))
     return cost
 
 

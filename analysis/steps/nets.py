@@ -20,8 +20,8 @@ import lance_ref
 from analysis.commands.memory import check_memory
 from analysis.commands.names import plain
 from analysis.peak.lifetimes import Lifetimes, watched
+from analysis.rules.loss import is_scores, loss_of, outputs_of
 from analysis.rules.recompute import flatten
-from lance_ref import functional as F
 from lance_ref import models
 from lance_ref.engine.recording import OpRecord
 from lance_ref.engine.tensor import Tensor
@@ -54,12 +54,13 @@ class TracedStep:
     net: Module  #: Tuned as asked for.
     name: str
     input_shape: tuple[int, ...]  #: Without the batch.
-    num_classes: int  #: Outputs of the net.
+    num_classes: int  #: Outputs of the net; 0 where it does not give (batch, classes) and the loss is a sum.
     records: list[OpRecord]
     tuned_layers: tuple[str, ...]  #: Layers that train, the head left out.
     head: str | None  #: The classifier, which always trains.
     #: When the tensors of the forward pass are given back: the same for every batch size and selection.
     lifetimes: Lifetimes
+    samples: int = 1
     #: What methods make of the step, by method and settings: made once (:meth:`remember`).
     derived: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
@@ -72,13 +73,13 @@ class TracedStep:
 
     @property
     def batch(self) -> int:
-        """Images of the step."""
-        return self.records[-1].inputs[0].shape[0]
+        """Samples of the step."""
+        return self.samples
 
     @property
     def dtype(self) -> str:
         """Of the activations."""
-        return self.records[-1].inputs[0].dtype
+        return self.records[-1].output.dtype
 
 
 def input_shape_for(name: str, image_size: int | None, given: Sequence[int] | None) -> tuple[int, ...]:
@@ -210,6 +211,10 @@ def remark(net: Module) -> str:
     return str(getattr(net, "remark", ""))
 
 
+SUM_OF_OUTPUTS = "the loss is the sum of all numbers of all outputs: this net does not give (batch, classes)"
+"""What a report says where no cross-entropy is there."""
+
+
 def _takes_num_classes(factory: Any) -> bool:
     try:
         parameters = inspect.signature(factory).parameters
@@ -245,12 +250,12 @@ def check_classes(name: str, asked: int | None, found: int) -> None:
 def trace_step(
     net: Module, name: str, input_shape: tuple[int, ...], batch: int, tune: str | Sequence[str] | None, dtype: str
 ) -> TracedStep:
-    """Tune a net and trace its forward pass and cross-entropy, on shapes alone.
+    """Tune a net and trace its forward pass and loss, on shapes alone: cross-entropy, else the sum of outputs.
 
     Without a ``tune``, what the register of networks says trains: the last four layers, or all of a net that has fewer.
 
-    Raises ValueError or TypeError if the selection fits nothing, the input does not fit the net, its output is not
-    (batch, classes), or parameters get gradients that ``net.parameters()`` does not give.
+    Raises ValueError or TypeError if the selection fits nothing, the input does not fit the net, it gives no floating
+    tensor, or parameters get gradients that ``net.parameters()`` does not give.
     """
     if dtype not in ("float32", "float64"):
         raise ValueError(f"dtype is {dtype!r}, expected float32 or float64")
@@ -268,7 +273,7 @@ def trace_step(
     _check_registered(net, name, records)
     if not records[-1].output.requires_grad:
         raise ValueError(f"net {name!r}: nothing that the loss depends on is trained by tune {tune!r}")
-    return TracedStep(net, name, input_shape, classes, records, tuning.layers, tuning.head, ends)
+    return TracedStep(net, name, input_shape, classes, records, tuning.layers, tuning.head, ends, batch)
 
 
 def _check_registered(net: Module, name: str, records: Sequence[OpRecord]) -> None:
@@ -281,7 +286,7 @@ def _check_registered(net: Module, name: str, records: Sequence[OpRecord]) -> No
 
 
 class Traced(NamedTuple):
-    """A forward pass and its cross-entropy: the records, the number of classes, and when tensors are given back."""
+    """A forward pass and its loss: the records, the number of classes (0: none), and when tensors are given back."""
 
     records: list[OpRecord]
     classes: int
@@ -289,16 +294,17 @@ class Traced(NamedTuple):
 
 
 def step_records(net: Module, name: str, input_shape: tuple[int, ...], batch: int, dtype: str) -> Traced:
-    """Trace a forward pass and its cross-entropy, on shapes alone.
+    """Trace a forward pass and its loss (:func:`analysis.rules.loss.loss_of`), on shapes alone.
 
     Raises
     ------
     CannotRunError
         If the input does not fit the net.
     ValueError
-        If its output is not (batch, classes).
+        If it gives no floating tensor.
     """
-    x, labels = Tensor.meta((batch, *input_shape), dtype), Tensor.meta((batch,), np.int64)
+    x = Tensor.meta((batch, *input_shape), getattr(net, "input_dtype", dtype))
+    labels = Tensor.meta((batch,), np.int64)
     with watched(net) as watcher:
         try:
             logits = net(x)
@@ -307,11 +313,10 @@ def step_records(net: Module, name: str, input_shape: tuple[int, ...], batch: in
             raise CannotRunError(
                 f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {words}{_place(error)}"
             ) from None
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch:
-            came = f"an output of shape {logits.shape}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            raise ValueError(f"net {name!r} gives {came}, expected a Tensor of shape ({batch}, classes)")
-        classes: int = logits.shape[1]
-        loss = F.cross_entropy(logits, labels)
+        if not outputs_of(logits):
+            raise ValueError(f"net {name!r} gives a {type(logits).__name__}, expected floating Tensors")
+        classes: int = logits.shape[1] if is_scores(logits, batch) else 0
+        loss = loss_of(logits, labels)
         del logits
         ends = dict(watcher.ends)  # before the input, the labels and the loss go
     del loss

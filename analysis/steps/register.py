@@ -19,7 +19,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from analysis.commands.cli import check_effect
-from analysis.steps.settings import KNOWN, Description, MethodStep, Ranks, Setting, Settings, TunedLayer
+from analysis.steps.settings import (
+    KNOWN,
+    Description,
+    MethodStep,
+    NotApplicableError,
+    Ranks,
+    Setting,
+    Settings,
+    TunedLayer,
+)
 
 if TYPE_CHECKING:
     from analysis.steps.nets import TracedStep
@@ -182,6 +191,7 @@ def method_step(
         changed = step.remember((name, *settings.of(method.names).values()), lambda: _changed(method, step, settings))
     stores: dict[str, Description] = {}
     if method.make is not None:
+        _check_compressible(name, step)
         paths = tuned if method.ranks is None else ranks
         layers = tuned_layers(step.dtype, {path: tuned[path] for path in paths}, ranks, settings)
         stores = {layer.path: (method.describe or _made(method))(layer) for layer in layers}
@@ -189,6 +199,18 @@ def method_step(
     if settings.of(method.names).get("update") == "subspace":
         changed = in_subspace(changed)
     return replace(changed, ranks=ranks, settings=settings)
+
+
+def _check_compressible(name: str, step: TracedStep) -> None:
+    """Raise NotApplicableError for a tuned layer whose input no store compresses."""
+    from analysis.rules.account import TRAINED, WEIGHTED
+    from analysis.rules.recompute import flatten
+
+    for record in flatten(step.records):
+        if record.op in TRAINED and record.op not in WEIGHTED and record.path in step.tuned_layers:
+            raise NotApplicableError(
+                f"layer {record.path!r} is a {record.op}, whose input {name} does not compress; tune others"
+            )
 
 
 def tuned_layers(

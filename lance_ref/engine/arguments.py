@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,24 @@ Gradients = tuple[np.ndarray | None, ...]
 """What a backward returns: one gradient per input, None where none is needed."""
 
 NUMBERS = (int, float, np.integer, np.floating, np.bool_)
+
+
+def with_numpy_names(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, which takes NumPy's ``axis=`` and ``keepdims=`` for ``dim=`` and ``keepdim=``, as in PyTorch.
+
+    TypeError if both names of one argument are given.
+    """
+
+    @functools.wraps(function)
+    def renamed(*arguments: Any, **named: Any) -> Tensor:
+        for theirs, ours in (("axis", "dim"), ("keepdims", "keepdim")):
+            if theirs in named:
+                if ours in named:
+                    raise TypeError(f"{function.__name__}: {theirs} and {ours} are both given, expected one of them")
+                named[ours] = named.pop(theirs)
+        return function(*arguments, **named)
+
+    return renamed
 
 
 def operands(a: Any, b: Any) -> tuple[Tensor, Tensor]:

@@ -110,6 +110,8 @@ class Function:
                 raise AssertionError(f"{cls.op}: forward gave {data.shape} {data.dtype}, expected {shape} {dtype}")
             # A view shares its version too: writing into one of the two spoils what the tape saved of either.
             output = Tensor.of(data, inputs[0]._version if cls.returns_view else None)
+            if cls.returns_view:
+                output.of_parameter = inputs[0].of_parameter and np.may_share_memory(data, inputs[0].data)
             if requires_grad:
                 # From here on the tape holds what forward saved by name, and no input.
                 node.close(output)
@@ -254,7 +256,7 @@ class Node:
         """Keep the input at ``position`` itself; a later change of its values is then an error."""
         if self._inputs is not None:
             tensor = self._inputs[position]
-            self.saved[name] = Saved(tensor.data, tensor._version, tensor.is_parameter)
+            self.saved[name] = Saved(tensor.data, tensor._version, tensor.of_parameter)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The saved array of that name."""

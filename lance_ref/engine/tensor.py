@@ -52,7 +52,10 @@ class Tensor:
         The accumulated gradient of a leaf, of the same shape and dtype; None before backward.
     """
 
-    __slots__ = ("__weakref__", "_data", "_dtype", "_node", "_shape", "_version", "grad", "requires_grad", "uid")
+    __slots__ = (
+        *("__weakref__", "_data", "_dtype", "_node", "_shape", "_version", "grad", "requires_grad", "uid"),
+        "of_parameter",  # whether it is a parameter, or a look at the memory of one
+    )
     __array_priority__ = 1000
     is_parameter = False
 
@@ -65,6 +68,7 @@ class Tensor:
         self.grad: np.ndarray | None = None
         self.uid = next(_uid)
         self.requires_grad = False
+        self.of_parameter = self.is_parameter
         if requires_grad:
             self.requires_grad_()
 
@@ -79,7 +83,7 @@ class Tensor:
             data = np.asarray(data)
         tensor._data, tensor._shape, tensor._dtype = data, data.shape, data.dtype
         tensor._node, tensor._version, tensor.grad = None, version or Version(), None
-        tensor.requires_grad, tensor.uid = False, next(_uid)
+        tensor.requires_grad, tensor.uid, tensor.of_parameter = False, next(_uid), False
         return tensor
 
     @staticmethod
@@ -94,10 +98,11 @@ class Tensor:
     def _init_meta(self, shape: Shape, dtype: np.dtype) -> None:
         self._data, self._shape, self._dtype = None, shape, dtype
         self._node, self._version, self.grad = None, Version(), None
-        self.requires_grad, self.uid = False, next(_uid)
+        self.requires_grad, self.uid, self.of_parameter = False, next(_uid), self.is_parameter
 
     def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
         """What ``copy.deepcopy`` and ``pickle`` make is a tensor of its own, with a number of its own."""
+        self.of_parameter = self.is_parameter
         for part in state:
             for name, value in (part or {}).items():
                 setattr(self, name, value)
@@ -285,6 +290,7 @@ class Tensor:
     max: ClassVar[Operator]
     var: ClassVar[Operator]
     reshape: ClassVar[Operator]
+    view: ClassVar[Operator]
     flatten: ClassVar[Operator]
     permute: ClassVar[Operator]
     transpose: ClassVar[Operator]

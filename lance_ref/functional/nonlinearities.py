@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lance_ref.algebra.kernels.elementwise import apply_mask, clamp_and_pack, pack_blocks
-from lance_ref.engine.arguments import Context, Gradients, one_dim, share
+from lance_ref.engine.arguments import Context, Gradients, one_dim, share, with_numpy_names
 from lance_ref.engine.blocks import BLOCK_ELEMENTS, blockwise, pieces
 from lance_ref.engine.random import as_generator, will_draw
 from lance_ref.engine.tensor import Tensor, as_tensor
@@ -35,7 +35,7 @@ class Sigmoid(Unary):
 
     @staticmethod
     def forward(ctx: Context, x: np.ndarray) -> np.ndarray:
-        output = blockwise(_logistic, x)
+        output = blockwise(logistic, x)
         ctx.save_for_backward(output=output)
         return output
 
@@ -44,7 +44,7 @@ class Sigmoid(Unary):
         return along_slope(ctx, grad_output, ctx["output"], lambda g, y: g * (y * (1 - y)))
 
 
-def _logistic(x: np.ndarray) -> np.ndarray:
+def logistic(x: np.ndarray) -> np.ndarray:
     small = np.exp(-np.abs(x))  # in (0, 1]: never overflows
     return np.asarray(np.where(x >= 0, x.dtype.type(1), small) / (1 + small))
 
@@ -240,12 +240,14 @@ def relu6(x: Any) -> Tensor:
     return Relu6.apply(as_tensor(x))
 
 
+@with_numpy_names
 def softmax(x: Any, dim: int = -1) -> Tensor:
     """e^x / Σ e^x along ``dim``, shifted by the maximum so that nothing overflows."""
     x = as_tensor(x)
     return Softmax.apply(x, dim=_scores("softmax", x, dim))
 
 
+@with_numpy_names
 def log_softmax(x: Any, dim: int = -1) -> Tensor:
     """x − log Σ e^x along ``dim``, shifted by the maximum so that nothing overflows."""
     x = as_tensor(x)

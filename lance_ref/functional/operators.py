@@ -52,6 +52,7 @@ OPERATORS: dict[str, Operator] = {
     "max": max,
     "var": var,
     "reshape": variadic(reshape),
+    "view": variadic(reshape),
     "flatten": flatten,
     "permute": variadic(permute),
     "transpose": transpose,

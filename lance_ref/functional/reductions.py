@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.engine.arguments import Context, Gradients, many_dims, one_dim, smallest_unsigned
+from lance_ref.engine.arguments import Context, Gradients, many_dims, one_dim, smallest_unsigned, with_numpy_names
 from lance_ref.engine.autograd import Function
 from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 
@@ -126,18 +126,21 @@ class Var(Function):
         return (np.asarray((x - x.mean(axis=dim, keepdims=True)) * _spread(slope, x.shape, dim)),)
 
 
+@with_numpy_names
 def sum(x: Any, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Tensor:
     """Sum over ``dim``: an integer, several, or None for all."""
     x = as_tensor(x)
     return Sum.apply(x, dim=many_dims("sum", x, dim), keepdim=bool(keepdim))
 
 
+@with_numpy_names
 def mean(x: Any, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Tensor:
     """Mean over ``dim``: an integer, several, or None for all."""
     x = as_tensor(x)
     return Mean.apply(x, dim=many_dims("mean", x, dim), keepdim=bool(keepdim))
 
 
+@with_numpy_names
 def max(x: Any, dim: int | None = None, keepdim: bool = False) -> Tensor:
     """The largest values along one dimension, or of all.
 
@@ -148,6 +151,7 @@ def max(x: Any, dim: int | None = None, keepdim: bool = False) -> Tensor:
     return Max.apply(x, dim=None if dim is None else one_dim("max", x, dim), keepdim=bool(keepdim))
 
 
+@with_numpy_names
 def var(x: Any, dim: int | Sequence[int] | None = None, correction: int = 1, keepdim: bool = False) -> Tensor:
     """Variance over ``dim``: Σ (x − mean)² / (n − correction).
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lance_ref.engine.arguments import NUMBERS, Context, Gradients, one_dim, require_floating
+from lance_ref.engine.arguments import NUMBERS, Context, Gradients, one_dim, require_floating, with_numpy_names
 from lance_ref.engine.autograd import Function
 from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 
@@ -138,6 +138,7 @@ def transpose(x: Any, dim0: int, dim1: int) -> Tensor:
     return Permute.apply(x, dims=tuple(order))
 
 
+@with_numpy_names
 def concatenate(tensors: Sequence[Any], dim: int = 0) -> Tensor:
     """Join tensors along an existing dimension; all other sizes must agree.
 

@@ -34,7 +34,7 @@ class Pending(Tensor):
         _slot.__set__(tensor, promise)
         tensor._shape, tensor._dtype, tensor._node, tensor.grad = shape, dtype, None, None
         tensor._version = Version() if version is None else version
-        tensor.requires_grad, tensor.uid = False, next_uid()
+        tensor.requires_grad, tensor.uid, tensor.of_parameter = False, next_uid(), False
         return tensor
 
     @property

@@ -177,6 +177,13 @@ def chosen_layers(net: Module, layers: str | Sequence[str] | None) -> list[str]:
     tuning = getattr(net, "tuning", None)
     if tuning is not None:
         chosen = [path for path in available if path in tuning.layers and learns(available[path])]
+        others = [path for path in tuning.layers if path not in available]
+        if others:
+            kind = type(net.get_submodule(others[0])).__name__
+            raise ValueError(
+                f"layer {others[0]!r} is a {kind}, whose input cannot be compressed; name Conv2d and Linear layers "
+                "with layers=..."
+            )
         if tuning.layers and not chosen:
             raise ValueError(
                 "no weight of the tuned layers trains, only biases, so there is no activation to compress; name layers "

@@ -1,7 +1,10 @@
 """Layers, with PyTorch's names and argument orders."""
 
 from lance_ref.nn import init, utils
+from lance_ref.nn.activations import ELU, GLU, LeakyReLU, Mish, PReLU, SiLU, Softplus
 from lance_ref.nn.attention import SelfAttention
+from lance_ref.nn.containers import ModuleDict, ModuleList
+from lance_ref.nn.group_norms import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, RMSNorm
 from lance_ref.nn.layers import (
     GELU,
     AdaptiveAvgPool2d,
@@ -24,32 +27,69 @@ from lance_ref.nn.layers import (
 from lance_ref.nn.module import Module, Parameter
 from lance_ref.nn.normalization import BatchNorm1d, BatchNorm2d, LayerNorm
 from lance_ref.nn.recompute import Recompute, checkpoint_sequential
+from lance_ref.nn.recurrent import GRU, LSTM
+from lance_ref.nn.volumes import (
+    AvgPool1d,
+    AvgPool3d,
+    Conv1d,
+    Conv3d,
+    ConvTranspose2d,
+    Embedding,
+    MaxPool1d,
+    MaxPool3d,
+    Upsample,
+)
 
 __all__ = [
+    "ELU",
     "GELU",
+    "GLU",
+    "GRU",
+    "LSTM",
     "AdaptiveAvgPool2d",
+    "AvgPool1d",
     "AvgPool2d",
+    "AvgPool3d",
     "BatchNorm1d",
     "BatchNorm2d",
+    "Conv1d",
     "Conv2d",
+    "Conv3d",
+    "ConvTranspose2d",
     "Dropout",
+    "Embedding",
     "Flatten",
+    "GroupNorm",
     "Hardsigmoid",
     "Hardswish",
     "Identity",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm",
+    "LeakyReLU",
     "Linear",
+    "MaxPool1d",
     "MaxPool2d",
+    "MaxPool3d",
+    "Mish",
     "Module",
+    "ModuleDict",
+    "ModuleList",
+    "PReLU",
     "Parameter",
+    "RMSNorm",
     "ReLU",
     "ReLU6",
     "Recompute",
     "SelfAttention",
     "Sequential",
+    "SiLU",
     "Sigmoid",
     "Softmax",
+    "Softplus",
     "Tanh",
+    "Upsample",
     "checkpoint_sequential",
     "init",
     "utils",

@@ -193,28 +193,35 @@ class Flatten(Module):
         return f"start_dim={self.start_dim}, end_dim={self.end_dim}"
 
 
-class ReLU(Module):
-    """max(x, 0), out of place."""
+class Activation(Module):
+    """A function without parameters. ``inplace`` is taken as PyTorch's layers take it: the result is a new array."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+
+
+class ReLU(Activation):
+    """max(x, 0)"""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x)
 
 
-class ReLU6(Module):
-    """min(max(x, 0), 6), out of place."""
+class ReLU6(Activation):
+    """min(max(x, 0), 6)"""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu6(x)
 
 
-class Hardswish(Module):
+class Hardswish(Activation):
     """x·relu6(x + 3) / 6"""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.hardswish(x)
 
 
-class Hardsigmoid(Module):
+class Hardsigmoid(Activation):
     """relu6(x + 3) / 6"""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -222,10 +229,19 @@ class Hardsigmoid(Module):
 
 
 class GELU(Module):
-    """x·Φ(x), exact."""
+    """x·Φ(x), exact, or with Φ by tanh: ``approximate`` is "none" or "tanh"."""
+
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__()
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f"GELU: approximate is {approximate!r}, expected 'none' or 'tanh'")
+        self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(x)
+        return F.gelu_tanh(x) if self.approximate == "tanh" else F.gelu(x)
+
+    def extra_repr(self) -> str:
+        return "" if self.approximate == "none" else f"approximate={self.approximate!r}"
 
 
 class Sigmoid(Module):
@@ -264,10 +280,14 @@ class Dropout(Module):
     p : float in [0, 1]
     rng : numpy.random.Generator or int, optional
         Source of the masks; the library's default generator otherwise.
+    inplace : bool
+        Taken as PyTorch's layer takes it: the result is a new array.
     """
 
-    def __init__(self, p: float = 0.5, rng: Rng = None) -> None:
+    def __init__(self, p: float = 0.5, rng: Rng = None, *, inplace: bool = False) -> None:
         super().__init__()
+        if isinstance(rng, bool):  # PyTorch's second argument
+            rng = None
         if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
             raise ValueError(f"Dropout: p is {p!r}, expected a number in [0, 1]")
         self.p = float(p)

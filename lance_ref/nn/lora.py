@@ -125,7 +125,8 @@ class LoRAConv2d(Conv2d):
 def can_adapt(layer: Module) -> bool:
     """Whether there is a LoRA of this layer: a linear layer, or a 1x1 convolution of one group."""
     if isinstance(layer, Conv2d):
-        return layer.kernel_size == (1, 1) and layer.groups == 1
+        images = type(layer).forward in (Conv2d.forward, LoRAConv2d.forward)
+        return images and layer.kernel_size == (1, 1) and layer.groups == 1
     return isinstance(layer, Linear) and type(layer).forward in (Linear.forward, LoRALinear.forward)
 
 

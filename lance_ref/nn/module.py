@@ -217,7 +217,8 @@ class Module:
         if strict and (missing or unexpected):
             raise KeyError(f"state_dict does not fit: missing {missing}, unexpected {unexpected}")
         common = [name for name in own if name in state_dict]
-        arrays = {name: np.asarray(state_dict[name]) for name in common}
+        owners = {name: self.get_submodule(name.rpartition(".")[0]) for name in common}
+        arrays = {n: owner.own_array(n.rpartition(".")[2], np.asarray(state_dict[n])) for n, owner in owners.items()}
         for name, array in arrays.items():
             if array.shape != own[name].shape:
                 raise ValueError(f"state_dict[{name!r}] has shape {array.shape}, expected {own[name].shape}")
@@ -228,6 +229,10 @@ class Module:
                 path, _, key = name.rpartition(".")
                 owner = self.get_submodule(path)
                 owner._buffers[key] = array.astype(buffers[name].dtype)
+
+    def own_array(self, name: str, array: np.ndarray) -> np.ndarray:
+        """An array of a state dict in the shape in which this module keeps it; most keep it as it is."""
+        return array
 
     def train(self: Self, mode: bool = True) -> Self:
         for module in self.modules():

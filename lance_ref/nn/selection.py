@@ -36,6 +36,12 @@ def weighted_layers(net: Module) -> dict[str, Module]:
     return {path: module for path, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
 
 
+def trained_layers(net: Module) -> dict[str, Module]:
+    """Those, and the convolutions whose input no store compresses, by path, in module order: what ``tune`` selects."""
+    kinds = (nn.Conv2d, nn.Linear, nn.Conv3d, nn.ConvTranspose2d)
+    return {path: module for path, module in net.named_modules() if isinstance(module, kinds)}
+
+
 def refuse_updates(net: Module, what: str) -> None:
     """Raise ValueError if a layer trains in a subspace, which ``what`` does not heed."""
     for path, layer in weighted_layers(net).items():
@@ -45,7 +51,7 @@ def refuse_updates(net: Module, what: str) -> None:
 
 def learns(layer: Module) -> bool:
     """Whether the weight of a layer trains, as a whole or in a subspace."""
-    return bool(layer.weight.requires_grad or layer.update is not None)
+    return bool(layer.weight.requires_grad or getattr(layer, "update", None) is not None)
 
 
 def tune(
@@ -143,7 +149,7 @@ def choose(
         raise TypeError(f"net is a {type(net).__name__}, expected a lance_ref.nn.Module")
     if parameters not in PARAMETERS:
         raise ValueError(f"parameters is {parameters!r}, expected one of {', '.join(PARAMETERS)}")
-    modules = weighted_layers(net)
+    modules = trained_layers(net)
     if not modules:
         _check_containers(net)
         raise ValueError(f"net has no Conv2d or Linear layer to tune, it is a {type(net).__name__}")
@@ -221,9 +227,10 @@ def _biases(net: Module) -> dict[str, Any]:
     biases: dict[str, Any] = {}
     latest = ""
     for path, module in net.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.Conv3d, nn.ConvTranspose2d)):
             biases[path], latest = module.bias, path
-            channels = module.weight.shape[0]
+            transposed = isinstance(module, nn.ConvTranspose2d)
+            channels = module.out_channels if transposed else module.weight.shape[0]
         elif isinstance(module, nn.BatchNorm2d) and latest:
             if biases[latest] is None and module.num_features == channels:
                 biases[latest] = module.bias

@@ -185,7 +185,7 @@ class Source:
             raise ValueError(f"{name} is empty: {data.name} ({data.split}) has 0 images")
         self.name, self.data, self.normalise, self.image_size = name, data, normalise, image_size
         self.dtype = parts.dtype_of(net)
-        if isinstance(data, Features):
+        if isinstance(data, Features) and data.stage:
             if data.stage > len(parts.stages_of(net)) or data.part != parts.part_digest(net, data.stage):
                 why = "made by a network whose first stages differ from those of this one"
                 raise ValueError(f"{name} is {data!r}, {why}")
@@ -203,7 +203,8 @@ class Source:
             x, y = np.take(np.asarray(self.data.arrays), indices, axis=0), self.data.labels[indices]
         else:
             x, y = parts.images_of(self.data, indices, self.normalise, self.image_size)
-        return x.astype(self.dtype, copy=False), y
+        floating = x.astype(self.dtype, copy=False) if x.dtype.kind == "f" else x  # others are indices
+        return floating, y
 
     def _check_outputs(self, name: str, net: Module) -> None:
         x, _ = self.batch(np.arange(min(2, len(self.data))))  # one image has no variance for a batch norm to use

@@ -29,6 +29,7 @@ from lance_ref.train.features import (
     sample_of,
     stages_of,
 )
+from lance_ref.train.rows import as_data
 from lance_ref.train.run import FitRun, Recipe, Source, StepInfo, accuracy
 
 __all__ = ["MAX_FEATURE_BYTES", "Features", "FitResult", "StepInfo", "evaluate", "extract", "fit"]
@@ -80,8 +81,8 @@ class FitResult:
 
 def fit(
     net: Module,
-    train: Dataset | Features,
-    test: Dataset | Features | None = None,
+    train: Any,
+    test: Any = None,
     *,
     epochs: int,
     batch_size: int,
@@ -110,9 +111,10 @@ def fit(
     ----------
     net : Module
         Changed in place. Runs in training mode; afterwards every module is in the mode in which it was found.
-    train, test : Dataset or Features
+    train, test : Dataset, Features, pair of arrays (x, y), or iterable of such pairs
         ``test`` is evaluated after each epoch. Features of the frozen part, made by :func:`extract`, stand
-        for the images they were made of.
+        for the images they were made of. Arrays are what the network takes: (N, ...) of any floating type, or integers,
+        and integer labels (N,). Batches are put together in memory, and mixed anew in each epoch.
     lr : float
         Of the default optimiser.
     optimizer : callable, optional
@@ -178,6 +180,8 @@ def fit(
     """
     _check_arguments(net, epochs, batch_size, schedule, clip_norm, seed, eval_batch_size)
     _positive("checkpoint_every_steps", 1 if checkpoint_every_steps is None else checkpoint_every_steps)
+    train = as_data("train", train, normalise, image_size)
+    test = None if test is None else as_data("test", test, normalise, image_size)
     given = {"train": train} if test is None else {"train": train, "test": test}
     sources = [Source(name, net, data, normalise, image_size) for name, data in given.items()]
     what = f"{train.name} ({train.split})"
@@ -207,23 +211,25 @@ def fit(
             checkpoints.save(path, net, made, scheduler, meta=run.state(), settings=settings)
 
     run.train_all(on_step, progress, write, checkpoint_every_steps)
-    once = cached or isinstance(train, Features)
+    once = cached or (isinstance(train, Features) and train.stage > 0)
     test_accuracy = run.history[-1]["test_accuracy"]
     return FitResult(run.history, test_accuracy, run.steps, once, cache_note, run.seconds, *chunks)
 
 
 def evaluate(
     net: Module,
-    data: Dataset | Features,
+    data: Any,
     batch_size: int = 100,
     normalise: Normalise = None,
     image_size: ImageSize = None,
 ) -> float:
     """Share of right answers in [0, 1], in evaluation mode and without a tape; the network is left as it was found.
 
-    ``batch_size`` images run at a time; ``normalise`` and ``image_size`` are as for :func:`lance_ref.datasets.batches`.
-    ValueError or TypeError if there are no images, or they or their labels do not fit the network.
+    ``data`` is anything that :func:`fit` takes, and ``batch_size`` images of it run at a time. ``normalise`` and
+    ``image_size`` are as for :func:`lance_ref.datasets.batches`. ValueError or TypeError if there are none, or they
+    or their labels do not fit the network.
     """
+    data = as_data("data", data, normalise, image_size)
     return accuracy(net, Source("data", net, data, normalise, image_size), _positive("batch_size", batch_size))
 
 
@@ -244,7 +250,9 @@ def _cache_decision(net: Module, sources: Sequence[Source], wanted: bool | None)
 
     given, stages = sources[0].data, len(stages_of(net))
     note = ""
-    if isinstance(given, Features):
+    if isinstance(given, Features) and not given.stage:
+        note = "The whole network ran at every step: arrays were given."
+    elif isinstance(given, Features):
         note = f"The outputs of the first {given.stage} of {stages} stages were given."
     images = [source for source in sources if isinstance(source.data, Dataset)]
     if not images:

@@ -36,6 +36,14 @@ class Maker:
             return parameter
         return Parameter(self.rng.uniform(0.1, 1, shape).astype(np.float32), requires_grad=grad)
 
+    def mask(self, *shape: int) -> Tensor:
+        """Booleans, true in at least one place of each row."""
+        if not self.real:
+            return Tensor.meta(shape, np.bool_)
+        return (
+            Tensor(np.arange(np.prod(shape)).reshape(shape) % 3 == 0) if shape[-1] > 2 else Tensor(np.ones(shape, bool))
+        )
+
     def labels(self, count: int, classes: int) -> Tensor:
         if not self.real:
             return Tensor.meta((count,), np.int64)
@@ -99,6 +107,27 @@ def _dead_branch(t: Maker) -> Tensor:
     return F.relu(x).sum()
 
 
+def _scored(*shape: int, **options: Any) -> Step:
+    """Attention of queries, keys and values of this shape."""
+    return lambda t: F.scaled_dot_product_attention(t.x(*shape), t.x(*shape), t.x(*shape), **options).sum()
+
+
+def _transposed(*grads: bool, groups: int = 1, **options: Any) -> Step:
+    def step(t: Maker) -> Tensor:
+        x, w, b = t.x(2, 6, 4, 5, grad=grads[0]), t.w(6, 2, 3, 2, grad=grads[1]), t.w(2 * groups, grad=grads[1])
+        return F.conv_transpose2d(x, w, b, groups=groups, **options).sum()
+
+    return step
+
+
+def _conv3d(*grads: bool, groups: int = 1, **options: Any) -> Step:
+    def step(t: Maker) -> Tensor:
+        x, w = t.x(2, 4, 5, 4, 6, grad=grads[0]), t.w(6, 4 // groups, 3, 2, 1, grad=grads[1])
+        return F.conv3d(x, w, t.w(6, grad=grads[1]), groups=groups, **options).sum()
+
+    return step
+
+
 CASES: dict[str, Step] = {
     **{
         name: _unary(getattr(F, name))
@@ -114,6 +143,11 @@ CASES: dict[str, Step] = {
             "hardswish",
             "relu",
             "relu6",
+            "silu",
+            "mish",
+            "softplus",
+            "elu",
+            "leaky_relu",
             "erf",
             "gelu_tanh",
         )
@@ -204,6 +238,63 @@ CASES: dict[str, Step] = {
     "reshaped join of permutations": lambda t: _flat_too(F.concatenate([t.x(2, 4, 3).permute(0, 2, 1)] * 2, 1)),
     "reshaped sum of two orders": lambda t: _flat_too(t.x(2, 3, 4) + t.x(2, 4, 3).permute(0, 2, 1)),
     "linear of relu of a permutation": lambda t: F.linear(F.relu(t.x(2, 5, 3).permute(0, 2, 1)), t.w(4, 5)).sum(),
+    "prelu": lambda t: F.prelu(t.x(2, 3, 4, 5), t.w(3)).sum(),
+    "prelu frozen": lambda t: F.prelu(t.x(2, 3, 4, 5), t.w(3, grad=False)).sum(),
+    "prelu first layer": lambda t: F.prelu(t.x(2, 3, 4, 5, grad=False), t.w(1)).sum(),
+    "glu": lambda t: F.glu(t.x(2, 6, 4), 1).sum(),
+    "where": lambda t: F.where(t.mask(2, 5, 1), t.x(2, 5, 4), t.x(4)).sum(),
+    "where, one frozen": lambda t: F.where(t.mask(5, 4), t.x(2, 5, 4, grad=False), t.x(5, 4)).sum(),
+    "embedding": lambda t: F.embedding(t.labels(7, 300), t.w(300, 5)).sum(),
+    "interpolate": lambda t: F.interpolate(t.x(2, 3, 4, 5), (7, 6)).sum(),
+    "interpolate, bilinear": lambda t: F.interpolate(t.x(2, 3, 4, 5), (7, 6), mode="bilinear").sum(),
+    "max_pool3d": lambda t: F.max_pool3d(t.x(2, 3, 4, 5, 6), 3, 2, 1).sum(),
+    "avg_pool3d": lambda t: F.avg_pool3d(t.x(2, 3, 4, 5, 6), (2, 1, 3)).sum(),
+    "conv1d": lambda t: F.conv1d(t.x(2, 6, 9), t.w(4, 3, 3), t.w(4), 2, 1, 1, 2).sum(),
+    "max_pool1d": lambda t: F.max_pool1d(t.x(2, 6, 9), 3, 2).sum(),
+    "avg_pool1d": lambda t: F.avg_pool1d(t.x(2, 6, 9), 3, 2).sum(),
+    "conv_transpose2d": _transposed(True, True, stride=2, padding=1, output_padding=1),
+    "conv_transpose2d groups": _transposed(True, True, groups=3, dilation=2),
+    "conv_transpose2d frozen": _transposed(True, False),
+    "conv_transpose2d first layer": _transposed(False, True, groups=2),
+    "conv3d": _conv3d(True, True, stride=2, padding=1),
+    "conv3d groups": _conv3d(True, True, groups=2, dilation=(1, 2, 1)),
+    "conv3d frozen": _conv3d(True, False),
+    "conv3d first layer": _conv3d(False, True),
+    "attention in one": _scored(2, 3, 5, 4),
+    "attention in one, causal": _scored(2, 3, 5, 4, is_causal=True),
+    "attention in one, of three dimensions": _scored(6, 5, 4),
+    "attention in one, a mask": lambda t: F.scaled_dot_product_attention(
+        t.x(2, 3, 5, 4), t.x(2, 3, 6, 4), t.x(2, 3, 6, 4), t.x(5, 6, grad=False)
+    ).sum(),
+    "attention in one, a mask of Booleans": lambda t: F.scaled_dot_product_attention(
+        t.x(2, 3, 5, 4), t.x(2, 3, 6, 4), t.x(2, 3, 6, 4), t.mask(5, 6)
+    ).sum(),
+    "attention in one, a trained mask": lambda t: F.scaled_dot_product_attention(
+        t.x(2, 3, 5, 4), t.x(2, 3, 6, 4), t.x(2, 3, 6, 4), t.w(3, 5, 6)
+    ).sum(),
+    "attention in one, values of another size": lambda t: F.scaled_dot_product_attention(
+        t.x(2, 3, 5, 4), t.x(2, 3, 6, 4), t.x(2, 3, 6, 7)
+    ).sum(),
+    "attention in one, values alone": lambda t: F.scaled_dot_product_attention(
+        t.x(2, 3, 5, 4, grad=False), t.x(2, 3, 6, 4, grad=False), t.x(2, 3, 6, 4)
+    ).sum(),
+    "rms_norm": lambda t: F.rms_norm(t.x(2, 3, 8), (8,), t.w(8)).sum(),
+    "rms_norm over two": lambda t: F.rms_norm(t.x(2, 3, 8), (3, 8)).sum(),
+    "rms_norm frozen input": lambda t: F.rms_norm(t.x(2, 3, 8, grad=False), (8,), t.w(8)).sum(),
+    "rms_norm frozen weight": lambda t: F.rms_norm(t.x(2, 3, 8), (8,), t.w(8, grad=False)).sum(),
+    "group_norm": lambda t: F.group_norm(t.x(2, 6, 4, 5), 3, t.w(6), t.w(6)).sum(),
+    "group_norm plain": lambda t: F.group_norm(t.x(2, 6, 4), 2).sum(),
+    "group_norm frozen input": lambda t: F.group_norm(t.x(2, 6, 4, grad=False), 2, t.w(6), t.w(6)).sum(),
+    "instance_norm": lambda t: F.instance_norm(t.x(2, 6, 4, 5), t.w(6), t.w(6)).sum(),
+    "instance_norm plain": lambda t: F.instance_norm(t.x(2, 6, 4, 5)).sum(),
+    "reshaped silu of a permutation": lambda t: _flat_too(F.silu(t.x(2, 4, 3).permute(0, 2, 1))),
+    "reshaped leaky relu of a permutation": lambda t: _flat_too(F.leaky_relu(t.x(2, 4, 3).permute(0, 2, 1))),
+    "reshaped elu of a permutation": lambda t: _flat_too(F.elu(t.x(2, 4, 3).permute(0, 2, 1))),
+    "reshaped prelu of a permutation": lambda t: _flat_too(F.prelu(t.x(2, 4, 3).permute(0, 2, 1), t.w(3))),
+    "reshaped glu of a permutation": lambda t: _flat_too(F.glu(t.x(2, 4, 6).permute(0, 2, 1), 1)),
+    "reshaped rms norm of a permutation": lambda t: _flat_too(F.rms_norm(t.x(2, 4, 3).permute(0, 2, 1), 4, t.w(4))),
+    "reshaped group norm of a permutation": lambda t: _flat_too(F.group_norm(t.x(2, 4, 6).permute(0, 2, 1), 3)),
+    "reshaped instance norm of a permutation": lambda t: _flat_too(F.instance_norm(t.x(2, 4, 3).permute(0, 2, 1))),
     "aliases": _aliases,
     "dead branch": _dead_branch,
 }

@@ -76,6 +76,12 @@ BROADCASTS = {
     "size one everywhere": ((1, 1), (2, 3)),
 }
 
+ALIASES = {
+    **{"cat": "concatenate", "flatten": "reshape", "transpose": "permute"},
+    **{f"{op}1d": f"{op}2d" for op in ("conv", "max_pool", "avg_pool")},
+}
+"""Functions that run another one's operation."""
+
 CASES = [
     *(Case("add", name, F.add, shapes) for name, shapes in BROADCASTS.items()),
     *(Case("sub", name, F.sub, shapes) for name, shapes in BROADCASTS.items()),
@@ -220,4 +226,92 @@ CASES = [
     Case("layer_norm", "two dimensions", lambda x, w, b: F.layer_norm(x, (3, 4), w, b), ((2, 3, 4), (3, 4), (3, 4))),
     Case("layer_norm", "everything", lambda x, w, b: F.layer_norm(x, (3, 4), w, b), ((3, 4), (3, 4), (3, 4))),
     Case("layer_norm", "plain", lambda x: F.layer_norm(x, (4,)), ((2, 3, 4),)),
+    Case("silu", "", F.silu, ((2, 3),)),
+    Case("mish", "", F.mish, ((2, 3),)),
+    Case("softplus", "", F.softplus, ((2, 3),)),
+    Case("softplus", "steeper, straight above", lambda x: F.softplus(x, 2, 1.5), ((4, 5),), between(0.75)),
+    Case("elu", "", F.elu, ((4, 5),), between(0)),
+    Case("elu", "alpha", lambda x: F.elu(x, 0.3), ((4, 5),), between(0)),
+    Case("leaky_relu", "", F.leaky_relu, ((4, 5),), between(0)),
+    Case("leaky_relu", "a negative slope", lambda x: F.leaky_relu(x, -0.5), ((4, 5),), between(0)),
+    Case("leaky_relu", "no dimensions", F.leaky_relu, ((),), positive),
+    Case("prelu", "one slope", F.prelu, (IMAGE, (1,)), between(0)),
+    Case("prelu", "a slope for each channel", F.prelu, (IMAGE, (3,)), between(0)),
+    Case("prelu", "vectors", F.prelu, ((5,), (1,)), between(0)),
+    Case("glu", "", F.glu, ((3, 4),)),
+    Case("glu", "channels", lambda x: F.glu(x, 1), ((2, 6, 3),)),
+    Case("rms_norm", "", lambda x, w: F.rms_norm(x, 4, w), ((2, 3, 4), (4,))),
+    Case("rms_norm", "two dimensions", lambda x, w: F.rms_norm(x, (3, 4), w, 0.1), ((2, 3, 4), (3, 4))),
+    Case("rms_norm", "plain", lambda x: F.rms_norm(x, (4,)), ((2, 3, 4),)),
+    Case("group_norm", "", lambda x, w, b: F.group_norm(x, 2, w, b), ((2, 6, 3, 2), (6,), (6,))),
+    Case("group_norm", "one group, plain", lambda x: F.group_norm(x, 1), ((2, 3, 4),)),
+    Case("group_norm", "vectors", lambda x, w, b: F.group_norm(x, 2, w, b), ((3, 6), (6,), (6,))),
+    Case("instance_norm", "", F.instance_norm, (IMAGE, (3,), (3,))),
+    Case("instance_norm", "plain", F.instance_norm, ((2, 3, 4),)),
+    Case(
+        "scaled_dot_product_attention", "", F.scaled_dot_product_attention, ((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 7))
+    ),
+    Case(
+        "scaled_dot_product_attention",
+        "causal, scaled",
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3),
+        ((3, 5, 4), (3, 5, 4), (3, 5, 4)),
+    ),
+    Case(
+        "scaled_dot_product_attention",
+        "a mask of numbers",
+        F.scaled_dot_product_attention,
+        ((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 4), (3, 1, 6)),
+    ),
+    Case(
+        "scaled_dot_product_attention",
+        "a mask of Booleans",
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, np.tri(5, 6, 1, dtype=bool)),
+        ((2, 5, 4), (2, 6, 4), (2, 6, 4)),
+    ),
+    Case("embedding", "", lambda w: F.embedding(np.array([[0, 2, 2], [3, 0, 1]]), w), ((4, 3),)),
+    Case("embedding", "a row without gradient", lambda w: F.embedding(np.array([0, 1]), w, 2), ((4, 3),)),
+    Case("where", "", lambda a, b: F.where(MASK, a, b), ((2, 4), (2, 1))),
+    Case("where", "a number", lambda a: F.where(MASK[:, None], a, 0.5), ((4,),)),
+    Case("conv_transpose2d", "", F.conv_transpose2d, ((2, 3, 4, 5), (3, 2, 3, 2), (2,))),
+    Case(
+        "conv_transpose2d",
+        "groups, stride, padding, output padding, dilation",
+        lambda x, w, b: F.conv_transpose2d(x, w, b, (2, 3), (1, 0), (1, 2), 2, (1, 2)),
+        ((2, 4, 3, 4), (4, 3, 3, 2), (6,)),
+    ),
+    Case(
+        "conv_transpose2d", "depthwise", lambda x, w: F.conv_transpose2d(x, w, None, 2, groups=3), (IMAGE, (3, 1, 3, 3))
+    ),
+    Case("conv2d", "1-D", lambda x, w, b: F.conv1d(x, w, b, 2, (2, 1), 2, 2), ((2, 4, 9), (6, 2, 3), (6,))),
+    Case("conv2d", "1-D, same", lambda x, w: F.conv1d(x, w, padding="same"), ((2, 4, 9), (3, 4, 4))),
+    Case("conv3d", "", F.conv3d, ((2, 3, 4, 3, 5), (2, 3, 2, 3, 1), (2,))),
+    Case(
+        "conv3d",
+        "groups, stride, padding, dilation",
+        lambda x, w: F.conv3d(x, w, None, (2, 1, 2), (1, 2, 0), (2, 1, 2), 2),
+        ((1, 4, 5, 3, 4), (2, 2, 3, 2, 2)),
+    ),
+    Case("max_pool2d", "1-D", lambda x: F.max_pool1d(x, 3, 2, 1), ((2, 3, 8),), distinct),
+    Case("avg_pool2d", "1-D", lambda x: F.avg_pool1d(x, 3, 2, 1), ((2, 3, 8),)),
+    Case("max_pool3d", "", lambda x: F.max_pool3d(x, 2), ((2, 3, 4, 5, 2),), distinct),
+    Case(
+        "max_pool3d",
+        "overlapping",
+        lambda x: F.max_pool3d(x, (3, 2, 1), (1, 2, 1), (1, 0, 0)),
+        ((1, 2, 4, 5, 2),),
+        distinct,
+    ),
+    Case("avg_pool3d", "", lambda x: F.avg_pool3d(x, (3, 2, 1), (1, 2, 1), (1, 1, 0)), ((1, 2, 4, 5, 2),)),
+    Case(
+        "avg_pool3d",
+        "padding not counted",
+        lambda x: F.avg_pool3d(x, 3, 2, 1, count_include_pad=False),
+        ((1, 2, 4, 5, 3),),
+    ),
+    Case("interpolate", "nearest", lambda x: F.interpolate(x, (7, 3)), (IMAGE,)),
+    Case("interpolate", "by a factor", lambda x: F.interpolate(x, scale_factor=1.7), (IMAGE,)),
+    Case("interpolate", "bilinear", lambda x: F.interpolate(x, (7, 4), mode="bilinear"), (IMAGE,)),
+    Case("interpolate", "corners", lambda x: F.interpolate(x, 9, mode="linear", align_corners=True), ((2, 3, 5),)),
+    Case("interpolate", "trilinear", lambda x: F.interpolate(x, 3, mode="trilinear"), ((1, 2, 2, 4, 3),)),
 ]

@@ -297,7 +297,7 @@ def test_nothing_to_train_and_wrong_kinds() -> None:
         fit(small_net(), images(), epochs=1, batch_size=8, optimizer=list)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="optimizer is a str"):
         fit(small_net(), images(), epochs=1, batch_size=8, optimizer="sgd")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="train is a list"):
+    with pytest.raises(TypeError, match="train: batch 0 is a int"):
         fit(small_net(), [1], epochs=1, batch_size=8)  # type: ignore[arg-type]
 
 

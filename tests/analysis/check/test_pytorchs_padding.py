@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from torch_twins import one_thread
+from torch_truth import exported, kept
 
 from analysis import cost
 from analysis.check import torch_replay
@@ -21,35 +19,6 @@ from lance_ref.engine.tensor import Tensor
 
 torch = pytest.importorskip("torch")
 tnn = torch.nn
-
-
-def kept(net: Any, x: Any) -> int:
-    """Bytes that PyTorch's autograd keeps of a module and its cross-entropy, each storage once, parameters left out."""
-    found: dict[int, int] = {}
-
-    def pack(tensor: Any) -> Any:
-        found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        stay.append(tensor)
-        return tensor
-
-    stay: list[Any] = []
-    with one_thread(), warnings.catch_warnings(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        warnings.simplefilter("ignore")
-        torch.nn.functional.cross_entropy(net(x), torch.zeros(len(x), dtype=torch.long))
-    for parameter in net.parameters():
-        found.pop(parameter.untyped_storage()._cdata, None)
-    return sum(found.values())
-
-
-def exported(net: Any, x: Any, file: Path) -> str:
-    stream = io.BytesIO()
-    with one_thread(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            net, (x,), stream, dynamo=False, training=torch.onnx.TrainingMode.TRAINING, do_constant_folding=False
-        )
-    file.write_bytes(stream.getvalue())
-    return str(file)
 
 
 def torch_net(*layers: Any) -> Any:

@@ -260,7 +260,7 @@ def test_batch_norms_of_many_channels_and_of_few(shape: tuple[int, ...], trainin
 @pytest.mark.parametrize(
     "op",
     ["neg", "exp", "log", "sqrt", "tanh", "sigmoid", "gelu", "hardsigmoid", "hardswish", "relu", "relu6", "erf",
-     "gelu_tanh", "clip", "fake_quantize", "dropout", "pow"],
+     "gelu_tanh", "clip", "fake_quantize", "dropout", "pow", "silu", "mish", "softplus", "elu", "leaky_relu"],
 )  # fmt: skip
 @pytest.mark.parametrize("shape", [(8, 16, 48, 64), (60_000,), (300, 1000)], ids=str)
 def test_formulas(op: str, shape: tuple[int, ...]) -> None:

@@ -1,0 +1,81 @@
+"""What an ONNX file does not tell of the network that it was made of, as far as the file shows that.
+
+Exporters fold batch norm into the layer before it, and leave dropout out, unless they are told that the network trains.
+What these keep is then missing from every account, and the report says so beside the column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from analysis.onnx.file import Node
+from analysis.onnx.host import RANDOM
+from analysis.onnx.uses import Uses
+
+NORMS = (
+    *("BatchNormalization", "LayerNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization"),
+    *("torch.rms_norm", "torch.group_norm", "MeanVarianceNormalization", "LRN", "LpNormalization"),
+)
+ACTIVATIONS = (
+    *("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh"),
+    *("Softplus", "Mish", "Swish", "torch.silu", "Gelu", "Add", "Mul", "MaxPool"),
+)
+"""What stands behind a norm, and right behind the layer where the norm was folded into it."""
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+IN_PLACE = ("LeakyRelu", "Elu")
+"""PyTorch's functions that keep their result in place of their input where they work in place."""
+
+HOW = "unless told otherwise (training=TrainingMode.TRAINING, do_constant_folding=False)"
+
+
+def untold(nodes: Sequence[Node], constants: Mapping[str, Any], outputs: Sequence[str]) -> list[str]:
+    """What may be missing from the accounts of a file, one sentence each.
+
+    ``nodes`` are those that depend on an input, groups of them joined; ``constants`` all values that do not.
+    """
+    found = []
+    uses = Uses(nodes, constants, outputs)
+    if not any(_trains(uses, node) for node in nodes):
+        bare, normed = _without_norm(uses, nodes), any(node.op in NORMS for node in nodes)
+        if bare:
+            behind = f"behind {bare} convolutions of this file" if normed else "in this file"
+            found.append(
+                f"no batch norm {behind}: exporters fold it into the convolutions, and leave dropout out, {HOW}; "
+                "what they keep is then missing here"
+            )
+        else:
+            found.append(f"no dropout in this file: exporters leave it out, {HOW}; what it keeps is then missing here")
+    in_place = sorted({node.op for node in nodes if node.op in IN_PLACE})
+    if any(node.op in ("LSTM", "GRU") for node in nodes):
+        found.append("LSTM and GRU: PyTorch's own kernels keep another workspace than these operations")
+    if in_place:
+        found.append(f"{' and '.join(in_place)}: the file does not say whether in place, where PyTorch keeps less")
+    return found
+
+
+def _trains(uses: Uses, node: Node) -> bool:
+    """Whether a node is there only because the network was exported as it trains."""
+    if node.op == "BatchNormalization":
+        return bool(node.attributes.get("training_mode", 0))
+    if node.op == "Dropout":
+        if node.opset < 12:
+            return not node.attributes.get("is_test", 0) and node.opset < 7
+        mode = uses.array(node.inputs[2]) if len(node.inputs) > 2 else None
+        return bool(mode is not None and np.all(mode))
+    return node.op in RANDOM
+
+
+def _without_norm(uses: Uses, nodes: Sequence[Node]) -> int:
+    """How many layers an activation follows at once.
+
+    Linear layers count in networks without convolutions and norms alone: in others they never had one.
+    """
+    convolutions = any(node.op in ("Conv", "ConvTranspose") for node in nodes)
+    if not convolutions and any(node.op in NORMS for node in nodes):
+        return 0
+    kinds = LAYERS[:2] if convolutions else LAYERS
+    layers = [node for node in nodes if node.op in kinds]
+    return sum(any(reader.op in ACTIVATIONS for reader in uses.readers.get(node.outputs[0], [])) for node in layers)

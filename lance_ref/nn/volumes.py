@@ -1,0 +1,290 @@
+"""Layers of sequences and volumes, transposed convolutions, resizing, and tables of vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lance_ref import functional as F
+from lance_ref.engine.tensor import Shape, Tensor
+from lance_ref.functional.convolution import pair
+from lance_ref.functional.volumes import numbers, row_padding
+from lance_ref.nn.init import as_generator, default_bound, normal_parameter, uniform_parameter
+from lance_ref.nn.layers import Conv2d, Rng, Size, positive_integers
+from lance_ref.nn.module import Module
+
+
+class Conv1d(Conv2d):
+    """1-D convolution of a batch of sequences (B, C_in, L): a convolution of images of height 1, on views.
+
+    It is a Conv2d in the eyes of ``isinstance``: LANCE and its rivals compress its input as (B, C_in, 1, L).
+
+    Parameters
+    ----------
+    kernel_size, stride, dilation : int
+    padding : int, (before, after), "valid" or "same"
+    groups, bias, rng
+        As for :class:`Conv2d`.
+
+    Attributes
+    ----------
+    weight : Parameter (out_channels, in_channels / groups, 1, k)
+        ``load_state_dict`` takes PyTorch's shape, without the 1, as well.
+    bias : Parameter (out_channels,) or None
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Any = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        rng: Rng = None,
+    ) -> None:
+        kernel, strides, dilations = (
+            (1, *numbers(name, value, 1, 1))
+            for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
+        )
+        super().__init__(in_channels, out_channels, kernel, strides, row_padding(padding), dilations, groups, bias, rng)
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        """Whoever looks at inputs of convolutions sees images."""
+        x = inputs[0] if isinstance(inputs[0], Tensor) else Tensor(inputs[0])
+        return _sequence(super().__call__(self._images(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.ndim == 4 else _sequence(super().forward(self._images(x)))
+
+    def _images(self, x: Tensor) -> Tensor:
+        if x.ndim != 3:
+            raise ValueError(f"Conv1d: x has shape {x.shape}, expected 3 dimensions (B, {self.in_channels}, L)")
+        return F.reshape(x, (*x.shape[:2], 1, x.shape[2]))
+
+    def own_array(self, name: str, array: np.ndarray) -> np.ndarray:
+        return array[:, :, None] if name == "weight" and array.ndim == 3 else array
+
+
+def _sequence(x: Tensor) -> Tensor:
+    return F.reshape(x, (*x.shape[:2], x.shape[3]))
+
+
+class Uncompressed(Module):
+    """A convolution that trains, and whose input no activation store compresses.
+
+    Attributes
+    ----------
+    weight : Parameter
+    bias : Parameter (out_channels,) or None
+    """
+
+    def __init__(self, shape: Shape, channels: int, bias: bool, rng: Rng) -> None:
+        super().__init__()
+        generator = as_generator(rng)
+        self.weight = uniform_parameter(shape, default_bound(shape), generator)
+        self.bias = uniform_parameter((channels,), default_bound(shape), generator) if bias else None
+
+
+def _channels(layer: str, in_channels: int, out_channels: int, groups: int) -> tuple[int, ...]:
+    sizes = positive_integers(layer, in_channels=in_channels, out_channels=out_channels, groups=groups)
+    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if channels % groups:
+            raise ValueError(f"{layer}: groups is {groups}, expected a divisor of {name} = {channels}")
+    return sizes
+
+
+class ConvTranspose2d(Uncompressed):
+    """Transposed 2-D convolution, see :func:`lance_ref.functional.conv_transpose2d`; in PyTorch's order of arguments.
+
+    ``weight`` has shape (in_channels, out_channels / groups, k_h, k_w).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size = 1,
+        rng: Rng = None,
+    ) -> None:
+        sizes = _channels("ConvTranspose2d", in_channels, out_channels, groups)
+        kernel = pair("kernel_size", kernel_size, 1)
+        super().__init__((sizes[0], sizes[1] // sizes[2], *kernel), sizes[1], bias, rng)
+        self.in_channels, self.out_channels, self.groups = sizes
+        self.kernel_size, self.stride = kernel, pair("stride", stride, 1)
+        self.padding, self.output_padding = pair("padding", padding, 0), pair("output_padding", output_padding, 0)
+        self.dilation = pair("dilation", dilation, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        return F.conv_transpose2d(x, self.weight, self.bias, *sizes)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+
+
+class Conv3d(Uncompressed):
+    """3-D convolution, see :func:`lance_ref.functional.conv3d`.
+
+    ``weight`` has shape (out_channels, in_channels / groups, k_d, k_h, k_w).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        rng: Rng = None,
+    ) -> None:
+        sizes = _channels("Conv3d", in_channels, out_channels, groups)
+        kernel = numbers("kernel_size", kernel_size, 3, 1)
+        super().__init__((sizes[1], sizes[0] // sizes[2], *kernel), sizes[1], bias, rng)
+        self.in_channels, self.out_channels, self.groups = sizes
+        self.kernel_size, self.stride = kernel, numbers("stride", stride, 3, 1)
+        self.padding, self.dilation = numbers("padding", padding, 3, 0), numbers("dilation", dilation, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv3d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+
+
+class _Pool(Module):
+    def __init__(self, kernel_size: Any, stride: Any = None, padding: Any = 0, **options: bool) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.padding, self.options = kernel_size, stride, padding, options
+
+    def extra_repr(self) -> str:
+        options = "".join(f", {name}={value}" for name, value in self.options.items())
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}{options}"
+
+
+class MaxPool1d(_Pool):
+    """The maximum of each window of a sequence; ``stride`` is ``kernel_size`` by default."""
+
+    def __init__(
+        self, kernel_size: int, stride: int | None = None, padding: int = 0, *, ceil_mode: bool = False
+    ) -> None:
+        super().__init__(kernel_size, stride, padding, ceil_mode=ceil_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool1d(x, self.kernel_size, self.stride, self.padding, **self.options)
+
+
+class AvgPool1d(_Pool):
+    """The mean of each window of a sequence; ``stride`` is ``kernel_size`` by default."""
+
+    def __init__(
+        self,
+        kernel_size: int,
+        stride: int | None = None,
+        padding: int = 0,
+        *,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+    ) -> None:
+        super().__init__(kernel_size, stride, padding, ceil_mode=ceil_mode, count_include_pad=count_include_pad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool1d(x, self.kernel_size, self.stride, self.padding, **self.options)
+
+
+class MaxPool3d(_Pool):
+    """The maximum of each window of a volume; ``stride`` is ``kernel_size`` by default."""
+
+    def __init__(self, kernel_size: Size, stride: Size | None = None, padding: Size = 0) -> None:
+        super().__init__(kernel_size, stride, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool3d(x, self.kernel_size, self.stride, self.padding)
+
+
+class AvgPool3d(_Pool):
+    """The mean of each window of a volume; ``stride`` is ``kernel_size`` by default."""
+
+    def __init__(
+        self, kernel_size: Size, stride: Size | None = None, padding: Size = 0, *, count_include_pad: bool = True
+    ) -> None:
+        super().__init__(kernel_size, stride, padding, count_include_pad=count_include_pad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool3d(x, self.kernel_size, self.stride, self.padding, **self.options)
+
+
+class Upsample(Module):
+    """Another size, by nearest neighbours or linear interpolation, see :func:`lance_ref.functional.interpolate`."""
+
+    def __init__(
+        self,
+        size: int | Sequence[int] | None = None,
+        scale_factor: float | Sequence[float] | None = None,
+        mode: str = "nearest",
+        align_corners: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if (size is None) == (scale_factor is None):
+            raise ValueError(f"Upsample: size is {size!r} and scale_factor {scale_factor!r}, expected one of them")
+        self.size, self.scale_factor, self.mode = size, scale_factor, mode
+        self.align_corners = bool(align_corners)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, self.size, self.scale_factor, self.mode, self.align_corners)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, scale_factor={self.scale_factor}, mode={self.mode!r}"
+
+
+class Embedding(Module):
+    """Rows of a table by their numbers.
+
+    Parameters
+    ----------
+    num_embeddings, embedding_dim : int
+        Rows, and the size of each.
+    padding_idx : int, optional
+        A row that starts with zeros and gets no gradient.
+    rng : numpy.random.Generator or int, optional
+        Source of the initial values, which are normal; the library's default generator otherwise.
+
+    Attributes
+    ----------
+    weight : Parameter (num_embeddings, embedding_dim)
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, rng: Rng = None
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = positive_integers(
+            "Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim
+        )
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise ValueError(f"Embedding: padding_idx is {padding_idx}, expected a row of {num_embeddings}")
+        self.padding_idx = padding_idx
+        self.weight = normal_parameter((self.num_embeddings, self.embedding_dim), 1.0, rng)
+        if padding_idx is not None and not self.weight.is_meta:
+            values = self.weight.data.copy()
+            values[padding_idx] = 0
+            self.weight.data = values
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices, self.weight, self.padding_idx)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -158,7 +158,7 @@ def _call_factory(name: str, num_classes: int | None) -> Module:
     except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(f"net {name!r} cannot be imported: {said_by(error)}") from None
     except RAISED as error:
-        raise ValueError(f"net {name!r}: importing {module_name} raised {said_by(error)}{_place(error)}") from None
+        raise ValueError(f"net {name!r}: importing {module_name} raised {said_by(error)}{place(error)}") from None
     net = factory
     if not isinstance(factory, Module) and not is_torch_module(factory):
         if not callable(factory):
@@ -167,7 +167,7 @@ def _call_factory(name: str, num_classes: int | None) -> Module:
             takes = num_classes is not None and _takes_num_classes(factory)
             net = factory(num_classes=num_classes) if takes else factory()
         except RAISED as error:
-            raise ValueError(f"net {name!r}: the factory raised {said_by(error)}{_place(error)}") from None
+            raise ValueError(f"net {name!r}: the factory raised {said_by(error)}{place(error)}") from None
     try:
         check_module(net, "the factory returned")
     except TypeError as error:
@@ -226,7 +226,7 @@ def said_by(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _place(error: BaseException) -> str:
+def place(error: BaseException) -> str:
     """Where the user's own code was when it raised: the last line outside of the two packages, of Python and others."""
     own = [
         frame
@@ -305,7 +305,7 @@ def step_records(net: Module, name: str, input_shape: tuple[int, ...], batch: in
         except RAISED as error:  # a user's forward() may raise anything
             words = str(error) if isinstance(error, (ValueError, TypeError, RuntimeError)) else said_by(error)
             raise CannotRunError(
-                f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {words}{_place(error)}"
+                f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {words}{place(error)}"
             ) from None
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch:
             came = f"an output of shape {logits.shape}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"

@@ -112,7 +112,12 @@ def build(name: str, num_classes: int | None, input_shape: tuple[int, ...], with
 
         return OnnxNet(name, with_weights=not without_weights)
     if ":" in name:
-        return _call_factory(name, num_classes)
+        made = from_factory(name, num_classes)
+        try:
+            check_module(made, "the factory returned")
+        except TypeError as error:
+            raise ValueError(f"net {name!r}: {error}") from None
+        return made
     base, at, width = name.partition("@")
     if base not in models.names():
         known = ", ".join(models.names())
@@ -142,7 +147,11 @@ def _width(name: str, base: str, text: str) -> float:
     return width
 
 
-def _call_factory(name: str, num_classes: int | None) -> Module:
+def from_factory(name: str, num_classes: int | None) -> Any:
+    """What ``pkg.module:factory`` gives: a network of this library, or one of PyTorch.
+
+    Raises ValueError, in one line, where there is no such factory, it failed, or what it gave is neither.
+    """
     module_name, _, factory_name = name.partition(":")
     if not module_name or not factory_name:
         raise ValueError(f"net is {name!r}, expected pkg.module:factory")
@@ -156,7 +165,8 @@ def _call_factory(name: str, num_classes: int | None) -> Module:
         for part in factory_name.split("."):
             factory = getattr(factory, part)
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"net {name!r} cannot be imported: {said_by(error)}") from None
+        hint = f"; {TORCH_HINT}" if getattr(error, "name", None) == "torch" else ""
+        raise ValueError(f"net {name!r} cannot be imported: {said_by(error)}{hint}") from None
     except RAISED as error:
         raise ValueError(f"net {name!r}: importing {module_name} raised {said_by(error)}{place(error)}") from None
     net = factory
@@ -168,6 +178,8 @@ def _call_factory(name: str, num_classes: int | None) -> Module:
             net = factory(num_classes=num_classes) if takes else factory()
         except RAISED as error:
             raise ValueError(f"net {name!r}: the factory raised {said_by(error)}{place(error)}") from None
+    if is_torch_module(net):
+        return net
     try:
         check_module(net, "the factory returned")
     except TypeError as error:
@@ -175,6 +187,7 @@ def _call_factory(name: str, num_classes: int | None) -> Module:
     return net
 
 
+TORCH_HINT = "PyTorch is not installed, which a torch.nn.Module needs: python -m pip install -e '.[torch]'"
 RAISED = (Exception, SystemExit, GeneratorExit)
 """What code of a user may raise, all that is not meant for us (an interruption is)."""
 

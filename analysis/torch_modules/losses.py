@@ -45,23 +45,23 @@ def loss_of(output: Any, batch: int, function: LossFunction | None = None) -> Lo
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"the loss function gave {came}, expected one number")
-        return _checked(value, f"loss: {getattr(function, '__name__', 'the given function')}", _classes(output, batch))
+        return _checked(value, f"Loss: {getattr(function, '__name__', 'the given function')}", _classes(output, batch))
     where = "the output"
     if isinstance(output, Mapping):
         if isinstance(output.get("loss"), torch.Tensor):
-            return _checked(output["loss"], "loss: the one that the module returned", None)
+            return _checked(output["loss"], "Loss: the one that the module returned", None)
         if isinstance(output.get("logits"), torch.Tensor):
             output, where = output["logits"], "the output's logits"
     classes = _classes(output, batch)
     if classes is not None:
         labels = torch.zeros(batch, dtype=torch.int64, device=output.device)
-        return _checked(F.cross_entropy(output, labels), f"loss: cross-entropy of {where}", classes)
+        return _checked(F.cross_entropy(output, labels), f"Loss: cross-entropy of {where}", classes)
     found = [each for each in _outputs(output) if each.is_floating_point() and each.requires_grad]
     if not found:
         raise ValueError("the output has no floating numbers with a gradient, so that nothing can be trained by it")
     value = sum((each.sum() for each in found[1:]), found[0].sum())
     what = where if len(found) == 1 else f"all {len(found)} tensors of {where}"
-    return _checked(value, f"loss: the sum of {what}", None)
+    return _checked(value, f"Loss: the sum of {what}", None)
 
 
 def _classes(output: Any, batch: int) -> int | None:

@@ -10,13 +10,13 @@ import copy
 import importlib.util
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from analysis.steps.nets import RAISED, CannotRunError, place, said_by
+from analysis.steps.nets import RAISED, TORCH_HINT, CannotRunError, place, said_by
 from analysis.torch_modules.inputs import Asked, Inputs
-from analysis.torch_modules.losses import LossFunction, loss_of
+from analysis.torch_modules.losses import Loss, LossFunction, loss_of
 from analysis.torch_modules.selection import described, freeze, training_layers, tune, weighted_layers
 from analysis.torch_modules.step import LOSS, Layer, TorchStep
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from analysis.torch_modules.watch import Watch
 
 AUTOCAST = ("bfloat16", "float16")
-MISSING = "PyTorch is not installed, which a torch.nn.Module needs: python -m pip install -e '.[torch]'"
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Run:
 def check_torch() -> None:
     """Raise ImportError, in one line, where PyTorch is not installed."""
     if importlib.util.find_spec("torch") is None:
-        raise ImportError(MISSING)
+        raise ImportError(TORCH_HINT)
 
 
 def watched_step(module: Any, name: str, how: Run, real: bool = False) -> TorchStep:
@@ -80,19 +79,16 @@ def watched_step(module: Any, name: str, how: Run, real: bool = False) -> TorchS
     check_torch()
     from analysis.torch_modules.watch import Watch
 
-    with _random_numbers_kept():
-        module = getattr(module, "_orig_mod", module)  # of one that torch.compile made
+    with random_numbers_kept():
         fake, own = _copy(module, name, real)
-        if how.tune is not None:
-            tune(own, how.tune)
-        freeze(own, how.freeze)
+        own, inputs, autocast = prepared(own, how, fake)
         trained = training_layers(own)
         if not any(parameter.requires_grad for parameter in own.parameters()):
             raise ValueError(f"net {name!r}: nothing trains, all of its parameters have requires_grad False")
         watch = Watch(own, trained, not real)
-        inputs = how.inputs.tensors(own, fake)
         with nullcontext() if fake is None else fake:
-            loss = _forward_and_loss(own, name, how, inputs, watch)
+            with watch.forward(), autocast:
+                loss = _forward_and_loss(own, name, how, inputs, watch)
             with watch.backward():
                 try:
                     loss.value.backward()
@@ -101,23 +97,34 @@ def watched_step(module: Any, name: str, how: Run, real: bool = False) -> TorchS
     return _summary(own, how, inputs, watch, loss, trained)
 
 
-def _forward_and_loss(own: Any, name: str, how: Run, inputs: Inputs, watch: Watch) -> Any:
+def prepared(own: Any, how: Run, fake: Any = None) -> tuple[Any, Inputs, AbstractContextManager[Any]]:
+    """A copy of a module as it is to be run, its inputs, and the context of its forward pass.
+
+    ``fake`` is the ``FakeTensorMode`` in which the copy lives, if its tensors have no data.
+    """
     import torch
 
-    first = inputs.first
-    device = "cpu" if first is None else first.device.type
+    own = getattr(own, "_orig_mod", own)  # of one that torch.compile made
+    if how.tune is not None:
+        tune(own, how.tune)
+    freeze(own, how.freeze)
+    inputs = how.inputs.tensors(own, fake)
+    device = "cpu" if inputs.first is None else inputs.first.device.type
     dtype = None if how.autocast is None else getattr(torch, how.autocast)
-    with watch.forward(), nullcontext() if dtype is None else torch.autocast(device, dtype=dtype):
-        try:
-            output = own(*inputs.args, **inputs.kwargs)
-        except RAISED as error:  # a user's forward() may raise anything
-            raise CannotRunError(_why(name, how.inputs, error)) from None
-        try:
-            with watch.inside(LOSS):
-                return loss_of(output, how.inputs.batch, how.loss)
-        except RAISED as error:
-            words = str(error) if isinstance(error, ValueError) else said_by(error)
-            raise ValueError(f"net {name!r}: {words}") from None
+    return own, inputs, nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
+
+
+def _forward_and_loss(own: Any, name: str, how: Run, inputs: Inputs, watch: Watch) -> Loss:
+    try:
+        output = own(*inputs.args, **inputs.kwargs)
+    except RAISED as error:  # a user's forward() may raise anything
+        raise CannotRunError(_why(name, how.inputs, error)) from None
+    try:
+        with watch.inside(LOSS):
+            return loss_of(output, how.inputs.batch, how.loss)
+    except RAISED as error:
+        words = str(error) if isinstance(error, ValueError) else said_by(error)
+        raise ValueError(f"net {name!r}: {words}") from None
 
 
 def _why(name: str, inputs: Asked, error: BaseException) -> str:
@@ -162,7 +169,7 @@ def _computed(module: Any, copied: Callable[[Any], Any]) -> dict[int, Any]:
 
 
 @contextmanager
-def _random_numbers_kept() -> Iterator[None]:
+def random_numbers_kept() -> Iterator[None]:
     """The generators of Python, NumPy and PyTorch afterwards as before."""
     import numpy as np
     import torch

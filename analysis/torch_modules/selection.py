@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -67,7 +68,9 @@ def training_layers(module: Any) -> dict[str, Any]:
     return found
 
 
-def described(path: str, layer: Any, shapes: set[tuple[tuple[int, ...], tuple[int, ...]]], calls: int, itemsize: int) -> Layer:
+def described(
+    path: str, layer: Any, shapes: set[tuple[tuple[int, ...], tuple[int, ...]]], calls: int, itemsize: int
+) -> Layer:
     """A layer that ran, as methods see it.
 
     ``shapes`` are those of input and output in all of its calls. A linear layer on maps, (B, H, W, C), is one on
@@ -77,26 +80,18 @@ def described(path: str, layer: Any, shapes: set[tuple[tuple[int, ...], tuple[in
 
     shape, output = next(iter(shapes))
     weight = tuple(layer.weight.shape)
-    exact = ""
-    if len(shapes) > 1:
-        exact = "it is called with inputs of several shapes, and factors fit one"
+    exact = "its inputs have several shapes, and factors fit one" if len(shapes) > 1 else ""
     if isinstance(layer, nn.Conv2d) and len(shape) == 4:
-        return Layer(path, "conv2d", shape, weight, output, layer.groups, itemsize, calls, exact)
+        attributes = {name: getattr(layer, name) for name in ("groups", "stride", "dilation")}
+        return Layer(path, "conv2d", shape, weight, output, attributes, itemsize, calls, exact)
     if isinstance(layer, nn.Linear) or _is_conv1d(layer):
-        if _is_conv1d(layer):
-            weight = weight[::-1]
-        if len(shape) > 3:
-            shape, output = _tokens(shape), _tokens(output)
-        if len(shape) < 2:
-            exact = f"its input has {len(shape)} dimensions"
-        return Layer(path, "linear", shape, weight, output, 1, itemsize, calls, exact)
+        weight = weight[::-1] if _is_conv1d(layer) else weight
+        exact = exact or ("" if len(shape) > 1 else "its input has one dimension")
+        return Layer(path, "linear", _on_tokens(shape), weight, _on_tokens(output), {}, itemsize, calls, exact)
     kind = type(layer).__name__
-    why = exact or f"there is no method for {kind}"
-    return Layer(path, kind, shape, weight, output, getattr(layer, "groups", 1), itemsize, calls, why)
+    return Layer(path, kind, shape, weight, output, {}, itemsize, calls, exact or f"no method knows {kind}")
 
 
-def _tokens(shape: tuple[int, ...]) -> tuple[int, ...]:
-    middle = 1
-    for n in shape[1:-1]:
-        middle *= n
-    return shape[0], middle, shape[-1]
+def _on_tokens(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """At most three dimensions: those between the first and the last become one."""
+    return (shape[0], math.prod(shape[1:-1]), shape[-1]) if len(shape) > 3 else shape

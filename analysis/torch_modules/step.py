@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 KINDS = ("forward", "grad_input", "grad_weight", "recompute")
 """What a product is for."""
@@ -47,7 +48,7 @@ class Layer:
     shape: tuple[int, ...]
     weight_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
-    groups: int
+    attributes: Mapping[str, Any]  #: Of a convolution: ``groups``, and ``stride`` and ``dilation`` in both directions.
     itemsize: int  #: Bytes of an element of the input, as it is kept.
     calls: int
     exact: str = ""
@@ -76,6 +77,11 @@ class TorchStep:
     def tuned_layers(self) -> tuple[str, ...]:
         """Layers that train, the head left out."""
         return tuple(path for path in self.layers if path != self.head)
+
+    @property
+    def compressible(self) -> dict[str, Layer]:
+        """Tuned layers that methods know, the head left out."""
+        return {path: self.layers[path] for path in self.tuned_layers if not self.layers[path].exact}
 
     def bytes_by_path(self, compressed: Collection[str] = ()) -> dict[str, int]:
         """Bytes that each module's operations are the first to keep, each storage once.

@@ -83,7 +83,9 @@ def parser() -> argparse.ArgumentParser:
         "--freeze", action="append", metavar="GLOB",
         help="of a module of PyTorch: parameters of these names do not train; may be given several times",
     )  # fmt: skip
-    p.add_argument("--autocast", choices=["bfloat16", "float16"], help="of a module of PyTorch: dtype of torch.autocast")
+    p.add_argument(
+        "--autocast", choices=["bfloat16", "float16"], help="of a module of PyTorch: dtype of torch.autocast"
+    )
     p.add_argument("--tune", nargs="+", help="last:n, all, head, or globs of layer names (last:4, all if fewer)")
     p.add_argument(
         "--method", "--methods", nargs="+", default=list(DEFAULT_METHODS), metavar="METHOD",

@@ -7,15 +7,13 @@ on CPUs, and the LSTM layers of oneDNN.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from analysis.check.measure import Comparison
 from analysis.commands.memory import check_memory
 from analysis.torch_modules.losses import loss_of
-from analysis.torch_modules.run import Run, prepared, random_numbers_kept, watched_step
+from analysis.torch_modules.run import Run, copied, prepared, random_numbers_kept, watched_step
 from analysis.torch_modules.step import KINDS, TorchStep
 
 if TYPE_CHECKING:
@@ -31,14 +29,14 @@ def compare_module(prediction: TorchPrediction) -> Comparison:
     comparison.add("bp", "pytorch bytes", predicted.bytes_by_path(), measured.bytes_by_path())
     for kind in KINDS:
         comparison.add("bp", f"{kind} multiply-adds", _of_kind(predicted, kind), _of_kind(measured, kind))
-    counted = counted_flops(prediction.module, how)
+    counted = counted_flops(prediction.module, prediction.report.net, how)
     ours = {"forward": 2 * predicted.total_macs("forward")}
     ours["backward"] = 2 * predicted.total_macs() - ours["forward"]
     for part, flops in ours.items():
         comparison.add("bp", f"FLOPs {part}, FlopCounterMode", {"all layers": flops}, {"all layers": counted[part]})
     comparison.notes.append(
-        f"real steps on {how.inputs}; bytes by saved_tensors_hooks, each storage once; PyTorch's counter with the groups "
-        "of weight gradients, attention on CPUs and LSTM layers put in"
+        f"real steps on {how.inputs}; bytes by saved_tensors_hooks, each storage once; PyTorch's counter with the "
+        "groups of weight gradients, attention on CPUs and LSTM layers put in"
     )
     others = [method for method in prediction.report.methods if method != "bp"]
     if others:
@@ -50,13 +48,14 @@ def _of_kind(step: TorchStep, kind: str) -> dict[str, int]:
     return {path: macs for (path, of), macs in step.macs.items() if of == kind}
 
 
-def counted_flops(module: Any, how: Run) -> dict[str, int]:
+def counted_flops(module: Any, name: str, how: Run) -> dict[str, int]:
     """FLOPs of the forward pass with the loss, and of the backward pass, by PyTorch's counter in a real step."""
     from torch.utils.flop_counter import FlopCounterMode
 
     flops: dict[str, int] = {}
     with random_numbers_kept():
-        own, inputs, autocast = prepared(copy.deepcopy(module), how)
+        _, own = copied(module, name, real=True)
+        inputs, autocast = prepared(own, how)
         with FlopCounterMode(display=False, custom_mapping=_missing()) as counter, autocast:
             loss = loss_of(own(*inputs.args, **inputs.kwargs), how.inputs.batch, how.loss).value
         flops["forward"] = int(counter.get_total_flops())
@@ -66,7 +65,7 @@ def counted_flops(module: Any, how: Run) -> dict[str, int]:
     return flops
 
 
-def _missing() -> Mapping[Any, Any]:
+def _missing() -> dict[Any, Any]:
     """What PyTorch's counter lacks, on shapes, written for this purpose alone."""
     import torch
 

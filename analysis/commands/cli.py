@@ -55,7 +55,7 @@ class OneLineParser(argparse.ArgumentParser):
         """As of the base class; the result is an :class:`Options`."""
         if namespace is not None:
             return super().parse_args(args, namespace)
-        missing = object()
+        missing: list[Any] = []  # of a kind that an option which may stand there several times can be added to
         seen = argparse.Namespace(**{action.dest: missing for action in self._actions})
         options = super().parse_args(args, Options())
         super().parse_args(args, seen)  # once more, without defaults: what is still missing was not given

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from analysis.peak.memory import Peak
     from analysis.ranks.choose import RankChoice
     from analysis.reports.report import Continual, Report
+    from analysis.reports.torch_report import TorchPrediction
     from analysis.rules.account import Billed, CostCache
     from analysis.rules.calibration_costs import CalibrationCost
     from analysis.steps.nets import TracedStep
-    from analysis.reports.torch_report import TorchPrediction
     from analysis.steps.settings import MethodStep
     from analysis.torch_modules.inputs import Spec
     from lance_ref.nn.module import Module
@@ -274,9 +274,7 @@ def predict_torch(
     specs = read_specs(input_shape, image_size) if inputs is None or input_shape is not None else ()
     how = Run(AskedInputs.of(batch, specs, inputs, DEFAULT_BATCH), loss, tune, tuple(freeze), autocast)
     given = Settings() if settings is None else settings
-    return predict_module(
-        module, title, how, TorchAsked(names, epsilon, ranks, spectra, given, num_classes)
-    )
+    return predict_module(module, title, how, TorchAsked(names, epsilon, ranks, spectra, given, num_classes))
 
 
 def predict(
@@ -351,7 +349,7 @@ def _check_types(net: Any, arguments: Mapping[str, Any]) -> None:
 
     from analysis.steps.nets import TracedStep, check_module
 
-    if net is not None and not isinstance(net, (str, TracedStep)):
+    if not isinstance(net, (str, TracedStep)):
         check_module(net, "net is")
     kinds: dict[str, tuple[Any, str]] = dict.fromkeys(_INTEGERS, (Integral, "an integer"))
     kinds |= dict.fromkeys(_TEXTS, (str, "a string")) | dict.fromkeys(("epsilon", "protected"), (Real, "a number"))
@@ -437,7 +435,11 @@ def _step(
         return _named_step(net, classes, shape, DEFAULT_BATCH if batch is None else batch, asked_tune, asked_dtype)
     module = build(net, num_classes, shape, not with_weights) if isinstance(net, str) else net
     if dtype is None:
-        dtype = "float32" if isinstance(net, str) or ":" in title else str(next((p.dtype for p in net.parameters()), "float32"))
+        dtype = (
+            "float32"
+            if isinstance(net, str) or ":" in title
+            else str(next((p.dtype for p in net.parameters()), "float32"))
+        )
     step = trace_step(module, title, shape, DEFAULT_BATCH if batch is None else batch, tune, dtype)
     check_classes(title, num_classes, step.num_classes)
     return step

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from analysis.reports.report import MethodCost, Report, Row
 from analysis.rules.calibration_costs import CalibrationCost, calibration_cost
 from analysis.rules.op_cost import MAC_KINDS
 from analysis.steps.methods import METHODS
@@ -14,7 +15,6 @@ from analysis.steps.settings import NotApplicableError, Settings
 from analysis.torch_modules.methods import check_method, paper_bytes, record_of, store_costs
 from analysis.torch_modules.run import Run, watched_step
 from analysis.torch_modules.step import TorchStep
-from analysis.reports.report import MethodCost, Report, Row
 
 if TYPE_CHECKING:
     from analysis.rules.stores import StoreCost
@@ -30,7 +30,6 @@ class TorchAsked:
     ranks: str | None
     spectra: str | None
     settings: Settings
-    image_size: int | None = None
     num_classes: int | None = None
 
 
@@ -182,9 +181,7 @@ def _cost(step: TorchStep, path: str, kept: int, store: StoreCost | None) -> Met
     return _method_cost(store.ranks, calls * store.kept_bytes, kept + calls * held, store.subspace_bytes, counts)
 
 
-def _method_cost(
-    ranks: Ranks | None, paper: int, pytorch: int, factors: int, macs: Mapping[str, int]
-) -> MethodCost:
+def _method_cost(ranks: Ranks | None, paper: int, pytorch: int, factors: int, macs: Mapping[str, int]) -> MethodCost:
     flops = {kind: 2 * macs[kind] for kind in MAC_KINDS}
     kept = {"paper": paper, "pytorch": pytorch}
     return MethodCost(ranks, kept, factors, {**flops, "total": sum(flops.values())}, None)
@@ -208,5 +205,3 @@ def remarks(step: TorchStep) -> Sequence[str]:
     if step.uncounted:
         said.append(f"Not counted, for want of a rule: the multiply-adds of {', '.join(step.uncounted)}.")
     return [*said, *step.remarks]
-
-

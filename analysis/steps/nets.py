@@ -201,7 +201,8 @@ def check_module(net: Any, came: str) -> None:
     """Raise TypeError unless this is a network of the library, with what all of them have; ``came`` says from where."""
     if is_torch_module(net):
         raise TypeError(
-            f"{came} a torch.nn.Module ({type(net).__name__}), expected a lance_ref.nn.Module: export it with "
+            f"{came} a torch.nn.Module ({type(net).__name__}), which `lance-ref cost` and analysis.cost() take as it "
+            "is. Here a lance_ref.nn.Module is expected: export it with "
             "torch.onnx.export(net, (x,), 'net.onnx', training=torch.onnx.TrainingMode.TRAINING, "
             "do_constant_folding=False, dynamo=False) and give the file"
         )

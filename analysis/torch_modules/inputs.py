@@ -110,6 +110,8 @@ def read_specs(given: Spec | Sequence[Spec] | None, image_size: int | None) -> t
         raise ValueError(f"image_size is {image_size} beside input_shape, expected one of them")
     if isinstance(given, (str, InputSpec)):
         given = [given]
+    elif not isinstance(given, Sequence):
+        raise TypeError(f"input_shape is {shown(given)}, a {type(given).__name__}, expected a sequence of integers")
     elif all(isinstance(each, Integral) for each in given):
         given = [tuple(int(n) for n in given)]  # type: ignore[arg-type]
     return tuple(_read(each) for each in given)
@@ -144,8 +146,8 @@ def _copied(tensor: Any) -> Any:
 
 
 def _mapped(value: Any, change: Any) -> Any:
-    from torch.utils import _pytree
     from torch import Tensor
+    from torch.utils import _pytree
 
     return _pytree.tree_map_only(Tensor, change, value)
 

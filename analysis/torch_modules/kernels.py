@@ -1,8 +1,8 @@
 """Where shapes alone give other results than the real kernels of a CPU: results as the kernels make them.
 
-PyTorch computes shapes with functions of their own ("meta" functions), which differ from the kernels in three places: the
-dtype of the statistics of normalisations, an index of ``EmbeddingBag``, and the workspace that an LSTM layer of oneDNN
-keeps, whose size only the kernel knows.
+PyTorch computes shapes with functions of their own ("meta" functions), which differ from the kernels in three places:
+the dtype of the statistics of normalisations, an index of ``EmbeddingBag``, and the workspace that an LSTM layer of
+oneDNN keeps, whose size only the kernel knows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The loss of a step: the user's function, the one that the module returned, cross-entropy, or the sum of all outputs."""
+"""The loss of a step: the user's function, the one that the module returned, cross-entropy, or the outputs' sum."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def loss_of(output: Any, batch: int, function: LossFunction | None = None) -> Lo
     if function is not None:
         value = function(output)
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            came = (
+                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            )
             raise ValueError(f"the loss function gave {came}, expected one number")
         return _checked(value, f"Loss: {getattr(function, '__name__', 'the given function')}", _classes(output, batch))
     where = "the output"

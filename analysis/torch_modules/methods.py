@@ -1,7 +1,7 @@
-"""What a method makes of the step of a PyTorch module: other things kept for the weight gradients of its tuned layers.
+"""What a method makes of the step of a PyTorch module: other things kept for the weight gradients of tuned layers.
 
-A method that changes only what layers keep of their inputs is computed on the storages that PyTorch showed: the input of
-a tuned layer goes where nobody else holds it, and the method's core comes. Its costs are those of the library's own
+A method that changes only what layers keep of their inputs is computed on the storages that PyTorch showed: the input
+of a tuned layer goes where nobody else holds it, and the method's core comes. Its costs are those of the library's own
 layers of the same shapes.
 """
 
@@ -54,9 +54,7 @@ def layer_macs(layer: Layer) -> int:
     return math.prod(layer.shape[:-1]) * math.prod(layer.weight_shape)
 
 
-def store_costs(
-    name: str, step: TorchStep, ranks: Mapping[str, Ranks], settings: Settings
-) -> dict[str, StoreCost]:
+def store_costs(name: str, step: TorchStep, ranks: Mapping[str, Ranks], settings: Settings) -> dict[str, StoreCost]:
     """What the method's store keeps and computes in one call of every layer that it compresses, by path.
 
     A layer without ranks, where the method has them, stays exact; so does one of which the store would keep the input.

@@ -61,7 +61,8 @@ def output_places(arguments: Sequence[Any]) -> int:
     x, weight, _, stride, padding, dilation, transposed = arguments[:7]
     if transposed:
         return math.prod(x.shape[2:])
-    sizes = zip(x.shape[2:], weight.shape[2:], *(_each(v, len(x.shape) - 2) for v in (stride, padding, dilation)))
+    numbers = [_each(values, len(x.shape) - 2) for values in (stride, padding, dilation)]
+    sizes = zip(x.shape[2:], weight.shape[2:], *numbers, strict=True)
     return math.prod((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
 
 

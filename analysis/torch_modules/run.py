@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -79,9 +80,9 @@ def watched_step(module: Any, name: str, how: Run, real: bool = False) -> TorchS
     check_torch()
     from analysis.torch_modules.watch import Watch
 
-    with random_numbers_kept():
-        fake, own = _copy(module, name, real)
-        own, inputs, autocast = prepared(own, how, fake)
+    with random_numbers_kept(), _quiet():
+        fake, own = copied(module, name, real)
+        inputs, autocast = prepared(own, how, fake)
         trained = training_layers(own)
         if not any(parameter.requires_grad for parameter in own.parameters()):
             raise ValueError(f"net {name!r}: nothing trains, all of its parameters have requires_grad False")
@@ -97,21 +98,20 @@ def watched_step(module: Any, name: str, how: Run, real: bool = False) -> TorchS
     return _summary(own, how, inputs, watch, loss, trained)
 
 
-def prepared(own: Any, how: Run, fake: Any = None) -> tuple[Any, Inputs, AbstractContextManager[Any]]:
-    """A copy of a module as it is to be run, its inputs, and the context of its forward pass.
+def prepared(own: Any, how: Run, fake: Any = None) -> tuple[Inputs, AbstractContextManager[Any]]:
+    """Make a copy of a module train as it was asked for; gives its inputs, and the context of its forward pass.
 
     ``fake`` is the ``FakeTensorMode`` in which the copy lives, if its tensors have no data.
     """
     import torch
 
-    own = getattr(own, "_orig_mod", own)  # of one that torch.compile made
     if how.tune is not None:
         tune(own, how.tune)
     freeze(own, how.freeze)
     inputs = how.inputs.tensors(own, fake)
     device = "cpu" if inputs.first is None else inputs.first.device.type
     dtype = None if how.autocast is None else getattr(torch, how.autocast)
-    return own, inputs, nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
+    return inputs, nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
 
 
 def _forward_and_loss(own: Any, name: str, how: Run, inputs: Inputs, watch: Watch) -> Loss:
@@ -138,10 +138,14 @@ def _why(name: str, inputs: Asked, error: BaseException) -> str:
     return f"{ran}{said_by(error)}{place(error)}"
 
 
-def _copy(module: Any, name: str, real: bool) -> tuple[Any, Any]:
-    """A ``FakeTensorMode`` with a copy of the module in it, or None with one that has numbers."""
+def copied(module: Any, name: str, real: bool) -> tuple[Any, Any]:
+    """A ``FakeTensorMode`` with a copy of the module in it, or None with one that has numbers.
+
+    Raises ValueError if it cannot be copied.
+    """
     import torch
 
+    module = getattr(module, "_orig_mod", module)  # of one that torch.compile made
     if any(torch.nn.parameter.is_lazy(each) for each in (*module.parameters(), *module.buffers())):
         raise ValueError(f"net {name!r} has parameters that have no shape yet: run it once on an example before")
     try:
@@ -166,6 +170,17 @@ def _computed(module: Any, copied: Callable[[Any], Any]) -> dict[int, Any]:
 
     values = [value for part in module.modules() for value in vars(part).values() if isinstance(value, torch.Tensor)]
     return {id(value): copied(value.detach()) for value in values if not value.is_leaf}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch does not log the errors that it raises."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextmanager

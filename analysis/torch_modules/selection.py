@@ -1,4 +1,4 @@
-"""Which parameters of a PyTorch module train: as they are, without those that are frozen by name, or selected layers."""
+"""Which parameters of a PyTorch module train: as they are, without those frozen by name, or those of some layers."""
 
 from __future__ import annotations
 

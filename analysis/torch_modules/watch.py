@@ -203,7 +203,8 @@ class Watch:
         if name in GRADIENTS:
             path = self._place()
             for kind, macs in GRADIENTS[name](args).items():
-                self.macs[path, kind] += macs
+                if macs:
+                    self.macs[path, kind] += macs
         elif name in PRODUCTS:
             with_weight = any(_identity(tensor) in self._derived for tensor in _tensors(args))
             kind = "grad_weight" if self._weighted.get(self._number(), False) and not with_weight else "grad_input"

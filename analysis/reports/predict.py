@@ -262,8 +262,8 @@ def predict_torch(
     from analysis.torch_modules.run import AUTOCAST, Run, check_torch
 
     check_torch()
-    _check_types(None, {"net": None, **locals(), "input_shape": None, "convention": "", "optimizer": "", "protected": 0,
-                        "basis_batches": 0, "dtype": None, "continual": None})  # fmt: skip
+    theirs = dict.fromkeys(("input_shape", "dtype", "continual")) | {"convention": "", "optimizer": ""}
+    _check_types("", {**locals(), **theirs, "protected": DEFAULT_PROTECTED, "basis_batches": DEFAULT_BASIS_BATCHES})
     _check(Asked(epsilon, ranks, spectra))
     _check_positive(batch=batch, num_classes=num_classes, image_size=image_size)
     if isinstance(freeze, str):

@@ -63,7 +63,7 @@ def test_methods_that_keep_something_else() -> None:
     assert set(everything.notes) == {"bias-only", "checkpoint", "micro-batch", "lora"}
     assert kept["hosvd"]["paper"] == kept["lance"]["paper"] + everything.totals["lance"].subspace_bytes
     assert everything.calibration["lance"].batches == 100
-    with pytest.raises(ValueError, match="method 'lora' does not fit net .*peft"):
+    with pytest.raises(ValueError, match=r"method 'lora' does not fit net .*peft"):
         analysis.cost(plain(), batch=4, input_shape=(3, 16, 16), method=["bp", "lora"])
     with pytest.raises(ValueError, match="training in a subspace"):
         analysis.cost(plain(), batch=4, input_shape=(3, 16, 16), method=["bp", "lance"], update="subspace")

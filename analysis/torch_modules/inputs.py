@@ -49,7 +49,8 @@ class Asked:
     def tensors(self, module: Any, fake: Any = None) -> Inputs:
         """The inputs on the module's device: without data under a ``FakeTensorMode``, else numbers that any net takes.
 
-        Floating numbers are normally distributed, integers 0 and so within every table, masks 1.
+        Floating numbers are normally distributed, integers 0 and so within every table, masks 1 but for the first
+        sample's last place.
         """
         import torch
 
@@ -68,7 +69,10 @@ class Asked:
             elif dtype.is_floating_point or dtype.is_complex:
                 tensor = torch.randn(shape, dtype=torch.float32, generator=generator).to(first.device, dtype)
             else:
-                tensor = torch.full(shape, int("mask" in (spec.name or "")), dtype=dtype, device=first.device)
+                is_mask = "mask" in (spec.name or "")
+                tensor = torch.full(shape, int(is_mask), dtype=dtype, device=first.device)
+                if is_mask and len(shape) > 1 and shape[-1] > 1:
+                    tensor[0, ..., -1] = 0  # masks that hide nothing are taken away by some networks
             if spec.name is None:
                 args.append(tensor)
             else:

@@ -28,6 +28,13 @@ def matrices(first: int) -> Product:
     return macs
 
 
+def grouped(arguments: Sequence[Any]) -> int:
+    """Products of groups of rows with a matrix for each group (experts), or of the columns of one matrix with each."""
+    a, b = arguments[:2]
+    rows = a.shape[-2:] if len(a.shape) == 3 and len(b.shape) == 2 else a.shape
+    return math.prod(rows) * int(b.shape[-1])
+
+
 def vector(first: int) -> Product:
     """A matrix, or a vector, times a vector: as many multiply-adds as the first of the two has elements."""
     return lambda arguments: math.prod(arguments[first].shape)
@@ -117,7 +124,7 @@ _ATTENTION = (
 
 PRODUCTS: Mapping[str, Product] = {
     "aten.mm": matrices(0), "aten.bmm": matrices(0), "aten.addmm": matrices(1), "aten.baddbmm": matrices(1),
-    "aten.addbmm": matrices(1), "aten._scaled_mm": matrices(0), "aten._int_mm": matrices(0),
+    "aten.addbmm": matrices(1), "aten._scaled_mm": matrices(0), "aten._int_mm": matrices(0), "aten._grouped_mm": grouped,
     "aten.mv": vector(0), "aten.addmv": vector(1), "aten.dot": vector(0), "aten.vdot": vector(0),
     "aten.convolution": convolution, "aten._convolution": convolution, "aten.mkldnn_rnn_layer": recurrent_layer,
     **dict.fromkeys(_ATTENTION, attention),

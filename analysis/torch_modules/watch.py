@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from analysis.torch_modules.kernels import as_on_cpu
+from analysis.torch_modules.kernels import run_on_shapes
 from analysis.torch_modules.products import ACTIVATION, GRADIENTS, PRODUCTS, UNCOUNTED
 from analysis.torch_modules.step import Seen, Storage
 
@@ -158,9 +158,7 @@ class Watch:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        result = func(*args, **kwargs)
-        if self.on_shapes:
-            result = as_on_cpu(name, args, result)
+        result = run_on_shapes(name, func, args, kwargs) if self.on_shapes else func(*args, **kwargs)
         self._account(name, args, kwargs, result)
         return result
 

@@ -32,6 +32,9 @@ def convolution(x: tuple[int, ...], weight: tuple[int, ...], **options: Any) -> 
         ("aten.addmm", shaped((5,), (2, 3), (3, 5)), 30),
         ("aten.bmm", shaped((7, 2, 3), (7, 3, 5)), 210),
         ("aten.baddbmm", shaped((7, 2, 5), (7, 2, 3), (7, 3, 5)), 210),
+        ("aten._grouped_mm", shaped((6, 8), (3, 8, 4), (3,)), 6 * 8 * 4),
+        ("aten._grouped_mm", shaped((8, 6), (6, 4), (3,)), 6 * 8 * 4),
+        ("aten._grouped_mm", shaped((3, 5, 8), (8, 6), (3,)), 5 * 8 * 6),
         ("aten.mv", shaped((2, 3), (3,)), 6),
         ("aten.dot", shaped((3,), (3,)), 3),
         # 2 images, 4 outputs of 3 channels (2 groups), kernel 3x2, output 6x7

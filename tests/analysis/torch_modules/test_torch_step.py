@@ -99,6 +99,8 @@ def test_a_hand_made_step() -> None:
     }  # fmt: skip
     assert (step.head, step.tuned_layers, step.classes) == ("2", ("0",), 4)
     assert step.bytes_by_path({"0", "2"}) == {"1": 48, "(loss)": 52}  # the ReLU still holds what "2" does not
+    step = watched_step(NETS["mlp"][0](), "mlp", run((7,), autocast="bfloat16"))
+    assert step.bytes_by_path({"0", "2"})["2"] == 2 * 4 * 6  # the weight in half precision, for the input's gradient
 
 
 def test_a_checkpoint_runs_twice() -> None:

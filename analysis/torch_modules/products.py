@@ -124,7 +124,8 @@ _ATTENTION = (
 
 PRODUCTS: Mapping[str, Product] = {
     "aten.mm": matrices(0), "aten.bmm": matrices(0), "aten.addmm": matrices(1), "aten.baddbmm": matrices(1),
-    "aten.addbmm": matrices(1), "aten._scaled_mm": matrices(0), "aten._int_mm": matrices(0), "aten._grouped_mm": grouped,
+    "aten.addbmm": matrices(1), "aten._scaled_mm": matrices(0), "aten._int_mm": matrices(0),
+    "aten._grouped_mm": grouped,
     "aten.mv": vector(0), "aten.addmv": vector(1), "aten.dot": vector(0), "aten.vdot": vector(0),
     "aten.convolution": convolution, "aten._convolution": convolution, "aten.mkldnn_rnn_layer": recurrent_layer,
     **dict.fromkeys(_ATTENTION, attention),

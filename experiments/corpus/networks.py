@@ -57,11 +57,9 @@ class Network:
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
-            made = getattr(importlib.import_module(module), attribute)
-            if self.package == "transformers":
-                made = made(made.config_class(**self.options))
-            else:
-                made = made(**self.options)
+            make = getattr(importlib.import_module(module), attribute)
+            options = self.options
+            made = make(make.config_class(**options)) if self.package == "transformers" else make(**options)
         return made.train()
 
 

@@ -52,7 +52,7 @@ class Network:
         """The network, in training mode; the same weights every time."""
         import torch
 
-        _define_operations_without_kernels()
+        define_operations_without_kernels()
         module, _, attribute = self.make.partition(":")
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
@@ -64,10 +64,7 @@ class Network:
 
 
 def networks(path: Path = DATA) -> list[Network]:
-    """All networks of the list.
-
-    Raises ValueError if two of a package have the same name.
-    """
+    """All networks of the list."""
     import yaml
 
     listed = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -78,12 +75,10 @@ def networks(path: Path = DATA) -> list[Network]:
             named = {of["named"]: name} if "named" in of else {}  # of one function for all, which takes the name
             given["options"] = {**named, **of.get("options", {}), **given.get("options", {})}
             found.append(Network(package, name, **{**given, "inputs": tuple(given["inputs"])}))
-    if len({(each.package, each.name) for each in found}) < len(found):
-        raise ValueError(f"{path} names a network of a package twice")
     return found
 
 
-def _define_operations_without_kernels() -> None:
+def define_operations_without_kernels() -> None:
     """Names that torchvision registers functions for, where its compiled part does not fit PyTorch's build.
 
     The wheel of the package index is built for CUDA; without these names it cannot be imported beside a PyTorch for

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     *(f"lance_ref.{name}" for name in ("io", "engine", "algebra", "stores", "functional", "nn", "optim", "datasets")),
-    *(f"lance_ref.{name}" for name in ("models", "train")),
+    *(f"lance_ref.{name}" for name in ("models", "convert", "train")),
     *(f"lance_ref.{name}" for name in ["lance", "device", "continual", "conformance"]), "lance_ref",
     *(f"analysis.{name}" for name in ("commands", "rules", "onnx", "peak", "steps", "ranks", "torch_modules")),
     *(f"analysis.{name}" for name in ("reports", "check")),

@@ -193,7 +193,7 @@ def remarks(step: TorchStep) -> Sequence[str]:
     said = [
         f"{step.loss}; {share}.",
         "Bytes and products are those that PyTorch shows for this module: each storage once, parameters and buffers "
-        "left out. The tape of this library is not predicted: the module is PyTorch's.",
+        "left out. This library has no tape of PyTorch's modules; of lance_ref.from_torch(module) it has.",
     ]
     exact: dict[str, list[str]] = {}
     for path in step.tuned_layers:

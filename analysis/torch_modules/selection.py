@@ -87,11 +87,11 @@ def described(
     if isinstance(layer, nn.Linear) or _is_conv1d(layer):
         weight = weight[::-1] if _is_conv1d(layer) else weight
         exact = exact or ("" if len(shape) > 1 else "its input has one dimension")
-        return Layer(path, "linear", _on_tokens(shape), weight, _on_tokens(output), {}, itemsize, calls, exact)
+        return Layer(path, "linear", on_tokens(shape), weight, on_tokens(output), {}, itemsize, calls, exact)
     kind = type(layer).__name__
     return Layer(path, kind, shape, weight, output, {}, itemsize, calls, exact or f"no method knows {kind}")
 
 
-def _on_tokens(shape: tuple[int, ...]) -> tuple[int, ...]:
+def on_tokens(shape: tuple[int, ...]) -> tuple[int, ...]:
     """At most three dimensions: those between the first and the last become one."""
     return (shape[0], math.prod(shape[1:-1]), shape[-1]) if len(shape) > 3 else shape

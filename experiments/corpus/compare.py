@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -105,14 +104,12 @@ def export(module: Any, how: Run, kind: str) -> Export:
     inputs = how.inputs.tensors(own)
     if inputs.kwargs:
         return Export("inputs by name, of which an exported network has none")
-    stream = io.BytesIO()
-    try:
-        torch.onnx.export(own if kind == "documented" else own.eval(), inputs.args, stream, **options)
-    except FAILURES as error:
-        return Export(f"torch.onnx.export: {one_line(error)[:100]}")
     with TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
-        path.write_bytes(stream.getvalue())
+        try:
+            torch.onnx.export(own if kind == "documented" else own.eval(), inputs.args, str(path), **options)
+        except FAILURES as error:
+            return Export(f"torch.onnx.export: {one_line(error)[:100]}")
         try:
             prediction = predict(str(path), how.inputs.batch, tune="all", methods="bp")
         except FAILURES as error:

@@ -111,8 +111,8 @@ def _batch_norm(
     momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
     """Statistics are parameters that do not train; their arrays are moved on where the batch's own are used."""
-    arrays = [None if each is None else each.data for each in (mean, variance)]
-    return F.batch_norm(x, *arrays, weight, bias, training=training, momentum=momentum, eps=eps)
+    means, variances = (None if each is None else each.data for each in (mean, variance))
+    return F.batch_norm(x, means, variances, weight, bias, training=training, momentum=momentum, eps=eps)
 
 
 def without_inplace(function: Callable[..., Any]) -> Callable[..., Any]:

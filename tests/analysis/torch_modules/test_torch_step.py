@@ -172,6 +172,10 @@ def test_examples_name_inputs_and_stay() -> None:
     assert watched_step(Named(), "net", Run(Asked.of(5, specs, None, 128))).total_bytes() == (
         watched_step(Named(), "net", Run(Asked.of(None, (), example, 128))).total_bytes()
     )
+    written = torch.full((5, 4), -1.0)
+    how = Run(Asked.of(None, (), written, 128))
+    watched_step(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3)), "net", how, real=True)
+    assert torch.equal(written, torch.full((5, 4), -1.0))
     with pytest.raises(ValueError, match="batch is 4, but the example"):
         Asked.of(4, (), example, 128)
 

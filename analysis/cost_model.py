@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from analysis.commands.cli import (
     NET_HELP,
+    InputSpec,
     OneLineParser,
     any_file,
     check_effect,
@@ -21,7 +23,7 @@ from analysis.commands.cli import (
     count,
     few,
     figure_file,
-    input_shape,
+    input_spec,
     pixels,
     run_command,
     run_main,
@@ -36,14 +38,26 @@ from analysis.reports.predict import (
     DEFAULT_PROTECTED,
     Prediction,
     cost,
+    is_torch_module,
+    made_by,
     predict,
+    predict_torch,
 )
 from analysis.steps.methods import METHODS, check_methods_heed, chosen_methods
 from analysis.steps.register import add_settings
 from analysis.steps.settings import KNOWN, Settings
 
+if TYPE_CHECKING:
+    from analysis.reports.torch_report import TorchPrediction
+
 __all__ = ["Prediction", "cost", "main", "parser", "predict"]
 
+OF_TORCH = ("loss", "freeze", "autocast")
+NOT_OF_TORCH = (
+    "convention", "dtype", "optimizer", "continual", "protected", "basis_batches", "engine", "plot", "panels", "data",
+    "chunk",
+)  # fmt: skip
+"""Options that mean nothing for a module of PyTorch."""
 PANELS = ("tape", "macs", "batch", "frontier")
 
 
@@ -58,8 +72,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--net", required=True, help=NET_HELP)
     p.add_argument("--batch", type=count, default=DEFAULT_BATCH, help="images per step")
     p.add_argument("--image-size", type=pixels, help="height and width in pixels (224 for most nets)")
-    p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
+    p.add_argument(
+        "--input-shape", type=input_spec, action="append",
+        help="of one input, as 3,32,32 or 784, in place of --image-size; for a module of PyTorch also "
+        "[name=]shape[:dtype], once for each input",
+    )  # fmt: skip
     p.add_argument("--num-classes", type=count, help="outputs of the classifier (1000; a factory's own)")
+    p.add_argument(
+        "--loss", help="of a module of PyTorch: pkg.module:function of the output (cross-entropy, or the outputs' sum)"
+    )
+    p.add_argument(
+        "--freeze", action="append", metavar="GLOB",
+        help="of a module of PyTorch: parameters of these names do not train; may be given several times",
+    )  # fmt: skip
+    p.add_argument(
+        "--autocast", choices=["bfloat16", "float16"], help="of a module of PyTorch: dtype of torch.autocast"
+    )
     p.add_argument("--tune", nargs="+", help="last:n, all, head, or globs of layer names (last:4, all if fewer)")
     p.add_argument(
         "--method", "--methods", nargs="+", default=list(DEFAULT_METHODS), metavar="METHOD",
@@ -124,14 +152,20 @@ def _run(options: argparse.Namespace) -> int:
     from analysis.reports.tables import drawn
 
     _check(options)
-    prediction = _predict(options)
-    _check_ranks(options, prediction)
+    prediction: Any
+    net, title = made_by(options.net, options.num_classes)
+    of_torch = is_torch_module(net)
+    prediction = _predict_torch(options, net, title) if of_torch else _predict(options, net, title)
     if options.plot is not None:
         from analysis.reports.plots import draw
 
         draw(prediction, options.plot, options.panels or PANELS)
     comparison = None
-    if options.measure:
+    if options.measure and of_torch:
+        from analysis.check.torch_measure import compare_module
+
+        comparison = compare_module(prediction)
+    elif options.measure:
         from analysis.check.measure import compare
 
         comparison = compare(prediction, options.data, peaks=True)
@@ -179,11 +213,12 @@ def _check_ranks(options: argparse.Namespace, prediction: Prediction) -> None:
         check_no_effect(options, ("epsilon", "spectra"), f"no rank is chosen by energy; ranks are from {choice.source}")
 
 
-def _predict(options: argparse.Namespace) -> Prediction:
-    return predict(
-        options.net, options.batch, options.image_size,
-        options.input_shape, options.num_classes,
-        options.tune[0] if options.tune and len(options.tune) == 1 else options.tune,
+def _predict(options: argparse.Namespace, net: Any, title: str) -> Prediction:
+    check_no_effect(options, OF_TORCH, "it is for modules of PyTorch")
+    prediction = predict(
+        net, options.batch, options.image_size,
+        _one_shape(options.input_shape), options.num_classes,
+        _tune(options),
         options.method, options.epsilon, options.ranks,
         options.spectra, options.convention, options.dtype,
         with_weights=options.measure or options.engine == "device",
@@ -192,8 +227,36 @@ def _predict(options: argparse.Namespace) -> Prediction:
         protected=DEFAULT_PROTECTED if options.protected is None else options.protected,
         basis_batches=DEFAULT_BASIS_BATCHES if options.basis_batches is None else options.basis_batches,
         optimizer=options.optimizer,
-        chunk=options.chunk,
+        chunk=options.chunk, title=title,
     )  # fmt: skip
+    _check_ranks(options, prediction)
+    return prediction
+
+
+def _predict_torch(options: argparse.Namespace, module: Any, title: str) -> TorchPrediction:
+    from analysis.torch_modules.losses import load_loss
+
+    check_no_effect(options, NOT_OF_TORCH, f"net {title!r} is a module of PyTorch")
+    loss = None if options.loss is None else load_loss(options.loss)
+    return predict_torch(
+        module, title, options.batch, options.image_size, options.input_shape, options.num_classes, _tune(options),
+        options.method, options.epsilon, options.ranks, options.spectra,
+        settings=Settings(**{name: getattr(options, name) for name in KNOWN}),
+        loss=loss, freeze=options.freeze or (), autocast=options.autocast,
+    )  # fmt: skip
+
+
+def _tune(options: argparse.Namespace) -> Any:
+    return options.tune[0] if options.tune and len(options.tune) == 1 else options.tune
+
+
+def _one_shape(specs: Sequence[InputSpec] | None) -> tuple[int, ...] | None:
+    """The shape of the only input that networks of this library have."""
+    if specs is None:
+        return None
+    if len(specs) > 1 or specs[0].name is not None or specs[0].dtype is not None or not specs[0].shape:
+        raise ValueError("--input-shape has names, dtypes or several inputs, which are for modules of PyTorch alone")
+    return specs[0].shape
 
 
 if __name__ == "__main__":

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
     from analysis.ranks.spectra_file import Spectra
     from lance_ref.datasets import Dataset
-    from lance_ref.nn.module import Module
 
 
 Normalise = Callable[["np.ndarray"], "np.ndarray"]
@@ -56,7 +55,7 @@ class _Source:
     ``normalise`` takes uint8 (B, H, W, C) to float32 (B, C, H, W); ``normalised`` says how.
     """
 
-    net: Module
+    net: Any
     weights: str
     weights_sha256: str
     shape: tuple[int, ...]
@@ -103,8 +102,8 @@ def measure(
     Parameters
     ----------
     net : str
-        A built-in net, with its pretrained weights if there are any, ``pkg.module:factory`` or a ``file.onnx`` with
-        their own.
+        A built-in net, with its pretrained weights if there are any, ``pkg.module:factory``, which may give a module of
+        PyTorch, or a ``file.onnx`` with their own.
     data : str
         A data set of ``lance_ref.datasets``, or a folder of pictures; ``split`` says which images of a data set.
     batch, batches : int
@@ -125,6 +124,7 @@ def measure(
 
     import lance_ref
     from analysis.ranks.spectra_file import LayerSpectra, Spectra
+    from analysis.steps.nets import is_torch_module
 
     for name, number in (("batch", batch), ("batches", batches), ("image size", image_size)):
         if number is not None and number < 1:
@@ -134,13 +134,18 @@ def measure(
     if batch * batches > len(images):
         there = f"{images.name} ({images.split}) has {len(images)}"
         raise ValueError(f"{batches} batches of {batch} need {batch * batches} images, {there}")
-    body = lance_ref.tune(source.net, "all").layers
     shown = _batches(images, batch, batches, source, seed)
-    calibration = lance_ref.calibrate(source.net, shown, layers=list(body))
     layers = {}
-    for path, subspace in calibration.items():
-        energies = tuple(np.maximum(spectrum, 0.0) for spectrum in subspace.spectra if spectrum is not None)
-        layers[path] = LayerSpectra(tuple(subspace.shape), energies)
+    if is_torch_module(source.net):
+        from analysis.torch_modules.spectra import activation_spectra
+
+        layers = activation_spectra(source.net, net, shown)
+    else:
+        body = lance_ref.tune(source.net, "all").layers
+        calibration = lance_ref.calibrate(source.net, shown, layers=list(body))
+        for path, subspace in calibration.items():
+            energies = tuple(np.maximum(spectrum, 0.0) for spectrum in subspace.spectra if spectrum is not None)
+            layers[path] = LayerSpectra(tuple(subspace.shape), energies)
     provenance = {
         "weights": source.weights,
         "weights_sha256": source.weights_sha256,
@@ -164,7 +169,7 @@ def _source(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> _Source:
-    from analysis.steps.nets import build, input_shape_for
+    from analysis.steps.nets import build, from_factory, input_shape_for
     from lance_ref import models
 
     if (mean is None) != (std is None):
@@ -173,10 +178,12 @@ def _source(
     shape = input_shape_for(net, known.image_size if known and image_size is None else image_size, given)
     if len(shape) not in (1, 3) or min(shape) < 1:
         raise ValueError(f"net {net!r} takes inputs of shape {shape}, expected (C, H, W) or (N,)")
+    module: Any
     if known is not None:
         module, words, digest = models.create(net, pretrained=True), known.origin, known.sha256
     else:
-        module = build(net, None, shape, without_weights=False)
+        of_factory = ":" in net and not net.endswith(".onnx")
+        module = from_factory(net, None) if of_factory else build(net, None, shape, without_weights=False)
         words, digest = _weights(net, module)
     _check_finite(net, module)
     if mean is not None and std is not None:
@@ -188,23 +195,35 @@ def _source(
     return _Source(module, words, digest, shape, normalise, how)
 
 
-def _weights(net: str, module: Module) -> tuple[str, str]:
+def _weights(net: str, module: Any) -> tuple[str, str]:
     """The words for where the weights of a net are from, and a checksum: of the file, or of the arrays."""
     digest = hashlib.sha256()
     if net.endswith(".onnx"):
         with open(net, "rb") as file:
             digest = hashlib.file_digest(file, "sha256")
         return f"those of {Path(net).name} (sha256 {digest.hexdigest()[:16]})", digest.hexdigest()
-    for array in module.state_dict().values():
+    for array in _arrays(module).values():
         digest.update(array.tobytes())
     return f"those of {net}" if ":" in net else f"{net}, freshly initialised", digest.hexdigest()
 
 
-def _check_finite(net: str, module: Module) -> None:
+def _arrays(module: Any) -> dict[str, np.ndarray]:
+    """Parameters and buffers by name, of a net of the library or a module of PyTorch."""
+    import numpy as np
+
+    found = module.state_dict()
+    return {
+        name: value if isinstance(value, np.ndarray) else value.detach().cpu().double().numpy()
+        for name, value in found.items()
+        if isinstance(value, np.ndarray) or hasattr(value, "detach")
+    }
+
+
+def _check_finite(net: str, module: Any) -> None:
     """Raise ValueError for weights that are NaN or infinite: every spectrum behind them would be."""
     import numpy as np
 
-    for name, array in module.state_dict().items():
+    for name, array in _arrays(module).items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"net {net!r}: {name} has values that are NaN or infinite, its spectra cannot be measured")
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "finetune": ("experiments.finetune.command", "fine-tune with every method"),
     "finetune-sweep": ("experiments.finetune.sweep", "accuracy over bytes: every method with several settings"),
     "device-accuracy": ("experiments.device.command", "accuracy over all RAM of a training step on a small device"),
+    "corpus": ("experiments.corpus.command", "which networks of PyTorch are predicted, and how exactly"),
     "adapt": ("experiments.adapt", "fine-tune MobileNetV2 on another data set"),
     "continual": ("experiments.continual.command", "learn tasks one after the other"),
     "descent": ("experiments.descent.command", "whether the compressed gradient is a direction of descent"),

@@ -8,6 +8,7 @@ from lance_ref import functional as F
 from lance_ref import stores as activations
 from lance_ref.algebra import tucker
 from lance_ref.algebra.subspace import Subspace
+from lance_ref.convert.torch_module import from_torch
 from lance_ref.engine.autograd import no_grad
 from lance_ref.engine.counting import count_macs
 from lance_ref.engine.tape_report import tape
@@ -45,6 +46,7 @@ __all__ = [
     "datasets",
     "evaluate",
     "fit",
+    "from_torch",
     "functional",
     "fuse",
     "manual_seed",

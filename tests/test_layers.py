@@ -14,9 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     *(f"lance_ref.{name}" for name in ("io", "engine", "algebra", "stores", "functional", "fused", "nn", "optim")),
-    *(f"lance_ref.{name}" for name in ("datasets", "models", "train")),
+    *(f"lance_ref.{name}" for name in ("datasets", "models", "convert", "train")),
     *(f"lance_ref.{name}" for name in ["lance", "device", "continual", "conformance"]), "lance_ref",
-    *(f"analysis.{name}" for name in ("commands", "rules", "onnx", "peak", "steps", "ranks", "reports", "check")),
+    *(f"analysis.{name}" for name in ("commands", "rules", "onnx", "peak", "steps", "ranks", "torch_modules")),
+    *(f"analysis.{name}" for name in ("reports", "check")),
     "analysis.device", "analysis.planner", "analysis",
     "experiments",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from analysis.commands import shipped, stopping
 from analysis.commands.names import plain, shown
@@ -55,7 +55,7 @@ class OneLineParser(argparse.ArgumentParser):
         """As of the base class; the result is an :class:`Options`."""
         if namespace is not None:
             return super().parse_args(args, namespace)
-        missing = object()
+        missing: list[Any] = []  # of a kind that an option which may stand there several times can be added to
         seen = argparse.Namespace(**{action.dest: missing for action in self._actions})
         options = super().parse_args(args, Options())
         super().parse_args(args, seen)  # once more, without defaults: what is still missing was not given
@@ -349,6 +349,35 @@ def input_shape(text: str) -> tuple[int, ...]:
     if not all(re.fullmatch(r"\s*[1-9][0-9]{0,8}\s*", n, re.ASCII) for n in parts):
         raise argparse.ArgumentTypeError(f"is {shown(text)}, expected C,H,W or N or L,F, positive integers")
     return tuple(int(n) for n in parts)
+
+
+class InputSpec(NamedTuple):
+    """One input of a net: its name in ``forward()`` (None: by position), shape without the batch, and dtype."""
+
+    name: str | None
+    shape: tuple[int, ...]
+    dtype: str | None
+
+
+INPUT_DTYPES = ("float16", "bfloat16", "float32", "float64", "uint8", "int32", "int64", "bool")
+
+
+def input_spec(text: str) -> InputSpec:
+    """A type: an input as ``[name=]shape[:dtype]``; with an empty shape there is one number for each sample.
+
+    >>> input_spec("3,32,32")
+    InputSpec(name=None, shape=(3, 32, 32), dtype=None)
+    >>> input_spec("input_ids=128:int64")
+    InputSpec(name='input_ids', shape=(128,), dtype='int64')
+    """
+    before, equals, rest = text.rpartition("=")
+    shape, colon, dtype = rest.partition(":")
+    if (equals and not before.isidentifier()) or (colon and dtype not in INPUT_DTYPES):
+        raise argparse.ArgumentTypeError(
+            f"is {shown(text)}, expected [name=]shape[:dtype], the dtype one of {', '.join(INPUT_DTYPES)}"
+        )
+    sizes = () if not shape.strip() and (equals or colon) else input_shape(shape)
+    return InputSpec(before or None, sizes, dtype or None)
 
 
 def check_once(options: argparse.Namespace, name: str) -> None:

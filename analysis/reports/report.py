@@ -33,12 +33,12 @@ class MethodCost:
     """What one method costs, in one layer or in total."""
 
     ranks: tuple[int | None, ...] | None  #: Rank of each mode (None: left alone) of a compressed layer.
-    activation_bytes: dict[str, int]  #: Bytes under each of :data:`ACCOUNTINGS`.
+    activation_bytes: dict[str, int]  #: Bytes under each of :data:`ACCOUNTINGS`; without a tape for PyTorch's modules.
     subspace_bytes: int  #: Fixed factors, in memory beside the tape.
     #: One entry for each of :data:`FLOP_KINDS`, and their sum, ``"total"``. Under the convention ``"paper"`` these are
     #: multiply-adds of the tuned layers alone.
     flops: dict[str, int]
-    elementwise: int  #: Scalar operations outside of products.
+    elementwise: int | None  #: Scalar operations outside of products; None where they are not counted.
 
     @classmethod
     def of(cls, billed: Billed, convention: str) -> MethodCost:
@@ -62,18 +62,25 @@ class MethodCost:
     @classmethod
     def sum(cls, costs: Sequence[MethodCost]) -> MethodCost:
         """The totals: every number is the sum over the rows; ranks have none."""
+        names = costs[0].activation_bytes if costs else ACCOUNTINGS
+        counted = [c.elementwise for c in costs if c.elementwise is not None]
         return cls(
             None,
-            {name: sum(c.activation_bytes[name] for c in costs) for name in ACCOUNTINGS},
+            {name: sum(c.activation_bytes[name] for c in costs) for name in names},
             sum(c.subspace_bytes for c in costs),
             {kind: sum(c.flops[kind] for c in costs) for kind in (*FLOP_KINDS, "total")},
-            sum(c.elementwise for c in costs),
+            sum(counted) if len(counted) == len(costs) else None,
         )
 
     @property
+    def main(self) -> str:
+        """The accounting that comes first: the tape, or what PyTorch keeps where there is no tape."""
+        return "tape" if "tape" in self.activation_bytes else "pytorch"
+
+    @property
     def tape_and_factors(self) -> int:
-        """Bytes of the tape and of the fixed factors together."""
-        return self.activation_bytes["tape"] + self.subspace_bytes
+        """Bytes of the tape, or of what PyTorch keeps where there is no tape, and of the fixed factors together."""
+        return self.activation_bytes[self.main] + self.subspace_bytes
 
     @property
     def is_free(self) -> bool:
@@ -175,7 +182,7 @@ class Report:
     net: str
     batch: int
     image_size: int | None
-    num_classes: int
+    num_classes: int | None  #: None for an output that is not (batch, classes).
     dtype: str
     convention: str
     tuned_layers: tuple[str, ...]
@@ -222,6 +229,17 @@ class Report:
     def peaks(self) -> dict[str, Peak]:
         """The peak of memory of one step, by method: as much work as all the rest of the report."""
         return self.peaks_of()
+
+    @property
+    def accountings(self) -> tuple[str, ...]:
+        """Those under which bytes are known."""
+        known = {name for row in self.rows for cost in row.methods.values() for name in cost.activation_bytes}
+        return tuple(name for name in ACCOUNTINGS if name in known or not self.rows)
+
+    @property
+    def main(self) -> str:
+        """The accounting that comes first in tables: the tape, or what PyTorch keeps where there is no tape."""
+        return "tape" if "tape" in self.accountings else "pytorch"
 
     @property
     def estimates(self) -> dict[str, str]:
@@ -314,11 +332,12 @@ class Report:
 def reductions(bp: MethodCost, other: MethodCost) -> dict[str, float | None]:
     """How many times less the other method takes, by accounting; None where it takes nothing.
 
-    Factors count for the other method only: ``"tape + factors"`` compares bp's tape with both.
+    Factors count for the other method only: ``"tape + factors"`` compares bp's tape with both. Where there is no tape,
+    what PyTorch keeps takes its place.
     """
-    ratios = {name: _over(bp.activation_bytes[name], other.activation_bytes[name]) for name in ACCOUNTINGS}
-    ratios["tape + factors"] = _over(bp.tape_and_factors, other.tape_and_factors)
-    ratios["bp pytorch / tape"] = _over(bp.activation_bytes["pytorch"], other.activation_bytes["tape"])
+    ratios = {name: _over(kept, other.activation_bytes[name]) for name, kept in bp.activation_bytes.items()}
+    ratios[f"{bp.main} + factors"] = _over(bp.tape_and_factors, other.tape_and_factors)
+    ratios["bp pytorch / tape"] = _over(bp.activation_bytes["pytorch"], other.activation_bytes[other.main])
     ratios["bp pytorch / tape + factors"] = _over(bp.activation_bytes["pytorch"], other.tape_and_factors)
     ratios["flops"] = _over(bp.flops["total"], other.flops["total"])
     return ratios

@@ -41,13 +41,17 @@ def drawn(
 ) -> Callable[[Console], None]:
     """Prints all of it to a rich console."""
 
+    shown = [name for name in accountings if name in report.accountings]
+    if not shown:
+        raise ValueError(f"accountings are {', '.join(accountings)}, expected some of {', '.join(report.accountings)}")
+
     def draw(on: Console) -> None:
         meaning, *details = explain(report)
         say(on, _heading(report))
         say(on, meaning)
-        on.print(totals_table(report, accountings, wide))
+        on.print(totals_table(report, shown, wide))
         if layers:
-            on.print(_memory_table(report, accountings, wide))
+            on.print(_memory_table(report, shown, wide))
         if layers and wide:
             on.print(_flops_table(report))
         for sentence in (*footnotes(report), *(orders(report) if wide else ()), *details):
@@ -60,9 +64,10 @@ def drawn(
 def _heading(report: Report) -> str:
     size = "" if report.image_size is None else f", {report.image_size} pixels"
     count = len(report.tuned_layers)
-    classes = f"{report.num_classes} classes" if report.num_classes else "no classes"
+    given = report.num_classes
+    classes = "" if given is None else f", {given} classes" if given else ", no classes"
     return (
-        f"{report.net}, batch {report.batch}{size}, {classes}, {report.dtype}; "
+        f"{report.net}, batch {report.batch}{size}{classes}, {report.dtype}; "
         f"tuned: {count} layer{'' if count == 1 else 's'} and the classifier head"
     )
 
@@ -93,7 +98,7 @@ def _memory_table(report: Report, accountings: Sequence[str], wide: bool) -> She
     factors_of = ["factors"] if len(with_factors) == 1 else [f"{method} factors" for method in with_factors]
     columns = ["layer", "op", "activation", "output", *of_ranks]
     columns += [f"{method} {name}" for method in methods for name in accountings] + factors_of
-    first = kept_by.pop("tape" if "tape" in kept_by else accountings[0])
+    first = kept_by.pop(report.main if report.main in kept_by else accountings[0])
     one_by_one = [*first[2:], *of_ranks, "activation", *factors_of, "op"]
     optional = [*([name] for name in one_by_one), *reversed(kept_by.values()), ["output"]]
     title = f"Kept for the backward pass ({'bytes' if wide else 'MiB'}; each buffer billed once)"
@@ -187,12 +192,14 @@ def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS, wide:
     rare = ("decomposition", "recompute")
     totals, peaks = report.totals, {method: peak.peak_bytes for method, peak in report.peaks.items()}
     kinds = [k for k in FLOP_KINDS if k not in rare or any(c.flops[k] for c in totals.values())]
-    first = ["tape"] if "tape" in accountings else []
+    first = [report.main] if report.main in accountings else []
     others = [name for name in accountings if name not in first]
-    columns = ["method", *first, "factors", "tape + factors", *["peak"] * bool(peaks), work]
-    columns += [*others, "elementwise", *kinds]
-    optional = [["tape + factors"], *([name] for name in (*reversed(others), "elementwise")), kinds]
-    title = f"Totals (memory in MiB, {work} and element-wise operations in billions)"
+    both = f"{report.main} + factors"
+    counted = ["elementwise"] * all(cost.elementwise is not None for cost in totals.values())
+    columns = ["method", *first, "factors", both, *["peak"] * bool(peaks), work]
+    columns += [*others, *counted, *kinds]
+    optional = [[both], *([name] for name in (*reversed(others), *counted)), kinds]
+    title = f"Totals (memory in MiB, {work}{' and element-wise operations' if counted else ''} in billions)"
     if report.file_only:
         columns, optional = [_marked(c) for c in columns], [[_marked(c) for c in group] for group in optional]
     table = Sheet(title, columns, 1, () if wide else optional)
@@ -202,9 +209,9 @@ def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS, wide:
         table.add(name, *(cells.get(column, "") for column in columns[1:]), style=style)
 
     for method, cost in totals.items():
-        memory = {**cost.activation_bytes, "factors": cost.subspace_bytes, "tape + factors": cost.tape_and_factors}
+        memory = {**cost.activation_bytes, "factors": cost.subspace_bytes, both: cost.tape_and_factors}
         memory |= {"peak": peaks[method]} if method in peaks else {}
-        giga = {**cost.flops, work: cost.flops["total"], "elementwise": cost.elementwise}
+        giga = {**cost.flops, work: cost.flops["total"], "elementwise": cost.elementwise or 0}
         add(method, {k: _mib(n) for k, n in memory.items()} | {k: f"{n / 1e9:,.3f}" for k, n in giga.items()})
     for method in totals:
         ratios = _reductions(report, method)
@@ -246,30 +253,36 @@ def continual_table(continual: Continual) -> Sheet:
 def explain(report: Report) -> list[str]:
     """What the totals mean, in one paragraph; then the other accountings, and which layers keep next to nothing."""
     totals, told, details = report.totals, [], []
+    with_tape, both = report.main == "tape", f"{report.main} + factors"
+    keeper = "this library" if with_tape else "PyTorch"
     ratios = {method: found for method in totals if (found := _reductions(report, method))}
     for method, found in ratios.items():
-        whole = found["tape + factors"]
+        whole = found[both]
         if whole is not None and whole < 1 / SAME:
-            told.append(f"{method} takes more memory than bp here: what this library keeps {change(whole)}.")
+            told.append(f"{method} takes more memory than bp here: what {keeper} keeps {change(whole)}.")
     lances = [method for method in ratios if method in report.calibration]
-    of_tape, beside = ", what this library keeps for the backward pass,", ", which stay in memory beside it,"
+    of_tape = ", what this library keeps for the backward pass," if with_tape else " for the backward pass"
+    beside = ", which stay in memory beside it,"
     for method in lances or list(ratios or totals):
-        kept = {"tape": totals[method].activation_bytes["tape"], "tape + factors": totals[method].tape_and_factors}
+        kept = {report.main: totals[method].activation_bytes[report.main], both: totals[method].tape_and_factors}
         kept |= {"peak": report.peaks[method].peak_bytes} if report.peaks else {}
         of = ratios.get(method)
         becomes = {name: change(of[name]) if of else f"takes {_mib(n)} MiB" for name, n in kept.items()}
-        beside_it = f"; with the fixed factors{beside} it {becomes['tape + factors']}"
+        beside_it = f"; with the fixed factors{beside} it {becomes[both]}"
         with_factors = beside_it if totals[method].subspace_bytes else ""
-        told.append(f"{'With' if told else 'with'} {method} the tape{of_tape} {becomes['tape']}{with_factors}.")
+        what = f"the tape{of_tape}" if with_tape else f"what PyTorch keeps{of_tape}"
+        told.append(f"{'With' if told else 'with'} {method} {what} {becomes[report.main]}{with_factors}.")
         told += [f"The peak of the step {becomes['peak']}."] if report.peaks else []
         of_tape = beside = ""
     for method in lances:
         r = ratios[method]
+        papers = f"What the papers count with {method}, the inputs of the tuned layers alone, {change(r['paper'])}."
         details.append(
-            f"What the papers count with {method}, the inputs of the tuned layers alone, {change(r['paper'])}. What "
-            "PyTorch would keep, which includes what batch norm and activation functions save, "
+            f"{papers} What PyTorch would keep, which includes what batch norm and activation functions save, "
             f"{change(r['pytorch'])}. From PyTorch's memory of bp to this tape, memory "
             f"{change(r['bp pytorch / tape'])}; with the factors, it {change(r['bp pytorch / tape + factors'])}."
+            if with_tape
+            else papers
         )
         rows = [row for row in report.rows if method in row.methods]
         single = [row.name for row in rows if set(row.methods[method].ranks or (0,)) == {1}]

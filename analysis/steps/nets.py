@@ -113,7 +113,12 @@ def build(name: str, num_classes: int | None, input_shape: tuple[int, ...], with
 
         return OnnxNet(name, with_weights=not without_weights)
     if ":" in name:
-        return _call_factory(name, num_classes)
+        made = from_factory(name, num_classes)
+        try:
+            check_module(made, "the factory returned")
+        except TypeError as error:
+            raise ValueError(f"net {name!r}: {error}") from None
+        return made
     base, at, width = name.partition("@")
     if base not in models.names():
         known = ", ".join(models.names())
@@ -143,7 +148,11 @@ def _width(name: str, base: str, text: str) -> float:
     return width
 
 
-def _call_factory(name: str, num_classes: int | None) -> Module:
+def from_factory(name: str, num_classes: int | None) -> Any:
+    """What ``pkg.module:factory`` gives: a network of this library, or one of PyTorch.
+
+    Raises ValueError, in one line, where there is no such factory, it failed, or what it gave is neither.
+    """
     module_name, _, factory_name = name.partition(":")
     if not module_name or not factory_name:
         raise ValueError(f"net is {name!r}, expected pkg.module:factory")
@@ -157,9 +166,10 @@ def _call_factory(name: str, num_classes: int | None) -> Module:
         for part in factory_name.split("."):
             factory = getattr(factory, part)
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"net {name!r} cannot be imported: {said_by(error)}") from None
+        hint = f"; {TORCH_HINT}" if getattr(error, "name", None) == "torch" else ""
+        raise ValueError(f"net {name!r} cannot be imported: {said_by(error)}{hint}") from None
     except RAISED as error:
-        raise ValueError(f"net {name!r}: importing {module_name} raised {said_by(error)}{_place(error)}") from None
+        raise ValueError(f"net {name!r}: importing {module_name} raised {said_by(error)}{place(error)}") from None
     net = factory
     if not isinstance(factory, Module) and not is_torch_module(factory):
         if not callable(factory):
@@ -168,7 +178,9 @@ def _call_factory(name: str, num_classes: int | None) -> Module:
             takes = num_classes is not None and _takes_num_classes(factory)
             net = factory(num_classes=num_classes) if takes else factory()
         except RAISED as error:
-            raise ValueError(f"net {name!r}: the factory raised {said_by(error)}{_place(error)}") from None
+            raise ValueError(f"net {name!r}: the factory raised {said_by(error)}{place(error)}") from None
+    if is_torch_module(net):
+        return net
     try:
         check_module(net, "the factory returned")
     except TypeError as error:
@@ -176,6 +188,7 @@ def _call_factory(name: str, num_classes: int | None) -> Module:
     return net
 
 
+TORCH_HINT = "PyTorch is not installed, which a torch.nn.Module needs: python -m pip install -e '.[torch]'"
 RAISED = (Exception, SystemExit, GeneratorExit)
 """What code of a user may raise, all that is not meant for us (an interruption is)."""
 
@@ -189,7 +202,8 @@ def check_module(net: Any, came: str) -> None:
     """Raise TypeError unless this is a network of the library, with what all of them have; ``came`` says from where."""
     if is_torch_module(net):
         raise TypeError(
-            f"{came} a torch.nn.Module ({type(net).__name__}), expected a lance_ref.nn.Module: export it with "
+            f"{came} a torch.nn.Module ({type(net).__name__}), which `lance-ref cost` and analysis.cost() take as it "
+            "is. Here a lance_ref.nn.Module is expected: export it with "
             "torch.onnx.export(net, (x,), 'net.onnx', training=torch.onnx.TrainingMode.TRAINING, "
             "do_constant_folding=False, dynamo=False) and give the file"
         )
@@ -231,7 +245,7 @@ def said_by(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _place(error: BaseException) -> str:
+def place(error: BaseException) -> str:
     """Where the user's own code was when it raised: the last line outside of the two packages, of Python and others."""
     own = [
         frame
@@ -311,7 +325,7 @@ def step_records(net: Module, name: str, input_shape: tuple[int, ...], batch: in
         except RAISED as error:  # a user's forward() may raise anything
             words = str(error) if isinstance(error, (ValueError, TypeError, RuntimeError)) else said_by(error)
             raise CannotRunError(
-                f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {words}{_place(error)}"
+                f"net {name!r} cannot run on an input of shape {(batch, *input_shape)}: {words}{place(error)}"
             ) from None
         if not outputs_of(logits):
             raise ValueError(f"net {name!r} gives a {type(logits).__name__}, expected floating Tensors")

@@ -154,7 +154,7 @@ def choose(
         _check_containers(net)
         raise ValueError(f"net has no Conv2d or Linear layer to tune, it is a {type(net).__name__}")
     *body, head = modules
-    selected = _select(body, head, selection)
+    selected = select_paths(body, head, selection)
     gradients = {path: module.weight for path, module in modules.items()} if parameters == "all" else _biases(net)
     without = [path for path in selected if gradients[path] is None]
     if without:
@@ -262,7 +262,7 @@ def _choose_batchnorm(
     return frozen
 
 
-def _select(body: list[str], head: str, selection: str | Sequence[str]) -> list[str]:
+def select_paths(body: list[str], head: str, selection: str | Sequence[str]) -> list[str]:
     """Paths of the selected layers; ``body`` is all layers but the head."""
     if selection == "all":
         return body

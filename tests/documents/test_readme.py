@@ -51,7 +51,7 @@ def can_export() -> bool:
 
 
 def runs_here(code: str) -> bool:
-    return can_export() or not ("torch.onnx" in code or "model.onnx" in code)
+    return can_export() or not ("import torch" in code or "torch.onnx" in code or "model.onnx" in code)
 
 
 # ---- examples ----------------------------------------------------------------------------------------------

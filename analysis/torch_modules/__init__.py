@@ -1,0 +1,1 @@
+"""PyTorch modules as they are: what one training step of them keeps and computes, asked of PyTorch itself."""

@@ -1,0 +1,1 @@
+"""Which networks of torchvision, timm, transformers and peft are predicted, and how exactly."""

@@ -36,6 +36,8 @@ def set_up(root: Path = ROOT) -> None:
 
     The library may fuse operations, which changes what is on the tape. The lessons explain operations one by one, so
     the fused forward pass is switched off. That has to be said before ``lance_ref`` is imported for the first time.
+    Their matrices are small, so one thread of the linear algebra is faster than several, and the last digits do not
+    depend on the number of cores.
 
     Raises
     ------
@@ -43,6 +45,7 @@ def set_up(root: Path = ROOT) -> None:
         If ``lance_ref`` is not installed and ``root`` is not its checkout.
     """
     os.environ["LANCE_REF_FUSE"] = "0"
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if importlib.util.find_spec("lance_ref") is not None:
         return
     if not (root / "pyproject.toml").is_file():

@@ -15,6 +15,10 @@ Check = Callable[[Any], str | None]
 CHECKS: dict[str, Check] = {}
 
 
+class Reached(str):
+    """What a check returns where an answer is right and a number says how good it is."""
+
+
 class NotAnsweredError(Exception):
     """Raised by a check whose answer is a function without a body."""
 
@@ -87,6 +91,8 @@ def check(number: str, answer: Any) -> Verdict:
         fault = f"it raises {type(error).__name__}: {error}"
     if answer is None:
         return Verdict(False, f"{number}: no answer yet")
+    if isinstance(fault, Reached):
+        return Verdict(True, f"{number}: reached: {fault}")
     return Verdict(not fault, f"{number}: not yet: {fault}" if fault else f"{number}: right")
 
 

@@ -5,13 +5,15 @@ what their cells print with the outputs that are committed. Text must be equal; 
 is compared, as pixels depend on fonts. A cell tagged ``varies`` (times, last digits) must run, but may print
 anything. Python blocks in ``<details>``, the solutions of exercises, run after the last cell, in order.
 
-With ``--write`` the fresh outputs replace the committed ones, without times of execution.
+With ``--write`` the fresh outputs replace the committed ones, without times of execution. With ``--try`` each lesson
+runs once for every value that it proposes behind a number (``# try: 0.5, 0.9``), and has to reach its end.
 Exits with 1 if anything differs, raises or takes too long.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -27,7 +29,13 @@ VARIES = "varies"
 SECONDS = 120
 """A lesson may take this long on two cores."""
 CELL_LINES = 25
-"""A longer cell is not read."""
+"""A longer cell is not read, unless it is folded."""
+FOLDED = "hide-input"
+"""Tag of a cell whose code is folded, in JupyterLab and on the site: drawing, and helpers."""
+CHECKED = "LANCE_REF_LESSON_CHECKED"
+"""Set while a lesson is checked: ``course.expect`` raises, and ``course.explore`` draws without sliders."""
+TRY = re.compile(r"^(\w+(?:, \w+)*) = (.+?)  # try: (.+)$", re.M)
+"""A number that the reader may change, and values to change it to."""
 
 Cell = Mapping[str, Any]
 Notebook = Mapping[str, Any]
@@ -75,15 +83,11 @@ def structure_faults(notebook: Notebook) -> list[str]:
         faults.append(f"the title is {title!r}, expected '# <number>. <question>?'")
     if "You need:" not in source(cells[0]):
         faults.append("the first cell does not say what one needs ('You need: …')")
-    first = source(code[0])
-    install = r'^if importlib\.util\.find_spec\("lance_ref"\) is None:.*\n(?: {4}.*\n)* {4}.*"pip", "install"'
-    if not re.search(install, first, re.M):
-        faults.append("the first code cell does not install lance_ref where, and only where, it is missing")
-    if re.search(r'"lance-ref(\[[\w,]+\])?"', first):
-        faults.append("the first code cell installs lance-ref by its name, which no package index has")
+    if not re.fullmatch(r"import course(  # .*)?", source(code[0]).strip()):
+        faults.append("the first code cell is not the line 'import course', which is the set-up")
     for number, cell in enumerate(code, 1):
         lines = len(source(cell).splitlines())
-        if lines > CELL_LINES:
+        if lines > CELL_LINES and FOLDED not in cell["metadata"].get("tags", []):
             faults.append(f"code cell {number} has {lines} lines, expected at most {CELL_LINES}")
         if cell["execution_count"] != number:
             faults.append(f"code cell {number} was run as number {cell['execution_count']}: run all from the top")
@@ -92,33 +96,82 @@ def structure_faults(notebook: Notebook) -> list[str]:
                 faults.append(f"code cell {number} shows an error: {output['ename']}: {output['evalue']}")
             elif output.get("name") == "stderr":
                 faults.append(f"code cell {number} shows text on stderr: {''.join(output['text']).strip()[:80]!r}")
-    if not any("assert " in source(cell) for cell in code):
-        faults.append("nothing is asserted")
-    if not solutions(notebook):
-        faults.append("there is no exercise with a hidden solution (a Python block in <details>)")
+        faults += [f"code cell {number} {fault}" for fault in cell_faults(cell)]
+    faults += exercise_faults(notebook)
+    if notebook != normalised(notebook):
+        faults.append("it has metadata of the program that saved it: 'python notebooks/check.py --write' removes them")
     if not re.search(r"^## The answer$", source(cells[-1]), flags=re.M):
         faults.append("the last cell is not '## The answer'")
     return faults
 
 
+def cell_faults(cell: Cell) -> Iterator[str]:
+    """What is wrong with one code cell."""
+    text = source(cell)
+    if "plt.subplots" in text and FOLDED not in cell["metadata"].get("tags", []):
+        yield f"draws a figure and is not folded (tag {FOLDED!r})"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Assert) and node.msg is None:
+            yield f"asserts {ast.unparse(node.test)!r} without a sentence that says what it means if that fails"
+    if any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in cell["outputs"]):
+        yield "shows a widget, which is of no use without a kernel"
+
+
+def exercise_faults(notebook: Notebook) -> Iterator[str]:
+    """What a lesson lacks for the reader to do something: statements in code, predictions, numbers, exercises."""
+    code, hidden = [source(cell) for cell in code_cells(notebook)], solutions(notebook)
+    if not any("assert " in text for text in code):
+        yield "nothing is asserted"
+    if not any("**Predict" in source(cell) for cell in notebook["cells"]):
+        yield "nothing is to be predicted ('**Predict before you run.** …')"
+    if not any(TRY.search(text) for text in code):
+        yield "no number is proposed for changing ('NAME = 3  # try: 1, 5')"
+    pattern = r'course\.check\("(\d+\.\d+)"'
+    asked, solved = (set(re.findall(pattern, "\n".join(texts))) for texts in (code, hidden))
+    if not solved:
+        yield "there is no exercise with a hidden solution (a Python block in <details>)"
+    for number in sorted(asked ^ solved):
+        yield f"exercise {number} has no {'solution that is checked' if number in asked else 'cell to write into'}"
+
+
+def proposals(notebook: Notebook) -> dict[str, list[Any]]:
+    """The numbers that a reader may change, and the values that the lesson proposes for each."""
+    found = {}
+    for cell in code_cells(notebook):
+        for name, _, values in TRY.findall(source(cell)):
+            found[name] = list(ast.literal_eval(f"[{values}]"))
+    return found
+
+
+def with_changes(notebook: Notebook, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The notebook with other numbers: ``changes`` says which name is given which value."""
+    changed: dict[str, Any] = json.loads(json.dumps(notebook))
+
+    def replaced(match: re.Match[str]) -> str:
+        return f"{match[1]} = {changes[match[1]]!r}" if match[1] in changes else match[0]
+
+    for cell in changed["cells"]:
+        if cell["cell_type"] == "code":
+            cell["source"] = TRY.sub(replaced, source(cell))
+    return changed
+
+
 # ---- running ---------------------------------------------------------------------------
 
 
-def kernel_environment() -> dict[str, str]:
+def kernel_environment(checked: bool = True) -> dict[str, str]:
     """The environment of a fresh machine: no folder of data, no cache, no network for data sets.
 
     Operations run one by one, so that last digits and bytes do not depend on which of them are joined.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "LANCE_REF_DATA"}
-    return {
-        **environment,
-        "LANCE_REF_OFFLINE": "1",
-        "LANCE_REF_CACHE": str(FOLDER / "no-such-cache"),
-        "LANCE_REF_FUSE": "0",
-    }
+    left_out = ("LANCE_REF_DATA", CHECKED)
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    environment |= {CHECKED: "1"} if checked else {}
+    cache = str(FOLDER / "no-such-cache")
+    return {**environment, "LANCE_REF_OFFLINE": "1", "LANCE_REF_CACHE": cache, "LANCE_REF_FUSE": "0"}
 
 
-def execute(notebook: Notebook, folder: Path = FOLDER) -> tuple[dict[str, Any], list[str], float]:
+def execute(notebook: Notebook, folder: Path = FOLDER, checked: bool = True) -> tuple[dict[str, Any], list[str], float]:
     """Run all cells, then all solutions, in one fresh kernel.
 
     Parameters
@@ -126,6 +179,8 @@ def execute(notebook: Notebook, folder: Path = FOLDER) -> tuple[dict[str, Any], 
     notebook : mapping
     folder : Path
         Where the kernel starts.
+    checked : bool
+        Whether findings that do not hold are errors; without it solutions, which know the lesson's numbers, do not run.
 
     Returns
     -------
@@ -150,13 +205,14 @@ def execute(notebook: Notebook, folder: Path = FOLDER) -> tuple[dict[str, Any], 
     for cell in runnable:
         cell.execution_count, cell.outputs = None, []
     hidden = [nbformat.v4.new_code_cell(text, metadata={"tags": ["raises-exception"]}) for text in solutions(notebook)]
+    hidden = hidden if checked else []
     cells = len(work.cells)
     work.cells += hidden
     place = {"metadata": {"path": str(folder)}}
     client = NotebookClient(work, timeout=3 * SECONDS, kernel_name="python3", resources=place)
     start, spent = time.perf_counter(), _children_seconds()
     try:
-        client.execute(env=kernel_environment())
+        client.execute(env=kernel_environment(checked))
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         last = max((n for n, cell in enumerate(runnable, 1) if cell.execution_count is not None), default=1)
         what = (errors_of(runnable[last - 1]) or [one_line(str(error))])[0]
@@ -194,6 +250,8 @@ def normalised(notebook: Notebook) -> dict[str, Any]:
     for cell in plain["cells"]:
         tags = cell["metadata"].get("tags")
         cell["metadata"] = {"tags": tags} if tags else {}
+        if tags and FOLDED in tags:
+            cell["metadata"]["jupyter"] = {"source_hidden": True}
     return plain
 
 
@@ -286,20 +344,34 @@ def write(path: Path) -> tuple[list[str], float]:
     return structure_faults(fresh), seconds
 
 
+def try_numbers(path: Path) -> tuple[list[str], float]:
+    """Run a lesson once for every value that it proposes; which of them halt it, and the seconds of all runs."""
+    committed, faults, total = read(path), [], 0.0
+    for name, values in proposals(committed).items():
+        for value in values:
+            try:
+                total += execute(with_changes(committed, {name: value}), path.parent, checked=False)[2]
+            except RuntimeError as error:
+                faults.append(f"with {name} = {value!r}, {error}")
+    return faults, total
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit code."""
     parser = argparse.ArgumentParser(prog="python notebooks/check.py", description=__doc__.partition("\n")[0])
     parser.add_argument("notebooks", nargs="*", type=Path, help="files; by default all of this folder")
     parser.add_argument("--write", action="store_true", help="replace the committed outputs by fresh ones")
+    parser.add_argument("--try", action="store_true", dest="change", help="run with every value that a lesson proposes")
     options = parser.parse_args(arguments)
     missing = [str(path) for path in options.notebooks if not path.is_file()]
     if missing:
         parser.exit(2, f"{parser.prog}: error: no such file: {', '.join(missing)}\n")
     failed = False
     for path in options.notebooks or sorted(FOLDER.glob("*.ipynb")):
-        faults, seconds = write(path) if options.write else check(path)
+        run = write if options.write else try_numbers if options.change else check
+        faults, seconds = run(path)
         failed |= bool(faults)
-        good = "written" if options.write else "as committed"
+        good = {write: "written", try_numbers: "runs with other numbers", check: "as committed"}[run]
         print(f"{path.name}: {'FAILED' if faults else good} ({seconds:.1f} s)", flush=True)
         for fault in faults:
             print(f"  {fault}", flush=True)

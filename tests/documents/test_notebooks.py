@@ -16,14 +16,27 @@ import pytest
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("*.ipynb"))
 
-INSTALL = """import importlib.util
-import subprocess
-import sys
+SETUP = "import course  # the set-up"
+EXERCISE = """Double it.
 
-if importlib.util.find_spec("lance_ref") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", ".."], check=True)
+<details><summary>Solution</summary>
+
+```python
+assert 2 * total == 84
+assert course.check("1.3", {"matmul", "cross_entropy"})
+```
+
+</details>
 """
-EXERCISE = "Double it.\n\n<details><summary>One way</summary>\n\n```python\nassert 2 * total == 84\n```\n\n</details>\n"
+SUM = """total = 6 * 7
+WIDTH = 7  # try: 8, 9
+assert total == 42, "Six by seven is another number."
+course.expect(WIDTH == 7, "The width is seven.")
+print('first')
+print('total', total)"""
+WIDGET = "application/vnd.jupyter.widget-view+json"
+DRAW = "import matplotlib.pyplot as plt\n\nfigure, axis = plt.subplots()"
+SAVED_BY_A_PROGRAM = {"kernelspec": {"name": "python3"}, "language_info": {"name": "python", "version": "3.11.7"}}
 
 
 def load_check() -> ModuleType:
@@ -59,15 +72,18 @@ def code(number: int, text: str, printed: str = "", result: str = "", tags: tupl
 def tiny() -> dict[str, Any]:
     """A lesson of four code cells, as it would be committed."""
     cells = [
-        markdown("# 1. What is six by seven?\n\nYou need: to count."),
-        code(1, INSTALL),
-        code(2, "total = 6 * 7\nassert total == 42\nprint('first')\nprint('total', total)", "first\ntotal 42\n"),
+        markdown("# 1. What is six by seven?\n\nYou need: to count. **Predict before you run.** It is even."),
+        code(1, SETUP),
+        code(2, SUM, "first\ntotal 42\n"),
         code(3, "total + 1", result="43"),
         code(4, "import time\n\nprint(time.time())", "1.5\n", tags=("varies",)),
+        code(5, 'course.check("1.3", None)', result="1.3: no answer yet"),
         markdown(EXERCISE),
         markdown("## The answer\n\nIt is 42."),
     ]
-    return {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    notebook = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    plain: dict[str, Any] = check.normalised(notebook)
+    return plain
 
 
 def run_check(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -76,6 +92,8 @@ def run_check(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def saved(folder: Path, notebook: dict[str, Any]) -> Path:
+    if not (folder / "course").exists():
+        (folder / "course").symlink_to(NOTEBOOKS / "course", target_is_directory=True)
     path = folder / "lesson.ipynb"
     path.write_text(json.dumps(notebook), encoding="utf-8")
     return path
@@ -102,19 +120,28 @@ def test_the_tiny_lesson_has_no_structure_faults() -> None:
 @pytest.mark.parametrize(
     ("cell", "changes", "fault"),
     [
-        (0, {"source": "# 1. Six by seven\n\nYou need: to count."}, "the title is"),
-        (0, {"source": "# 1. What is six by seven?"}, "what one needs"),
-        (1, {"source": INSTALL.partition("if ")[0]}, "does not install"),
-        (1, {"source": INSTALL.replace("is None:", "is not None:")}, "does not install"),
-        (1, {"source": INSTALL.replace('".."', '"lance-ref"')}, "installs lance-ref by its name"),
+        (0, {"source": "# 1. Six by seven\n\nYou need: to count. **Predict**"}, "the title is"),
+        (0, {"source": "# 1. What is six by seven?\n\n**Predict**"}, "what one needs"),
+        (0, {"source": "# 1. What is six by seven?\n\nYou need: to count."}, "nothing is to be predicted"),
+        (1, {"source": "import course\nimport numpy"}, "is not the line 'import course'"),
         (2, {"execution_count": 7}, "was run as number 7"),
         (2, {"execution_count": None}, "was run as number None"),
-        (2, {"source": "assert 42\n" * 100}, "code cell 2 has 100 lines"),
-        (2, {"source": "print(42)"}, "nothing is asserted"),
+        (2, {"source": SUM + "\ntotal" * 100}, "code cell 2 has 106 lines"),
+        (
+            2,
+            {"source": SUM.replace("assert total == 42,", "print(42,").replace('number."', 'number.")')},
+            "is asserted",
+        ),
+        (2, {"source": SUM.replace(', "Six by seven is another number."', "")}, "asserts 'total == 42' without"),
+        (2, {"source": SUM.replace("  # try: 8, 9", "")}, "no number is proposed"),
+        (3, {"source": DRAW}, "draws a figure and is not folded"),
         (3, {"outputs": [{"output_type": "error", "ename": "NameError", "evalue": "x", "traceback": []}]}, "NameError"),
         (3, {"outputs": [{"output_type": "stream", "name": "stderr", "text": ["a warning"]}]}, "stderr: 'a warning'"),
-        (5, {"source": "Double it."}, "no exercise"),
-        (6, {"source": "That was it."}, "not '## The answer'"),
+        (3, {"outputs": [{"output_type": "display_data", "data": {WIDGET: {}}}]}, "shows a widget"),
+        (3, {"metadata": {"collapsed": False}}, "metadata of the program that saved it"),
+        (5, {"source": "pass"}, "exercise 1.3 has no cell to write into"),
+        (6, {"source": EXERCISE.replace("1.3", "1.2")}, "exercise 1.2 has no cell"),
+        (7, {"source": "That was it."}, "not '## The answer'"),
     ],
 )
 def test_each_structure_fault_is_named(cell: int, changes: dict[str, Any], fault: str) -> None:
@@ -122,8 +149,22 @@ def test_each_structure_fault_is_named(cell: int, changes: dict[str, Any], fault
     notebook = tiny()
     notebook["cells"][cell].update(changes)
     faults = check.structure_faults(notebook)
-    assert len(faults) == 1
     assert fault in faults[0]
+    assert len(faults) == 1 + (fault == "exercise 1.2 has no cell")  # and 1.3 has no solution
+
+
+def test_no_exercise_and_no_solution() -> None:
+    """A lesson without exercises is a lecture."""
+    notebook = tiny()
+    notebook["cells"][5]["source"], notebook["cells"][6]["source"] = "pass", "Double it."
+    (fault,) = check.structure_faults(notebook)
+    assert "no exercise with a hidden solution" in fault
+
+
+def test_a_notebook_that_a_program_saved_again_is_a_fault() -> None:
+    """JupyterLab writes its version and its state into a lesson as soon as it is open for two minutes."""
+    (fault,) = check.structure_faults({**tiny(), "metadata": SAVED_BY_A_PROGRAM})
+    assert "check.py --write" in fault
 
 
 def test_wrong_outputs_are_found_and_varying_ones_left_alone() -> None:
@@ -176,7 +217,7 @@ def test_a_wrong_number_and_a_wrong_solution_fail_the_run(tmp_path: Path) -> Non
     """The whole way, in a real kernel: a committed number that its cell does not print, a solution that raises."""
     notebook = tiny()
     notebook["cells"][2]["outputs"][0]["text"] = ["first\n", "total 41\n"]
-    notebook["cells"][5]["source"] += EXERCISE.replace("84", "85")
+    notebook["cells"][6]["source"] += EXERCISE.replace("84", "85")
     done = run_check(saved(tmp_path, notebook))
     assert done.returncode == 1, done.stderr
     status, *faults = [line.strip() for line in done.stdout.splitlines()]
@@ -207,7 +248,7 @@ def test_what_is_written_has_no_times_or_versions() -> None:
     notebook["cells"][4]["metadata"]["execution"] = {"iopub.execute_input": "2026-01-01T00:00:00Z"}
     notebook["cells"][2]["metadata"]["execution"] = {"iopub.execute_input": "2026-01-01T00:00:00Z"}
     plain = check.normalised(notebook)
-    assert [cell["metadata"] for cell in plain["cells"]] == [{}, {}, {}, {}, {"tags": ["varies"]}, {}, {}]
+    assert [cell["metadata"] for cell in plain["cells"]] == [{}, {}, {}, {}, {"tags": ["varies"]}, {}, {}, {}]
     assert set(plain["metadata"]) == {"kernelspec", "language_info"}
     assert "3.11.7" not in json.dumps(plain)
 
@@ -230,7 +271,7 @@ def test_nothing_is_written_if_a_cell_or_a_solution_raises(
     assert "not written: code cell 2 fails: NameError" in printed
     assert "not written: solution 1 fails: KeyError" in printed
     assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(tmp_path.glob("*.*")) == [path]
 
 
 def test_a_missing_file_is_one_line() -> None:
@@ -239,3 +280,44 @@ def test_a_missing_file_is_one_line() -> None:
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "no_such.ipynb" in done.stderr
+
+
+def test_a_finding_is_an_error_only_while_lessons_are_checked(tmp_path: Path) -> None:
+    """With another number the lesson runs to its end and says what is no longer so; else a wrong finding fails."""
+    assert check.proposals(tiny()) == {"WIDTH": [8, 9]}
+    changed = check.with_changes(tiny(), {"WIDTH": 8})
+    assert "WIDTH = 8\n" in check.source(changed["cells"][2])
+    assert changed["cells"][3] == tiny()["cells"][3]
+    path = saved(tmp_path, changed)
+    fresh, faults, _ = check.execute(check.read(path), tmp_path, checked=False)
+    assert faults == []
+    assert "With your numbers this is no longer so: The width is seven." in check.printed(fresh["cells"][2])
+    with pytest.raises(RuntimeError, match=r"code cell 2 fails: AssertionError: this finding .* The width is seven"):
+        check.execute(check.read(path), tmp_path)
+
+
+def test_try_runs_every_proposed_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command names the value that halts a lesson, and goes on with the others."""
+    ran = []
+
+    def execute(notebook: dict[str, Any], folder: Path, checked: bool) -> Any:
+        (width,) = (line for line in check.source(notebook["cells"][2]).splitlines() if line.startswith("WIDTH ="))
+        ran.append(width)
+        if width == "WIDTH = 9":
+            raise RuntimeError("code cell 3 fails: KeyError: 9")
+        return notebook, [], 1.0
+
+    monkeypatch.setattr(check, "execute", execute)
+    faults, seconds = check.try_numbers(saved(tmp_path, tiny()))
+    assert ran == ["WIDTH = 8", "WIDTH = 9"]
+    assert faults == ["with WIDTH = 9, code cell 3 fails: KeyError: 9"]
+    assert seconds == 1.0
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_run_all_survives_other_numbers(path: Path) -> None:
+    """The reader changes what the lesson proposes, and reaches the end; here the first proposal for every number."""
+    lesson = check.read(path)
+    changes = {name: values[0] for name, values in check.proposals(lesson).items()}
+    fresh, _, _ = check.execute(check.with_changes(lesson, changes), NOTEBOOKS, checked=False)
+    assert [cell["execution_count"] for cell in check.code_cells(fresh)][-1] == len(check.code_cells(lesson))

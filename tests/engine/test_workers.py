@@ -167,16 +167,17 @@ def test_products_in_parts_are_those_of_numpy(
     monkeypatch.setattr(products, "ALONE_MACS", 0)
     monkeypatch.setattr(products, "SHARED_MACS", 0)
     monkeypatch.setattr(products, "product_threads", lambda: parts)
-    calls: list[int] = []
+    calls: list[tuple[int, int]] = []
     real = products.share_out
-    monkeypatch.setattr(products, "share_out", lambda *args: (calls.append(args[0]), real(*args))[1])
+    monkeypatch.setattr(products, "share_out", lambda *args: (calls.append(args[:2]), real(*args))[1])
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal(a_shape), rng.standard_normal(b_shape)
     expected = np.matmul(a, b)
     out = np.full(expected.shape, np.nan) if given_out else None
     with count_macs() as counter:
         found = matmul(a, b, out=out)
-    assert calls == [parts]
+    batch, longest = expected.shape[:-2], max(expected.shape[-2:])
+    assert calls == [(parts, batch[0] if batch and batch[0] >= parts else longest)]
     assert out is None or found is out
     np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-13)
     assert counter.by_kind()["forward"] == expected.size * a_shape[-1]

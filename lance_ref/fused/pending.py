@@ -38,7 +38,7 @@ class Pending(Tensor):
         return tensor
 
     @property
-    def _data(self) -> np.ndarray:  # type: ignore[override]
+    def _data(self) -> np.ndarray:
         promise = _slot.__get__(self)
         promise.deferral.compute()
         return self._data  # now that of a Tensor

@@ -168,7 +168,7 @@ def test_the_first_lines_name_what_else_fits(capsys: pytest.CaptureFixture[str])
     answer = text[text.index("First: ") : text.index(" ranks from: ")]
     assert answer.startswith("First: bias-only, all 42 layers, batch 1: fidelity not predicted, 176.9 of 256.0 KiB. ")
     assert "Other methods that fit: lora rank 4 (the last 11 of 42 layers, batch 1, fidelity not predicted, " in answer
-    assert answer.endswith("; head-only (batch 1, fidelity 0.000, 70.2 KiB).")
+    assert answer.endswith("; head-only (batch 4, fidelity 0.000, 160.7 KiB).")
 
 
 def test_an_answer_without_alternatives_says_so(capsys: pytest.CaptureFixture[str]) -> None:

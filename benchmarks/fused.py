@@ -32,7 +32,7 @@ MEMORY = {"fused": ("lance", "1"), "one by one": ("lance", "0"), "pytorch": ("py
 def evaluations(case: Case) -> dict[str, Side]:
     """An evaluation of each side; PyTorch's where it is installed."""
     net = models.create(case.net, num_classes=CLASSES, rng=0).eval()
-    size = case.image_size
+    size = case.image_size or 32
     images = np.random.default_rng(0).standard_normal((case.batch, 3, size, size), dtype=np.float32)
 
     def ours() -> None:

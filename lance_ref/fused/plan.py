@@ -219,7 +219,7 @@ def _place(
     items.sort(key=lambda entry: (-entry[0], entry[1], entry[4]))
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
     made.places, made.workspaces, made.arena_bytes = {}, {}, 0
-    for size, first, last, ref, g in items:
+    for size, first, last, value, g in items:
         offset = 0
         for start, end, begins, ends in placed:  # in order of their offsets
             if begins > last or ends < first:
@@ -230,10 +230,10 @@ def _place(
         placed.append((offset, offset + size, first, last))
         placed.sort()
         made.arena_bytes = max(made.arena_bytes, offset + size)
-        if ref is None:
+        if value is None:
             made.workspaces[g] = offset, workspaces[g]
         else:
-            made.places[ref] = offset
+            made.places[value] = offset
 
 
 def _workspace(group: Group, ops: Sequence[Op], chunk: int, item: int) -> Shape | None:

@@ -161,7 +161,8 @@ def _global_mean(inputs: Sequence[np.ndarray], out: np.ndarray) -> None:
 
 
 def _product(inputs: Sequence[np.ndarray], out: np.ndarray) -> None:
-    np.multiply(*inputs, out=out)  # (b, H, W, C) · (b, H, W, C) or (b, 1, 1, C)
+    a, b = inputs
+    np.multiply(a, b, out=out)  # (b, H, W, C) · (b, H, W, C) or (b, 1, 1, C)
 
 
 def _maximum(

@@ -11,6 +11,7 @@ import contextvars
 import ctypes
 import importlib
 import os
+import sys
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -95,7 +96,9 @@ class _Blas(NamedTuple):
 
 @cache
 def _blas() -> _Blas | None:
-    """Those of the OpenBLAS that NumPy is linked to; None where there is another BLAS."""
+    """Those of the OpenBLAS that NumPy is linked to; None where there is another BLAS, and in the browser."""
+    if sys.platform == "emscripten":
+        return None
     try:
         products = importlib.import_module("numpy._core._multiarray_umath")
         linked = ctypes.CDLL(products.__file__)  # its symbols, and those of what it is linked to

@@ -439,9 +439,14 @@ def _hosvd_save(call: Call, layer: Layer) -> int:
                 most = max(most, held + 4 * rest * rest)
                 held += rest * rest
             continue
-        summing = _block_by_block(_unfolded(call, mode), lambda before, now, n=n: n * n * ((before > 0) + (now > 0)))
-        most = max(most, held + 4 * n * n, held + summing)
-        held += n * n
+        gram = n * n
+
+        def products(before: int, now: int, gram: int = gram) -> int:
+            """The sum so far, and the product that is added to it."""
+            return gram * ((before > 0) + (now > 0))
+
+        most = max(most, held + 4 * gram, held + _block_by_block(_unfolded(call, mode), products))
+        held += gram
     if all(r is None for r in ranks):
         return max(most, held) * call.itemsize
     made = 0

@@ -282,6 +282,18 @@ def test_which_arrays_lie_alike(a: list[int], b: list[int]) -> None:
 
     same = [axis for axis in a if axis != 1] == [axis for axis in b if axis != 1]
     assert lie_alike(laid_out(a), laid_out(b)) == same
+    assert not lie_alike(laid_out(a), laid_out(a).astype(np.float32))
+    assert not lie_alike(laid_out(a), laid_out(a)[..., :1])
+    assert not lie_alike(laid_out(a), np.zeros(()))
+
+
+def test_a_gradient_of_another_dtype_is_not_written_into() -> None:
+    """One that was there before the parameter became float64: the sum is float64, as of any two arrays."""
+    leaf = Tensor(np.ones((4, 6)), requires_grad=True)
+    leaf.grad = np.ones((4, 6), np.float32)
+    (leaf * 2.0).backward(SEED)
+    assert leaf.grad.dtype == np.float64
+    np.testing.assert_array_equal(leaf.grad, 1 + 2 * SEED)
 
 
 def test_a_network_of_views_and_shortcuts() -> None:

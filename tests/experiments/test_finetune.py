@@ -73,6 +73,16 @@ def test_exact_methods_learn_the_same(table: tuple[Path, dict[str, Any]]) -> Non
     assert rows["lance"]["loss"] != rows["bp"]["loss"]
 
 
+def test_chunks_of_images_learn_the_same() -> None:
+    """A fourth of the images at a time: a smaller tape, the same multiply-adds, and a whole batch for HOSVD."""
+    whole, parts = run(**CELL, method="bp"), run(**CELL, method="bp", chunk=CELL["batch"] // 4)
+    np.testing.assert_allclose(parts["loss"], whole["loss"], rtol=1e-4)
+    assert parts["tape_bytes"] == parts["predicted_tape_bytes"] == whole["tape_bytes"] / 4
+    assert parts["macs"] == whole["macs"]
+    assert parts["chunks"].startswith("Each step took its")
+    assert "stayed whole" in run(**CELL, method="hosvd", chunk=1)["chunks"]
+
+
 def test_at_full_rank_lance_is_backpropagation() -> None:
     """ε = 1 in every mode: the whole training run follows plain backpropagation's, with cosines of 1."""
     exact, full = run(**CELL, method="bp"), run(**{**CELL, "epsilon": 1.0}, method="lance")

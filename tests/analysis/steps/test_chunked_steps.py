@@ -12,7 +12,7 @@ from analysis.check.measure import compare
 from analysis.cost_model import cost, main, predict
 from analysis.peak.stores import STORES
 from analysis.steps import chunks as step_chunks
-from lance_ref import models, stores, tune
+from lance_ref import models, nn, stores, tune
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.lance.patches import PatchLance
 from lance_ref.stores import Lance
@@ -107,6 +107,17 @@ def test_batch_statistics_keep_the_batch_whole() -> None:
     """alexnet-cl trains its batch norms: they see the images of a batch together."""
     report = cost("alexnet-cl", batch=8, tune="all", num_classes=10, method="bp", chunk=2)
     assert "uses the statistics of the batch" in report.chunks["bp"]
+
+
+def test_dropouts_on_one_generator_keep_the_batch_whole() -> None:
+    """Chunks would draw other masks; with a generator of its own for each they draw the same."""
+    for generators, said in ((1, "several dropouts draw from one random generator"), (2, "2 images at a time")):
+        rngs = [np.random.default_rng(i % generators) for i in range(generators)] * (3 - generators)
+        net = nn.Sequential(
+            nn.Dropout(0.2, rngs[0]), nn.Linear(20, 9, rng=0), nn.Dropout(0.2, rngs[1]), nn.Linear(9, 3)
+        )
+        report = cost(net, batch=8, input_shape=(20,), tune="all", method="bp", chunk=2)
+        assert report.chunks["bp"].endswith(said)
 
 
 @pytest.mark.parametrize("batch_rank", [None, 2])

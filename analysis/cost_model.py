@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--net", required=True, help=NET_HELP)
+    p.add_argument("--net", required=True, help=f"{NET_HELP}; the factory may give a module of PyTorch")
     p.add_argument("--batch", type=count, default=DEFAULT_BATCH, help="images per step")
     p.add_argument("--image-size", type=pixels, help="height and width in pixels (224 for most nets)")
     p.add_argument(

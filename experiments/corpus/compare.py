@@ -81,7 +81,7 @@ def compare(network: Network, with_exports: bool = False) -> Outcome:
             start = time.process_time()
             watched_step(module, network.name, Run(Asked.of(TIMED_BATCH, specs, None, TIMED_BATCH)))
             seconds = time.process_time() - start
-            tried = with_exports and network.package != "peft"  # whose adapters would all be tuned
+            tried = with_exports and network.exports
             exports = {kind: export(module, how, kind) for kind in ("documented", "plain")} if tried else None
     except FAILURES as error:
         return Outcome(*about, failed=one_line(error)[:200])

@@ -34,6 +34,8 @@ class Network:
         Of the real step: 2 unless something needs more.
     quick : bool
         Whether it is among those that a test runs.
+    exports : bool
+        Whether it is exported as ONNX where that is asked for.
     """
 
     package: str
@@ -43,6 +45,7 @@ class Network:
     inputs: tuple[str, ...] = ()
     batch: int = DEFAULT_BATCH
     quick: bool = False
+    exports: bool = True
 
     def is_installed(self) -> bool:
         """Whether its package and PyTorch are there."""

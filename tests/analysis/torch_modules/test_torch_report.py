@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,6 +191,17 @@ def test_without_pytorch_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"python -m pip install -e '.\[torch\]'"):
         analysis.cost(plain(), input_shape=(3, 16, 16))
+
+
+def test_a_factory_that_cannot_import_pytorch_names_the_extra(tmp_path: Path) -> None:
+    """One line and exit code 2 from the command."""
+    (tmp_path / "needs_torch.py").write_text("import torch\n\ndef make():\n    return torch.nn.Linear(3, 2)\n")
+    code = "import sys; sys.modules['torch'] = None; from analysis.cost_model import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "--net", "needs_torch:make", "--input-shape", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "python -m pip install -e '.[torch]'" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_networks_of_our_own_never_need_pytorch() -> None:

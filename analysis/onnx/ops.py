@@ -412,6 +412,9 @@ TENSOR_OPS: dict[str, TensorOp] = {
     "torch.rms_norm": lambda node, x: F.rms_norm(
         x[0], x[0].shape[-node.attributes["axes"] :], x[1] if len(x) > 1 else None, float(node.attributes["epsilon"])
     ),
+    "torch.layer_norm": lambda node, x: F.layer_norm(
+        x[0], x[0].shape[-node.attributes["axes"] :], eps=float(node.attributes["epsilon"])
+    ),
     "torch.group_norm": _group_norm,
     "torch.scaled_dot_product_attention": _attention,
     "RMSNormalization": _rms_normalization,

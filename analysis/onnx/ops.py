@@ -206,9 +206,7 @@ def _batch_norm(node: Node, x: Inputs) -> Tensor:
         v if isinstance(v, Tensor) else Tensor(np.asarray(v).astype(x[0].dtype)) for v in x[:5]
     )
     eps = float(node.attributes.get("epsilon", 1e-5))
-    if mean.requires_grad or var.requires_grad:
-        raise ValueError("its statistics are trained")
-    return F.batch_norm(tensor, mean, var, weight, bias, eps=eps)
+    return F.batch_norm(tensor, mean.detach(), var.detach(), weight, bias, eps=eps)
 
 
 def _attention(node: Node, x: Inputs) -> Tensor:

@@ -11,10 +11,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,38 +20,23 @@ import numpy as np
 from analysis.commands.memory import check_memory
 from analysis.commands.names import plain
 from analysis.onnx.choosing import evaluate_plain, is_plain
+from analysis.onnx.constants import EXPECTED, LITERAL, MAX_FOLDED, at, folded, put_together, weight_or_array
 from analysis.onnx.file import Graph, Node, read_graph
-from analysis.onnx.host import HOST, MAX_ELEMENTS, RANDOM, evaluate
+from analysis.onnx.host import HOST, RANDOM, evaluate
 from analysis.onnx.layers import LAYERS, Weight, as_weight, layer_for, plan_for
 from analysis.onnx.ops import over_all_of_an_input, tensor_ops
 from analysis.onnx.patterns import simplify
 from analysis.onnx.recurrent import ORDER as RECURRENT
 from analysis.onnx.recurrent import layer as recurrent_layer
 from analysis.onnx.telling import untold
-from analysis.onnx.tensor import Constant, shown
+from analysis.onnx.tensor import shown
 from lance_ref import functional as F
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.module import Module, Parameter
 from lance_ref.nn.tracing import record
 
-_EXPECTED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError)
-
-
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 """Operations whose first two inputs are multiplied."""
-
-
-LITERAL = ("Resize", "Upsample", *RANDOM)
-"""Operations whose stored numbers say what to do, and are no weights."""
-
-CUTTING = ("Slice", "Concat", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Identity")
-"""Operations that move the numbers of a weight about."""
-
-MAX_FOLDED = 2**26
-"""Elements of all arrays that are computed from constants alone."""
-
-MAX_FILLED = 2**28
-"""Elements of a weight that a file fills with one number."""
 
 
 class Operation(Module):
@@ -104,7 +87,7 @@ class OnnxNet(Module):
             stored = sum(constant.size * constant.dtype.itemsize for constant in graph.constants.values())
             check_memory(stored, f"the weights of {shown(graph.file)}")
         for name, constant in graph.constants.items():
-            self._constants[name] = _weight_or_array(graph, name, constant)
+            self._constants[name] = weight_or_array(graph, name, constant)
         self._names: Counter[str] = Counter()
         self._made_by: dict[str, Node] = {}
         self._folded_elements = 0
@@ -112,14 +95,14 @@ class OnnxNet(Module):
         given = {value.name for value in graph.inputs}
         self._live = set(given)  # values that depend on an input, and not on its shape alone
         self._tensors = set(given)  # those, and what is computed from parameters
-        nodes = self._put_together([node for node in graph.nodes if not self._fold(node)])
+        nodes = put_together([node for node in graph.nodes if not self._fold(node)], self._constants, self._live, graph)
         nodes = [self._as_pytorch_has_it(node) for node in simplify(nodes, self._constants, graph.outputs)]
         for node in nodes:
             self._made_by.update(dict.fromkeys(node.outputs, node))
-            with _at(graph, node):
+            with at(graph, node):
                 plan_for(node, self._constants)  # layers claim their weights before other operations read them
         for node in nodes:
-            with _at(graph, node):
+            with at(graph, node):
                 self._add(node, layers)
         self._normalising = _last_softmax(nodes, graph)
         self._untold = untold(nodes, self._constants, graph.outputs)
@@ -155,48 +138,16 @@ class OnnxNet(Module):
         """Whether a node computes with constants alone, and its outputs are now constants as well."""
         if node.op in RANDOM or not all(name in self._constants for name in node.inputs if name):
             return False
-        with _at(self.graph, node):
-            folded = _folded(node, [self._constants[name] if name else None for name in node.inputs])
-        if folded is not None:
-            self._folded_elements += sum(np.size(array) for array in folded if isinstance(array, np.ndarray))
+        with at(self.graph, node):
+            found = folded(node, [self._constants[name] if name else None for name in node.inputs])
+        if found is not None:
+            self._folded_elements += sum(np.size(array) for array in found if isinstance(array, np.ndarray))
             if self._folded_elements > MAX_FOLDED:
                 raise ValueError(
                     f"{shown(self.graph.file)}: arrays of more than {MAX_FOLDED} elements computed beforehand"
                 )
-            self._constants.update(zip(node.outputs, folded, strict=False))
-        return folded is not None
-
-    def _put_together(self, nodes: Sequence[Node]) -> list[Node]:
-        """The weights of recurrent layers, whose gates exporters cut out and join in another order, as one each."""
-        maker = {name: node for node in nodes for name in node.outputs}
-        constants = dict(self._constants)
-
-        def array(name: str, with_values: bool) -> np.ndarray:
-            value = constants.get(name)
-            if isinstance(value, Weight):
-                return np.asarray(value.constant.load() if with_values else np.zeros(value.shape, np.int8))
-            if value is not None or name not in maker or maker[name].op not in CUTTING:
-                return np.asarray(value)
-            inputs = [array(each, with_values) if each else None for each in maker[name].inputs]
-            if maker[name].op == "Concat":
-                return np.concatenate([x for x in inputs if x is not None], maker[name].attributes["axis"])
-            return np.asarray(HOST[maker[name].op](maker[name], inputs))
-
-        for node in nodes:
-            for name in node.inputs[1:4] if node.op in RECURRENT else ():
-                if name in maker and name not in self._live and maker[name].op in CUTTING:
-                    with _at(self.graph, node):
-                        shape = array(name, False).shape
-                    loaded = Constant(shape, np.dtype(np.float32), partial(array, name, True))
-                    self._constants[name] = Weight(loaded, (name,))
-        if not any(node.op in RECURRENT for node in nodes):
-            return list(nodes)
-        needed, kept = set(self.graph.outputs), []
-        for node in reversed(nodes):
-            if any(name in needed and name not in self._constants for name in node.outputs):
-                needed.update(node.inputs)
-                kept.append(node)
-        return kept[::-1]
+            self._constants.update(zip(node.outputs, found, strict=False))
+        return found is not None
 
     def _add(self, node: Node, layers: dict[Any, Module]) -> None:
         """Make a node a step."""
@@ -369,7 +320,7 @@ class OnnxNet(Module):
             else:
                 sizes = None
             result = self._walk(given, expected=sizes)
-        except _EXPECTED as error:
+        except EXPECTED as error:
             raise ValueError(
                 f"{error}; the file is made for a batch of {declared}: export it with a dynamic batch, or ask for that"
             ) from None
@@ -393,7 +344,7 @@ class OnnxNet(Module):
         last_use = self._last_use()
         left_out: list[Node] = []
         for i, (node, module) in enumerate(self._steps):
-            with _at(self.graph, node):
+            with at(self.graph, node):
                 operands = self._with_batch(node, [self._operand(name, values) for name in node.inputs], batch)
                 if module is None:
                     results: Any = evaluate(node, operands)
@@ -476,18 +427,6 @@ class OnnxNet(Module):
             raise ValueError(f"its result of shape {tuple(value.shape)} has not grown with the batch of {batch}")
 
 
-@contextmanager
-def _at(graph: Graph, node: Node) -> Iterator[None]:
-    """Errors say where."""
-    try:
-        yield
-    except _EXPECTED as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        if text.startswith(shown(graph.file)):
-            raise ValueError(text) from None
-        raise ValueError(f"{shown(graph.file)}: {node}: {text[:500]}") from None
-
-
 def _last_softmax(nodes: Sequence[Node], graph: Graph) -> list[Node]:
     """The Softmax or LogSoftmax behind which the graph only looks at its result otherwise; with the Log behind it."""
     maker = {name: node for node in nodes for name in node.outputs}
@@ -524,36 +463,3 @@ def check_operations(graph: Graph) -> None:
 def known_operations() -> str:
     """Names of the operations that an input may go through."""
     return ", ".join(sorted(op for op in {*tensor_ops(), *LAYERS, *RECURRENT} if not op.startswith("torch.")))
-
-
-def _weight_or_array(graph: Graph, name: str, constant: Constant) -> Any:
-    """Floating tensors of several numbers are weights; the rest are arrays, if small."""
-    if constant.size > 1 and (constant.is_floating or constant.size > MAX_ELEMENTS):
-        return Weight(constant, (name,))
-    try:
-        array = constant.load()
-    except OSError as error:
-        raise ValueError(f"{shown(graph.file)}: tensor {shown(name)}: {error.strerror}") from None
-    return array if array.dtype.kind in "iubf" else array.astype(np.float32)
-
-
-def _folded(node: Node, inputs: list[Any]) -> list[Any] | None:
-    """The outputs of a node that has constants alone; None if it must run as an operation on parameters."""
-    if node.op in ("QuantizeLinear", "DequantizeLinear") and isinstance(inputs[0], np.ndarray):
-        inputs = [Weight.of(inputs[0], node.inputs[0]), *inputs[1:]]
-    if node.op == "Constant" and isinstance(node.attributes.get("value"), Constant):
-        constant = node.attributes["value"]
-        if constant.size > MAX_ELEMENTS and constant.is_floating:
-            return [Weight(constant, (node.outputs[0],))]
-    if node.op == "ConstantOfShape" and isinstance(inputs[0], np.ndarray):
-        shape = tuple(int(n) for n in inputs[0].reshape(-1))
-        if MAX_ELEMENTS < math.prod(shape) <= MAX_FILLED and min(shape) >= 0:
-            fill = node.attributes.get("value")
-            value = float(np.asarray(fill.load()).reshape(-1)[0]) if fill is not None else 0.0
-            filled = Constant(shape, np.dtype(np.float32), lambda: np.full(shape, value, np.float32))
-            return [Weight(filled, (node.outputs[0],))]
-    if any(isinstance(x, Weight) for x in inputs):
-        if node.op in ("Shape", "Size"):
-            return evaluate(node, inputs)
-        return Weight.folded(node, inputs)
-    return evaluate(node, inputs) if node.op in HOST else Weight.folded(node, inputs)

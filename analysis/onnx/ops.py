@@ -206,9 +206,7 @@ def _batch_norm(node: Node, x: Inputs) -> Tensor:
         v if isinstance(v, Tensor) else Tensor(np.asarray(v).astype(x[0].dtype)) for v in x[:5]
     )
     eps = float(node.attributes.get("epsilon", 1e-5))
-    if mean.requires_grad or var.requires_grad:
-        raise ValueError("its statistics are trained")
-    return F.batch_norm(tensor, mean, var, weight, bias, eps=eps)
+    return F.batch_norm(tensor, mean.detach(), var.detach(), weight, bias, eps=eps)
 
 
 def _attention(node: Node, x: Inputs) -> Tensor:
@@ -411,6 +409,9 @@ TENSOR_OPS: dict[str, TensorOp] = {
     "torch.glu": lambda node, x: F.glu(x[0], node.attributes["axis"]),
     "torch.rms_norm": lambda node, x: F.rms_norm(
         x[0], x[0].shape[-node.attributes["axes"] :], x[1] if len(x) > 1 else None, float(node.attributes["epsilon"])
+    ),
+    "torch.layer_norm": lambda node, x: F.layer_norm(
+        x[0], x[0].shape[-node.attributes["axes"] :], eps=float(node.attributes["epsilon"])
     ),
     "torch.group_norm": _group_norm,
     "torch.scaled_dot_product_attention": _attention,

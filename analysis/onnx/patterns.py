@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from analysis.onnx.file import Node
 from analysis.onnx.gates import GATES
 from analysis.onnx.layers import Weight, fits_as_bias
-from analysis.onnx.norms import NORMS
+from analysis.onnx.norms import NORMS, last_axes
 from analysis.onnx.scores import SCORES
 from analysis.onnx.uses import Match, Uses
 
@@ -114,35 +112,37 @@ def _layer_norm(uses: Uses, sqrt: Node) -> Match | None:
         return None
     differences = [uses.made_by(node.inputs[0], "Sub") for node in (square, divide)]
     means = [uses.made_by(d.inputs[1], "ReduceMean") if d is not None else None for d in differences]
+    if any(m is None for m in means):
+        return None
     scale = uses.reader(divide, "Mul")
     shift = uses.reader(scale, "Add") if scale is not None else None
-    if scale is None or shift is None or any(m is None for m in means):
-        return None
-    group = [n for n in (*means, *differences, square, variance, add, sqrt, divide, scale, shift) if n is not None]
+    affine = [] if scale is None else [scale, shift]
+    group = [n for n in (*means, *differences, square, variance, add, sqrt, divide, *affine) if n is not None]
     group = list({id(n): n for n in group}.values())
     x = differences[0].inputs[0] if differences[0] is not None else ""
-    weight, bias = (_weight(uses, node) for node in (scale, shift))
+    dims = {last_axes(uses, n) for n in group if n.op == "ReduceMean"}
+    sources = {n.inputs[0] for n in group if n.op == "Sub"} | {m.inputs[0] for m in means if m is not None}
+    if sources != {x} or len(dims) != 1 or dims == {0} or not uses.closed(group):
+        return None
+    (k,) = dims
+    if scale is None:  # without weights of its own
+        if any(reader.op == "Mul" for reader in uses.readers.get(divide.outputs[0], [])):
+            return None
+        attributes: dict[str, Any] = {"axes": k, "epsilon": eps}
+        return replace(divide, op="torch.layer_norm", inputs=(x,), attributes=attributes), group
+    if shift is None:
+        return None
+    weight, bias = (_weight(uses, node, k) for node in (scale, shift))
     if not weight or not bias or uses.constants[weight].shape != uses.constants[bias].shape:
         return None
-    reductions = [n for n in group if n.op == "ReduceMean"]
-    sources = {n.inputs[0] for n in group if n.op == "Sub"} | {m.inputs[0] for m in means if m is not None}
-    if sources != {x} or not all(_over_the_last(uses, n) for n in reductions) or not uses.closed(group):
-        return None
-    attributes = {"axis": -1, "epsilon": eps}
+    attributes = {"axis": -k, "epsilon": eps}
     joined = replace(
         sqrt, op="LayerNormalization", inputs=(x, weight, bias), outputs=shift.outputs, attributes=attributes
     )
     return joined, group
 
 
-def _weight(uses: Uses, node: Node) -> str:
-    """The name of the stored vector that a node multiplies with or adds; "" if there is none."""
-    vectors = (n for n in node.inputs if isinstance(uses.constants.get(n), Weight))
-    return next((n for n in vectors if len(uses.constants[n].shape) == 1), "")
-
-
-def _over_the_last(uses: Uses, node: Node) -> bool:
-    axes: Any = node.attributes.get("axes")
-    if len(node.inputs) > 1:
-        axes = uses.constants.get(node.inputs[1])
-    return axes is not None and list(np.asarray(axes).reshape(-1)) == [-1] and node.attributes.get("keepdims", 1) == 1
+def _weight(uses: Uses, node: Node, dims: int) -> str:
+    """The name of the stored array of so many dimensions that a node multiplies with or adds; "" if there is none."""
+    stored = (n for n in node.inputs if isinstance(uses.constants.get(n), Weight))
+    return next((n for n in stored if len(uses.constants[n].shape) == dims), "")

@@ -17,7 +17,7 @@ from analysis.onnx.uses import Uses
 
 NORMS = (
     *("BatchNormalization", "LayerNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization"),
-    *("torch.rms_norm", "torch.group_norm", "MeanVarianceNormalization", "LRN", "LpNormalization"),
+    *("torch.rms_norm", "torch.group_norm", "torch.layer_norm", "MeanVarianceNormalization", "LRN", "LpNormalization"),
 )
 ACTIVATIONS = (
     *("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh"),

@@ -35,6 +35,8 @@ def batch_norm(call: Call) -> OpCost:
         cost.elementwise += n
     if call.on_tape:
         cost.pytorch.append(call.save_input("x", 0))
+        if call.record.attributes["affine"]:
+            cost.pytorch.append(call.save_input("weight", 1))
     return cost
 
 

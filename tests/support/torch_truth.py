@@ -31,12 +31,18 @@ def kept(net: Any, x: Any) -> int:
     return sum(found.values())
 
 
-def exported(net: Any, x: Any, file: Path) -> str:
+def exported(net: Any, x: Any, file: Path, **options: Any) -> str:
     stream = io.BytesIO()
     with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            net, (x,), stream, dynamo=False, training=torch.onnx.TrainingMode.TRAINING, do_constant_folding=False
+            net,
+            (x,),
+            stream,
+            dynamo=False,
+            training=torch.onnx.TrainingMode.TRAINING,
+            do_constant_folding=False,
+            **options,
         )
     file.write_bytes(stream.getvalue())
     return str(file)

@@ -165,6 +165,20 @@ def test_norms_of_tokens(norm: Callable[[], Any], tmp_path: Path) -> None:
     assert compare(prediction).agrees
 
 
+@pytest.mark.parametrize("shape", [8, (64, 8)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_that_older_operator_sets_take_apart(shape: Any, affine: bool, tmp_path: Path) -> None:
+    """Nine nodes, or seven without weights; over one dimension and over two."""
+    torch.manual_seed(0)
+    net, x = head(Tokens(tnn.LayerNorm(shape, elementwise_affine=affine))), torch.randn(4, 3, 8, 8)
+    prediction = predict(
+        exported(net, x, tmp_path / "net.onnx", opset_version=13), 4, tune="all", methods=["bp"], with_weights=True
+    )
+    assert [bill.record.op for bill in prediction.bills["bp"]].count("layer_norm") == 1
+    assert prediction.report.totals["bp"].activation_bytes["pytorch"] == kept(frozen_beside(net), x)
+    assert compare(prediction).agrees
+
+
 SEQUENCES: dict[str, Callable[[], Any]] = {
     "1-D": lambda: tnn.Sequential(
         tnn.Conv1d(3, 8, 5, 2, 1), tnn.BatchNorm1d(8), tnn.ReLU(), tnn.MaxPool1d(2), tnn.Conv1d(8, 4, 3),

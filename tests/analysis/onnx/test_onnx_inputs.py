@@ -179,3 +179,24 @@ def test_a_norm_beside_a_folded_one(tmp_path: Path) -> None:
     ]
     report = cost(str(save(tmp_path, chain(*middle, constants=STATISTICS))), batch=2, tune="all", methods=["bp"])
     assert "no batch norm behind 1 convolutions of this file" in report.remark
+
+
+def test_a_batch_norm_whose_scale_is_computed(tmp_path: Path) -> None:
+    """Frozen statistics that nothing trains, and a scale that is made of a stored one."""
+    from onnx.reference import ReferenceEvaluator
+
+    middle = [
+        helper.make_node("Exp", ["scale"], ["s"]),
+        helper.make_node("BatchNormalization", ["h", "s", "shift", "mean", "var"], ["n"]),
+        helper.make_node("Relu", ["n"], ["g"]),
+    ]
+    constants = [weight(name, 6, seed=i) for i, name in enumerate(("scale", "shift", "mean"))]
+    constants.append(array("var", np.linspace(0.5, 2, 6), np.float32))
+    file = save(tmp_path, chain(*middle, constants=constants))
+    x = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    with no_grad():
+        found = OnnxNet(file)(x).data
+    np.testing.assert_allclose(found, ReferenceEvaluator(onnx.load(file)).run(None, {"x": x})[0], rtol=1e-4, atol=1e-5)
+    prediction = predict(str(file), 2, tune="all", methods=["bp"], with_weights=True)
+    assert "batch_norm" in {bill.record.op for bill in prediction.bills["bp"]}
+    assert compare(prediction).agrees

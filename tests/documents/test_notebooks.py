@@ -321,3 +321,11 @@ def test_run_all_survives_other_numbers(path: Path) -> None:
     changes = {name: values[0] for name, values in check.proposals(lesson).items()}
     fresh, _, _ = check.execute(check.with_changes(lesson, changes), NOTEBOOKS, checked=False)
     assert [cell["execution_count"] for cell in check.code_cells(fresh)][-1] == len(check.code_cells(lesson))
+
+
+def test_the_committed_solution_of_the_project_reaches_all_three_checks() -> None:
+    """The end of the course has to be reachable: the step fits, it is the right one, and the network learns."""
+    (project,) = NOTEBOOKS.glob("11_*.ipynb")
+    assert len(check.solutions(check.read(project))) == 3
+    faults, _ = check.check(project)
+    assert faults == []

@@ -17,7 +17,7 @@ import numpy as np
 
 import lance_ref.algebra.kernels as loops
 from analysis.commands.cli import run_main
-from lance_ref import F, Subspace, Tensor
+from lance_ref import F, Subspace, Tensor, nn, no_grad
 from lance_ref.algebra.kernels.threads import Loops, numba_enabled
 from lance_ref.stores import Lance
 
@@ -47,6 +47,9 @@ def run_all() -> None:
         F.max_pool2d(F.dropout(F.relu6(F.conv2d(y, dense, padding=1)), 0.5), 2).sum().backward()
         planes = Lance(Subspace.random(x.shape, (None, None, 1, 2), rng), "separable")  # height and width alone
         F.conv2d(x, weight, padding=1, groups=C, store=planes).sum().backward()
+    layers = nn.Conv2d(3, 8, 3, padding=1, rng=0), nn.Conv2d(8, 8, 3, padding=1, groups=8, rng=0), nn.ReLU()
+    with no_grad():
+        nn.Sequential(*layers)(rng.standard_normal((4, 3, 6, 5), dtype=np.float32))  # fused
 
 
 def main() -> int:

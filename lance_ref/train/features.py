@@ -236,7 +236,7 @@ def _outputs(
     batch_size: int,
     progress: bool | None = False,
 ) -> Rows:
-    """The first stages' output for consecutive images: exactly what they give in training, as nothing there differs."""
+    """The first stages' output for consecutive images: what they give in training, to rounding."""
     body = Part(net, stages_of(net)[:stage])
     title = f"frozen part, {dataset.name} {dataset.split}"
     with progress_bar(title, len(dataset), progress) as advance:

@@ -21,6 +21,7 @@ from benchmarks import (
     calibration,
     cost_model,
     first_call,
+    fused,
     layers,
     resident,
     roofline,
@@ -270,6 +271,18 @@ def test_steps_write_their_figures(tmp_path: Path, capsys: pytest.CaptureFixture
     assert row["resident_on_features"] is None  # nothing is frozen
     assert row["predicted"]["lance"]["tape_bytes"] < row["predicted"]["bp"]["tape_bytes"]
     assert row["ranks_from"] in printed
+
+
+def test_fused_passes_write_their_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The time of an evaluation, and the memory of a step fused and one by one, each in a process that was told so."""
+    document, printed = run_quick(fused, tmp_path, capsys)
+    check_seconds(document["evaluation_seconds"])
+    if resident.measurable():
+        assert {"fused", "one by one"} <= set(document["step_resident"])
+        for of in document["step_resident"].values():
+            assert of["over_start"] == of["peak"] - of["before"] >= 0
+    assert "evaluation of mobilenetv2, 2 images" in printed
+    assert "LANCE_REF_FUSE" not in os.environ
 
 
 def test_targets_of_steps() -> None:

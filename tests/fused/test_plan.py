@@ -128,7 +128,7 @@ def test_planted_overlaps_are_found() -> None:
 NETS = [
     ("mobilenetv2", 64, 8),
     ("mcunet", 64, 5),
-    ("resnet18", 32, 3),
+    ("resnet18", 160, 2),
     ("resnet8", 32, 16),
     ("mobilenetv3-small", 64, 4),
 ]

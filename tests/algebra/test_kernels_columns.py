@@ -67,6 +67,15 @@ def test_rows_that_see_nothing_but_padding(rows: slice) -> None:
     assert g.patches(x, slice(2, 4)).any()
 
 
+def test_zeros_below_alone() -> None:
+    """The last row of places looks beyond the image, where no padding is on any other side."""
+    g = ConvGeometry((2, 3, 4, 5), (3, 3, 2, 2), padding=((0, 1), (0, 0)))
+    x, rows = np.ones(g.input_shape), slice(3, 4)
+    patches = g.patches(x, rows).reshape(2, 3, 2, 2, 4)
+    assert patches[:, :, 0].all()
+    assert not patches[:, :, 1].any()
+
+
 @given(g=GEOMETRIES, seed=st.integers(0, 9), parts=st.integers(2, 4), bytes_=st.sampled_from([1, 2000, 2**20]))
 def test_images_and_channels_in_several_threads(g: ConvGeometry, seed: int, parts: int, bytes_: int) -> None:
     """Each thread has images of its own, and channels of its own of a weight gradient: the same products."""

@@ -53,6 +53,29 @@ def test_laying_out_equals_its_twin_and_the_patches(g: ConvGeometry, seed: int, 
     np.testing.assert_array_equal(by_image, patches)
 
 
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 2), slice(8, 9)], ids=str)
+def test_rows_that_see_nothing_but_padding(rows: slice) -> None:
+    """Above and below the image all is zero, in loops, twin and patches."""
+    g = ConvGeometry((2, 3, 4, 5), (3, 3, 2, 2), padding=((3, 3), (0, 1)))
+    x, _, _ = arrays(g, 0)
+    shape = columns_like(g, rows, 0).shape
+    for lay in (lay_out, lay_out_numpy):
+        columns = np.full(shape, np.nan)
+        lay(x, columns, rows, g.stride, g.padding, g.dilation)
+        assert not columns.any()
+    assert not g.patches(x, rows).any()
+    assert g.patches(x, slice(2, 4)).any()
+
+
+def test_zeros_below_alone() -> None:
+    """The last row of places looks beyond the image, where no padding is on any other side."""
+    g = ConvGeometry((2, 3, 4, 5), (3, 3, 2, 2), padding=((0, 1), (0, 0)))
+    x, rows = np.ones(g.input_shape), slice(3, 4)
+    patches = g.patches(x, rows).reshape(2, 3, 2, 2, 4)
+    assert patches[:, :, 0].all()
+    assert not patches[:, :, 1].any()
+
+
 @given(g=GEOMETRIES, seed=st.integers(0, 9), parts=st.integers(2, 4), bytes_=st.sampled_from([1, 2000, 2**20]))
 def test_images_and_channels_in_several_threads(g: ConvGeometry, seed: int, parts: int, bytes_: int) -> None:
     """Each thread has images of its own, and channels of its own of a weight gradient: the same products."""

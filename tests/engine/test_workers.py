@@ -195,6 +195,9 @@ def test_a_product_with_itself_is_left_to_blas(monkeypatch: pytest.MonkeyPatch) 
         shared.clear()
         np.testing.assert_allclose(products.product(A, b), A @ b)
         assert shared == expected
+    shared.clear()
+    np.testing.assert_allclose(products.product(A[:], A[:]), A @ A)  # the same memory, but not transposed
+    assert shared == ["yes"]
     view = A[:4]
     shared.clear()
     products.product(view.T, view)

@@ -17,7 +17,8 @@ from lance_ref.stores import ActivationStore
 from lance_ref.train.features import in_mode
 
 AUTO_BYTES = 8 * 1024**2
-"""Of a chunk of ``"auto"``: the most bytes that the results of all operations that get gradients may take."""
+"""Of a chunk of ``"auto"``: the most bytes that the results of all operations that get gradients may take, unless the
+gradients of the parameters take more anyway."""
 
 SIZES = (2, 3)
 """Two batch sizes; what does not grow from one to the other in proportion mixes images."""
@@ -86,7 +87,10 @@ def at_a_time(records: Iterable[OpRecord], traced: int, batch: int, asked: int |
     """The images of a chunk, for what was asked of :func:`chunks_of`; ``records`` are a trace of ``traced`` images."""
     if isinstance(asked, str):
         results = {record.output.id: record.output.nbytes for record in flat(records) if record.output.requires_grad}
-        most = AUTO_BYTES * traced // max(sum(results.values()), 1)
+        values = {value.id: value for record in flat(records) for value in record.inputs if value.requires_grad}
+        gradients = sum(value.nbytes for value in values.values() if value.parameter is not None)
+        # A chunk adds its gradients to those of the chunks before: where they are most of the memory, it does not pay.
+        most = max(AUTO_BYTES, gradients) * traced // max(sum(results.values()), 1)
     else:
         most = int(asked)
     return next(images for images in range(max(1, min(most, batch)), 0, -1) if batch % images == 0)

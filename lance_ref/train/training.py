@@ -130,11 +130,13 @@ def fit(
     chunk : int or "auto", optional
         Most images that go forward and backward at a time: the batch goes in equal chunks, of the largest divisor of
         ``batch_size`` up to that many, and their gradients are added up, so that the tape and the activations shrink
-        to those of a chunk. ``"auto"``: as many as :data:`lance_ref.train.chunks.AUTO_BYTES` of activations allow.
+        to those of a chunk. ``"auto"``: as many as :data:`lance_ref.train.chunks.AUTO_BYTES` of activations allow, or
+        as many bytes as the gradients take, if these are more.
         The step is that of the whole batch to rounding, masks of dropout included. Where something mixes the images
         of a batch (batch norm with its statistics, a compressed batch mode, directions found at every step, codes of
         a common range, several dropouts on one generator) the batch stays whole, and ``chunk_note`` says why.
-        By default it stays whole in any case: chunks sum in another order, which changes the last bits of a run.
+        By default it stays whole in any case: chunks sum in another order, which changes the last bits of a run, and
+        products of few images take more time.
     cache_frozen : bool, optional
         Run the leading stages that do not train once over all images, and train on their outputs. By default
         this is done where it changes nothing (see :func:`lance_ref.train.features.frozen_stages`; ``normalise`` must

@@ -78,17 +78,22 @@ def test_a_tape_is_that_of_a_chunk() -> None:
 
 
 def test_auto_takes_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results of one image: 4·2·2 twice; 4·1·1 in convolution, ReLU6, pool and the look at it; three scores."""
-    net = small_net(dtype=np.float32)
+    """Results of one image: 4·2·2 twice; 4·1·1 in convolution, ReLU6, pool and the look at it; three scores.
+
+    Gradients: 4·3·9 + 4, 4·2·4 + 4, and 3·4 + 3 numbers, as many as the results of three images.
+    """
+    net, gradients = small_net(dtype=np.float32), (108 + 4) + (32 + 4) + (12 + 3)
     numbers = 2 * (4 * 2 * 2) + 2 * (4 * 1 * 1) + 4 + 4 + 3
-    for images_at_a_time in (1, 2, 8):
+    assert 3 * numbers <= gradients < 4 * numbers
+    for images_at_a_time in (4, 8):
         monkeypatch.setattr(chunks, "AUTO_BYTES", 4 * numbers * images_at_a_time + 3)
         assert chunks_of(net, (3, 6, 6), np.float32, BATCH, "auto").images == images_at_a_time
     monkeypatch.setattr(chunks, "AUTO_BYTES", 1)
-    assert chunks_of(net, (3, 6, 6), np.float32, BATCH, "auto").images == 1
-    tune(net, "head")  # what is before the head gets no gradients
-    monkeypatch.setattr(chunks, "AUTO_BYTES", 4 * 3 * 5)
+    assert chunks_of(net, (3, 6, 6), np.float32, 9, "auto").images == 3
+    tune(net, "head")  # what is before the head gets no gradients: 15 numbers of the head, three scores an image
     assert chunks_of(net, (3, 6, 6), np.float32, 10, "auto").images == 5
+    net[6].weight.requires_grad_(False)  # three numbers
+    assert chunks_of(net, (3, 6, 6), np.float32, 10, "auto").images == 1
 
 
 def test_dropout_draws_what_the_whole_batch_draws() -> None:

@@ -16,9 +16,9 @@ import matplotlib.pyplot as plt
 LESSONS = {  # column, row, two lines of text, and the number of its colour
     1: (0, 1, "Autograd\nwhat to keep", 0),
     2: (1, 1, "Bytes\nwhich must be", 0),
-    3: (2, 1, "Tensors\nhow little is there", 1),
+    3: (2, 1, "Tensors\nhow little", 1),
     4: (3, 1, "LANCE\nits gradient", 1),
-    5: (4, 2, "Descent\nis it downhill?", 1),
+    5: (4, 2, "Descent\ndownhill?", 1),
     6: (4, 1, "Budget\nwhich method?", 2),
     7: (4, 0, "Forgetting\ntask after task", 2),
     8: (5, 1, "Bytes,\npredicted", 3),
@@ -37,13 +37,13 @@ RUNNING = {
 """The running example: bytes of one step of the network that reads digits, in float32."""
 
 
-ABOUT = "the running example:\nbytes of one step of 64\nimages (10: any number)"
+ABOUT = "the running example: bytes of one step of 64 images\n(on the device: of any number of images)"
 
 
 def main() -> None:
     """Draw the figure and write it beside this file."""
     plt.rcParams.update({"svg.hashsalt": "course", "svg.fonttype": "path"})
-    figure, axis = plt.subplots(figsize=(12.5, 4.4))
+    figure, axis = plt.subplots(figsize=(9.6, 4))
     wide, high = 0.86, 0.56
     for start, end in ARROWS:
         (x0, y0), (x1, y1) = ((LESSONS[n][0], LESSONS[n][1]) for n in (start, end))
@@ -59,7 +59,7 @@ def main() -> None:
     for number, text in RUNNING.items():
         axis.text(LESSONS[number][0], -0.55, text, ha="center", va="top", fontsize=8, color="#a33b12")
     axis.plot([-0.4, 6.4], [-0.47, -0.47], color="#a33b12", lw=0.8)
-    axis.text(7, -0.47, ABOUT, fontsize=8, color="#a33b12", ha="center", va="center")
+    axis.text(-0.4, -0.42, ABOUT, fontsize=8, color="#a33b12", va="bottom")
     axis.set(xlim=(-0.5, 7.5), ylim=(-1.05, 2.4), aspect="auto")
     axis.axis("off")
     figure.savefig(Path(__file__).with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})

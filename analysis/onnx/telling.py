@@ -41,7 +41,8 @@ def untold(nodes: Sequence[Node], constants: Mapping[str, Any], outputs: Sequenc
     if not any(_trains(uses, node) for node in nodes):
         bare, normed = _without_norm(uses, nodes), any(node.op in NORMS for node in nodes)
         if bare:
-            behind = f"behind {bare} convolutions of this file" if normed else "in this file"
+            some = "one convolution" if bare == 1 else f"{bare} convolutions"
+            behind = f"behind {some} of this file" if normed else "in this file"
             found.append(
                 f"no batch norm {behind}: exporters fold it into the convolutions, and leave dropout out, {HOW}; "
                 "what they keep is then missing here"

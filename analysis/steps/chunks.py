@@ -35,7 +35,7 @@ def at_batch(step: TracedStep, batch: int) -> TracedStep:
     records = retrained(records, {v.parameter for v in values if v.parameter is not None and v.requires_grad})
     if [(r.op, r.path) for r in flatten(records)] != [(r.op, r.path) for r in flatten(step.records)]:
         raise ValueError(f"net {step.name!r} was changed after its cost was predicted: predict it again")
-    return replace(step, records=records)
+    return replace(step, records=records, samples=batch)
 
 
 def in_chunks(

@@ -36,6 +36,7 @@ LAYERS: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
     "Conv1d": (lambda kind: kind.Conv1d(4, 6, 3, 2, 1, 2, 2), SEQUENCES),
     "Conv1d, same": (lambda kind: kind.Conv1d(4, 6, 3, padding="same", bias=False), SEQUENCES),
     "Conv3d": (lambda kind: kind.Conv3d(4, 6, (3, 2, 1), 2, 1), VOLUMES),
+    "Conv3d, dilated": (lambda kind: kind.Conv3d(4, 6, (3, 2, 2), 1, (2, 1, 0), (2, 1, 3), 2), VOLUMES),
     "MaxPool1d": (lambda kind: kind.MaxPool1d(3, 2, 1, ceil_mode=True), SEQUENCES),
     "AvgPool1d": (lambda kind: kind.AvgPool1d(3, 2, 1), SEQUENCES),
     "MaxPool3d": (lambda kind: kind.MaxPool3d((3, 2, 2), 2, 1), VOLUMES),

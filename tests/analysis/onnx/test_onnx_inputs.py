@@ -178,7 +178,7 @@ def test_a_norm_beside_a_folded_one(tmp_path: Path) -> None:
         helper.make_node("BatchNormalization", ["r", "s", "s", "s", "s"], ["g"]),
     ]
     report = cost(str(save(tmp_path, chain(*middle, constants=STATISTICS))), batch=2, tune="all", methods=["bp"])
-    assert "no batch norm behind 1 convolutions of this file" in report.remark
+    assert "no batch norm behind one convolution of this file" in report.remark
 
 
 def test_a_batch_norm_whose_scale_is_computed(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def conv_transpose2d_backward(call: Call, g: Layout) -> Backward:
         made.add(1, like_input(call, 1), layer.weight_workspace(call.inputs[0], g))
     if call.has_bias and call.needs(2):
         made.add(2, like_input(call, 2))
-    return made.done((0,))
+    return made.done()
 
 
 def _frames(call: Call) -> tuple[Convolution, int, int]:

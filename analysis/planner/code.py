@@ -45,11 +45,14 @@ def code_for(
         "import lance_ref",
         *_imports(option),
         "",
-        f"net = {made}  # and pretrained=True, or a file of weights",
+        "# and pretrained=True, or a file of weights, where there is one",
+        f"net = {made}",
         *([f"net.to(np.{dtype})"] if dtype != "float32" else []),
         f"lance_ref.tune(net, {_selection(candidate)})",
-        "rng = np.random.default_rng(0)  # put your own images and labels here, in the scale that the net expects",
-        f"images = rng.normal(size=({images}, {', '.join(map(str, input_shape))})).astype(np.{dtype})",
+        "# put your own images and labels here, in the scale that the net expects",
+        "rng = np.random.default_rng(0)",
+        f"shape = ({images}, {', '.join(map(str, input_shape))})",
+        f"images = rng.normal(size=shape).astype(np.{dtype})",
         f"labels = rng.integers(0, {classes}, {images})",
         "",
         *train,
@@ -91,7 +94,8 @@ def _library(candidate: Candidate, optimizer: str) -> list[str]:
         if option.fraction is not None:
             lines += [
                 f"share = {float(option.fraction):g}  # of each mode",
-                "ranks = {path: [int(np.ceil(share * n)) for n in calibration[path].shape] for path in calibration}",
+                "shapes = {path: calibration[path].shape for path in calibration}",
+                "ranks = {p: [int(np.ceil(share * n)) for n in of] for p, of in shapes.items()}",
                 "calibration = calibration.with_ranks(ranks)",
             ]
         lines.append("lance_ref.compress(net, calibration)")
@@ -106,12 +110,12 @@ def _library(candidate: Candidate, optimizer: str) -> list[str]:
         step = [
             f"for start in range(0, {candidate.batch}, {part}):",
             f"    part = slice(start, start + {part})",
-            f"    loss = lance_ref.F.cross_entropy(net(images[part]), labels[part]) * {part / candidate.batch!r}",
-            "    loss.backward()",
+            "    loss = lance_ref.F.cross_entropy(net(images[part]), labels[part])",
+            f"    (loss * {part / candidate.batch!r}).backward()",
         ]
     return [
         *lines,
-        "trained = [parameter for parameter in net.parameters() if parameter.requires_grad]",
+        "trained = [p for p in net.parameters() if p.requires_grad]",
         f"optimizer = lance_ref.optim.{OPTIMIZERS[optimizer]}",
         "for step in range(2):  # over the batches of your data",
         *(f"    {line}" for line in ("optimizer.zero_grad()", *step, "optimizer.step()")),
@@ -125,7 +129,8 @@ def _device(candidate: Candidate, input_shape: tuple[int, ...], optimizer: str) 
         n = option.directions
         mean_free = ", mean_free=True" if input_shape[0] > 1 else ""  # nothing is left of one channel
         lines = [
-            f'calibration = lance_ref.calibrate(net, [images], modes=("channel",){mean_free})',
+            f'options = dict(modes=("channel",){mean_free})',
+            "calibration = lance_ref.calibrate(net, [images], **options)",
             "ranks = {",
             f"    path: (None, {n}, *[None] * (len(calibration[path].shape) - 2))",
             f"    for path in calibration if calibration[path].shape[1] > {n}",
@@ -140,8 +145,10 @@ def _device(candidate: Candidate, input_shape: tuple[int, ...], optimizer: str) 
     if optimizer == "sgd-momentum":
         more.append("momentum=0.9")
     lines += [
-        f"program = device.compile(net, {', '.join(more)}, budget={candidate.memory.total})",
-        'print(f"{program.ram_bytes:,} bytes of RAM, {program.flash_bytes:,} bytes of flash")',
+        "program = device.compile(",
+        *(f"    {argument}," for argument in ("net", *more, f"budget={candidate.memory.total}")),
+        ")",
+        'print(f"{program.ram_bytes:,} bytes of RAM")',
         "for step in range(2):  # over the batches of your data",
         "    program.step(images, labels, lr=0.004)",
         "program.load_into(net)",

@@ -289,7 +289,7 @@ def test_the_peak_of_memory_is_what_tracemalloc_sees(optimizer: str, monkeypatch
     monkeypatch.setenv("LANCE_REF_THREADS", "1")
     monkeypatch.setattr(kernels, "_threads", lambda: 1)
     methods = ["bp", "micro-batch", "lora"]
-    prediction = predict("mcunet", 8, 96, methods=methods, num_classes=1000, with_weights=True, optimizer=optimizer)
+    prediction = predict("mcunet", 16, 96, methods=methods, num_classes=1000, with_weights=True, optimizer=optimizer)
     peaks = {line.method: line for line in compare(prediction, peaks=True).lines if line.what == PEAK}
     assert list(peaks) == methods
     for line in peaks.values():

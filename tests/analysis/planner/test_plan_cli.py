@@ -183,7 +183,7 @@ def test_the_first_lines_name_what_else_fits(capsys: pytest.CaptureFixture[str])
     assert "Train all 42 layers with bias-only, batch 1, as a step of the library: " in answer
     assert "Accuracy: 71.3 ± 0.1 % on CIFAR-10 (10,000 training images), mcunet with its last 4 layers" in answer
     assert "Or the last 11 of 42 layers with lora rank 4, " in answer
-    assert "Or head-only, batch 1, as a step of the library: " in answer
+    assert "Or head-only, batch 4, as a step of the library: " in answer
 
 
 def test_an_answer_without_alternatives_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ process that called :func:`run_cells` writes files; each appears whole or not at
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import json
@@ -385,6 +386,8 @@ def _on_cluster(tasks: Sequence[Task], scheduler: str) -> Iterator[tuple[Task, O
         from distributed import Client, as_completed
     except ImportError:
         raise ImportError("a scheduler needs dask.distributed: python -m pip install distributed") from None
+    # A client that gave up before closes itself when it is collected, and inside the next one that waits for ever.
+    gc.collect()
     try:
         client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:

@@ -97,7 +97,7 @@ def embedding(indices: Any, weight: Any, padding_idx: int | None = None) -> Tens
 
     Returns
     -------
-    Tensor (*indices.shape, D)
+    Tensor (..., D), with the shape of the indices in place of ...
         The indices are kept for backward, in the smallest type that fits.
 
     Raises

@@ -30,13 +30,13 @@ from lance_ref.engine.tensor import Shape, Tensor
 from lance_ref.functional.normalization import inv_std_of, scale_and_shift_of
 from lance_ref.fused.execute import execute, most_workers
 from lance_ref.fused.pending import Pending, Promise, promise_of
-from lance_ref.fused.plan import Op, Plan, Ref, plan
+from lance_ref.fused.plan import Op, PassPlan, Ref, plan
 from lance_ref.fused.rules import STREAMED, WHOLE, detail, operands, why_not
 from lance_ref.fused.steps import Arrays
 
 REMEMBERED = 32
 """Plans that are kept for the next call with the same operations and shapes."""
-_plans: OrderedDict[Any, Plan] = OrderedDict()
+_plans: OrderedDict[Any, PassPlan] = OrderedDict()
 
 
 @cache
@@ -212,7 +212,7 @@ class Deferral:
             return value
         return results[value] if value >= 0 else self.outside[-1 - value]
 
-    def _plan(self, wanted: list[int]) -> Plan:
+    def _plan(self, wanted: list[int]) -> PassPlan:
         item, batch = self.outside[0].itemsize, len(self.outside[0])
         shapes = tuple(array.shape[1:] for array in self.outside)
         key = (tuple(self.ops), shapes, tuple(wanted), batch, item, most_workers())

@@ -14,7 +14,7 @@ import numpy as np
 
 from lance_ref.engine.workers import blas_alone, controllable, share_out, threads
 from lance_ref.fused import steps
-from lance_ref.fused.plan import ALIGNED, Op, Plan, Ref, maps_read
+from lance_ref.fused.plan import ALIGNED, Op, PassPlan, Ref, maps_read
 from lance_ref.fused.steps import Arrays, Prepared
 
 Results = dict[int, np.ndarray]
@@ -26,7 +26,7 @@ def most_workers() -> int:
 
 
 def execute(
-    plan: Plan, ops: Sequence[Op], own: Sequence[Arrays], outside: Sequence[np.ndarray], wanted: Sequence[int]
+    plan: PassPlan, ops: Sequence[Op], own: Sequence[Arrays], outside: Sequence[np.ndarray], wanted: Sequence[int]
 ) -> tuple[Results, Counter[int], bool]:
     """Run a plan over a batch.
 
@@ -68,7 +68,7 @@ class _Worker:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: PassPlan,
         ops: Sequence[Op],
         prepared: Sequence[Prepared],
         outside: Sequence[np.ndarray],

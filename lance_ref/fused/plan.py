@@ -73,7 +73,7 @@ class Group:
 
 
 @dataclass
-class Plan:
+class PassPlan:
     """What to run; see above.
 
     Attributes
@@ -100,8 +100,8 @@ class Plan:
 
 def plan(
     ops: Sequence[Op], outside: Sequence[Shape], wanted: Iterable[int], batch: int, item: int, threads: int
-) -> Plan:
-    """Plan a pass.
+) -> PassPlan:
+    """PassPlan a pass.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ def plan(
     threads : int
         At most so many workers.
     """
-    made = Plan(_groups(ops, set(wanted)))
+    made = PassPlan(_groups(ops, set(wanted)))
     shapes = {i: op.shape for i, op in enumerate(ops)} | {-1 - i: shape for i, shape in enumerate(outside)}
     little = batch * sum(math.prod(op.shape) for op in ops if op.op not in WHOLE) < SERIAL_ELEMENTS
     made.workers = 1 if little else max(1, min(threads, batch))
@@ -201,7 +201,7 @@ def _sole_reader(value: int, readers: dict[Ref, list[int]], wanted: set[int]) ->
 
 
 def _place(
-    made: Plan, ops: Sequence[Op], shapes: dict[Ref, Shape], chunk: int, item: int, *, with_workspaces: bool
+    made: PassPlan, ops: Sequence[Op], shapes: dict[Ref, Shape], chunk: int, item: int, *, with_workspaces: bool
 ) -> None:
     """Fill in ``places``, ``workspaces`` and ``arena_bytes`` for so many images at a time."""
     spans: dict[Ref, tuple[int, int]] = {}  # by value: the first and the last group that it is needed in
@@ -256,6 +256,6 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
 
 
-def labels(made: Plan, ops: Sequence[Op]) -> Counter[str]:
+def labels(made: PassPlan, ops: Sequence[Op]) -> Counter[str]:
     """How many groups there are of each kind, such as ``conv2d + batch_norm + relu6``."""
     return Counter(" + ".join(ops[i].op for i in group.members()) for group in made.groups)

@@ -116,7 +116,7 @@ def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     net.eval()
     original = plan.plan
 
-    def broken(*arguments: Any) -> plan.Plan:
+    def broken(*arguments: Any) -> plan.PassPlan:
         made = original(*arguments)
         made.places = dict.fromkeys(made.places, 0)
         return made

@@ -13,7 +13,7 @@ from analysis.peak import fused as of_the_peak
 from lance_ref import models, no_grad
 from lance_ref.engine.recording import OpRecord
 from lance_ref.fused import deferral
-from lance_ref.fused.plan import ALIGNED, Group, Op, Plan, maps_read, plan
+from lance_ref.fused.plan import ALIGNED, Group, Op, PassPlan, maps_read, plan
 from lance_ref.nn.module import Module
 from lance_ref.nn.tracing import trace
 
@@ -69,7 +69,7 @@ def test_what_is_asked_for_ends_a_group() -> None:
     assert [(group.source, group.result) for group in made.groups] == [(0, 0), (None, 2), (3, 4), (5, 7)]
 
 
-def overlaps(made: Plan, ops: list[Op], shapes: dict[int, tuple[int, ...]], item: int) -> list[tuple[int, int]]:
+def overlaps(made: PassPlan, ops: list[Op], shapes: dict[int, tuple[int, ...]], item: int) -> list[tuple[int, int]]:
     """Pairs of maps that lie in the same bytes while both are needed."""
     needed: dict[int, list[int]] = {}
     for g, group in enumerate(made.groups):
@@ -93,11 +93,11 @@ class Watched:
     """The plans that a call makes."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.plans: list[tuple[Plan, tuple[Any, ...]]] = []
+        self.plans: list[tuple[PassPlan, tuple[Any, ...]]] = []
         patch.setattr(deferral, "plan", self._plan)
         patch.setattr(deferral, "_plans", type(deferral._plans)())
 
-    def _plan(self, *arguments: Any) -> Plan:
+    def _plan(self, *arguments: Any) -> PassPlan:
         made = plan(*arguments)
         self.plans.append((made, arguments))
         return made

@@ -179,7 +179,7 @@ def _what_would_fit(options: argparse.Namespace, plan: Plan) -> str:
     from lance_ref import models
 
     built_in = options.net.partition("@")[0]
-    if built_in not in models.names():
+    if built_in not in models.names() or plan.closest is None or not plan.closest.over_bytes:
         return plan.facts.get("smaller", "")
     found = []
     size = options.image_size or (models.NETS[built_in].input_shape[-1] if options.input_shape is None else 0)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import importlib
 import os
 import platform
 import shlex
@@ -16,6 +14,7 @@ from typing import Any
 
 import lance_ref
 from lance_ref.algebra.kernels import threads as kernels
+from lance_ref.engine.workers import linked_blas
 
 PACKAGES = ("lance_ref", "analysis", "experiments")
 
@@ -63,13 +62,8 @@ def provenance(module: str, seed: int) -> dict[str, Any]:
 
 def blas_threads() -> int | None:
     """How many threads NumPy's matrix products take in this process; None where the library cannot be asked."""
-    try:
-        products = importlib.import_module("numpy._core._multiarray_umath")
-        linked = ctypes.CDLL(products.__file__)  # its symbols, and those of what it is linked to
-    except (ImportError, OSError):
-        return None
     for name in BLAS_THREADS:
-        function = getattr(linked, name, None)
+        function = getattr(linked_blas(), name, None)
         if function is not None:
             return int(function())
     return None

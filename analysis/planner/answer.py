@@ -61,7 +61,9 @@ def fidelity(candidate: Candidate) -> str:
 
 
 def _known(candidate: Candidate) -> str:
-    predicted = f"predicted gradient fidelity: {fidelity(candidate)}"
+    predicted = "its gradient fidelity is not predicted"
+    if candidate.fidelity is not None:
+        predicted = f"predicted gradient fidelity: {fidelity(candidate)}"
     if candidate.measured is None:
         return f"Accuracy: not measured in this repository; {predicted}."
     return f"Accuracy: {candidate.measured.shown}; {predicted}."
@@ -83,7 +85,9 @@ def _alternatives(plan: Plan, first: Candidate) -> list[str]:
     shown += [next((c for c in rest if c.option.engine not in engines), rest[0])] if rest else []
     lines = [f"Or {title(other, plan)}: {_beside(other, first, plan)}." for other in shown]
     more = len(others) - len(shown)
-    return [*lines, f"{more} more methods fit; see the table."] if more else lines or ["No other method fits."]
+    if more:
+        lines.append(f"{more} more method{' fits' if more == 1 else 's fit'}; see the table.")
+    return lines or ["No other method fits."]
 
 
 def _beside(other: Candidate, first: Candidate, plan: Plan) -> str:
@@ -96,7 +100,8 @@ def _beside(other: Candidate, first: Candidate, plan: Plan) -> str:
     elif other.measured is None:
         parts.append("its accuracy was not measured")
     if other.layers < first.layers:
-        parts.append(f"{first.layers - other.layers} layers fewer")
+        fewer = first.layers - other.layers
+        parts.append(f"{fewer} layer{'' if fewer == 1 else 's'} fewer")
     ratio = float(other.times_bp / first.times_bp) if first.times_bp else 1.0
     if other.option.engine == first.option.engine and ratio > 1.25:
         parts.append(f"{ratio:.1f} times the multiply-adds relative to backpropagation's")

@@ -30,7 +30,8 @@ TOTAL = (
 )
 ACCURACY = (
     "accuracy: per cent of test images in the committed experiments, of a net of the same family and the same method, "
-    "setting and engine, with at most as many layers as are chosen here; '-' where there is no such experiment."
+    "setting and engine, with at most as many layers as are chosen here (the library's with batches of 128, whatever "
+    "the batch is here); '-' where there is no such experiment."
 )
 WEIGHTS = {"flash": "weights that do not train in flash", "ram": "all weights and buffers in RAM"}
 COUNTED = {

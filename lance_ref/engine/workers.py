@@ -95,15 +95,21 @@ class _Blas(NamedTuple):
 
 
 @cache
-def _blas() -> _Blas | None:
-    """Those of the OpenBLAS that NumPy is linked to; None where there is another BLAS, and in the browser."""
+def linked_blas() -> ctypes.CDLL | None:
+    """The symbols of the BLAS that NumPy is linked to; None where there are none to look at, as in the browser."""
     if sys.platform == "emscripten":
         return None
     try:
         products = importlib.import_module("numpy._core._multiarray_umath")
-        linked = ctypes.CDLL(products.__file__)  # its symbols, and those of what it is linked to
+        return ctypes.CDLL(products.__file__)  # its symbols, and those of what it is linked to
     except (ImportError, OSError):
         return None
+
+
+@cache
+def _blas() -> _Blas | None:
+    """Those of OpenBLAS; None where there is another BLAS."""
+    linked = linked_blas()
     for prefix in PREFIXES:
         for suffix in SUFFIXES:
             read = getattr(linked, f"{prefix}_get_num_threads{suffix}", None)

@@ -422,7 +422,7 @@ def test_alternatives_are_other_methods() -> None:
         "sketch ratio 0.125",
         "bp",
     ]
-    assert others[3:] == ["1 more methods fit; see the table."]
+    assert others[3:] == ["1 more method fits; see the table."]
 
 
 def measured_as(accuracy: float) -> Measured:
@@ -436,7 +436,7 @@ def test_what_an_alternative_gives_up() -> None:
     unknown = candidate(Option("bp"), ROOM)
     said = answer(plan_of(*(Row(c.option, c, {3: 2}, None) for c in (best, worse, unknown))))
     assert "Accuracy: 75.1 ± 0.2 % on CIFAR-10, mcunet with its last 2 layers" in said[0]
-    assert "1.9 points less accuracy where both were measured, 1 layers fewer, 2.0 times the multiply-adds" in said[1]
+    assert "1.9 points less accuracy where both were measured, 1 layer fewer, 2.0 times the multiply-adds" in said[1]
     assert said[2].endswith("6.1 KiB, its accuracy was not measured.")
 
 

@@ -8,7 +8,7 @@ import pytest
 import lance_ref
 from lance_ref import models, no_grad
 from lance_ref.fused import deferral
-from lance_ref.fused.plan import Plan, plan
+from lance_ref.fused.plan import PassPlan, plan
 
 
 def test_a_frozen_prefix_by_hand() -> None:
@@ -33,7 +33,7 @@ def test_it_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The report plans from shapes, the call from what was put off."""
     net, made = models.create("resnet8", num_classes=10, rng=0).eval(), []
 
-    def noted(*arguments: object) -> Plan:
+    def noted(*arguments: object) -> PassPlan:
         made.append(plan(*arguments))  # type: ignore[arg-type]
         return made[-1]
 

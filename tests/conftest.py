@@ -19,6 +19,8 @@ os.environ.setdefault("LANCE_REF_THREADS", "2")  # each holds an arena: what is 
 os.environ["LANCE_REF_OFFLINE"] = "1"  # no test reaches out, nor depends on what was downloaded before
 os.environ["LANCE_REF_CACHE"] = str(Path(__file__).with_name("no-such-cache"))
 
+from lance_ref.engine import workers
+
 settings.register_profile(
     "lance_ref",
     deadline=None,  # the first call of a kernel compiles it
@@ -45,6 +47,16 @@ def data_dir() -> Path:
 def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every operation for itself, as with ``LANCE_REF_FUSE=0``: for comparisons to the last bit."""
     monkeypatch.setattr("lance_ref.fused.deferral.enabled", lambda: False)
+
+
+@pytest.fixture
+def single_thread(monkeypatch: pytest.MonkeyPatch) -> Generator[None, None, None]:
+    """One thread for loops, products and fused passes: of two, the second may begin when the first is through."""
+    with monkeypatch.context() as patch:
+        patch.setenv("LANCE_REF_THREADS", "1")
+        workers.threads.cache_clear()
+        yield
+    workers.threads.cache_clear()
 
 
 @pytest.hookimpl(optionalhook=True)

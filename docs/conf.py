@@ -68,10 +68,16 @@ def public(fullname: str) -> dict[str, str]:
     return found
 
 
+FOR_METHODS = ("check", "cost_model", "peak", "ranks", "reports", "rules", "steps")
+IMPORTED_BY_OTHERS = ("lance_ref", *(f"analysis.{name}" for name in FOR_METHODS))
+"""What other people's code imports. The rest of ``analysis``, and the experiments, are commands with a help text."""
+
+
 def documented(place: str) -> bool:
-    """Whether a module has a page of its own: it is ours, and no part of its name begins with an underscore."""
+    """Whether a module has a page of its own: others import it, and no part of its name begins with an underscore."""
     parts = place.split(".")
-    return parts[0] in ("lance_ref", "analysis", "experiments") and not any(part.startswith("_") for part in parts)
+    known = place == "analysis" or any(place == name or place.startswith(name + ".") for name in IMPORTED_BY_OTHERS)
+    return known and not any(part.startswith("_") for part in parts)
 
 
 def here(fullname: str) -> str | None:
@@ -102,7 +108,7 @@ def no_signature(_app: Any, kind: str, *_: Any) -> tuple[None, None] | None:
     return (None, None) if kind == "data" else None
 
 
-autosummary_context = {"here": here, "elsewhere": elsewhere}
+autosummary_context = {"here": here, "elsewhere": elsewhere, "documented": documented}
 
 # ---- what is shown -------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Generator
 from pathlib import Path
 
+import joblib
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -65,7 +66,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     named = [Path(str(argument).partition("::")[0]) for argument in config.option.file_or_dir]
     if named and all(path.is_file() for path in named):
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = joblib.cpu_count()  # no more than a container may use
     return min(cores, 4) if cores > 1 else 0
 
 

@@ -52,7 +52,7 @@ def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def single_thread(monkeypatch: pytest.MonkeyPatch) -> Generator[None, None, None]:
-    """One thread for loops, products and fused passes: of two, the second may begin when the first is through."""
+    """One thread for loops, products and fused passes: each has objects of its own, for which 5 % leave no room."""
     with monkeypatch.context() as patch:
         patch.setenv("LANCE_REF_THREADS", "1")
         workers.threads.cache_clear()

@@ -159,16 +159,17 @@ class ConvGeometry:
         C_in = x.shape[1]
         parts = self.parts(C_in) if g == 1 else 1
         bounds = [C_in * i // parts for i in range(parts + 1)]
+        # What the parts write on is there before they begin: memory does not depend on which of them run at a time.
         columns_of = {first: self._workspace(x.dtype, stop - first) for first, stop in itertools.pairwise(bounds)}
+        made_of = {i: np.empty((g, C_out // g, math.prod(c.shape[:3]) // g), x.dtype) for i, c in columns_of.items()}
 
         def part(first: int, stop: int) -> None:  # of the channels
-            columns, width = columns_of[first], (stop - first) // g
+            columns, made, width = columns_of[first], made_of[first], (stop - first) // g
             for images, rows in self.blocks(x.itemsize, stop - first):
                 block = self._block(columns, images, rows)
                 lay_out(x[images], block, rows, self.stride, self.padding, self.dilation, first)
-                own = product(self._grouped(grad_output[images, :, rows]), self._by_group(block).transpose(0, 2, 1))
-                grad[:, first : first + width] += own.reshape(C_out, width, *self.weight_shape[2:])
-                del own  # before the next block is laid out
+                product(self._grouped(grad_output[images, :, rows]), self._by_group(block).transpose(0, 2, 1), made)
+                grad[:, first : first + width] += made.reshape(C_out, width, *self.weight_shape[2:])
 
         share_out(parts, C_in, part)
         self._count()

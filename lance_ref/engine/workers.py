@@ -66,9 +66,9 @@ def share_out(parts: int, count: int, work: Callable[[int, int], None]) -> None:
         return
     bounds = [count * i // parts for i in range(parts + 1)]
     here = contextvars.copy_context  # np.errstate is in it, and holds in the other threads too
-    futures = [pool().submit(here().run, _part, work, bounds[i], bounds[i + 1]) for i in range(1, parts)]
+    futures = [pool().submit(here().run, _part, [work], bounds[i], bounds[i + 1]) for i in range(1, parts)]
     try:
-        _part(work, bounds[0], bounds[1])
+        _part([work], bounds[0], bounds[1])
     finally:
         for future in futures:
             future.exception()  # waits
@@ -76,10 +76,15 @@ def share_out(parts: int, count: int, work: Callable[[int, int], None]) -> None:
         future.result()
 
 
-def _part(work: Callable[[int, int], None], start: int, stop: int) -> None:
+def _part(taken: list[Callable[[int, int], None]], start: int, stop: int) -> None:
+    """Run one part, and let go of the work, with the arrays that it knows, before the part counts as done.
+
+    A thread of the pool keeps its arguments until the system runs it again after that. Arrays among them would be alive
+    for longer than they are needed, and would look as if somebody else used them.
+    """
     _mine.shares = True
     try:
-        work(start, stop)
+        taken.pop()(start, stop)
     finally:
         _mine.shares = False
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from analysis.check.measure import compare
+from analysis.reports.predict import predict
+from lance_ref.algebra.kernels.threads import numba_enabled
 from lance_ref.engine import products, workers
 from lance_ref.engine.counting import count_macs, matmul
 from lance_ref.engine.workers import blas_alone, product_threads, share_out
@@ -91,6 +96,48 @@ def test_numpys_settings_hold_in_all_parts() -> None:
     """``np.errstate`` of the caller; a thread of the pool would warn otherwise, and a warning is an error here."""
     with np.errstate(divide="ignore"):
         share_out(2, 2, lambda start, stop: np.ones(1) / np.zeros(1))
+
+
+@pytest.fixture
+def slow_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of the pool are put aside for a while when a part is through and its caller goes on."""
+    real = Future.set_result
+
+    def set_result(self: Future[Any], result: Any) -> None:
+        real(self, result)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(Future, "set_result", set_result)
+
+
+@pytest.mark.usefixtures("slow_threads")
+def test_a_part_that_is_through_keeps_nothing() -> None:
+    """Arrays that it knew are free, and may be written over, as soon as the caller lets go of them."""
+    array = np.ones(3)
+    alive = weakref.ref(array)
+
+    def work(start: int, stop: int, array: np.ndarray = array) -> None:
+        array[start:stop] = 2
+
+    share_out(3, 3, work)
+    assert array.tolist() == [2, 2, 2]
+    del array, work
+    assert alive() is None
+
+
+@pytest.mark.skipif(not numba_enabled(), reason="peaks are predicted for the compiled loops")
+@pytest.mark.usefixtures("slow_threads")
+@pytest.mark.parametrize("count", ["2", "4"])
+def test_a_peak_does_not_depend_on_when_threads_run(count: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread holds the arena of a fused pass, or a map, when it has done its part."""
+    with monkeypatch.context() as patch:
+        patch.setenv("LANCE_REF_THREADS", count)
+        workers.threads.cache_clear()
+        workers.pool.cache_clear()
+        comparison = compare(predict("convnet", 2, tune="last:1", methods="bp", with_weights=True), peaks=True)
+    workers.threads.cache_clear()
+    workers.pool.cache_clear()
+    assert comparison.agrees, str(comparison)
 
 
 def test_blas_is_left_as_it_was(blas: Blas) -> None:

@@ -61,7 +61,7 @@ def test_methods_that_see_the_whole_batch_keep_it() -> None:
     assert parts.to_json()["chunks"] == parts.chunks
 
 
-@pytest.mark.usefixtures("without_pytorch", "single_thread")
+@pytest.mark.usefixtures("without_pytorch")
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_what_runs_in_chunks_is_what_is_predicted(optimizer: str) -> None:
     """Every byte, every multiply-add, and the peak, of stores without a batch mode and checkpointing too."""

@@ -85,7 +85,7 @@ def mean_free(ranks: Mapping[str, Ranks], shapes: Shapes) -> dict[str, Ranks]:
     free: dict[str, Ranks] = {}
     for name, of in ranks.items():
         shape = shapes[name]
-        feature = 1 if len(shape) == 4 else len(shape) - 1
+        feature = 1 if len(shape) >= 4 else len(shape) - 1
         if shape[feature] == 1:
             raise ValueError(f"layer {name!r} has one channel or feature: without its mean nothing is left of it")
         free[name] = tuple(

@@ -190,7 +190,7 @@ def in_subspace(changed: MethodStep) -> MethodStep:
         if record.op not in WEIGHTED or store is None or not record.inputs[1].requires_grad:
             return [record]
         x, weight = record.inputs[:2]
-        rank = store["ranks"][1 if len(x.shape) == 4 else -1]
+        rank = store["ranks"][1 if len(x.shape) >= 4 else -1]
         groups, centred = record.attributes.get("groups", 1), bool(store.get("centred"))
         r = None if rank is None else rank_of_update(rank, weight.shape[1], groups, centred)
         if r is None:

@@ -121,7 +121,7 @@ def _kept_by_codes(bits: int) -> Callable[[tuple[int, ...], Settings], Kept]:
 
     def kept(shape: tuple[int, ...], settings: Settings) -> Kept:
         levels = 2**bits - 1
-        feature = 1 if len(shape) == 4 else len(shape) - 1
+        feature = 1 if len(shape) >= 4 else len(shape) - 1
         values = math.prod(shape) // shape[feature]
         worst = max(values - 2, 0) / (2 * levels**2)
         return 1 - min(3 / (4 * levels**2), worst), max(0.0, 1 - worst), 1.0

@@ -98,10 +98,13 @@ class GradientFilter(ActivationStore):
       from side to side is not looked at either: both maps are centred all the same.
     * Linear layers, which the paper does not treat: (B, L, I) is a 1×1 convolution along the tokens, in patches of
       r tokens; for (B, I) there is nothing to average, so everything is exact and the activation itself is kept.
+    * Transposed convolutions, and convolutions of volumes, the paper does not treat, and nor does this store
+      (:attr:`ops`): an input place of theirs meets several output patches, or has a third direction to cut.
     * r = 1 is exact for linear layers, and for 1×1 kernels with stride 1 and padding alike on both sides.
     """
 
     name = "gradient-filter"
+    ops = ("linear", "conv2d")
     by_image = True
 
     def __init__(self, patch: int) -> None:

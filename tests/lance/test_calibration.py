@@ -181,7 +181,7 @@ def test_default_layers_follow_what_trains() -> None:
     tune(net, "last:1")
     assert list(calibrate(net, data)) == ["conv2"]
     tune(net, "head")
-    with pytest.raises(ValueError, match="no Conv2d or Linear layer that trains"):
+    with pytest.raises(ValueError, match="no convolution or linear layer that trains"):
         calibrate(net, data)
 
 
@@ -374,7 +374,7 @@ def test_a_calibration_of_another_net_is_refused_by_check() -> None:
     with pytest.raises(ValueError, match=r"'conv2'.*\(5, 4, 4, 3\).*Linear.*\(6, 4\) takes \(B, 4\)"):
         calibration.check(other)
     del other.conv2
-    with pytest.raises(ValueError, match=r"no Conv2d or Linear layer 'conv2'.*\(5, 4, 4, 3\).*'conv1', 'head'"):
+    with pytest.raises(ValueError, match=r"no convolution or linear layer 'conv2'.*\(5, 4, 4, 3\).*'conv1', 'head'"):
         calibration.check(other)
 
 

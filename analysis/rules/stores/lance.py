@@ -47,7 +47,7 @@ def lance(call: Call, macs: int) -> StoreCost:
         narrow = subspace.of_update(call)
         own = tuple(narrow.record.attributes["store"]["ranks"])
         grad_weight, paper_grad_weight = _gradient_macs(narrow, (ranks[0], *own[1:]))
-        feature = 1 if len(shape) == 4 else len(shape) - 1
+        feature = 1 if len(shape) >= 4 else len(shape) - 1
         groups, centred = call.record.attributes.get("groups", 1), bool(store.get("centred"))
         basis = subspace.basis_elements(shape[feature], groups, ranks[feature] or 0, update["rank"], centred)
     kept = kept_of_core(call, tucker_costs.core_shape(shape, ranks), store.get("core_bits"))
@@ -56,7 +56,7 @@ def lance(call: Call, macs: int) -> StoreCost:
         kept = (*kept, seed())
     mean = mean_elementwise = 0
     if store.get("centred"):
-        mean = shape[1] if len(shape) == 4 else shape[-1]
+        mean = shape[1] if len(shape) >= 4 else shape[-1]
         mean_macs, mean_elementwise = of_mean(call)
         mean_elementwise += core_of_mean(shape, ranks)
         grad_weight, paper_grad_weight = grad_weight + mean_macs, paper_grad_weight + mean_macs
@@ -118,5 +118,5 @@ def kept_of_core(call: Call, shape: tuple[int, ...], bits: int | None) -> tuple[
     elements = math.prod(shape)
     if bits is None:
         return (fresh("core", elements * call.itemsize),)
-    slices = shape[1] if len(shape) == 4 else shape[-1]
+    slices = shape[1] if len(shape) >= 4 else shape[-1]
     return codes(call, elements, slices if elements >= 32 * slices else 1, bits)

@@ -202,7 +202,7 @@ method(
 )  # fmt: skip
 method(
     "gradient-filter", "sums over patches of activation and gradient", settings=(PATCH,), make=_gradient_filter,
-    fidelity="it changes the gradients of all layers below as well",
+    fidelity="it changes the gradients of all layers below as well", ops=("conv2d", "linear"),
 )  # fmt: skip
 method("int8", "activations as 8-bit codes", make=_quantized(8), fidelity=_kept_by_codes(8))
 method("int4", "activations as 4-bit codes", make=_quantized(4), fidelity=_kept_by_codes(4))

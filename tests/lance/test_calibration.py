@@ -467,7 +467,7 @@ class FlattensTooMuch(TwoSizes):
         (ThreeLayers, [X], {"epsilon": 1.01}, ValueError, "epsilon is 1.01"),
         (ThreeLayers, [X], {"epsilon": None}, TypeError, "epsilon is None"),
         (ThreeLayers, [X], {"modes": ()}, ValueError, r"modes are \(\), expected one or more of"),
-        (ThreeLayers, [X], {"modes": ("batch", "depth")}, ValueError, "modes are .*'depth'.*expected"),
+        (ThreeLayers, [X], {"modes": ("batch", "time")}, ValueError, "modes are .*'time'.*expected"),
         (ThreeLayers, [X], {"modes": "batch"}, TypeError, "modes is the text 'batch'"),
         (ThreeLayers, [], {}, ValueError, "batches is empty"),
         (ThreeLayers, X, {}, TypeError, r"single array of shape \(5, 2, 7, 5\)"),

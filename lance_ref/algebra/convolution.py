@@ -51,6 +51,14 @@ class Geometry(ABC):
     def weight_gradient(self, x: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
         """Of the weight's shape; exact, and linear in ``x``."""
 
+    def outputs_first(self, weight: np.ndarray) -> np.ndarray:
+        """A weight, or its gradient, as (C_out, C_in/groups, k, ...) or (O, I), whatever its own order is."""
+        return weight
+
+    def as_weight(self, outputs_first: np.ndarray) -> np.ndarray:
+        """The opposite of :meth:`outputs_first`, in C order."""
+        return outputs_first
+
 
 @dataclass(frozen=True)
 class Convolution(Geometry):
@@ -133,11 +141,3 @@ class Convolution(Geometry):
         return replace(
             self, input_shape=input_shape, weight_shape=(self.out_channels, channels, *self.kernel), groups=1
         )
-
-    def outputs_first(self, weight: np.ndarray) -> np.ndarray:
-        """A weight as (C_out, C_in/groups, k, ...)."""
-        return weight
-
-    def as_weight(self, outputs_first: np.ndarray) -> np.ndarray:
-        """The opposite of :meth:`outputs_first`, in C order."""
-        return outputs_first

@@ -10,7 +10,6 @@ import pytest
 
 import lance_ref
 from lance_ref import F, Tensor, calibrate, compress, nn, tape, tune
-from lance_ref.nn.module import Module
 
 SEQUENCES, IMAGES, VOLUMES = (2, 4, 9), (2, 4, 5, 6), (2, 4, 5, 4, 6)
 

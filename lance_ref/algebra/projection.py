@@ -153,7 +153,7 @@ def shifted_rows(factor: np.ndarray | None, geometry: Convolution, axis: int) ->
 def narrow_layer(core: np.ndarray, U_channel: np.ndarray | None, geometry: Convolution) -> Convolution:
     """The convolution of (7): its input is the core with height and width put back."""
     # A direction mixes channels of all groups, so every output channel sees all r2 of them.
-    return geometry.with_channels(*core.shape[:2], mixed=U_channel is not None)
+    return geometry.with_channels(core.shape[0], core.shape[1], mixed=U_channel is not None)
 
 
 def channels_of_narrow(

@@ -179,8 +179,8 @@ def separable_order(
     of_map = [projection.shifted_rows(U, geometry, axis).astype(dtype, copy=False) for axis, U in enumerate(U_map)]
     shape, after = chain_of(_ranks(ranks, factors), geometry, one_product)
     if len(shape) == 4 and depthwise_alone(factors, geometry) and kernels.numba_enabled():
-        rows, columns = of_map
-        return depthwise_core_gradient(core, grad_output, rows, columns, geometry.kernel)
+        (rows, columns), (k_h, k_w) = of_map, geometry.kernel
+        return depthwise_core_gradient(core, grad_output, rows, columns, (k_h, k_w))
     products = product_of_modes if one_product else multi_mode_product
     matrices = transposed((U_batch, None, *of_map))
     S, of_groups = projection.lay_out(core, U_channel, geometry), projection.rows_of_groups(U_channel, geometry)

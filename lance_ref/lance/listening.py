@@ -63,7 +63,8 @@ def _hook(path: str, see: See, seen: set[str], of_batch: set[str]) -> Callable[[
     def hook(layer: Module, inputs: tuple[Tensor, ...]) -> None:
         activation = inputs[0].data
         if path not in seen:
-            names, dimensions = "(B, I) or (B, L, I)", (2, 3)
+            names = "(B, I) or (B, L, I)"
+            dimensions: tuple[int, ...] = (2, 3)
             if isinstance(layer, Convolution):
                 names, dimensions = f"(B, C, {', '.join('DHW'[-layer.axes :])})", (2 + layer.axes,)
             if activation.ndim not in dimensions:

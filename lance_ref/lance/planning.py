@@ -211,7 +211,10 @@ def gradient_errors(
 def _feature_errors(
     target: np.ndarray, whole: np.ndarray, U: np.ndarray | None, candidates: Sequence[Ranks | None], mode: int
 ) -> np.ndarray:
-    """All ranks at once, for a dW with its outputs first: dŴ = dW ×_f U Uᵀ, so ‖dW − dŴ‖² = ‖dW‖² − Σ_{i≤r} ‖dW ×_f u_iᵀ‖²."""
+    """All ranks at once: dŴ = dW ×_f U Uᵀ, so ‖dW − dŴ‖² = ‖dW‖² − Σ_{i≤r} ‖dW ×_f u_iᵀ‖².
+
+    ``target`` is dW with its outputs first.
+    """
     assert U is not None
     columns = np.moveaxis(target, 1, -1).astype(np.float64) @ U  # (C_out, .., n)
     kept = np.cumsum(np.square(columns).sum(axis=tuple(range(columns.ndim - 1))))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lance_ref import functional as F
+from lance_ref.algebra.geometry import Pair
 from lance_ref.engine.tensor import Tensor
 from lance_ref.functional.convolution import pair, resolve_padding
 from lance_ref.functional.volumes import numbers
@@ -112,7 +113,7 @@ class Convolution(Module):
             if count % groups:
                 raise ValueError(f"{name}: groups is {groups}, expected a divisor of {what} = {count}")
         sizes = (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
-        self.kernel_size, self.stride, self.dilation = (self.numbers(what, value, 1) for what, value in sizes)
+        self.kernel_size, self.stride, self.dilation = [self.numbers(what, value, 1) for what, value in sizes]
         channels = self.out_channels, self.in_channels
         outer, inner = channels[::-1] if self.transposed else channels
         shape = (outer, inner // self.groups, *self.kernel_size)
@@ -157,6 +158,9 @@ class Conv2d(Convolution):
     """
 
     op = "conv2d"
+    kernel_size: Pair
+    stride: Pair
+    dilation: Pair
 
     def __init__(
         self,
@@ -172,8 +176,7 @@ class Conv2d(Convolution):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, dilation, groups, bias, rng)
         self.padding = padding
-        kernel, strides, dilations = ((each[0], each[1]) for each in (self.kernel_size, self.stride, self.dilation))
-        resolve_padding(padding, (1, 1), kernel, strides, dilations)  # only to refuse a bad one now
+        resolve_padding(padding, (1, 1), self.kernel_size, self.stride, self.dilation)  # only to refuse a bad one now
 
     def forward(self, x: Tensor) -> Tensor:
         update = None if self.update is None else self.update.parts()

@@ -134,6 +134,7 @@ class GradientFilter(ActivationStore):
         sums, means = saved["patch_sums"], self.means(grad_output, geometry)
         if isinstance(geometry, LinearGeometry):
             return LinearGeometry(sums.shape, geometry.weight_shape).weight_gradient(sums, means)
+        assert isinstance(geometry, ConvGeometry)
         point = ConvGeometry(sums.shape, (*geometry.weight_shape[:2], 1, 1), groups=geometry.groups)
         return np.ascontiguousarray(np.broadcast_to(point.weight_gradient(sums, means), geometry.weight_shape))
 
@@ -143,6 +144,7 @@ class GradientFilter(ActivationStore):
         if isinstance(geometry, LinearGeometry):
             grad = LinearGeometry((*means.shape[:-1], weight.shape[1]), weight.shape).input_gradient(weight, means)
         else:
+            assert isinstance(geometry, ConvGeometry)
             reach = self.reach(geometry)
             summed = tuple(2 + i for i, e in enumerate(reach) if e == 0)
             kernel = weight.sum(axis=summed, keepdims=True) if summed else weight

@@ -1,7 +1,6 @@
 """The activation store: what a layer keeps of its input for the weight gradient.
 
-``nn.Conv2d`` and ``nn.Linear`` know nothing of compression. Each holds an :class:`ActivationStore`
-in ``.store``; swapping :class:`Exact` for :class:`Lance` is an assignment. A new method is one class
+Layers with weights know nothing of compression. Each holds an :class:`ActivationStore` in ``.store``; swapping :class:`Exact` for :class:`Lance` is an assignment. A new method is one class
 here and one cost rule in ``analysis/rules/stores/``.
 """
 

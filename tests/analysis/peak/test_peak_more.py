@@ -73,7 +73,7 @@ def test_peaks_of_one_operation(name: str) -> None:
 
 @compiled
 def test_a_transposed_layer_of_one_channel_a_group_has_no_loops_of_its_own() -> None:
-    """A depthwise convolution's weight gradient from a core has compiled loops, which keep less; this one lays Z out."""
+    """A depthwise convolution's weight gradient from a core has compiled loops, which keep less; here Z is laid out."""
     geometry = TransposedGeometry((32, 48, 7, 7), (48, 1, 2, 2), (2, 2), groups=48)
     ranks = (None, None, 3, 3)
     subspace = Subspace.random(geometry.input_shape, ranks, np.random.default_rng(0))

@@ -17,21 +17,21 @@ from lance_ref import F, Subspace, Tensor, attach, calibrate, compress, nn, rest
 from lance_ref.algebra.tucker import multi_mode_product
 from lance_ref.continual import feature_gram
 from lance_ref.lance.planning import gradient_errors
+from lance_ref.lance.recalibration import measure_energy
 from lance_ref.nn.lora import add_lora
 from lance_ref.nn.module import Module
 from lance_ref.stores import Asi, GradientFilter, Hosvd, Lance, Quantized, Sketch
 
 
 class Decoder(nn.Sequential):
-    """A convolution halves the map, transposed ones of one and of two groups double it; a head on the means."""
+    """A convolution halves the map, transposed ones of one and of two groups double it; a head."""
 
     shape = (3, 8, 6)
 
     def __init__(self) -> None:
         super().__init__(
             nn.Conv2d(3, 6, 3, 2, 1, rng=0), nn.ReLU(), nn.ConvTranspose2d(6, 4, 4, 2, 1, rng=1), nn.ReLU(),
-            nn.ConvTranspose2d(4, 6, (3, 2), (1, 2), groups=2, rng=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-            nn.Linear(6, 3, rng=3),
+            nn.ConvTranspose2d(4, 6, (3, 2), (1, 2), groups=2, rng=2), nn.ReLU(), nn.Flatten(), nn.Linear(720, 3, rng=3),
         )  # fmt: skip
 
 
@@ -312,3 +312,20 @@ def test_the_planner_knows_the_error_of_every_rank(make: Any, path: str, kind: s
             projected = multi_mode_product(calls[0].activation, [None, U @ U.T, *[None] * (len(space.shape) - 2)])
             lost = g.weight_gradient(calls[0].activation - projected, calls[0].grad_output)
             np.testing.assert_allclose(error, np.square(lost).sum(), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [Decoder, Video])
+def test_recalibration_renews_every_kind_of_layer(make: Any) -> None:
+    """Images of another kind keep little in the old subspaces; each layer that is renewed keeps its ranks."""
+    net = make()
+    x, labels = data(net, 16)
+    tune(net, "all")
+    calibration = calibrate(net, [np.abs(x[:8])], epsilon=0.8, modes=("channel", "depth", "height", "width"))
+    compress(net, calibration)
+    reference = measure_energy(net, [np.abs(x[:8])])
+    assert all(0 < kept <= 1 for kept in reference.values())
+    ranks = {path: net.get_submodule(path).store.ranks for path in reference}
+    watching = lance_ref.Recalibrator(calibration, dict.fromkeys(reference, 1.0), share=1.0, window=1, batches=1)
+    lance_ref.fit(net, (-np.abs(x), labels), epochs=3, batch_size=8, on_step=watching, progress=False)
+    assert {event.layer for event in watching.events} == set(reference)
+    assert {path: net.get_submodule(path).store.ranks for path in reference} == ranks

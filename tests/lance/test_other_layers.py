@@ -31,7 +31,8 @@ class Decoder(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(
             nn.Conv2d(3, 6, 3, 2, 1, rng=0), nn.ReLU(), nn.ConvTranspose2d(6, 4, 4, 2, 1, rng=1), nn.ReLU(),
-            nn.ConvTranspose2d(4, 6, (3, 2), (1, 2), groups=2, rng=2), nn.ReLU(), nn.Flatten(), nn.Linear(720, 3, rng=3),
+            nn.ConvTranspose2d(4, 6, (3, 2), (1, 2), groups=2, rng=2), nn.ReLU(), nn.Flatten(),
+            nn.Linear(720, 3, rng=3),
         )  # fmt: skip
 
 

@@ -94,7 +94,8 @@ class Lance(ActivationStore):
 
     1. At full rank, without options, dŴ = dW to rounding.
     2. With the feature mode alone compressed, in a linear layer or a convolution of one group, dŴ = dW ×₂ U Uᵀ is an
-       orthogonal projection of the weight gradient, so ⟨dW, dŴ⟩ = ‖dŴ‖² ≥ 0: a descent direction unless it is zero.
+       orthogonal projection of the weight gradient (×₁ of a transposed one, whose weight has the input channels
+       first), so ⟨dW, dŴ⟩ = ‖dŴ‖² ≥ 0: a descent direction unless it is zero.
        With groups it need not be: Ã mixes channels of different groups. A depthwise 1×1 convolution of channels
        (2, −4) and U = (1, 1)/√2 has dW = (2, 0) and dŴ = (−1, 0).
     3. With the batch mode compressed by a fixed U_1 it is *not* one: dŴ = Gᵀ U_1 U_1ᵀ A may point against dW, with a

@@ -153,7 +153,8 @@ class ConvSizes:
     @property
     def macs(self) -> int:
         """B·C_out·places·(C_in/g)·k_h·k_w: of forward, of grad_input, and of the exact grad_weight."""
-        return self.B * self.C_out * self.places * self.width * self.offsets
+        places = math.prod(self.size if self.transposed else self.size_out)
+        return self.B * self.C_out * places * (self.C_in // self.groups) * math.prod(self.kernel)
 
 
 def conv_papers_macs(sizes: ConvSizes, ranks: Ranks) -> int:
@@ -169,8 +170,8 @@ def conv_papers_macs(sizes: ConvSizes, ranks: Ranks) -> int:
     Z1 = 0 if ranks[0] is None else s.B * s.C_out * math.prod(s.size_out) * core[0]
     expanded = [None if r is None else n for n, r in zip(s.size, ranks[2:], strict=True)]
     Z2 = mode_products_macs(core, (None, None, *expanded))
-    depth, dW = _channel_depth(s, ranks)
-    Z3 = core[0] * s.C_out * s.places * depth * s.offsets
+    each, dW = _channel_macs(s, ranks)
+    Z3 = core[0] * s.places * each
     return Z1 + Z2 + Z3 + dW
 
 
@@ -197,8 +198,8 @@ def conv_separable_macs(sizes: ConvSizes, ranks: Ranks, expanded: Sequence[int] 
         return back + conv_separable_macs(s, left, one_product=one_product)
     r1, _, *of_map = core_shape(s.input_shape, ranks)
     Z = mode_products_macs(*contraction(s, ranks, one_product))
-    depth, dW = _channel_depth(s, ranks)
-    Y = s.C_out * s.offsets * depth * r1 * math.prod(of_map)
+    each, dW = _channel_macs(s, ranks)
+    Y = each * r1 * math.prod(of_map)
     return Z + Y + dW
 
 
@@ -210,16 +211,14 @@ def contraction(sizes: ConvSizes, ranks: Ranks, one_product: bool) -> tuple[Sequ
     return map_as_one(*chain) if one_product else chain
 
 
-def _channel_depth(sizes: ConvSizes, ranks: Ranks) -> tuple[int, int]:
-    """(channels each output channel is correlated with, multiply-adds of dW = Y ×₂U_2).
+def _channel_macs(sizes: ConvSizes, ranks: Ranks) -> tuple[int, int]:
+    """(multiply-adds with each number of one channel of the core, multiply-adds of dW = Y ×₂U_2).
 
     A core of compressed channels knows no groups: each output channel sees all r2 of them, and
     takes its own group's rows of U_2 in the end. Without compression it sees its C_in/g.
     """
-    r2 = ranks[1]
-    if r2 is None:
-        return sizes.width, 0
-    return r2, sizes.C_out * sizes.offsets * r2 * sizes.width
+    r2, width, offsets = ranks[1], sizes.C_in // sizes.groups, sizes.C_out * math.prod(sizes.kernel)
+    return (offsets * width, 0) if r2 is None else (offsets * r2, offsets * r2 * width)
 
 
 EXPANDED_ELEMENTS = 2**22

@@ -118,6 +118,7 @@ def our_step(geometry: Geometry, store: ActivationStore) -> Side:
         if isinstance(geometry, LinearGeometry):
             out = F.linear(x, weight, store=store)
         else:
+            assert isinstance(geometry, ConvGeometry)
             stride, padding, dilation = geometry.stride, geometry.padding, geometry.dilation
             out = F.conv2d(x, weight, None, stride, padding, dilation, geometry.groups, store=store)
         out.backward(grad_output.data)
@@ -138,6 +139,7 @@ def pytorch_step(geometry: Geometry, torch: Any) -> Side:
         if isinstance(geometry, LinearGeometry):
             out = functional.linear(x, weight)
         else:
+            assert isinstance(geometry, ConvGeometry)
             (pad, _), _ = geometry.padding
             out = functional.conv2d(x, weight, None, geometry.stride, pad, geometry.dilation, geometry.groups)
         out.backward(grad_output)

@@ -2,7 +2,8 @@
 
 A test class inherits :class:`StoreTestCase` and says how its store is made; pytest finds the rest. Every test goes over
 the same layers: convolutions with stride and padding, dilated, grouped, depthwise, of one place and of even kernels,
-and linear layers of two and of three modes, each in float32 and float64, with ranks of its own.
+transposed ones and those of volumes, and linear layers of two and of three modes, each in float32 and float64, with
+ranks of its own.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from analysis.steps.methods import METHODS
 from analysis.steps.settings import Settings, TunedLayer
 from lance_ref import functional as F
 from lance_ref.algebra.basis import Basis
+from lance_ref.algebra.convolution import Convolution
 from lance_ref.algebra.geometry import ConvGeometry, Geometry, LinearGeometry
 from lance_ref.algebra.kernels.threads import numba_enabled
 from lance_ref.algebra.magnitude import NotFiniteError
+from lance_ref.algebra.volumes import TransposedGeometry, VolumeGeometry
 from lance_ref.engine.tensor import Tensor
 from lance_ref.functional.convolution import Update
 from lance_ref.nn.module import Module, Parameter
@@ -48,6 +51,13 @@ GEOMETRIES: Mapping[str, Geometry] = {
     "kernel as large as the map": ConvGeometry((5, 3, 4, 3), (6, 3, 4, 3)),
     "map of many places": ConvGeometry((3, 4, 14, 12), (5, 4, 3, 3), padding=((1, 1), (1, 1))),
     "single image": ConvGeometry((1, 3, 5, 4), (2, 3, 2, 2), (1, 2)),
+    "transposed": TransposedGeometry((6, 4, 5, 3), (4, 5, 4, 3), (2, 1), ((1, 1), (0, 0)), output_padding=(1, 0)),
+    "transposed, grouped": TransposedGeometry((5, 6, 3, 4), (6, 2, 2, 3), (1, 3), dilation=(2, 1), groups=3),
+    "transposed, of one channel": TransposedGeometry((4, 3, 6, 5), (3, 1, 3, 2), (2, 2), ((1, 1), (2, 2)), groups=3),
+    "transposed, of one place": TransposedGeometry((4, 5, 3, 6), (5, 2, 1, 1)),
+    "volumes": VolumeGeometry((4, 3, 5, 7, 6), (5, 3, 3, 2, 1), (2, 1, 1), ((1, 1), (0, 0), (1, 1))),
+    "volumes, grouped": VolumeGeometry((3, 4, 6, 5, 4), (6, 2, 2, 3, 2), dilation=(2, 1, 1), groups=2),
+    "volumes of one place": VolumeGeometry((2, 5, 3, 4, 6), (3, 5, 1, 1, 1)),
     "matrix": LinearGeometry((9, 7), (5, 7)),
     "wide matrix": LinearGeometry((4, 15), (3, 15)),
     "tall matrix": LinearGeometry((15, 4), (2, 4)),
@@ -59,6 +69,8 @@ GEOMETRIES: Mapping[str, Geometry] = {
 LARGE: Mapping[str, Geometry] = {
     "large matrix": LinearGeometry((1200, 400), (32, 400)),
     "large convolution": ConvGeometry((16, 24, 28, 28), (20, 24, 3, 3), padding=((1, 1), (1, 1))),
+    "large transposed": TransposedGeometry((16, 24, 16, 16), (24, 12, 4, 4), (2, 2), ((1, 1), (1, 1))),
+    "large volumes": VolumeGeometry((8, 12, 8, 16, 16), (10, 12, 3, 3, 3), padding=((1, 1), (1, 1), (1, 1))),
 }
 """Layers of which one activation takes more than a MiB, so that Python's own objects do not count."""
 
@@ -90,6 +102,13 @@ class Case:
         g = self.geometry
         if isinstance(g, LinearGeometry):
             return F.linear(x, weight, store=store, update=update)
+        if isinstance(g, (TransposedGeometry, VolumeGeometry)):
+            sides = [before for before, _ in g.padding]
+            if isinstance(g, VolumeGeometry):
+                return F.conv3d(x, weight, None, g.stride, sides, g.dilation, g.groups, store=store)
+            sizes = g.stride, sides, g.output_padding, g.groups, g.dilation
+            return F.conv_transpose2d(x, weight, None, *sizes, store=store)
+        assert isinstance(g, ConvGeometry)
         return F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups, store=store, update=update)
 
     def update(self, basis: Basis, trains: bool = True) -> Update:
@@ -100,6 +119,8 @@ class Case:
 
     def basis(self, store: ActivationStore, forward: str = "auto") -> Basis | None:
         """The directions in which a layer with this store may train; None where it trains as it is."""
+        if isinstance(self.geometry, (TransposedGeometry, VolumeGeometry)):
+            return None
         found = store.basis(getattr(self.geometry, "groups", 1), forward)
         return found if found is not None and found.pays(self.geometry.weight_shape) else None
 
@@ -227,7 +248,7 @@ class StoreTestCase:
         return None
 
     def takes(self, geometry: Geometry) -> bool:
-        """Whether the store can serve such a layer. Default: any."""
+        """Whether the store can serve such a layer. Default: any; say here what it leaves out of its ``ops``."""
         return True
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -429,7 +450,7 @@ class StoreTestCase:
         """While it saves, and while it makes the weight gradient; convolutions where their compiled loops are on."""
         for case in self.cases(LARGE, "f"):
             with case.named():
-                if isinstance(case.geometry, ConvGeometry) and not numba_enabled():
+                if isinstance(case.geometry, Convolution) and not numba_enabled():
                     continue
                 store = self.make(case.layer())
                 for forward in (None, "merged", "factored"):

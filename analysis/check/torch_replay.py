@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from analysis.rules.account import WEIGHTED
 from analysis.rules.layouts import backward_reaches
 from analysis.rules.operations import fill, known
 from lance_ref.engine.recording import OpRecord, Value
@@ -119,7 +120,7 @@ def saved_bytes(records: Sequence[OpRecord], ranks: Mapping[str, Sequence[int | 
     for record, on_tape in zip(records, backward_reaches(records), strict=True):
         kept = []
         if on_tape:
-            layer_ranks = (ranks or {}).get(record.path) if record.op in ("conv2d", "linear") else None
+            layer_ranks = (ranks or {}).get(record.path) if record.op in WEIGHTED else None
             for value in record.inputs:  # made outside of the hooks
                 replay.get(value)
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -350,7 +350,7 @@ class _Conv3d(nn.Conv3d, _Windowed):
         self._say(node, kernel, sizes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._convolved(x, self.weight, self.bias)
+        return self._convolved(x, self.weight, self.bias, store=self.store)
 
 
 class _ConvTranspose(nn.ConvTranspose2d):
@@ -363,7 +363,8 @@ class _ConvTranspose(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = self.weight.shape[2:] if x.ndim == 4 else self.weight.shape[3:]
-        return transposed(x, self.weight, self.bias, transposed_sizes(self.node, x.shape[2:], kernel))
+        sizes = transposed_sizes(self.node, x.shape[2:], kernel)
+        return transposed(x, self.weight, self.bias, sizes, store=self.store)
 
 
 def _conv_transpose(node: Node, x: list[Any]) -> LayerPlan | None:

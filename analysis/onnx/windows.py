@@ -118,7 +118,7 @@ def transposed_sizes(node: Node, size: Sequence[int], kernel: Sizes) -> dict[str
     return sizes | {"groups": node.attributes.get("group", 1), "cut": cut}
 
 
-def transposed(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: dict[str, Any]) -> Tensor:
+def transposed(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: dict[str, Any], **more: Any) -> Tensor:
     """A transposed convolution of images, or of sequences, which are images of height 1."""
     sizes = dict(sizes)
     cut = sizes.pop("cut")
@@ -128,10 +128,10 @@ def transposed(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: dict[str, 
             kernel = F.reshape(weight, (*weight.shape[:2], 1, weight.shape[2]))
         zeros = {"output_padding": 0, "padding": 0}
         wide: dict[str, Any] = {n: (zeros.get(n, 1), *v) if isinstance(v, tuple) else v for n, v in sizes.items()}
-        y = F.conv_transpose2d(image, kernel, bias, **wide)
+        y = F.conv_transpose2d(image, kernel, bias, **wide, **more)
         y = F.reshape(y, (*y.shape[:2], y.shape[3]))
     elif x.ndim == 4:
-        y = F.conv_transpose2d(x, weight, bias, **sizes)
+        y = F.conv_transpose2d(x, weight, bias, **sizes, **more)
     else:
         raise ValueError(f"x has shape {x.shape}, expected a transposed convolution of sequences or images")
     if cut is None:

@@ -23,6 +23,7 @@ from analysis.rules.stores import STORES as COSTS
 from lance_ref.algebra.geometry import ConvGeometry
 from lance_ref.algebra.kernels import threads
 from lance_ref.algebra.kernels.depthwise import along_channels
+from lance_ref.algebra.volumes import TransposedGeometry, VolumeGeometry
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,105 @@ class Linear(Layer):
         return 0
 
 
+@dataclass(frozen=True)
+class Transposed(Layer):
+    """A transposed convolution: the products of its mirror, with input and output gradient in each other's place."""
+
+    geometry: TransposedGeometry
+    itemsize: int
+
+    @property
+    def mirror(self) -> Convolution:
+        return Convolution(self.geometry.mirror, self.itemsize)
+
+    def forward_workspace(self, x: Layout | None) -> int:
+        return self.mirror.input_workspace(x)
+
+    def input_workspace(self, g: Layout | None) -> int:
+        return self.mirror.forward_workspace(g)
+
+    def weight_workspace(self, g: Layout | None, x: Layout | None) -> int:
+        return self.mirror.weight_workspace(x, g)
+
+    def smaller(self, x: tuple[int, ...], weight: tuple[int, ...]) -> int:
+        groups = self.geometry.groups if weight[:2] == self.geometry.weight_shape[:2] else 1
+        geometry = replace(self.geometry, input_shape=x, weight_shape=weight, groups=groups)
+        return Transposed(geometry, self.itemsize).weight_workspace(None, None)
+
+    def on_places(self, places: tuple[int, int]) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Volume(Layer):
+    """A convolution of volumes: the products of all frames that one depth of the kernel sees, and what they add to."""
+
+    geometry: VolumeGeometry
+    itemsize: int
+
+    @property
+    def frames(self) -> Convolution:
+        return Convolution(self.geometry.frames, self.itemsize)
+
+    def forward_workspace(self, x: Layout | None) -> int:
+        """The frames, the weights of one depth and what they add to the sum; then the result beside the sum."""
+        result = self._bytes(self.geometry.output_shape)
+        adding = self._seen + self._of_depth + result + self.frames.forward_workspace(None)
+        return self._padded + max(adding, result)
+
+    def input_workspace(self, g: Layout | None) -> int:
+        """The output gradient as frames; the padded volume, or the gradient itself, and what one depth adds to it."""
+        adding = self._of_depth + self._seen + self.frames.input_workspace(None)
+        if self._padded:
+            adding = max(self._padded + adding - self._bytes(self.geometry.input_shape), self._padded)
+        return self._bytes(self.geometry.output_shape) + adding
+
+    def weight_workspace(self, g: Layout | None, x: Layout | None) -> int:
+        product = self._seen + self._of_depth + self.frames.weight_workspace(None, None)
+        return self._padded + self._bytes(self.geometry.output_shape) + product
+
+    def smaller(self, x: tuple[int, ...], weight: tuple[int, ...]) -> int:
+        groups = self.geometry.groups if weight[:2] == self.geometry.weight_shape[:2] else 1
+        geometry = replace(self.geometry, input_shape=x, weight_shape=weight, groups=groups)
+        return Volume(geometry, self.itemsize).weight_workspace(None, None)
+
+    def on_places(self, places: tuple[int, int]) -> int:
+        return 0
+
+    def _bytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * self.itemsize
+
+    @property
+    def _seen(self) -> int:
+        """Bytes of the frames that one depth of the kernel sees."""
+        return self._bytes(self.geometry.frames.input_shape)
+
+    @property
+    def _of_depth(self) -> int:
+        """Bytes of the weights of one depth."""
+        return self._bytes(self.geometry.frames.weight_shape)
+
+    @property
+    def _padded(self) -> int:
+        """Bytes of the volume with its padding in depth; 0 without."""
+        B, C, D, *size = self.geometry.input_shape
+        before = self.geometry.padding[0]
+        return self._bytes((B, C, D + sum(before), *size)) if any(before) else 0
+
+
 def layer_of(call: Call) -> Layer:
     """The products of the layer whose call this is, with its whole weight."""
-    return Linear(call.itemsize) if call.record.op == "linear" else Convolution(_geometry(call), call.itemsize)
+    if call.record.op == "linear":
+        return Linear(call.itemsize)
+    if call.record.op == "conv2d":
+        return Convolution(_geometry(call), call.itemsize)
+    a = call.record.attributes
+    pads = tuple((p, p) for p in a["padding"])
+    sizes = call.record.inputs[0].shape, call.weight.shape, tuple(a["stride"]), pads, tuple(a["dilation"]), a["groups"]
+    if call.record.op == "conv3d":
+        return Volume(VolumeGeometry(*sizes), call.itemsize)
+    more = a["output_padding"]
+    return Transposed(TransposedGeometry(*sizes, output_padding=(more[0], more[1])), call.itemsize)
 
 
 def _geometry(call: Call) -> ConvGeometry:
@@ -165,7 +262,7 @@ def _geometry(call: Call) -> ConvGeometry:
     return ConvGeometry(call.record.inputs[0].shape, call.weight.shape, stride, padding, dilation, a["groups"])
 
 
-@forward("conv2d", "linear")
+@forward("conv2d", "linear", "conv_transpose2d", "conv3d")
 def weighted(call: Call) -> int:
     """The result with the workspace of the product, or the result with what the store makes."""
     layer, result = layer_of(call), call.n_out * call.itemsize
@@ -177,7 +274,7 @@ def weighted(call: Call) -> int:
     return result + max(workspace, saving, bias)
 
 
-@backward("conv2d", "linear")
+@backward("conv2d", "linear", "conv_transpose2d", "conv3d")
 def weighted_backward(call: Call, g: Layout) -> Backward:
     """The three gradients one after the other; what is made stays."""
     store, layer, made = _store(call), layer_of(call), Making(call)

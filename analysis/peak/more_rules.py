@@ -9,11 +9,9 @@ from __future__ import annotations
 import math
 
 from analysis.peak.arrays import in_blocks, like_input, new, packing, piece
-from analysis.peak.layers import Convolution
 from analysis.peak.rules import Backward, Making, backward, forward
 from analysis.rules.layouts import Layout, Shape
 from analysis.rules.op_cost import Call, bit_bytes, index_bytes
-from lance_ref.algebra.geometry import ConvGeometry
 
 
 def _bytes(call: Call, shape: Shape) -> int:
@@ -229,69 +227,4 @@ def attention_backward(call: Call, g: Layout) -> Backward:
         for position in (3, 0, 1):
             if position < len(call.inputs) and call.needs(position):
                 made.add(position, like_input(call, position))
-    return made.done()
-
-
-def _transposed(call: Call) -> Convolution:
-    """The convolution that the transposed one is the input gradient of."""
-    a = call.record.attributes
-    pads = tuple((p, p) for p in a["padding"])
-    geometry = ConvGeometry(
-        call.record.output.shape, call.record.inputs[1].shape, tuple(a["stride"]), (pads[0], pads[1]),
-        tuple(a["dilation"]), a["groups"],
-    )  # fmt: skip
-    return Convolution(geometry, call.itemsize)
-
-
-@forward("conv_transpose2d")
-def conv_transpose2d(call: Call) -> int:
-    return call.n_out * call.itemsize + _transposed(call).input_workspace(call.inputs[0])
-
-
-@backward("conv_transpose2d")
-def conv_transpose2d_backward(call: Call, g: Layout) -> Backward:
-    """The three gradients one after the other."""
-    layer, made = _transposed(call), Making(call)
-    if call.needs(0):
-        made.add(0, like_input(call), layer.forward_workspace(g))
-    if call.needs(1):
-        made.add(1, like_input(call, 1), layer.weight_workspace(call.inputs[0], g))
-    if call.has_bias and call.needs(2):
-        made.add(2, like_input(call, 2))
-    return made.done()
-
-
-def _frames(call: Call) -> tuple[Convolution, int, int]:
-    """The convolution of all frames; bytes of its input, and of the volume with its padding in depth."""
-    a, x, weight = call.record.attributes, call.record.inputs[0].shape, call.record.inputs[1].shape
-    (_, top, left), frames = a["padding"], x[0] * call.record.output.shape[2]
-    geometry = ConvGeometry(
-        (frames, x[1], *x[3:]), (*weight[:2], *weight[3:]), tuple(a["stride"][1:]), ((top, top), (left, left)),
-        tuple(a["dilation"][1:]), a["groups"],
-    )  # fmt: skip
-    padded = _bytes(call, (*x[:2], x[2] + 2 * a["padding"][0], *x[3:])) if a["padding"][0] else 0
-    return Convolution(geometry, call.itemsize), _bytes(call, geometry.input_shape), padded
-
-
-@forward("conv3d")
-def conv3d(call: Call) -> int:
-    """The sum over the kernel's depth, what one depth of it adds, its frames; then the result beside the sum."""
-    layer, frames, padded = _frames(call)
-    result = call.n_out * call.itemsize
-    return padded + result + max(result + frames + layer.forward_workspace(None), result)
-
-
-@backward("conv3d")
-def conv3d_backward(call: Call, g: Layout) -> Backward:
-    """The output gradient as frames; for the input the padded volume, or the gradient itself, and that of frames."""
-    layer, frames, padded = _frames(call)
-    made = Making(call, call.n_out * call.itemsize)
-    if call.needs(0):
-        of_frames = frames + layer.input_workspace(None)
-        made.reach(padded + of_frames)
-        made.add(0, like_input(call), padded or of_frames)
-    if call.needs(1):
-        made.add(1, like_input(call, 1), padded + frames + layer.weight_workspace(None, None))
-    if call.has_bias and call.needs(2):
-        made.add(2, like_input(call, 2))
     return made.done()

@@ -209,9 +209,9 @@ def core_gradient(call: Call, layer: Layer, ranks: Ranks, order: str = "auto") -
 def _in_one_pass(call: Call, ranks: Ranks, one_product: bool) -> bool:
     """Whether compiled loops make the weight gradient of a core with batch and channels at full size."""
     sizes = conv_sizes(call)
-    depthwise = sizes.groups > 1 and call.record.inputs[1].shape[1] == 1
+    depthwise = call.record.op == "conv2d" and sizes.groups > 1 and sizes.width == 1
     two_modes = len(tucker_costs.contraction(sizes, ranks, one_product)[0]) == 4
-    return depthwise and two_modes and sizes.H_out * sizes.W_out <= MOST_PLACES and threads.numba_enabled()
+    return depthwise and two_modes and sizes.places <= MOST_PLACES and threads.numba_enabled()
 
 
 def _loops(call: Call, ranks: Ranks) -> int:
@@ -225,24 +225,29 @@ def _loops(call: Call, ranks: Ranks) -> int:
 
 def _papers(call: Call, layer: Layer, ranks: Ranks) -> int:
     """Z1; height and width of the core a few slices at a time; their correlation with Z1."""
-    _, _, H, W = call.record.inputs[0].shape
-    C_out, width, k_h, k_w = call.record.inputs[1].shape
-    out = call.record.output.shape
-    r1, c, r3, r4 = tucker_costs.core_shape(call.record.inputs[0].shape, ranks)
-    Z1 = 0 if ranks[0] is None else r1 * math.prod(out[1:])
-    narrow = (C_out, c if ranks[1] is not None else width, k_h, k_w)
-    slices = min(max(1, BLOCK_BYTES // (c * H * W * call.itemsize)), r1)
-    wide = (None, None, None if ranks[2] is None else H, None if ranks[3] is None else W)
-    making, Z2 = chain((slices, c, r3, r4), wide)
+    sizes, own, item = conv_sizes(call), call.record.inputs[1].shape, call.itemsize
+    r1, c, *of_map = tucker_costs.core_shape(sizes.input_shape, ranks)
+    Z1 = 0 if ranks[0] is None else r1 * math.prod(call.record.output.shape[1:])
+    channels = (c, sizes.C_out) if sizes.transposed else (sizes.C_out, c)
+    narrow = own if ranks[1] is None else (*channels, *sizes.kernel)
+    slices = min(max(1, BLOCK_BYTES // (c * math.prod(sizes.size) * item)), r1)
+    wide = [None if r is None else n for n, r in zip(sizes.size, ranks[2:], strict=True)]
+    making, Z2 = chain((slices, c, *of_map), (None, None, *wide))
     several = Z2 if slices < r1 else 0
-    product = layer.smaller((slices, c, H, W), narrow) // call.itemsize + math.prod(narrow)
+    product = layer.smaller((slices, c, *sizes.size), narrow) // item + math.prod(narrow)
     summing = Z1 + max(making + several, Z2 + product)
     if ranks[1] is None:
-        return summing * call.itemsize
-    Z3, weights = math.prod(narrow), C_out * width * k_h * k_w
+        return summing * item
+    Z3, weights = math.prod(narrow), math.prod(own)
     # Z3 with its channels last, then the product before its axes are in order: neither for a kernel of one place
-    expanding = Z1 + Z3 + (max(Z3, weights) if k_h * k_w > 1 else 0)
-    return max(summing + Z3 - weights, expanding) * call.itemsize
+    turned = sizes.offsets > 1 or sizes.transposed
+    expanding = Z1 + Z3 + (max(Z3, weights) if turned else 0) + _turning(sizes, weights)
+    return max(summing + Z3 - weights, expanding) * item
+
+
+def _turning(sizes: tucker_costs.ConvSizes, weights: int) -> int:
+    """Elements of the gradient with its output channels first, from which a transposed one is put in order."""
+    return weights if sizes.transposed else 0
 
 
 def packed(shape: Sequence[int]) -> Layout:
@@ -255,31 +260,34 @@ def _separable(call: Call, ranks: Ranks, one_product: bool, expanded: bool) -> i
 
     A core that was ``expanded`` is an array that is not kept anyway.
     """
-    C_out, width, k_h, k_w = call.record.inputs[1].shape
-    shape = call.record.inputs[0].shape
-    r1, c, r3, r4 = tucker_costs.core_shape(shape, ranks)
-    groups = conv_sizes(call).groups
+    sizes = conv_sizes(call)
+    C_out, width, groups, offsets = sizes.C_out, sizes.width, sizes.groups, sizes.offsets
+    r1, c, *of_map = tucker_costs.core_shape(sizes.input_shape, ranks)
     # of one output channel: its slice of the output gradient, then what each product gives
-    (B, _, *places), wanted = tucker_costs.contraction(conv_sizes(call), ranks, one_product)
+    (B, _, *places), wanted = tucker_costs.contraction(sizes, ranks, one_product)
     slices = (B, 1, *places)
     steps = [math.prod(slices), *tucker_costs.cheapest_chain(slices, wanted)[1]]
     of_both = places[0] * (wanted[2] or 0) if len(places) == 1 else 0
-    Z, narrow, wide = steps[-1], k_h * k_w * (width if ranks[1] is None else c), width * k_h * k_w
+    Z, narrow, wide = steps[-1], offsets * (width if ranks[1] is None else c), width * offsets
     fit = projection_fast.CONTRACTION_BYTES // (max(_at_a_time(steps), 2 * Z) * call.itemsize)
     # what is there beside the gradient: Z3, and its product with U_2 before its axes are in order; for a kernel of one
     # place they are, and the last product is the gradient
-    late = (narrow if ranks[1] is not None else 0) + (wide if k_h * k_w > 1 else 0)
-    offsets_first = packed((r1, C_out, k_h, r3, k_w, r4)).permuted((1, 2, 4, 0, 3, 5))
-    again = 0 if offsets_first.reshaped((C_out * k_h * k_w, r1 * r3 * r4)) is not None else Z
+    late = (narrow if ranks[1] is not None else 0) + (wide if offsets > 1 else 0)
+    pairs = packed((r1, C_out, *(size for pair in zip(sizes.kernel, of_map, strict=True) for size in pair)))
+    last = len(pairs.shape)
+    offsets_first = pairs.permuted((1, *range(2, last, 2), 0, *range(3, last, 2)))
+    again = 0 if offsets_first.reshaped((C_out * offsets, r1 * math.prod(of_map))) is not None else Z
     in_core = groups if ranks[1] is None else 1
-    channels_last = packed((r1, in_core, c // in_core, r3, r4)).permuted((1, 0, 3, 4, 2))
-    a_view = channels_last.reshaped((in_core, r1 * r3 * r4, c // in_core)) is not None
-    core = 0 if a_view and not expanded else r1 * c * r3 * r4
+    places_of_core = math.prod(of_map)
+    channels_last = packed((r1, in_core, c // in_core, places_of_core)).permuted((1, 0, 3, 2))
+    a_view = channels_last.reshaped((in_core, r1 * places_of_core, c // in_core)) is not None
+    core = 0 if a_view and not expanded else r1 * c * places_of_core
     if fit >= C_out:
         working = C_out * max(max(_at_a_time(steps[1:]), Z + again + narrow) - wide, late)
     else:  # a few channels at a time, each with a copy of its slice
         unit = 1 if groups == 1 else C_out // groups
         working = max(fit // unit, 1) * unit * max(_at_a_time(steps), Z + again + narrow, late + wide)
+    working = max(working, _turning(sizes, C_out * wide))
     return (core + working + of_both) * call.itemsize
 
 
@@ -342,7 +350,8 @@ def _mean_weight(call: Call) -> int:
     """
     weight, kernel = call.record.inputs[1], call.record.inputs[1].shape[2:]
     summed = call.n_out // call.record.inputs[0].shape[0] * call.itemsize if kernel else 0
-    return max((1 if math.prod(kernel) == 1 else 2) * weight.nbytes, summed)
+    in_order = math.prod(kernel) == 1 and call.record.op != "conv_transpose2d"
+    return max((1 if in_order else 2) * weight.nbytes, summed)
 
 
 STORES["lance"] = StorePeak(
@@ -368,7 +377,7 @@ def _patch_weight(call: Call, layer: Layer, g: Layout) -> int:
 
 def _patches(call: Call) -> tuple[tuple[int, int, int], Ranks]:
     sizes = conv_sizes(call)
-    shape = sizes.B, sizes.H_out * sizes.W_out, sizes.C_in * sizes.k_h * sizes.k_w
+    shape = sizes.B, sizes.places, sizes.C_in * sizes.offsets
     return shape, call.record.attributes["store"]["ranks"]
 
 

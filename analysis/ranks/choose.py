@@ -48,7 +48,7 @@ def choose_ranks(
     """
     for name, shape in shapes.items():
         if len(shape) not in MODE_NAMES:
-            raise ValueError(f"layer {name!r} has an input of shape {shape}, LANCE compresses 2, 3 or 4 dimensions")
+            raise ValueError(f"layer {name!r} has an input of shape {shape}, LANCE compresses 2 to 5 dimensions")
     if given is not None and "=" not in given:
         if spectra is not None:
             raise ValueError("--ranks gave a fraction for every layer and --spectra a file, expected one of them")
@@ -85,7 +85,7 @@ def mean_free(ranks: Mapping[str, Ranks], shapes: Shapes) -> dict[str, Ranks]:
     free: dict[str, Ranks] = {}
     for name, of in ranks.items():
         shape = shapes[name]
-        feature = 1 if len(shape) == 4 else len(shape) - 1
+        feature = 1 if len(shape) >= 4 else len(shape) - 1
         if shape[feature] == 1:
             raise ValueError(f"layer {name!r} has one channel or feature: without its mean nothing is left of it")
         free[name] = tuple(

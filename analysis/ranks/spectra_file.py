@@ -24,6 +24,7 @@ VERSION = 1
 MEND = "measure the spectra again (python -m analysis.spectra)"
 PROVENANCE = ("weights", "images", "image_count", "batches", "command")
 MODE_NAMES = {
+    5: ("batch", "channel", "depth", "height", "width"),
     4: ("batch", "channel", "height", "width"),
     3: ("batch", "token", "feature"),
     2: ("batch", "feature"),
@@ -131,7 +132,7 @@ def _parse_layer(name: str, layer: Any, batch: int) -> LayerSpectra:
         raise ValueError(f"layer {name!r} is no object")
     shape = _sizes(f"shape of layer {name!r}", layer["shape"])
     if len(shape) not in MODE_NAMES or shape[0] != batch:
-        raise ValueError(f"layer {name!r} has shape {shape}, expected 2, 3 or 4 sizes, the first {batch}")
+        raise ValueError(f"layer {name!r} has shape {shape}, expected 2 to 5 sizes, the first {batch}")
     energies = []
     for mode, n in zip(MODE_NAMES[len(shape)], shape, strict=True):
         values = layer[mode]

@@ -132,6 +132,10 @@ def protected_layers(step: TracedStep) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for record in step.records:
         if record.op in WEIGHTED and record.path in step.tuned_layers and record.path != step.head:
+            if record.op not in ("conv2d", "linear"):
+                raise ValueError(
+                    f"layer {record.path!r} is a {record.op}, whose directions no learner protects: tune other layers"
+                )
             if record.attributes.get("groups", 1) != 1:
                 raise ValueError(
                     f"layer {record.path!r} is a convolution of {record.attributes['groups']} groups; task subspaces "

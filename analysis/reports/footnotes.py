@@ -35,9 +35,12 @@ def orders(report: Report) -> list[str]:
         return []
     for row in report.rows:
         ranks = row.methods["lance"].ranks if "lance" in row.methods else None
-        if row.op == "conv2d" and ranks is not None and row.weight_shape is not None:
-            (_, width, *kernel), (_, C_in, *_) = row.weight_shape, row.input_shape
-            sizes = ConvSizes(*(*row.input_shape, *row.output_shape[1:], *kernel, C_in // width))
+        if row.op != "linear" and ranks is not None and row.weight_shape is not None:
+            (B, C_in, *size), (_, C_out, *size_out) = row.input_shape, row.output_shape
+            transposed = row.op == "conv_transpose2d"
+            _, width, *kernel = row.weight_shape
+            groups = (C_out if transposed else C_in) // width
+            sizes = ConvSizes(B, C_in, tuple(size), C_out, tuple(size_out), tuple(kernel), groups, transposed)
             _, order, expanded = conv_cheapest(sizes, ranks)
             back = " and ".join(("batch", "channels")[mode] for mode in expanded)
             layers.setdefault(f"{order}, {back} put back first" if back else order, []).append(row.name)

@@ -18,10 +18,8 @@ from analysis.rules.op_cost import OpCost, Saved
 from analysis.rules.recompute import OP, Executed, cost_inside, cost_outside, executed, inside
 from lance_ref.engine.recording import OpRecord
 
-WEIGHTED = ("conv2d", "linear")
-"""Operations of layers whose input a store may compress."""
-TRAINED = (*WEIGHTED, "conv3d", "conv_transpose2d")
-"""Operations of all layers that :func:`lance_ref.tune` selects."""
+WEIGHTED = ("conv2d", "linear", "conv3d", "conv_transpose2d")
+"""Operations of the layers with weights: :func:`lance_ref.tune` selects them, and stores keep what they take in."""
 EXACT = {"name": "exact"}
 """What the store of plain backpropagation says of itself."""
 
@@ -63,7 +61,7 @@ def with_described_stores(records: Sequence[OpRecord], stores: Mapping[str, Mapp
 
 def is_tuned(record: OpRecord, head: str | None) -> bool:
     """Whether this is a call of a layer that trains, the classifier head left out, or a segment with one inside."""
-    if record.op in TRAINED:
+    if record.op in WEIGHTED:
         return record.inputs[1].requires_grad and record.path != head
     return any(is_tuned(each, head) for each in inside(record))
 

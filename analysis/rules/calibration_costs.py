@@ -22,7 +22,12 @@ from analysis.rules.stores.tucker import eigenvector_macs
 from lance_ref.engine.recording import OpRecord
 
 Ranks = tuple[int | None, ...]
-MODE_NAMES = {2: ("batch", "feature"), 3: ("batch", "token", "feature"), 4: ("batch", "channel", "height", "width")}
+MODE_NAMES = {
+    2: ("batch", "feature"),
+    3: ("batch", "token", "feature"),
+    4: ("batch", "channel", "height", "width"),
+    5: ("batch", "channel", "depth", "height", "width"),
+}
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ def calibration_cost(
 def _layer(path: str, shapes: list[tuple[int, ...]], ranks: Ranks, batches: int, kind: str) -> LayerCalibration:
     """One layer, which is called with these shapes in every forward pass."""
     elements = batches * sum(math.prod(shape) for shape in shapes)
-    names, feature = MODE_NAMES[len(ranks)], 1 if len(ranks) == 4 else len(ranks) - 1
+    names, feature = MODE_NAMES[len(ranks)], 1 if len(ranks) >= 4 else len(ranks) - 1
     modes = []
     for mode, (n, rank) in enumerate(zip(shapes[0], ranks, strict=True)):
         if rank is None:

@@ -17,19 +17,23 @@ IN_COORDINATES = ("lance", "patch-lance")
 """Stores that give the gradient of an update without that of the weight."""
 
 
-@rule("conv2d")
-def conv2d(call: Call) -> OpCost:
+@rule("conv2d", "conv_transpose2d", "conv3d")
+def convolution(call: Call) -> OpCost:
     """Y = X ⋆ W + b; each of its three products takes B·C_out·H_out·W_out·(C_in/g)·k_h·k_w.
+
+    Transposed, every input place meets the kernel: B·H·W·C_in·(C_out/g)·k_h·k_w. Volumes have one more size of each.
 
     PyTorch keeps the input and the weight of a convolution that backward comes through even where the
     weight is frozen, or the bias alone trains. With unequal padding it keeps a copy of the input, padded by as much as
     one side has more than the other; the rest, alike on both sides, is left to the convolution itself.
     """
-    (top, bottom), (left, right) = call.record.attributes["padding"]
     in_pytorch = call.save_input("input", 0)
-    if top != bottom or left != right:
-        B, C_in, H, W = call.record.inputs[0].shape
-        in_pytorch = fresh("padded input", B * C_in * (H + abs(top - bottom)) * (W + abs(left - right)) * call.itemsize)
+    if call.record.op == "conv2d":  # the padding of the others is alike on both sides
+        (top, bottom), (left, right) = call.record.attributes["padding"]
+        if top != bottom or left != right:
+            B, C_in, H, W = call.record.inputs[0].shape
+            padded = B * C_in * (H + abs(top - bottom)) * (W + abs(left - right))
+            in_pytorch = fresh("padded input", padded * call.itemsize)
     return _weighted(call, conv_sizes(call).macs, in_pytorch, pytorch_keeps_frozen=True)
 
 
@@ -44,7 +48,7 @@ def linear(call: Call) -> OpCost:
 
 
 def _weighted(call: Call, macs: int, in_pytorch: Saved, pytorch_keeps_frozen: bool) -> OpCost:
-    """What conv2d and linear share; ``in_pytorch`` is the input as PyTorch would keep it."""
+    """What all layers with weights share; ``in_pytorch`` is the input as PyTorch would keep it."""
     bias = call.has_bias
     name = call.record.attributes["store"]["name"]
     if name not in STORES:
@@ -75,34 +79,6 @@ def _weighted(call: Call, macs: int, in_pytorch: Saved, pytorch_keeps_frozen: bo
     if call.needs(0) or (call.on_tape and pytorch_keeps_frozen):
         cost.pytorch.append(call.save_input("weight", 1))
     if bias and call.needs(2):
-        cost.elementwise += call.n_out
-    return cost
-
-
-@rule("conv_transpose2d", "conv3d")
-def uncompressed(call: Call) -> OpCost:
-    """Convolutions whose input no store compresses; each product takes as many multiply-adds as the forward pass.
-
-    Transposed, every input meets the weight: B·H·W·C_in·(C_out/g)·k_h·k_w. In three dimensions every output does.
-    PyTorch keeps input and weight wherever backward comes through.
-    """
-    x, weight = call.record.inputs[:2]
-    name = call.record.attributes["store"]["name"]
-    if name != "exact":
-        raise ValueError(f"layer {call.record.path!r}: {name} does not compress the input of {call.record.op}")
-    transposed = call.record.op == "conv_transpose2d"
-    macs = (x.size if transposed else call.n_out) * math.prod(weight.shape[1:])
-    cost = OpCost(forward_macs=macs, elementwise=call.n_out * call.has_bias)
-    if call.needs(1):
-        cost.grad_weight_macs = cost.paper_grad_weight_macs = macs
-        cost.paper_bytes = x.nbytes
-        cost.tape.append(call.save_input("activation", 0))
-    if call.needs(0):
-        cost.grad_input_macs = macs
-        cost.tape.append(call.save_input("weight", 1))
-    if call.on_tape:
-        cost.pytorch = [call.save_input("input", 0), call.save_input("weight", 1)]
-    if call.has_bias and call.needs(2):
         cost.elementwise += call.n_out
     return cost
 

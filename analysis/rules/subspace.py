@@ -89,7 +89,7 @@ def of_update(call: Call) -> Call:
     """
     record, update = call.record, call.record.attributes["update"]
     x, store, r = record.inputs[0], record.attributes["store"], update["rank"]
-    groups, feature = record.attributes.get("groups", 1), 1 if len(x.shape) == 4 else len(x.shape) - 1
+    groups, feature = record.attributes.get("groups", 1), 1 if len(x.shape) >= 4 else len(x.shape) - 1
     shape = _with(x.shape, feature, groups * r)
     if own_basis(groups, bool(store.get("centred"))):
         store = {**store, "ranks": _with(store["ranks"], feature, None)}

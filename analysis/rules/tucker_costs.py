@@ -2,7 +2,8 @@
 
 Pure functions of integers. A rank of None means that the mode is left alone: it keeps its full
 size, has no factor, and costs nothing. The sizes are those of the layer: a convolution's input is
-(B, C_in, H, W), its weight (C_out, C_in/g, k_h, k_w), its output (B, C_out, H_out, W_out).
+(B, C_in, H, W), its output (B, C_out, H_out, W_out), and its kernel has k_h·k_w positions; of volumes each has a depth
+in front. A transposed convolution lays its kernel on the places of the input, all others on those of the output.
 """
 
 from __future__ import annotations
@@ -115,30 +116,45 @@ def paper_projection_macs(shape: Sequence[int], ranks: Ranks) -> int:
 
 @dataclass(frozen=True)
 class ConvSizes:
-    """The sizes of one convolution that its costs depend on.
+    """The sizes of one convolution of any kind that its costs depend on.
 
-    Stride, padding and dilation enter through ``H_out`` and ``W_out`` alone.
+    ``size`` and ``size_out`` are those of the maps, (H, W) and (H_out, W_out), or (D, H, W) and (D_out, H_out, W_out);
+    stride, padding and dilation enter through them alone.
     """
 
     B: int
     C_in: int
-    H: int
-    W: int
+    size: tuple[int, ...]
     C_out: int
-    H_out: int
-    W_out: int
-    k_h: int
-    k_w: int
+    size_out: tuple[int, ...]
+    kernel: tuple[int, ...]
     groups: int
+    transposed: bool = False
 
     @property
-    def input_shape(self) -> tuple[int, int, int, int]:
-        return self.B, self.C_in, self.H, self.W
+    def input_shape(self) -> tuple[int, ...]:
+        return self.B, self.C_in, *self.size
+
+    @property
+    def width(self) -> int:
+        """C_in/g, the input channels that an output channel sees."""
+        return self.C_in // self.groups
+
+    @property
+    def offsets(self) -> int:
+        """Positions of the kernel."""
+        return math.prod(self.kernel)
+
+    @property
+    def places(self) -> int:
+        """Places of one image on which the kernel is laid."""
+        return math.prod(self.size if self.transposed else self.size_out)
 
     @property
     def macs(self) -> int:
-        """B·C_out·H_out·W_out·(C_in/g)·k_h·k_w: of forward, of grad_input, and of the exact grad_weight."""
-        return self.B * self.C_out * self.H_out * self.W_out * (self.C_in // self.groups) * self.k_h * self.k_w
+        """B·C_out·places·(C_in/g)·k_h·k_w: of forward, of grad_input, and of the exact grad_weight."""
+        places = math.prod(self.size if self.transposed else self.size_out)
+        return self.B * self.C_out * places * (self.C_in // self.groups) * math.prod(self.kernel)
 
 
 def conv_papers_macs(sizes: ConvSizes, ranks: Ranks) -> int:
@@ -146,23 +162,23 @@ def conv_papers_macs(sizes: ConvSizes, ranks: Ranks) -> int:
 
     Z1 = G ×₁U_1ᵀ                        B·C_out·H_out·W_out·r1
     Z2 = S ×₃U_3 ×₄U_4                   the cheaper of the two orders
-    Z3 = correlate(Z2, Z1)               r1·C_out·H_out·W_out·r2·k_h·k_w
+    Z3 = correlate(Z2, Z1)               r1·C_out·places·r2·k_h·k_w
     dW = Z3 ×₂U_2                        C_out·k_h·k_w·r2·C_in/g
     """
     s = sizes
-    r1, c, r3, r4 = core_shape(s.input_shape, ranks)
-    Z1 = 0 if ranks[0] is None else s.B * s.C_out * s.H_out * s.W_out * r1
-    expanded = (None, None, None if ranks[2] is None else s.H, None if ranks[3] is None else s.W)
-    Z2 = mode_products_macs((r1, c, r3, r4), expanded)
-    depth, dW = _channel_depth(s, ranks)
-    Z3 = r1 * s.C_out * s.H_out * s.W_out * depth * s.k_h * s.k_w
+    core = core_shape(s.input_shape, ranks)
+    Z1 = 0 if ranks[0] is None else s.B * s.C_out * math.prod(s.size_out) * core[0]
+    expanded = [None if r is None else n for n, r in zip(s.size, ranks[2:], strict=True)]
+    Z2 = mode_products_macs(core, (None, None, *expanded))
+    each, dW = _channel_macs(s, ranks)
+    Z3 = core[0] * s.places * each
     return Z1 + Z2 + Z3 + dW
 
 
 def conv_separable_macs(sizes: ConvSizes, ranks: Ranks, expanded: Sequence[int] = (), one_product: bool = False) -> int:
     """Multiply-adds of the weight gradient in the separable order.
 
-    Z = G ×₁U_1ᵀ ×₃[U_3^(p)]ᵀ ×₄[U_4^(q)]ᵀ   cheapest order; the stacked shifted rows have k_h·r3 (k_w·r4) columns
+    Z = G ×₁U_1ᵀ ×₃[U_3^(p)]ᵀ ×₄[U_4^(q)]ᵀ    cheapest order; the stacked shifted rows have k_h·r3 (k_w·r4) columns
     Y = Z contracted with S over (r1, r3, r4)  C_out·k_h·k_w·r2·r1·r3·r4
     dW = Y ×₂U_2                               C_out·k_h·k_w·r2·C_in/g
 
@@ -170,7 +186,7 @@ def conv_separable_macs(sizes: ConvSizes, ranks: Ranks, expanded: Sequence[int] 
     1 the channels) are put back to full size in the core first, in the cheaper order, and are left alone after that.
     With ``one_product`` height and width of a small map of Z are one mode.
 
-    >>> sizes = ConvSizes(8, 6, 5, 7, C_out=4, H_out=3, W_out=6, k_h=3, k_w=2, groups=2)
+    >>> sizes = ConvSizes(8, 6, (5, 7), C_out=4, size_out=(3, 6), kernel=(3, 2), groups=2)
     >>> conv_separable_macs(sizes, (3, 5, 2, 4), expanded=(1,))  # 120·6, 5184, 24·(6/2)·24
     7632
     """
@@ -180,31 +196,29 @@ def conv_separable_macs(sizes: ConvSizes, ranks: Ranks, expanded: Sequence[int] 
         left = [None if mode in expanded else r for mode, r in enumerate(ranks)]
         back = mode_products_macs(core_shape(s.input_shape, ranks), full)
         return back + conv_separable_macs(s, left, one_product=one_product)
-    r1, _, r3, r4 = core_shape(s.input_shape, ranks)
+    r1, _, *of_map = core_shape(s.input_shape, ranks)
     Z = mode_products_macs(*contraction(s, ranks, one_product))
-    depth, dW = _channel_depth(s, ranks)
-    Y = s.C_out * s.k_h * s.k_w * depth * r1 * r3 * r4
+    each, dW = _channel_macs(s, ranks)
+    Y = each * r1 * math.prod(of_map)
     return Z + Y + dW
 
 
 def contraction(sizes: ConvSizes, ranks: Ranks, one_product: bool) -> tuple[Sequence[int], Ranks]:
     """Shapes of the output gradient and of Z, as they are multiplied; None for a mode without a product."""
-    s, (_, _, r3, r4) = sizes, core_shape(sizes.input_shape, ranks)
-    chain = (s.B, s.C_out, s.H_out, s.W_out), (ranks[0], None, s.k_h * r3, s.k_w * r4)
+    of_map = core_shape(sizes.input_shape, ranks)[2:]
+    shifted = [k * r for k, r in zip(sizes.kernel, of_map, strict=True)]
+    chain = (sizes.B, sizes.C_out, *sizes.size_out), (ranks[0], None, *shifted)
     return map_as_one(*chain) if one_product else chain
 
 
-def _channel_depth(sizes: ConvSizes, ranks: Ranks) -> tuple[int, int]:
-    """(channels each output channel is correlated with, multiply-adds of dW = Y ×₂U_2).
+def _channel_macs(sizes: ConvSizes, ranks: Ranks) -> tuple[int, int]:
+    """(multiply-adds with each number of one channel of the core, multiply-adds of dW = Y ×₂U_2).
 
     A core of compressed channels knows no groups: each output channel sees all r2 of them, and
     takes its own group's rows of U_2 in the end. Without compression it sees its C_in/g.
     """
-    s, r2 = sizes, ranks[1]
-    width = s.C_in // s.groups
-    if r2 is None:
-        return width, 0
-    return r2, s.C_out * s.k_h * s.k_w * r2 * width
+    r2, width, offsets = ranks[1], sizes.C_in // sizes.groups, sizes.C_out * math.prod(sizes.kernel)
+    return (offsets * width, 0) if r2 is None else (offsets * r2, offsets * r2 * width)
 
 
 EXPANDED_ELEMENTS = 2**22
@@ -214,7 +228,7 @@ EXPANDED_ELEMENTS = 2**22
 def conv_cheapest(sizes: ConvSizes, ranks: Ranks) -> tuple[int, str, tuple[int, ...]]:
     """The order that runs by default: (multiply-adds, ``"papers"`` or ``"separable"``, modes put back first).
 
-    >>> sizes = ConvSizes(8, 6, 5, 7, C_out=4, H_out=3, W_out=6, k_h=3, k_w=2, groups=2)
+    >>> sizes = ConvSizes(8, 6, (5, 7), C_out=4, size_out=(3, 6), kernel=(3, 2), groups=2)
     >>> conv_cheapest(sizes, (3, 5, 1, 2))
     (4932, 'separable', (1,))
     """

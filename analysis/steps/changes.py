@@ -171,10 +171,15 @@ def _expanded(records: Sequence[OpRecord], expand: Callable[[OpRecord], list[OpR
 # ---- training in a subspace ------------------------------------------------------------------
 
 
+IN_SUBSPACES = ("conv2d", "linear")
+"""Operations of the layers whose weights may train in a subspace."""
+
+
 def in_subspace(changed: MethodStep) -> MethodStep:
     """The same step with D and s in place of each compressed layer's weight, where D is smaller.
 
-    (x, W, [b]) becomes (x, D, [b], W_0, s); the paths of these layers are in the step's facts.
+    (x, W, [b]) becomes (x, D, [b], W_0, s); the paths of these layers are in the step's facts. Raises
+    NotApplicableError for a compressed layer of another kind than :data:`IN_SUBSPACES`.
     """
     values = (value.id for r in flatten(changed.records) for value in (*r.inputs, r.output))
     fresh = itertools.count(1 + max(values))
@@ -189,8 +194,12 @@ def in_subspace(changed: MethodStep) -> MethodStep:
         store = changed.stores.get(record.path)
         if record.op not in WEIGHTED or store is None or not record.inputs[1].requires_grad:
             return [record]
+        if record.op not in IN_SUBSPACES:
+            raise NotApplicableError(
+                f"layer {record.path!r} is a {record.op}, which trains in no subspace; tune other layers"
+            )
         x, weight = record.inputs[:2]
-        rank = store["ranks"][1 if len(x.shape) == 4 else -1]
+        rank = store["ranks"][1 if len(x.shape) >= 4 else -1]
         groups, centred = record.attributes.get("groups", 1), bool(store.get("centred"))
         r = None if rank is None else rank_of_update(rank, weight.shape[1], groups, centred)
         if r is None:

@@ -121,7 +121,7 @@ def _kept_by_codes(bits: int) -> Callable[[tuple[int, ...], Settings], Kept]:
 
     def kept(shape: tuple[int, ...], settings: Settings) -> Kept:
         levels = 2**bits - 1
-        feature = 1 if len(shape) == 4 else len(shape) - 1
+        feature = 1 if len(shape) >= 4 else len(shape) - 1
         values = math.prod(shape) // shape[feature]
         worst = max(values - 2, 0) / (2 * levels**2)
         return 1 - min(3 / (4 * levels**2), worst), max(0.0, 1 - worst), 1.0
@@ -202,7 +202,7 @@ method(
 )  # fmt: skip
 method(
     "gradient-filter", "sums over patches of activation and gradient", settings=(PATCH,), make=_gradient_filter,
-    fidelity="it changes the gradients of all layers below as well",
+    fidelity="it changes the gradients of all layers below as well", ops=("conv2d", "linear"),
 )  # fmt: skip
 method("int8", "activations as 8-bit codes", make=_quantized(8), fidelity=_kept_by_codes(8))
 method("int4", "activations as 4-bit codes", make=_quantized(4), fidelity=_kept_by_codes(4))

@@ -82,6 +82,8 @@ class Method:
         Whether it matters how many layers are tuned.
     parts : bool
         Whether the batch runs in parts, each with statistics of its own.
+    ops : tuple of str
+        Operations of the layers whose input the store takes. Default: those of all layers with weights.
     """
 
     about: str
@@ -97,6 +99,7 @@ class Method:
     begin: Callable[[Any], dict[str, Any]] | None = None
     layers: bool = True
     parts: bool = False
+    ops: tuple[str, ...] = ("conv2d", "linear", "conv3d", "conv_transpose2d")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -202,12 +205,12 @@ def method_step(
 
 
 def _check_compressible(name: str, step: TracedStep) -> None:
-    """Raise NotApplicableError for a tuned layer whose input no store compresses."""
-    from analysis.rules.account import TRAINED, WEIGHTED
+    """Raise NotApplicableError for a tuned layer whose input the method's store does not take."""
+    from analysis.rules.account import WEIGHTED
     from analysis.rules.recompute import flatten
 
     for record in flatten(step.records):
-        if record.op in TRAINED and record.op not in WEIGHTED and record.path in step.tuned_layers:
+        if record.op in WEIGHTED and record.op not in METHODS[name].ops and record.path in step.tuned_layers:
             raise NotApplicableError(
                 f"layer {record.path!r} is a {record.op}, whose input {name} does not compress; tune others"
             )

@@ -282,6 +282,7 @@ def same_batch_cases(trials: int, rng: np.random.Generator) -> Iterator[dict[str
 def _with_outputs(g: Geometry, O: int) -> Geometry:  # noqa: E741
     if isinstance(g, LinearGeometry):
         return LinearGeometry(g.input_shape, (O, g.weight_shape[1]))
+    assert isinstance(g, ConvGeometry)
     return ConvGeometry(g.input_shape, (O, *g.weight_shape[1:]), g.stride, g.padding, g.dilation)
 
 

@@ -96,12 +96,12 @@ class FeatureMean:
 
 
 def feature_mode(shape: Sequence[int]) -> int:
-    """1 for the input of a convolution (B, C, H, W), the last one for that of a linear layer.
+    """1 for the input of a convolution, (B, C, H, W) or (B, C, D, H, W), the last one for that of a linear layer.
 
     >>> feature_mode((8, 3, 5, 5)), feature_mode((8, 7, 3))
     (1, 2)
     """
-    return 1 if len(shape) == 4 else len(shape) - 1
+    return 1 if len(shape) >= 4 else len(shape) - 1
 
 
 def along(vector: np.ndarray, shape: Sequence[int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Shapes and plain arithmetic of the two layers that have weights: convolution and linear.
+"""Shapes and plain arithmetic of the layers that most networks are made of: 2-D convolution and linear.
 
 A geometry knows the sizes of one layer call and computes its three products on raw arrays:
 the output, the input gradient, and the *exact* weight gradient. With K = (C_in/g)·k_h·k_w and
@@ -20,6 +20,9 @@ from functools import cached_property
 
 import numpy as np
 
+from lance_ref.algebra.convolution import Convolution
+from lance_ref.algebra.convolution import Geometry as Geometry
+from lance_ref.algebra.convolution import Pair as Pair
 from lance_ref.algebra.kernels import depthwise as kernels_depthwise
 from lance_ref.algebra.kernels.columns import add_columns, lay_out
 from lance_ref.engine.counting import add, matmul
@@ -36,12 +39,11 @@ CACHED_BYTES = 2**20
 MANY_PLACES = 96
 """Of one image's output: enough columns for a fast matrix product; smaller images are put together."""
 
-Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
 
 
 @dataclass(frozen=True)
-class ConvGeometry:
+class ConvGeometry(Convolution):
     """Sizes of one 2-D convolution (cross-correlation, as everywhere in deep learning).
 
     Attributes
@@ -58,12 +60,9 @@ class ConvGeometry:
         Divides C_in and C_out.
     """
 
-    input_shape: Shape
-    weight_shape: Shape
     stride: Pair = (1, 1)
     padding: Padding = ((0, 0), (0, 0))
     dilation: Pair = (1, 1)
-    groups: int = 1
 
     @cached_property
     def output_size(self) -> Pair:
@@ -288,11 +287,8 @@ class ConvGeometry:
 
 
 @dataclass(frozen=True)
-class LinearGeometry:
+class LinearGeometry(Geometry):
     """Sizes of one linear layer: input (..., I), weight (O, I), output (..., O)."""
-
-    input_shape: Shape
-    weight_shape: Shape
 
     @cached_property
     def output_shape(self) -> Shape:
@@ -317,6 +313,3 @@ class LinearGeometry:
 def _as_matrix(array: np.ndarray) -> np.ndarray:
     """(..., n) as (rows, n)."""
     return array if array.ndim == 2 else array.reshape(-1, array.shape[-1])
-
-
-Geometry = ConvGeometry | LinearGeometry

@@ -12,7 +12,7 @@ from lance_ref.algebra.subspace import Subspace, mode_names
 from lance_ref.algebra.tucker import check_ranks, eigenbasis, energy_rank, gram
 from lance_ref.engine.tensor import FLOATS, Shape
 
-MODES = ("batch", "channel", "feature", "height", "width", "token")
+MODES = ("batch", "channel", "feature", "depth", "height", "width", "token")
 """What may be selected. Channel and feature are the same; height and width together are the tokens."""
 
 

@@ -19,7 +19,8 @@ from functools import lru_cache
 import numpy as np
 
 from lance_ref.algebra import projection
-from lance_ref.algebra.geometry import WORKSPACE_BYTES, ConvGeometry, Geometry, LinearGeometry
+from lance_ref.algebra.convolution import Convolution, Geometry
+from lance_ref.algebra.geometry import WORKSPACE_BYTES, LinearGeometry
 from lance_ref.algebra.kernels import threads as kernels
 from lance_ref.algebra.kernels.depthwise import MOST_PLACES, depthwise_core_gradient
 from lance_ref.algebra.projection import Factors, transposed
@@ -53,7 +54,7 @@ def project(activation: np.ndarray, factors: Factors, order: str = "auto") -> np
     order : {"auto", "papers", "separable"}
         ``"auto"`` by :func:`product_of_modes`, the others one mode after the other.
     """
-    if order == "auto" and activation.ndim == 4 and all(U is not None for U in factors[2:]):
+    if order == "auto" and activation.ndim == 4 and all(U is not None for U in factors[2:]):  # no maps of volumes
         return product_of_modes(activation, transposed(factors))
     return projection.project(activation, factors)
 
@@ -72,7 +73,7 @@ def weight_gradient(
     core : array of the ranks' shape
     factors : sequence of (n, r) arrays or None, one per mode
     grad_output : array of ``geometry.output_shape``
-    geometry : ConvGeometry or LinearGeometry
+    geometry : Geometry
     order : {"auto", "papers", "separable"}
         Of a convolution; ``"auto"`` is :func:`cheapest_order`, with height and width of a small map in one product;
         the others take one mode after the other. A linear layer has one order only.
@@ -83,6 +84,7 @@ def weight_gradient(
     """
     if isinstance(geometry, LinearGeometry):
         return projection.linear_weight_gradient(core, factors, grad_output, geometry)
+    assert isinstance(geometry, Convolution)
     expanded: Sequence[int] = ()
     one_product = order == "auto"
     if order == "auto":
@@ -99,8 +101,11 @@ def product_of_modes(tensor: np.ndarray, matrices: Sequence[np.ndarray | None]) 
     """:func:`~lance_ref.algebra.tucker.multi_mode_product`, with height and width of a small map as one mode.
 
     The rows of A_(B·C × H·W) are maps, and A ×₃M_3 ×₄M_4 is A (M_3 ⊗ M_4)ᵀ: one product of a useful size in place of
-    two with matrices of a few numbers, which a processor does at a tenth of its speed.
+    two with matrices of a few numbers, which a processor does at a tenth of its speed. A map with a depth is taken one
+    mode after the other.
     """
+    if tensor.ndim != 4:
+        return multi_mode_product(tensor, matrices)
     M_batch, M_channel, M_height, M_width = matrices
     if M_height is None or M_width is None or not in_one_product(tensor.shape[2:], (len(M_height), len(M_width))):
         return multi_mode_product(tensor, matrices)
@@ -127,13 +132,13 @@ def in_one_product(size: Shape, ranks: ModeRanks) -> bool:
 # ---- the two orders, within a workspace ------------------------------------------------------
 
 
-def papers_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray, geometry: ConvGeometry) -> np.ndarray:
+def papers_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray, geometry: Convolution) -> np.ndarray:
     """:func:`lance_ref.algebra.projection.papers_order`, whose Z2 has a few slices of the first mode at a time.
 
     They fit the workspace of :data:`~lance_ref.algebra.geometry.WORKSPACE_BYTES`.
     """
     U_batch, U_channel, *U_map = factors
-    Z1 = multi_mode_product(grad_output, transposed((U_batch, None, None, None)))
+    Z1 = multi_mode_product(grad_output, transposed((U_batch, *[None] * (grad_output.ndim - 1))))
     narrow = projection.narrow_layer(core, U_channel, geometry)
     Z3 = np.zeros(narrow.weight_shape, grad_output.dtype)
     step = max(1, WORKSPACE_BYTES // (math.prod(narrow.input_shape[1:]) * core.itemsize))
@@ -141,14 +146,14 @@ def papers_order(core: np.ndarray, factors: Factors, grad_output: np.ndarray, ge
         block = slice(start, start + step)
         # What is left to do for a few slices is (6) and (7): a layer whose batch and channels are left alone.
         Z3 += projection.papers_order(core[block], (None, None, *U_map), Z1[block], narrow)
-    return projection.put_channels_back(Z3.transpose(0, 2, 3, 1), projection.rows_of_groups(U_channel, geometry))
+    return projection.channels_of_narrow(Z3, narrow, U_channel, geometry)
 
 
 def separable_order(
     core: np.ndarray,
     factors: Factors,
     grad_output: np.ndarray,
-    geometry: ConvGeometry,
+    geometry: Convolution,
     expanded: Sequence[int] = (),
     one_product: bool = False,
 ) -> np.ndarray:
@@ -169,15 +174,15 @@ def separable_order(
     if expanded:
         core = multi_mode_product(core, [U if mode in expanded else None for mode, U in enumerate(factors)])
         factors = [None if mode in expanded else U for mode, U in enumerate(factors)]
-    U_batch, U_channel, U_height, U_width = factors
-    (C_out, _, k_h, k_w), dtype, ranks = geometry.weight_shape, grad_output.dtype, core.shape
-    rows = projection.shifted_rows(U_height, geometry, axis=0).astype(dtype, copy=False)
-    columns = projection.shifted_rows(U_width, geometry, axis=1).astype(dtype, copy=False)
+    U_batch, U_channel, *U_map = factors
+    C_out, dtype, ranks = geometry.out_channels, grad_output.dtype, core.shape
+    of_map = [projection.shifted_rows(U, geometry, axis).astype(dtype, copy=False) for axis, U in enumerate(U_map)]
     shape, after = chain_of(_ranks(ranks, factors), geometry, one_product)
     if len(shape) == 4 and depthwise_alone(factors, geometry) and kernels.numba_enabled():
+        (rows, columns), (k_h, k_w) = of_map, geometry.kernel
         return depthwise_core_gradient(core, grad_output, rows, columns, (k_h, k_w))
     products = product_of_modes if one_product else multi_mode_product
-    matrices = transposed((U_batch, None, rows, columns))
+    matrices = transposed((U_batch, None, *of_map))
     S, of_groups = projection.lay_out(core, U_channel, geometry), projection.rows_of_groups(U_channel, geometry)
     del core  # What was put back is in S now.
 
@@ -188,31 +193,31 @@ def separable_order(
 
     at_a_time = channels_at_a_time(geometry, shape, after, dtype.itemsize)
     if at_a_time == C_out:
-        return contract(slice(None), slice(None))
-    gradient = np.empty(geometry.weight_shape, dtype)
+        return geometry.as_weight(contract(slice(None), slice(None)))
+    gradient = np.empty((C_out, geometry.width, *geometry.kernel), dtype)
     for start in range(0, C_out, at_a_time):
         stop = min(start + at_a_time, C_out)
         groups = slice(start * geometry.groups // C_out, -(-stop * geometry.groups // C_out))
         gradient[start:stop] = contract(slice(start, stop), groups)
-    return gradient
+    return geometry.as_weight(gradient)
 
 
-def depthwise_alone(factors: Factors, geometry: ConvGeometry) -> bool:
+def depthwise_alone(factors: Factors, geometry: Convolution) -> bool:
     """Whether compiled loops are faster than two products: depthwise, small, and height and width compressed alone."""
-    small = math.prod(geometry.output_size) <= MOST_PLACES
+    small = math.prod(geometry.output_shape[2:]) <= MOST_PLACES
     return geometry.is_depthwise and small and factors[0] is None and factors[1] is None
 
 
-def chain_of(ranks: ModeRanks, geometry: ConvGeometry, one_product: bool) -> tuple[Shape, ModeRanks]:
+def chain_of(ranks: ModeRanks, geometry: Convolution, one_product: bool) -> tuple[Shape, ModeRanks]:
     """Sizes of the output gradient and of Z in :func:`separable_order`, with three modes where a map is one."""
-    r3, r4 = core_shape(ranks, geometry)[2:]
-    shape, after = geometry.output_shape, (ranks[0], None, geometry.weight_shape[2] * r3, geometry.weight_shape[3] * r4)
-    if one_product and in_one_product(shape[2:], after[2:]):
-        return (*shape[:2], math.prod(shape[2:])), (ranks[0], None, after[2] * after[3])
-    return shape, after
+    shape, of_map = geometry.output_shape, core_shape(ranks, geometry)[2:]
+    columns = [k * r for k, r in zip(geometry.kernel, of_map, strict=True)]
+    if one_product and len(columns) == 2 and in_one_product(shape[2:], columns):
+        return (*shape[:2], math.prod(shape[2:])), (ranks[0], None, math.prod(columns))
+    return shape, (ranks[0], None, *columns)
 
 
-def channels_at_a_time(geometry: ConvGeometry, shape: Shape, ranks: ModeRanks, itemsize: int) -> int:
+def channels_at_a_time(geometry: Convolution, shape: Shape, ranks: ModeRanks, itemsize: int) -> int:
     """Output channels that :func:`separable_order` works on at a time: all, or whole groups in the workspace.
 
     Parameters
@@ -220,7 +225,7 @@ def channels_at_a_time(geometry: ConvGeometry, shape: Shape, ranks: ModeRanks, i
     shape, ranks : tuple of int
         Of the output gradient and of Z, as they are multiplied.
     """
-    C_out = geometry.weight_shape[0]
+    C_out = geometry.out_channels
     sizes = [shape[0], 1, *shape[2:]]
     elements = [math.prod(sizes)]  # of one channel: its slice of G, then each product
     for mode in contraction_order(sizes, ranks):
@@ -236,7 +241,7 @@ def channels_at_a_time(geometry: ConvGeometry, shape: Shape, ranks: ModeRanks, i
 
 
 @lru_cache(maxsize=4096)  # Training asks for the same few layers at every step.
-def cheapest_order(ranks: tuple[int | None, ...], geometry: ConvGeometry) -> tuple[str, tuple[int, ...]]:
+def cheapest_order(ranks: tuple[int | None, ...], geometry: Convolution) -> tuple[str, tuple[int, ...]]:
     """The order of fewest multiply-adds: ``"papers"``, or ``"separable"`` and the modes to put back first.
 
     As :func:`weight_gradient` does it by default, with height and width of a small map in one product.
@@ -257,7 +262,7 @@ def cheapest_order(ranks: tuple[int | None, ...], geometry: ConvGeometry) -> tup
     return best
 
 
-def core_shape(ranks: ModeRanks, geometry: ConvGeometry) -> Shape:
+def core_shape(ranks: ModeRanks, geometry: Convolution) -> Shape:
     """The ranks, and the full size of each mode that is left alone."""
     return tuple(n if r is None else r for n, r in zip(geometry.input_shape, ranks, strict=True))
 
@@ -267,30 +272,28 @@ def _ranks(sizes: Shape, factors: Factors) -> tuple[int | None, ...]:
     return tuple(None if U is None else r for U, r in zip(factors, sizes, strict=True))
 
 
-def _papers_macs(ranks: ModeRanks, geometry: ConvGeometry) -> int:
+def _papers_macs(ranks: ModeRanks, geometry: Convolution) -> int:
     """Multiply-adds of :func:`papers_order`: Z1, Z2, Z3 and dW."""
-    B, _, H, W = geometry.input_shape
-    _, C_out, H_out, W_out = geometry.output_shape
-    r1, c, r3, r4 = core_shape(ranks, geometry)
+    core = core_shape(ranks, geometry)
     narrow, last = _channel_macs(ranks, geometry)
-    first = B * r1 * C_out * H_out * W_out if ranks[0] is not None else 0
-    wide = (None, None, None if ranks[2] is None else H, None if ranks[3] is None else W)
-    return first + _chain_macs((r1, c, r3, r4), wide) + r1 * H_out * W_out * narrow + last
+    first = core[0] * math.prod(geometry.output_shape) if ranks[0] is not None else 0
+    wide = [None if r is None else n for n, r in zip(geometry.input_shape[2:], ranks[2:], strict=True)]
+    return first + _chain_macs(core, (None, None, *wide)) + core[0] * geometry.places * narrow + last
 
 
-def _separable_macs(ranks: ModeRanks, geometry: ConvGeometry) -> int:
+def _separable_macs(ranks: ModeRanks, geometry: Convolution) -> int:
     """Multiply-adds of :func:`separable_order` with nothing to put back, and small maps in one product."""
-    r1, _, r3, r4 = core_shape(ranks, geometry)
+    r1, _, *of_map = core_shape(ranks, geometry)
     narrow, last = _channel_macs(ranks, geometry)
-    return _chain_macs(*chain_of(ranks, geometry, True)) + r1 * r3 * r4 * narrow + last
+    return _chain_macs(*chain_of(ranks, geometry, True)) + r1 * math.prod(of_map) * narrow + last
 
 
-def _channel_macs(ranks: ModeRanks, geometry: ConvGeometry) -> tuple[int, int]:
+def _channel_macs(ranks: ModeRanks, geometry: Convolution) -> tuple[int, int]:
     """Numbers of (the gradient with r2 or with its group's channels, as each meets the core; the product ×₂ U_2)."""
-    (C_out, width, k_h, k_w), r2 = geometry.weight_shape, ranks[1]
+    offsets, r2 = geometry.out_channels * math.prod(geometry.kernel), ranks[1]
     if r2 is None:
-        return C_out * width * k_h * k_w, 0
-    return C_out * r2 * k_h * k_w, C_out * k_h * k_w * r2 * width
+        return offsets * geometry.width, 0
+    return offsets * r2, offsets * r2 * geometry.width
 
 
 def _chain_macs(shape: Shape, ranks: ModeRanks) -> int:

@@ -16,8 +16,13 @@ from lance_ref.engine.tensor import Shape
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MODE_NAMES = {2: ("batch", "feature"), 3: ("batch", "token", "feature"), 4: ("batch", "channel", "height", "width")}
-"""Names of the modes of an activation, by its number of dimensions: linear (2, 3) and convolution (4)."""
+MODE_NAMES = {
+    2: ("batch", "feature"),
+    3: ("batch", "token", "feature"),
+    4: ("batch", "channel", "height", "width"),
+    5: ("batch", "channel", "depth", "height", "width"),
+}
+"""Names of the modes of an activation by its number of dimensions: linear (2, 3), convolution (4), of volumes (5)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +32,7 @@ class Subspace:
     Parameters
     ----------
     shape : tuple of int
-        Shape of the activation, batch included: (B, C, H, W), (B, I) or (B, L, I).
+        Shape of the activation, batch included: (B, C, H, W), (B, C, D, H, W), (B, I) or (B, L, I).
     mode_names : tuple of str
         One name per mode, see :data:`MODE_NAMES`.
     factors : tuple of (n, r) float64 arrays or None
@@ -93,7 +98,7 @@ class Subspace:
         Parameters
         ----------
         shape : sequence of int
-            (B, C, H, W), (B, I) or (B, L, I).
+            (B, C, H, W), (B, C, D, H, W), (B, I) or (B, L, I).
         ranks : sequence of int or None
             One per mode; None leaves a mode alone.
         rng : numpy.random.Generator
@@ -180,7 +185,9 @@ class Subspace:
 def mode_names(shape: Sequence[int]) -> tuple[str, ...]:
     """Names of the modes of an activation of this shape."""
     if len(shape) not in MODE_NAMES:
-        raise ValueError(f"shape {tuple(shape)} has {len(shape)} modes, expected (B, I), (B, L, I) or (B, C, H, W)")
+        raise ValueError(
+            f"shape {tuple(shape)} has {len(shape)} modes, expected (B, I), (B, L, I), (B, C, H, W) or (B, C, D, H, W)"
+        )
     return MODE_NAMES[len(shape)]
 
 

@@ -93,7 +93,7 @@ def feature_gram(
     batches : iterable of arrays, Tensors, or (inputs, labels) tuples
         Of any sizes.
     layers : glob or sequence of globs, optional
-        Paths of Conv2d and Linear layers, by default as in :func:`lance_ref.calibrate`. Convolutions are seen as
+        Paths of convolutions and linear layers, by default as in :func:`lance_ref.calibrate`. Convolutions are seen as
         linear layers over their patches: n = C_in·k_h·k_w.
     weighting : {"exact", "first-batch-heavy"}
         ``"first-batch-heavy"`` reproduces what released code of LANCE does, and nothing else speaks for it: its running
@@ -112,7 +112,7 @@ def feature_gram(
         raise TypeError(f"net is a {type(net).__name__}, expected a lance_ref.nn.Module")
     paths, modules = chosen_layers(net, layers), weighted_layers(net)
     for path in paths:
-        check_one_group(f"layer {path!r}", getattr(modules[path], "groups", 1))
+        _check_layer(path, modules[path])
     grams: dict[str, Gram] = {}
     units: dict[str, int | None] = dict.fromkeys(paths)
 
@@ -299,9 +299,17 @@ def checked_bases(net: Module, protected: Mapping[str, np.ndarray | None]) -> di
     for path, M in protected.items():
         if path not in modules:
             raise ValueError(f"protected names layer {path!r}, expected one of {', '.join(map(repr, modules))}")
-        check_one_group(f"layer {path!r}", getattr(modules[path], "groups", 1))
+        _check_layer(path, modules[path])
         bases[path] = _checked_basis(M, math.prod(modules[path].weight.shape[1:]), f"protected[{path!r}]")
     return bases
+
+
+def _check_layer(path: str, layer: Module) -> None:
+    """Raise ValueError for a layer whose inputs are not seen as tokens: what one output place meets."""
+    if layer.op not in ("conv2d", "linear"):
+        kind = type(layer).__name__
+        raise ValueError(f"layer {path!r} is a {kind}, whose directions are not protected; expected a Conv2d or Linear")
+    check_one_group(f"layer {path!r}", getattr(layer, "groups", 1))
 
 
 def _checked_basis(M: np.ndarray | None, n: int, name: str = "M") -> np.ndarray:

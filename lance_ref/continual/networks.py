@@ -47,7 +47,7 @@ def heads_of(net: Module) -> Heads | None:
 
 
 def body_layers(net: Module) -> list[str]:
-    """Paths of the Conv2d and Linear layers whose weight trains, the tasks' own heads left out; a shared head is one.
+    """Paths of the layers with weights that train, the tasks' own heads left out; a shared head is one.
 
     These are what tasks share, and so what is protected and compressed.
     """

@@ -225,8 +225,8 @@ def check_optimizer(
     protected : mapping of layer path to (n, m) array or None
     heads : glob or sequence of globs, optional
         Paths of layers that belong to a single task each. By default all in a
-        :class:`~lance_ref.models.alexnet_cl.Heads`; without one the last Conv2d or Linear layer in module order, unless
-        it is protected. A single head that all tasks share must be protected like any other layer.
+        :class:`~lance_ref.models.alexnet_cl.Heads`; without one the last convolution or linear layer in module order,
+        unless it is protected. A single head that all tasks share must be protected like any other layer.
     """
     bases = checked_bases(net, protected)
     if not any(M.shape[1] for M in bases.values()):
@@ -298,7 +298,7 @@ def _check_momentum(optimizer: Optimizer, position: int, path: str, M: np.ndarra
 def _head_paths(net: Module, heads: str | Sequence[str] | None) -> list[str]:
     paths = list(weighted_layers(net))
     if heads is not None:
-        return match_layers(heads, paths, "Conv2d or Linear layer")
+        return match_layers(heads, paths, "convolution or linear layer")
     groups = [f"{name}." for name, module in net.named_modules() if isinstance(module, Heads)]
     return [path for path in paths if path.startswith(tuple(groups))] if groups else paths[-1:]
 

@@ -1,6 +1,6 @@
-"""The two layers with weights: linear and 2-D convolution.
+"""What the layers with weights have in common, and two of them: linear and 2-D convolution.
 
-Both leave it to an activation store to decide what is kept of the input for the weight
+They leave it to an activation store to decide what is kept of the input for the weight
 gradient (:mod:`lance_ref.stores`). The input gradient needs the weight alone, so nothing is
 kept for it, and it is exact under every store that does not say otherwise.
 
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lance_ref.algebra.basis import Basis
+from lance_ref.algebra.convolution import Convolution
 from lance_ref.algebra.geometry import ConvGeometry, Geometry, LinearGeometry, Padding, Pair
 from lance_ref.engine.autograd import Function, Node
 from lance_ref.engine.state import state
@@ -42,8 +43,8 @@ class Update(NamedTuple):
     basis: Basis
 
 
-class _Weighted(Function):
-    """What linear and conv2d share: output = geometry(x, weight) + bias."""
+class Weighted(Function):
+    """What all layers with weights share: output = geometry(x, weight) + bias."""
 
     @classmethod
     def run(
@@ -103,7 +104,7 @@ class _Weighted(Function):
         return grads
 
 
-class Linear(_Weighted):
+class Linear(Weighted):
     """Y = X Wᵀ + b."""
 
     op = "linear"
@@ -119,7 +120,7 @@ class Linear(_Weighted):
                 f"linear: x has shape {x.shape}, expected (..., {weight.shape[1]}) for a weight of shape {weight.shape}"
             )
         _check_bias("linear", weights, weight.shape[0])
-        _check_store(store, x, weights[0])
+        _check_store("linear", store, x, weights[0])
         return _linear_geometry(x.shape, weight.shape).output_shape
 
     @staticmethod
@@ -140,35 +141,50 @@ class Linear(_Weighted):
         return tuple(gradients)
 
 
-class Conv2d(_Weighted):
+class Convolved(Weighted):
+    """Y = X ⋆ W + b, for a convolution of any kind: a subclass says which geometry a call has."""
+
+    @staticmethod
+    def geometry(x: Shape, weight: Shape, attributes: dict[str, Any]) -> Convolution:
+        """The sizes of a call, from shapes and the operation's attributes."""
+        raise NotImplementedError
+
+    @classmethod
+    def output_shape(cls, x: Tensor, *weights: Tensor, **attributes: Any) -> Shape:  # type: ignore[override]
+        update = attributes.get("update")
+        weight = weights[0] if update is None else _base(cls.op, weights, update)
+        geometry = cls.geometry(x.shape, weight.shape, attributes)
+        _check_bias(cls.op, weights, geometry.out_channels)
+        _check_store(cls.op, attributes["store"], x, weights[0])
+        return geometry.output_shape
+
+    @classmethod
+    def forward(cls, ctx: Node, *inputs: np.ndarray, **attributes: Any) -> np.ndarray:
+        update = attributes.get("update")
+        weight = inputs[1] if update is None else inputs[-2]
+        geometry = cls.geometry(inputs[0].shape, weight.shape, attributes)
+        out = cls.run(ctx, geometry, attributes["store"], update, inputs)
+        if has_bias(len(inputs)):
+            out += inputs[2].reshape(-1, *[1] * len(geometry.kernel))
+        return out
+
+    @classmethod
+    def backward(cls, ctx: Node, grad_output: np.ndarray) -> tuple[np.ndarray | None, ...]:
+        gradients = cls.gradients(ctx, grad_output)
+        if has_bias(len(gradients)) and ctx.needs_input_grad[2]:
+            gradients[2] = grad_output.sum(axis=(0, *range(2, grad_output.ndim)))
+        return tuple(gradients)
+
+
+class Conv2d(Convolved):
     """Y = X ⋆ W + b (cross-correlation)."""
 
     op = "conv2d"
 
     @staticmethod
-    def output_shape(x: Tensor, *weights: Tensor, **attributes: Any) -> Shape:  # type: ignore[override]
-        update = attributes.get("update")
-        weight = weights[0] if update is None else _base("conv2d", weights, update)
-        _check_bias("conv2d", weights, weight.shape[0])
-        _check_store(attributes["store"], x, weights[0])
-        return _conv_geometry(x.shape, weight.shape, attributes).output_shape
-
-    @staticmethod
-    def forward(ctx: Node, *inputs: np.ndarray, **attributes: Any) -> np.ndarray:
-        update = attributes.get("update")
-        weight = inputs[1] if update is None else inputs[-2]
-        geometry = _conv_geometry(inputs[0].shape, weight.shape, attributes)
-        out = Conv2d.run(ctx, geometry, attributes["store"], update, inputs)
-        if has_bias(len(inputs)):
-            out += inputs[2][:, None, None]
-        return out
-
-    @staticmethod
-    def backward(ctx: Node, grad_output: np.ndarray) -> tuple[np.ndarray | None, ...]:
-        gradients = Conv2d.gradients(ctx, grad_output)
-        if has_bias(len(gradients)) and ctx.needs_input_grad[2]:
-            gradients[2] = grad_output.sum(axis=(0, 2, 3))
-        return tuple(gradients)
+    def geometry(x: Shape, weight: Shape, attributes: dict[str, Any]) -> Convolution:
+        a = attributes
+        return _geometry(x, weight, a["stride"], a["padding"], a["dilation"], a["groups"])
 
 
 def has_bias(inputs: int) -> bool:
@@ -340,11 +356,6 @@ def resolve_padding(padding: Any, size: Pair, kernel: Pair, stride: Pair, dilati
     return (height, height), (width, width)
 
 
-def _conv_geometry(x: Shape, weight: Shape, attributes: dict[str, Any]) -> ConvGeometry:
-    a = attributes
-    return _geometry(x, weight, a["stride"], a["padding"], a["dilation"], a["groups"])
-
-
 @lru_cache(maxsize=1024)
 def _geometry(x: Shape, weight: Shape, stride: Pair, padding: Padding, dilation: Pair, groups: int) -> ConvGeometry:
     """The sizes of a call, worked out once: a net calls with the same ones at every step."""
@@ -354,11 +365,12 @@ def _geometry(x: Shape, weight: Shape, stride: Pair, padding: Padding, dilation:
 _linear_geometry = lru_cache(maxsize=1024)(LinearGeometry)
 
 
-def _check_store(store: ActivationStore, x: Tensor, weight: Tensor) -> None:
+def _check_store(op: str, store: ActivationStore, x: Tensor, weight: Tensor) -> None:
     """A store that cannot take ``x`` matters only where something will be saved: not under no_grad()."""
     if state.grad_enabled and weight.requires_grad:
         try:
             store.check(x.shape)
+            store.check_op(op)
         except ValueError as error:
             raise _of_layer(error) from None
 

@@ -1,86 +1,39 @@
-"""The transposed 2-D convolution: the input gradient of a convolution, as an operation of its own.
-
-A convolution that takes (B, C_out, H_out, W_out) to (B, C_in, H, W) with the same weight is the geometry of all three
-products. Each of them takes B·H·W·C_in·(C_out/g)·k_h·k_w multiply-adds.
-"""
-# mypy: disable-error-code="override"
+"""The transposed 2-D convolution: the input gradient of a convolution, as an operation of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from lance_ref.algebra.geometry import ConvGeometry, Pair
-from lance_ref.engine.arguments import Context, Gradients, require_floating
-from lance_ref.engine.autograd import Function
-from lance_ref.engine.counting import spending_on
-from lance_ref.engine.state import state
+from lance_ref.algebra.convolution import Convolution
+from lance_ref.algebra.geometry import Pair
+from lance_ref.algebra.volumes import TransposedGeometry
+from lance_ref.engine.arguments import require_floating
 from lance_ref.engine.tensor import Shape, Tensor, as_tensor
-from lance_ref.functional.convolution import pair
+from lance_ref.functional.convolution import Convolved, pair
 from lance_ref.stores import EXACT, ActivationStore
 
 
-def require_exact(op: str, store: ActivationStore) -> None:
-    """Raise ValueError for a store other than that of the whole input, naming the layer and both."""
-    if store is not EXACT:
-        raise ValueError(
-            f"layer {state.path or '(root)'}: {store.name} compresses the inputs of conv2d and linear, not of {op}"
-        )
-
-
-class ConvTranspose2d(Function):
+class ConvTranspose2d(Convolved):
     """Inputs: x (B, C_in, H, W), weight (C_in, C_out/g, k_h, k_w)[, bias (C_out,)]."""
 
     op = "conv_transpose2d"
 
     @staticmethod
-    def output_shape(x: Tensor, weight: Tensor, *bias: Tensor, store: ActivationStore, **sizes: Any) -> Shape:
-        shape = _geometry(x.shape, weight.shape, **sizes).input_shape
-        for b in bias:
-            if b.shape != (shape[1],):
-                raise ValueError(f"conv_transpose2d: bias has shape {b.shape}, expected ({shape[1]},)")
-        return shape
-
-    @staticmethod
-    def forward(
-        ctx: Context, x: np.ndarray, weight: np.ndarray, *bias: np.ndarray, store: ActivationStore, **sizes: Any
-    ) -> np.ndarray:
-        ctx.geometry = _geometry(x.shape, weight.shape, **sizes)
-        if ctx.needs_input_grad[0]:
-            ctx.save_input("weight", 1)
-        if ctx.needs_input_grad[1]:
-            ctx.save_input("activation", 0)
-        out: np.ndarray = ctx.geometry.input_gradient(weight, x)
-        for b in bias:
-            out += b[:, None, None]
-        return out
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        grads: list[np.ndarray | None] = [None] * len(ctx.needs_input_grad)
-        if ctx.needs_input_grad[0]:
-            with spending_on("grad_input"):
-                grads[0] = ctx.geometry.forward(grad_output, ctx["weight"])
-        if ctx.needs_input_grad[1]:
-            with spending_on("grad_weight"):
-                grads[1] = ctx.geometry.weight_gradient(grad_output, ctx["activation"])
-        if ctx.needs_input_grad[2:] == (True,):
-            grads[2] = grad_output.sum(axis=(0, 2, 3))
-        return tuple(grads)
+    def geometry(x: Shape, weight: Shape, attributes: dict[str, Any]) -> Convolution:
+        a = attributes
+        return _geometry(x, weight, a["stride"], a["padding"], a["output_padding"], a["dilation"], a["groups"])
 
 
+@lru_cache(maxsize=1024)
 def _geometry(
     x: Shape, weight: Shape, stride: Pair, padding: Pair, output_padding: Pair, dilation: Pair, groups: int
-) -> ConvGeometry:
-    """Of the convolution whose output is x."""
-    size = [
-        (n - 1) * s - 2 * p + d * (k - 1) + more + 1
-        for n, s, p, d, k, more in zip(x[2:], stride, padding, dilation, weight[2:], output_padding, strict=True)
-    ]
+) -> TransposedGeometry:
     pads = ((padding[0], padding[0]), (padding[1], padding[1]))
-    return ConvGeometry((x[0], weight[1] * groups, *size), weight, stride, pads, dilation, groups)
+    return TransposedGeometry(x, weight, stride, pads, dilation, groups, output_padding)
 
 
 def conv_transpose2d(
@@ -111,7 +64,7 @@ def conv_transpose2d(
     groups : int
         Divides C_in; C_out is groups times the second size of the weight.
     store : ActivationStore
-        The exact one alone: nothing compresses the input of a transposed convolution.
+        What is kept of ``x`` for the weight gradient; all of it by default.
 
     Returns
     -------
@@ -121,7 +74,8 @@ def conv_transpose2d(
     Raises
     ------
     ValueError, TypeError
-        If shapes or dtypes do not fit, ``groups`` does not divide, the output would be empty, or the store is another.
+        If shapes or dtypes do not fit, ``groups`` does not divide, the output would be empty, or the store does not
+        take the input of a transposed convolution.
     """
     x, weight = as_tensor(x), as_tensor(weight)
     op = "conv_transpose2d"
@@ -141,14 +95,13 @@ def conv_transpose2d(
     strides, more = pair("stride", stride, 1), pair("output_padding", output_padding, 0)
     if any(m >= s for m, s in zip(more, strides, strict=True)):
         raise ValueError(f"{op}: output_padding is {more}, expected less than stride {strides}")
-    require_exact(op, store)
-    sizes = {"stride": strides, "padding": pair("padding", padding, 0), "output_padding": more}
-    sizes |= {"dilation": pair("dilation", dilation, 1)}
-    geometry = _geometry(x.shape, weight.shape, **sizes, groups=int(groups))
-    if min(geometry.input_shape[1:]) < 1:
+    pads, dilations = pair("padding", padding, 0), pair("dilation", dilation, 1)
+    geometry = _geometry(x.shape, weight.shape, strides, pads, more, dilations, int(groups))
+    if min(geometry.output_shape[1:]) < 1:
         raise ValueError(
-            f"{op}: the output would be empty, {geometry.input_shape}: x has shape {x.shape}, weight {weight.shape}, "
-            f"stride {strides}, padding {sizes['padding']}"
+            f"{op}: the output would be empty, {geometry.output_shape}: x has shape {x.shape}, weight {weight.shape}, "
+            f"stride {strides}, padding {pads}"
         )
     inputs = [x, weight] if bias is None else [x, weight, as_tensor(bias)]
+    sizes = {"stride": strides, "padding": pads, "output_padding": more, "dilation": dilations}
     return ConvTranspose2d.apply(*inputs, **sizes, groups=int(groups), store=store)

@@ -1,7 +1,6 @@
 """Convolution and pooling in one and in three dimensions.
 
-In one dimension they are those of images of height 1, on views. In three, the convolution is a sum over the depth of
-the kernel of 2-D convolutions of all frames at once, so that its multiply-adds are those of the formula.
+In one dimension they are those of images of height 1, on views.
 """
 # mypy: disable-error-code="override"
 
@@ -9,19 +8,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from lance_ref.algebra.geometry import ConvGeometry
+from lance_ref.algebra.convolution import Convolution
+from lance_ref.algebra.volumes import VolumeGeometry
 from lance_ref.engine.arguments import Context, Gradients, require_floating, smallest_unsigned
 from lance_ref.engine.autograd import Function
-from lance_ref.engine.counting import spending_on
 from lance_ref.engine.tensor import Shape, Tensor, as_tensor
-from lance_ref.functional.convolution import conv2d
+from lance_ref.functional.convolution import Convolved, conv2d
 from lance_ref.functional.pooling import avg_pool2d, max_pool2d
 from lance_ref.functional.shaping import reshape
-from lance_ref.functional.transposed import require_exact
 from lance_ref.stores import EXACT, ActivationStore
 
 Triple = tuple[int, int, int]
@@ -39,95 +38,29 @@ def numbers(name: str, value: Any, count: int, smallest: int) -> tuple[int, ...]
 # ---- three dimensions ------------------------------------------------------------------------
 
 
-class Conv3d(Function):
+class Conv3d(Convolved):
     """Inputs: x (B, C_in, D, H, W), weight (C_out, C_in/g, k_d, k_h, k_w)[, bias (C_out,)]."""
 
     op = "conv3d"
 
     @staticmethod
-    def output_shape(x: Tensor, weight: Tensor, *bias: Tensor, store: ActivationStore, **sizes: Any) -> Shape:
-        for b in bias:
-            if b.shape != weight.shape[:1]:
-                raise ValueError(f"conv3d: bias has shape {b.shape}, expected ({weight.shape[0]},)")
-        size = _sizes(x.shape[2:], weight.shape[2:], sizes["stride"], sizes["padding"], sizes["dilation"])
-        return (x.shape[0], weight.shape[0], *size)
+    def geometry(x: Shape, weight: Shape, attributes: dict[str, Any]) -> Convolution:
+        a = attributes
+        return _geometry(x, weight, a["stride"], a["padding"], a["dilation"], a["groups"])
 
-    @staticmethod
-    def forward(
-        ctx: Context, x: np.ndarray, weight: np.ndarray, *bias: np.ndarray, store: ActivationStore, **sizes: Any
-    ) -> np.ndarray:
-        ctx.sizes = sizes
-        if ctx.needs_input_grad[0]:
-            ctx.save_input("weight", 1)
-        if ctx.needs_input_grad[1]:
-            ctx.save_input("activation", 0)
-        geometry, D_out = _frames(x.shape, weight.shape, sizes)
-        padded = _padded_depth(x, sizes["padding"][0])
-        out = np.zeros(geometry.output_shape, x.dtype)  # (B·D_out, C_out, H_out, W_out)
-        for p, depth in _taps(weight.shape[2], D_out, sizes):
-            out += geometry.forward(_as_frames(padded[:, :, depth]), np.ascontiguousarray(weight[:, :, p]))
-        volumes = np.ascontiguousarray(out.reshape(len(x), D_out, *out.shape[1:]).swapaxes(1, 2))
-        for b in bias:
-            volumes += b[:, None, None, None]
-        return volumes
 
-    @staticmethod
-    def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        shape, weight_shape = ctx.input_shapes[:2]
-        geometry, D_out = _frames(shape, weight_shape, ctx.sizes)
-        before = ctx.sizes["padding"][0]
-        g = _as_frames(grad_output)
-        grads: list[Any] = [None] * len(ctx.needs_input_grad)
-        if needs_x:
-            padded = np.zeros((*shape[:2], shape[2] + 2 * before, *shape[3:]), g.dtype)
-            with spending_on("grad_input"):
-                for p, depth in _taps(weight_shape[2], D_out, ctx.sizes):
-                    frames = geometry.input_gradient(np.ascontiguousarray(ctx["weight"][:, :, p]), g)
-                    padded[:, :, depth] += frames.reshape(len(padded), D_out, *frames.shape[1:]).swapaxes(1, 2)
-                    del frames
-            grads[0] = padded[:, :, before : before + shape[2]].copy() if before else padded
-            del padded  # before the weight gradient is made
-        if needs_weight:
-            padded = _padded_depth(ctx["activation"], before)
-            grads[1] = np.empty(weight_shape, g.dtype)
-            with spending_on("grad_weight"):
-                for p, depth in _taps(weight_shape[2], D_out, ctx.sizes):
-                    grads[1][:, :, p] = geometry.weight_gradient(_as_frames(padded[:, :, depth]), g)
-        if ctx.needs_input_grad[2:] == (True,):
-            grads[2] = grad_output.sum(axis=(0, 2, 3, 4))
-        return tuple(grads)
+@lru_cache(maxsize=1024)
+def _geometry(
+    x: Shape, weight: Shape, stride: Triple, padding: Triple, dilation: Triple, groups: int
+) -> VolumeGeometry:
+    pads = tuple((p, p) for p in padding)
+    return VolumeGeometry(x, weight, stride, pads, dilation, groups)
 
 
 def _sizes(size: Shape, kernel: Shape, stride: Shape, padding: Shape, dilation: Shape) -> Shape:
     """floor((n + 2·padding − dilation·(k − 1) − 1) / stride) + 1 along each axis."""
     axes = zip(size, kernel, stride, padding, dilation, strict=True)
     return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
-
-
-def _frames(x: Shape, weight: Shape, sizes: dict[str, Any]) -> tuple[ConvGeometry, int]:
-    """The 2-D convolution of all frames that one depth of the kernel sees, and how many of them a volume has."""
-    stride, (_, top, left), dilation = sizes["stride"], sizes["padding"], sizes["dilation"]
-    D_out = _sizes(x[2:], weight[2:], stride, sizes["padding"], dilation)[0]
-    frames, kernel = (x[0] * D_out, x[1], *x[3:]), (*weight[:2], *weight[3:])
-    padding = ((top, top), (left, left))
-    return ConvGeometry(frames, kernel, stride[1:], padding, dilation[1:], sizes["groups"]), D_out
-
-
-def _taps(k_d: int, D_out: int, sizes: dict[str, Any]) -> Iterator[tuple[int, slice]]:
-    """For each depth of the kernel, the frames of the padded volume that it sees."""
-    s, d = sizes["stride"][0], sizes["dilation"][0]
-    for p in range(k_d):
-        yield p, slice(p * d, p * d + s * (D_out - 1) + 1, s)
-
-
-def _padded_depth(x: np.ndarray, frames: int) -> np.ndarray:
-    return np.pad(x, ((0, 0), (0, 0), (frames, frames), (0, 0), (0, 0))) if frames else x
-
-
-def _as_frames(x: np.ndarray) -> np.ndarray:
-    """(B, C, D, H, W) as (B·D, C, H, W)."""
-    return np.ascontiguousarray(x.swapaxes(1, 2)).reshape(-1, x.shape[1], *x.shape[3:])
 
 
 class _Pool3d(Function):
@@ -252,7 +185,7 @@ def conv3d(
     groups : int
         Divides C_in and C_out.
     store : ActivationStore
-        The exact one alone: nothing compresses volumes.
+        What is kept of ``x`` for the weight gradient; all of it by default.
 
     Returns
     -------
@@ -261,7 +194,8 @@ def conv3d(
     Raises
     ------
     ValueError, TypeError
-        If shapes or dtypes do not fit, ``groups`` does not divide, the output would be empty, or the store is another.
+        If shapes or dtypes do not fit, ``groups`` does not divide, the output would be empty, or the store does not
+        take volumes.
     """
     x, weight = as_tensor(x), as_tensor(weight)
     require_floating("conv3d", x=x, weight=weight)
@@ -277,16 +211,15 @@ def conv3d(
             f"conv3d: groups is {groups!r} and weight has shape {weight.shape}, expected a divisor of C_in = {C_in} "
             f"and C_out = {C_out}, and a weight (C_out, C_in/groups, k_d, k_h, k_w)"
         )
-    require_exact("conv3d", store)
-    sizes = {
+    sizes: dict[str, Any] = {
         "stride": numbers("stride", stride, 3, 1),
         "padding": numbers("padding", padding, 3, 0),
         "dilation": numbers("dilation", dilation, 3, 1),
     }
-    size = _sizes(x.shape[2:], weight.shape[2:], *sizes.values())
-    if min(size) < 1:
+    shape = _geometry(x.shape, weight.shape, *sizes.values(), int(groups)).output_shape
+    if min(shape[2:]) < 1:
         raise ValueError(
-            f"conv3d: the output would be empty, {(x.shape[0], C_out, *size)}: x has shape {x.shape}, "
+            f"conv3d: the output would be empty, {shape}: x has shape {x.shape}, "
             f"weight {weight.shape}, {', '.join(f'{name} {value}' for name, value in sizes.items())}"
         )
     inputs = [x, weight] if bias is None else [x, weight, as_tensor(bias)]

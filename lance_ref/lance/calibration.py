@@ -154,7 +154,7 @@ def calibrate(
     batches: Iterable[Any],
     layers: str | Sequence[str] | None = None,
     epsilon: float = 0.7,
-    modes: Sequence[str] = ("batch", "channel", "height", "width"),
+    modes: Sequence[str] = ("batch", "channel", "depth", "height", "width"),
     progress: bool | None = None,
     *,
     protected: Mapping[str, np.ndarray] | None = None,
@@ -172,14 +172,14 @@ def calibrate(
     batches : iterable of arrays, Tensors, or (inputs, labels) tuples
         What the network takes. With the batch mode selected all have the same batch size.
     layers : glob or sequence of globs, optional
-        Paths of Conv2d and Linear layers. By default the layers that ``tune`` selected (without the
+        Paths of convolutions and linear layers. By default the layers that ``tune`` selected (without the
         head), or, for a network that was not tuned, all whose weight requires gradients.
     epsilon : float
         Energy threshold in (0, 1] of every mode; 1 gives full rank.
     modes : sequence of str
-        Which modes to compress: of "batch", "channel", "height", "width" for convolutions; of "batch",
-        "token", "feature" for linear layers, where "channel" stands for "feature", and "height" and
-        "width" together for "token". The others stay untouched, at no cost.
+        Which modes to compress: of "batch", "channel", "height", "width" for convolutions, and of "depth" for those of
+        volumes; of "batch", "token", "feature" for linear layers, where "channel" stands for "feature", and "height"
+        and "width" together for "token". The others stay untouched, at no cost.
     progress : bool, optional
         Whether to show a progress bar on stderr; by default if that is a terminal.
     protected : mapping of layer path to (n, m) array, optional

@@ -10,7 +10,7 @@ import numpy as np
 
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.engine.tensor import Shape
-from lance_ref.nn import Conv2d
+from lance_ref.nn import Convolution
 from lance_ref.nn.module import Module
 from lance_ref.nn.selection import learns, weighted_layers
 from lance_ref.nn.subspace import merge, train_in_subspace
@@ -91,6 +91,11 @@ def compress(
 def put_on(net: Module, stores: Mapping[str, ActivationStore], update: str = "weight", forward: str = "auto") -> None:
     """Give layers their stores, and have them train as ``update`` says; a ValueError leaves the net as it was."""
     modules = weighted_layers(net)
+    for path, store in stores.items():
+        try:
+            store.check_op(modules[path].op)
+        except ValueError as error:
+            raise ValueError(f"layer {path!r}: {error}") from None
     updated = [path for path in stores if modules[path].update is not None]
     if updated:
         raise ValueError(f"layer {updated[0]!r} trains in the subspace of its store; merge(net) before it gets another")
@@ -107,7 +112,7 @@ def put_on(net: Module, stores: Mapping[str, ActivationStore], update: str = "we
 
 
 def restore(net: Module) -> list[str]:
-    """Have every Conv2d and Linear of ``net`` keep its whole input again; the paths of those that did not.
+    """Have every convolution and linear layer of ``net`` keep its whole input again; the paths of those that did not.
 
     Layers that train in a subspace are merged (:func:`lance_ref.merge`).
     """
@@ -146,8 +151,8 @@ def attach(
     Raises
     ------
     ValueError
-        If no layer is chosen, or a glob matches none, or two layers were given the same store. Nothing has been
-        changed then.
+        If no layer is chosen, or a glob matches none, or two layers were given the same store, or a store does not take
+        the input of such a layer. Nothing has been changed then.
 
     Examples
     --------
@@ -173,17 +178,10 @@ def chosen_layers(net: Module, layers: str | Sequence[str] | None) -> list[str]:
     """Paths of the layers to compress: those named, else those that train without the head, in module order."""
     available = weighted_layers(net)
     if layers is not None:
-        return match_layers(layers, list(available), "Conv2d or Linear layer")
+        return match_layers(layers, list(available), "convolution or linear layer")
     tuning = getattr(net, "tuning", None)
     if tuning is not None:
         chosen = [path for path in available if path in tuning.layers and learns(available[path])]
-        others = [path for path in tuning.layers if path not in available]
-        if others:
-            kind = type(net.get_submodule(others[0])).__name__
-            raise ValueError(
-                f"layer {others[0]!r} is a {kind}, whose input cannot be compressed; name Conv2d and Linear layers "
-                "with layers=..."
-            )
         if tuning.layers and not chosen:
             raise ValueError(
                 "no weight of the tuned layers trains, only biases, so there is no activation to compress; name layers "
@@ -192,7 +190,9 @@ def chosen_layers(net: Module, layers: str | Sequence[str] | None) -> list[str]:
     else:
         chosen = [path for path, layer in available.items() if learns(layer)]
     if not chosen:
-        raise ValueError("net has no Conv2d or Linear layer that trains (its head aside); name them with layers=...")
+        raise ValueError(
+            "net has no convolution or linear layer that trains (its head aside); name them with layers=..."
+        )
     return chosen
 
 
@@ -216,8 +216,8 @@ def match_layers(layers: str | Sequence[str], available: Sequence[str], what: st
 
 def features_of(layer: Module) -> int:
     """Size of the feature mode of the layer's input."""
-    width: int = layer.weight.shape[1]
-    return width * layer.groups if isinstance(layer, Conv2d) else width
+    features: int = layer.in_channels if isinstance(layer, Convolution) else layer.in_features
+    return features
 
 
 def check_shapes(net: Module, shapes: Mapping[str, Shape]) -> None:
@@ -230,11 +230,14 @@ def check_shapes(net: Module, shapes: Mapping[str, Shape]) -> None:
     for path, shape in shapes.items():
         if path not in modules:
             raise ValueError(
-                f"net has no Conv2d or Linear layer {path!r}, which was calibrated with shape {shape}; "
+                f"net has no convolution or linear layer {path!r}, which was calibrated with shape {shape}; "
                 f"it has {_listed(list(modules))}"
             )
         layer, n = modules[path], features_of(modules[path])
-        takes = ("B", n, "H", "W") if isinstance(layer, Conv2d) else ("B", "L", n) if len(shape) == 3 else ("B", n)
+        if isinstance(layer, Convolution):
+            takes = ("B", n, *"DHW"[-layer.axes :])
+        else:
+            takes = ("B", "L", n) if len(shape) == 3 else ("B", n)
         if len(shape) != len(takes) or shape[takes.index(n)] != n:
             raise ValueError(
                 f"layer {path!r} was calibrated with activations of shape {shape}, but this net's "

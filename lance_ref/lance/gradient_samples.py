@@ -63,7 +63,7 @@ def sample_gradients(
     batches : iterable of (inputs, targets) pairs
         Arrays or Tensors. Two copies of every sampled activation's size stay in memory: use few batches.
     layers : glob or sequence of globs, optional
-        Paths of Conv2d and Linear layers, whether they train or not. By default the layers that ``tune``
+        Paths of convolutions and linear layers, whether they train or not. By default the layers that ``tune``
         selected (without the head), or, for a network that was not tuned, all whose weight requires gradients.
     loss : callable
         ``loss(net(inputs), targets)`` is the scalar Tensor to differentiate.

@@ -14,7 +14,7 @@ from lance_ref.engine.counting import spending_on
 from lance_ref.engine.tensor import Tensor
 from lance_ref.io.progress import progress_bar
 from lance_ref.lance.compression import uncompressed
-from lance_ref.nn import Conv2d
+from lance_ref.nn import Convolution
 from lance_ref.nn.module import Module
 from lance_ref.nn.selection import weighted_layers
 from lance_ref.train.features import in_mode
@@ -63,7 +63,10 @@ def _hook(path: str, see: See, seen: set[str], of_batch: set[str]) -> Callable[[
     def hook(layer: Module, inputs: tuple[Tensor, ...]) -> None:
         activation = inputs[0].data
         if path not in seen:
-            names, dimensions = ("(B, C, H, W)", (4,)) if isinstance(layer, Conv2d) else ("(B, I) or (B, L, I)", (2, 3))
+            names = "(B, I) or (B, L, I)"
+            dimensions: tuple[int, ...] = (2, 3)
+            if isinstance(layer, Convolution):
+                names, dimensions = f"(B, C, {', '.join('DHW'[-layer.axes :])})", (2 + layer.axes,)
             if activation.ndim not in dimensions:
                 raise ValueError(f"layer {path!r}: activation has shape {activation.shape}, expected {names}")
             seen.add(path)

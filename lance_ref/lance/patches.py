@@ -71,6 +71,7 @@ class PatchLance(ActivationStore):
     """
 
     name = "patch-lance"
+    ops = ("conv2d",)
 
     def __init__(self, subspace: Subspace, dtype: Any = np.float32) -> None:
         if np.dtype(dtype) not in FLOATS:

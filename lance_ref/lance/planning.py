@@ -192,7 +192,7 @@ def gradient_errors(
         target = whole if centred is sample.activation else sample.geometry.weight_gradient(centred, sample.grad_output)
         U_all = [None if U is None else U.astype(centred.dtype) for U in bases]
         if only_feature and getattr(sample.geometry, "groups", 1) == 1:
-            errors += _feature_errors(target, whole, U_all[f], candidates, f)
+            errors += _feature_errors(sample.geometry.outputs_first(target), whole, U_all[f], candidates, f)
             continue
         core = projection_fast.project(centred, U_all)
         for i, ranks in enumerate(candidates):
@@ -211,7 +211,10 @@ def gradient_errors(
 def _feature_errors(
     target: np.ndarray, whole: np.ndarray, U: np.ndarray | None, candidates: Sequence[Ranks | None], mode: int
 ) -> np.ndarray:
-    """All ranks at once: dŴ = dW ×_f U Uᵀ, so ‖dW − dŴ‖² = ‖dW‖² − Σ_{i≤r} ‖dW ×_f u_iᵀ‖²."""
+    """All ranks at once: dŴ = dW ×_f U Uᵀ, so ‖dW − dŴ‖² = ‖dW‖² − Σ_{i≤r} ‖dW ×_f u_iᵀ‖².
+
+    ``target`` is dW with its outputs first.
+    """
     assert U is not None
     columns = np.moveaxis(target, 1, -1).astype(np.float64) @ U  # (C_out, .., n)
     kept = np.cumsum(np.square(columns).sum(axis=tuple(range(columns.ndim - 1))))

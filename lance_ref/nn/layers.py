@@ -1,16 +1,18 @@
-"""Layers: the two with weights, the activation functions, pooling, and Sequential."""
+"""Layers: what those with weights share and the two most common ones, activation functions, pooling, and Sequential."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from lance_ref import functional as F
+from lance_ref.algebra.geometry import Pair
 from lance_ref.engine.tensor import Tensor
 from lance_ref.functional.convolution import pair, resolve_padding
+from lance_ref.functional.volumes import numbers
 from lance_ref.nn.init import as_generator, default_bound, uniform_parameter
 from lance_ref.nn.module import Module
 from lance_ref.stores import EXACT, ActivationStore
@@ -45,6 +47,8 @@ class Linear(Module):
         What trains in place of the weight (:mod:`lance_ref.nn.subspace`).
     """
 
+    op = "linear"
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True, rng: Rng = None) -> None:
         super().__init__()
         self.in_features, self.out_features = positive_integers(
@@ -65,7 +69,73 @@ class Linear(Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{_store_repr(self.store)}"
 
 
-class Conv2d(Module):
+class Convolution(Module):
+    """What convolutions of all kinds share: channels in groups, a weight, and what is kept of the input.
+
+    Attributes
+    ----------
+    op : str
+        The operation that it runs.
+    axes : int
+        Axes of a map: 2 for images, 3 for volumes.
+    transposed : bool
+        Whether the weight is (in_channels, out_channels / groups, k, ...) in place of
+        (out_channels, in_channels / groups, k, ...).
+    weight : Parameter
+    bias : Parameter (out_channels,) or None
+    store : ActivationStore
+        What is kept of the input for the weight gradient.
+    update : SubspaceUpdate or None
+        What trains in place of the weight (:mod:`lance_ref.nn.subspace`); of a Conv2d alone.
+    """
+
+    op: ClassVar[str]
+    axes: ClassVar[int] = 2
+    transposed: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size,
+        dilation: Size,
+        groups: int,
+        bias: bool,
+        rng: Rng,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.in_channels, self.out_channels, self.groups = positive_integers(
+            name, in_channels=in_channels, out_channels=out_channels, groups=groups
+        )
+        for what, count in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if count % groups:
+                raise ValueError(f"{name}: groups is {groups}, expected a divisor of {what} = {count}")
+        sizes = (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
+        self.kernel_size, self.stride, self.dilation = [self.numbers(what, value, 1) for what, value in sizes]
+        channels = self.out_channels, self.in_channels
+        outer, inner = channels[::-1] if self.transposed else channels
+        shape = (outer, inner // self.groups, *self.kernel_size)
+        generator = as_generator(rng)
+        self.weight = uniform_parameter(shape, default_bound(shape), generator)
+        self.bias = uniform_parameter((self.out_channels,), default_bound(shape), generator) if bias else None
+        self.store: ActivationStore = EXACT
+        self.update: Any = None
+
+    def numbers(self, name: str, value: Any, smallest: int) -> tuple[int, ...]:
+        """An integer for each axis of a map, from one or from as many; ValueError for anything else."""
+        return pair(name, value, smallest) if self.axes == 2 else numbers(name, value, self.axes, smallest)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        for name, default in (("padding", 0), ("dilation", (1,) * self.axes), ("groups", 1)):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)!r}"
+        return text + ("" if self.bias is not None else ", bias=False") + _store_repr(self.store)
+
+
+class Conv2d(Convolution):
     """2-D convolution of a batch of images, see :func:`lance_ref.functional.conv2d`.
 
     Parameters
@@ -87,6 +157,11 @@ class Conv2d(Module):
         What trains in place of the weight (:mod:`lance_ref.nn.subspace`).
     """
 
+    op = "conv2d"
+    kernel_size: Pair
+    stride: Pair
+    dilation: Pair
+
     def __init__(
         self,
         in_channels: int,
@@ -99,35 +174,14 @@ class Conv2d(Module):
         bias: bool = True,
         rng: Rng = None,
     ) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels, self.groups = positive_integers(
-            "Conv2d", in_channels=in_channels, out_channels=out_channels, groups=groups
-        )
-        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels % groups:
-                raise ValueError(f"Conv2d: groups is {groups}, expected a divisor of {name} = {channels}")
-        self.kernel_size, self.stride = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
-        self.dilation = pair("dilation", dilation, 1)
-        resolve_padding(padding, (1, 1), self.kernel_size, self.stride, self.dilation)  # only to refuse a bad one now
+        super().__init__(in_channels, out_channels, kernel_size, stride, dilation, groups, bias, rng)
         self.padding = padding
-        rng = as_generator(rng)
-        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        self.weight = uniform_parameter(shape, default_bound(shape), rng)
-        self.bias = uniform_parameter(shape[:1], default_bound(shape), rng) if bias else None
-        self.store: ActivationStore = EXACT
-        self.update: Any = None
+        resolve_padding(padding, (1, 1), self.kernel_size, self.stride, self.dilation)  # only to refuse a bad one now
 
     def forward(self, x: Tensor) -> Tensor:
         update = None if self.update is None else self.update.parts()
         sizes = self.stride, self.padding, self.dilation, self.groups
         return F.conv2d(x, self.weight, self.bias, *sizes, store=self.store, update=update)
-
-    def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        for name, default in (("padding", 0), ("dilation", (1, 1)), ("groups", 1)):
-            if getattr(self, name) != default:
-                text += f", {name}={getattr(self, name)!r}"
-        return text + ("" if self.bias is not None else ", bias=False") + _store_repr(self.store)
 
 
 def _store_repr(store: ActivationStore) -> str:

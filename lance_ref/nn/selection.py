@@ -20,7 +20,9 @@ _SHOWN = 6  # layer names, or shapes, that an error lists
 class Tuning:
     """What :func:`tune` decided."""
 
-    layers: tuple[str, ...]  #: Paths of the Conv2d and Linear layers that train, in module order, without the head.
+    layers: tuple[
+        str, ...
+    ]  #: Paths of the convolutions and linear layers that train, in module order, without the head.
     head: str | None  #: Path of the classifier head, which always trains; None if every layer stands in ``layers``.
     selection: str | tuple[str, ...]  #: What was asked for.
     parameters: str = "all"  #: "all", or "bias": of ``layers`` the biases alone.
@@ -32,14 +34,8 @@ class Tuning:
 
 
 def weighted_layers(net: Module) -> dict[str, Module]:
-    """All Conv2d and Linear layers by path, in module order; the last one is the head."""
-    return {path: module for path, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
-
-
-def trained_layers(net: Module) -> dict[str, Module]:
-    """Those, and the convolutions whose input no store compresses, by path, in module order: what ``tune`` selects."""
-    kinds = (nn.Conv2d, nn.Linear, nn.Conv3d, nn.ConvTranspose2d)
-    return {path: module for path, module in net.named_modules() if isinstance(module, kinds)}
+    """All convolutions and linear layers by path, in module order; the last one is the head."""
+    return {path: module for path, module in net.named_modules() if isinstance(module, (nn.Convolution, nn.Linear))}
 
 
 def refuse_updates(net: Module, what: str) -> None:
@@ -72,7 +68,7 @@ def tune(
         Changed in place: ``requires_grad`` of its parameters, ``frozen`` of its BatchNorm2d layers,
         and ``net.tuning``, which becomes the result.
     selection : str or sequence of str
-        ``"last:4"``: the last four Conv2d and Linear layers in module order, the head not counted.
+        ``"last:4"``: the last four convolutions and linear layers in module order, the head not counted.
         ``"all"``: all of them. ``"head"``: none but the head. Anything else is a glob, or a list of
         them, matched against the layers' whole dotted paths (``*`` also matches dots). ``"all"`` is refused
         where a module says, by an attribute ``stored_weights``, that it multiplies with others beside.
@@ -92,14 +88,14 @@ def tune(
     Raises
     ------
     ValueError
-        If the network has no Conv2d or Linear layer, ``n`` is not a number from 1 to the number of
+        If the network has no convolution or linear layer, ``n`` is not a number from 1 to the number of
         layers, a glob matches nothing, or a selected layer has no bias where only biases are to train; or if it
         keeps layers that require gradients in a plain list, tuple or dict, which registers none of them; or if a
         layer trains in a subspace.
 
     Notes
     -----
-    The head is the last Conv2d or Linear layer in the order of ``named_modules()``, which is the
+    The head is the last convolution or linear layer in the order of ``named_modules()``, which is the
     order of registration. A layer that shares its weight (with ``parameters="bias"``, its bias) with a
     selected one trains with it, and is listed as well.
 
@@ -149,10 +145,10 @@ def choose(
         raise TypeError(f"net is a {type(net).__name__}, expected a lance_ref.nn.Module")
     if parameters not in PARAMETERS:
         raise ValueError(f"parameters is {parameters!r}, expected one of {', '.join(PARAMETERS)}")
-    modules = trained_layers(net)
+    modules = weighted_layers(net)
     if not modules:
         _check_containers(net)
-        raise ValueError(f"net has no Conv2d or Linear layer to tune, it is a {type(net).__name__}")
+        raise ValueError(f"net has no convolution or linear layer to tune, it is a {type(net).__name__}")
     *body, head = modules
     selected = select_paths(body, head, selection)
     gradients = {path: module.weight for path, module in modules.items()} if parameters == "all" else _biases(net)
@@ -182,7 +178,7 @@ def _check_products(net: Module, trains: set[int]) -> None:
         if frozen:
             raise ValueError(
                 f"selection is 'all', but {path!r} multiplies with a stored weight of shape {frozen[0]}, which belongs "
-                "to no Conv2d or Linear layer and would stay frozen; expected last:n, or globs of layer names"
+                "to no convolution or linear layer and would stay frozen; expected last:n, or globs of layer names"
             )
 
 
@@ -223,14 +219,13 @@ def _parameters_in(container: Any) -> Iterator[Parameter]:
 
 
 def _biases(net: Module) -> dict[str, Any]:
-    """The bias of every Conv2d and Linear layer, or that of the batch norm behind it, or None."""
+    """The bias of every convolution and linear layer, or that of the batch norm behind it, or None."""
     biases: dict[str, Any] = {}
     latest = ""
     for path, module in net.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear, nn.Conv3d, nn.ConvTranspose2d)):
+        if isinstance(module, (nn.Convolution, nn.Linear)):
             biases[path], latest = module.bias, path
-            transposed = isinstance(module, nn.ConvTranspose2d)
-            channels = module.out_channels if transposed else module.weight.shape[0]
+            channels = module.out_channels if isinstance(module, nn.Convolution) else module.out_features
         elif isinstance(module, nn.BatchNorm2d) and latest:
             if biases[latest] is None and module.num_features == channels:
                 biases[latest] = module.bias
@@ -284,9 +279,9 @@ def select_paths(body: list[str], head: str, selection: str | Sequence[str]) -> 
 
 def _last_count(selection: str, available: int) -> int:
     text = selection.removeprefix("last:")
-    allowed = f"expected last:n with n from 1 to {available}, the Conv2d and Linear layers besides the head"
+    allowed = f"expected last:n with n from 1 to {available}, the convolutions and linear layers besides the head"
     if available == 0:
-        allowed = "but the only Conv2d or Linear layer of this net is its head; expected 'head'"
+        allowed = "but the only convolution or linear layer of this net is its head; expected 'head'"
     if not (text.isascii() and text.isdigit()):
         raise ValueError(f"selection is {_shown(selection)}, {allowed}")
     # a number of thousands of digits is out of range too, and int() would refuse to read it
@@ -304,7 +299,7 @@ def _shown(value: object) -> str:
 def _no_match(glob: str, paths: list[str]) -> str:
     near = difflib.get_close_matches(glob, paths, n=_SHOWN, cutoff=0.5)
     under = [path for path in paths if path.startswith(f"{glob}.")]
-    nothing = f"selection {_shown(glob)} matches no Conv2d or Linear layer"
+    nothing = f"selection {_shown(glob)} matches no convolution or linear layer"
     if under:
         return f"{nothing}; for those inside it write '{glob}.*'"
     if near:

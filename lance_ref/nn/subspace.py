@@ -88,6 +88,8 @@ def train_in_subspace(net: Module, layers: list[str], forward: str = "auto") -> 
     found: dict[str, Basis] = {}
     for path in layers:
         layer = modules[path]
+        if layer.op not in (Conv2d.op, Linear.op):
+            raise _of_another_kind(path, layer)
         basis = layer.store.basis(getattr(layer, "groups", 1), forward)
         if basis is None or not basis.pays(layer.weight.shape) or not layer.weight.requires_grad:
             continue
@@ -153,11 +155,15 @@ def as_whole(net: Module) -> Iterator[None]:
             layer.weight.requires_grad_(False)
 
 
+def _of_another_kind(path: str, layer: Module) -> ValueError:
+    kind = type(layer).__name__
+    return ValueError(f"layer {path!r} is a {kind}, expected a Conv2d or Linear to train in a subspace")
+
+
 def _check(modules: dict[str, Module], path: str) -> None:
     layer = modules[path]
     if type(layer) not in (Conv2d, Linear):
-        kind = type(layer).__name__
-        raise ValueError(f"layer {path!r} is a {kind}, expected a Conv2d or Linear to train in a subspace")
+        raise _of_another_kind(path, layer)
     if layer.update is not None:
         raise ValueError(f"layer {path!r} trains in a subspace already; merge(net) first")
     tied = [other for other, module in modules.items() if module.weight is layer.weight and module is not layer]

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from lance_ref import functional as F
-from lance_ref.engine.tensor import Shape, Tensor
-from lance_ref.functional.convolution import pair
+from lance_ref.engine.tensor import Tensor
 from lance_ref.functional.volumes import numbers, row_padding
-from lance_ref.nn.init import as_generator, default_bound, normal_parameter, uniform_parameter
-from lance_ref.nn.layers import Conv2d, Rng, Size, positive_integers
+from lance_ref.nn.init import normal_parameter
+from lance_ref.nn.layers import Conv2d, Convolution, Rng, Size, positive_integers
 from lance_ref.nn.module import Module
 
 
@@ -74,35 +73,14 @@ def _sequence(x: Tensor) -> Tensor:
     return F.reshape(x, (*x.shape[:2], x.shape[3]))
 
 
-class Uncompressed(Module):
-    """A convolution that trains, and whose input no activation store compresses.
-
-    Attributes
-    ----------
-    weight : Parameter
-    bias : Parameter (out_channels,) or None
-    """
-
-    def __init__(self, shape: Shape, channels: int, bias: bool, rng: Rng) -> None:
-        super().__init__()
-        generator = as_generator(rng)
-        self.weight = uniform_parameter(shape, default_bound(shape), generator)
-        self.bias = uniform_parameter((channels,), default_bound(shape), generator) if bias else None
-
-
-def _channels(layer: str, in_channels: int, out_channels: int, groups: int) -> tuple[int, ...]:
-    sizes = positive_integers(layer, in_channels=in_channels, out_channels=out_channels, groups=groups)
-    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if channels % groups:
-            raise ValueError(f"{layer}: groups is {groups}, expected a divisor of {name} = {channels}")
-    return sizes
-
-
-class ConvTranspose2d(Uncompressed):
+class ConvTranspose2d(Convolution):
     """Transposed 2-D convolution, see :func:`lance_ref.functional.conv_transpose2d`; in PyTorch's order of arguments.
 
     ``weight`` has shape (in_channels, out_channels / groups, k_h, k_w).
     """
+
+    op = "conv_transpose2d"
+    transposed = True
 
     def __init__(
         self,
@@ -117,27 +95,27 @@ class ConvTranspose2d(Uncompressed):
         dilation: Size = 1,
         rng: Rng = None,
     ) -> None:
-        sizes = _channels("ConvTranspose2d", in_channels, out_channels, groups)
-        kernel = pair("kernel_size", kernel_size, 1)
-        super().__init__((sizes[0], sizes[1] // sizes[2], *kernel), sizes[1], bias, rng)
-        self.in_channels, self.out_channels, self.groups = sizes
-        self.kernel_size, self.stride = kernel, pair("stride", stride, 1)
-        self.padding, self.output_padding = pair("padding", padding, 0), pair("output_padding", output_padding, 0)
-        self.dilation = pair("dilation", dilation, 1)
+        super().__init__(in_channels, out_channels, kernel_size, stride, dilation, groups, bias, rng)
+        self.padding = self.numbers("padding", padding, 0)
+        self.output_padding = self.numbers("output_padding", output_padding, 0)
+
+    def extra_repr(self) -> str:
+        more = f", output_padding={self.output_padding}" if any(self.output_padding) else ""
+        return super().extra_repr() + more
 
     def forward(self, x: Tensor) -> Tensor:
         sizes = self.stride, self.padding, self.output_padding, self.groups, self.dilation
-        return F.conv_transpose2d(x, self.weight, self.bias, *sizes)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        return F.conv_transpose2d(x, self.weight, self.bias, *sizes, store=self.store)
 
 
-class Conv3d(Uncompressed):
+class Conv3d(Convolution):
     """3-D convolution, see :func:`lance_ref.functional.conv3d`.
 
     ``weight`` has shape (out_channels, in_channels / groups, k_d, k_h, k_w).
     """
+
+    op = "conv3d"
+    axes = 3
 
     def __init__(
         self,
@@ -151,18 +129,12 @@ class Conv3d(Uncompressed):
         bias: bool = True,
         rng: Rng = None,
     ) -> None:
-        sizes = _channels("Conv3d", in_channels, out_channels, groups)
-        kernel = numbers("kernel_size", kernel_size, 3, 1)
-        super().__init__((sizes[1], sizes[0] // sizes[2], *kernel), sizes[1], bias, rng)
-        self.in_channels, self.out_channels, self.groups = sizes
-        self.kernel_size, self.stride = kernel, numbers("stride", stride, 3, 1)
-        self.padding, self.dilation = numbers("padding", padding, 3, 0), numbers("dilation", dilation, 3, 1)
+        super().__init__(in_channels, out_channels, kernel_size, stride, dilation, groups, bias, rng)
+        self.padding = self.numbers("padding", padding, 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv3d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        sizes = self.stride, self.padding, self.dilation, self.groups
+        return F.conv3d(x, self.weight, self.bias, *sizes, store=self.store)
 
 
 class _Pool(Module):

@@ -1,8 +1,8 @@
 """The activation store: what a layer keeps of its input for the weight gradient.
 
-``nn.Conv2d`` and ``nn.Linear`` know nothing of compression. Each holds an :class:`ActivationStore`
-in ``.store``; swapping :class:`Exact` for :class:`Lance` is an assignment. A new method is one class
-here and one cost rule in ``analysis/rules/stores/``.
+Layers with weights know nothing of compression. Each holds an :class:`ActivationStore` in ``.store``; swapping
+:class:`Exact` for :class:`Lance` is an assignment. A new method is one class here and one cost rule in
+``analysis/rules/stores/``.
 """
 
 from lance_ref.stores.asi import Asi

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,10 @@ def check_kept(name: str, kept: np.ndarray, shape: Shape) -> None:
         )
 
 
+OPS = ("linear", "conv2d", "conv_transpose2d", "conv3d")
+"""The operations whose input a store may keep in another form: those of all layers with weights."""
+
+
 class ActivationStore(ABC):
     """What to keep of an activation, and how to get a weight gradient out of it.
 
@@ -36,6 +40,8 @@ class ActivationStore(ABC):
     """
 
     name: str
+    ops: Sequence[str] = OPS
+    """The operations whose input this store takes, of :data:`OPS`."""
     by_image = False
     """Whether what is kept of an image is the same whatever the other images of the batch are, and the weight gradient
     of a batch is the sum of its images' own: then a step may take its batch in chunks (``chunk`` of ``fit``)."""
@@ -79,6 +85,11 @@ class ActivationStore(ABC):
 
     def check(self, input_shape: Shape) -> None:  # noqa: B027  (most stores take any shape)
         """Raise ValueError if this store cannot take an activation of that shape."""
+
+    def check_op(self, op: str) -> None:
+        """Raise ValueError if this store does not take the input of that operation; names both."""
+        if op not in self.ops:
+            raise ValueError(f"{self.name} takes the inputs of {' and '.join(self.ops)}, not of {op}")
 
     def describe(self) -> dict[str, Any]:
         """What a trace says about this store; at least its name.

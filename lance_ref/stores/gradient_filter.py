@@ -98,10 +98,13 @@ class GradientFilter(ActivationStore):
       from side to side is not looked at either: both maps are centred all the same.
     * Linear layers, which the paper does not treat: (B, L, I) is a 1×1 convolution along the tokens, in patches of
       r tokens; for (B, I) there is nothing to average, so everything is exact and the activation itself is kept.
+    * Transposed convolutions, and convolutions of volumes, the paper does not treat, and nor does this store
+      (:attr:`ops`): an input place of theirs meets several output patches, or has a third direction to cut.
     * r = 1 is exact for linear layers, and for 1×1 kernels with stride 1 and padding alike on both sides.
     """
 
     name = "gradient-filter"
+    ops = ("linear", "conv2d")
     by_image = True
 
     def __init__(self, patch: int) -> None:
@@ -131,6 +134,7 @@ class GradientFilter(ActivationStore):
         sums, means = saved["patch_sums"], self.means(grad_output, geometry)
         if isinstance(geometry, LinearGeometry):
             return LinearGeometry(sums.shape, geometry.weight_shape).weight_gradient(sums, means)
+        assert isinstance(geometry, ConvGeometry)
         point = ConvGeometry(sums.shape, (*geometry.weight_shape[:2], 1, 1), groups=geometry.groups)
         return np.ascontiguousarray(np.broadcast_to(point.weight_gradient(sums, means), geometry.weight_shape))
 
@@ -140,6 +144,7 @@ class GradientFilter(ActivationStore):
         if isinstance(geometry, LinearGeometry):
             grad = LinearGeometry((*means.shape[:-1], weight.shape[1]), weight.shape).input_gradient(weight, means)
         else:
+            assert isinstance(geometry, ConvGeometry)
             reach = self.reach(geometry)
             summed = tuple(2 + i for i, e in enumerate(reach) if e == 0)
             kernel = weight.sum(axis=summed, keepdims=True) if summed else weight

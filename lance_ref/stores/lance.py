@@ -9,8 +9,9 @@ import numpy as np
 
 from lance_ref.algebra import projection, projection_fast
 from lance_ref.algebra.basis import Basis, orthonormal
+from lance_ref.algebra.convolution import Convolution
 from lance_ref.algebra.frame import along, feature_mode
-from lance_ref.algebra.geometry import WORKSPACE_BYTES, ConvGeometry, Geometry
+from lance_ref.algebra.geometry import WORKSPACE_BYTES, Geometry
 from lance_ref.algebra.magnitude import exponent, scaled
 from lance_ref.engine.tensor import FLOATS, Shape
 from lance_ref.stores.base import ActivationStore, check_kept
@@ -93,7 +94,8 @@ class Lance(ActivationStore):
 
     1. At full rank, without options, dŴ = dW to rounding.
     2. With the feature mode alone compressed, in a linear layer or a convolution of one group, dŴ = dW ×₂ U Uᵀ is an
-       orthogonal projection of the weight gradient, so ⟨dW, dŴ⟩ = ‖dŴ‖² ≥ 0: a descent direction unless it is zero.
+       orthogonal projection of the weight gradient (×₁ of a transposed one, whose weight has the input channels
+       first), so ⟨dW, dŴ⟩ = ‖dŴ‖² ≥ 0: a descent direction unless it is zero.
        With groups it need not be: Ã mixes channels of different groups. A depthwise 1×1 convolution of channels
        (2, −4) and U = (1, 1)/√2 has dW = (2, 0) and dŴ = (−1, 0).
     3. With the batch mode compressed by a fixed U_1 it is *not* one: dŴ = Gᵀ U_1 U_1ᵀ A may point against dW, with a
@@ -283,9 +285,10 @@ class Lance(ActivationStore):
             gradient += projection.mean_weight_gradient(mean, grad_output, geometry)
         return gradient
 
-    def order_for(self, geometry: ConvGeometry) -> str:
+    def order_for(self, geometry: Convolution) -> str:
         """The order in which a weight gradient of that geometry is contracted, in words: what ``"auto"`` comes to.
 
+        >>> from lance_ref.algebra.geometry import ConvGeometry
         >>> from lance_ref.algebra.subspace import Subspace
         >>> store = Lance(Subspace.random((8, 6, 5, 4), (2, 3, 1, 2), np.random.default_rng(0)))
         >>> store.order_for(ConvGeometry((8, 6, 5, 4), (10, 6, 3, 2)))

@@ -120,7 +120,9 @@ def test_macs_are_those_of_the_cost_model(kit: Kit) -> None:
                 g = given["geometry"]
                 C_out, _, k_h, k_w = g["weight_shape"]
                 B, C_in, H, W = g["input_shape"]
-                sizes = tucker_costs.ConvSizes(B, C_in, H, W, C_out, *g["output_shape"][2:], k_h, k_w, g["groups"])
+                sizes = tucker_costs.ConvSizes(
+                    B, C_in, (H, W), C_out, tuple(g["output_shape"][2:]), (k_h, k_w), g["groups"]
+                )
                 expected = tucker_costs.conv_weight_gradient_macs(sizes, ranks, given["order"])
             assert one.expected["value"] == expected, case.name
             seen += 1

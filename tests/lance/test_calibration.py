@@ -181,7 +181,7 @@ def test_default_layers_follow_what_trains() -> None:
     tune(net, "last:1")
     assert list(calibrate(net, data)) == ["conv2"]
     tune(net, "head")
-    with pytest.raises(ValueError, match="no Conv2d or Linear layer that trains"):
+    with pytest.raises(ValueError, match="no convolution or linear layer that trains"):
         calibrate(net, data)
 
 
@@ -374,7 +374,7 @@ def test_a_calibration_of_another_net_is_refused_by_check() -> None:
     with pytest.raises(ValueError, match=r"'conv2'.*\(5, 4, 4, 3\).*Linear.*\(6, 4\) takes \(B, 4\)"):
         calibration.check(other)
     del other.conv2
-    with pytest.raises(ValueError, match=r"no Conv2d or Linear layer 'conv2'.*\(5, 4, 4, 3\).*'conv1', 'head'"):
+    with pytest.raises(ValueError, match=r"no convolution or linear layer 'conv2'.*\(5, 4, 4, 3\).*'conv1', 'head'"):
         calibration.check(other)
 
 
@@ -467,7 +467,7 @@ class FlattensTooMuch(TwoSizes):
         (ThreeLayers, [X], {"epsilon": 1.01}, ValueError, "epsilon is 1.01"),
         (ThreeLayers, [X], {"epsilon": None}, TypeError, "epsilon is None"),
         (ThreeLayers, [X], {"modes": ()}, ValueError, r"modes are \(\), expected one or more of"),
-        (ThreeLayers, [X], {"modes": ("batch", "depth")}, ValueError, "modes are .*'depth'.*expected"),
+        (ThreeLayers, [X], {"modes": ("batch", "time")}, ValueError, "modes are .*'time'.*expected"),
         (ThreeLayers, [X], {"modes": "batch"}, TypeError, "modes is the text 'batch'"),
         (ThreeLayers, [], {}, ValueError, "batches is empty"),
         (ThreeLayers, X, {}, TypeError, r"single array of shape \(5, 2, 7, 5\)"),

@@ -93,8 +93,8 @@ def test_a_plain_mapping_of_subspaces_will_do() -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("unknown layer", r"no Conv2d or Linear layer '7'.*\(4, 6\).*'0', '2', '4'"),
-        ("not a layer with weights", r"no Conv2d or Linear layer '1'.*\(4, 4, 3, 3\)"),
+        ("unknown layer", r"no convolution or linear layer '7'.*\(4, 6\).*'0', '2', '4'"),
+        ("not a layer with weights", r"no convolution or linear layer '1'.*\(4, 4, 3, 3\)"),
         ("other channels", r"'2'.*\(4, 4, 3, 3\).*Conv2d.*\(6, 4, 1, 1\) takes \(B, 8, H, W\)"),
         ("other kind", r"'4'.*\(4, 6, 3, 3\).*Linear.*\(3, 54\) takes \(B, 54\)"),
         ("tokens", r"'4'.*\(4, 2, 53\).*Linear.*takes \(B, L, 54\)"),

@@ -10,7 +10,6 @@ import pytest
 
 import lance_ref
 from lance_ref import F, Tensor, calibrate, compress, nn, tape, tune
-from lance_ref.nn.module import Module
 
 SEQUENCES, IMAGES, VOLUMES = (2, 4, 9), (2, 4, 5, 6), (2, 4, 5, 4, 6)
 
@@ -124,37 +123,6 @@ def test_a_sequence_is_an_image_of_height_one() -> None:
     assert net[2].weight.shape == (4, 6, 1, 3)
 
 
-@pytest.mark.parametrize("layer", [lambda: nn.ConvTranspose2d(4, 4, 2, 2), lambda: nn.Conv3d(4, 4, 1)])
-def test_what_cannot_be_compressed_trains_and_is_refused_by_name(layer: Callable[[], Module]) -> None:
-    """``tune`` selects it; LANCE says which layer it is that it does not take."""
-    made = layer()
-    net = nn.Sequential(made, nn.Flatten(), nn.Linear(4, 2))
-    assert tune(net, "all").layers == ("0",)
-    assert made.weight.requires_grad
-    with pytest.raises(ValueError, match=rf"layer '0' is a {type(made).__name__}, whose input cannot be compressed"):
-        calibrate(net, [np.ones((2, 4, 1, 1), np.float32)])
-
-
-def test_recurrent_products_are_compressed() -> None:
-    """The input product of an LSTM takes (B, T, I), as a linear layer of tokens."""
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm, self.head = nn.LSTM(6, 5, batch_first=True, rng=0), nn.Linear(5, 3, rng=1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.lstm(x)[0][:, -1])
-
-    net = Net()
-    x = np.random.default_rng(0).standard_normal((8, 7, 6)).astype(np.float32)
-    tune(net, "lstm.l0.ih")
-    compress(net, calibrate(net, [x], epsilon=0.9))
-    F.cross_entropy(net(x), np.arange(8) % 3).backward()
-    assert net.get_submodule("lstm.l0.ih").store.name == "lance"
-    assert net.lstm.l0.ih.weight.grad is not None
-
-
 def test_lists_and_dicts_register_their_modules() -> None:
     """A plain list would hide them."""
     net = nn.ModuleList([nn.Linear(2, 3), nn.ReLU()])
@@ -239,20 +207,3 @@ def test_bad_arguments_are_named(case: str) -> None:
     call, words = REFUSED[case]
     with pytest.raises(ValueError, match=words):
         call()
-
-
-def test_a_method_refuses_by_name_what_it_cannot_compress() -> None:
-    """Backpropagation is predicted and measured; LANCE names the layer, and takes the net without it."""
-    from analysis.check.measure import compare
-    from analysis.reports.predict import predict
-
-    net = nn.Sequential(
-        nn.Conv2d(3, 4, 3, rng=0), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, 2, rng=1), nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(), nn.Linear(4, 2, rng=2),
-    )  # fmt: skip
-    options: dict[str, Any] = {"input_shape": (3, 8, 8), "ranks": "0.5"}
-    prediction = predict(net, 2, tune="all", with_weights=True, input_shape=(3, 8, 8), methods=["bp"])
-    assert compare(prediction, peaks=True).agrees
-    with pytest.raises(ValueError, match="layer '2' is a conv_transpose2d, whose input lance does not compress"):
-        predict(net, 2, tune="all", methods=["bp", "lance"], **options)
-    assert predict(net, 2, tune="0", methods=["bp", "lance"], **options).report.methods == ("bp", "lance")

@@ -136,7 +136,7 @@ def test_single_layer_is_the_head() -> None:
     for selection in ("head", "all", "*"):
         tuning = tune(net, selection)
         assert (tuning.layers, tuning.head) == ((), "1")
-    with pytest.raises(ValueError, match="only Conv2d or Linear layer of this net is its head"):
+    with pytest.raises(ValueError, match="only convolution or linear layer of this net is its head"):
         tune(net, "last:1")
 
 
@@ -155,7 +155,7 @@ BAD = [
     ("last:", r"n from 1 to 3"),
     ("last:²", r"n from 1 to 3"),
     ("last:" + "9" * 5000, r"n from 1 to 3"),
-    ("features.*", r"'features\.\*' matches no Conv2d or Linear layer; .*stem\.0, body\.0, hidden, head"),
+    ("features.*", r"'features\.\*' matches no convolution or linear layer; .*stem\.0, body\.0, hidden, head"),
     ("hiden", r"the nearest are hidden"),
     ("stem", r"for those inside it write 'stem\.\*'"),
     (["hidden", "nothing*"], r"'nothing\*' matches no"),
@@ -187,7 +187,7 @@ def test_names_in_errors_are_bounded() -> None:
 
 def test_nets_without_layers_are_refused() -> None:
     """There is nothing to tune, and no head."""
-    with pytest.raises(ValueError, match="no Conv2d or Linear layer to tune, it is a Sequential"):
+    with pytest.raises(ValueError, match="no convolution or linear layer to tune, it is a Sequential"):
         tune(nn.Sequential(nn.ReLU()), "all")
     with pytest.raises(TypeError, match="net is a str"):
         tune("mobilenetv2", "all")  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from strategies import arrays, conv_geometries, linear_geometries
 from analysis.check.store_case import StoreTestCase
 from analysis.steps.settings import TunedLayer
 from lance_ref import F, Tensor, tape
-from lance_ref.algebra.geometry import ConvGeometry, LinearGeometry
+from lance_ref.algebra.geometry import ConvGeometry, Geometry, LinearGeometry
 from lance_ref.nn.module import Parameter
 from lance_ref.stores import GradientFilter, gradient_filter
 
@@ -32,6 +32,9 @@ class TestGradientFilter(StoreTestCase):
 
     def make(self, layer: TunedLayer) -> GradientFilter:
         return GradientFilter(self.patch)
+
+    def takes(self, geometry: Geometry) -> bool:
+        return isinstance(geometry, (ConvGeometry, LinearGeometry))
 
     def exactly(self, layer: TunedLayer) -> GradientFilter | None:
         return GradientFilter(1) if layer.path == "pointwise" or len(layer.shape) < 4 else None

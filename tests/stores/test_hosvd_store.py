@@ -31,7 +31,7 @@ class TestHosvd(StoreTestCase):
         "epsilon is 1.5": lambda: Hosvd(1.5),
         "ranks are (0, 2)": lambda: Hosvd(ranks=(0, 2)),
         "ranks are (1, 2) and modes ('batch',), expected one of them": lambda: Hosvd(ranks=(1, 2), modes=("batch",)),
-        "modes are": lambda: Hosvd(modes=("depth",)),
+        "modes are": lambda: Hosvd(modes=("time",)),
         "int64": lambda: Hosvd().save(np.ones((2, 3), np.int64)),
         "(0, 3), which is empty": lambda: Hosvd().save(np.ones((0, 3))),
     }

@@ -288,7 +288,8 @@ def test_a_depthwise_layer_at_quarter_ranks_puts_batch_and_channels_back() -> No
 
 
 def sizes_of(g: ConvGeometry) -> tucker_costs.ConvSizes:
-    return tucker_costs.ConvSizes(*g.input_shape, *g.output_shape[1:], *g.weight_shape[2:], g.groups)
+    B, C_in, *size = g.input_shape
+    return tucker_costs.ConvSizes(B, C_in, tuple(size), g.out_channels, g.output_size, g.kernel, g.groups)
 
 
 def test_papers_order_never_holds_the_whole_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from lance_ref.algebra.geometry import ConvGeometry, LinearGeometry
+from lance_ref.algebra.geometry import ConvGeometry, Geometry, LinearGeometry
+from lance_ref.algebra.volumes import TransposedGeometry, VolumeGeometry
 
 
 @st.composite
@@ -39,6 +40,39 @@ def conv_geometries(draw: Any, depthwise: bool | None = None) -> ConvGeometry:
 
 
 @st.composite
+def transposed_geometries(draw: Any) -> TransposedGeometry:
+    """Any transposed convolution with small sizes: groups, stride, dilation, cuts on either side, rows added."""
+    groups = draw(st.integers(1, 3))
+    C_in, out_width = groups * draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    B, H, W = draw(st.integers(1, 4)), draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    kernel = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    stride = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    dilation = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    sides = [draw(st.integers(0, 2)) for _ in range(4)]
+    more = draw(st.integers(0, stride[0] - 1)), draw(st.integers(0, stride[1] - 1))
+    padding = ((sides[0], sides[1]), (sides[2], sides[3]))
+    shapes = (B, C_in, H, W), (C_in, out_width, *kernel)
+    geometry = TransposedGeometry(*shapes, stride, padding, dilation, groups, more)
+    assume(min(geometry.output_shape) >= 1)
+    return geometry
+
+
+@st.composite
+def volume_geometries(draw: Any) -> VolumeGeometry:
+    """Any convolution of volumes with small sizes: groups, stride, dilation, asymmetric padding."""
+    groups, in_width, out_width = (draw(st.integers(1, 2)) for _ in range(3))
+    size = [draw(st.integers(1, 5)) for _ in range(3)]
+    kernel = [draw(st.integers(1, 3)) for _ in range(3)]
+    stride = tuple(draw(st.integers(1, 2)) for _ in range(3))
+    dilation = tuple(draw(st.integers(1, 2)) for _ in range(3))
+    padding = tuple((draw(st.integers(0, 2)), draw(st.integers(0, 2))) for _ in range(3))
+    shapes = (draw(st.integers(1, 3)), groups * in_width, *size), (groups * out_width, in_width, *kernel)
+    geometry = VolumeGeometry(*shapes, stride, padding, dilation, groups)
+    assume(min(geometry.output_shape) >= 1)
+    return geometry
+
+
+@st.composite
 def linear_geometries(draw: Any) -> LinearGeometry:
     """(B, I) or (B, L, I) linear layers."""
     leading = draw(st.lists(st.integers(1, 5), min_size=1, max_size=2))
@@ -52,7 +86,7 @@ def ranks_for(draw: Any, shape: tuple[int, ...]) -> tuple[int | None, ...]:
     return tuple(draw(st.one_of(st.none(), st.integers(1, n))) for n in shape)
 
 
-def arrays(geometry: ConvGeometry | LinearGeometry, seed: int, dtype: Any = np.float64) -> tuple[np.ndarray, ...]:
+def arrays(geometry: Geometry, seed: int, dtype: Any = np.float64) -> tuple[np.ndarray, ...]:
     """Activation, weight and output gradient for a geometry."""
     rng = np.random.default_rng(seed)
     shapes = (geometry.input_shape, geometry.weight_shape, geometry.output_shape)

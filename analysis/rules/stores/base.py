@@ -47,9 +47,8 @@ def store_rule(name: str) -> Callable[[StoreRule], StoreRule]:
 
 
 def conv_sizes(call: Call) -> tucker_costs.ConvSizes:
-    """The sizes of a conv2d record."""
-    x, weight, out = call.record.inputs[0].shape, call.weight.shape, call.record.output.shape
-    B, C_in, H, W = x
-    _, C_out, H_out, W_out = out
-    k_h, k_w = weight[2:]
-    return tucker_costs.ConvSizes(B, C_in, H, W, C_out, H_out, W_out, k_h, k_w, call.record.attributes["groups"])
+    """The sizes of the record of a convolution of any kind."""
+    (B, C_in, *size), (_, C_out, *size_out) = call.record.inputs[0].shape, call.record.output.shape
+    groups, transposed = call.record.attributes["groups"], call.record.op == "conv_transpose2d"
+    kernel = call.weight.shape[2:]
+    return tucker_costs.ConvSizes(B, C_in, tuple(size), C_out, tuple(size_out), kernel, groups, transposed)

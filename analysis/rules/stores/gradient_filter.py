@@ -58,8 +58,8 @@ def conv_grid(call: Call) -> Grid:
     attributes, r = call.record.attributes, call.record.attributes["store"]["patch"]
     s = conv_sizes(call)
     patches, kernel, whole = s.B, 1, True
-    sizes = ((s.H, s.H_out, s.k_h), (s.W, s.W_out, s.k_w))
-    for (n, n_out, k), stride, d in zip(sizes, attributes["stride"], attributes["dilation"], strict=True):
+    sizes = zip(s.size, s.size_out, s.kernel, attributes["stride"], attributes["dilation"], strict=True)
+    for n, n_out, k, stride, d in sizes:
         patches *= math.ceil(n_out / r)
         kernel *= k if d > 1 and d >= stride * r else 1
         whole = whole and stride * r == 1 and n_out == n

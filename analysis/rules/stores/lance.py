@@ -47,7 +47,7 @@ def lance(call: Call, macs: int) -> StoreCost:
         narrow = subspace.of_update(call)
         own = tuple(narrow.record.attributes["store"]["ranks"])
         grad_weight, paper_grad_weight = _gradient_macs(narrow, (ranks[0], *own[1:]))
-        feature = 1 if len(shape) == 4 else len(shape) - 1
+        feature = 1 if len(shape) >= 4 else len(shape) - 1
         groups, centred = call.record.attributes.get("groups", 1), bool(store.get("centred"))
         basis = subspace.basis_elements(shape[feature], groups, ranks[feature] or 0, update["rank"], centred)
     kept = kept_of_core(call, tucker_costs.core_shape(shape, ranks), store.get("core_bits"))
@@ -56,7 +56,7 @@ def lance(call: Call, macs: int) -> StoreCost:
         kept = (*kept, seed())
     mean = mean_elementwise = 0
     if store.get("centred"):
-        mean = shape[1] if len(shape) == 4 else shape[-1]
+        mean = shape[1] if len(shape) >= 4 else shape[-1]
         mean_macs, mean_elementwise = of_mean(call)
         mean_elementwise += core_of_mean(shape, ranks)
         grad_weight, paper_grad_weight = grad_weight + mean_macs, paper_grad_weight + mean_macs
@@ -77,7 +77,7 @@ def lance(call: Call, macs: int) -> StoreCost:
 
 def _gradient_macs(call: Call, ranks: Ranks) -> tuple[int, int]:
     """Multiply-adds of the weight gradient from a core: as it runs, and in the papers' order."""
-    if call.record.op == "conv2d":
+    if call.record.op != "linear":
         sizes, order = conv_sizes(call), call.record.attributes["store"].get("order", "auto")
         return tucker_costs.conv_weight_gradient_macs(sizes, ranks, order), tucker_costs.conv_papers_macs(sizes, ranks)
     shape, out = call.record.inputs[0].shape, call.weight.shape[0]
@@ -88,8 +88,9 @@ def _gradient_macs(call: Call, ranks: Ranks) -> tuple[int, int]:
 def of_mean(call: Call) -> tuple[int, int]:
     """The weight gradient of the mean: (multiply-adds, operations number by number with the subtraction).
 
-    Convolution: the output gradient is summed over the batch, then over the places that each kernel offset sees,
-    C_out·H_out·W_out·k_w and C_out·H_out·k_h·k_w, then spread over the channels, C_out·k_h·k_w·C_in/g; linear: O·I.
+    Convolution: the output gradient is summed over the batch, then over the places that each kernel offset sees, the
+    last axis first, C_out·H_out·W_out·k_w and C_out·H_out·k_h·k_w, then spread over the channels, C_out·k_h·k_w·C_in/g;
+    linear: O·I.
     The sum of the gradients is added to the one from the core.
     """
     x, weight = call.record.inputs[0], call.record.inputs[1].shape
@@ -97,9 +98,12 @@ def of_mean(call: Call) -> tuple[int, int]:
     elementwise = x.size + call.n_out + elements
     if call.record.op == "linear":
         return elements, elementwise
-    C_out, _, k_h, k_w = weight
-    H_out, W_out = call.record.output.shape[2:]
-    return C_out * H_out * W_out * k_w + C_out * H_out * k_h * k_w + elements, elementwise
+    sums = list(call.record.output.shape[1:])  # C_out, H_out, W_out
+    macs = elements
+    for axis in reversed(range(len(weight) - 2)):
+        macs += math.prod(sums) * weight[2 + axis]
+        sums[1 + axis] = weight[2 + axis]
+    return macs, elementwise
 
 
 def core_of_mean(shape: Sequence[int], ranks: Ranks) -> int:
@@ -118,5 +122,5 @@ def kept_of_core(call: Call, shape: tuple[int, ...], bits: int | None) -> tuple[
     elements = math.prod(shape)
     if bits is None:
         return (fresh("core", elements * call.itemsize),)
-    slices = shape[1] if len(shape) == 4 else shape[-1]
+    slices = shape[1] if len(shape) >= 4 else shape[-1]
     return codes(call, elements, slices if elements >= 32 * slices else 1, bits)

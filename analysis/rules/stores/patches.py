@@ -23,7 +23,7 @@ def patch_lance(call: Call, macs: int) -> StoreCost:
     sizes = conv_sizes(call)
     if sizes.groups != 1:
         raise ValueError(f"layer {call.record.path!r}: patch-lance takes no groups, the convolution has {sizes.groups}")
-    shape = sizes.B, sizes.H_out * sizes.W_out, sizes.C_in * sizes.k_h * sizes.k_w
+    shape = sizes.B, sizes.places, sizes.C_in * sizes.offsets
     ranks = tuple(call.record.attributes["store"]["ranks"])
     seen, kept = shape, ranks
     if subspace.update_of(call.record) is not None:  # the gradient stays in the coordinates of the core's patches

@@ -16,7 +16,7 @@ DEQUANTISE_OPERATIONS = 5
 def quantized(call: Call, macs: int) -> StoreCost:
     """Codes and one range for each channel; the weight gradient takes as many multiply-adds as the exact one."""
     shape = call.record.inputs[0].shape
-    kept = codes(call, call.n_in, shape[1] if len(shape) == 4 else shape[-1], call.record.attributes["store"]["bits"])
+    kept = codes(call, call.n_in, shape[1] if len(shape) >= 4 else shape[-1], call.record.attributes["store"]["bits"])
     return StoreCost(
         grad_weight_macs=macs,
         paper_grad_weight_macs=macs,

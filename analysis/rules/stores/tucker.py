@@ -124,7 +124,7 @@ def _core_and_factors(call: Call, ranks: Ranks, decomposition_macs: int) -> Stor
     """
     shape, weight = call.record.inputs[0].shape, call.record.inputs[1].shape
     core = tucker_costs.core_elements(shape, ranks)
-    if call.record.op == "conv2d":
+    if call.record.op != "linear":
         sizes = conv_sizes(call)
         grad_weight = tucker_costs.conv_weight_gradient_macs(sizes, ranks)
         paper_grad_weight = tucker_costs.conv_papers_macs(sizes, ranks)

@@ -117,19 +117,20 @@ def offsets_first(Z: np.ndarray) -> np.ndarray:
     """The projected output gradient with the offsets of the kernel before what is summed over.
 
     A copy of ``Z.transpose(1, 2, 4, 0, 3, 5)``, which NumPy makes in inner loops of a few numbers; here output channels
-    are shared out, whose part of Z stays in the cache. With nothing to sum over but the first mode it is a view.
+    are shared out, whose part of Z stays in the cache. With nothing to sum over but the first mode it is a view, and
+    for volumes as well.
 
     Parameters
     ----------
-    Z : (r1, o, k_h, r3, k_w, r4)
+    Z : (r1, o, k_h, r3, k_w, r4), or (r1, o, k_d, r3, k_h, r4, k_w, r5)
 
     Returns
     -------
-    (o, k_h, k_w, r1, r3, r4)
+    (o, k_h, k_w, r1, r3, r4), or (o, k_d, k_h, k_w, r1, r3, r4, r5)
     """
-    r1, o, k_h, r3, k_w, r4 = Z.shape
-    if r3 * r4 == 1 or not numba_enabled():
+    if Z.ndim != 6 or Z.shape[3] * Z.shape[5] == 1 or not numba_enabled():
         return offsets_first_numpy(Z)
+    r1, o, k_h, r3, k_w, r4 = Z.shape
     out = np.empty((o, k_h, k_w, r1, r3, r4), Z.dtype)
     _offsets_first.run(o, Z.size, np.ascontiguousarray(Z), out)
     return out
@@ -150,4 +151,4 @@ def _offsets_first(start, stop, Z, out):  # type: ignore[no-untyped-def]
 
 def offsets_first_numpy(Z: np.ndarray) -> np.ndarray:
     """NumPy twin of :func:`offsets_first`: a view, copied when it is reshaped."""
-    return Z.transpose(1, 2, 4, 0, 3, 5)
+    return Z.transpose(1, *range(2, Z.ndim, 2), 0, *range(3, Z.ndim, 2))

@@ -171,7 +171,7 @@ BAD = {
     "factory exits": (["--net", "own_nets:leaves"], "SystemExit"),
     "factory gives None": (["--net", "own_nets:none"], "NoneType"),
     "factory is a number": (["--net", "own_nets:number"], "int"),
-    "net without layers": (["--net", "own_nets:bare"], "no Conv2d or Linear"),
+    "net without layers": (["--net", "own_nets:bare"], "no convolution or linear"),
     "net without a result": (["--net", "own_nets:silent", "--image-size", "8", "--tune", "all"], "gives a NoneType"),
     "forward raises": (
         ["--net", "own_nets:crashes", "--input-shape", "4", "--tune", "all"],

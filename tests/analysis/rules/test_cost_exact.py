@@ -244,13 +244,13 @@ def test_a_core_is_expanded_to_a_quarter() -> None:
 
     With the channels put back: 480 numbers of at most 420, and 19,584 multiply-adds.
     """
-    sizes = ConvSizes(8, 6, 5, 7, C_out=4, H_out=3, W_out=6, k_h=3, k_w=2, groups=2)
+    sizes = ConvSizes(8, 6, (5, 7), C_out=4, size_out=(3, 6), kernel=(3, 2), groups=2)
     assert conv_cheapest(sizes, (4, 6, 4, 5)) == (19_704, "papers", ())
 
 
 def test_the_papers_order_with_groups() -> None:
     """Z1, Z2 by the width first, Z3, and each output channel's own three rows of the channels' factor."""
-    sizes = ConvSizes(8, 6, 5, 7, C_out=4, H_out=3, W_out=6, k_h=3, k_w=2, groups=2)
+    sizes = ConvSizes(8, 6, (5, 7), C_out=4, size_out=(3, 6), kernel=(3, 2), groups=2)
     Z1, Z2, Z3 = 8 * 4 * 3 * 6 * 3, 120 * 7 + 210 * 5, 3 * 4 * 3 * 6 * 5 * 3 * 2
     assert conv_papers_macs(sizes, (3, 5, 2, 4)) == Z1 + Z2 + Z3 + 4 * 3 * 2 * 5 * 3
 

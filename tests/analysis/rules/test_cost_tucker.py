@@ -14,7 +14,7 @@ from analysis.rules import tucker_costs
 from analysis.rules.tucker_costs import ConvSizes
 
 # input (8, 6, 5, 7), weight (4, 6/2, 3, 2), output (8, 4, 3, 6)
-SIZES = ConvSizes(B=8, C_in=6, H=5, W=7, C_out=4, H_out=3, W_out=6, k_h=3, k_w=2, groups=2)
+SIZES = ConvSizes(B=8, C_in=6, size=(5, 7), C_out=4, size_out=(3, 6), kernel=(3, 2), groups=2)
 SHAPE = SIZES.input_shape
 
 
@@ -111,7 +111,7 @@ def test_a_core_put_back_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_depthwise_is_groups_equal_to_channels() -> None:
     """C_in/g = 1: the last product shrinks with the groups, the correlation with r2 does not."""
-    sizes = ConvSizes(B=8, C_in=6, H=5, W=7, C_out=6, H_out=3, W_out=4, k_h=3, k_w=2, groups=6)
+    sizes = ConvSizes(B=8, C_in=6, size=(5, 7), C_out=6, size_out=(3, 4), kernel=(3, 2), groups=6)
     # Z1 8·6·12·3, Z2 1890, Z3 3·6·12·5·6, dW 6·6·5·1
     assert tucker_costs.conv_papers_macs(sizes, (3, 5, 2, 4)) == 1728 + 1890 + 6480 + 180
 

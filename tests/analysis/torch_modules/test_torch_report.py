@@ -34,7 +34,7 @@ def test_a_core_takes_the_place_of_an_input_that_nobody_else_holds() -> None:
     assert lance.activation_bytes["paper"] == 4 * 2 * 3 * 4 * 5
     assert bp.activation_bytes["pytorch"] - lance.activation_bytes["pytorch"] == 4 * (4 * 3 * 16 * 16 - 2 * 3 * 4 * 5)
     assert lance.subspace_bytes == 4 * (4 * 2 + 3 * 3 + 16 * 4 + 16 * 5)
-    sizes = ConvSizes(4, 3, 16, 16, C_out=8, H_out=14, W_out=14, k_h=3, k_w=3, groups=1)
+    sizes = ConvSizes(4, 3, (16, 16), C_out=8, size_out=(14, 14), kernel=(3, 3), groups=1)
     assert lance.flops["projection"] == 2 * projection_macs((4, 3, 16, 16), (2, 3, 4, 5))
     row = next(row for row in report.rows if row.path == "0")
     assert row.methods["lance"].flops["grad_weight"] == 2 * conv_cheapest(sizes, (2, 3, 4, 5))[0]

@@ -136,7 +136,7 @@ def test_selected_layers_train_with_the_head() -> None:
     step = watched_step(all_frozen(), "net", run((3, 16, 16), tune="last:1"))
     assert (step.tuned_layers, step.head) == (("2",), "6")
     assert step.trained_parameters == 8 * 2 * 9 + 8 + 1152 * 10 + 10
-    with pytest.raises(ValueError, match="matches no Conv2d or Linear layer"):
+    with pytest.raises(ValueError, match="matches no convolution or linear layer"):
         watched_step(plain(), "net", run((3, 16, 16), tune="nowhere*"))
 
 

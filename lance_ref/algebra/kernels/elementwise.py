@@ -40,10 +40,12 @@ def clamp_and_pack(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarra
     def part(start: int, stop: int) -> None:
         for block in _blocks(start, stop, source.size):
             seen, written = source[block], flat[block]
-            seen.clip(0, largest, out=written)
             passes = seen > 0
             if ceiling < np.inf:
+                seen.clip(0, largest, out=written)
                 passes &= seen < largest
+            else:
+                np.maximum(seen, 0, out=written)
             mask[block.start // 8 : -(-block.stop // 8)] = np.packbits(passes)
 
     _shared(source.size, part)

@@ -33,6 +33,9 @@ def clamp_and_pack(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarra
     (array like x, uint8 array of ceil(x.size / 8) bytes)
         NaN stays NaN.
     """
+    if x.size <= PACKED_TOGETHER and ceiling == np.inf:  # in as few calls as there can be
+        packed = np.ascontiguousarray(x).reshape(x.shape)
+        return np.maximum(packed, 0), np.packbits(packed > 0)
     source = np.ascontiguousarray(x).reshape(-1)
     out, largest = np.empty(x.shape, x.dtype), x.dtype.type(ceiling)
     flat, mask = out.reshape(-1), np.empty(-(-source.size // 8), np.uint8)

@@ -201,7 +201,10 @@ def rms_norm_backward(call: Call, g: Layout) -> Backward:
         made.add(1, like_input(call, 1))
     if call.needs(0):
         over_gradient(made, call, g)
-    made.reach((3 if weighted and call.needs(0) else 2) * piece(shape, list(inner), call.itemsize))
+    of_piece = piece(shape, list(inner), call.itemsize)
+    made.reach((3 if weighted and call.needs(0) else 2) * of_piece)
+    if weighted and call.needs(1):
+        made.reach(2 * of_piece + call.record.inputs[1].nbytes)
     return made.done()
 
 

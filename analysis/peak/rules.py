@@ -546,8 +546,8 @@ def layer_norm_backward(call: Call, g: Layout) -> Backward:
     if call.needs(0):
         over_gradient(made, call, g)
         made.reach((3 if affine else 2) * of_piece + min(2 * count, BLOCK) * call.itemsize)
-    elif affine and call.needs(1):
-        made.reach(2 * of_piece)
+    if affine and call.needs(1):
+        made.reach(2 * of_piece + call.record.inputs[1].nbytes)
     return made.done()
 
 

@@ -33,22 +33,20 @@ def clamp_and_pack(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarra
     (array like x, uint8 array of ceil(x.size / 8) bytes)
         NaN stays NaN.
     """
-    if x.size <= PACKED_TOGETHER and ceiling == np.inf:  # in as few calls as there can be
-        packed = np.ascontiguousarray(x).reshape(x.shape)
-        return np.maximum(packed, 0), np.packbits(packed > 0)
     source = np.ascontiguousarray(x).reshape(-1)
     out, largest = np.empty(x.shape, x.dtype), x.dtype.type(ceiling)
+    if x.size <= PACKED_TOGETHER and ceiling == np.inf:  # in as few calls as there can be
+        source.clip(0, largest, out=out.reshape(-1))
+        return out, np.packbits(source > 0)
     flat, mask = out.reshape(-1), np.empty(-(-source.size // 8), np.uint8)
 
     def part(start: int, stop: int) -> None:
         for block in _blocks(start, stop, source.size):
             seen, written = source[block], flat[block]
+            seen.clip(0, largest, out=written)
             passes = seen > 0
             if ceiling < np.inf:
-                seen.clip(0, largest, out=written)
                 passes &= seen < largest
-            else:
-                np.maximum(seen, 0, out=written)
             mask[block.start // 8 : -(-block.stop // 8)] = np.packbits(passes)
 
     _shared(source.size, part)

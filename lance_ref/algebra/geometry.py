@@ -340,6 +340,8 @@ class LinearGeometry:
 
     def input_gradient(self, weight: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
         """dX = G W"""
+        if grad_output.ndim == 2:
+            return matmul(grad_output, weight)
         grad = np.empty(self.input_shape, grad_output.dtype)  # not a view of the product: a leaf then need not copy it
         matmul(_as_matrix(grad_output), weight, out=_as_matrix(grad))
         return grad

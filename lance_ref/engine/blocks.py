@@ -75,7 +75,7 @@ def all_finite(array: np.ndarray) -> bool:
     >>> all_finite(np.array([1e30, -1e30], np.float32)), all_finite(np.array([0, np.inf]))
     (True, False)
     """
-    if array.size <= FEW_ELEMENTS and math.isfinite(np.vdot(array, array)):  # of few, in one call of NumPy's
+    if array.size <= FEW_ELEMENTS and math.isfinite(np.vdot(array, array)):  # of few, in one call of NumPy
         return True
     return all(np.isfinite(part).all() for (part,) in stretches(array))
 

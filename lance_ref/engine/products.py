@@ -28,9 +28,11 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.n
     NumPy's warning of an invalid value or an overflow comes only where the result has one
     (:func:`undeserved_flags_ignored`).
     """
-    if _is_small(a, b) and (out is None or out.flags.c_contiguous):
+    n = b.shape[-1]
+    few = a.ndim == b.ndim == 2 and a.shape[0] * n <= FEW_ELEMENTS and a.size * n <= ALONE_MACS
+    if few and a.dtype == b.dtype and (out is None or out.flags.c_contiguous):
         result = np.dot(a, b, out)  # which takes no note of flags, and gives no warnings
-        if math.isfinite(np.vdot(result, result)):
+        if math.isfinite(np.vdot(result, result)) or np.isfinite(result).all():
             return result
     if a.size * b.size <= ALONE_MACS or a.ndim < 2 or b.ndim < 2:  # no fewer than its multiply-adds
         state.flagged = False
@@ -44,14 +46,6 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.n
         if parts == 1:
             return undeserved_flags_ignored(np.matmul, a, b, out)
         return _in_parts(parts, a, b, out)
-
-
-def _is_small(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether a plain product of two matrices has few elements and takes little."""
-    if a.ndim != 2 or b.ndim != 2 or a.dtype != b.dtype:
-        return False
-    n = b.shape[1]
-    return a.shape[0] * n <= FEW_ELEMENTS and a.size * n <= ALONE_MACS
 
 
 def _is_square(a: np.ndarray, b: np.ndarray) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -252,16 +253,23 @@ class ConvGeometry:
 
         ``columns`` are to be written on, and so is ``spare``, which has room for the outputs of several images.
         """
-        largest = self.image_block(dtype.itemsize)
+        B, largest = self.input_shape[0], self.image_block(dtype.itemsize)
         outputs = self.weight_shape[0] * math.prod(largest) * self.output_size[1] if largest[0] > 1 else 0
         rooms = [(self._workspace(dtype, largest), np.empty(outputs, dtype)) for _ in range(self.image_parts())]
+        of_image = [list(self.blocks(range(b, min(b + largest[0], B)), largest)) for b in range(0, B, largest[0])]
+        left = deque(of_image)  # a thread that begins late takes less
 
         def part(start: int, stop: int) -> None:
-            columns, spare = rooms.pop()
-            for images, rows in self.blocks(range(start, stop), largest):
-                work(images, rows, self._block(columns, images, rows), spare)
+            for columns, spare in rooms[start:stop]:
+                while left:
+                    try:
+                        blocks = left.popleft()
+                    except IndexError:
+                        return
+                    for images, rows in blocks:
+                        work(images, rows, self._block(columns, images, rows), spare)
 
-        share_out(len(rooms), self.input_shape[0], part)
+        share_out(len(rooms), len(rooms), part)
         self._count()
 
     def _workspace(self, dtype: np.dtype, block: Pair, channels: int | None = None) -> np.ndarray:

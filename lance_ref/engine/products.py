@@ -5,7 +5,6 @@ None of it counts: :mod:`lance_ref.engine.counting` does.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +17,6 @@ ALONE_MACS = 1 << 18
 """Multiply-adds up to which OpenBLAS wakes no thread of its own anyway."""
 SHARED_MACS = 1 << 22
 """Multiply-adds from which a product is shared out; of fewer, one thread makes it in less time than two begin."""
-FEW_ELEMENTS = 1 << 12
-"""Of a result, the sum of whose squares takes less time than to catch NumPy's warnings."""
 
 
 def product(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -28,12 +25,6 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.n
     NumPy's warning of an invalid value or an overflow comes only where the result has one
     (:func:`undeserved_flags_ignored`).
     """
-    n = b.shape[-1]
-    few = a.ndim == b.ndim == 2 and a.shape[0] * n <= FEW_ELEMENTS and a.size * n <= ALONE_MACS
-    if few and a.dtype == b.dtype and (out is None or out.flags.c_contiguous):
-        result = np.dot(a, b, out)  # which takes no note of flags, and gives no warnings
-        if math.isfinite(np.vdot(result, result)) or np.isfinite(result).all():
-            return result
     if a.size * b.size <= ALONE_MACS or a.ndim < 2 or b.ndim < 2:  # no fewer than its multiply-adds
         state.flagged = False
         result = _noting_flags(np.matmul, a, b, out)

@@ -251,6 +251,15 @@ def test_norms_and_activations_write_over_it_too(
     assert given_to[1] == given_to[2] != given_to[0]
 
 
+def test_what_is_written_over_lies_as_a_new_array_would() -> None:
+    """Not where an operand of the same shape lies otherwise: NumPy would give the result that operand's order too."""
+    node, grad = autograd.Node(Relu, (), requires_grad=False), np.zeros((3, 4))
+    assert node.reused(grad) is None  # somebody else's
+    node.owns_gradient = True
+    assert node.reused(grad) is node.reused(grad, np.zeros((3, 4)), np.zeros(4)) is grad
+    assert node.reused(grad, np.zeros((3, 4)), np.zeros((4, 3)).T) is None
+
+
 @pytest.mark.parametrize("module", [autograd, tensor])
 def test_planted_everything_is_written_over(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both uses of the question matter: without it somebody's array is written over."""

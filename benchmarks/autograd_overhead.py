@@ -110,12 +110,12 @@ def bare_chain(operation: Operation, length: int) -> Side:
 
 def sides_of(operation: Operation, length: int) -> dict[str, Side]:
     """Ours, the bare calls, and PyTorch's where it is installed and has such an operation."""
-    ones = np.ones((2, 2), np.float32)
-    x, w = (Tensor(ones, requires_grad=True) for _ in range(2))
+    ones, halves = np.ones((2, 2), np.float32), np.full((2, 2), 0.5, np.float32)  # products neither grow nor overflow
+    x, w = Tensor(ones, requires_grad=True), Tensor(halves, requires_grad=True)
     sides = {"ours": chain(operation, F, x, w, length), "bare": bare_chain(operation, length)}
     torch = peer("torch") if operation is not ALONE else None
     if torch is not None:
-        tensors = [torch.ones(2, 2, requires_grad=True) for _ in range(2)]
+        tensors = [torch.from_numpy(array.copy()).requires_grad_() for array in (ones, halves)]
         sides["pytorch"] = chain(operation, torch.nn.functional, tensors[0], tensors[1], length)
     return sides
 

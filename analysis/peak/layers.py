@@ -39,15 +39,16 @@ class Convolution(Layer):
         if self.geometry.is_pointwise:
             return self._copied(x)
         outputs = 0 if self._block[0] == 1 else self._of_block(self.geometry.weight_shape[0])  # channels first
-        return self._packed(x) + self._laid_out + outputs
+        return self._packed(x) + self._laid_out + self._threads * outputs
 
     def input_workspace(self, g: Layout | None) -> int:
         if self.geometry.is_depthwise:
             return self._copied(g) + self._loops(self.geometry.input_shape[0])
         if self.geometry.is_pointwise:
             return self._copied(g)
-        grouped = self._of_block(self.geometry.weight_shape[0]) if self._copied(g) else self._grouped(self._block)
-        return self._laid_out + self.geometry.parts(self.geometry.input_shape[0]) * grouped
+        together = self._block[0] > 1  # channels first
+        grouped = self._of_block(self.geometry.weight_shape[0]) if together or self._copied(g) else 0
+        return self._laid_out + self._threads * grouped
 
     def weight_workspace(self, g: Layout | None, x: Layout | None) -> int:
         if self.geometry.is_depthwise:
@@ -57,12 +58,11 @@ class Convolution(Layer):
             self.geometry.input_shape[1],
             self.geometry.groups,
         )
-        parts = self.geometry.parts(C_in) if groups == 1 else 1  # each lays out some of the channels
+        parts = self.geometry.channel_parts()  # each lays out some of the channels
         total = self._packed(x)
         for i in range(parts):
             channels = C_in * (i + 1) // parts - C_in * i // parts
-            images, rows = next(self.geometry.blocks(self.itemsize, channels))
-            block = (images.stop, rows.stop)
+            block = self.geometry.channel_block(self.itemsize, channels)
             places = math.prod(block) * self.geometry.output_size[1]
             product = C_out * (channels // groups) * k_h * k_w
             total += (channels * k_h * k_w * places + product) * self.itemsize + self._grouped(block)
@@ -113,8 +113,7 @@ class Convolution(Layer):
     @cached_property
     def _block(self) -> tuple[int, int]:
         """(images, output rows) of a block."""
-        images, rows = next(self.geometry.blocks(self.itemsize))
-        return images.stop, rows.stop
+        return self.geometry.image_block(self.itemsize)
 
     def _of_block(self, numbers: int) -> int:
         """Bytes of so many numbers for every place of a block."""
@@ -124,7 +123,12 @@ class Convolution(Layer):
     def _laid_out(self) -> int:
         """Bytes of a block of patches for each thread that lays out its own."""
         columns = self._of_block(self.geometry.input_shape[1] * math.prod(self.geometry.weight_shape[2:]))
-        return self.geometry.parts(self.geometry.input_shape[0]) * columns
+        return self._threads * columns
+
+    @property
+    def _threads(self) -> int:
+        """How many share out the images."""
+        return self.geometry.image_parts()
 
     def _grouped(self, of: tuple[int, int]) -> int:
         """Bytes of a block of the output gradient, channels first; 0 where that is a view."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from analysis.peak.arrays import in_blocks, like_input, new, packing, piece
-from analysis.peak.rules import Backward, Making, backward, forward
+from analysis.peak.rules import Backward, Making, backward, forward, over_gradient, reused
 from analysis.rules.layouts import Layout, Shape
 from analysis.rules.op_cost import Call, bit_bytes, index_bytes
 
@@ -30,7 +30,9 @@ def leaky_relu(call: Call) -> int:
 
 @backward("leaky_relu")
 def leaky_relu_backward(call: Call, g: Layout) -> Backward:
-    """The mask as bytes."""
+    """The mask as bytes; over the gradient that came in."""
+    if reused(call, g):
+        return Backward(call.n_out, (g,))
     grad = new(g.shape, call.itemsize, g)
     return Backward(grad.storage.nbytes + call.n_out, (grad,))
 
@@ -189,14 +191,18 @@ def rms_norm(call: Call) -> int:
 
 @backward("rms_norm")
 def rms_norm_backward(call: Call, g: Layout) -> Backward:
-    """x̂, which becomes the gradient; g·weight, and a product of both."""
-    made, full, weighted = Making(call), call.n_in * call.itemsize, len(call.inputs) > 1
-    made.held += full
+    """Over the gradient that came in; in pieces x̂, g·weight, and a product of both."""
+    made, weighted = Making(call), len(call.inputs) > 1
+    shape = call.record.inputs[0].shape
+    inner = range(len(shape) - len(call.record.attributes["normalized_shape"]), len(shape))
     if weighted and call.needs(1):
-        made.add(1, like_input(call, 1), full)
+        made.add(1, like_input(call, 1))
     if call.needs(0):
-        made.gradients[0] = new(call.record.inputs[0].shape, call.itemsize, call.inputs[0])
-        made.reach((2 if weighted else 1) * full)
+        over_gradient(made, call, g)
+    of_piece = piece(shape, list(inner), call.itemsize)
+    made.reach((3 if weighted and call.needs(0) else 2) * of_piece)
+    if weighted and call.needs(1):
+        made.reach(2 * of_piece + call.record.inputs[1].nbytes)
     return made.done()
 
 

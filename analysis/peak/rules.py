@@ -509,13 +509,15 @@ def _in_loops(call: Call, *gradients: Layout) -> bool:
 
 @backward("batch_norm")
 def batch_norm_backward(call: Call, g: Layout) -> Backward:
-    """The gradient, by loops that make nothing beside it, or of x̂, whose products are then taken in pieces."""
+    """The gradient that came in, by loops that write over it or over a copy, or x̂, whose products are in pieces."""
     (count, axes), training = _outside(call), call.record.attributes["training"]
     shape, affine = call.record.inputs[0].shape, call.record.attributes["affine"]
     full, groups, of_input = call.n_in * call.itemsize, count * call.itemsize, call.needs(0)
     needs_sums, through = (affine and call.needs(1)) or (training and of_input), training and of_input
-    if needs_sums and _in_loops(call, g):  # both sums, and the factor of each channel
-        made = Making(call, 2 * groups + (full if through else 0))
+    looped = needs_sums and _in_loops(call, g)
+    over = reused(call, g, call.inputs[0]) and looped if training else reused(call, g)
+    if looped:  # both sums, and the factor of each channel
+        made = Making(call, 2 * groups + (full if through and not over else 0))
         made.reach(groups)
     else:  # x̂ in memory, which becomes the gradient
         made = Making(call, groups if needs_sums or (affine and call.needs(2)) else 0)
@@ -524,7 +526,6 @@ def batch_norm_backward(call: Call, g: Layout) -> Backward:
             made.reach(max(piece(shape, axes, call.itemsize), 2 * groups if through else 0))
             made.held -= 0 if through else full
     if of_input:
-        over = reused(call, g) and not training
         made.gradients[0] = g if over else new(shape, call.itemsize, call.inputs[0] if training else g)
         made.reach(0 if training or over else full)
     for position in (1, 2) if affine else ():
@@ -535,21 +536,24 @@ def batch_norm_backward(call: Call, g: Layout) -> Backward:
 
 @backward("layer_norm")
 def layer_norm_backward(call: Call, g: Layout) -> Backward:
-    """x̂, which becomes the gradient piece by piece, of each the product with x̂, and with the weight if there is one."""
-    _, axes = _outside(call)
-    x, affine = call.inputs[0], call.record.attributes["affine"]
-    outer = [axis for axis in range(len(x.shape)) if axis not in axes]
-    groups = new(tuple(1 if axis in axes else n for axis, n in enumerate(x.shape)), call.itemsize)
-    made = Making(call)
-    if call.needs(0) or (affine and call.needs(1)):
-        made.held = call.n_in * call.itemsize
-        made.reach(in_blocks(call, 1.0, 1.0, x, groups, groups))
-    for position in (1, 2) if affine else ():
+    """Over the gradient that came in; in pieces x̂, the product with x̂, and with the weight if there is one."""
+    count, axes = _outside(call)
+    affine = call.record.attributes["affine"]
+    made, of_piece = Making(call), piece(call.inputs[0].shape, axes, call.itemsize)
+    for position in (2, 1) if affine else ():
         if call.needs(position):
-            products = piece(x.shape, outer, call.itemsize) if position == 1 and outer else 0
-            made.add(position, like_input(call, position), products)
+            made.add(position, like_input(call, position))
     if call.needs(0):
-        made.gradients[0] = new(x.shape, call.itemsize, x)
-        pieces = (2 if affine else 1) * piece(x.shape, axes, call.itemsize)
-        made.reach(pieces + min(2 * groups.storage.nbytes, BLOCK * call.itemsize))
+        over_gradient(made, call, g)
+        made.reach((3 if affine else 2) * of_piece + min(2 * count, BLOCK) * call.itemsize)
+    if affine and call.needs(1):
+        made.reach(2 * of_piece + call.record.inputs[1].nbytes)
     return made.done()
+
+
+def over_gradient(made: Making, call: Call, g: Layout) -> None:
+    """The gradient of the first input, written over the one that came in where that may be."""
+    if reused(call, g, call.inputs[0]):
+        made.gradients[0] = g
+    else:
+        made.add(0, new(call.inputs[0].shape, call.itemsize, call.inputs[0]))

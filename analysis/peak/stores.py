@@ -186,8 +186,10 @@ def core_gradient(call: Call, layer: Layer, ranks: Ranks, order: str = "auto") -
             return max(early, end * item)
         rows = math.prod(tucker_costs.core_shape(shape, ranks)[:-1])
         O, I, r = weight[0], shape[-1], ranks[-1]  # noqa: E741
-        narrow = O * r if O * r * (rows + I) <= rows * I * (r + O) else rows * I
-        return max(early, (end + narrow) * item)
+        if O * r * (rows + I) <= rows * I * (r + O):
+            return max(early, (end + O * r) * item)
+        turned = rows * r if min(rows, r) > 1 else 0  # the core, which is free again before the gradient is made
+        return max(early, (end + rows * I) * item + max(turned * item - call.record.inputs[1].nbytes, 0))
     expanded: tuple[int, ...] = ()
     cheapest = order
     if order == "auto":

@@ -6,14 +6,15 @@ L = H_out·W_out, each of the three takes B·L·C_out·K multiply-adds, whicheve
 
 * 1×1, stride 1, no padding: one matrix product per image on a view of the input;
 * depthwise (C_in/g = 1): loops, see :mod:`lance_ref.algebra.kernels.depthwise`;
-* everything else: patches are laid out as columns ("im2col") in blocks of bounded size, whatever the batch. Images of
-  many places are shared out to threads, each with a block of columns of its own that stays in its cache.
+* everything else: patches are laid out as columns ("im2col") in blocks of bounded size, whatever the batch. Images are
+  shared out to threads, each of which lays out a few of its own at a time.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,18 +27,24 @@ from lance_ref.algebra.convolution import Pair as Pair
 from lance_ref.algebra.kernels import depthwise as kernels_depthwise
 from lance_ref.algebra.kernels.columns import add_columns, lay_out
 from lance_ref.engine.counting import add, matmul
-from lance_ref.engine.products import product
+from lance_ref.engine.products import SHARED_MACS, product
 from lance_ref.engine.tensor import Shape
 from lance_ref.engine.workers import product_threads, share_out
 
 WORKSPACE_BYTES = 8 * 2**20
-"""Largest block of columns that a convolution lays out at a time (one output row at the least)."""
+"""Most columns that a convolution lays out at a time, in all threads together (one output row of each at the least)."""
 
 CACHED_BYTES = 2**20
-"""The same for each thread where images have many places: half of a usual second-level cache."""
+"""Columns of a block, in each thread, unless the weights are large: half of a usual second-level cache."""
+
+TIMES_THE_WEIGHTS = 4
+"""As much as the weights may the columns of a block take in any case: every block reads all weights anew."""
+
+ENOUGH_PLACES = 512
+"""Of the output, for a fast matrix product: more images than it takes to have these are not put together."""
 
 MANY_PLACES = 96
-"""Of one image's output: enough columns for a fast matrix product; smaller images are put together."""
+"""Of one image's output: for its weight gradient the channels are shared out to threads, with columns of their own."""
 
 Padding = tuple[Pair, Pair]
 
@@ -108,16 +115,16 @@ class ConvGeometry(Convolution):
         out = np.empty((B, g, C_out // g, H_out * W_out), x.dtype)
         grouped_weight = weight.reshape(g, C_out // g, -1)  # (g, C_out/g, K)
 
-        def work(images: slice, rows: slice, columns: np.ndarray) -> None:
+        def work(images: slice, rows: slice, columns: np.ndarray, spare: np.ndarray) -> None:
             block = out[images, :, :, rows.start * W_out : rows.stop * W_out]  # (b, g, C_out/g, l)
             lay_out(x[images], columns, rows, self.stride, self.padding, self.dilation)
             by_group = self._by_group(columns)  # (g, K, b·l)
             if len(block) == 1:
                 product(grouped_weight, by_group, block[0])
             else:
-                block[:] = (
-                    product(grouped_weight, by_group).reshape(g, C_out // g, len(block), -1).transpose(2, 0, 1, 3)
-                )
+                made = spare[: block.size].reshape(g, C_out // g, -1)  # (g, C_out/g, b·l)
+                product(grouped_weight, by_group, made)
+                block[:] = made.reshape(g, C_out // g, len(block), -1).transpose(2, 0, 1, 3)
 
         self._in_blocks(x.dtype, work)
         return out.reshape(self.output_shape)
@@ -139,8 +146,13 @@ class ConvGeometry(Convolution):
         transposed_weight = weight.reshape(g, C_out // g, -1).transpose(0, 2, 1)  # (g, K, C_out/g)
         grad = np.zeros(self.input_shape, grad_output.dtype)
 
-        def work(images: slice, rows: slice, columns: np.ndarray) -> None:
-            product(transposed_weight, self._grouped(grad_output[images, :, rows]), self._by_group(columns))
+        def work(images: slice, rows: slice, columns: np.ndarray, spare: np.ndarray) -> None:
+            block = grad_output[images, :, rows].transpose(1, 0, 2, 3)  # (C_out, b, n, W_out)
+            if block.shape[1] > 1:
+                laid_out = spare[: block.size].reshape(block.shape)
+                laid_out[...] = block
+                block = laid_out
+            product(transposed_weight, block.reshape(g, C_out // g, -1), self._by_group(columns))
             add_columns(columns, grad[images], rows, self.stride, self.padding, self.dilation)
 
         self._in_blocks(grad_output.dtype, work)
@@ -156,15 +168,19 @@ class ConvGeometry(Convolution):
         grad = np.zeros(self.weight_shape, grad_output.dtype)
         x = np.ascontiguousarray(x)
         C_in = x.shape[1]
-        parts = self.parts(C_in) if g == 1 else 1
+        parts = self.channel_parts()
         bounds = [C_in * i // parts for i in range(parts + 1)]
         # What the parts write on is there before they begin: memory does not depend on which of them run at a time.
-        columns_of = {first: self._workspace(x.dtype, stop - first) for first, stop in itertools.pairwise(bounds)}
-        made_of = {i: np.empty((g, C_out // g, math.prod(c.shape[:3]) // g), x.dtype) for i, c in columns_of.items()}
+        rooms = {}
+        for first, stop in itertools.pairwise(bounds):
+            K = (stop - first) // g * math.prod(self.weight_shape[2:])
+            largest = self.channel_block(x.itemsize, stop - first)
+            columns = self._workspace(x.dtype, largest, stop - first)
+            rooms[first] = largest, columns, np.empty((g, C_out // g, K), x.dtype)
 
         def part(first: int, stop: int) -> None:  # of the channels
-            columns, made, width = columns_of[first], made_of[first], (stop - first) // g
-            for images, rows in self.blocks(x.itemsize, stop - first):
+            (largest, columns, made), width = rooms[first], (stop - first) // g
+            for images, rows in self.blocks(range(len(x)), largest):
                 block = self._block(columns, images, rows)
                 lay_out(x[images], block, rows, self.stride, self.padding, self.dilation, first)
                 product(self._grouped(grad_output[images, :, rows]), self._by_group(block).transpose(0, 2, 1), made)
@@ -176,61 +192,88 @@ class ConvGeometry(Convolution):
 
     def _count(self) -> None:
         """Report the multiply-adds of one of the three products, whose blocks may run in other threads."""
-        add(math.prod(self.output_shape) * math.prod(self.weight_shape[1:]))
+        add(self._macs)
 
     # ---- columns -------------------------------------------------------------------------
 
-    @property
-    def has_many_places(self) -> bool:
-        """Whether one image has enough of them for a product of its own; such images are shared out to threads."""
-        return math.prod(self.output_size) >= MANY_PLACES
+    @cached_property
+    def _macs(self) -> int:
+        """Multiply-adds of each of the three products."""
+        return math.prod(self.output_shape) * math.prod(self.weight_shape[1:])
 
-    def blocks(self, itemsize: int, channels: int | None = None) -> Iterator[tuple[slice, slice]]:
-        """(images, output rows) of blocks whose columns fit the workspace; rows run innermost.
+    def image_parts(self) -> int:
+        """How many threads share out the images: one where a product would have one."""
+        return min(product_threads(), self.input_shape[0]) if self._macs >= SHARED_MACS else 1
 
-        Parameters
-        ----------
-        itemsize : int
-            Bytes of a number.
-        channels : int, optional
-            Of the input, whose patches are laid out: of a weight gradient. By default of all, and images with many
-            places come one by one: their products need no change of layout.
+    def channel_parts(self) -> int:
+        """How many threads share out the input channels of a weight gradient; one where they share its products."""
+        many = math.prod(self.output_size) >= MANY_PLACES and self.groups == 1
+        return min(product_threads(), self.input_shape[1]) if many else 1
+
+    def image_block(self, itemsize: int) -> Pair:
+        """(images, output rows) whose patches a thread lays out at a time; asked before the images are shared out.
+
+        Columns take :data:`CACHED_BYTES` or :data:`TIMES_THE_WEIGHTS` the weights, whichever are more, within the
+        thread's share of :data:`WORKSPACE_BYTES`; a single row at the least. Several images have :data:`ENOUGH_PLACES`
+        together at most.
         """
-        B, C_in = self.input_shape[:2]
+        parts = self.image_parts()
+        weight_bytes = math.prod(self.weight_shape) * itemsize
+        room = min(WORKSPACE_BYTES // parts, max(CACHED_BYTES, TIMES_THE_WEIGHTS * weight_bytes))
+        most = min(-(-self.input_shape[0] // parts), ENOUGH_PLACES // math.prod(self.output_size))
+        return self._fitting(most, room // itemsize, self.input_shape[1])
+
+    def channel_block(self, itemsize: int, channels: int) -> Pair:
+        """(images, output rows) whose patches of so many input channels are laid out at a time for a weight gradient.
+
+        Its products sum over the places of a block, so that all images that fit are put together.
+        """
+        many = math.prod(self.output_size) >= MANY_PLACES
+        room = min(WORKSPACE_BYTES, CACHED_BYTES) if many else WORKSPACE_BYTES
+        return self._fitting(self.input_shape[0], room // itemsize, channels)
+
+    def _fitting(self, most: int, numbers: int, channels: int) -> Pair:
+        """As many images as have room for the patches of their channels, or rows of one."""
         H_out, W_out = self.output_size
-        room = min(WORKSPACE_BYTES, CACHED_BYTES) if self.has_many_places else WORKSPACE_BYTES
-        row_bytes = (channels or C_in) * math.prod(self.weight_shape[2:]) * W_out * itemsize
-        alone = self.has_many_places and channels is None
-        images = 1 if alone else max(1, min(B, room // (row_bytes * H_out)))
-        rows = H_out if images > 1 else max(1, min(H_out, room // row_bytes))
-        for b in range(0, B, images):
+        row = channels * math.prod(self.weight_shape[2:]) * W_out
+        images = max(1, min(most, numbers // (row * H_out)))
+        return images, H_out if images > 1 else max(1, min(H_out, numbers // row))
+
+    def blocks(self, images: range, block: Pair) -> Iterator[tuple[slice, slice]]:
+        """(images, output rows) of the blocks that these images are cut into; rows run innermost."""
+        together, rows = block
+        H_out = self.output_size[0]
+        for b in range(images.start, images.stop, together):
             for h in range(0, H_out, rows):
-                yield slice(b, min(b + images, B)), slice(h, min(h + rows, H_out))
+                yield slice(b, min(b + together, images.stop)), slice(h, min(h + rows, H_out))
 
-    def parts(self, things: int) -> int:
-        """How many threads share out so many images or channels: one where each block is shared out by itself."""
-        return min(product_threads(), things) if self.has_many_places else 1
+    def _in_blocks(self, dtype: np.dtype, work: Callable[[slice, slice, np.ndarray, np.ndarray], None]) -> None:
+        """``work(images, rows, columns, spare)`` for each block, in several threads.
 
-    def _in_blocks(self, dtype: np.dtype, work: Callable[[slice, slice, np.ndarray], None]) -> None:
-        """``work(images, rows, columns)`` for each block, with columns to write on; in several threads."""
-        B = self.input_shape[0]
-        parts = self.parts(B)
-        spare = [self._workspace(dtype) for _ in range(parts)]
+        ``columns`` are to be written on, and so is ``spare``, which has room for the outputs of several images.
+        """
+        B, largest = self.input_shape[0], self.image_block(dtype.itemsize)
+        outputs = self.weight_shape[0] * math.prod(largest) * self.output_size[1] if largest[0] > 1 else 0
+        rooms = [(self._workspace(dtype, largest), np.empty(outputs, dtype)) for _ in range(self.image_parts())]
+        of_image = [list(self.blocks(range(b, min(b + largest[0], B)), largest)) for b in range(0, B, largest[0])]
+        left = deque(of_image)  # a thread that begins late takes less
 
         def part(start: int, stop: int) -> None:
-            columns = spare.pop()
-            for images, rows in self.blocks(dtype.itemsize):
-                if start <= images.start < stop:
-                    work(images, rows, self._block(columns, images, rows))
+            for columns, spare in rooms[start:stop]:
+                while left:
+                    try:
+                        blocks = left.popleft()
+                    except IndexError:
+                        return
+                    for images, rows in blocks:
+                        work(images, rows, self._block(columns, images, rows), spare)
 
-        share_out(parts, B, part)
+        share_out(len(rooms), len(rooms), part)
         self._count()
 
-    def _workspace(self, dtype: np.dtype, channels: int | None = None) -> np.ndarray:
-        """Room for the columns of the first block, the largest: (C_in, k_h, k_w, b, n, W_out), or of some channels."""
-        images, rows = next(self.blocks(dtype.itemsize, channels))
-        counts = images.stop, rows.stop, self.output_size[1]
-        return np.empty((channels or self.input_shape[1], *self.weight_shape[2:], *counts), dtype)
+    def _workspace(self, dtype: np.dtype, block: Pair, channels: int | None = None) -> np.ndarray:
+        """Room for the columns of a block: (C_in, k_h, k_w, b, n, W_out), or of some channels."""
+        return np.empty((channels or self.input_shape[1], *self.weight_shape[2:], *block, self.output_size[1]), dtype)
 
     @staticmethod
     def _block(columns: np.ndarray, images: slice, rows: slice) -> np.ndarray:
@@ -301,6 +344,8 @@ class LinearGeometry(Geometry):
 
     def input_gradient(self, weight: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
         """dX = G W"""
+        if grad_output.ndim == 2:
+            return matmul(grad_output, weight)
         grad = np.empty(self.input_shape, grad_output.dtype)  # not a view of the product: a leaf then need not copy it
         matmul(_as_matrix(grad_output), weight, out=_as_matrix(grad))
         return grad

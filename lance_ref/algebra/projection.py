@@ -235,7 +235,8 @@ def contract_features(Z: np.ndarray, S: np.ndarray, U_feature: np.ndarray | None
     (m, O), (I, r) = Z.shape, U_feature.shape  # noqa: E741
     if O * r * (m + I) <= m * I * (r + O):
         return matmul(matmul(Z.T, S), U_feature.T)
-    return matmul(Z.T, matmul(S, U_feature.T))
+    # S Uᵀ as (U Sᵀ)ᵀ: BLAS lays out the second matrix anew, and does well to have it small.
+    return matmul(Z.T, matmul(U_feature, np.ascontiguousarray(S.T)).T)
 
 
 def mean_weight_gradient(mean: np.ndarray, grad_output: np.ndarray, geometry: Geometry) -> np.ndarray:

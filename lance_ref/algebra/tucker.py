@@ -125,6 +125,11 @@ def mode_product(tensor: np.ndarray, matrix: np.ndarray, mode: int) -> np.ndarra
         If the dtypes differ.
     """
     _check_mode("mode_product", tensor.shape, mode)
+    _check_matrix(tensor, matrix, mode)
+    return _along(tensor, matrix, mode)
+
+
+def _check_matrix(tensor: np.ndarray, matrix: np.ndarray, mode: int) -> None:
     n = tensor.shape[mode]
     if matrix.ndim != 2 or matrix.shape[1] != n:
         raise ValueError(
@@ -133,7 +138,13 @@ def mode_product(tensor: np.ndarray, matrix: np.ndarray, mode: int) -> np.ndarra
         )
     if matrix.dtype != tensor.dtype:
         raise TypeError(f"mode_product: matrix is {matrix.dtype}, expected the tensor's {tensor.dtype}")
-    J = matrix.shape[0]
+
+
+def _along(tensor: np.ndarray, matrix: np.ndarray, mode: int) -> np.ndarray:
+    """:func:`mode_product` of what fits."""
+    if tensor.ndim == 2:
+        return matmul(matrix, tensor) if mode == 0 else matmul(tensor, matrix.T)
+    n, J = tensor.shape[mode], matrix.shape[0]
     pre, post = math.prod(tensor.shape[:mode]), math.prod(tensor.shape[mode + 1 :])
     out = np.empty((*tensor.shape[:mode], J, *tensor.shape[mode + 1 :]), tensor.dtype)
     # Around mode n a contiguous tensor is (pre, n, post), so no unfolding has to be laid out: the mode is the
@@ -176,11 +187,15 @@ def multi_mode_product(tensor: np.ndarray, matrices: Sequence[np.ndarray | None]
                 f"multi_mode_product: matrix {mode} has shape {matrix.shape}, expected (J, {tensor.shape[mode]}) "
                 f"for mode {mode} of a tensor of shape {tensor.shape}"
             )
+        if matrix is not None and matrix.dtype != tensor.dtype:
+            raise TypeError(
+                f"multi_mode_product: matrix {mode} is {matrix.dtype}, expected the tensor's {tensor.dtype}"
+            )
     # Products along different modes commute, so the cheapest order gives the same tensor.
     for mode in contraction_order(tensor.shape, [None if M is None else M.shape[0] for M in matrices]):
         matrix = matrices[mode]
         assert matrix is not None
-        tensor = mode_product(tensor, matrix, mode)
+        tensor = _along(tensor, matrix, mode)
     return tensor
 
 

@@ -291,8 +291,12 @@ class Node:
 
         ``others`` are what that is computed from besides: the result lies in memory as a new one would.
         """
-        alike = all(x.shape != grad_output.shape or lie_alike(x, grad_output) for x in others)
-        return grad_output if self.owns_gradient and alike else None
+        if not self.owns_gradient:
+            return None
+        for x in others:
+            if x.shape == grad_output.shape and not lie_alike(x, grad_output):
+                return None
+        return grad_output
 
     def check_unchanged(self) -> None:
         """Raise if a saved tensor was written to since the forward pass."""
@@ -346,7 +350,7 @@ def _run_backward(root: Node, seed: np.ndarray, retain_graph: bool) -> None:
                 # The chain rule adds up over all uses of a tensor: in ``.grad`` of a leaf, in ``pending`` of a result.
                 if isinstance(edge, Tensor):
                     in_use = (grad is grad_output and not own) or not has_own_memory(grad)
-                    shared = in_use or sum(grad is g for g in grads) > 1
+                    shared = in_use or (len(grads) > 1 and sum([grad is g for g in grads]) > 1)
                     edge.accumulate_grad(grad, owned=not shared)
                 elif edge.sequence in pending:
                     first = pending.pop(edge.sequence)

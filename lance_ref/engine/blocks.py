@@ -14,6 +14,8 @@ import numpy as np
 
 BLOCK_ELEMENTS = 1 << 16
 """Elements of a block."""
+FEW_ELEMENTS = 1 << 13
+"""Of an array the sum of whose squares BLAS makes in one thread."""
 
 
 def blockwise(formula: Callable[..., Any], *arrays: np.ndarray, over: np.ndarray | None = None) -> np.ndarray:
@@ -65,6 +67,17 @@ def stretches(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
     else:
         for part in pieces(first.shape, ()):
             yield tuple(array[part] for array in arrays)
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no element is NaN or infinite.
+
+    >>> all_finite(np.array([1e30, -1e30], np.float32)), all_finite(np.array([0, np.inf]))
+    (True, False)
+    """
+    if array.size <= FEW_ELEMENTS and math.isfinite(np.vdot(array, array)):  # of few, in one call of NumPy
+        return True
+    return all(np.isfinite(part).all() for (part,) in stretches(array))
 
 
 def pieces(shape: Sequence[int], whole: Collection[int]) -> Iterator[tuple[slice, ...]]:

@@ -15,7 +15,7 @@ from lance_ref.engine.arguments import Context, Gradients, number, one_dim, posi
 from lance_ref.engine.autograd import Function
 from lance_ref.engine.blocks import blockwise, pieces
 from lance_ref.engine.tensor import Shape, Tensor, as_tensor
-from lance_ref.functional.elementwise import Unary
+from lance_ref.functional.elementwise import Unary, along_slope
 from lance_ref.functional.nonlinearities import logistic
 
 
@@ -29,7 +29,7 @@ class Silu(Unary):
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (blockwise(_silu_gradient, grad_output, ctx["x"]),)
+        return along_slope(ctx, grad_output, ctx["x"], _silu_gradient)
 
 
 def _silu_gradient(g: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -48,7 +48,7 @@ class Mish(Unary):
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        return (blockwise(_mish_gradient, grad_output, ctx["x"]),)
+        return along_slope(ctx, grad_output, ctx["x"], _mish_gradient)
 
 
 def _mish_gradient(g: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -72,7 +72,7 @@ class Softplus(Unary):
             scaled = x * x.dtype.type(ctx.beta)
             return np.where(scaled > ctx.threshold, g, g * logistic(scaled))
 
-        return (blockwise(gradient, grad_output, ctx["x"]),)
+        return along_slope(ctx, grad_output, ctx["x"], gradient)
 
 
 def _softplus(x: np.ndarray, beta: float, threshold: float) -> np.ndarray:
@@ -94,7 +94,7 @@ class Elu(Unary):
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
         """The slope α·eˣ below 0 is y + α."""
         alpha = ctx.alpha
-        return (blockwise(lambda g, y: np.where(y > 0, g, g * (y + alpha)), grad_output, ctx["output"]),)
+        return along_slope(ctx, grad_output, ctx["output"], lambda g, y: np.where(y > 0, g, g * (y + alpha)))
 
 
 class LeakyRelu(Unary):
@@ -109,9 +109,11 @@ class LeakyRelu(Unary):
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        positive = np.unpackbits(ctx["mask"], count=grad_output.size).reshape(grad_output.shape)
-        grad = np.asarray(grad_output * grad_output.dtype.type(ctx.slope))
-        np.copyto(grad, grad_output, where=positive.view(np.bool_))
+        below = np.unpackbits(ctx["mask"], count=grad_output.size).view(np.bool_).reshape(grad_output.shape)
+        np.logical_not(below, out=below)
+        over = ctx.reused(grad_output)
+        grad = np.array(grad_output) if over is None else over
+        np.multiply(grad, grad.dtype.type(ctx.slope), out=grad, where=below)
         return (grad,)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from lance_ref.engine.arguments import Context, Gradients, positive, require_floating
 from lance_ref.engine.autograd import Function
+from lance_ref.engine.blocks import pieces
 from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 
 
@@ -139,17 +140,25 @@ class RmsNorm(Function):
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        x_hat = ctx["x"] * ctx["inv_rms"]
-        inner = tuple(range(x_hat.ndim - ctx.k, x_hat.ndim))
+        outer = tuple(range(grad_output.ndim - ctx.k))
+        inner = tuple(range(grad_output.ndim - ctx.k, grad_output.ndim))
+        weighted = len(ctx.needs_input_grad) > 1
         grad_x = grad_weight = None
-        if len(ctx.needs_input_grad) > 1 and ctx.needs_input_grad[1]:
-            grad_weight = (grad_output * x_hat).sum(axis=tuple(range(x_hat.ndim - ctx.k)))
+        if weighted and ctx.needs_input_grad[1]:
+            grad_weight = np.zeros(grad_output.shape[grad_output.ndim - ctx.k :], grad_output.dtype)
         if ctx.needs_input_grad[0]:
-            g = grad_output * ctx["weight"] if len(ctx.needs_input_grad) > 1 else grad_output
-            x_hat *= (g * x_hat).mean(axis=inner, keepdims=True)
-            np.subtract(g, x_hat, out=x_hat)
-            x_hat *= ctx["inv_rms"]
-            grad_x = x_hat
+            over = ctx.reused(grad_output, ctx["x"])
+            grad_x = np.empty_like(ctx["x"]) if over is None else over
+        for part in pieces(grad_output.shape, inner):
+            g, inv_rms = grad_output[part], ctx["inv_rms"][part]
+            x_hat = ctx["x"][part] * inv_rms
+            if grad_weight is not None:
+                grad_weight += (g * x_hat).sum(axis=outer)
+            if grad_x is not None:
+                g = g * ctx["weight"] if weighted else g
+                x_hat *= (g * x_hat).mean(axis=inner, keepdims=True)
+                np.subtract(g, x_hat, out=x_hat)
+                np.multiply(x_hat, inv_rms, out=grad_x[part])
         return (grad_x, grad_weight)[: len(ctx.needs_input_grad)]
 
 

@@ -26,10 +26,9 @@ from lance_ref.engine.arguments import (
     positive,
     require_floating,
     share,
-    unbroadcast_product,
 )
 from lance_ref.engine.autograd import Function
-from lance_ref.engine.blocks import blockwise, pieces
+from lance_ref.engine.blocks import pieces
 from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 
 _STATISTICS = ("running_mean", "running_var")
@@ -95,7 +94,8 @@ class BatchNorm(Function):
         if needs_weight or (ctx.training and needs[0]):
             through = ctx.training and needs[0]
             weight = ctx["weight"] if through and ctx.affine else None
-            grad_x, grad_weight, sum_g = normalise_backward(g, ctx["x"], ctx["mean"], ctx["inv_std"], weight, through)
+            x, over = ctx["x"], ctx.reused(g, ctx["x"])
+            grad_x, grad_weight, sum_g = normalise_backward(g, x, ctx["mean"], ctx["inv_std"], weight, through, over)
         elif needs_bias:
             sum_g = g.sum(axis=(0, *range(2, g.ndim)))  # (C,)
         if needs[0] and not ctx.training:
@@ -187,18 +187,22 @@ class LayerNorm(Function):
         outer = tuple(range(grad_output.ndim - ctx.k))
         inner = tuple(range(grad_output.ndim - ctx.k, grad_output.ndim))
         grad_x = grad_weight = grad_bias = None
-        if needs_x or needs_weight:
-            x_hat = blockwise(lambda x, mean, inv_std: (x - mean) * inv_std, ctx["x"], ctx["mean"], ctx["inv_std"])
-        if needs_weight:
-            grad_weight = unbroadcast_product(grad_output, x_hat, grad_output.shape[grad_output.ndim - ctx.k :])
         if needs_bias:
             grad_bias = grad_output.sum(axis=outer)
+        if needs_weight:
+            grad_weight = np.zeros(grad_output.shape[grad_output.ndim - ctx.k :], grad_output.dtype)
         if needs_x:
-            weight = ctx["weight"] if ctx.affine else None
-            for part in pieces(x_hat.shape, inner):
-                g = grad_output[part] if weight is None else grad_output[part] * weight
-                x_hat[part] = _through_statistics(g, x_hat[part], ctx["inv_std"][part], inner)
-            grad_x = x_hat
+            over = ctx.reused(grad_output, ctx["x"])
+            grad_x = np.empty_like(ctx["x"]) if over is None else over
+        for part in pieces(grad_output.shape, inner) if needs_x or needs_weight else ():
+            g, inv_std = grad_output[part], ctx["inv_std"][part]
+            x_hat = ctx["x"][part] - ctx["mean"][part]
+            x_hat *= inv_std
+            if grad_weight is not None:
+                grad_weight += (g * x_hat).sum(axis=outer)
+            if grad_x is not None:
+                g = g * ctx["weight"] if ctx.affine else g
+                grad_x[part] = _through_statistics(g, x_hat, inv_std, inner)
         return (grad_x, grad_weight, grad_bias) if ctx.affine else (grad_x,)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from lance_ref.engine import counting
 from lance_ref.engine.arguments import Context, Gradients, operands, require_floating, unbroadcast
 from lance_ref.engine.autograd import Function
+from lance_ref.engine.state import state
 from lance_ref.engine.tensor import Shape, Tensor
 
 
@@ -21,11 +22,11 @@ class Matmul(Function):
     @staticmethod
     def output_shape(a: Tensor, b: Tensor) -> Shape:
         require_floating("matmul", a=a, b=b)
+        if len(a._shape) == len(b._shape) == 2 and a._shape[1] == b._shape[0]:  # the usual case
+            return a._shape[0], b._shape[1]
         if a.ndim < 1 or b.ndim < 1:
             raise ValueError(f"matmul: a has shape {a.shape} and b {b.shape}, expected at least one dimension each")
         rows, columns = _as_matrices(a.shape, b.shape)
-        if len(rows) == len(columns) == 2 and rows[1] == columns[0]:  # the usual case, without a batch
-            return (*rows[:1][: a.ndim - 1], *columns[1:][: b.ndim - 1])
         try:
             batch = np.broadcast_shapes(rows[:-2], columns[:-2])
         except ValueError:
@@ -53,16 +54,18 @@ class Matmul(Function):
             batch = grad_output.shape[: grad_output.ndim - (len(shape_a) > 1) - (len(shape_b) > 1)]
             grad_output = grad_output.reshape(*batch, rows[-2], columns[-1])  # (..., m, n)
         grad_a = grad_b = None
-        if ctx.needs_input_grad[0]:
-            b = ctx["b"].reshape(columns)
-            with counting.spending_on(_kind(ctx.edges[0])):
+        outer = state.kind  # without a ``with``, whose overhead is that of a small product
+        try:
+            if ctx.needs_input_grad[0]:
+                state.kind, b = _kind(ctx.edges[0]), ctx["b"].reshape(columns)
                 grad_a = _summed(counting.matmul(grad_output, b.swapaxes(-1, -2)), rows, shape_a)  # of (..., m, k)
-        if ctx.needs_input_grad[1]:
-            a = ctx["a"].reshape(rows)
-            if len(columns) == 2:  # one matrix for the whole batch: one product instead of a sum of products
-                a, grad_output = a.reshape(-1, rows[-1]), grad_output.reshape(-1, columns[-1])
-            with counting.spending_on(_kind(ctx.edges[1])):
+            if ctx.needs_input_grad[1]:
+                state.kind, a = _kind(ctx.edges[1]), ctx["a"].reshape(rows)
+                if len(columns) == 2:  # one matrix for the whole batch: one product instead of a sum of products
+                    a, grad_output = a.reshape(-1, rows[-1]), grad_output.reshape(-1, columns[-1])
                 grad_b = _summed(counting.matmul(a.swapaxes(-1, -2), grad_output), columns, shape_b)  # of (..., k, n)
+        finally:
+            state.kind = outer
         return grad_a, grad_b
 
 

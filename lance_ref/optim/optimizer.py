@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lance_ref.engine.blocks import stretches
+from lance_ref.engine.blocks import all_finite
 from lance_ref.engine.ownership import alone
 from lance_ref.engine.tensor import Tensor
 
@@ -102,7 +102,7 @@ class Optimizer:
             raise ValueError(f"the {self._gradient(position)} has shape {grad.shape}")
         if grad.dtype != parameter.dtype:
             raise TypeError(f"the {self._gradient(position)} has dtype {grad.dtype}, expected {parameter.dtype}")
-        if not all(np.isfinite(part).all() for (part,) in stretches(grad)):
+        if not all_finite(grad):
             bad = int(grad.size - np.isfinite(grad).sum())
             raise ValueError(
                 f"the {self._gradient(position)} holds {bad} NaN or infinite value(s); no parameter was changed"

@@ -11,7 +11,7 @@ import numpy as np
 from lance_ref.algebra.basis import Basis
 from lance_ref.algebra.geometry import Geometry
 from lance_ref.algebra.magnitude import NotFiniteError
-from lance_ref.engine.blocks import stretches
+from lance_ref.engine.blocks import all_finite
 from lance_ref.engine.tensor import Shape
 
 
@@ -21,7 +21,7 @@ def check_kept(name: str, kept: np.ndarray, shape: Shape) -> None:
     Whatever sums over an activation, with any weights, carries its NaN and infinities on: looking at the sums is
     enough, and they are few.
     """
-    if not all(np.isfinite(part).all() for (part,) in stretches(kept)):
+    if not all_finite(kept):
         raise NotFiniteError(
             f"{name}: an activation of shape {shape} contains NaN or infinity, or numbers too large for sums of "
             f"{kept.dtype}, expected finite numbers"

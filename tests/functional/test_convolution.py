@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -227,29 +228,40 @@ def test_linear_takes_any_number_of_leading_axes() -> None:
         assert g.output_shape == (*shape[:-1], 4)
 
 
-@given(g=conv_geometries(), bytes_=st.integers(1, 4000), places=st.sampled_from([1, 8, 512]))
-def test_the_workspace_is_kept(g: ConvGeometry, bytes_: int, places: int) -> None:
-    """Every output row of every image once; columns within the workspace but for a single row; images of many
-    places one by one."""
+@given(g=conv_geometries(), bytes_=st.integers(1, 9000), cached=st.integers(1, 9000), data=st.data())
+def test_the_workspace_is_kept(g: ConvGeometry, bytes_: int, cached: int, data: st.DataObject) -> None:
+    """Columns are within the workspace that all threads share, but for a single row, and no more than a cache or four
+    times the weights take, whichever are more; no more images are put together than a product needs."""
+    (H_out, W_out), (B, C_in), kernel = g.output_size, g.input_shape[:2], math.prod(g.weight_shape[2:])
+    parts, places = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 20, 512]))
+    some = max(C_in // 2, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(geometry, "WORKSPACE_BYTES", bytes_)
+        patch.setattr(geometry, "CACHED_BYTES", cached)
+        patch.setattr(geometry, "ENOUGH_PLACES", places)
         patch.setattr(geometry, "MANY_PLACES", places)
-        blocks = list(g.blocks(4))
-        of_two = list(g.blocks(4, 2))
-    H_out, W_out = g.output_size
+        patch.setattr(geometry, "SHARED_MACS", 0)
+        patch.setattr(geometry, "product_threads", lambda: parts)
+        threads, of_images, of_channels = g.image_parts(), g.image_block(4), g.channel_block(4, some)
+    assert threads == min(parts, B)
+    assert of_images[0] <= -(-B // threads)
+    assert of_images[0] == 1 or of_images[0] * H_out * W_out <= places
+    room = min(bytes_ // threads, max(cached, 4 * 4 * math.prod(g.weight_shape)))
+    own_room = min(bytes_, cached) if H_out * W_out >= places else bytes_
+    for (n, rows), channels, most in ((of_images, C_in, room), (of_channels, some, own_room)):
+        assert 4 * n * rows * W_out * channels * kernel <= most or (n, rows) == (1, 1)
+        assert n == 1 or rows == H_out
+
+
+@given(g=conv_geometries(), images=st.integers(1, 4), rows=st.integers(1, 20))
+def test_blocks_cover_every_row_once(g: ConvGeometry, images: int, rows: int) -> None:
+    """Of a thread's images, here all but the first."""
     seen = []
-    for images, rows in blocks:
-        n, l = images.stop - images.start, rows.stop - rows.start  # noqa: E741
-        columns = 4 * n * l * W_out * g.groups * int(np.prod(g.weight_shape[1:]))
-        assert columns <= bytes_ or (n, l) == (1, 1)
-        assert n == 1 or (l == H_out and H_out * W_out < places)
-        seen += list(itertools.product(range(images.start, images.stop), range(rows.start, rows.stop)))
-    assert seen == list(itertools.product(range(g.input_shape[0]), range(H_out)))
-    for images, rows in of_two:  # two channels alone: images together, whatever their places
-        n, l = images.stop - images.start, rows.stop - rows.start  # noqa: E741
-        assert 4 * n * l * W_out * 2 * int(np.prod(g.weight_shape[2:])) <= bytes_ or (n, l) == (1, 1)
-        assert n == 1 or l == H_out
-    assert sum((i.stop - i.start) * (r.stop - r.start) for i, r in of_two) == g.input_shape[0] * H_out
+    for some, lines in g.blocks(range(1, g.input_shape[0]), (images, rows)):
+        assert some.stop - some.start <= images
+        assert lines.stop - lines.start <= rows
+        seen += list(itertools.product(range(some.start, some.stop), range(lines.start, lines.stop)))
+    assert sorted(seen) == list(itertools.product(range(1, g.input_shape[0]), range(g.output_size[0])))
 
 
 def test_which_convolutions_are_depthwise_or_pointwise() -> None:

@@ -99,6 +99,7 @@ def normalise_backward(
     inv_std: np.ndarray,
     weight: np.ndarray | None,
     needs_x: bool,
+    over: np.ndarray | None = None,
 ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
     """dx = weight·inv_std·(g − Σg/n − x̂·Σ(g·x̂)/n), Σ(g·x̂) and Σg, the sums over the n numbers of a channel.
 
@@ -111,6 +112,8 @@ def normalise_backward(
         1 where it is None.
     needs_x : bool
         Whether dx is made; None otherwise.
+    over : array, optional
+        ``grad_output``, if it may be written over, as the compiled loops do.
 
     Returns
     -------
@@ -121,11 +124,11 @@ def normalise_backward(
         return normalise_backward_numpy(grad_output, x, mean, inv_std, weight, needs_x)
     B, C = x.shape[:2]
     grad_weight, grad_bias = np.empty(C, x.dtype), np.empty(C, x.dtype)
-    grad_x = np.empty(x.shape if needs_x else (B, C, 0), x.dtype)
     scale = inv_std if weight is None else weight * inv_std
-    planes = grad_output.reshape(B, C, -1), x.reshape(B, C, -1), grad_x.reshape(B, C, -1 if needs_x else 0)
-    _normalise_backward.run(C, 4 * x.size, *planes, mean, inv_std, scale, grad_weight, grad_bias)
-    return grad_x if needs_x else None, grad_weight, grad_bias
+    g = grad_output.copy() if needs_x and over is None else grad_output  # dx takes its place
+    planes = g.reshape(B, C, -1), x.reshape(B, C, -1)
+    _normalise_backward.run(C, 4 * x.size, *planes, mean, inv_std, scale, grad_weight, grad_bias, needs_x)
+    return g if needs_x else None, grad_weight, grad_bias
 
 
 def normalise_backward_numpy(
@@ -152,9 +155,9 @@ def normalise_backward_numpy(
 
 
 @Loops
-def _normalise_backward(start, stop, g, x, grad, mean, inv_std, scale, grad_weight, grad_bias):  # type: ignore[no-untyped-def]
+def _normalise_backward(start, stop, g, x, mean, inv_std, scale, grad_weight, grad_bias, needs_x):  # type: ignore[no-untyped-def]
     B, _, L = x.shape
-    n, zero, wanted = B * L, x.dtype.type(0), grad.shape[2]
+    n, zero = B * L, x.dtype.type(0)
     for c in range(start, stop):
         centre = mean[c]
         total, product = 0.0, 0.0  # of the planes' sums, in double precision
@@ -167,12 +170,14 @@ def _normalise_backward(start, stop, g, x, grad, mean, inv_std, scale, grad_weig
             product += with_x
         product *= inv_std[c]  # Σ(g·x̂)
         grad_weight[c], grad_bias[c] = product, total
+        if not needs_x:
+            continue
         factor = scale[c]
         of_x = x.dtype.type(-factor * inv_std[c] * product / n)
         summand = x.dtype.type(-factor * total / n)
         for b in range(B):
-            for i in range(wanted):
-                grad[b, c, i] = g[b, c, i] * factor + (x[b, c, i] - centre) * of_x + summand
+            for i in range(L):
+                g[b, c, i] = g[b, c, i] * factor + (x[b, c, i] - centre) * of_x + summand
 
 
 def in_loops(x: np.ndarray) -> bool:

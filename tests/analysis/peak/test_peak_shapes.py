@@ -238,6 +238,24 @@ def test_layer_norms_of_long_and_of_short_stretches(shape: tuple[int, ...], coun
 
 
 @compiled
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: F.layer_norm(x, x.shape[-1]),
+        lambda x: F.rms_norm(x, x.shape[-1]),
+        lambda x: F.batch_norm(x, None, None, training=True),
+        lambda x: F.leaky_relu(x, 0.1),
+        F.silu,
+        F.elu,
+    ],
+    ids=["layer_norm", "rms_norm", "batch_norm", "leaky_relu", "silu", "elu"],
+)
+def test_gradients_that_are_written_over(operation: Operation) -> None:
+    """The gradient that comes in is the product's own, and the next one takes its place."""
+    check(lambda x: (operation(x) * 2.0).sum(), [(16, 20, 30, 40)], [True])
+
+
+@compiled
 @pytest.mark.parametrize("shape", [(150_000, 2), (2, 150_000), (1000, 600), (16, 20, 30, 40), (64, 3, 64, 64)])
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norms_of_many_channels_and_of_few(shape: tuple[int, ...], training: bool) -> None:

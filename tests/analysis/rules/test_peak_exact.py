@@ -206,17 +206,23 @@ def test_workspaces_of_convolutions_by_hand() -> None:
     assert many.forward_workspace(strided) == columns + 10 * copied + 2 * 3 * 8 * 6 * 4
 
 
-def test_workspaces_of_convolutions_with_many_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two threads have the patches of an image each, or for the weight gradient those of some channels of both."""
+def test_workspaces_of_convolutions_in_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the patches of an image, or for the weight gradient those of some channels of both images."""
     monkeypatch.setattr(geometry, "product_threads", lambda: 2)
+    monkeypatch.setattr(geometry, "SHARED_MACS", 1)
     many = convolution(input_shape=(2, 3, 10, 10), weight_shape=(40, 3, 3, 3))
     one = 27 * 100 * 4
     assert many.forward_workspace(None) == many.input_workspace(None) == 2 * one
     assert many.weight_workspace(None, None) == 2 * one + 2 * 40 * 2 * 100 * 4 + 40 * 27 * 4
-    few = convolution()  # the block is shared out as a whole
-    assert few.forward_workspace(None) == 2 * 8 * 27 * 6 * 4 + 2 * 4 * 8 * 6 * 4
+    of_two = convolution(input_shape=(4, 3, 10, 10), weight_shape=(40, 3, 3, 3))  # their outputs lie beside them
+    assert of_two.forward_workspace(None) == of_two.input_workspace(None) == 2 * 2 * (one + 40 * 100 * 4)
+    large = convolution(input_shape=(4, 3, 16, 20), weight_shape=(40, 3, 3, 3))  # two images have too many places
+    assert large.forward_workspace(None) == large.input_workspace(None) == 2 * 27 * 320 * 4
     in_groups = convolution(input_shape=(2, 4, 10, 10), weight_shape=(40, 2, 3, 3), groups=2)
     assert in_groups.weight_workspace(None, None) == 2 * 36 * 100 * 4 + 40 * 2 * 100 * 4 + 40 * 18 * 4
+    monkeypatch.setattr(geometry, "SHARED_MACS", 1 << 30)  # too little work for two
+    little = convolution(input_shape=(2, 3, 10, 10), weight_shape=(40, 3, 3, 3))
+    assert little.forward_workspace(None) == little.input_workspace(None) == 2 * (one + 40 * 100 * 4)
 
 
 def test_workspaces_of_depthwise_loops_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

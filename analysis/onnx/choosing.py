@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from analysis.onnx.file import Node
-from analysis.onnx.host import HOST, axes_of, pieces
+from analysis.onnx.host import HOST, axes_of, pieces, positions_of
 from analysis.onnx.numbers import Inputs, operand
 from lance_ref import functional as F
 from lance_ref.engine.tensor import Tensor
@@ -26,6 +26,10 @@ WITHOUT_GRADIENT = frozenset({
     *("Or", "Xor", "Floor", "Ceil", "Round", "Sign", "OneHot"),
 })  # fmt: skip
 """Operations whose result has no gradient, whatever they are of."""
+
+
+OF_INTEGERS = frozenset({"CumSum"})
+"""Operations that are evaluated of integers, and of numbers with a gradient refused."""
 
 
 def is_plain(node: Node, operands: Sequence[Any]) -> bool:
@@ -80,8 +84,7 @@ def _gather_elements(node: Node, x: Inputs) -> Tensor:
     """x[i, j, ...] with the index in place of the position along one axis."""
     table, positions = x[0], x[1]
     (axis,) = axes_of([node.attributes.get("axis", 0)], table.ndim)
-    grids = np.ogrid[tuple(slice(n) for n in positions.shape)]
-    return table[tuple(positions if i == axis else grid for i, grid in enumerate(grids))]
+    return table[tuple(positions_of(positions, axis))]
 
 
 def _gather_nd(node: Node, x: Inputs) -> Tensor:

@@ -28,7 +28,7 @@ from analysis.onnx.ops import over_all_of_an_input, tensor_ops
 from analysis.onnx.patterns import simplify
 from analysis.onnx.recurrent import ORDER as RECURRENT
 from analysis.onnx.recurrent import layer as recurrent_layer
-from analysis.onnx.telling import untold
+from analysis.onnx.telling import ATTENTION, FACTORS, left_frozen, untold
 from analysis.onnx.tensor import shown
 from lance_ref import functional as F
 from lance_ref.engine.tensor import Tensor
@@ -105,8 +105,9 @@ class OnnxNet(Module):
             with at(graph, node):
                 self._add(node, layers)
         self._normalising = _last_softmax(nodes, graph)
-        self._untold = untold(nodes, self._constants, graph.outputs)
+        self._untold = [*untold(nodes, self._constants, graph.outputs), *left_frozen(self._stored_factors())]
         self._left_out = False
+        self._scores_again: dict[str, int] = {}  # multiply-adds of each attention's scores, in the last pass
         for output in graph.outputs:
             if output not in self._live:
                 raise ValueError(f"{shown(graph.file)}: its output {shown(output)} does not depend on its input")
@@ -120,8 +121,12 @@ class OnnxNet(Module):
     def remark(self) -> str:
         """What the file may lack, what was read otherwise than it stands there, and what of it was left out."""
         remarks = [*self._untold]
-        if any(node.op == "torch.scaled_dot_product_attention" for node, _ in self._steps):
-            remarks.append("attention: as PyTorch's kernel for the CPU keeps it")
+        if any(node.op == ATTENTION for node, _ in self._steps):
+            again = 2 * sum(self._scores_again.values())
+            remarks.append(
+                "attention: as PyTorch's kernel for the CPU keeps it; there its backward pass computes the scores once "
+                f"more, {again:,} FLOPs that are not counted here"
+            )
         if self._left_out:
             ops = " and ".join(node.op for node in self._normalising)
             remarks.append(f"the {ops} at the end of this file is left out: the loss, cross-entropy, has its own")
@@ -211,6 +216,14 @@ class OnnxNet(Module):
         values = [self._constants.get(name) for name in node.inputs[1:3]]
         plain = all(isinstance(v, np.ndarray) and (v == n).all() for v, n in zip(values, (1, 0), strict=True))
         return replace(node, attributes={**node.attributes, "plain": True}) if plain else node
+
+    def _stored_factors(self) -> set[str]:
+        """Stored arrays of no layer, with which values are multiplied, or that are added to scores of attention."""
+        found: set[str] = set()
+        for node, module in self._steps:
+            if isinstance(module, Operation) and node.op in FACTORS:
+                found.update(self._behind(node.inputs[slice(*FACTORS[node.op])]))
+        return found
 
     def _behind(self, names: Iterable[str]) -> list[str]:
         """The stored weights that values are, or that they are computed from without the input."""
@@ -346,6 +359,8 @@ class OnnxNet(Module):
         for i, (node, module) in enumerate(self._steps):
             with at(self.graph, node):
                 operands = self._with_batch(node, [self._operand(name, values) for name in node.inputs], batch)
+                if node.op == ATTENTION:
+                    self._scores_again[node.outputs[0]] = operands[0].size * operands[1].shape[-1]
                 if module is None:
                     results: Any = evaluate(node, operands)
                 elif is_plain(node, operands):

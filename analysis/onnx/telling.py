@@ -6,7 +6,7 @@ What these keep is then missing from every account, and the report says so besid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,10 @@ ACTIVATIONS = (
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 IN_PLACE = ("LeakyRelu", "Elu")
 """PyTorch's functions that keep their result in place of their input where they work in place."""
+
+ATTENTION = "torch.scaled_dot_product_attention"
+FACTORS = {"Mul": (0, 2), "Div": (0, 2), "torch.rms_norm": (1, 2), "RMSNormalization": (1, 2), ATTENTION: (3, 4)}
+"""Operations that keep more where a stored operand trains, and which of their operands those may be."""
 
 HOW = "unless told otherwise (training=TrainingMode.TRAINING, do_constant_folding=False)"
 
@@ -55,6 +59,16 @@ def untold(nodes: Sequence[Node], constants: Mapping[str, Any], outputs: Sequenc
     if in_place:
         found.append(f"{' and '.join(in_place)}: the file does not say whether in place, where PyTorch keeps less")
     return found
+
+
+def left_frozen(stored: Collection[str]) -> list[str]:
+    """What a report says of arrays that belong to no layer, so that no selection of layers trains them."""
+    if not stored:
+        return []
+    return [
+        f"{len(stored)} of the stored arrays belong to no layer and do not train here (factors of activations, biases "
+        "of attention): a network that trains them keeps more"
+    ]
 
 
 def _trains(uses: Uses, node: Node) -> bool:

@@ -34,7 +34,7 @@ class Export:
     refused : str
         Why there is no file, or no account of it; empty for one that was accepted.
     predicted, module : Totals, optional
-        Of the file, and of the module as such a file shows it: batch norm keeps to its statistics.
+        Of the file, and of the module with what such a file trains (:func:`as_a_file_trains`).
     marked : bool
         Whether the report says beside PyTorch's column that it is that of the file alone.
     """
@@ -106,12 +106,12 @@ def compare(network: Network, with_exports: bool = False) -> Outcome:
 
 
 def export(module: Any, how: Run, kind: str) -> Export:
-    """The file of an export, predicted, beside the module as such a file shows it: batch norm with its statistics.
+    """The file of an export, predicted, beside the module with what such a file trains.
 
     ``kind`` is "documented", as the pages say, or "plain", which is what everybody writes. Inputs with names are given
     in their order, and a network that returns a mapping returns its logits.
     """
-    own = positional(with_statistics(module), [spec.name for spec in how.inputs.specs])
+    own = positional(as_a_file_trains(module), [spec.name for spec in how.inputs.specs])
     how = replace(how, inputs=replace(how.inputs, specs=tuple(spec._replace(name=None) for spec in how.inputs.specs)))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
@@ -145,7 +145,10 @@ def compare_file(path: Path, own: Any, how: Run) -> Export:
     found = report.totals["bp"]
     forward = found.flops["forward"]
     ours = Totals(found.activation_bytes["pytorch"], forward, found.flops["total"] - forward)
-    return Export("", ours, Totals.of(watched_step(own, "net", how)), report.file_only)
+    step = watched_step(own, "net", how)
+    theirs = Totals.of(step)
+    again = 2 * step.total_macs("recompute")  # by PyTorch's attention, of which the report's remark speaks
+    return Export("", ours, theirs._replace(backward_flops=theirs.backward_flops - again), report.file_only)
 
 
 def positional(module: Any, names: Sequence[str | None]) -> Any:
@@ -164,12 +167,20 @@ def positional(module: Any, names: Sequence[str | None]) -> Any:
     return module if not any(names) else Positional().train(module.training)
 
 
-def with_statistics(module: Any) -> Any:
-    """A copy whose batch norms keep to their statistics and do not train, as networks of this library are tuned."""
+def as_a_file_trains(module: Any) -> Any:
+    """A copy that trains as a file with all layers tuned: weights of layers, and nothing that belongs to none.
+
+    Batch norms keep to their statistics. Scales, tables and tokens of a network's own do not train.
+    """
     import torch
 
     own = copy.deepcopy(module)
+    layers = (torch.nn.modules.conv._ConvNd, torch.nn.Linear, torch.nn.MultiheadAttention, torch.nn.RNNBase)
+    own.requires_grad_(False)
     for part in own.modules():
         if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
-            part.eval().requires_grad_(False)
+            part.eval()
+        elif isinstance(part, layers) or type(part).__name__ == "Conv1D":  # the linear layer of GPT-2
+            for parameter in part.parameters(recurse=False):
+                parameter.requires_grad_(True)
     return own

@@ -28,7 +28,7 @@ WITHOUT_GRADIENT = frozenset({
 """Operations whose result has no gradient, whatever they are of."""
 
 
-OF_INTEGERS = frozenset({"CumSum"})
+OF_INTEGERS = frozenset({"CumSum", "Mod", "ReduceProd", "Trilu"})
 """Operations that are evaluated of integers, and of numbers with a gradient refused."""
 
 

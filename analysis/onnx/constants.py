@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -78,6 +79,29 @@ def put_together(nodes: Sequence[Node], constants: dict[str, Any], live: set[str
             needed.update(node.inputs)
             kept.append(node)
     return kept[::-1]
+
+
+def told_apart(nodes: Sequence[Node], constants: dict[str, Any]) -> list[Node]:
+    """Rows of numbers that several modules read, as one for each: an exporter stores equal ones once.
+
+    Fresh scales and biases are ones and zeros everywhere. A module that runs twice has one path, and keeps its own.
+    """
+    scopes: dict[Any, set[str]] = {}
+    for node in nodes:
+        for weight in (constants.get(name) for name in node.inputs):
+            if isinstance(weight, Weight) and weight.source is None and len(weight.shape) == 1:
+                scopes.setdefault(weight.key, set()).add(node.scope)
+    several = {key for key, found in scopes.items() if len(found) > 1 and "" not in found}
+    result = []
+    for node in nodes:
+        own = {}
+        for name in node.inputs:
+            weight = constants.get(name)
+            if isinstance(weight, Weight) and weight.key in several:
+                own[name] = f"{name}/{node.scope}"
+                constants.setdefault(own[name], Weight(weight.constant, (own[name],)))
+        result.append(replace(node, inputs=tuple(own.get(name, name) for name in node.inputs)) if own else node)
+    return result
 
 
 def weight_or_array(graph: Graph, name: str, constant: Constant) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 from analysis.commands.memory import check_memory
 from analysis.commands.names import plain
 from analysis.onnx.choosing import evaluate_plain, is_plain
-from analysis.onnx.constants import EXPECTED, LITERAL, MAX_FOLDED, at, folded, put_together, weight_or_array
+from analysis.onnx.constants import EXPECTED, LITERAL, MAX_FOLDED, at, folded, put_together, told_apart, weight_or_array
 from analysis.onnx.file import Graph, Node, read_graph
 from analysis.onnx.host import HOST, RANDOM, evaluate
 from analysis.onnx.layers import LAYERS, Weight, as_weight, layer_for, plan_for
@@ -97,6 +97,7 @@ class OnnxNet(Module):
         self._tensors = set(given)  # those, and what is computed from parameters
         nodes = put_together([node for node in graph.nodes if not self._fold(node)], self._constants, self._live, graph)
         nodes = [self._as_pytorch_has_it(node) for node in simplify(nodes, self._constants, graph.outputs)]
+        nodes = told_apart(nodes, self._constants)
         for node in nodes:
             self._made_by.update(dict.fromkeys(node.outputs, node))
             with at(graph, node):

@@ -6,6 +6,7 @@ What these keep is then missing from every account, and the report says so besid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -53,12 +54,30 @@ def untold(nodes: Sequence[Node], constants: Mapping[str, Any], outputs: Sequenc
             )
         else:
             found.append(f"no dropout in this file: exporters leave it out, {HOW}; what it keeps is then missing here")
+    if any(node.op == "Mul" and any(_is_of_gelu(uses, name) for name in node.inputs) for node in nodes):
+        found.append("GELU by tanh, in steps: a network may run it as one function of its own, which keeps less")
+    if any(node.op == "Transpose" and _may_be_copied(uses, node) for node in nodes):
+        found.append(
+            "the file does not say whether a value that is also read transposed was copied, as contiguous() does"
+        )
     in_place = sorted({node.op for node in nodes if node.op in IN_PLACE})
     if any(node.op in ("LSTM", "GRU") for node in nodes):
         found.append("LSTM and GRU: PyTorch's own kernels keep another workspace than these operations")
     if in_place:
         found.append(f"{' and '.join(in_place)}: the file does not say whether in place, where PyTorch keeps less")
     return found
+
+
+def _may_be_copied(uses: Uses, transposed: Node) -> bool:
+    """Whether a convolution reads what others, too, keep in another order of its dimensions."""
+    readers = uses.readers.get(transposed.outputs[0], [])
+    others = len(readers) > 1 or not uses.alone(transposed.inputs[0])
+    return others and any(reader.op == "Conv" for reader in readers)
+
+
+def _is_of_gelu(uses: Uses, name: str) -> bool:
+    value = uses.number(name)
+    return value is not None and math.isclose(value, math.sqrt(2 / math.pi), rel_tol=1e-5)
 
 
 def left_frozen(stored: Collection[str]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.commands.memory import check_memory
 from analysis.onnx.file import Graph, Node
 from analysis.onnx.host import HOST, MAX_ELEMENTS, RANDOM, evaluate
 from analysis.onnx.layers import Weight
@@ -29,8 +30,8 @@ CUTTING = ("Slice", "Concat", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "I
 MAX_FOLDED = 2**26
 """Elements of all arrays that are computed from constants alone."""
 
-MAX_FILLED = 2**24
-"""Elements of a weight that a file fills with one number."""
+MAX_FILLED = 2**27
+"""Elements of a weight that a file fills with one number; they are made only where numbers are needed."""
 
 
 @contextmanager
@@ -115,6 +116,11 @@ def weight_or_array(graph: Graph, name: str, constant: Constant) -> Any:
     return array if array.dtype.kind in "iubf" else array.astype(np.float32)
 
 
+def _filled(shape: tuple[int, ...], value: float) -> np.ndarray:
+    check_memory(4 * math.prod(shape), "a weight that is filled with one number")
+    return np.full(shape, value, np.float32)
+
+
 def folded(node: Node, inputs: list[Any]) -> list[Any] | None:
     """The outputs of a node that has constants alone; None if it must run as an operation on parameters."""
     if node.op in ("QuantizeLinear", "DequantizeLinear") and isinstance(inputs[0], np.ndarray):
@@ -128,7 +134,7 @@ def folded(node: Node, inputs: list[Any]) -> list[Any] | None:
         if MAX_ELEMENTS < math.prod(shape) <= MAX_FILLED and min(shape) >= 0:
             fill = node.attributes.get("value")
             value = float(np.asarray(fill.load()).reshape(-1)[0]) if fill is not None else 0.0
-            filled = Constant(shape, np.dtype(np.float32), lambda: np.full(shape, value, np.float32))
+            filled = Constant(shape, np.dtype(np.float32), partial(_filled, shape, value))
             return [Weight(filled, (node.outputs[0],))]
     if any(isinstance(x, Weight) for x in inputs):
         if node.op in ("Shape", "Size"):

@@ -128,6 +128,10 @@ class OnnxNet(Module):
                 "attention: as PyTorch's kernel for the CPU keeps it; there its backward pass computes the scores once "
                 f"more, {again:,} FLOPs that are not counted here"
             )
+        if any(node.op == "torch.silu" for node, _ in self._steps):
+            remarks.append(
+                "SiLU: x·sigmoid(x) is taken for PyTorch's one operation, which keeps half of what both keep"
+            )
         if self._left_out:
             ops = " and ".join(node.op for node in self._normalising)
             remarks.append(f"the {ops} at the end of this file is left out: the loss, cross-entropy, has its own")
@@ -229,12 +233,15 @@ class OnnxNet(Module):
     def _behind(self, names: Iterable[str]) -> list[str]:
         """The stored weights that values are, or that they are computed from without the input."""
         found: dict[str, None] = {}
-        waiting = [name for name in names if name not in self._live]
+        seen, waiting = set(self._live), list(names)
         while waiting:
             name = waiting.pop()
+            if name in seen:
+                continue
+            seen.add(name)
             if isinstance(self._constants.get(name), Weight):
                 found[name] = None
-            elif name in self._made_by:
+            elif name in self._made_by and self._made_by[name].op not in ("Shape", "Size"):
                 waiting += self._made_by[name].inputs
         return list(found)
 

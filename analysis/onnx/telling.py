@@ -29,6 +29,13 @@ LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 IN_PLACE = ("LeakyRelu", "Elu")
 """PyTorch's functions that keep their result in place of their input where they work in place."""
 
+IN_STEPS = frozenset({
+    *("Abs", "Softsign", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum"),
+    *("LpNormalization", "LpPool", "MeanVarianceNormalization", "ThresholdedRelu"),
+})  # fmt: skip
+"""Operations that consist of several here, where PyTorch's own may keep other tensors."""
+COMPARISONS = ("Less", "LessOrEqual", "Greater", "GreaterOrEqual")
+
 ATTENTION = "torch.scaled_dot_product_attention"
 FACTORS = {"Mul": (0, 2), "Div": (0, 2), "torch.rms_norm": (1, 2), "RMSNormalization": (1, 2), ATTENTION: (3, 4)}
 """Operations that keep more where a stored operand trains, and which of their operands those may be."""
@@ -60,12 +67,39 @@ def untold(nodes: Sequence[Node], constants: Mapping[str, Any], outputs: Sequenc
         found.append(
             "the file does not say whether a value that is also read transposed was copied, as contiguous() does"
         )
+    in_steps = sorted({what for node in nodes if (what := _in_steps(uses, node))})
+    if in_steps:
+        found.append(f"{', '.join(in_steps)}: PyTorch's own operation may keep other tensors than the steps do here")
     in_place = sorted({node.op for node in nodes if node.op in IN_PLACE})
     if any(node.op in ("LSTM", "GRU") for node in nodes):
         found.append("LSTM and GRU: PyTorch's own kernels keep another workspace than these operations")
     if in_place:
         found.append(f"{' and '.join(in_place)}: the file does not say whether in place, where PyTorch keeps less")
     return found
+
+
+def _in_steps(uses: Uses, node: Node) -> str:
+    """What a node is part of that PyTorch has as one operation, and this library, or the file, in steps."""
+    op = node.op
+    if op in IN_STEPS:
+        return op
+    if op in ("Max", "Min") and len(node.inputs) > 1 and all(uses.array(name) is None for name in node.inputs):
+        return op
+    if op == "Pad" and node.attributes.get("mode", "constant") in ("reflect", "edge"):
+        return f"Pad ({node.attributes['mode']})"
+    if op == "Log" and uses.made_by(node.inputs[0], "Sigmoid", "Softmax"):
+        return "Log of a Sigmoid or Softmax"
+    if op == "Where":
+        either = uses.made_by(node.inputs[0], "Or", "And")
+        conditions = either.inputs if either is not None else node.inputs[:1]
+        if any(uses.made_by(name, *COMPARISONS) for name in conditions):
+            return "Where of a comparison"
+    if op in ("ReduceMean", "ReduceSum"):
+        square = uses.made_by(node.inputs[0], "Mul", "Pow")
+        difference = uses.made_by(square.inputs[0], "Sub") if square is not None else None
+        if difference is not None and any(uses.made_by(name, "ReduceMean") for name in difference.inputs):
+            return "a variance"
+    return ""
 
 
 def _may_be_copied(uses: Uses, transposed: Node) -> bool:

@@ -99,12 +99,50 @@ def test_a_factor_of_no_layer_is_marked(tmp_path: Path) -> None:
     assert "1 of the stored arrays belong to no layer" in report.remark
 
 
-@pytest.mark.parametrize("made", [lambda: net(), lambda: net(tnn.GroupNorm(2, 8)), lambda: net(tnn.GELU("tanh"))])
+@pytest.mark.parametrize("made", [lambda: net(), lambda: net(tnn.GroupNorm(2, 8)), lambda: net(tnn.Hardswish())])
 def test_what_a_file_tells_is_not_marked(made: Callable[[], Any], tmp_path: Path) -> None:
     """Scales of norms and PyTorch's own operations need no mark."""
     report = report_of(made(), tmp_path)
     assert not report.file_only
     assert "belong to no layer" not in report.remark
+
+
+STEPS: dict[str, tuple[Callable[[], Any], str]] = {
+    "LogSigmoid": (tnn.LogSigmoid, "Log of a Sigmoid"),
+    "Hardshrink": (tnn.Hardshrink, "Where of a comparison"),
+    "Softshrink": (tnn.Softshrink, "Where of a comparison"),
+    "Softsign": (tnn.Softsign, "Softsign"),
+    "ReflectionPad2d": (lambda: tnn.ReflectionPad2d(1), "Pad (reflect)"),
+    "abs": (lambda: Of(torch.abs), "Abs"),
+    "amax": (lambda: Of(lambda x: x - x.amax((2, 3), True)), "ReduceMax"),
+    "var": (lambda: Of(lambda x: x / (1 + x.var(1, keepdim=True))), "a variance"),
+    "maximum": (lambda: Of(lambda x: torch.maximum(x, x.flip(1))), "Max"),
+}
+
+
+class Of(tnn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Any) -> Any:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_one_operation_of_pytorch_in_several_steps_is_marked(name: str, tmp_path: Path) -> None:
+    """What PyTorch has as one operation, and a file or this library in steps, may keep other tensors."""
+    make, words = STEPS[name]
+    report = report_of(net(make()), tmp_path)
+    assert report.file_only
+    assert words in report.remark
+
+
+def test_a_gate_by_sigmoid_is_said_to_be_silu(tmp_path: Path) -> None:
+    """A file does not tell nn.SiLU from x·sigmoid(x), which keeps both factors."""
+    assert "SiLU: x·sigmoid(x) is taken" in report_of(net(tnn.SiLU()), tmp_path).remark
 
 
 def test_a_value_that_may_be_copied_is_marked(tmp_path: Path) -> None:
@@ -162,3 +200,56 @@ def test_scores_that_attention_computes_again_are_told(tmp_path: Path) -> None:
 
     remark = report_of(net(Mixed()), tmp_path).remark
     assert f"{2 * 2 * 4 * 36 * 36 * 2:,} FLOPs that are not counted here" in remark
+
+
+def model_of(nodes: list[Any], initializers: list[Any], shape: list[Any], folder: Path) -> str:
+    """A file with input x of this shape and output y."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph(
+        nodes, "net", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], initializers,
+    )  # fmt: skip
+    file = str(folder / "net.onnx")
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), file)
+    return file
+
+
+def test_shape_arithmetic_that_doubles_is_followed_once(tmp_path: Path) -> None:
+    """Sixty sums of a value with itself have 2⁶⁰ ways through them; what is behind each value is asked once."""
+    from onnx import TensorProto, helper
+
+    nodes = [helper.make_node("Shape", ["x"], ["s0"]), helper.make_node("Cast", ["s0"], ["c0"], to=TensorProto.FLOAT)]
+    nodes += [helper.make_node("Mul", [f"c{i}", f"c{i}"], [f"c{i + 1}"]) for i in range(60)]
+    nodes += [helper.make_node("ReduceMax", ["c60"], ["top"], keepdims=0), helper.make_node("Mul", ["x", "top"], ["z"])]
+    nodes.append(helper.make_node("MatMul", ["z", "w"], ["y"]))
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [4, 3], [0.5] * 12)
+    report = predict(model_of(nodes, [weight], [2, 4], tmp_path), 2, tune="all", methods="bp").report
+    assert report.totals["bp"].flops["forward"] == 2 * 2 * 4 * 3
+
+
+def test_masks_of_any_size_are_shapes_alone(tmp_path: Path) -> None:
+    """A comparison of 2²⁸ elements makes no array of them."""
+    from onnx import TensorProto, helper
+
+    nodes = [
+        helper.make_node("Greater", ["x", "zero"], ["m"]),
+        helper.make_node("Where", ["m", "x", "zero"], ["z"]),
+        helper.make_node("MatMul", ["z", "w"], ["y"]),
+    ]
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [4096, 3], [0.5] * 3 * 4096)
+    zero = helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0])
+    file = model_of(nodes, [weight, zero], ["n", 4096], tmp_path)
+    report = predict(file, 2**16, tune="all", methods="bp").report
+    assert report.totals["bp"].flops["forward"] == 2 * 2**16 * 4096 * 3
+
+
+def test_a_weight_that_is_filled_with_one_number_is_never_made(tmp_path: Path) -> None:
+    """100 million of them, as the light files of ONNX's own tests have."""
+    from onnx import TensorProto, helper
+
+    shape = helper.make_tensor("shape", TensorProto.INT64, [2], [25088, 4096])
+    nodes = [helper.make_node("ConstantOfShape", ["shape"], ["w"]), helper.make_node("MatMul", ["x", "w"], ["y"])]
+    report = predict(model_of(nodes, [shape], [1, 25088], tmp_path), 1, tune="all", methods="bp").report
+    assert report.totals["bp"].flops["forward"] == 2 * 25088 * 4096

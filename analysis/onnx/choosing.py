@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from analysis.onnx.file import Node
-from analysis.onnx.host import HOST, axes_of, pieces
+from analysis.onnx.host import BINARY, HOST, UNARY, axes_of, pieces, positions_of
 from analysis.onnx.numbers import Inputs, operand
 from lance_ref import functional as F
 from lance_ref.engine.tensor import Tensor
@@ -26,6 +26,14 @@ WITHOUT_GRADIENT = frozenset({
     *("Or", "Xor", "Floor", "Ceil", "Round", "Sign", "OneHot"),
 })  # fmt: skip
 """Operations whose result has no gradient, whatever they are of."""
+
+
+OF_INTEGERS = frozenset({"CumSum", "Mod", "ReduceProd", "Trilu"})
+"""Operations that are evaluated of integers, and of numbers with a gradient refused."""
+
+
+EACH_ELEMENT = frozenset({*BINARY, *UNARY, "Cast", "CastLike", "Where", "IsInf", "Mod"})
+"""Operations that make one element of one of each operand."""
 
 
 def is_plain(node: Node, operands: Sequence[Any]) -> bool:
@@ -41,6 +49,11 @@ def is_plain(node: Node, operands: Sequence[Any]) -> bool:
 def evaluate_plain(node: Node, operands: Sequence[Any], dtype: np.dtype) -> Any:
     """The result of such a node as Tensors; floating ones have ``dtype``."""
     shapes_alone = any(isinstance(x, Tensor) and x.is_meta for x in operands)
+    if shapes_alone and node.op in EACH_ELEMENT:
+        shape = np.broadcast_shapes(*(x.shape for x in operands if x is not None))
+        with np.errstate(all="ignore"):  # ones, by which everything can be divided
+            one = np.asarray(HOST[node.op](node, [None if x is None else np.ones((), x.dtype) for x in operands]))
+        return Tensor.meta(shape, dtype if one.dtype.kind == "f" else one.dtype)
     arrays = [_array(x) if isinstance(x, Tensor) else x for x in operands]
     with np.errstate(all="ignore"):
         result = HOST[node.op](node, arrays)
@@ -80,8 +93,7 @@ def _gather_elements(node: Node, x: Inputs) -> Tensor:
     """x[i, j, ...] with the index in place of the position along one axis."""
     table, positions = x[0], x[1]
     (axis,) = axes_of([node.attributes.get("axis", 0)], table.ndim)
-    grids = np.ogrid[tuple(slice(n) for n in positions.shape)]
-    return table[tuple(positions if i == axis else grid for i, grid in enumerate(grids))]
+    return table[tuple(positions_of(positions, axis))]
 
 
 def _gather_nd(node: Node, x: Inputs) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from analysis.commands.memory import check_memory
 from analysis.onnx.file import Graph, Node
 from analysis.onnx.host import HOST, MAX_ELEMENTS, RANDOM, evaluate
 from analysis.onnx.layers import Weight
@@ -28,8 +30,8 @@ CUTTING = ("Slice", "Concat", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "I
 MAX_FOLDED = 2**26
 """Elements of all arrays that are computed from constants alone."""
 
-MAX_FILLED = 2**24
-"""Elements of a weight that a file fills with one number."""
+MAX_FILLED = 2**27
+"""Elements of a weight that a file fills with one number; they are made only where numbers are needed."""
 
 
 @contextmanager
@@ -80,6 +82,29 @@ def put_together(nodes: Sequence[Node], constants: dict[str, Any], live: set[str
     return kept[::-1]
 
 
+def told_apart(nodes: Sequence[Node], constants: dict[str, Any]) -> list[Node]:
+    """Rows of numbers that several modules read, as one for each: an exporter stores equal ones once.
+
+    Fresh scales and biases are ones and zeros everywhere. A module that runs twice has one path, and keeps its own.
+    """
+    scopes: dict[Any, set[str]] = {}
+    for node in nodes:
+        for weight in (constants.get(name) for name in node.inputs):
+            if isinstance(weight, Weight) and weight.source is None and len(weight.shape) == 1:
+                scopes.setdefault(weight.key, set()).add(node.scope)
+    several = {key for key, found in scopes.items() if len(found) > 1 and "" not in found}
+    result = []
+    for node in nodes:
+        own = {}
+        for name in node.inputs:
+            weight = constants.get(name)
+            if isinstance(weight, Weight) and weight.key in several:
+                own[name] = f"{name}/{node.scope}"
+                constants.setdefault(own[name], Weight(weight.constant, (own[name],)))
+        result.append(replace(node, inputs=tuple(own.get(name, name) for name in node.inputs)) if own else node)
+    return result
+
+
 def weight_or_array(graph: Graph, name: str, constant: Constant) -> Any:
     """Floating tensors of several numbers are weights; the rest are arrays, if small."""
     if constant.size > 1 and (constant.is_floating or constant.size > MAX_ELEMENTS):
@@ -89,6 +114,11 @@ def weight_or_array(graph: Graph, name: str, constant: Constant) -> Any:
     except OSError as error:
         raise ValueError(f"{shown(graph.file)}: tensor {shown(name)}: {error.strerror}") from None
     return array if array.dtype.kind in "iubf" else array.astype(np.float32)
+
+
+def _filled(shape: tuple[int, ...], value: float) -> np.ndarray:
+    check_memory(4 * math.prod(shape), "a weight that is filled with one number")
+    return np.full(shape, value, np.float32)
 
 
 def folded(node: Node, inputs: list[Any]) -> list[Any] | None:
@@ -104,7 +134,7 @@ def folded(node: Node, inputs: list[Any]) -> list[Any] | None:
         if MAX_ELEMENTS < math.prod(shape) <= MAX_FILLED and min(shape) >= 0:
             fill = node.attributes.get("value")
             value = float(np.asarray(fill.load()).reshape(-1)[0]) if fill is not None else 0.0
-            filled = Constant(shape, np.dtype(np.float32), lambda: np.full(shape, value, np.float32))
+            filled = Constant(shape, np.dtype(np.float32), partial(_filled, shape, value))
             return [Weight(filled, (node.outputs[0],))]
     if any(isinstance(x, Weight) for x in inputs):
         if node.op in ("Shape", "Size"):

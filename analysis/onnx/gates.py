@@ -12,6 +12,9 @@ from dataclasses import replace
 from analysis.onnx.file import Node
 from analysis.onnx.uses import Match, Uses
 
+GELU_SINCE = 20
+"""The first operator set with GELU as an operation."""
+
 
 def _gated(uses: Uses, gate: Node, x: str) -> Node | None:
     """The product, and nothing else, that reads a gate of x."""
@@ -87,7 +90,13 @@ def _mish(uses: Uses, softplus: Node) -> Match | None:
 
 
 def _gelu_tanh(uses: Uses, tanh: Node) -> Match | None:
-    """½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), the factors in any order."""
+    """½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), the factors in any order, as far as PyTorch's exporter writes that.
+
+    The operator sets from 20 on have the operation, and the exporter for older ones multiplies x three times: whoever
+    writes it otherwise runs these steps one by one, and keeps what they do.
+    """
+    if tanh.opset >= GELU_SINCE:
+        return None
     scaled = uses.made_by(tanh.inputs[0], "Mul")
     inner = uses.made_by(uses.times(scaled, math.sqrt(2 / math.pi)) or "", "Add")
     plus_one = uses.reader(tanh, "Add")
@@ -95,20 +104,13 @@ def _gelu_tanh(uses: Uses, tanh: Node) -> Match | None:
         return None
     for x, name in (inner.inputs, inner.inputs[::-1]):
         bent = uses.made_by(name, "Mul")
-        cube = uses.made_by(uses.times(bent, 0.044715) or "", "Mul", "Pow")
+        cube = uses.made_by(uses.times(bent, 0.044715) or "", "Mul")
         if bent is None or cube is None:
             continue
-        group = [cube, bent, inner, scaled, tanh, plus_one]
-        if cube.op == "Pow":
-            fits = cube.inputs[0] == x and uses.number(cube.inputs[1]) == 3
-        else:
-            square = uses.made_by(uses.other(cube, x), "Mul", "Pow")
-            if square is None:
-                continue
-            group.insert(0, square)
-            fits = square.inputs[0] == x and (square.inputs[1] == x or uses.number(square.inputs[1]) == 2)
-        if not fits:
+        square = uses.made_by(uses.other(cube, x), "Mul")
+        if square is None or tuple(square.inputs) != (x, x):
             continue
+        group = [square, cube, bent, inner, scaled, tanh, plus_one]
         ending = _halved(uses, plus_one, x)
         if ending is None:
             continue

@@ -286,6 +286,17 @@ def _uniform(node: Node, x: Arrays) -> Any:
     return (as_generator(None).random(x[0].shape) * (high - low) + low).astype(np.float32)
 
 
+def _gather_elements(node: Node, x: Arrays) -> Any:
+    (axis,) = axes_of([node.attributes.get("axis", 0)], x[0].ndim)
+    return x[0][tuple(positions_of(x[1], axis))]
+
+
+def positions_of(index: Any, axis: int) -> list[Any]:
+    """The place of every element of an index array, with the index in place of the place along one axis."""
+    grids = np.ogrid[tuple(slice(n) for n in index.shape)]
+    return [index if i == axis else grid for i, grid in enumerate(grids)]
+
+
 RANDOM = frozenset({"RandomUniformLike"})
 """Operations that give other numbers at each run."""
 
@@ -334,6 +345,7 @@ HOST: dict[str, Callable[[Node, Arrays], Any]] = {
     "Tile": _tile,
     "ScatterND": _scatter_nd,
     "GatherND": _gather_nd,
+    "GatherElements": _gather_elements,
     "RandomUniformLike": _uniform,
     "Clip": lambda node, x: np.clip(x[0], argument(node, x, 1, "min"), argument(node, x, 2, "max")).astype(x[0].dtype),
     **{op: _unary(function) for op, function in UNARY.items()},

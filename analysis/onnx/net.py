@@ -20,7 +20,7 @@ import numpy as np
 from analysis.commands.memory import check_memory
 from analysis.commands.names import plain
 from analysis.onnx.choosing import evaluate_plain, is_plain
-from analysis.onnx.constants import EXPECTED, LITERAL, MAX_FOLDED, at, folded, put_together, weight_or_array
+from analysis.onnx.constants import EXPECTED, LITERAL, MAX_FOLDED, at, folded, put_together, told_apart, weight_or_array
 from analysis.onnx.file import Graph, Node, read_graph
 from analysis.onnx.host import HOST, RANDOM, evaluate
 from analysis.onnx.layers import LAYERS, Weight, as_weight, layer_for, plan_for
@@ -28,7 +28,7 @@ from analysis.onnx.ops import over_all_of_an_input, tensor_ops
 from analysis.onnx.patterns import simplify
 from analysis.onnx.recurrent import ORDER as RECURRENT
 from analysis.onnx.recurrent import layer as recurrent_layer
-from analysis.onnx.telling import untold
+from analysis.onnx.telling import ATTENTION, FACTORS, left_frozen, untold
 from analysis.onnx.tensor import shown
 from lance_ref import functional as F
 from lance_ref.engine.tensor import Tensor
@@ -97,6 +97,7 @@ class OnnxNet(Module):
         self._tensors = set(given)  # those, and what is computed from parameters
         nodes = put_together([node for node in graph.nodes if not self._fold(node)], self._constants, self._live, graph)
         nodes = [self._as_pytorch_has_it(node) for node in simplify(nodes, self._constants, graph.outputs)]
+        nodes = told_apart(nodes, self._constants)
         for node in nodes:
             self._made_by.update(dict.fromkeys(node.outputs, node))
             with at(graph, node):
@@ -105,8 +106,9 @@ class OnnxNet(Module):
             with at(graph, node):
                 self._add(node, layers)
         self._normalising = _last_softmax(nodes, graph)
-        self._untold = untold(nodes, self._constants, graph.outputs)
+        self._untold = [*untold(nodes, self._constants, graph.outputs), *left_frozen(self._stored_factors())]
         self._left_out = False
+        self._scores_again: dict[str, int] = {}  # multiply-adds of each attention's scores, in the last pass
         for output in graph.outputs:
             if output not in self._live:
                 raise ValueError(f"{shown(graph.file)}: its output {shown(output)} does not depend on its input")
@@ -120,8 +122,16 @@ class OnnxNet(Module):
     def remark(self) -> str:
         """What the file may lack, what was read otherwise than it stands there, and what of it was left out."""
         remarks = [*self._untold]
-        if any(node.op == "torch.scaled_dot_product_attention" for node, _ in self._steps):
-            remarks.append("attention: as PyTorch's kernel for the CPU keeps it")
+        if any(node.op == ATTENTION for node, _ in self._steps):
+            again = 2 * sum(self._scores_again.values())
+            remarks.append(
+                "attention: as PyTorch's kernel for the CPU keeps it; there its backward pass computes the scores once "
+                f"more, {again:,} FLOPs that are not counted here"
+            )
+        if any(node.op == "torch.silu" for node, _ in self._steps):
+            remarks.append(
+                "SiLU: x·sigmoid(x) is taken for PyTorch's one operation, which keeps half of what both keep"
+            )
         if self._left_out:
             ops = " and ".join(node.op for node in self._normalising)
             remarks.append(f"the {ops} at the end of this file is left out: the loss, cross-entropy, has its own")
@@ -212,15 +222,26 @@ class OnnxNet(Module):
         plain = all(isinstance(v, np.ndarray) and (v == n).all() for v, n in zip(values, (1, 0), strict=True))
         return replace(node, attributes={**node.attributes, "plain": True}) if plain else node
 
+    def _stored_factors(self) -> set[str]:
+        """Stored arrays of no layer, with which values are multiplied, or that are added to scores of attention."""
+        found: set[str] = set()
+        for node, module in self._steps:
+            if isinstance(module, Operation) and node.op in FACTORS:
+                found.update(self._behind(node.inputs[slice(*FACTORS[node.op])]))
+        return found
+
     def _behind(self, names: Iterable[str]) -> list[str]:
         """The stored weights that values are, or that they are computed from without the input."""
         found: dict[str, None] = {}
-        waiting = [name for name in names if name not in self._live]
+        seen, waiting = set(self._live), list(names)
         while waiting:
             name = waiting.pop()
+            if name in seen:
+                continue
+            seen.add(name)
             if isinstance(self._constants.get(name), Weight):
                 found[name] = None
-            elif name in self._made_by:
+            elif name in self._made_by and self._made_by[name].op not in ("Shape", "Size"):
                 waiting += self._made_by[name].inputs
         return list(found)
 
@@ -346,6 +367,8 @@ class OnnxNet(Module):
         for i, (node, module) in enumerate(self._steps):
             with at(self.graph, node):
                 operands = self._with_batch(node, [self._operand(name, values) for name in node.inputs], batch)
+                if node.op == ATTENTION:
+                    self._scores_again[node.outputs[0]] = operands[0].size * operands[1].shape[-1]
                 if module is None:
                     results: Any = evaluate(node, operands)
                 elif is_plain(node, operands):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.onnx.choosing import CHOOSING, WITHOUT_GRADIENT
+from analysis.onnx.choosing import CHOOSING, OF_INTEGERS, WITHOUT_GRADIENT
 from analysis.onnx.file import Node
 from analysis.onnx.host import HOST, argument, axes_of, integers, new_shape, reduced_axes, slices
 from analysis.onnx.numbers import Inputs, number, operand
@@ -376,12 +376,14 @@ def tensor_ops() -> Mapping[str, TensorOp]:
     """What each operation of ONNX is here: ours, and what operations of somebody's own are read from."""
     return ChainMap(
         TENSOR_OPS,
-        dict.fromkeys(WITHOUT_GRADIENT & set(HOST), _refused),
+        dict.fromkeys((WITHOUT_GRADIENT | OF_INTEGERS) & set(HOST), _refused),
         *(dict(row.onnx) for row in OPERATIONS.values() if row.onnx),
     )
 
 
 def _refused(node: Node, x: Inputs) -> Any:
+    if node.op in OF_INTEGERS:
+        raise ValueError("it is of numbers that have a gradient, expected integers")
     raise ValueError("its operands are not known")
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from analysis.onnx.file import Node
-from analysis.onnx.gates import GATES
+from analysis.onnx.gates import GATES, GELU_SINCE
 from analysis.onnx.layers import Weight, fits_as_bias
 from analysis.onnx.norms import NORMS, last_axes
 from analysis.onnx.scores import SCORES
@@ -67,7 +67,9 @@ def _linear(uses: Uses, product: Node) -> Match | None:
 
 
 def _gelu(uses: Uses, erf: Node) -> Match | None:
-    """½·x·(1 + erf(x/√2)), the three factors in any order."""
+    """½·x·(1 + erf(x/√2)), the three factors in any order; from operator set 20 on a network's own steps."""
+    if erf.opset >= GELU_SINCE:
+        return None
     scaled = uses.made_by(erf.inputs[0], "Div", "Mul")
     x = uses.times(scaled, 1 / math.sqrt(2))
     add = uses.reader(erf, "Add")

@@ -42,6 +42,17 @@ def _attention(uses: Uses, softmax: Node) -> Match | None:
     return replace(last, op="torch.scaled_dot_product_attention", inputs=inputs, attributes={}), group
 
 
+def _safe_softmax(uses: Uses, is_nan: Node) -> Match | None:
+    """Zeros in place of NaN in the result of a softmax: PyTorch's attention takes a softmax that gives those itself."""
+    (name,) = is_nan.inputs
+    softmax, where = uses.made_by(name, "Softmax"), uses.reader(is_nan, "Where")
+    if softmax is None or where is None or where.inputs[0] != is_nan.outputs[0] or where.inputs[2] != name:
+        return None
+    if uses.number(where.inputs[1]) != 0 or uses.count[name] != 2:
+        return None
+    return replace(softmax, outputs=where.outputs), [softmax, is_nan, where]
+
+
 def _is_factor(uses: Uses, name: str) -> bool:
     """A number: a constant, or the root that the exporter takes of a scale made from a shape."""
     if uses.number(name) is not None:
@@ -56,5 +67,5 @@ def _is_factor(uses: Uses, name: str) -> bool:
     return False
 
 
-SCORES = (("Softmax", _attention),)
+SCORES = (("IsNaN", _safe_softmax), ("Softmax", _attention))
 """The operation that a group is recognised by, and the function that looks around it."""

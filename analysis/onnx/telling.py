@@ -6,7 +6,8 @@ What these keep is then missing from every account, and the report says so besid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,17 @@ ACTIVATIONS = (
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 IN_PLACE = ("LeakyRelu", "Elu")
 """PyTorch's functions that keep their result in place of their input where they work in place."""
+
+IN_STEPS = frozenset({
+    *("Abs", "Softsign", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum"),
+    *("LpNormalization", "LpPool", "MeanVarianceNormalization", "ThresholdedRelu"),
+})  # fmt: skip
+"""Operations that consist of several here, where PyTorch's own may keep other tensors."""
+COMPARISONS = ("Less", "LessOrEqual", "Greater", "GreaterOrEqual")
+
+ATTENTION = "torch.scaled_dot_product_attention"
+FACTORS = {"Mul": (0, 2), "Div": (0, 2), "torch.rms_norm": (1, 2), "RMSNormalization": (1, 2), ATTENTION: (3, 4)}
+"""Operations that keep more where a stored operand trains, and which of their operands those may be."""
 
 HOW = "unless told otherwise (training=TrainingMode.TRAINING, do_constant_folding=False)"
 
@@ -49,12 +61,67 @@ def untold(nodes: Sequence[Node], constants: Mapping[str, Any], outputs: Sequenc
             )
         else:
             found.append(f"no dropout in this file: exporters leave it out, {HOW}; what it keeps is then missing here")
+    if any(node.op == "Mul" and any(_is_of_gelu(uses, name) for name in node.inputs) for node in nodes):
+        found.append("GELU by tanh, in steps: a network may run it as one function of its own, which keeps less")
+    if any(node.op == "Transpose" and _may_be_copied(uses, node) for node in nodes):
+        found.append(
+            "the file does not say whether a value that is also read transposed was copied, as contiguous() does"
+        )
+    in_steps = sorted({what for node in nodes if (what := _in_steps(uses, node))})
+    if in_steps:
+        found.append(f"{', '.join(in_steps)}: PyTorch's own operation may keep other tensors than the steps do here")
     in_place = sorted({node.op for node in nodes if node.op in IN_PLACE})
     if any(node.op in ("LSTM", "GRU") for node in nodes):
         found.append("LSTM and GRU: PyTorch's own kernels keep another workspace than these operations")
     if in_place:
         found.append(f"{' and '.join(in_place)}: the file does not say whether in place, where PyTorch keeps less")
     return found
+
+
+def _in_steps(uses: Uses, node: Node) -> str:
+    """What a node is part of that PyTorch has as one operation, and this library, or the file, in steps."""
+    op = node.op
+    if op in IN_STEPS:
+        return op
+    if op in ("Max", "Min") and len(node.inputs) > 1 and all(uses.array(name) is None for name in node.inputs):
+        return op
+    if op == "Pad" and node.attributes.get("mode", "constant") in ("reflect", "edge"):
+        return f"Pad ({node.attributes['mode']})"
+    if op == "Log" and uses.made_by(node.inputs[0], "Sigmoid", "Softmax"):
+        return "Log of a Sigmoid or Softmax"
+    if op == "Where":
+        either = uses.made_by(node.inputs[0], "Or", "And")
+        conditions = either.inputs if either is not None else node.inputs[:1]
+        if any(uses.made_by(name, *COMPARISONS) for name in conditions):
+            return "Where of a comparison"
+    if op in ("ReduceMean", "ReduceSum"):
+        square = uses.made_by(node.inputs[0], "Mul", "Pow")
+        difference = uses.made_by(square.inputs[0], "Sub") if square is not None else None
+        if difference is not None and any(uses.made_by(name, "ReduceMean") for name in difference.inputs):
+            return "a variance"
+    return ""
+
+
+def _may_be_copied(uses: Uses, transposed: Node) -> bool:
+    """Whether a convolution reads what others, too, keep in another order of its dimensions."""
+    readers = uses.readers.get(transposed.outputs[0], [])
+    others = len(readers) > 1 or not uses.alone(transposed.inputs[0])
+    return others and any(reader.op == "Conv" for reader in readers)
+
+
+def _is_of_gelu(uses: Uses, name: str) -> bool:
+    value = uses.number(name)
+    return value is not None and math.isclose(value, math.sqrt(2 / math.pi), rel_tol=1e-5)
+
+
+def left_frozen(stored: Collection[str]) -> list[str]:
+    """What a report says of arrays that belong to no layer, so that no selection of layers trains them."""
+    if not stored:
+        return []
+    return [
+        f"{len(stored)} of the stored arrays belong to no layer and do not train here (factors of activations, biases "
+        "of attention): a network that trains them keeps more"
+    ]
 
 
 def _trains(uses: Uses, node: Node) -> bool:

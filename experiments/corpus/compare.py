@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,17 +27,32 @@ FAILURES = (
 
 @dataclass(frozen=True)
 class Export:
-    """What became of an export: why it was refused, or whether FLOPs and bytes are those of the module."""
+    """What became of an export: why it was refused, or its accounts beside those of the module.
+
+    Attributes
+    ----------
+    refused : str
+        Why there is no file, or no account of it; empty for one that was accepted.
+    predicted, module : Totals, optional
+        Of the file, and of the module with what such a file trains (:func:`as_a_file_trains`).
+    marked : bool
+        Whether the report says beside PyTorch's column that it is that of the file alone.
+    """
 
     refused: str = ""
-    flops_equal: bool | None = None
-    bytes_equal: bool | None = None
+    predicted: Totals | None = None
+    module: Totals | None = None
+    marked: bool = False
 
     def __str__(self) -> str:
-        if self.refused:
+        if self.predicted is None or self.module is None:
             return f"no: {self.refused}"
-        told = {(True, True): "exact", (True, False): "FLOPs exact, bytes off", (False, True): "bytes exact, FLOPs off"}
-        return told.get((bool(self.flops_equal), bool(self.bytes_equal)), "both off")
+        off = [
+            f"{name} {(ours / theirs - 1) * 100:+.2f} %"
+            for name, ours, theirs in zip(("bytes", "forward", "backward"), self.predicted, self.module, strict=True)
+            if ours != theirs
+        ]
+        return ", ".join(off or ["exact"]) + (", marked" if self.marked else "")
 
 
 @dataclass(frozen=True)
@@ -89,45 +106,81 @@ def compare(network: Network, with_exports: bool = False) -> Outcome:
 
 
 def export(module: Any, how: Run, kind: str) -> Export:
-    """The file of an export, predicted, beside the module as such a file shows it: batch norm with its statistics.
+    """The file of an export, predicted, beside the module with what such a file trains.
 
-    ``kind`` is "documented", as the pages say, or "plain", which is what everybody writes.
+    ``kind`` is "documented", as the pages say, or "plain", which is what everybody writes. Inputs with names are given
+    in their order, and a network that returns a mapping returns its logits.
     """
-    import torch
+    own = positional(as_a_file_trains(module), [spec.name for spec in how.inputs.specs])
+    how = replace(how, inputs=replace(how.inputs, specs=tuple(spec._replace(name=None) for spec in how.inputs.specs)))
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "net.onnx"
+        try:
+            write(own, how, kind, path)
+        except FAILURES as error:
+            return Export(f"torch.onnx.export: {one_line(error)[:100]}")
+        return compare_file(path, own, how)
 
-    from analysis.reports.predict import predict
+
+def write(own: Any, how: Run, kind: str, path: Path) -> None:
+    """Export a module as ONNX; whatever the exporter raises goes on."""
+    import torch
 
     options: dict[str, Any] = {"dynamo": False}
     if kind == "documented":
         options |= {"training": torch.onnx.TrainingMode.TRAINING, "do_constant_folding": False}
-    own = with_statistics(module)
-    inputs = how.inputs.tensors(own)
-    if inputs.kwargs:
-        return Export("inputs by name, of which an exported network has none")
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "net.onnx"
-        try:
-            torch.onnx.export(own if kind == "documented" else own.eval(), inputs.args, str(path), **options)
-        except FAILURES as error:
-            return Export(f"torch.onnx.export: {one_line(error)[:100]}")
-        try:
-            prediction = predict(str(path), how.inputs.batch, tune="all", methods="bp")
-        except FAILURES as error:
-            return Export(one_line(error).replace(str(path), "the file")[:120])
-    found = prediction.report.totals["bp"]
-    theirs = Totals.of(watched_step(with_statistics(module), "net", how))
-    flops = theirs.forward_flops + theirs.backward_flops
-    return Export("", found.flops["total"] == flops, found.activation_bytes["pytorch"] == theirs.kept_bytes)
+    module = own if kind == "documented" else copy.deepcopy(own).eval()
+    torch.onnx.export(module, how.inputs.tensors(own).args, str(path), **options)
 
 
-def with_statistics(module: Any) -> Any:
-    """A copy whose batch norms keep to their statistics and do not train, as networks of this library are tuned."""
-    import copy
+def compare_file(path: Path, own: Any, how: Run) -> Export:
+    """The account of a file beside that of the module."""
+    from analysis.reports.predict import predict
 
+    shape = how.inputs.specs[0].shape
+    try:
+        report = predict(str(path), how.inputs.batch, input_shape=shape, tune="all", methods="bp").report
+    except FAILURES as error:
+        return Export(one_line(error).replace(str(path), "the file")[:200])
+    found = report.totals["bp"]
+    forward = found.flops["forward"]
+    ours = Totals(found.activation_bytes["pytorch"], forward, found.flops["total"] - forward)
+    step = watched_step(own, "net", how)
+    theirs = Totals.of(step)
+    again = 2 * step.total_macs("recompute")  # by PyTorch's attention, of which the report's remark speaks
+    return Export("", ours, theirs._replace(backward_flops=theirs.backward_flops - again), report.file_only)
+
+
+def positional(module: Any, names: Sequence[str | None]) -> Any:
+    """The module, or one around it that takes named inputs in this order, and gives logits in place of a mapping."""
+    import torch
+
+    class Positional(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = module
+
+        def forward(self, *inputs: Any) -> Any:
+            found = self.net(**dict(zip(names, inputs, strict=True)))
+            return found["logits"] if "logits" in found else found[0]
+
+    return module if not any(names) else Positional().train(module.training)
+
+
+def as_a_file_trains(module: Any) -> Any:
+    """A copy that trains as a file with all layers tuned: weights of layers, and nothing that belongs to none.
+
+    Batch norms keep to their statistics. Scales, tables and tokens of a network's own do not train.
+    """
     import torch
 
     own = copy.deepcopy(module)
+    layers = (torch.nn.modules.conv._ConvNd, torch.nn.Linear, torch.nn.MultiheadAttention, torch.nn.RNNBase)
+    own.requires_grad_(False)
     for part in own.modules():
         if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
-            part.eval().requires_grad_(False)
+            part.eval()
+        elif isinstance(part, layers) or type(part).__name__ == "Conv1D":  # the linear layer of GPT-2
+            for parameter in part.parameters(recurse=False):
+                parameter.requires_grad_(True)
     return own

@@ -21,6 +21,7 @@ from analysis.commands import cli
 from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
 from analysis.rules.account import account
+from analysis.steps.net_choice import NetChoice
 from experiments import frame
 from lance_ref import F, datasets, models, optim
 from lance_ref.engine.tensor import Tensor
@@ -158,7 +159,7 @@ def draw(result: dict[str, Any], path: str) -> None:
 
 def work(options: argparse.Namespace) -> int:
     """Check, run, show and write; 1 if the tape is not as predicted."""
-    cli.check_tune("mobilenetv2", options.tune)
+    NetChoice("mobilenetv2").check_tune(options.tune)
     result = run(options)
     frame.write(options, lambda: result, lambda path: draw(result, path))
     losses = [row["loss"] for row in result["history"]]

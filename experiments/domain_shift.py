@@ -20,6 +20,7 @@ from analysis.commands import cli
 from analysis.commands.chance import sentence
 from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
+from analysis.steps.net_choice import NetChoice
 from experiments import frame
 from experiments.finetune.cell import Setup
 from experiments.finetune.command import MODES
@@ -183,7 +184,7 @@ def work(options: argparse.Namespace) -> None:
     """Check, run, show and write."""
     cli.fill_in(options, QUICK if options.quick else DEFAULTS)
     cli.check_once(options, "modes")
-    cli.check_tune(options.net, options.tune)
+    NetChoice(options.net).check_tune(options.tune)
     results = run(options)
     show(results)
     frame.write(

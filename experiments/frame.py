@@ -16,6 +16,44 @@ def parser(module: str, doc: str | None, **more: Any) -> cli.OneLineParser:
     return cli.OneLineParser(prog=f"python -m {module}", description=about, allow_abbrev=False, **more)
 
 
+def add_net_and_data(p: argparse.ArgumentParser, net: str, data: str) -> None:
+    """The options that say which net is trained on which images; ``net`` and ``data`` are the defaults, to be told."""
+    p.add_argument("--net", type=cli.any_net, help=f"{cli.NET_HELP} ({net})")
+    p.add_argument("--data", type=cli.data_set, help=f"{cli.DATA_HELP} ({data})")
+    p.add_argument("--image-size", type=cli.pixels, help="height and width in pixels (those that the net is made for)")
+    cli.add_pixels(p)
+
+
+def settle(options: argparse.Namespace, *selections: str) -> None:
+    """What the net says where an option is missing, and the checks of net, data and ``--tune`` before anything runs.
+
+    Raises
+    ------
+    ValueError
+        If the net does not exist or lacks the layers of a selection, or ``--mean`` and ``--std`` do not fit.
+    """
+    from analysis.steps.net_choice import NetChoice
+    from experiments.finetune.cell import own_mark
+
+    choice = NetChoice(options.net)
+    if options.image_size is None:
+        options.image_size = choice.image_size
+    choice.normalise(options.mean, options.std)
+    for selection in selections:
+        choice.check_tune(selection)
+    options.own = own_mark(options.net, options.data)
+
+
+def net_and_data(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a cell that say which net and images; what has no value is left out.
+
+    So finished cells of before, which could not be told so much, keep their names.
+    """
+    given = {name: getattr(options, name) for name in ("net", "data", "image_size", "train_images", "test_images")}
+    more = {name: getattr(options, name) for name in ("channels", "mean", "std", "own")}
+    return {**given, **{name: value for name, value in more.items() if value is not None}}
+
+
 def add_outputs(p: argparse.ArgumentParser, drawn: str, table: bool = False) -> None:
     """The options ``--output``, ``--table`` and ``--figure``; ``drawn`` says what the figure shows."""
     p.add_argument("--output", type=cli.json_file, help="write the results as JSON")
@@ -65,6 +103,18 @@ def document(
 
     about = {**provenance(module, 0), "arguments": list(arguments), "settings": dict(options), **more}
     return {**about, "rows": list(rows)}
+
+
+def origin_sentence(origin: Mapping[str, Any]) -> str:
+    """Where weights and images came from, for a reader; ``origin`` is that of :func:`~.finetune.cell.prepare_data`."""
+    weights, images = origin["weights"], origin["images"]
+    head = {"own": "with its own classifier", "fresh": "with a fresh classifier"}[weights["head"]]
+    drawn = weights["origin"] == "freshly initialised"
+    return (
+        f"Weights: {weights['words']}{'' if drawn else f', {head}'}. Images: {images['name']}, {images['source']}; "
+        f"{'x'.join(map(str, images['shape']))} (height, width, channels), {images['classes']} classes. "
+        f"Normalisation: {origin['normalisation']}."
+    )
 
 
 def statistics(name: str, values: Sequence[float]) -> dict[str, float | None]:

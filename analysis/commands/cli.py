@@ -23,8 +23,17 @@ from typing import Any, NamedTuple, NoReturn
 from analysis.commands import shipped, stopping
 from analysis.commands.names import plain, shown
 
-NET_HELP = "name of a built-in net (mobilenetv2@0.35: of that width), pkg.module:factory, or a file.onnx"
+NET_HELP = (
+    "a built-in net by name (mobilenetv2@0.35: with 0.35 times the channels); pkg.module:factory, a function of yours "
+    "that returns a lance_ref.nn.Module or a torch.nn.Module; or a file.onnx"
+)
 """Of ``--net``, wherever any net will do."""
+DATA_HELP = (
+    "a data set by name; a folder with a sub-folder of pictures for each class, perhaps below train/ and test/; or a "
+    "file.npz with uint8 images x_train, x_test (N,H,W,C) and labels y_train, y_test, or with x and y. Without a test "
+    "part, a fifth of each class is the test set"
+)
+"""Of ``--data``, wherever images with labels are needed."""
 LARGEST = 2**31 - 1
 """Of any count: more than that is a slip of the keyboard, and would be asked of the memory first."""
 
@@ -215,13 +224,42 @@ def built_in_net(text: str) -> str:
     return name_of(models.names)(text)
 
 
+def any_net(text: str) -> str:
+    """A type: a net by its name, ``pkg.module:factory``, or the name of an ONNX file that is there."""
+    if text.endswith(".onnx"):
+        if not os.path.isfile(text):
+            raise _refused(text, "the name of an ONNX file that is there")
+        return text
+    from lance_ref import models
+
+    if ":" not in text and text.partition("@")[0] not in models.names():
+        raise _refused(text, f"one of {', '.join(models.names())}, pkg.module:factory, or a file.onnx")
+    return text
+
+
 def data_set(text: str) -> str:
-    """A type: a data set by its name, or a folder of pictures."""
+    """A type: data as :func:`lance_ref.datasets.open_data` takes them."""
     from lance_ref import datasets
 
-    if text not in datasets.names() and not (text and os.path.isdir(text)):
-        raise _refused(text, f"one of {', '.join(datasets.names())}, or a folder of pictures")
+    if not datasets.is_data(text):
+        there = "" if not os.path.exists(text) else "; it is there, but is none of these"
+        raise _refused(text, f"one of {', '.join(datasets.names())}, a folder of pictures, or a file.npz{there}")
     return text
+
+
+def add_pixels(parser: argparse.ArgumentParser) -> None:
+    """The options that say how images become the input of a net: ``--channels``, ``--mean`` and ``--std``."""
+    parser.add_argument(
+        "--channels", type=integer(1, 1024), metavar="C",
+        help="channels that images get: 1 is the mean of several, 3 repeats a grey one (those that the net must have, "
+        "else those of the images)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mean", nargs="+", type=finite, metavar="M",
+        help="with --std: the input is (pixel / 255 - mean) / std, a number for all channels or one for each (what "
+        "pretrained weights were trained with, else pixel / 255)",
+    )  # fmt: skip
+    parser.add_argument("--std", nargs="+", type=positive, metavar="S", help="with --mean")
 
 
 def named_data_set(text: str) -> str:
@@ -240,20 +278,6 @@ def scheduler_address(text: str) -> str:
             f"is {text!r}, which takes dask.distributed: python -m pip install distributed"
         )
     return text
-
-
-def check_tune(net: str, selection: str) -> None:
-    """Raise ValueError unless a built-in net has the layers that ``--tune`` selects; no weights are made for it."""
-    from lance_ref import models
-    from lance_ref.nn.init import shapes_only
-    from lance_ref.nn.selection import choose
-
-    with shapes_only():
-        built = models.create(net)
-    try:
-        choose(built, selection)
-    except ValueError as error:
-        raise ValueError(f"--tune is {selection!r} for {net}: {one_line(error)}") from None
 
 
 class OutputFile:

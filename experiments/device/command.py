@@ -46,8 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "backpropagation; lance: the weights from cores of the inputs. The classifier always trains.",
     )  # fmt: skip
     p.add_argument("--quick", action="store_true", help="a small net on the digits of the package, within a minute")
-    p.add_argument("--net", type=cli.built_in_net, help="(mcunet)")
-    p.add_argument("--data", type=cli.data_set, help="a data set by name, or a folder with train/ and test/ (cifar10)")
+    frame.add_net_and_data(p, "mcunet", "cifar10")
     p.add_argument("--tune", help="layers that train (last:4)")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="(all)")
     p.add_argument("--directions", type=cli.count, nargs="+", help="of LANCE, for each layer (8 24)")
@@ -70,7 +69,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=cli.few, help="runs of each method, seeds 0, 1, ... (3)")
     p.add_argument("--calibration-batches", type=cli.count, help="(4)")
     p.add_argument("--calibration-batch", type=cli.count, help="images of each (64)")
-    p.add_argument("--image-size", type=cli.pixels, help="pixels (what the net was trained with)")
     p.add_argument("--train-images", type=cli.count, help="at most so many, spread over the classes (10,000)")
     p.add_argument("--test-images", type=cli.count, help="(all)")
     cli.add_sweep(p, "runs/device")
@@ -87,10 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def checked(options: argparse.Namespace) -> argparse.Namespace:
     """Defaults of the chosen size, and everything checked that can be before anything runs."""
     cli.fill_in(options, QUICK if options.quick else DEFAULTS)
-    if options.image_size is None:
-        from lance_ref import models
-
-        options.image_size = models.find(options.net).image_size
     for name in ("methods", "directions", "updates", "batch_rates", "image_rates", "budgets"):
         cli.check_once(options, name)
     for name in ("directions", "calibration_batches", "calibration_batch", "budgets"):
@@ -101,7 +95,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     for name in ("image_epochs", "image_rates"):
         cli.check_effect(options, name, "image" in options.updates, "--updates image")
     cli.check_sweep(options)
-    cli.check_tune(options.net, options.tune)
+    frame.settle(options, options.tune)
     return options
 
 
@@ -128,8 +122,7 @@ def train_cell(options: argparse.Namespace, key: Key, seed: int, lr: float, vali
         else (options.image_epochs if by_image else options.epochs)
     )
     return {
-        "net": options.net,
-        "data": options.data,
+        **frame.net_and_data(options),
         "tune": options.tune,
         "method": method,
         "directions": directions,
@@ -138,9 +131,6 @@ def train_cell(options: argparse.Namespace, key: Key, seed: int, lr: float, vali
         "seed": seed,
         "epochs": epochs,
         "batch": options.batch,
-        "image_size": options.image_size,
-        "train_images": options.train_images,
-        "test_images": options.test_images,
         "calibration_batches": options.calibration_batches,
         "calibration_batch": options.calibration_batch,
         "validation": validation,
@@ -155,6 +145,7 @@ def plan_cell(options: argparse.Namespace, key: Key, budget_kib: float | None = 
     classes, input_shape = _shape(options)
     return {
         "net": options.net,
+        **({} if options.own is None else {"own": options.own}),
         "classes": classes,
         "input_shape": list(input_shape),
         "tune": options.tune,
@@ -167,12 +158,11 @@ def plan_cell(options: argparse.Namespace, key: Key, budget_kib: float | None = 
 
 def _shape(options: argparse.Namespace) -> tuple[int, tuple[int, int, int]]:
     """The number of classes, and (C, H, W) of an image."""
-    from experiments.finetune.cell import open_data
+    from experiments.finetune.cell import Setup
 
-    data = open_data(options.data, "train", options.train_images, options.image_size)
-    _, height, width, channels = data.images.shape
-    size = options.image_size
-    return data.num_classes, (channels, height, width) if size is None else (channels, size, size)
+    setup = Setup.of({**frame.net_and_data(options), "tune": options.tune, "seed": 0})
+    data = setup.images("train")
+    return data.num_classes, setup.input_shape(data)
 
 
 def swept_rates(options: argparse.Namespace) -> dict[Key, dict[float, float]]:
@@ -219,7 +209,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     from experiments.finetune.cell import prepare_data
 
     every = keys(options)
-    prepare_data(train_cell(options, every[0], 0, 1.0))
+    origin = prepare_data(train_cell(options, every[0], 0, 1.0))
     plans = frame.run_cells(options, [plan_cell(options, key) for key in every], PLAN)
     untiled = frame.run_cells(options, [plan_cell(options, key, NO_LIMIT_KIB) for key in every], PLAN)
     lance = [key for key in every if key[0] == "lance"]
@@ -238,7 +228,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     show(rows, fits)
     frame.write(
         options,
-        lambda: results(rows, fits, vars(options), arguments),
+        lambda: results(rows, fits, vars(options), arguments, origin),
         lambda path: draw(rows, path, f"{options.net} on {options.data}, {options.tune}", options.batch),
         lambda: markdown(rows, fits, arguments),
     )

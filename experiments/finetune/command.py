@@ -41,8 +41,7 @@ def parser() -> argparse.ArgumentParser:
     about = "; ".join(f"{name}: {of.about}" for name, of in known.items())
     p = frame.parser("experiments.finetune", __doc__, epilog=f"{about}.")
     p.add_argument("--quick", action="store_true", help="a small net on the digits of the package, within a minute")
-    p.add_argument("--net", type=cli.built_in_net, help="mcunet, mobilenetv2, resnet8, convnet, ... (mcunet)")
-    p.add_argument("--data", type=cli.data_set, help="a data set by name, or a folder with train/ and test/ (cifar10)")
+    frame.add_net_and_data(p, "mcunet", "cifar10")
     p.add_argument("--tune", help="last:n, all, or a glob of layer names (last:4)")
     p.add_argument(
         "--methods", "--method", nargs="+", default=list(known), metavar="METHOD",
@@ -70,7 +69,6 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--clip", type=cli.positive, default=2.0, help="largest norm of the gradient (2.0)")
     p.add_argument("--calibration-batches", type=cli.count, help="or all there are, if fewer (100)")
-    p.add_argument("--image-size", type=cli.pixels, help="pixels (what the net was trained with)")
     p.add_argument("--train-images", type=cli.count, help="at most so many, spread over the classes (all)")
     p.add_argument("--test-images", type=cli.count, help="(all)")
     cli.add_sweep(p, "runs/finetune")
@@ -89,10 +87,6 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     from experiments.finetune.methods import all_settings, methods
 
     cli.fill_in(options, QUICK if options.quick else DEFAULTS)
-    if options.image_size is None:
-        from lance_ref import models
-
-        options.image_size = models.find(options.net).image_size
     known, own = methods(), [own_settings(spec) for spec in options.methods]
     for name in ("methods", "recipe", "modes", "lr_grid"):
         cli.check_once(options, name)
@@ -108,7 +102,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
         takers = [method for method, of in known.items() if setting in of.settings]
         effective = any(settings["method"] in takers and name not in settings for settings in own)
         cli.check_effect(options, name, effective, f"a method of {', '.join(takers)}, without a value of its own")
-    cli.check_tune(options.net, options.tune)
+    frame.settle(options, options.tune)
     return options
 
 
@@ -140,11 +134,9 @@ def cell(options: argparse.Namespace, spec: str, seed: int, lr: float, validatio
     """The arguments of one run."""
     from experiments.finetune.methods import all_settings
 
-    names = (
-        "net", "data", "tune", "batch", "image_size", "train_images", "test_images", "calibration_batches", "clip",
-    )  # fmt: skip
     return {
-        **{name: getattr(options, name) for name in names},
+        **frame.net_and_data(options),
+        **{name: getattr(options, name) for name in ("tune", "batch", "calibration_batches", "clip")},
         "lr": lr,
         "seed": seed,
         "epochs": options.tuning_epochs if validation else options.epochs,
@@ -163,8 +155,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     from experiments.finetune.report import Row, draw, markdown, results, show
 
     # The data are opened once here: what is wrong with them is said once, and the frozen outputs are kept.
-    for validation in {recipe == "tuned" for recipe in options.recipe} | {False}:
-        prepare_data(cell(options, options.methods[0], 0, options.lr, validation))
+    for validation in sorted({recipe == "tuned" for recipe in options.recipe} | {False}, reverse=True):
+        origin = prepare_data(cell(options, options.methods[0], 0, options.lr, validation))
     rows: list[Row] = []
     for recipe in options.recipe:
         rates = best_rates(options) if recipe == "tuned" else dict.fromkeys(options.methods, options.lr)
@@ -174,9 +166,9 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     show(rows)
     frame.write(
         options,
-        lambda: results(rows, vars(options), arguments),
+        lambda: results(rows, vars(options), arguments, origin),
         lambda path: draw(rows, path, f"{options.net} on {options.data}, {options.tune}"),
-        lambda: markdown(rows, arguments),
+        lambda: markdown(rows, arguments, origin),
     )
 
 

@@ -1,7 +1,7 @@
 """Real data sets as arrays: the bundled digits, files in a folder of data, downloads, and folders of pictures."""
 
 from lance_ref.datasets.arrays import load_arrays
-from lance_ref.datasets.choice import checksum, is_data, open_data
+from lance_ref.datasets.choice import checksum, has_parts, is_data, open_data
 from lance_ref.datasets.dataset import Dataset, batches, resize, validation_split
 from lance_ref.datasets.digits import load_digits
 from lance_ref.datasets.fetch import cache_dir, data_file
@@ -21,6 +21,7 @@ __all__ = [
     "checksum",
     "data_file",
     "data_files",
+    "has_parts",
     "is_data",
     "load",
     "load_arrays",

@@ -27,6 +27,11 @@ def is_data(text: str) -> bool:
     return text in names() or (bool(text) and (Path(text).is_dir() or (text.endswith(".npz") and Path(text).is_file())))
 
 
+def has_parts(data: str) -> bool:
+    """Whether a folder or a file of arrays has the parts ``train`` and ``test``."""
+    return "all" not in read_parts(data, labelled=False) if data.endswith(".npz") else bool(parts_of(data))
+
+
 def open_data(
     data: str,
     split: str = "train",

@@ -178,7 +178,14 @@ def to_channels(images: np.ndarray, channels: int | None) -> np.ndarray:
     if not isinstance(channels, (int, np.integer)) or isinstance(channels, bool) or channels < 1:
         raise ValueError(f"channels is {channels!r}, expected a positive integer or None")
     if channels == 1:
-        return np.rint(images.mean(axis=3, keepdims=True)).astype(np.uint8)
+        grey = np.empty((*images.shape[:3], 1), np.uint8)
+        for start in range(0, len(images), 1024):  # the means are float64 for a moment
+            np.rint(
+                images[start : start + 1024].mean(axis=3, keepdims=True),
+                out=grey[start : start + 1024],
+                casting="unsafe",
+            )
+        return grey
     return images[..., np.arange(channels) % images.shape[3]]
 
 

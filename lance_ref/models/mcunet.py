@@ -104,6 +104,7 @@ class MCUNet(nn.Module):
         "bd0f0d6d54a04bbaf745432e91e5d678849a54198e47655c76423738671435a2",
         128,
         "MCUNet-5fps of github.com/mit-han-lab/tiny-training, MIT, dequantised from 8 bits; trained on ImageNet",
+        (1000,),
     ),
 )
 def mcunet(num_classes: int = 1000, pretrained: bool | str | os.PathLike[str] | None = None, rng: Rng = None) -> MCUNet:

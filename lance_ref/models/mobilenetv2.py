@@ -104,6 +104,7 @@ class MobileNetV2(nn.Module):
         "5aadcf25572a7692c015f73c60d3e4c36b985cf57977146c9f42c2ef440084d4",
         224,
         "mobilenet_v2_1.0_224_quant.tflite of github.com/google-coral/test_data, Apache-2.0; trained on ImageNet",
+        (1000, 1001),
     ),
 )
 def mobilenetv2(

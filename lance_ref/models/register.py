@@ -31,6 +31,8 @@ class Weights:
     sha256: str  #: Of the file.
     image_size: int  #: What the network was trained with, in pixels.
     origin: str  #: Where the file's contents come from, and their terms.
+    #: Numbers of classes for which the file has the classifier; for others a fresh one is drawn. Default: for none.
+    classes: tuple[int, ...] = ()
 
 
 def _nothing(input_shape: Shape) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class NetChoice:
         if self.is_built_in:
             net = self._built_in(num_classes, input_shape, seed, weights is not None)
             if weights is None:
-                return net, self._said("freshly initialised", f"{self.name}, freshly initialised", net, "fresh")
+                return net, self.fresh(net)
             words = f"{Path(weights.file).name} ({weights.origin})"
             head = "own" if num_classes in weights.classes else "fresh"
             return net, Weights("pretrained file", words, Path(weights.file).name, weights.sha256, head)
@@ -156,6 +156,10 @@ class NetChoice:
 
     def _said(self, origin: str, words: str, net: Module, head: str) -> Weights:
         return Weights(origin, words, None, arrays_sha256(net), head)
+
+    def fresh(self, net: Module) -> Weights:
+        """What is said of a built-in net whose weights were drawn."""
+        return self._said("freshly initialised", f"{self.name}, freshly initialised", net, "fresh")
 
     def check_tune(self, selection: str) -> None:
         """Raise ValueError unless the net has the layers that ``--tune`` selects."""

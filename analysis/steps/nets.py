@@ -105,8 +105,9 @@ def build(name: str, num_classes: int | None, input_shape: tuple[int, ...], with
     A factory is called with ``num_classes=`` if that is given and it takes it, else with nothing; a Module of that name
     is taken as it is, and one of PyTorch is converted (:func:`lance_ref.from_torch`). ``mobilenetv2@0.35`` has 0.35
     times the channels. Without ``num_classes`` a built-in net has :data:`DEFAULT_NUM_CLASSES`; it is made for
-    ``input_shape`` where it must be, and without weights its parameters have shapes only. Raises ValueError, in one line, where there is no such net or factory, the factory failed, what
-    it returned is no Module, or parts of a module of PyTorch have no counterpart, which are all listed.
+    ``input_shape`` where it must be, and without weights its parameters have shapes only. Raises ValueError, in one
+    line, where there is no such net or factory, the factory failed, what it returned is no Module, or parts of a module
+    of PyTorch have no counterpart, which are all listed.
     """
     if name.endswith(".onnx"):
         from analysis.onnx.net import OnnxNet

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from analysis.commands import cli
@@ -31,6 +32,10 @@ IMAGES = {
     **MLP, "epochs": 10, "batch": 64, "lr": 0.01, "basis_samples": 320, "threshold": [0.97], "threshold_step": 0.003,
     "eval_batch": 64,
 }  # fmt: skip
+OWN = "own"
+"""The scenario that ``--data`` makes."""
+OWN_OPTIONS = ("data", "classes_per_task", "image_size", "channels", "mean", "std", "own")
+"""Options that stand in a cell only where they were given."""
 DIGITS = {**MLP, "lr": 0.05, "memory": 50}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -45,6 +50,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **IMAGES, "batch": 32, "lr": 0.05, "clip": 2.0, "threshold": [0.95], "threshold_step": 0.0,
         "basis_samples": 256,
     },
+    OWN: {**IMAGES, "batch": 32, "basis_samples": 100, "threshold": [0.95], "threshold_step": 0.0},
 }  # fmt: skip
 """By scenario, where an option is not given."""
 
@@ -54,19 +60,30 @@ QUICK = {"seeds": 1, "train_images": 150, "test_images": 60, "epochs": 5}
 def parser() -> argparse.ArgumentParser:
     from lance_ref.continual.learners import LEARNERS
     from lance_ref.continual.metrics import DEFINITIONS
-    from lance_ref.continual.networks import DEFAULT_NETWORK, NETWORKS
 
     defined = "R[t, i]: accuracy on task i after task t, of T tasks. " + ". ".join(DEFINITIONS.values())
     p = frame.parser("experiments.continual", __doc__, epilog=f"{defined}.")
-    scenarios = f"one of {', '.join(DEFAULTS)} (%(default)s)"
-    p.add_argument("--scenario", type=cli.name_of(lambda: DEFAULTS), default="split-digits", help=scenarios)
+    named = [name for name in DEFAULTS if name != OWN]
+    p.add_argument(
+        "--scenario", type=cli.name_of(lambda: named), default="split-digits",
+        help=f"tasks by name, one of {', '.join(named)} (split-digits)",
+    )  # fmt: skip
+    p.add_argument(
+        "--data",
+        type=cli.data_set,
+        help=f"in place of --scenario: the classes of your images, so many a task: {cli.DATA_HELP}",
+    )
+    p.add_argument("--classes-per-task", type=cli.integer(2, 1000), metavar="N", help="of --data (2)")
     p.add_argument("--quick", action="store_true", help="few images of each task and one seed, within a minute")
     p.add_argument(
         "--learners", type=cli.name_of(lambda: LEARNERS), nargs="+", default=list(LEARNERS), metavar="LEARNER",
         help=f"of {', '.join(LEARNERS)} (all)",
     )  # fmt: skip
-    nets = f"of {', '.join(NETWORKS)} (mlp for digits and mnist, else alexnet-cl)"
-    p.add_argument("--net", type=cli.name_of(lambda: {*NETWORKS, *DEFAULT_NETWORK.values()}), help=nets)
+    default = "mlp for digits and mnist, convnet for --data, mcunet for domains, else alexnet-cl"
+    nets = f"{cli.NET_HELP}. Where tasks have heads of their own, these replace its last layer ({default})"
+    p.add_argument("--net", type=cli.any_net, help=nets)
+    p.add_argument("--image-size", type=cli.pixels, help="of --data: height and width in pixels (as they are)")
+    cli.add_pixels(p)
     p.add_argument("--seeds", type=cli.few, help="runs of each learner, seeds 0, 1, ... (5)")
     p.add_argument("--tasks", type=cli.integer(2, 10_000), help="the first so many (all)")
     p.add_argument("--epochs", type=cli.count, help="per task (the scenario's)")
@@ -99,13 +116,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def checked(options: argparse.Namespace) -> argparse.Namespace:
     """Defaults of the scenario, and everything checked that can be before anything runs."""
+    from experiments.finetune.cell import own_mark
     from lance_ref.continual.learners import LEARNERS
     from lance_ref.continual.networks import DEFAULT_NETWORK
 
-    defaults = {"net": DEFAULT_NETWORK[options.scenario], "seeds": 5, **DEFAULTS[options.scenario]}
+    if options.data is not None:
+        cli.check_no_effect(options, ("scenario",), "--data has tasks of its own")
+        options.scenario = OWN
+    for name in ("classes_per_task", "image_size"):
+        cli.check_effect(options, name, options.data is not None, "--data")
+    cli.check_no_effect(
+        options, ("channels", "mean", "std") if options.scenario == "domains" else (), "domains has its own"
+    )
+    defaults = {"net": DEFAULT_NETWORK.get(options.scenario, "convnet"), "seeds": 5, **DEFAULTS[options.scenario]}
     cli.fill_in(options, {**defaults, **QUICK} if options.quick else defaults)
     cli.check_once(options, "learners")
     cli.check_sweep(options)
+    options.own = own_mark(options.net, "digits" if options.data is None else options.data)
     for name in ("memory", "epsilon", "update", "threshold", "threshold_step", "basis_samples"):
         heeding = [learner.name for learner in LEARNERS.values() if THRESHOLDS.get(name, name) in learner.heeds]
         takes = f"the learner {heeding[0]}" if len(heeding) == 1 else f"a learner of {', '.join(heeding)}"
@@ -124,6 +151,7 @@ def cell(options: argparse.Namespace, learner: str, seed: int) -> dict[str, Any]
         "thresholds": options.threshold,
         # left out where it is the default, so that cells of before keep their names
         **({} if options.update == "weight" else {"update": options.update}),
+        **{name: getattr(options, name) for name in OWN_OPTIONS if getattr(options, name) is not None},
         "learner": learner,
         "seed": seed,
         "folder": f"{options.folder}/running",
@@ -134,32 +162,42 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     from experiments.continual.report import Row, draw, markdown, results, show
 
     cells = [cell(options, learner, seed) for learner in options.learners for seed in range(options.seeds)]
-    about, images = _check(cells[0])
+    about, images, origin = _check(cells[0])
     title = f"{options.scenario}: {about}. {_recipe(options)}"
     groups = frame.by_seed(frame.run_cells(options, cells, CELL), options.seeds)
     rows = [Row(learner, seeds) for learner, seeds in zip(options.learners, groups, strict=True)]
     show(rows, title, images)
     frame.write(
         options,
-        lambda: results(rows, vars(options), arguments),
+        lambda: results(rows, vars(options), arguments, origin),
         lambda path: draw(rows, path, f"{options.scenario}, {options.net}, {options.seeds} seed(s)"),
         lambda: markdown(rows, title, arguments, images),
     )
 
 
-def _check(arguments: dict[str, Any]) -> tuple[str, int]:
+def _check(arguments: dict[str, Any]) -> tuple[str, int, dict[str, Any]]:
     """Open the data once here, so that what is wrong with it is said once, in one line.
 
     Returns
     -------
-    (str, int)
-        What the scenario is, and the test images of all its tasks.
+    (str, int, dict)
+        What the scenario is, the test images of all its tasks, and where weights and images came from.
     """
-    from experiments.continual.cell import prepare
+    from experiments.continual.cell import OWN as NAMES
+    from experiments.continual.cell import made, prepare
+    from lance_ref import datasets
     from lance_ref.continual.networks import body_layers
 
     names = ("scenario", "net", "seed", "tasks", "train_images", "test_images", "folder")
-    net, scenario = prepare(**{name: arguments[name] for name in names})
+    given = {name: arguments[name] for name in (*names, *NAMES) if name in arguments}
+    net, scenario = prepare(**given)
+    origin: dict[str, Any] = {}
+    if arguments["scenario"] != "domains":
+        folder = given.pop("folder")
+        assert isinstance(folder, str)
+        origin["weights"] = asdict(made(**given)[2])
+    if "data" in arguments:
+        origin["images"] = {"data": arguments["data"], "sha256": datasets.checksum(arguments["data"])}
     layers, given = body_layers(net), arguments["thresholds"]
     if len(given) not in (1, len(layers)):
         raise ValueError(f"--threshold has {len(given)} numbers, expected 1 or {len(layers)}: {', '.join(layers)}")
@@ -168,7 +206,7 @@ def _check(arguments: dict[str, Any]) -> tuple[str, int]:
         raise ValueError(f"--batch is {arguments['batch']}, but a task has {smallest} training images")
     if len(scenario) < 2:
         raise ValueError(f"{arguments['scenario']} has {len(scenario)} task(s), expected at least 2")
-    return scenario.about, sum(len(task.test) for task in scenario.tasks)
+    return scenario.about, sum(len(task.test) for task in scenario.tasks), origin
 
 
 def _recipe(options: argparse.Namespace) -> str:

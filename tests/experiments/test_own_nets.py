@@ -16,6 +16,7 @@ from analysis import plan, spectra
 from analysis.commands import sweep
 from analysis.device import command as device_cli
 from analysis.steps.net_choice import NetChoice
+from experiments.continual import command as continual
 from experiments.device import command as device_accuracy
 from experiments.finetune import command as finetune
 from lance_ref import datasets
@@ -31,6 +32,11 @@ def ours(num_classes=3):
 
 def five():
     return nn.Sequential(nn.Conv2d(5, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7))
+
+def six():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 6),
+    )
 
 def maps():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
@@ -238,6 +244,34 @@ def test_accuracy_over_ram_of_an_own_net() -> None:
     ]  # fmt: skip
     assert device_accuracy.main(arguments) == 0
     assert strict_json(Path("d.json"))["weights"]["words"] == "those of mynets:ours"
+
+
+CONTINUAL = [
+    "--data", "data.npz", "--classes-per-task", "3", "--learners", "finetune", "lance", "--seeds", "1", "--epochs", "1",
+    "--batch", "8", "--basis-samples", "16", "--output", "c.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("net", ["mynets:six", "six.onnx", "convnet"])
+def test_tasks_of_own_images(net: str) -> None:
+    """Six classes in two tasks, a head for each in the place of the last layer; bytes and multiply-adds as predicted."""
+    data = np.load("data.npz")
+    np.savez("data.npz", x=data["x"], y=np.arange(60) % 6)
+    if net.endswith(".onnx"):
+        export(net, 6)
+    assert continual.main(["--net", net, *CONTINUAL]) == 0
+    document = strict_json(Path("c.json"))
+    assert all(row["predicted_equals_measured"] for row in document["rows"])
+    assert document["images"]["sha256"] == datasets.checksum("data.npz")
+    origin = {"mynets:six": "user's factory", "six.onnx": "ONNX file", "convnet": "freshly initialised"}
+    assert document["weights"]["origin"] == origin[net]
+
+
+def test_classes_that_cannot_be_shared_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three classes, two a task."""
+    with pytest.raises(SystemExit):
+        continual.main(["--data", "data.npz", "--learners", "finetune"])
+    assert "--classes-per-task is 2, but data has 3 classes" in capsys.readouterr().err
 
 
 WRONG = {

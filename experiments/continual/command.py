@@ -69,10 +69,9 @@ def parser() -> argparse.ArgumentParser:
         help=f"tasks by name, one of {', '.join(named)} (split-digits)",
     )  # fmt: skip
     p.add_argument(
-        "--data",
-        type=cli.data_set,
-        help=f"in place of --scenario: the classes of your images, so many a task: {cli.DATA_HELP}",
-    )
+        "--data", type=cli.data_set,
+        help=f"images of yours, in place of --scenario; each task has a few of their classes. {cli.DATA_HELP}",
+    )  # fmt: skip
     p.add_argument("--classes-per-task", type=cli.integer(2, 1000), metavar="N", help="of --data (2)")
     p.add_argument("--quick", action="store_true", help="few images of each task and one seed, within a minute")
     p.add_argument(

@@ -92,7 +92,7 @@ def with_heads(net: Module, scenario: Scenario, rng: Rng = None) -> None:
     path, last = next(reversed(weighted_layers(net).items()), ("", None))
     if not isinstance(last, nn.Linear):
         raise ValueError(
-            f"the last layer {path!r} is a {type(last).__name__}, expected a Linear, to have several heads"
+            f"the last layer {path!r} is a {type(last).__name__}, expected a Linear that heads can replace"
         )
     net.set_submodule(path, TaskHeads(last.in_features, scenario.heads, rng))
 

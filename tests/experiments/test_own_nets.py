@@ -254,7 +254,7 @@ CONTINUAL = [
 
 @pytest.mark.parametrize("net", ["mynets:six", "six.onnx", "convnet"])
 def test_tasks_of_own_images(net: str) -> None:
-    """Six classes in two tasks, a head for each in the place of the last layer; bytes and multiply-adds as predicted."""
+    """Six classes in two tasks, a head for each in place of the last layer; bytes and multiply-adds as predicted."""
     data = np.load("data.npz")
     np.savez("data.npz", x=data["x"], y=np.arange(60) % 6)
     if net.endswith(".onnx"):

@@ -26,6 +26,7 @@ COMMANDS = {
     "finetune-sweep": ("experiments.finetune.sweep", "accuracy over bytes: every method with several settings"),
     "device-accuracy": ("experiments.device.command", "accuracy over all RAM of a training step on a small device"),
     "corpus": ("experiments.corpus.command", "which networks of PyTorch are predicted, and how exactly"),
+    "weights": ("experiments.weights", "make the files of pretrained weights from the published originals"),
     "adapt": ("experiments.adapt", "fine-tune MobileNetV2 on another data set"),
     "continual": ("experiments.continual.command", "learn tasks one after the other"),
     "descent": ("experiments.descent.command", "whether the compressed gradient is a direction of descent"),

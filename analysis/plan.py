@@ -21,6 +21,7 @@ from analysis.commands.cli import (
     count,
     figure_file,
     input_shape,
+    nets_and_data,
     pixels,
     positive,
     run_command,
@@ -38,7 +39,7 @@ from analysis.planner.options import (
     unit_of,
 )
 from analysis.steps.methods import METHODS, check_methods_heed, chosen_methods
-from analysis.steps.register import add_settings
+from analysis.steps.register import add_settings, listed
 from analysis.steps.settings import KNOWN
 
 if TYPE_CHECKING:
@@ -57,8 +58,10 @@ def parser() -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="python -m analysis.plan",
         description="Which methods and settings fit a device's RAM, with how many layers and which batch, ranked by "
-        "predicted gradient fidelity; what does not fit, and by how much.",
+        "predicted gradient fidelity; what does not fit, and by how much.\n\n"
+        "Example: lance-ref plan --net mcunet --image-size 32 --num-classes 10 --budget 256KiB",
         allow_abbrev=False,
+        epilog=f"{listed()}\n\n{nets_and_data(False)}",
     )
     p.add_argument("--net", required=True, help=NET_HELP)
     p.add_argument("--budget", required=True, help="of RAM: 256KiB, 1.5MiB, 300000B")

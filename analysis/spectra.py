@@ -31,6 +31,7 @@ from analysis.commands.cli import (
     data_set,
     finite,
     input_shape,
+    nets_and_data,
     pixels,
     positive,
     run_command,
@@ -231,8 +232,10 @@ class _batches:  # noqa: N801  (used like a function; a class so that the progre
 def parser() -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="python -m analysis.spectra",
-        description="Measure the spectra of a net's activations on real images and write them to a small file.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Measure how the values inside a net are spread over directions (their spectra), on real images, "
+        "and write them to a small file. cost, plan and device choose ranks from it.\n\n"
+        "Example: lance-ref spectra --net convnet --data digits --batch 32 --output spectra.json",
+        epilog=nets_and_data(),
         allow_abbrev=False,
     )
     p.add_argument("--net", required=True, type=any_net, help=NET_HELP)
@@ -240,17 +243,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--split", default="train", choices=["train", "test", "all"], help="which images, of data that have parts"
     )
-    p.add_argument("--batch", type=count, default=128, help="images a batch")
+    p.add_argument("--batch", type=count, default=128, help="images of one batch")
     p.add_argument("--batches", type=count, default=6, help="number of batches")
-    p.add_argument("--image-size", type=pixels, help="pixels (those of the pretrained weights, the net or the file)")
-    p.add_argument("--input-shape", type=input_shape, help="C,H,W or N, without the batch; in place of --image-size")
+    p.add_argument("--image-size", type=pixels, help="height and width in pixels (what the net is made for)")
+    p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
     p.add_argument(
         "--mean", nargs="+", type=finite, metavar="M",
-        help="of (pixel/255 - mean)/std, for all channels or for each (what pretrained weights take, else 0)",
+        help="with --std: the input is (pixel / 255 - mean) / std, a number for all channels or one for each (what "
+        "pretrained weights were trained with, else pixel / 255)",
     )  # fmt: skip
-    p.add_argument("--std", nargs="+", type=positive, metavar="S", help="with --mean (1)")
+    p.add_argument("--std", nargs="+", type=positive, metavar="S", help="with --mean")
     p.add_argument("--seed", type=seed, default=0, help="of the order of the images")
-    p.add_argument("--output", required=True, type=any_file, help="the file to write, whole or not at all")
+    p.add_argument("--output", required=True, type=any_file, help="the file to write")
     return p
 
 

@@ -11,9 +11,8 @@ from analysis.commands import cli
 
 
 def parser(module: str, doc: str | None, **more: Any) -> cli.OneLineParser:
-    """The parser of a module that is run as a command; its help begins with the first paragraph of ``doc``."""
-    about = (doc or "").split("\n\n")[0]
-    return cli.OneLineParser(prog=f"python -m {module}", description=about, allow_abbrev=False, **more)
+    """The parser of a module that is run as a command; its help begins with ``doc``."""
+    return cli.OneLineParser(prog=f"python -m {module}", description=cli.prose(doc), allow_abbrev=False, **more)
 
 
 def add_net_and_data(p: argparse.ArgumentParser, net: str, data: str) -> None:
@@ -56,17 +55,37 @@ def net_and_data(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_outputs(p: argparse.ArgumentParser, drawn: str, table: bool = False) -> None:
     """The options ``--output``, ``--table`` and ``--figure``; ``drawn`` says what the figure shows."""
-    p.add_argument("--output", type=cli.json_file, help="write the results as JSON")
+    p.add_argument("--output", type=cli.json_file, help="also write the results to this file, .json")
     if table:
-        p.add_argument("--table", type=cli.markdown_file, help="write the table as Markdown")
-    p.add_argument("--figure", type=cli.figure_file, help=f"draw {drawn}, as .png or .svg")
+        p.add_argument("--table", type=cli.markdown_file, help="also write the table to this file, .md")
+    p.add_argument("--figure", type=cli.figure_file, help=f"also draw {drawn} into this file, .png or .svg")
 
 
-def run_cells(options: argparse.Namespace, cells: Sequence[dict[str, Any]], function: str) -> list[dict[str, Any]]:
-    """The results of all cells, from the folder of finished ones or from running them as the options say."""
+def run_cells(
+    options: argparse.Namespace, cells: Sequence[dict[str, Any]], function: str, expected: float | None = None
+) -> list[dict[str, Any]]:
+    """The results of all cells, from the folder of finished ones or from running them as the options say.
+
+    ``expected`` are the seconds of one cell, as measured before, if that is known.
+    """
     from analysis.commands import sweep
 
-    return sweep.run_cells(cells, function, options.folder, jobs=options.jobs, scheduler=options.scheduler)
+    return sweep.run_cells(
+        cells, function, options.folder, jobs=options.jobs, scheduler=options.scheduler, expected=expected
+    )
+
+
+MILLISECONDS = {("mcunet", "last:4"): 1.3, ("convnet", "last:2"): 0.25}
+"""Of one image in one epoch of fine-tuning, two cores, mean over the methods, calibration included.
+
+MCUNet: experiments/results/finetune_cifar10.json; the small net: its quick run.
+"""
+
+
+def expected_seconds(options: argparse.Namespace, epochs: int, images: int) -> float | None:
+    """Of one run of fine-tuning, where nets and layers of this kind were measured before; else None."""
+    each = MILLISECONDS.get((options.net, options.tune))
+    return None if each is None else 0.6 + each * epochs * images / 1000
 
 
 def by_seed(outcomes: Sequence[dict[str, Any]], seeds: int) -> list[tuple[dict[str, Any], ...]]:

@@ -52,8 +52,56 @@ class Options(argparse.Namespace):
     given: frozenset[str]
 
 
+program: str | None = None
+"""What stands in place of ``python -m module`` in help and errors: ``lance-ref finetune``, where that was typed."""
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Help whose defaults are told once, in parentheses at the end, and whose lists keep their lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        value = action.default
+        if value in (None, False, argparse.SUPPRESS) or text.endswith(")") or not action.option_strings:
+            return text
+        if isinstance(value, (list, tuple)):
+            value = " ".join(map(str, value))
+        return f"{text} ({value})".replace("%(default)s", str(value)) if value != [] else text
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Each line is a paragraph of its own; one that is indented hangs below its second word."""
+        import textwrap
+
+        lines = []
+        for line in text.splitlines():
+            entry = re.match(r"  \S+\s+", line)
+            hanging = " " * (len(entry[0]) if entry else 0)
+            lines += textwrap.wrap(line, width, initial_indent=indent, subsequent_indent=indent + hanging) or [""]
+        return "\n".join(lines)
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line on stderr, without the usage."""
+    """An argument parser whose errors are one line on stderr, without the usage; its help is for reading."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        options.setdefault("formatter_class", HelpFormatter)
+        super().__init__(*args, **options)
+        if program is not None:
+            self.prog = program
+        self._optionals.title = "options (in parentheses at the end: what holds where an option is not given)"
+
+    def format_usage(self) -> str:
+        """One line: what has to be given, and that there are options."""
+        if self.usage is None:
+            needed = [action for action in self._actions if action.required and action.option_strings]
+            given = [f"{a.option_strings[0]} {a.metavar or a.dest.upper()}" for a in needed]
+            places = [a.metavar or a.dest.upper() for a in self._actions if not a.option_strings]
+            self.usage = " ".join(["%(prog)s", *map(str, (*places, *given)), "[OPTIONS]"])
+        return super().format_usage()
+
+    def format_help(self) -> str:
+        self.format_usage()
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         line = plain(" ".join(message.split()))
@@ -82,6 +130,34 @@ class OneLineParser(argparse.ArgumentParser):
                 other = names.setdefault(Path(value).resolve(), option)
                 if other != option:
                     self.error(f"{option} is {value!r}, which is the file of {other}, too")
+
+
+def prose(doc: str | None) -> str:
+    """A module's docstring as the beginning of a help: without marks, each paragraph on one line.
+
+    >>> prose("Fine-tune: ``python -m x.y --quick``.\\n\\nEach ``net`` is\\nmeasured.")
+    'Fine-tune.\\n\\nEach net is measured.'
+    """
+    text = re.sub(r":? ``python -m [^`]*``", "", doc or "")
+    paragraphs = [" ".join(each.split()) if not each.startswith("    ") else each for each in text.split("\n\n")]
+    return "\n\n".join(re.sub(r"``([^`]*)``|:\w+:`~?([^`]*)`", r"\1\2", each) for each in paragraphs).strip()
+
+
+def nets_and_data(data: bool = True) -> str:
+    """Built-in nets and data sets with what they are, for the end of a help."""
+    from analysis.commands import words
+
+    parts = [listing("built-in nets", words.NETS)]
+    if data:
+        where = "looked for in the folder that LANCE_REF_DATA names, else downloaded"
+        parts.append(listing(f"data sets ({where}; digits needs neither)", words.DATA))
+    return "\n\n".join(parts)
+
+
+def listing(title: str, entries: Mapping[str, str]) -> str:
+    """Names with what they mean, a line each, for the end of a help."""
+    size = max(map(len, entries))
+    return "\n".join([f"{title}:", *(f"  {name:<{size}}  {about}" for name, about in entries.items())])
 
 
 def one_line(error: BaseException) -> str:
@@ -322,12 +398,12 @@ def folder_to_write(text: str) -> str:
     return text
 
 
-def add_sweep(parser: argparse.ArgumentParser, folder: str, of: str = "of finished runs") -> None:
+def add_sweep(parser: argparse.ArgumentParser, folder: str, of: str = "finished runs") -> None:
     """The options of a command that runs many cells: ``--folder``, ``--jobs`` and ``--scheduler``."""
-    parser.add_argument("--folder", type=folder_to_write, default=folder, help=f"{of} (%(default)s)")
-    parser.add_argument("--jobs", type=few, default=2, help="processes, one thread each (2)")
+    parser.add_argument("--folder", type=folder_to_write, default=folder, help=f"where {of} are kept (%(default)s)")
+    parser.add_argument("--jobs", type=few, default=2, help="runs at a time, each in a process of one thread (2)")
     parser.add_argument(
-        "--scheduler", type=scheduler_address, help="address of a Dask scheduler, in place of processes of this machine"
+        "--scheduler", type=scheduler_address, help="address of a Dask scheduler, to run on a cluster (this machine)"
     )
 
 

@@ -282,12 +282,19 @@ def add_settings(
         try:
             parser.add_argument(
                 setting.option, type=setting.check,
-                help=f"{setting.help}, of {heeding}{f' ({shown})' if shown else ''}", **(several or one),
+                help=f"for {heeding}: {setting.help}{f' ({shown})' if shown else ''}", **(several or one),
             )  # fmt: skip
         except argparse.ArgumentError:
             raise ValueError(
                 f"setting {setting.name!r} of method {heeding} has the name of an option of this command"
             ) from None
+
+
+def listed() -> str:
+    """Every method with what it does, a line each, for the end of a help."""
+    from analysis.commands.cli import listing
+
+    return listing("methods", {name: of.about for name, of in METHODS.items()})
 
 
 def check_methods_heed(options: argparse.Namespace, methods: Iterable[str]) -> None:

@@ -247,6 +247,7 @@ def prepare_data(cell: Mapping[str, Any]) -> dict[str, Any]:
             "name": images.name,
             "source": images.source,
             "shape": list(images.images.shape[1:]),
+            "count": len(images),
             "classes": images.num_classes,
             "sha256": datasets.checksum(setup.data),
         },

@@ -161,7 +161,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     for recipe in options.recipe:
         rates = best_rates(options) if recipe == "tuned" else dict.fromkeys(options.methods, options.lr)
         cells = [cell(options, spec, seed, rates[spec]) for spec in options.methods for seed in range(options.seeds)]
-        groups = frame.by_seed(frame.run_cells(options, cells, CELL), options.seeds)
+        expected = frame.expected_seconds(options, options.epochs, origin["images"]["count"])
+        groups = frame.by_seed(frame.run_cells(options, cells, CELL, expected), options.seeds)
         rows += [Row(recipe, spec, rates[spec], seeds) for spec, seeds in zip(options.methods, groups, strict=True)]
     show(rows)
     frame.write(

@@ -107,7 +107,8 @@ def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, An
     batches = options.batch
     cells = [cell(options, batch, setting["changes"]) for batch in batches for setting in swept]
     origin = prepare_data(cells[0])
-    outcomes = frame.run_cells(options, cells, CELL)
+    expected = frame.expected_seconds(options, options.epochs, origin["images"]["count"])
+    outcomes = frame.run_cells(options, cells, CELL, expected)
     points = [
         {
             "batch": one["batch"],

@@ -39,11 +39,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tune", default="last:4", help="layers that train beside the head (%(default)s)")
     p.add_argument("--steps", type=cli.count, default=50, help="training steps (%(default)s)")
     p.add_argument("--batch", type=cli.count, default=32, help="images a step (%(default)s)")
-    p.add_argument("--image-size", type=cli.pixels, default=224, help="pixels (%(default)s)")
-    p.add_argument("--calibration-batches", type=cli.count, default=8, help="(%(default)s)")
-    p.add_argument("--epsilon", type=cli.share, default=0.7, help="kept share of the energy (%(default)s)")
-    p.add_argument("--lr", type=cli.positive, default=0.05, help="(%(default)s)")
-    p.add_argument("--clip", type=cli.positive, default=2.0, help="largest norm of the gradient (%(default)s)")
+    p.add_argument("--image-size", type=cli.pixels, default=224, help="height and width in pixels (%(default)s)")
+    p.add_argument(
+        "--calibration-batches",
+        type=cli.count,
+        default=8,
+        help="of LANCE (%(default)s)",
+    )
+    p.add_argument("--epsilon", type=cli.share, default=0.7, help="share of squared values kept (%(default)s)")
+    p.add_argument("--lr", type=cli.positive, default=0.05, help="learning rate (%(default)s)")
+    p.add_argument("--clip", type=cli.positive, default=2.0, help="largest length of the gradient (%(default)s)")
     p.add_argument("--test-images", type=cli.count, default=200, help="for the accuracy at the end (%(default)s)")
     p.add_argument("--seed", type=cli.seed, default=0, help="fixes everything (%(default)s)")
     frame.add_outputs(p, "loss, accuracy and the energy kept")

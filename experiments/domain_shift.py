@@ -54,8 +54,8 @@ def other_data(text: str) -> str:
 def parser() -> argparse.ArgumentParser:
     p = frame.parser("experiments.domain_shift", __doc__)
     p.add_argument("--quick", action="store_true", help="a small net on the digits of the package and their negatives")
-    p.add_argument("--net", type=cli.built_in_net, help="(mcunet)")
-    p.add_argument("--data", type=cli.named_data_set, help="to train on (cifar10)")
+    p.add_argument("--net", type=cli.built_in_net, help="a built-in net, see finetune (mcunet)")
+    p.add_argument("--data", type=cli.named_data_set, help="data set to train on, by name (cifar10)")
     p.add_argument("--calibrate-on", type=other_data, help=f"another data set, or {NEGATIVES} (eurosat)")
     p.add_argument("--tune", help="layers that train (last:4)")
     modes = cli.name_of(lambda: MODES)
@@ -65,11 +65,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--share", type=cli.share, default=0.9, help=alarm)
     p.add_argument("--train-images", type=cli.count, default=4000, help="at most so many (%(default)s)")
     p.add_argument("--test-images", type=cli.count, default=2000, help="at most so many (%(default)s)")
-    p.add_argument("--calibration-batches", type=cli.count, default=8, help="(%(default)s)")
-    p.add_argument("--epochs", type=cli.count, help="(4)")
-    p.add_argument("--batch", type=cli.count, help="(128)")
-    p.add_argument("--lr", type=cli.positive, help="(0.05)")
-    p.add_argument("--seed", type=cli.seed, default=0, help="(%(default)s)")
+    p.add_argument("--calibration-batches", type=cli.count, default=8, help="of LANCE (%(default)s)")
+    p.add_argument("--epochs", type=cli.count, help="passes over the training images (4)")
+    p.add_argument("--batch", type=cli.count, help="images of one training step (128)")
+    p.add_argument("--lr", type=cli.positive, help="learning rate (0.05)")
+    p.add_argument("--seed", type=cli.seed, default=0, help="of the random numbers (%(default)s)")
     frame.add_outputs(p, "the energy kept at every step")
     return p
 

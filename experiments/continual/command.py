@@ -5,6 +5,9 @@ multiply-adds of steps and between tasks. All learners start from the same weigh
 
 A finished run of one learner and seed is kept in --folder and never run again; one that was stopped goes on where it
 was.
+
+    lance-ref continual --quick
+    lance-ref continual --data pictures/ --net mynets:net --seeds 1
 """
 
 from __future__ import annotations
@@ -19,6 +22,16 @@ from analysis.commands import cli
 from experiments import frame
 
 CELL = "experiments.continual.cell:run"
+ABOUT = {
+    "finetune": "keeps training on each next task; nothing protects the earlier ones",
+    "gpm": "takes out of every gradient what earlier tasks need (gradient projection memory)",
+    "lance": "LANCE in directions outside of those that earlier tasks need",
+    "lance-no-batch": "the same, the batch left uncompressed",
+    "head-only": "the first task trains the whole net, later ones their own classifiers",
+    "joint": "trains on the images of all tasks so far: an upper bound, which keeps all images",
+    "er": "keeps a few images of earlier tasks and trains on them too (experience replay)",
+}
+"""Every learner in a few words."""
 THRESHOLDS = {"threshold": "thresholds"}
 """The option that has another name in :class:`lance_ref.continual.learners.Recipe`."""
 
@@ -62,7 +75,8 @@ def parser() -> argparse.ArgumentParser:
     from lance_ref.continual.metrics import DEFINITIONS
 
     defined = "R[t, i]: accuracy on task i after task t, of T tasks. " + ". ".join(DEFINITIONS.values())
-    p = frame.parser("experiments.continual", __doc__, epilog=f"{defined}.")
+    learners = cli.listing("learners", ABOUT)
+    p = frame.parser("experiments.continual", __doc__, epilog=f"{learners}\n\n{defined}.\n\n{cli.nets_and_data()}")
     named = [name for name in DEFAULTS if name != OWN]
     p.add_argument(
         "--scenario", type=cli.name_of(lambda: named), default="split-digits",
@@ -72,37 +86,56 @@ def parser() -> argparse.ArgumentParser:
         "--data", type=cli.data_set,
         help=f"images of yours, in place of --scenario; each task has a few of their classes. {cli.DATA_HELP}",
     )  # fmt: skip
-    p.add_argument("--classes-per-task", type=cli.integer(2, 1000), metavar="N", help="of --data (2)")
-    p.add_argument("--quick", action="store_true", help="few images of each task and one seed, within a minute")
+    p.add_argument("--classes-per-task", type=cli.integer(2, 1000), metavar="N", help="with --data (2)")
+    p.add_argument("--quick", action="store_true", help="try it: few images of each task, one seed; a minute")
     p.add_argument(
         "--learners", type=cli.name_of(lambda: LEARNERS), nargs="+", default=list(LEARNERS), metavar="LEARNER",
-        help=f"of {', '.join(LEARNERS)} (all)",
+        help="names of the list below (all)",
     )  # fmt: skip
     default = "mlp for digits and mnist, convnet for --data, mcunet for domains, else alexnet-cl"
     nets = f"{cli.NET_HELP}. Where tasks have heads of their own, these replace its last layer ({default})"
     p.add_argument("--net", type=cli.any_net, help=nets)
-    p.add_argument("--image-size", type=cli.pixels, help="of --data: height and width in pixels (as they are)")
+    p.add_argument("--image-size", type=cli.pixels, help="with --data: height and width in pixels (as they are)")
     cli.add_pixels(p)
-    p.add_argument("--seeds", type=cli.few, help="runs of each learner, seeds 0, 1, ... (5)")
+    p.add_argument("--seeds", type=cli.few, help="how often each learner runs, with other random numbers each time (5)")
     p.add_argument("--tasks", type=cli.integer(2, 10_000), help="the first so many (all)")
-    p.add_argument("--epochs", type=cli.count, help="per task (the scenario's)")
-    p.add_argument("--batch", type=cli.count, help="images a step (the scenario's)")
+    p.add_argument("--epochs", type=cli.count, help="passes over the images of each task (the scenario's)")
+    p.add_argument("--batch", type=cli.count, help="images of one training step (the scenario's)")
     p.add_argument("--lr", type=cli.positive, help="learning rate (the scenario's)")
-    p.add_argument("--momentum", type=cli.share_below_one, default=0.0, help="of SGD (0)")
-    p.add_argument("--clip", type=cli.positive, help="largest norm of the gradient (none; domains 2)")
-    p.add_argument("--train-images", type=cli.count, help="at most so many of each task, spread over its classes (all)")
-    p.add_argument("--test-images", type=cli.count, help="(all)")
-    p.add_argument("--threshold", type=cli.share, nargs="+", help="energy protected: one, or one for each layer")
-    p.add_argument("--threshold-step", type=cli.share_below_one, help="added to it with each task")
-    p.add_argument("--epsilon", type=cli.share, help="energy threshold of LANCE's subspaces (0.95)")
+    p.add_argument("--momentum", type=cli.share_below_one, default=0.0, help="of the optimiser, SGD (0)")
+    p.add_argument("--clip", type=cli.positive, help="longer gradients are shortened to this length (none; domains 2)")
+    p.add_argument(
+        "--train-images", type=cli.count,
+        help="images to train on in each task, spread over its classes (all)",
+    )  # fmt: skip
+    p.add_argument("--test-images", type=cli.count, help="images to test on in each task (all)")
+    p.add_argument(
+        "--threshold", type=cli.share, nargs="+",
+        help="for gpm and lance: share of the squared values of earlier tasks that is protected, one or one a layer "
+        "(the scenario's)",
+    )  # fmt: skip
+    p.add_argument(
+        "--threshold-step", type=cli.share_below_one,
+        help="what is added to --threshold with each task (the scenario's)",
+    )  # fmt: skip
+    p.add_argument(
+        "--epsilon", type=cli.share,
+        help="for lance: share of the squared values that a task's directions keep (0.95)",
+    )  # fmt: skip
     p.add_argument(
         "--update", choices=["weight", "subspace"], default="weight",
-        help="what trains of LANCE's layers: the weight, or its coordinates in the task's subspace (weight)",
+        help="for lance: what trains, weights or their coordinates in the task's directions (weight)",
     )  # fmt: skip
-    p.add_argument("--basis-samples", type=cli.count, help="images for subspaces and protected directions")
-    p.add_argument("--memory", type=cli.count, help="images that er keeps, of all tasks")
-    p.add_argument("--eval-batch", type=cli.count, help="images at a time in evaluation")
-    cli.add_sweep(p, "runs/continual", "of finished and stopped runs")
+    p.add_argument(
+        "--basis-samples", type=cli.count,
+        help="for gpm and lance: images from which directions are found (the scenario's)",
+    )  # fmt: skip
+    p.add_argument(
+        "--memory", type=cli.count,
+        help="for er: images that are kept of all tasks together (the scenario's)",
+    )  # fmt: skip
+    p.add_argument("--eval-batch", type=cli.count, help="images at a time where nothing is learned (the scenario's)")
+    cli.add_sweep(p, "runs/continual", "finished and stopped runs")
     frame.add_outputs(p, "matrices of accuracy and the first task over time", table=True)
     return p
 

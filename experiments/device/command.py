@@ -17,7 +17,13 @@ from typing import Any
 from analysis.commands import cli
 from experiments import frame
 
-METHODS = ("head", "bias", "bp", "lance")
+ABOUT = {
+    "head": "the classifier alone, which always trains",
+    "bias": "the biases of the tuned layers too",
+    "bp": "their weights too, by exact backpropagation",
+    "lance": "their weights too, from few directions of their inputs",
+}
+METHODS = tuple(ABOUT)
 UPDATES = ("image", "batch")
 NO_LIMIT_KIB = 1e6
 """A budget in which nothing need be computed again."""
@@ -42,21 +48,36 @@ DEFAULTS = {
 def parser() -> argparse.ArgumentParser:
     p = frame.parser(
         "experiments.device", __doc__,
-        epilog="head: the classifier; bias: biases of the chosen layers; bp: their weights too, by exact "
-        "backpropagation; lance: the weights from cores of the inputs. The classifier always trains.",
+        epilog=f"{cli.listing('methods', ABOUT)}\n\n{cli.nets_and_data()}",
     )  # fmt: skip
-    p.add_argument("--quick", action="store_true", help="a small net on the digits of the package, within a minute")
+    p.add_argument("--quick", action="store_true", help="try it: a small net on the digits of the package; a minute")
     frame.add_net_and_data(p, "mcunet", "cifar10")
-    p.add_argument("--tune", help="layers that train (last:4)")
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="(all)")
-    p.add_argument("--directions", type=cli.count, nargs="+", help="of LANCE, for each layer (8 24)")
-    p.add_argument("--updates", nargs="+", choices=UPDATES, default=list(UPDATES), help="after each of these (both)")
-    p.add_argument("--batch", type=cli.count, help="images between two updates after a batch (128)")
-    p.add_argument("--epochs", type=cli.count, help="with updates after a batch (15)")
-    p.add_argument("--image-epochs", type=cli.count, help="with updates after every image (5)")
     p.add_argument(
-        "--tuning-epochs", type=cli.count, help="with updates after a batch, to compare rates; 1 otherwise (2)"
-    )
+        "--tune",
+        help="layers that train besides the classifier: last:4 for the last four, all, or names with * (last:4)",
+    )  # fmt: skip
+    p.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
+        help="names of the list below (all)",
+    )  # fmt: skip
+    p.add_argument(
+        "--directions", type=cli.count, nargs="+",
+        help="with lance: directions of each layer's channels (8 24)",
+    )  # fmt: skip
+    p.add_argument(
+        "--updates", nargs="+", choices=UPDATES, default=list(UPDATES),
+        help="when weights change: after each image, or after a batch (both)",
+    )  # fmt: skip
+    p.add_argument("--batch", type=cli.count, help="images between two updates after a batch (128)")
+    p.add_argument("--epochs", type=cli.count, help="passes over the images, where weights change after a batch (15)")
+    p.add_argument(
+        "--image-epochs", type=cli.count,
+        help="passes over the images, where weights change after each image (5)",
+    )  # fmt: skip
+    p.add_argument(
+        "--tuning-epochs", type=cli.count,
+        help="passes to compare learning rates, where weights change after a batch; otherwise it is 1 (2)",
+    )  # fmt: skip
     for update, rates in (("batch", "0.05 0.1 0.2"), ("image", "0.001 0.002 0.004")):
         p.add_argument(
             f"--{update}-rates", type=cli.positive, nargs="+", metavar="RATE",
@@ -65,12 +86,15 @@ def parser() -> argparse.ArgumentParser:
         )  # fmt: skip
     p.add_argument("--clip", type=cli.positive, help="largest norm of the gradient of a batch (2.0)")
     p.add_argument("--no-clip", action="store_true", help="leave the gradient of a batch as it is")
-    p.add_argument("--budgets", type=cli.positive, nargs="+", metavar="KIB", help="of RAM (160 200 256 320 512)")
-    p.add_argument("--seeds", type=cli.few, help="runs of each method, seeds 0, 1, ... (3)")
-    p.add_argument("--calibration-batches", type=cli.count, help="(4)")
+    p.add_argument(
+        "--budgets", type=cli.positive, nargs="+", metavar="KIB",
+        help="RAM for which lance's programs are planned, too (160 200 256 320 512)",
+    )  # fmt: skip
+    p.add_argument("--seeds", type=cli.few, help="how often each method runs, with other random numbers each time (3)")
+    p.add_argument("--calibration-batches", type=cli.count, help="batches on which lance finds its directions (4)")
     p.add_argument("--calibration-batch", type=cli.count, help="images of each (64)")
-    p.add_argument("--train-images", type=cli.count, help="at most so many, spread over the classes (10,000)")
-    p.add_argument("--test-images", type=cli.count, help="(all)")
+    p.add_argument("--train-images", type=cli.count, help="images to train on, spread over the classes (10000)")
+    p.add_argument("--test-images", type=cli.count, help="images to test on (all)")
     cli.add_sweep(p, "runs/device")
     frame.add_outputs(p, "accuracy against RAM", table=True)
     return p

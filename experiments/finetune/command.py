@@ -1,11 +1,13 @@
 """Fine-tune one network with every method, on the same batches: ``python -m experiments.finetune --quick``.
 
-For each method: accuracy over seeds, tape bytes predicted and measured, what the papers would count,
-multiply-adds by kind, time against backpropagation, and how well its weight gradients point. Two recipes:
-``papers`` uses one learning rate for all; ``tuned`` gives each method its own best of a grid, chosen on a
-tenth of the training images.
+For each method: accuracy over seeds, bytes that are kept between forward and backward pass, predicted and measured,
+multiply-adds by kind, time against backpropagation, and how well its weight gradients point. Your own net and images
+are told with --net and --data.
 
-A finished run of one method and seed is kept in --folder and never run again.
+A finished run of one method and seed is kept in --folder and never run again, so that a run that was stopped goes on.
+
+    lance-ref finetune --quick
+    lance-ref finetune --net mynets:net --data pictures/ --methods bp lance
 """
 
 from __future__ import annotations
@@ -38,39 +40,51 @@ def parser() -> argparse.ArgumentParser:
     from experiments.finetune.methods import methods
 
     known = methods()
-    about = "; ".join(f"{name}: {of.about}" for name, of in known.items())
-    p = frame.parser("experiments.finetune", __doc__, epilog=f"{about}.")
-    p.add_argument("--quick", action="store_true", help="a small net on the digits of the package, within a minute")
+    about = cli.listing("methods", {name: of.about for name, of in known.items()})
+    p = frame.parser("experiments.finetune", __doc__, epilog=f"{about}\n\n{cli.nets_and_data()}")
+    p.add_argument("--quick", action="store_true", help="try it: a small net on the digits of the package; a minute")
     frame.add_net_and_data(p, "mcunet", "cifar10")
-    p.add_argument("--tune", help="last:n, all, or a glob of layer names (last:4)")
+    p.add_argument(
+        "--tune",
+        help="layers that train besides the classifier: last:4 for the last four, all, or names with * (last:4)",
+    )  # fmt: skip
     p.add_argument(
         "--methods", "--method", nargs="+", default=list(known), metavar="METHOD",
-        help=f"any of {', '.join(known)}; METHOD@VALUE sets its first setting (all)",
+        help="names of the list below; lance@0.9 sets the first number that a method has, here --epsilon (all)",
     )  # fmt: skip
-    p.add_argument("--recipe", nargs="+", choices=["papers", "tuned"], help="one learning rate, or each its own best")
+    p.add_argument(
+        "--recipe", nargs="+", choices=["papers", "tuned"],
+        help="papers: one learning rate for all methods; tuned: for each its own best of --lr-grid (papers)",
+    )  # fmt: skip
     add_settings(p, known, later=DEFAULTS)
     p.add_argument(
         "--modes", type=cli.name_of(lambda: MODES), nargs="+", default=list(MODES), metavar="MODE",
-        help="modes that LANCE compresses (all four)",
+        help="sizes of the activations that LANCE compresses: batch, channel, height, width (all four)",
     )  # fmt: skip
-    p.add_argument("--seeds", type=cli.few, help="runs of each method, seeds 0, 1, ... (3)")
-    p.add_argument("--epochs", type=cli.count, help="(15)")
-    p.add_argument("--batch", type=cli.count, help="images a step (128)")
+    p.add_argument("--seeds", type=cli.few, help="how often each method runs, with other random numbers each time (3)")
+    p.add_argument("--epochs", type=cli.count, help="passes over the training images (15)")
+    p.add_argument("--batch", type=cli.count, help="images of one training step (128)")
     p.add_argument(
-        "--chunk", type=cli.chunk, help="most images at a time, or auto, where that gives the same step (all)"
-    )
-    p.add_argument("--lr", type=cli.positive, help="of the papers' recipe (0.05)")
+        "--chunk", type=cli.chunk,
+        help="images that run at a time, or auto, where the step stays the same (the whole batch)",
+    )  # fmt: skip
+    p.add_argument("--lr", type=cli.positive, help="learning rate, of --recipe papers (0.05)")
     p.add_argument(
         "--lr-grid", type=cli.positive, nargs="+", default=[0.05, 0.1, 0.2],
-        help="of the tuned recipe (0.05 0.1 0.2); where the largest is best, twice as much is tried too",
+        help="learning rates that --recipe tuned tries; where the largest is best, twice as much is tried too "
+        "(0.05 0.1 0.2)",
     )  # fmt: skip
     p.add_argument(
-        "--tuning-epochs", type=cli.count, default=5, help="epochs of a run that compares learning rates (5)"
-    )
-    p.add_argument("--clip", type=cli.positive, default=2.0, help="largest norm of the gradient (2.0)")
-    p.add_argument("--calibration-batches", type=cli.count, help="or all there are, if fewer (100)")
-    p.add_argument("--train-images", type=cli.count, help="at most so many, spread over the classes (all)")
-    p.add_argument("--test-images", type=cli.count, help="(all)")
+        "--tuning-epochs", type=cli.count, default=5,
+        help="of --recipe tuned: passes over the images to compare learning rates (5)",
+    )  # fmt: skip
+    p.add_argument("--clip", type=cli.positive, default=2.0, help="longer gradients are shortened to this length (2.0)")
+    p.add_argument(
+        "--calibration-batches", type=cli.count,
+        help="batches on which LANCE finds its directions, or all there are (100)",
+    )  # fmt: skip
+    p.add_argument("--train-images", type=cli.count, help="images to train on, spread over the classes (all)")
+    p.add_argument("--test-images", type=cli.count, help="images to test on (all)")
     cli.add_sweep(p, "runs/finetune")
     frame.add_outputs(p, "accuracy against bytes", table=True)
     return p

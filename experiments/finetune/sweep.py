@@ -1,4 +1,4 @@
-"""What to keep, and where: ``python -m experiments.finetune.sweep`` trains one network with many ways of compressing.
+"""Train one network with many ways of compressing: ``python -m experiments.finetune.sweep``.
 
 Energy thresholds, subsets of modes, with and without the mean, which layers train, and budgets that are
 planned or spent by one threshold: accuracy against the bytes of the whole tape, and of tape and factors.
@@ -44,16 +44,22 @@ STYLES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    p = frame.parser("experiments.finetune.sweep", __doc__)
-    p.add_argument("--quick", action="store_true", help="a few settings of a small net on the digits of the package")
+    p = frame.parser("experiments.finetune.sweep", __doc__, epilog=cli.nets_and_data())
+    p.add_argument(
+        "--quick", action="store_true",
+        help="try it: a few settings of a small net on the digits of the package; a minute",
+    )  # fmt: skip
     frame.add_net_and_data(p, "mcunet", "cifar10")
-    p.add_argument("--tune", help="layers that train (last:4)")
-    p.add_argument("--batch", type=cli.count, nargs="+", help="images a step, each a sweep (128 8)")
-    p.add_argument("--epochs", type=cli.count, default=4, help="(%(default)s)")
-    p.add_argument("--train-images", type=cli.count, default=4000, help="at most so many (%(default)s)")
-    p.add_argument("--test-images", type=cli.count, default=2000, help="at most so many (%(default)s)")
-    p.add_argument("--lr", type=cli.positive, help=f"({PAPERS_LR})")
-    p.add_argument("--seed", type=cli.seed, default=0, help="(%(default)s)")
+    p.add_argument("--tune", help="layers that train besides the classifier, see finetune (last:4)")
+    p.add_argument(
+        "--batch", type=cli.count, nargs="+",
+        help="images of one training step; each number is a sweep (128 8)",
+    )  # fmt: skip
+    p.add_argument("--epochs", type=cli.count, default=4, help="passes over the training images (%(default)s)")
+    p.add_argument("--train-images", type=cli.count, default=4000, help="images to train on (%(default)s)")
+    p.add_argument("--test-images", type=cli.count, default=2000, help="images to test on (%(default)s)")
+    p.add_argument("--lr", type=cli.positive, help=f"learning rate ({PAPERS_LR})")
+    p.add_argument("--seed", type=cli.seed, default=0, help="of the random numbers (%(default)s)")
     cli.add_sweep(p, "runs/finetune")
     frame.add_outputs(p, "accuracy against bytes")
     return p

@@ -29,6 +29,8 @@ from lance_ref.nn.selection import Tuning
 from lance_ref.stores import Lance
 from lance_ref.train.run import Pass, Run
 
+SECONDS_PER_IMAGE = 0.05
+"""At 224 pixels, on two cores."""
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
@@ -165,6 +167,8 @@ def draw(result: dict[str, Any], path: str) -> None:
 def work(options: argparse.Namespace) -> int:
     """Check, run, show and write; 1 if the tape is not as predicted."""
     NetChoice("mobilenetv2").check_tune(options.tune)
+    images = options.batch * (options.steps + options.calibration_batches) + options.test_images
+    frame.begin(8 + images * SECONDS_PER_IMAGE * (options.image_size / 224) ** 2)
     result = run(options)
     frame.write(options, lambda: result, lambda path: draw(result, path))
     losses = [row["loss"] for row in result["history"]]

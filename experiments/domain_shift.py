@@ -185,6 +185,8 @@ def work(options: argparse.Namespace) -> None:
     cli.fill_in(options, QUICK if options.quick else DEFAULTS)
     cli.check_once(options, "modes")
     NetChoice(options.net).check_tune(options.tune)
+    one = frame.expected_seconds(options, options.epochs, options.train_images)
+    frame.begin(None if one is None else len(VARIANTS) * one)
     results = run(options)
     show(results)
     frame.write(

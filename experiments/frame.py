@@ -88,6 +88,20 @@ def expected_seconds(options: argparse.Namespace, epochs: int, images: int) -> f
     return None if each is None else 0.6 + each * epochs * images / 1000
 
 
+def begin(seconds: float | None, keeps: str = "nothing is kept before the end") -> None:
+    """Say on standard error how long a command will take, as measured before on two cores, and what Ctrl-C leaves.
+
+    Without ``seconds`` nothing like it was measured, and that is said.
+    """
+    import sys
+
+    from analysis.commands.sweep import duration
+
+    known = "how long this takes was not measured for such options"
+    how = known if seconds is None else f"about {duration(seconds)} (estimate, as measured before on two cores)"
+    print(f"{how}; {keeps}", file=sys.stderr, flush=True)
+
+
 def by_seed(outcomes: Sequence[dict[str, Any]], seeds: int) -> list[tuple[dict[str, Any], ...]]:
     """The outcomes in groups of as many as there are seeds.
 

@@ -4,9 +4,9 @@ The committed tables were measured with these arrays. Each original file becomes
 a checksum says whether they are the same to the bit. Put into the folder ``weights`` of the folder that
 ``LANCE_REF_DATA`` names, it is what ``pretrained=True`` reads.
 
-    python -m experiments.weights mcunet mcunet-5fps.pkl
-    python -m experiments.weights mobilenetv2 mobilenet_v2_1.0_224_quant.tflite
-    python -m experiments.weights resnet8 pretrainedResnet.h5
+    lance-ref weights mcunet mcunet-5fps.pkl
+    lance-ref weights mobilenetv2 mobilenet_v2_1.0_224_quant.tflite
+    lance-ref weights resnet8 pretrainedResnet.h5
 """
 
 from __future__ import annotations

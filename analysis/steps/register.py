@@ -13,6 +13,7 @@ other packages. Every command takes names, options, help and checks from here.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -279,10 +280,11 @@ def add_settings(
         stated = several.get("default", [default])
         shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in stated if value)
         one = {"default": None if later and setting.name in later else default}
+        said = re.sub(r" \([^()]*\)$", "", setting.help) if shown else setting.help  # the default is told once
         try:
             parser.add_argument(
                 setting.option, type=setting.check,
-                help=f"for {heeding}: {setting.help}{f' ({shown})' if shown else ''}", **(several or one),
+                help=f"for {heeding}: {said}{f' ({shown})' if shown else ''}", **(several or one),
             )  # fmt: skip
         except argparse.ArgumentError:
             raise ValueError(

@@ -42,7 +42,7 @@ def test_help_fits_and_begins_with_what_was_typed(command: str, capsys: pytest.C
     text = help_of(command, capsys)
     assert max(map(len, text.splitlines())) <= 80
     first, blank, *rest = text.splitlines()
-    assert blank == "" or command == "conformance"
+    assert blank == ""
     assert "``" not in text
     assert ":class:" not in text
     if command != "conformance":  # which has a parser of its own

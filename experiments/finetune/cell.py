@@ -16,6 +16,7 @@ import numpy as np
 import lance_ref
 from analysis.rules.account import WEIGHTED, account
 from analysis.steps.net_choice import NetChoice, Normalise, Weights
+from analysis.steps.nets import CannotRunError
 from experiments.finetune.methods import Start, methods, prepare
 from lance_ref import F, datasets
 from lance_ref.datasets import Dataset
@@ -185,7 +186,12 @@ class Setup:
 
     def made(self, train: Dataset) -> tuple[Module, Weights]:
         """The net, and where its weights came from."""
-        return self.choice.make(train.num_classes, self.input_shape(train), self.seed)
+        try:
+            return self.choice.make(train.num_classes, self.input_shape(train), self.seed)
+        except CannotRunError as error:
+            raise ValueError(
+                f"{error}; --channels and --image-size say what the images of {self.data} become"
+            ) from None
 
     def after_frozen(self, module: Module, data: Dataset) -> Dataset | Features:
         """The data set after the frozen part, from a file if one is kept; the images where nothing is frozen."""

@@ -178,7 +178,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
         expected = frame.expected_seconds(options, options.epochs, origin["images"]["count"])
         groups = frame.by_seed(frame.run_cells(options, cells, CELL, expected), options.seeds)
         rows += [Row(recipe, spec, rates[spec], seeds) for spec, seeds in zip(options.methods, groups, strict=True)]
-    show(rows)
+    show(rows, origin)
     frame.write(
         options,
         lambda: results(rows, vars(options), arguments, origin),

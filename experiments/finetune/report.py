@@ -83,12 +83,14 @@ NOTES = (
 )
 
 
-def show(rows: Sequence[Row]) -> None:
-    """Print one table for each recipe, and what chance decides."""
+def show(rows: Sequence[Row], origin: Mapping[str, Any] | None = None) -> None:
+    """Print one table for each recipe, what chance decides, and where weights and images came from."""
     for heading, table in tables(rows).items():
         print(f"{heading.removeprefix('### ')}\n")
         print(blocks(COLUMNS, table), end="\n\n")
     print(paragraph(NOTES), paragraph(chance(rows)), sep="\n")
+    if origin is not None:
+        print(paragraph(frame.origin_sentence(origin)))
 
 
 def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:

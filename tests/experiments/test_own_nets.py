@@ -278,7 +278,10 @@ WRONG = {
     "no such module": (["--net", "nowhere:net"], "net 'nowhere:net' cannot be imported"),
     "no such function": (["--net", "mynets:nothing"], "cannot be imported"),
     "no scores": (["--net", "mynets:maps"], "does not give scores (batch, classes)"),
-    "wrong channels": (["--net", "mynets:five"], "cannot run on an input of shape"),
+    "wrong channels": (
+        ["--net", "mynets:five"],
+        "; --channels and --image-size say what the images of data.npz become",
+    ),
     "no such file": (["--net", "none.onnx"], "expected the name of an ONNX file that is there"),
     "no such net": (["--net", "vgg"], "--net is 'vgg', expected one of"),
     "no such data": (["--data", "none.npz"], "--data is 'none.npz', expected one of"),

@@ -119,7 +119,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     net.train()
     tuning = lance_ref.tune(net, options.tune)
     batches = endless(train, options)
-
+    images = options.batch * (options.steps + options.calibration_batches) + len(test)
+    frame.begin(8 + images * SECONDS_PER_IMAGE * (options.image_size / 224) ** 2)
     print(f"calibrating on {options.calibration_batches} batches of {options.batch} images: {train.name}")
     first = itertools.islice(batches, options.calibration_batches)
     calibration = lance_ref.calibrate(net, first, epsilon=options.epsilon)
@@ -167,8 +168,6 @@ def draw(result: dict[str, Any], path: str) -> None:
 def work(options: argparse.Namespace) -> int:
     """Check, run, show and write; 1 if the tape is not as predicted."""
     NetChoice("mobilenetv2").check_tune(options.tune)
-    images = options.batch * (options.steps + options.calibration_batches) + options.test_images
-    frame.begin(8 + images * SECONDS_PER_IMAGE * (options.image_size / 224) ** 2)
     result = run(options)
     frame.write(options, lambda: result, lambda path: draw(result, path))
     losses = [row["loss"] for row in result["history"]]

@@ -83,6 +83,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     test = datasets.load(options.data, "test", limit=options.test_images)
     other = _other(options, train)
     module, _ = setup.network(train)
+    one = frame.expected_seconds(options, options.epochs, len(train))
+    frame.begin(None if one is None else len(VARIANTS) * one)
     sources = [setup.after_frozen(module, each) for each in (train, test, other)]
     taken: dict[str, Any] = {"normalise": models.preprocessing(options.net), "image_size": size}
     results = []
@@ -185,8 +187,6 @@ def work(options: argparse.Namespace) -> None:
     cli.fill_in(options, QUICK if options.quick else DEFAULTS)
     cli.check_once(options, "modes")
     NetChoice(options.net).check_tune(options.tune)
-    one = frame.expected_seconds(options, options.epochs, options.train_images)
-    frame.begin(None if one is None else len(VARIANTS) * one)
     results = run(options)
     show(results)
     frame.write(

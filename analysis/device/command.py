@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         help="when weights change: after a batch, or each image",
     )  # fmt: skip
     p.add_argument("--momentum", action="store_true", help="SGD with momentum")
-    p.add_argument("--budget", help="RAM, as 256KiB, 1.5MiB or 300000B (the least that is found)")
+    p.add_argument("--budget", help="RAM of the device, as 256KiB, 1.5MiB or 300000B (the least that is found)")
     p.add_argument("--format", default="table", choices=["table", "json"], help="of the result (table)")
     p.add_argument(
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,

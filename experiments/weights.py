@@ -149,9 +149,11 @@ def load_torch(path: str) -> Any:
         import torch
     except ImportError:
         raise ValueError(f"{path} is a file of PyTorch, which is not installed: python -m pip install torch") from None
-    multiarray: Any = np._core.multiarray  # what NumPy's arrays and numbers name in a pickle, of before 2.0 too
-    names = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
-    allowed: list[Any] = [(getattr(multiarray, name.rpartition(".")[2]), name) for name in names]
+    # what arrays and numbers of NumPy name in a pickle, of a version before 2.0 too
+    named: dict[str, Any] = {"_reconstruct": np.zeros(1).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
+    allowed: list[Any] = [
+        (function, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name, function in named.items()
+    ]
     allowed += [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("i1", "u1", "i4", "i8", "f4", "f8"))]
     try:
         with torch.serialization.safe_globals(allowed):

@@ -142,8 +142,11 @@ class Setup:
     @classmethod
     def of(cls, cell: Mapping[str, Any]) -> Setup:
         """What the arguments of a cell say."""
-        given = {field.name: cell[field.name] for field in fields(cls) if field.name in cell}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        given: dict[str, Any] = {field.name: cell[field.name] for field in fields(cls) if field.name in cell}
+        for name in ("mean", "std"):
+            if given.get(name) is not None:
+                given[name] = tuple(given[name])
+        return cls(**given)
 
     @property
     def choice(self) -> NetChoice:

@@ -17,7 +17,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.commands.cli import (
@@ -168,7 +167,7 @@ def _source(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> _Source:
-    from analysis.steps.net_choice import NetChoice, arrays_sha256, file_sha256
+    from analysis.steps.net_choice import NetChoice
     from analysis.steps.nets import build, from_factory, input_shape_for
     from lance_ref import models
 
@@ -185,15 +184,11 @@ def _source(
     module: Any
     if known is not None:
         module, words, digest = models.create(net, pretrained=True), known.origin, known.sha256
-    elif choice.is_onnx:
-        module, digest = build(net, None, shape, without_weights=False), file_sha256(net)
-        words = f"those of {Path(net).name} (sha256 {digest[:16]})"
     else:  # a module of PyTorch is measured as it is, so that it need not have a counterpart
-        module = build(net, None, shape, without_weights=False) if choice.is_built_in else from_factory(net, None)
-        words, digest = (
-            f"{net}, freshly initialised" if choice.is_built_in else f"those of {net}",
-            arrays_sha256(module),
-        )
+        of_factory = not choice.is_built_in and not choice.is_onnx
+        module = from_factory(net, None) if of_factory else build(net, None, shape, without_weights=False)
+        said = choice.origin(module)
+        words, digest = said.words, said.sha256
     _check_finite(net, module)
     return _Source(module, words, digest, shape, normalise, how)
 

@@ -241,9 +241,12 @@ def _exported(options: argparse.Namespace, program: Program) -> dict[str, Any]:
 def _facts(
     options: argparse.Namespace, net: Module, program: Program, shape: tuple[int, ...], source: str
 ) -> dict[str, Any]:
+    from analysis.steps.net_choice import NetChoice
+
     tuning: Any = net.tuning
     return {
         "net": options.net,
+        "weights_from": NetChoice(options.net).origin(net).words,
         "input_shape": list(shape),
         "num_classes": program.graph.shapes[program.graph.output][0],
         "tuned_layers": list(tuning.layers),
@@ -299,6 +302,7 @@ def table(facts: dict[str, Any], program: Program, predicted: DevicePrediction) 
     if "exported" in facts:
         done = facts["exported"]
         lines += ["", f"exported to {done['folder']}: C99, weights in {done['weights']}"]
+        lines += textwrap.wrap(f"weights: {facts['weights_from']}", 80)
         lines += [f"{'flash: constants of the C program':<{COLUMN}}{done['flash_bytes']:>12,}"]
         lines += [f"compare it with this program: make -C {done['folder']} test"]
     return "\n".join(line.rstrip() for line in lines) + "\n"

@@ -122,18 +122,15 @@ class NetChoice:
         if self.is_built_in:
             net = self._built_in(num_classes, input_shape, seed, weights is not None)
             if weights is None:
-                return net, self.fresh(net)
+                return net, self.origin(net)
             words = f"{Path(weights.file).name} ({weights.origin})"
             head = "own" if num_classes in weights.classes else "fresh"
             return net, Weights("pretrained file", words, Path(weights.file).name, weights.sha256, head)
         if self.is_onnx:
             net = build(self.name, None, input_shape, without_weights=False)
-            digest = file_sha256(self.name)
-            words = f"those of {Path(self.name).name} (sha256 {digest[:16]})"
-            said = Weights("ONNX file", words, Path(self.name).name, digest, "own")
         else:
             net = _from_factory(self.name, num_classes, input_shape, seed)
-            said = self._said("user's factory", f"those of {self.name}", net, "own")
+        said = self.origin(net)
         net.to("float32")
         net.train()
         given = step_records(net, self.name, input_shape, 2, "float32").classes
@@ -154,12 +151,15 @@ class NetChoice:
         more: dict[str, Any] = {"pretrained": True} if pretrained else dict(fitting)
         return models.create(self.name, num_classes=num_classes, rng=seed, **more)
 
-    def _said(self, origin: str, words: str, net: Module, head: str) -> Weights:
-        return Weights(origin, words, None, arrays_sha256(net), head)
-
-    def fresh(self, net: Module) -> Weights:
-        """What is said of a built-in net whose weights were drawn."""
-        return self._said("freshly initialised", f"{self.name}, freshly initialised", net, "fresh")
+    def origin(self, net: Any) -> Weights:
+        """Where the weights of a net came from that was made without pretrained ones; it may be a module of PyTorch."""
+        if self.is_onnx:
+            file, digest = Path(self.name).name, file_sha256(self.name)
+            return Weights("ONNX file", f"those of {file} (sha256 {digest[:16]})", file, digest, "own")
+        if self.is_built_in:
+            words = f"{self.name}, freshly initialised"
+            return Weights("freshly initialised", words, None, arrays_sha256(net), "fresh")
+        return Weights("user's factory", f"those of {self.name}", None, arrays_sha256(net), "own")
 
     def check_tune(self, selection: str) -> None:
         """Raise ValueError unless the net has the layers that ``--tune`` selects."""

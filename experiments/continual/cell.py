@@ -141,7 +141,7 @@ def made(
     chosen = chosen.limited(tasks, train_images, test_images)
     if net in networks.NETWORKS:
         module = networks.make(net, chosen, seed)
-        return module, chosen, choice.fresh(module)
+        return module, chosen, choice.origin(module)
     module, weights = choice.make(max(chosen.heads), chosen.input_shape, seed)
     networks.with_heads(module, chosen, np.random.default_rng(seed))
     return module, chosen, weights

@@ -30,6 +30,11 @@ def ours(num_classes=3):
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, num_classes),
     )
 
+def asked(num_classes):
+    net = ours(num_classes)
+    net.load_state_dict({name: 0.5 * array for name, array in net.state_dict().items()})
+    return net
+
 def five():
     return nn.Sequential(nn.Conv2d(5, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7))
 
@@ -190,12 +195,12 @@ def test_a_built_in_net_says_what_it_started_from(data_dir: Path) -> None:
 
 def test_changed_code_runs_again(capsys: pytest.CaptureFixture[str]) -> None:
     """Finished runs of a net that has changed since, or of changed images, are not taken for those of the new one."""
-    first = finetuned("--net", "mynets:ours", "--data", "data.npz", "--methods", "bp")
-    assert finetuned("--net", "mynets:ours", "--data", "data.npz", "--methods", "bp")["rows"] == first["rows"]
+    first = finetuned("--net", "mynets:asked", "--data", "data.npz", "--methods", "bp")
+    assert finetuned("--net", "mynets:asked", "--data", "data.npz", "--methods", "bp")["rows"] == first["rows"]
     before = len(list(Path("runs/finetune").glob("*.json")))
     x = np.load("data.npz")
     np.savez("data.npz", x=255 - x["x"], y=x["y"])
-    finetuned("--net", "mynets:ours", "--data", "data.npz", "--methods", "bp")
+    finetuned("--net", "mynets:asked", "--data", "data.npz", "--methods", "bp")
     assert len(list(Path("runs/finetune").glob("*.json"))) == before + 1
 
 

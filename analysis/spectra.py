@@ -180,7 +180,7 @@ def _source(
     channels = shape[0] if len(shape) == 3 else 1
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) not in (1, channels):
-            raise ValueError(f"{name} is {list(values)}, expected 1 or {channels} numbers, one for each channel")
+            raise ValueError(f"{name} is {list(values)}, expected 1 or {channels} finite numbers, one for each channel")
     module: Any
     if known is not None:
         module, words, digest = models.create(net, pretrained=True), known.origin, known.sha256

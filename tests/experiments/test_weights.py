@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from experiments import weights
 from lance_ref import models
 from lance_ref.io import tflite
-from lance_ref.io.npz import load_npz
+from lance_ref.io.npz import arrays_digest, load_npz
 
 Write = Callable[[bytearray], None]
 
@@ -261,17 +263,25 @@ def test_the_shipped_resnet8_again(data_dir: Path, tmp_path: Path, capsys: pytes
     assert "those of the committed tables, to the bit" in capsys.readouterr().out
 
 
-def test_other_bytes_around_the_same_arrays(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_bytes_around_the_same_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that was made again is taken by pretrained=True; one with a changed number is not."""
-    shipped = load_npz(data_dir / "weights" / "mlperf_tiny_resnet8.npz")
-    (tmp_path / "weights").mkdir()
-    file = tmp_path / "weights" / "mlperf_tiny_resnet8.npz"
-    np.savez_compressed(file, **dict(reversed(shipped.items())))
+    arrays = models.resnet8(10, rng=5).state_dict()
+    spec = models.find("resnet8")
+    assert spec.weights is not None
+    file = tmp_path / spec.weights.file
+    file.parent.mkdir()
+    np.savez(file, **arrays)
+    pinned = replace(
+        spec.weights, sha256=hashlib.sha256(file.read_bytes()).hexdigest(), arrays_sha256=arrays_digest(arrays)
+    )
+    monkeypatch.setitem(models.NETS, "resnet8", replace(spec, weights=pinned))
     monkeypatch.setenv("LANCE_REF_DATA", str(tmp_path))
+    models.resnet8(10, pretrained=True)
+    np.savez_compressed(file, **dict(reversed(arrays.items())))
     net = models.resnet8(10, pretrained=True)
-    np.testing.assert_array_equal(net.get_submodule("classifier").weight.data, shipped["classifier.weight"])
-    shipped["classifier.bias"][0] += 1
-    np.savez_compressed(file, **shipped)
+    np.testing.assert_array_equal(net.get_submodule("classifier").weight.data, arrays["classifier.weight"])
+    arrays["classifier.bias"][0] += 1
+    np.savez_compressed(file, **arrays)
     with pytest.raises(ValueError, match="SHA-256 is"):
         models.resnet8(10, pretrained=True)
 

@@ -2,7 +2,7 @@
 
 LANCE calibrates once and assumes that training looks alike. Three runs from the same weights and with the same
 batches: calibrated on images of the training set; on images of another set; and on those, but with every
-layer calibrated again when it keeps too little (:class:`lance_ref.lance.recalibration.Recalibrator`).
+layer calibrated again when it keeps too little.
 """
 
 from __future__ import annotations
@@ -53,19 +53,31 @@ def other_data(text: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = frame.parser("experiments.domain_shift", __doc__)
-    p.add_argument("--quick", action="store_true", help="a small net on the digits of the package and their negatives")
+    p.add_argument(
+        "--quick", action="store_true",
+        help="try it: a small net on the digits of the package and their negatives; seconds",
+    )  # fmt: skip
     p.add_argument("--net", type=cli.built_in_net, help="a built-in net, see finetune (mcunet)")
     p.add_argument("--data", type=cli.named_data_set, help="data set to train on, by name (cifar10)")
-    p.add_argument("--calibrate-on", type=other_data, help=f"another data set, or {NEGATIVES} (eurosat)")
-    p.add_argument("--tune", help="layers that train (last:4)")
+    p.add_argument(
+        "--calibrate-on", type=other_data,
+        help=f"data set on which LANCE finds its directions, or {NEGATIVES} (eurosat)",
+    )  # fmt: skip
+    p.add_argument("--tune", help="layers that train besides the classifier, see finetune (last:4)")
     modes = cli.name_of(lambda: MODES)
-    p.add_argument("--modes", type=modes, nargs="+", default=list(MODES[1:]), help="modes that LANCE compresses")
-    p.add_argument("--epsilon", type=cli.share, default=0.8, help="energy threshold (%(default)s)")
-    alarm = "of the calibrated energy that raises the alarm (%(default)s)"
+    p.add_argument(
+        "--modes", type=modes, nargs="+", default=list(MODES[1:]),
+        help="sizes of the activations that LANCE compresses",
+    )  # fmt: skip
+    p.add_argument("--epsilon", type=cli.share, default=0.8, help="share of squared values that is kept (%(default)s)")
+    alarm = "calibrate again where less than this share of the first energy is kept (%(default)s)"
     p.add_argument("--share", type=cli.share, default=0.9, help=alarm)
-    p.add_argument("--train-images", type=cli.count, default=4000, help="at most so many (%(default)s)")
-    p.add_argument("--test-images", type=cli.count, default=2000, help="at most so many (%(default)s)")
-    p.add_argument("--calibration-batches", type=cli.count, default=8, help="of LANCE (%(default)s)")
+    p.add_argument("--train-images", type=cli.count, default=4000, help="images to train on (%(default)s)")
+    p.add_argument("--test-images", type=cli.count, default=2000, help="images to test on (%(default)s)")
+    p.add_argument(
+        "--calibration-batches", type=cli.count, default=8,
+        help="batches on which LANCE finds its directions (%(default)s)",
+    )  # fmt: skip
     p.add_argument("--epochs", type=cli.count, help="passes over the training images (4)")
     p.add_argument("--batch", type=cli.count, help="images of one training step (128)")
     p.add_argument("--lr", type=cli.positive, help="learning rate (0.05)")

@@ -34,8 +34,7 @@ SOURCES = {
     "mobilenetv2": "mobilenet_v2_1.0_224_quant.tflite of github.com/google-coral/test_data; takes no other package",
     "resnet8": "pretrainedResnet.h5 below benchmark/training/image_classification of github.com/mlcommons/tiny; takes "
     "h5py",
-    "mobilenetv2-torchvision": "mobilenet_v2-*.pth of torchvision; takes PyTorch. For "
-    "models.mobilenetv2().load_state_dict(...); no table was measured with it",
+    "mobilenetv2-torchvision": "mobilenet_v2-*.pth of torchvision; takes PyTorch; no table was measured with it",
 }  # fmt: skip
 """The originals by net, and what reading them takes."""
 
@@ -216,10 +215,9 @@ def verdict(net: str, arrays: Arrays) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    listed = "; ".join(f"{net}: {source}" for net, source in SOURCES.items())
-    p = frame.parser("experiments.weights", __doc__, epilog=f"The original files. {listed}.")
+    p = frame.parser("experiments.weights", __doc__, epilog=cli.listing("original files", SOURCES))
     p.add_argument("net", choices=list(READERS), help="the net whose weights these are")
-    p.add_argument("file", help="the original file")
+    p.add_argument("file", help="the original file, see below")
     p.add_argument("--output", type=cli.any_file, help="the .npz file to write (the name that the library looks for)")
     return p
 

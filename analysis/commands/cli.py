@@ -62,11 +62,11 @@ class HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         value = action.default
-        if value in (None, False, argparse.SUPPRESS) or text.endswith(")") or not action.option_strings:
+        if value in (None, False, argparse.SUPPRESS, []) or text.endswith(")") or not action.option_strings:
             return text
         if isinstance(value, (list, tuple)):
             value = " ".join(map(str, value))
-        return f"{text} ({value})".replace("%(default)s", str(value)) if value != [] else text
+        return f"{text} ({value})"
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         """Each line is a paragraph of its own; one that is indented hangs below its second word."""

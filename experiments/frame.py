@@ -32,7 +32,6 @@ def settle(options: argparse.Namespace, *selections: str) -> None:
         If the net does not exist or lacks the layers of a selection, or ``--mean`` and ``--std`` do not fit.
     """
     from analysis.steps.net_choice import NetChoice
-    from experiments.finetune.cell import own_mark
 
     choice = NetChoice(options.net)
     if options.image_size is None:
@@ -41,6 +40,22 @@ def settle(options: argparse.Namespace, *selections: str) -> None:
     for selection in selections:
         choice.check_tune(selection)
     options.own = own_mark(options.net, options.data)
+
+
+def own_mark(net: str, data: str) -> str | None:
+    """What tells a user's net and data from others of the same names, for the names of finished runs.
+
+    None where both come with the package or under the name of a data set: finished runs of these keep their names.
+    """
+    import hashlib
+
+    from analysis.steps.net_choice import NetChoice
+    from lance_ref import datasets
+
+    of_net = NetChoice(net).own_sha256
+    of_data = None if data in datasets.names() else datasets.checksum(data)
+    marks = [mark for mark in (of_net, of_data) if mark is not None]
+    return hashlib.sha256(" ".join(marks).encode()).hexdigest() if marks else None
 
 
 def net_and_data(options: argparse.Namespace) -> dict[str, Any]:

@@ -280,7 +280,8 @@ class Outlook:
         elif self.expected is not None:
             how = self._estimate(self.count, self.expected, "as measured before on two cores")
         else:
-            how = "how long they take is estimated after the first one" if self.count > 1 else "one run"
+            later = "how long they take is estimated after the first one"
+            how = later if self.count > 1 else "how long it takes was not measured before"
         return f"sweep: {runs}; {how}; {kept}"
 
     def after_first(self, seconds: float) -> str:

@@ -148,7 +148,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def checked(options: argparse.Namespace) -> argparse.Namespace:
     """Defaults of the scenario, and everything checked that can be before anything runs."""
-    from experiments.finetune.cell import own_mark
     from lance_ref.continual.learners import LEARNERS
     from lance_ref.continual.networks import DEFAULT_NETWORK
 
@@ -164,7 +163,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     cli.fill_in(options, {**defaults, **QUICK} if options.quick else defaults)
     cli.check_once(options, "learners")
     cli.check_sweep(options)
-    options.own = own_mark(options.net, "digits" if options.data is None else options.data)
+    options.own = frame.own_mark(options.net, "digits" if options.data is None else options.data)
     for name in ("memory", "epsilon", "update", "threshold", "threshold_step", "basis_samples"):
         heeding = [learner.name for learner in LEARNERS.values() if THRESHOLDS.get(name, name) in learner.heeds]
         takes = f"the learner {heeding[0]}" if len(heeding) == 1 else f"a learner of {', '.join(heeding)}"

@@ -122,7 +122,7 @@ class Setup:
     mean, std : tuple of float or None
         Of the normalisation; None: what the net was trained with, else pixel / 255.
     own : str or None
-        What tells net and data of the user from others of the same name (:func:`own_mark`).
+        What tells net and data of the user from others of the same name (:func:`experiments.frame.own_mark`).
     """
 
     net: str
@@ -282,17 +282,6 @@ def _rows(data: Dataset | Features, rows: np.ndarray) -> Dataset | Features:
 def open_data(data: str, split: str, limit: int | None, image_size: int | None, channels: int | None) -> Dataset:
     """As :func:`lance_ref.datasets.open_data`, once."""
     return datasets.open_data(data, split, image_size, limit, channels)
-
-
-def own_mark(net: str, data: str) -> str | None:
-    """What tells a user's net and data from others of the same names, for the names of finished runs.
-
-    None where both come with the package or under the name of a data set: finished runs of these keep their names.
-    """
-    of_net = NetChoice(net).own_sha256
-    of_data = None if data in datasets.names() else datasets.checksum(data)
-    marks = [mark for mark in (of_net, of_data) if mark is not None]
-    return hashlib.sha256(" ".join(marks).encode()).hexdigest() if marks else None
 
 
 # ---- measuring ---------------------------------------------------------------------------

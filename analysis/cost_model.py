@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from analysis.commands import cli
 from analysis.commands.cli import (
     NET_HELP,
     InputSpec,
@@ -21,6 +22,7 @@ from analysis.commands.cli import (
     check_once,
     chunk,
     count,
+    data_set,
     few,
     figure_file,
     input_spec,
@@ -43,8 +45,8 @@ from analysis.reports.predict import (
     predict,
     predict_torch,
 )
-from analysis.steps.methods import METHODS, check_methods_heed, chosen_methods
-from analysis.steps.register import add_settings
+from analysis.steps.methods import check_methods_heed, chosen_methods
+from analysis.steps.register import add_settings, listed
 from analysis.steps.settings import KNOWN, Settings
 
 if TYPE_CHECKING:
@@ -64,81 +66,97 @@ PANELS = ("tape", "macs", "batch", "frontier")
 def parser() -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="python -m analysis.cost_model",
-        description="What one training step keeps in memory and computes, per layer and under three accountings: "
-        "paper (inputs of the tuned layers), pytorch (what PyTorch's autograd saves), tape (what lance_ref keeps).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="What one training step keeps in memory and computes, layer by layer. Nothing is trained or run: "
+        "it follows from the shapes of the net. Bytes are counted in three ways: paper (inputs of the layers that "
+        "train, as papers count), pytorch (all that PyTorch's autograd saves), tape (all that this library keeps).\n\n"
+        "Example: lance-ref cost --net mobilenetv2 --method bp lance",
+        epilog=f"{listed()}\n\n{cli.nets_and_data(False)}",
         allow_abbrev=False,
     )
-    p.add_argument("--net", required=True, help=f"{NET_HELP}; the factory may give a module of PyTorch")
-    p.add_argument("--batch", type=count, default=DEFAULT_BATCH, help="images per step")
+    p.add_argument("--net", required=True, help=f"{NET_HELP}. A torch.nn.Module is measured as it is")
+    p.add_argument("--batch", type=count, default=DEFAULT_BATCH, help="images of one training step")
     p.add_argument("--image-size", type=pixels, help="height and width in pixels (224 for most nets)")
     p.add_argument(
         "--input-shape", type=input_spec, action="append",
         help="of one input, as 3,32,32 or 784, in place of --image-size; for a module of PyTorch also "
         "[name=]shape[:dtype], once for each input",
     )  # fmt: skip
-    p.add_argument("--num-classes", type=count, help="outputs of the classifier (1000; a factory's own)")
+    p.add_argument("--num-classes", type=count, help="number of classes (1000; those that a function of yours gives)")
     p.add_argument(
-        "--loss", help="of a module of PyTorch: pkg.module:function of the output (cross-entropy, or the outputs' sum)"
+        "--loss",
+        help="for a torch.nn.Module: pkg.module:function, which takes the output (cross-entropy, or the outputs' sum)",
     )
     p.add_argument(
         "--freeze", action="append", metavar="GLOB",
-        help="of a module of PyTorch: parameters of these names do not train; may be given several times",
+        help="for a torch.nn.Module: parameters of these names do not train; may be given several times",
     )  # fmt: skip
+    p.add_argument("--autocast", choices=["bfloat16", "float16"], help="for a torch.nn.Module: dtype of torch.autocast")
     p.add_argument(
-        "--autocast", choices=["bfloat16", "float16"], help="of a module of PyTorch: dtype of torch.autocast"
+        "--tune",
+        nargs="+",
+        help="layers that train besides the classifier: last:4 for the last four, all, head for none, or names with * "
+        "for any letters (last:4, or all of a net that has fewer)",
     )
-    p.add_argument("--tune", nargs="+", help="last:n, all, head, or globs of layer names (last:4, all if fewer)")
     p.add_argument(
         "--method", "--methods", nargs="+", default=list(DEFAULT_METHODS), metavar="METHOD",
-        help=f"{', '.join(METHODS)}, or all",
+        help="what to compare: names of the list below, or all (bp lance)",
     )  # fmt: skip
-    p.add_argument("--epsilon", type=share, default=DEFAULT_EPSILON, help="energy threshold for ranks from spectra")
-    p.add_argument("--ranks", help="a fraction for every mode, or layer=r1,r2,r3,r4;layer=... (-: mode left alone)")
+    p.add_argument(
+        "--epsilon", type=share, default=DEFAULT_EPSILON,
+        help="share of the squared values that compressed activations keep; ranks follow from measured spectra (0.7)",
+    )  # fmt: skip
+    p.add_argument(
+        "--ranks",
+        help="ranks in place of --epsilon: one fraction of every size, as 0.25, or layer=r1,r2,r3,r4;layer=... with - "
+        "for a size left alone (from spectra, else 0.25)",
+    )  # fmt: skip
     add_settings(p)
-    p.add_argument("--spectra", help="file of measured spectra, from python -m analysis.spectra")
+    p.add_argument("--spectra", help="file that lance-ref spectra wrote (the one that comes with the package, if any)")
     p.add_argument(
         "--accounting", nargs="+", default=["paper", "pytorch", "tape"], choices=["paper", "pytorch", "tape"],
-        help="columns of the printed table",
+        help="ways of counting bytes that the table shows (all three)",
     )  # fmt: skip
     p.add_argument(
         "--convention", default="flops", choices=["flops", "paper"],
-        help="paper: multiply-adds of forward and grad_weight of the tuned layers, as the LANCE paper counts",
+        help="multiply-adds: flops counts all; paper counts forward pass and weight gradient of the layers that train "
+        "(flops)",
     )  # fmt: skip
     p.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="of activations and weights")
     p.add_argument(
-        "--optimizer", default="sgd", choices=["sgd", "sgd-momentum", "adam"], help="whose state counts at the peak"
-    )
+        "--optimizer", default="sgd", choices=["sgd", "sgd-momentum", "adam"],
+        help="its state counts in the peak of memory",
+    )  # fmt: skip
     p.add_argument(
         "--chunk", type=chunk,
-        help="most images at a time, or auto, with every method that gives the same step then (the whole batch)",
+        help="images that run at a time, or auto, for methods whose step stays the same then (the whole batch)",
     )  # fmt: skip
-    p.add_argument("--continual", type=few, metavar="T", help="also bill learning T tasks one after the other")
+    p.add_argument("--continual", type=few, metavar="T", help="also the cost of learning T tasks one after the other")
     p.add_argument(
         "--protected", type=share_below_one, metavar="SHARE",
-        help=f"of --continual: share of a layer's directions that the last task must leave alone ({DEFAULT_PROTECTED})",
+        help="with --continual: share of each layer's directions that the last task leaves alone "
+        f"({DEFAULT_PROTECTED})",
     )  # fmt: skip
     p.add_argument(
         "--basis-batches", type=count, metavar="N",
-        help=f"of --continual: batches from which these directions are found ({DEFAULT_BASIS_BATCHES})",
+        help=f"with --continual: batches from which these directions are found ({DEFAULT_BASIS_BATCHES})",
     )  # fmt: skip
     p.add_argument(
         "--engine", default="library", choices=["library", "device"],
-        help="device: beneath the table also the RAM of device programs, one image at a time",
+        help="device: below the table also the RAM of programs for a small device, one image at a time (library)",
     )  # fmt: skip
-    p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the output")
+    p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the result (table)")
     p.add_argument(
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
         help="the same as --format json",
     )  # fmt: skip
     p.add_argument("--wide", action="store_true", help="print all columns, and the products of every layer")
-    p.add_argument("--output", type=any_file, help="write to this file, whole or not at all")
+    p.add_argument("--output", type=any_file, help="write the result to this file (the terminal)")
+    p.add_argument("--plot", type=figure_file, metavar="FILE", help="draw a figure into this file, .png or .svg")
+    p.add_argument("--panels", nargs="+", choices=PANELS, help=f"with --plot: what it shows ({' '.join(PANELS)})")
     p.add_argument(
-        "--plot", type=figure_file, metavar="FILE", help="draw the report into this .png or .svg, whole or not at all"
+        "--measure", action="store_true", help="run one real step and compare every number; exit code 1 if one differs"
     )
-    p.add_argument("--panels", nargs="+", choices=PANELS, help=f"of --plot ({' '.join(PANELS)})")
-    p.add_argument("--measure", action="store_true", help="run one real step and compare; exit 1 on any difference")
-    p.add_argument("--data", help="images for --measure: a data set of lance_ref.datasets, or a folder of pictures")
+    p.add_argument("--data", type=data_set, help=f"with --measure: images. {cli.DATA_HELP} (digits)")
     return p
 
 

@@ -21,6 +21,7 @@ from analysis.commands.cli import (
     count,
     figure_file,
     input_shape,
+    nets_and_data,
     pixels,
     positive,
     run_command,
@@ -38,7 +39,7 @@ from analysis.planner.options import (
     unit_of,
 )
 from analysis.steps.methods import METHODS, check_methods_heed, chosen_methods
-from analysis.steps.register import add_settings
+from analysis.steps.register import add_settings, listed
 from analysis.steps.settings import KNOWN
 
 if TYPE_CHECKING:
@@ -57,17 +58,24 @@ def parser() -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="python -m analysis.plan",
         description="Which methods and settings fit a device's RAM, with how many layers and which batch, ranked by "
-        "predicted gradient fidelity; what does not fit, and by how much.",
+        "predicted gradient fidelity; what does not fit, and by how much.\n\n"
+        "Example: lance-ref plan --net mcunet --image-size 32 --num-classes 10 --budget 256KiB",
         allow_abbrev=False,
+        epilog=f"{listed()}\n\n{nets_and_data(False)}",
     )
     p.add_argument("--net", required=True, help=NET_HELP)
-    p.add_argument("--budget", required=True, help="of RAM: 256KiB, 1.5MiB, 300000B")
-    p.add_argument("--flops-at-most", help="of backpropagation through the same layers with the same batch: 1.5x")
-    p.add_argument("--spectra", help="file of measured spectra, from python -m analysis.spectra")
+    p.add_argument("--budget", required=True, help="RAM of the device, as 256KiB, 1.5MiB or 300000B")
+    p.add_argument("--flops-at-most", help="most multiply-adds, as 1.5x of backpropagation through the same layers")
+    p.add_argument("--spectra", help="file that lance-ref spectra wrote (the one of the package, if any)")
     p.add_argument("--batch", type=count, nargs="+", default=list(DEFAULT_BATCHES), help="batch sizes to try")
     p.add_argument("--layers", type=count, help="tune at most so many, from the last on (all)")
     p.add_argument(
-        "--method", "--methods", nargs="+", default=["all"], metavar="METHOD", help=f"{', '.join(METHODS)}, or all"
+        "--method",
+        "--methods",
+        nargs="+",
+        default=["all"],
+        metavar="METHOD",
+        help="names of the list below, or all (all)",
     )
     p.add_argument("--epsilon", type=share, nargs="+", help="energy thresholds of ranks from spectra (0.7 0.9 0.99)")
     p.add_argument(
@@ -87,7 +95,9 @@ def parser() -> argparse.ArgumentParser:
         "--calibration", default="device", choices=["device", "elsewhere"],
         help="whether lance's Gram matrices have to fit too (device)",
     )  # fmt: skip
-    p.add_argument("--optimizer", default="sgd", choices=["sgd", "sgd-momentum", "adam"], help="(sgd)")
+    p.add_argument(
+        "--optimizer", default="sgd", choices=["sgd", "sgd-momentum", "adam"], help="its state is in RAM (sgd)"
+    )
     p.add_argument(
         "--shares", default="layers",
         help="shares of the gradient's energy: layers (the same for each), parameters, or a JSON file by layer",
@@ -107,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image-size", type=pixels, help="height and width in pixels")
     p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
     p.add_argument("--num-classes", type=count, help="outputs of the classifier (1000; a factory's own)")
-    p.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="(float32)")
+    p.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="of all numbers (float32)")
     p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the output (table)")
     p.add_argument(
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
@@ -121,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
         "--plot", type=figure_file, metavar="FILE",
         help="draw RAM by kind, the budget and what is known of accuracy into this .png or .svg, whole or not at all",
     )  # fmt: skip
-    p.add_argument("--output", type=any_file, help="write to this file, whole or not at all")
+    p.add_argument("--output", type=any_file, help="write the result to this file (the terminal)")
     return p
 
 

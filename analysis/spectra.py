@@ -10,8 +10,6 @@ measured on. The cost model reads the file (``--spectra``), and ships with one f
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
 import itertools
 import math
 import platform
@@ -19,18 +17,20 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.commands.cli import (
+    DATA_HELP,
     NET_HELP,
     OneLineParser,
     any_file,
+    any_net,
     check_effect,
     count,
     data_set,
     finite,
     input_shape,
+    nets_and_data,
     pixels,
     positive,
     run_command,
@@ -70,17 +70,14 @@ class _Source:
         side = math.isqrt(self.shape[0] - 1) + 1
         return side, side
 
+    @property
+    def channels(self) -> int:
+        """Of the pictures; a net for vectors gets grey ones."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
-        """The net's input (B, *shape) out of pictures (B, H, W, C) of its size.
-
-        One channel is the mean of three; more channels than the pictures have are these, over and over again.
-        """
-        import numpy as np
-
-        count = self.shape[0] if len(self.shape) == 3 else 1
-        if count == 1:
-            pixels = np.rint(pixels.mean(axis=3, keepdims=True)).astype(np.uint8)
-        planes = self.normalise(pixels[..., np.arange(count) % pixels.shape[3]])  # (B, C, H, W)
+        """The net's input (B, *shape) out of pictures (B, H, W, C) of its size and channels."""
+        planes = self.normalise(pixels)  # (B, C, H, W)
         return planes if len(self.shape) == 3 else planes.reshape(len(planes), -1)[:, : self.shape[0]]
 
 
@@ -105,7 +102,7 @@ def measure(
         A built-in net, with its pretrained weights if there are any, ``pkg.module:factory``, which may give a module of
         PyTorch, or a ``file.onnx`` with their own.
     data : str
-        A data set of ``lance_ref.datasets``, or a folder of pictures; ``split`` says which images of a data set.
+        As for :func:`lance_ref.datasets.open_data`, with labels or without; ``split`` says which of the images.
     batch, batches : int
         Images a batch, and number of batches. No image is used twice; ``seed`` is that of their order.
     image_size : int, optional
@@ -113,8 +110,8 @@ def measure(
     command : str
         What to state as the command in the provenance.
     input_shape : sequence of int, optional
-        (C, H, W) or (N,), in place of ``image_size``. One channel is the mean of the pictures' three; further channels
-        are those of the pictures, over and over again; N numbers are the pixels of a grey square.
+        (C, H, W) or (N,), in place of ``image_size``. One channel is the mean of the images'; further channels than
+        theirs are these, over and over again; N numbers are the pixels of a grey square.
     mean, std : sequence of float, optional
         (pixel / 255 - mean) / std, one number or one for each channel. By default what pretrained weights were trained
         with, and pixel / 255 for other nets.
@@ -125,12 +122,13 @@ def measure(
     import lance_ref
     from analysis.ranks.spectra_file import LayerSpectra, Spectra
     from analysis.steps.nets import is_torch_module
+    from lance_ref import datasets
 
     for name, number in (("batch", batch), ("batches", batches), ("image size", image_size)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}, expected a positive integer")
     source = _source(net, image_size, input_shape, mean, std)
-    images, images_sha256 = _images(data, split, source.size)
+    images = datasets.open_data(data, split, source.size, None, source.channels, labelled=False)
     if batch * batches > len(images):
         there = f"{images.name} ({images.split}) has {len(images)}"
         raise ValueError(f"{batches} batches of {batch} need {batch * batches} images, {there}")
@@ -150,7 +148,7 @@ def measure(
         "weights": source.weights,
         "weights_sha256": source.weights_sha256,
         "images": f"{images.name}, {images.split}",
-        "images_sha256": images_sha256,
+        "images_sha256": datasets.checksum(data),
         "images_source": images.source,
         "image_count": batch * batches,
         "normalisation": source.normalised,
@@ -169,109 +167,41 @@ def _source(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> _Source:
+    from analysis.steps.net_choice import NetChoice
     from analysis.steps.nets import build, from_factory, input_shape_for
     from lance_ref import models
 
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean is {mean} and std {std}, expected both or none")
-    known = models.NETS[net].weights if net in models.NETS else None
+    choice = NetChoice(net)
+    normalise, how = choice.normalise(mean, std)
+    known = choice.pretrained
     shape = input_shape_for(net, known.image_size if known and image_size is None else image_size, given)
     if len(shape) not in (1, 3) or min(shape) < 1:
         raise ValueError(f"net {net!r} takes inputs of shape {shape}, expected (C, H, W) or (N,)")
+    channels = shape[0] if len(shape) == 3 else 1
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) not in (1, channels):
+            raise ValueError(f"{name} is {list(values)}, expected 1 or {channels} finite numbers, one for each channel")
     module: Any
     if known is not None:
         module, words, digest = models.create(net, pretrained=True), known.origin, known.sha256
-    else:
-        of_factory = ":" in net and not net.endswith(".onnx")
+    else:  # a module of PyTorch is measured as it is, so that it need not have a counterpart
+        of_factory = not choice.is_built_in and not choice.is_onnx
         module = from_factory(net, None) if of_factory else build(net, None, shape, without_weights=False)
-        words, digest = _weights(net, module)
+        said = choice.origin(module)
+        words, digest = said.words, said.sha256
     _check_finite(net, module)
-    if mean is not None and std is not None:
-        normalise, how = _affine(mean, std, shape[0] if len(shape) == 3 else 1)
-    elif known is not None:
-        normalise, how = models.preprocessing(net), "as the pretrained weights were trained"
-    else:
-        normalise, how = _affine([0.0], [1.0], 1)
     return _Source(module, words, digest, shape, normalise, how)
-
-
-def _weights(net: str, module: Any) -> tuple[str, str]:
-    """The words for where the weights of a net are from, and a checksum: of the file, or of the arrays."""
-    digest = hashlib.sha256()
-    if net.endswith(".onnx"):
-        with open(net, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        return f"those of {Path(net).name} (sha256 {digest.hexdigest()[:16]})", digest.hexdigest()
-    for array in _arrays(module).values():
-        digest.update(array.tobytes())
-    return f"those of {net}" if ":" in net else f"{net}, freshly initialised", digest.hexdigest()
-
-
-def _arrays(module: Any) -> dict[str, np.ndarray]:
-    """Parameters and buffers by name, of a net of the library or a module of PyTorch."""
-    import numpy as np
-
-    found = module.state_dict()
-    return {
-        name: value if isinstance(value, np.ndarray) else value.detach().cpu().double().numpy()
-        for name, value in found.items()
-        if isinstance(value, np.ndarray) or hasattr(value, "detach")
-    }
 
 
 def _check_finite(net: str, module: Any) -> None:
     """Raise ValueError for weights that are NaN or infinite: every spectrum behind them would be."""
     import numpy as np
 
-    for name, array in _arrays(module).items():
+    from analysis.steps.net_choice import arrays_of
+
+    for name, array in arrays_of(module).items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"net {net!r}: {name} has values that are NaN or infinite, its spectra cannot be measured")
-
-
-def _affine(mean: Sequence[float], std: Sequence[float], channels: int) -> tuple[Normalise, str]:
-    """(pixel / 255 - mean) / std for each channel, and the words for it."""
-    import numpy as np
-
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) not in (1, channels) or not all(map(math.isfinite, values)):
-            raise ValueError(f"{name} is {list(values)}, expected 1 or {channels} finite numbers, one for each channel")
-    if min(std) <= 0:
-        raise ValueError(f"std is {list(std)}, expected positive numbers")
-    scale = (1 / (255 * np.asarray(std, np.float64))).astype(np.float32)[:, None, None]
-    shift = (-np.asarray(mean, np.float64) / np.asarray(std)).astype(np.float32)[:, None, None]
-
-    def normalise(pixels: np.ndarray) -> np.ndarray:
-        result: np.ndarray = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) * scale + shift
-        return result
-
-    plain = not any(mean) and set(std) == {1.0}
-    return normalise, "pixel / 255" if plain else f"(pixel / 255 - mean) / std, mean {list(mean)}, std {list(std)}"
-
-
-def _images(data: str, split: str, size: tuple[int, int]) -> tuple[Dataset, str]:
-    """The images, and a checksum of the file that they are read from (of the pixels, for a folder)."""
-    import numpy as np
-
-    from lance_ref import datasets
-
-    if data in datasets.names():
-        halves = [datasets.load(data, half) for half in (["train", "test"] if split == "all" else [split])]
-        images = dataclasses.replace(
-            halves[0],
-            split=" + ".join(half.split for half in halves),
-            images=np.concatenate([half.images for half in halves]),
-            labels=np.concatenate([half.labels for half in halves]),
-        )
-        if data in datasets.SOURCES:
-            digest = hashlib.sha256()
-            for file in datasets.data_files(data)[0].values():
-                digest.update(file.read_bytes())
-            return images, digest.hexdigest()
-    elif Path(data).is_dir():
-        images = datasets.load_folder(data, size)
-    else:
-        raise ValueError(f"--data is {data!r}, expected a folder of pictures or one of {', '.join(datasets.names())}")
-    return images, hashlib.sha256(images.images.tobytes()).hexdigest()
 
 
 class _batches:  # noqa: N801  (used like a function; a class so that the progress bar knows the length)
@@ -297,26 +227,29 @@ class _batches:  # noqa: N801  (used like a function; a class so that the progre
 def parser() -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="python -m analysis.spectra",
-        description="Measure the spectra of a net's activations on real images and write them to a small file.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Measure how the values inside a net are spread over directions (their spectra), on real images, "
+        "and write them to a small file. cost, plan and device choose ranks from it.\n\n"
+        "Example: lance-ref spectra --net convnet --data digits --batch 32 --output spectra.json",
+        epilog=nets_and_data(),
         allow_abbrev=False,
     )
-    p.add_argument("--net", required=True, help=NET_HELP)
+    p.add_argument("--net", required=True, type=any_net, help=NET_HELP)
+    p.add_argument("--data", required=True, type=data_set, help=f"{DATA_HELP}. Labels are not needed here")
     p.add_argument(
-        "--data", required=True, type=data_set, help="a data set of lance_ref.datasets, or a folder of pictures"
+        "--split", default="train", choices=["train", "test", "all"], help="which images, of data that have parts"
     )
-    p.add_argument("--split", default="train", choices=["train", "test", "all"], help="which images of a data set")
-    p.add_argument("--batch", type=count, default=128, help="images a batch")
+    p.add_argument("--batch", type=count, default=128, help="images of one batch")
     p.add_argument("--batches", type=count, default=6, help="number of batches")
-    p.add_argument("--image-size", type=pixels, help="pixels (those of the pretrained weights, the net or the file)")
-    p.add_argument("--input-shape", type=input_shape, help="C,H,W or N, without the batch; in place of --image-size")
+    p.add_argument("--image-size", type=pixels, help="height and width in pixels (what the net is made for)")
+    p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
     p.add_argument(
         "--mean", nargs="+", type=finite, metavar="M",
-        help="of (pixel/255 - mean)/std, for all channels or for each (what pretrained weights take, else 0)",
+        help="with --std: the input is (pixel / 255 - mean) / std, a number for all channels or one for each (what "
+        "pretrained weights were trained with, else pixel / 255)",
     )  # fmt: skip
-    p.add_argument("--std", nargs="+", type=positive, metavar="S", help="with --mean (1)")
+    p.add_argument("--std", nargs="+", type=positive, metavar="S", help="with --mean")
     p.add_argument("--seed", type=seed, default=0, help="of the order of the images")
-    p.add_argument("--output", required=True, type=any_file, help="the file to write, whole or not at all")
+    p.add_argument("--output", required=True, type=any_file, help="the file to write")
     return p
 
 
@@ -329,7 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
     from lance_ref import datasets
 
-    check_effect(options, "split", options.data in datasets.names(), "a data set; a folder is one split")
+    with_parts = options.data in datasets.names() or datasets.has_parts(options.data)
+    check_effect(options, "split", with_parts, "data with the parts train and test")
     check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")
     spectra = measure(
         options.net, options.data, options.split, options.batch, options.batches, options.image_size, options.seed,

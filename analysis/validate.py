@@ -28,11 +28,13 @@ from analysis.commands.cli import (
     few,
     folder_to_write,
     json_file,
+    nets_and_data,
     run_command,
     run_main,
     share,
 )
-from analysis.steps.methods import METHODS, chosen_methods
+from analysis.steps.methods import chosen_methods
+from analysis.steps.register import listed
 from lance_ref import models
 
 FORMAT, VERSION = "lance_ref validation", 1
@@ -44,21 +46,23 @@ QUICK: dict[str, Any] = {"nets": ["convnet", "mlp", "resnet8"], "batch": [1, 2],
 def parser() -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="python -m analysis.validate",
-        description="Predicted beside measured, for every net and method. Exit code 1 if anything differs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Predict one training step of every net with every method, run it, and compare each number. "
+        "Exit code 1 if anything differs.\n\nExample: lance-ref validate --quick",
+        epilog=f"{listed()}\n\n{nets_and_data(False)}",
         allow_abbrev=False,
     )
-    p.add_argument("--nets", type=built_in_net, nargs="+", help=f"of {', '.join(models.names())} (all)")
-    p.add_argument("--methods", nargs="+", default=["all"], help=f"of {', '.join(METHODS)}")
-    p.add_argument("--batch", type=count, nargs="+", help=f"images of a step ({' '.join(map(str, BATCHES))})")
+    p.add_argument("--nets", type=built_in_net, nargs="+", help="nets of the list below (all)")
+    p.add_argument("--methods", nargs="+", default=["all"], help="methods of the list below (all)")
+    p.add_argument("--batch", type=count, nargs="+", help=f"images of one step ({' '.join(map(str, BATCHES))})")
     p.add_argument("--dtype", nargs="+", choices=DTYPES, help="of activations and weights (both)")
-    p.add_argument("--ranks", type=share, default=0.25, help="a fraction of each mode, for the methods that have ranks")
-    p.add_argument("--quick", action="store_true", help="three small nets, batches of 1 and 2, float32, if not given")
+    p.add_argument("--ranks", type=share, default=0.25, help="for methods with ranks: a fraction of each size")
+    p.add_argument("--quick", action="store_true", help="three small nets, batches of 1 and 2, float32: a minute")
     p.add_argument(
-        "--folder", type=folder_to_write, help="of finished cells, so that a run that was stopped goes on (none kept)"
-    )
-    p.add_argument("--jobs", type=few, default=1, help="processes; more than one takes --folder")
-    p.add_argument("--output", type=json_file, help="a .json file to write, and the same name with .md")
+        "--folder", type=folder_to_write,
+        help="where finished comparisons are kept, so that a run that was stopped goes on (none)",
+    )  # fmt: skip
+    p.add_argument("--jobs", type=few, default=1, help="processes at a time; more than one takes --folder")
+    p.add_argument("--output", type=json_file, help="file to write, .json; a table with .md is written beside it")
     return p
 
 
@@ -84,6 +88,11 @@ def run(work: Sequence[Mapping[str, Any]], folder: str | None, jobs: int) -> lis
         return [with_fields(dict(cell), outcome) for cell, outcome in zip(work, found, strict=True)]
     from lance_ref.io.progress import progress_bar
 
+    print(
+        f"{len(work)} comparisons, one at a time; small nets take about 6 s each (estimate, as measured before on "
+        "two cores), of large nets longer; without --folder nothing is kept before the end",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
     outcomes = []
     with progress_bar("cells", len(work), None) as advance:
         for cell in work:

@@ -12,36 +12,54 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from analysis.commands import cli
 from analysis.commands.cli import OneLineParser, run_main
 
-COMMANDS = {
-    "cost": ("analysis.cost_model", "what one training step keeps in memory and computes"),
-    "plan": ("analysis.plan", "which methods fit a device"),
-    "device": ("analysis.device.command", "a training step compiled for a device: every byte and multiply-add"),
-    "spectra": ("analysis.spectra", "measure the spectra of a net's activations, from which ranks are chosen"),
-    "explain": ("experiments.ledger.explain", "why a published cost differs from ours"),
-    "claims": ("experiments.ledger.claims", "what came of everything that the papers claim"),
-    "validate": ("analysis.validate", "predict and run every method on every net, and compare"),
-    "finetune": ("experiments.finetune.command", "fine-tune with every method"),
-    "finetune-sweep": ("experiments.finetune.sweep", "accuracy over bytes: every method with several settings"),
-    "device-accuracy": ("experiments.device.command", "accuracy over all RAM of a training step on a small device"),
-    "corpus": ("experiments.corpus.command", "which networks of PyTorch are predicted, and how exactly"),
-    "adapt": ("experiments.adapt", "fine-tune MobileNetV2 on another data set"),
-    "continual": ("experiments.continual.command", "learn tasks one after the other"),
-    "descent": ("experiments.descent.command", "whether the compressed gradient is a direction of descent"),
-    "domain-shift": ("experiments.domain_shift", "calibrate on other images than those to learn"),
-    "conformance": ("lance_ref.conformance.__main__", "check an implementation of yours against the definitions"),
+GROUPS = {
+    "What a training step costs; nothing is trained, and it takes seconds:": {
+        "cost": ("analysis.cost_model", "bytes and multiply-adds of one step, method by method"),
+        "plan": ("analysis.plan", "which methods fit into the RAM of a device"),
+        "device": ("analysis.device.command", "one step as a program for a small device"),
+        "spectra": ("analysis.spectra", "measure a net on images, for better ranks in the three above"),
+    },
+    "Training, on your own net and images or on those that are here:": {
+        "finetune": ("experiments.finetune.command", "fine-tune a net with every method, and compare"),
+        "finetune-sweep": ("experiments.finetune.sweep", "the same with many settings of the methods"),
+        "device-accuracy": ("experiments.device.command", "accuracy against all RAM of a small device"),
+        "continual": ("experiments.continual.command", "learn tasks one after the other"),
+        "adapt": ("experiments.adapt", "MobileNetV2 with LANCE on another data set, step by step"),
+        "domain-shift": ("experiments.domain_shift", "calibrate on other images than those to learn"),
+        "descent": ("experiments.descent.command", "does the compressed gradient point downhill?"),
+    },
+    "The papers, and whether the numbers are right:": {
+        "claims": ("experiments.ledger.claims", "what came of every claim of the papers"),
+        "explain": ("experiments.ledger.explain", "why a published cost differs from ours"),
+        "validate": ("analysis.validate", "every prediction beside a measurement"),
+        "corpus": ("experiments.corpus.command", "which networks of PyTorch are predicted, how exactly"),
+        "conformance": ("lance_ref.conformance.__main__", "check an implementation of yours"),
+        "weights": ("experiments.weights", "pretrained weights from the published originals"),
+    },
 }
-"""Name, module and meaning of every command."""
-HELP = "lance-ref COMMAND --help lists the options of a command."
-COMPLETION = 'eval "$(register-python-argcomplete lance-ref)" lets the shell complete commands, options and names.'
+"""Name, module and meaning of every command, by what one wants to know."""
+COMMANDS = {name: of for group in GROUPS.values() for name, of in group.items()}
+HELP = """Begin with:
+
+  lance-ref cost --net mobilenetv2
+  lance-ref finetune --quick
+
+lance-ref COMMAND --help says what a command does and lists its options.
+The shell completes commands, options and names after
+  eval "$(register-python-argcomplete lance-ref)"
+"""
 
 
 def usage() -> str:
     """What ``lance-ref --help`` prints."""
     size = max(map(len, COMMANDS))
-    listed = "\n".join(f"  {name:<{size}}  {about}" for name, (_, about) in COMMANDS.items())
-    return f"usage: lance-ref COMMAND ...\n\n{listed}\n\n{HELP}\n{COMPLETION}\n"
+    parts = ["usage: lance-ref COMMAND [OPTIONS]"]
+    for title, group in GROUPS.items():
+        parts.append("\n".join([title, *(f"  {name:<{size}}  {about}" for name, (_, about) in group.items())]))
+    return "\n\n".join([*parts, HELP])
 
 
 def complete() -> None:
@@ -96,7 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] not in COMMANDS:
         came = f"unknown command {given[0]!r}" if given else "no command"
         OneLineParser(prog="lance-ref").error(f"{came}, expected one of {', '.join(COMMANDS)}, or --help")
-    return run_main(lambda: import_module(COMMANDS[given[0]][0]).main(given[1:]))
+    before, cli.program = cli.program, f"lance-ref {given[0]}"
+    try:
+        return run_main(lambda: import_module(COMMANDS[given[0]][0]).main(given[1:]))
+    finally:
+        cli.program = before
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 LANCE calibrates once and assumes that training looks alike. Three runs from the same weights and with the same
 batches: calibrated on images of the training set; on images of another set; and on those, but with every
-layer calibrated again when it keeps too little (:class:`lance_ref.lance.recalibration.Recalibrator`).
+layer calibrated again when it keeps too little.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from analysis.commands import cli
 from analysis.commands.chance import sentence
 from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
+from analysis.steps.net_choice import NetChoice
 from experiments import frame
 from experiments.finetune.cell import Setup
 from experiments.finetune.command import MODES
@@ -52,23 +53,35 @@ def other_data(text: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = frame.parser("experiments.domain_shift", __doc__)
-    p.add_argument("--quick", action="store_true", help="a small net on the digits of the package and their negatives")
-    p.add_argument("--net", type=cli.built_in_net, help="(mcunet)")
-    p.add_argument("--data", type=cli.named_data_set, help="to train on (cifar10)")
-    p.add_argument("--calibrate-on", type=other_data, help=f"another data set, or {NEGATIVES} (eurosat)")
-    p.add_argument("--tune", help="layers that train (last:4)")
+    p.add_argument(
+        "--quick", action="store_true",
+        help="try it: a small net on the digits of the package and their negatives; seconds",
+    )  # fmt: skip
+    p.add_argument("--net", type=cli.built_in_net, help="a built-in net, see finetune (mcunet)")
+    p.add_argument("--data", type=cli.named_data_set, help="data set to train on, by name (cifar10)")
+    p.add_argument(
+        "--calibrate-on", type=other_data,
+        help=f"data set on which LANCE finds its directions, or {NEGATIVES} (eurosat)",
+    )  # fmt: skip
+    p.add_argument("--tune", help="layers that train besides the classifier, see finetune (last:4)")
     modes = cli.name_of(lambda: MODES)
-    p.add_argument("--modes", type=modes, nargs="+", default=list(MODES[1:]), help="modes that LANCE compresses")
-    p.add_argument("--epsilon", type=cli.share, default=0.8, help="energy threshold (%(default)s)")
-    alarm = "of the calibrated energy that raises the alarm (%(default)s)"
+    p.add_argument(
+        "--modes", type=modes, nargs="+", default=list(MODES[1:]),
+        help="sizes of the activations that LANCE compresses",
+    )  # fmt: skip
+    p.add_argument("--epsilon", type=cli.share, default=0.8, help="share of squared values that is kept (%(default)s)")
+    alarm = "calibrate again where less than this share of the first energy is kept (%(default)s)"
     p.add_argument("--share", type=cli.share, default=0.9, help=alarm)
-    p.add_argument("--train-images", type=cli.count, default=4000, help="at most so many (%(default)s)")
-    p.add_argument("--test-images", type=cli.count, default=2000, help="at most so many (%(default)s)")
-    p.add_argument("--calibration-batches", type=cli.count, default=8, help="(%(default)s)")
-    p.add_argument("--epochs", type=cli.count, help="(4)")
-    p.add_argument("--batch", type=cli.count, help="(128)")
-    p.add_argument("--lr", type=cli.positive, help="(0.05)")
-    p.add_argument("--seed", type=cli.seed, default=0, help="(%(default)s)")
+    p.add_argument("--train-images", type=cli.count, default=4000, help="images to train on (%(default)s)")
+    p.add_argument("--test-images", type=cli.count, default=2000, help="images to test on (%(default)s)")
+    p.add_argument(
+        "--calibration-batches", type=cli.count, default=8,
+        help="batches on which LANCE finds its directions (%(default)s)",
+    )  # fmt: skip
+    p.add_argument("--epochs", type=cli.count, help="passes over the training images (4)")
+    p.add_argument("--batch", type=cli.count, help="images of one training step (128)")
+    p.add_argument("--lr", type=cli.positive, help="learning rate (0.05)")
+    p.add_argument("--seed", type=cli.seed, default=0, help="of the random numbers (%(default)s)")
     frame.add_outputs(p, "the energy kept at every step")
     return p
 
@@ -82,6 +95,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     test = datasets.load(options.data, "test", limit=options.test_images)
     other = _other(options, train)
     module, _ = setup.network(train)
+    one = frame.expected_seconds(options, options.epochs, len(train))
+    frame.begin(None if one is None else len(VARIANTS) * one)
     sources = [setup.after_frozen(module, each) for each in (train, test, other)]
     taken: dict[str, Any] = {"normalise": models.preprocessing(options.net), "image_size": size}
     results = []
@@ -183,7 +198,7 @@ def work(options: argparse.Namespace) -> None:
     """Check, run, show and write."""
     cli.fill_in(options, QUICK if options.quick else DEFAULTS)
     cli.check_once(options, "modes")
-    cli.check_tune(options.net, options.tune)
+    NetChoice(options.net).check_tune(options.tune)
     results = run(options)
     show(results)
     frame.write(

@@ -11,24 +11,110 @@ from analysis.commands import cli
 
 
 def parser(module: str, doc: str | None, **more: Any) -> cli.OneLineParser:
-    """The parser of a module that is run as a command; its help begins with the first paragraph of ``doc``."""
-    about = (doc or "").split("\n\n")[0]
-    return cli.OneLineParser(prog=f"python -m {module}", description=about, allow_abbrev=False, **more)
+    """The parser of a module that is run as a command; its help begins with ``doc``."""
+    return cli.OneLineParser(prog=f"python -m {module}", description=cli.prose(doc), allow_abbrev=False, **more)
+
+
+def add_net_and_data(p: argparse.ArgumentParser, net: str, data: str) -> None:
+    """The options that say which net is trained on which images; ``net`` and ``data`` are the defaults, to be told."""
+    p.add_argument("--net", type=cli.any_net, help=f"{cli.NET_HELP} ({net})")
+    p.add_argument("--data", type=cli.data_set, help=f"{cli.DATA_HELP} ({data})")
+    p.add_argument("--image-size", type=cli.pixels, help="height and width in pixels (those that the net is made for)")
+    cli.add_pixels(p)
+
+
+def settle(options: argparse.Namespace, *selections: str) -> None:
+    """What the net says where an option is missing, and the checks of net, data and ``--tune`` before anything runs.
+
+    Raises
+    ------
+    ValueError
+        If the net does not exist or lacks the layers of a selection, or ``--mean`` and ``--std`` do not fit.
+    """
+    from analysis.steps.net_choice import NetChoice
+
+    choice = NetChoice(options.net)
+    if options.image_size is None:
+        options.image_size = choice.image_size
+    choice.normalise(options.mean, options.std)
+    for selection in selections:
+        choice.check_tune(selection)
+    options.own = own_mark(options.net, options.data)
+
+
+def own_mark(net: str, data: str) -> str | None:
+    """What tells a user's net and data from others of the same names, for the names of finished runs.
+
+    None where both come with the package or under the name of a data set: finished runs of these keep their names.
+    """
+    import hashlib
+
+    from analysis.steps.net_choice import NetChoice
+    from lance_ref import datasets
+
+    of_net = NetChoice(net).own_sha256
+    of_data = None if data in datasets.names() else datasets.checksum(data)
+    marks = [mark for mark in (of_net, of_data) if mark is not None]
+    return hashlib.sha256(" ".join(marks).encode()).hexdigest() if marks else None
+
+
+def net_and_data(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a cell that say which net and images; what has no value is left out.
+
+    So finished cells of before, which could not be told so much, keep their names.
+    """
+    given = {name: getattr(options, name) for name in ("net", "data", "image_size", "train_images", "test_images")}
+    more = {name: getattr(options, name) for name in ("channels", "mean", "std", "own")}
+    return {**given, **{name: value for name, value in more.items() if value is not None}}
 
 
 def add_outputs(p: argparse.ArgumentParser, drawn: str, table: bool = False) -> None:
     """The options ``--output``, ``--table`` and ``--figure``; ``drawn`` says what the figure shows."""
-    p.add_argument("--output", type=cli.json_file, help="write the results as JSON")
+    p.add_argument("--output", type=cli.json_file, help="also write the results to this file, .json")
     if table:
-        p.add_argument("--table", type=cli.markdown_file, help="write the table as Markdown")
-    p.add_argument("--figure", type=cli.figure_file, help=f"draw {drawn}, as .png or .svg")
+        p.add_argument("--table", type=cli.markdown_file, help="also write the table to this file, .md")
+    p.add_argument("--figure", type=cli.figure_file, help=f"also draw {drawn} into this file, .png or .svg")
 
 
-def run_cells(options: argparse.Namespace, cells: Sequence[dict[str, Any]], function: str) -> list[dict[str, Any]]:
-    """The results of all cells, from the folder of finished ones or from running them as the options say."""
+def run_cells(
+    options: argparse.Namespace, cells: Sequence[dict[str, Any]], function: str, expected: float | None = None
+) -> list[dict[str, Any]]:
+    """The results of all cells, from the folder of finished ones or from running them as the options say.
+
+    ``expected`` are the seconds of one cell, as measured before, if that is known.
+    """
     from analysis.commands import sweep
 
-    return sweep.run_cells(cells, function, options.folder, jobs=options.jobs, scheduler=options.scheduler)
+    return sweep.run_cells(
+        cells, function, options.folder, jobs=options.jobs, scheduler=options.scheduler, expected=expected
+    )
+
+
+MILLISECONDS = {("mcunet", "last:4"): 1.3, ("convnet", "last:2"): 0.25}
+"""Of one image in one epoch of fine-tuning, two cores, mean over the methods, calibration included.
+
+MCUNet: experiments/results/finetune_cifar10.json; the small net: its quick run.
+"""
+
+
+def expected_seconds(options: argparse.Namespace, epochs: int, images: int) -> float | None:
+    """Of one run of fine-tuning, where nets and layers of this kind were measured before; else None."""
+    each = MILLISECONDS.get((options.net, options.tune))
+    return None if each is None else 0.6 + each * epochs * images / 1000
+
+
+def begin(seconds: float | None, keeps: str = "nothing is kept before the end") -> None:
+    """Say on standard error how long a command will take, as measured before on two cores, and what Ctrl-C leaves.
+
+    Without ``seconds`` nothing like it was measured, and that is said.
+    """
+    import sys
+
+    from analysis.commands.sweep import duration
+
+    known = "how long this takes was not measured for such options"
+    how = known if seconds is None else f"about {duration(seconds)} (estimate, as measured before on two cores)"
+    print(f"{how}; {keeps}", file=sys.stderr, flush=True)
 
 
 def by_seed(outcomes: Sequence[dict[str, Any]], seeds: int) -> list[tuple[dict[str, Any], ...]]:
@@ -65,6 +151,18 @@ def document(
 
     about = {**provenance(module, 0), "arguments": list(arguments), "settings": dict(options), **more}
     return {**about, "rows": list(rows)}
+
+
+def origin_sentence(origin: Mapping[str, Any]) -> str:
+    """Where weights and images came from, for a reader; ``origin`` is that of :func:`~.finetune.cell.prepare_data`."""
+    weights, images = origin["weights"], origin["images"]
+    head = {"own": "with its own classifier", "fresh": "with a fresh classifier"}[weights["head"]]
+    drawn = weights["origin"] == "freshly initialised"
+    return (
+        f"Weights: {weights['words']}{'' if drawn else f', {head}'}. Images: {images['name']}, {images['source']}; "
+        f"{'x'.join(map(str, images['shape']))} (height, width, channels), {images['classes']} classes. "
+        f"Normalisation: {origin['normalisation']}."
+    )
 
 
 def statistics(name: str, values: Sequence[float]) -> dict[str, float | None]:

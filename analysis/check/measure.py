@@ -13,7 +13,6 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -117,7 +116,7 @@ class Comparison:
 def compare(prediction: Prediction, data: str | None = None, peaks: bool = False) -> Comparison:
     """Run one real step per method of a prediction with weights, and compare the two.
 
-    ``data`` is a data set of ``lance_ref.datasets`` or a folder of pictures, by default the bundled digits. With
+    ``data`` is what :func:`lance_ref.datasets.open_data` takes, by default the bundled digits. With
     ``peaks`` the peak of memory is measured as well, in two more steps of each method.
     """
     step = prediction.step
@@ -256,11 +255,7 @@ def _images(data: str | None, size: tuple[int, int]) -> Dataset:
 
     if data is None:
         return datasets.load("digits")
-    if data in datasets.names():
-        return datasets.load(data, "test")
-    if Path(data).is_dir():
-        return datasets.load_folder(data, size)
-    raise ValueError(f"--data is {data!r}, expected a folder of pictures or one of {', '.join(datasets.names())}")
+    return datasets.open_data(data, "test", size, labelled=False)
 
 
 def _batch(data: str | None, step: TracedStep) -> tuple[np.ndarray, np.ndarray, str]:

@@ -23,8 +23,17 @@ from typing import Any, NamedTuple, NoReturn
 from analysis.commands import shipped, stopping
 from analysis.commands.names import plain, shown
 
-NET_HELP = "name of a built-in net (mobilenetv2@0.35: of that width), pkg.module:factory, or a file.onnx"
+NET_HELP = (
+    "a built-in net by name (mobilenetv2@0.35: with 0.35 times the channels); pkg.module:factory, a function of yours "
+    "that returns a lance_ref.nn.Module or a torch.nn.Module; or a file.onnx"
+)
 """Of ``--net``, wherever any net will do."""
+DATA_HELP = (
+    "a data set by name; a folder with a sub-folder of pictures for each class, perhaps below train/ and test/; or a "
+    "file.npz with uint8 images x_train, x_test (N,H,W,C) and labels y_train, y_test, or with x and y. Without a test "
+    "part, a fifth of each class is the test set"
+)
+"""Of ``--data``, wherever images with labels are needed."""
 LARGEST = 2**31 - 1
 """Of any count: more than that is a slip of the keyboard, and would be asked of the memory first."""
 
@@ -43,8 +52,56 @@ class Options(argparse.Namespace):
     given: frozenset[str]
 
 
+program: str | None = None
+"""What stands in place of ``python -m module`` in help and errors: ``lance-ref finetune``, where that was typed."""
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Help whose defaults are told once, in parentheses at the end, and whose lists keep their lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        value = action.default
+        if value in (None, False, argparse.SUPPRESS, []) or text.endswith(")") or not action.option_strings:
+            return text
+        if isinstance(value, (list, tuple)):
+            value = " ".join(map(str, value))
+        return f"{text} ({value})"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Each line is a paragraph of its own; one that is indented hangs below its second word."""
+        import textwrap
+
+        lines = []
+        for line in text.splitlines():
+            entry = re.match(r"  \S+\s+", line)
+            hanging = " " * (len(entry[0]) if entry else 0)
+            lines += textwrap.wrap(line, width, initial_indent=indent, subsequent_indent=indent + hanging) or [""]
+        return "\n".join(lines)
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line on stderr, without the usage."""
+    """An argument parser whose errors are one line on stderr, without the usage; its help is for reading."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        options.setdefault("formatter_class", HelpFormatter)
+        super().__init__(*args, **options)
+        if program is not None:
+            self.prog = program
+        self._optionals.title = "options (in parentheses at the end: what holds where an option is not given)"
+
+    def format_usage(self) -> str:
+        """One line: what has to be given, and that there are options."""
+        if self.usage is None:
+            needed = [action for action in self._actions if action.required and action.option_strings]
+            given = [f"{a.option_strings[0]} {a.metavar or a.dest.upper()}" for a in needed]
+            places = [a.metavar or a.dest.upper() for a in self._actions if not a.option_strings]
+            self.usage = " ".join(["%(prog)s", *map(str, (*places, *given)), "[OPTIONS]"])
+        return super().format_usage()
+
+    def format_help(self) -> str:
+        self.format_usage()
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         line = plain(" ".join(message.split()))
@@ -73,6 +130,34 @@ class OneLineParser(argparse.ArgumentParser):
                 other = names.setdefault(Path(value).resolve(), option)
                 if other != option:
                     self.error(f"{option} is {value!r}, which is the file of {other}, too")
+
+
+def prose(doc: str | None) -> str:
+    """A module's docstring as the beginning of a help: without marks, each paragraph on one line.
+
+    >>> prose("Fine-tune: ``python -m x.y --quick``.\\n\\nEach ``net`` is\\nmeasured.")
+    'Fine-tune.\\n\\nEach net is measured.'
+    """
+    text = re.sub(r":? ``python -m [^`]*``", "", doc or "")
+    paragraphs = [" ".join(each.split()) if not each.startswith("    ") else each for each in text.split("\n\n")]
+    return "\n\n".join(re.sub(r"``([^`]*)``|:\w+:`~?([^`]*)`", r"\1\2", each) for each in paragraphs).strip()
+
+
+def nets_and_data(data: bool = True) -> str:
+    """Built-in nets and data sets with what they are, for the end of a help."""
+    from analysis.commands import words
+
+    parts = [listing("built-in nets", words.NETS)]
+    if data:
+        where = "looked for in the folder that LANCE_REF_DATA names, else downloaded"
+        parts.append(listing(f"data sets ({where}; digits needs neither)", words.DATA))
+    return "\n\n".join(parts)
+
+
+def listing(title: str, entries: Mapping[str, str]) -> str:
+    """Names with what they mean, a line each, for the end of a help."""
+    size = max(map(len, entries))
+    return "\n".join([f"{title}:", *(f"  {name:<{size}}  {about}" for name, about in entries.items())])
 
 
 def one_line(error: BaseException) -> str:
@@ -215,13 +300,42 @@ def built_in_net(text: str) -> str:
     return name_of(models.names)(text)
 
 
+def any_net(text: str) -> str:
+    """A type: a net by its name, ``pkg.module:factory``, or the name of an ONNX file that is there."""
+    if text.endswith(".onnx"):
+        if not os.path.isfile(text):
+            raise _refused(text, "the name of an ONNX file that is there")
+        return text
+    from lance_ref import models
+
+    if ":" not in text and text.partition("@")[0] not in models.names():
+        raise _refused(text, f"one of {', '.join(models.names())}, pkg.module:factory, or a file.onnx")
+    return text
+
+
 def data_set(text: str) -> str:
-    """A type: a data set by its name, or a folder of pictures."""
+    """A type: data as :func:`lance_ref.datasets.open_data` takes them."""
     from lance_ref import datasets
 
-    if text not in datasets.names() and not (text and os.path.isdir(text)):
-        raise _refused(text, f"one of {', '.join(datasets.names())}, or a folder of pictures")
+    if not datasets.is_data(text):
+        there = "" if not os.path.exists(text) else "; it is there, but is none of these"
+        raise _refused(text, f"one of {', '.join(datasets.names())}, a folder of pictures, or a file.npz{there}")
     return text
+
+
+def add_pixels(parser: argparse.ArgumentParser) -> None:
+    """The options that say how images become the input of a net: ``--channels``, ``--mean`` and ``--std``."""
+    parser.add_argument(
+        "--channels", type=integer(1, 1024), metavar="C",
+        help="channels that images get: 1 is the mean of several, 3 repeats a grey one (those that the net must have, "
+        "else those of the images)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mean", nargs="+", type=finite, metavar="M",
+        help="with --std: the input is (pixel / 255 - mean) / std, a number for all channels or one for each (what "
+        "pretrained weights were trained with, else pixel / 255)",
+    )  # fmt: skip
+    parser.add_argument("--std", nargs="+", type=positive, metavar="S", help="with --mean")
 
 
 def named_data_set(text: str) -> str:
@@ -240,20 +354,6 @@ def scheduler_address(text: str) -> str:
             f"is {text!r}, which takes dask.distributed: python -m pip install distributed"
         )
     return text
-
-
-def check_tune(net: str, selection: str) -> None:
-    """Raise ValueError unless a built-in net has the layers that ``--tune`` selects; no weights are made for it."""
-    from lance_ref import models
-    from lance_ref.nn.init import shapes_only
-    from lance_ref.nn.selection import choose
-
-    with shapes_only():
-        built = models.create(net)
-    try:
-        choose(built, selection)
-    except ValueError as error:
-        raise ValueError(f"--tune is {selection!r} for {net}: {one_line(error)}") from None
 
 
 class OutputFile:
@@ -298,12 +398,12 @@ def folder_to_write(text: str) -> str:
     return text
 
 
-def add_sweep(parser: argparse.ArgumentParser, folder: str, of: str = "of finished runs") -> None:
+def add_sweep(parser: argparse.ArgumentParser, folder: str, of: str = "finished runs") -> None:
     """The options of a command that runs many cells: ``--folder``, ``--jobs`` and ``--scheduler``."""
-    parser.add_argument("--folder", type=folder_to_write, default=folder, help=f"{of} (%(default)s)")
-    parser.add_argument("--jobs", type=few, default=2, help="processes, one thread each (2)")
+    parser.add_argument("--folder", type=folder_to_write, default=folder, help=f"where {of} are kept (%(default)s)")
+    parser.add_argument("--jobs", type=few, default=2, help="runs at a time, each in a process of one thread (2)")
     parser.add_argument(
-        "--scheduler", type=scheduler_address, help="address of a Dask scheduler, in place of processes of this machine"
+        "--scheduler", type=scheduler_address, help="address of a Dask scheduler, to run on a cluster (this machine)"
     )
 
 

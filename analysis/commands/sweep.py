@@ -74,6 +74,7 @@ def run_cells(
     jobs: int = 2,
     scheduler: str | None = None,
     progress: bool | None = None,
+    expected: float | None = None,
 ) -> list[dict[str, Any]]:
     """Run ``function(**cell)`` for every cell that has not been run before, and return all results in order.
 
@@ -93,6 +94,9 @@ def run_cells(
     progress : bool, optional
         True: a bar on standard error; False: nothing. By default a bar if that is a terminal, else a line for each
         cell.
+    expected : float, optional
+        Seconds of one cell, as measured before. With it the first line says how long all of them will take; without it
+        that is said when the first one is finished. Cells of an earlier run, if there are any, tell it better.
 
     Raises
     ------
@@ -124,12 +128,17 @@ def run_cells(
     folder.mkdir(parents=True, exist_ok=True)
     stopping.keep(f"finished cells are kept in {folder}, and the same command goes on from there")
     with _alone_in(folder, progress is not False):
-        outcomes = _finish(tasks, folder, jobs, scheduler, progress)
+        outcomes = _finish(tasks, folder, jobs, scheduler, progress, expected)
     return [outcomes[task.key]["result"] for task in tasks]
 
 
 def _finish(
-    tasks: Sequence[Task], folder: Path, jobs: int, scheduler: str | None, progress: bool | None
+    tasks: Sequence[Task],
+    folder: Path,
+    jobs: int,
+    scheduler: str | None,
+    progress: bool | None,
+    expected: float | None,
 ) -> dict[str, Outcome]:
     """The outcomes of all tasks by key, from the folder or from running them."""
     outcomes: dict[str, Outcome] = {}
@@ -145,8 +154,11 @@ def _finish(
         print(_from_before(outcomes, len(outcomes) + len(missing), folder), file=sys.stderr, flush=True)
     if missing:
         waiting = list(missing.values())
+        outlook = Outlook(len(waiting), jobs if scheduler is None else None, folder, expected, list(outcomes.values()))
+        if progress is not False:
+            print(outlook.first_line(), file=sys.stderr, flush=True)
         arriving = _in_processes(waiting, jobs) if scheduler is None else _on_cluster(waiting, scheduler)
-        _collect(arriving, outcomes, folder, len(outcomes) + len(missing), progress)
+        _collect(arriving, outcomes, folder, len(outcomes) + len(missing), progress, outlook)
     _raise_failures([outcomes[key] for key in missing], list(missing.values()))
     return outcomes
 
@@ -247,6 +259,54 @@ def _read(path: Path, task: Task) -> Outcome | None:
         return None
 
 
+@dataclass
+class Outlook:
+    """How long cells will take, as an estimate: ``count`` of them, ``jobs`` at a time (None: on a cluster)."""
+
+    count: int
+    jobs: int | None
+    folder: Path
+    expected: float | None
+    before: Sequence[Outcome]
+
+    def first_line(self) -> str:
+        """What there is to run, how long it will take, and where what is finished is kept."""
+        at_a_time = "" if self.jobs is None else f", {min(self.jobs, self.count)} at a time"
+        runs = f"{self.count} run{'s' if self.count > 1 else ''}{at_a_time}"
+        kept = f"what is finished is kept in {self.folder}"
+        if self.before:
+            self.expected = sum(outcome["seconds"] for outcome in self.before) / len(self.before)
+            how = self._estimate(self.count, self.expected, "as the finished ones took")
+        elif self.expected is not None:
+            how = self._estimate(self.count, self.expected, "as measured before on two cores")
+        else:
+            later = "how long they take is estimated after the first one"
+            how = later if self.count > 1 else "how long it takes was not measured before"
+        return f"sweep: {runs}; {how}; {kept}"
+
+    def after_first(self, seconds: float) -> str:
+        """An estimate of the rest, once, where there was none before."""
+        if self.expected is not None or self.count < 2:
+            return ""
+        self.expected = seconds
+        return f"sweep: {self._estimate(self.count - 1, seconds, 'as the first one took')}"
+
+    def _estimate(self, count: int, seconds: float, basis: str) -> str:
+        total = seconds * -(-count // (self.jobs or count))
+        return f"about {duration(total)} (estimate: {duration(seconds)} a run, {basis})"
+
+
+def duration(seconds: float) -> str:
+    """A time in words, to what an estimate can tell.
+
+    >>> duration(0.4), duration(42.4), duration(150), duration(9000)
+    ('1 s', '42 s', '3 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def _from_before(found: Mapping[str, Outcome], total: int, folder: Path) -> str:
     """How many cells had been finished, when, and whether by the sources at hand."""
     from analysis.commands.provenance import code_fingerprint
@@ -269,6 +329,7 @@ def _collect(
     folder: Path,
     total: int,
     progress: bool | None,
+    outlook: Outlook,
 ) -> None:
     """Store each outcome as it comes, and say so."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
@@ -283,6 +344,9 @@ def _collect(
             advance(1, how.partition(",")[0])
             if lines:
                 print(f"[{len(outcomes)}/{total}] {task}: {how}", file=sys.stderr, flush=True)
+            later = "" if "error" in outcome else outlook.after_first(outcome["seconds"])
+            if later and progress is not False:
+                print(later, file=sys.stderr, flush=True)
 
 
 def _raise_failures(outcomes: Sequence[Outcome], tasks: Sequence[Task]) -> None:

@@ -20,6 +20,8 @@ from analysis.commands.cli import (
     figure_file,
     folder_to_write,
     input_shape,
+    listing,
+    nets_and_data,
     pixels,
     run_command,
     share,
@@ -32,7 +34,13 @@ if TYPE_CHECKING:
     from lance_ref.nn.module import Module
 
 SCHEMA = 1
-METHODS = ("lance", "bp", "bias", "head")
+ABOUT = {
+    "lance": "the weights of the tuned layers, from few directions of their inputs",
+    "bp": "the weights of the tuned layers, by exact backpropagation",
+    "bias": "the biases of the tuned layers",
+    "head": "the classifier alone, which always trains",
+}
+METHODS = tuple(ABOUT)
 DEFAULT_NUM_CLASSES = 10
 DEFAULT_DIRECTIONS = 8
 MOMENTUM = 0.9
@@ -44,52 +52,66 @@ def parser() -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="python -m analysis.device",
         description="One training step compiled for a device: every array at a fixed address, one image at a time. "
-        "What it takes of RAM and flash and what it computes, instruction by instruction.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "What it takes of RAM and flash and what it computes, instruction by instruction.\n\n"
+        "Example: lance-ref device --net mcunet --tune last:4 --directions 8",
+        epilog=f"{listing('methods', ABOUT)}\n\n{nets_and_data(False)}",
         allow_abbrev=False,
     )
     p.add_argument("--net", required=True, help=NET_HELP)
     p.add_argument(
-        "--num-classes", type=count, help=f"outputs of the classifier ({DEFAULT_NUM_CLASSES}; a factory's own)"
-    )
+        "--num-classes", type=count,
+        help=f"number of classes ({DEFAULT_NUM_CLASSES}; those that a function of yours gives)",
+    )  # fmt: skip
     p.add_argument("--image-size", type=pixels, help="height and width in pixels (what the net is made for)")
     p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
-    p.add_argument("--tune", nargs="+", help="last:n, all, head, or globs of layer names (last:4, all if fewer)")
-    p.add_argument("--method", default="lance", choices=METHODS, help="what trains, and what it keeps")
+    p.add_argument(
+        "--tune", nargs="+",
+        help="layers that train besides the classifier: last:4 for the last four, all, head for none, or names with * "
+        "for any letters (last:4, or all of a net that has fewer)",
+    )  # fmt: skip
+    p.add_argument("--method", default="lance", choices=METHODS, help="what trains, see below (lance)")
     ranks = p.add_mutually_exclusive_group()
     ranks.add_argument(
         "--directions", type=count, metavar="N",
-        help=f"of lance: mean-free directions of the channels of each layer that has more ({DEFAULT_DIRECTIONS})",
+        help=f"with lance: directions of the channels that are kept, without their mean ({DEFAULT_DIRECTIONS})",
     )  # fmt: skip
-    ranks.add_argument("--epsilon", type=share, help="of lance: energy threshold for ranks from spectra")
     ranks.add_argument(
-        "--ranks", help="of lance: a fraction for every mode, or layer=r1,r2,r3,r4;... (r1: the batch, not used)"
-    )
-    p.add_argument("--spectra", help="of --epsilon: file of measured spectra, from python -m analysis.spectra")
+        "--epsilon", type=share,
+        help="with lance, in place of --directions: share of the squared values that the directions keep",
+    )  # fmt: skip
+    ranks.add_argument(
+        "--ranks",
+        help="with lance, in place of --directions: one fraction, or layer=r1,r2,r3,r4;... (r1: the batch, not used)",
+    )  # fmt: skip
+    p.add_argument("--spectra", help="with --epsilon: file that lance-ref spectra wrote")
     p.add_argument(
-        "--train", default="subspace", choices=["subspace", "weight"], help="of lance: D alone, or the weight"
-    )
-    p.add_argument("--update", default="batch", choices=["batch", "image"], help="after a batch, or after each image")
+        "--train", default="subspace", choices=["subspace", "weight"],
+        help="with lance: coordinates in the directions alone, or weights",
+    )  # fmt: skip
+    p.add_argument(
+        "--update", default="batch", choices=["batch", "image"],
+        help="when weights change: after a batch, or each image",
+    )  # fmt: skip
     p.add_argument("--momentum", action="store_true", help="SGD with momentum")
-    p.add_argument("--budget", help="of RAM: 256KiB, 1.5MiB, 300000 (the smallest that is found)")
-    p.add_argument("--format", default="table", choices=["table", "json"], help="of the output")
+    p.add_argument("--budget", help="RAM of the device, as 256KiB, 1.5MiB or 300000B (the least that is found)")
+    p.add_argument("--format", default="table", choices=["table", "json"], help="of the result (table)")
     p.add_argument(
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
         help="the same as --format json",
     )  # fmt: skip
-    p.add_argument("--output", type=any_file, help="write to this file, whole or not at all")
+    p.add_argument("--output", type=any_file, help="write the result to this file (the terminal)")
     p.add_argument("--plot", type=figure_file, metavar="FILE", help="draw the arena into this .png or .svg file")
+    p.add_argument("--export", type=folder_to_write, metavar="FOLDER", help="write the step as C99 into this folder")
     p.add_argument(
-        "--export", type=folder_to_write, metavar="FOLDER", help="write the step as C into this folder, whole or not"
-    )
+        "--weights", choices=["float32", "int8"],
+        help="with --export: how weights that do not train are stored (float32)",
+    )  # fmt: skip
+    p.add_argument("--ram-section", metavar="NAME", help="with --export: the linker's section for the RAM (none)")
+    p.add_argument("--flash-section", metavar="NAME", help="with --export: the linker's section for constants (none)")
     p.add_argument(
-        "--weights", choices=["float32", "int8"], help="of --export: how frozen weights are stored (float32)"
-    )
-    p.add_argument("--ram-section", metavar="NAME", help="of --export: the linker's section for the arena (none)")
-    p.add_argument("--flash-section", metavar="NAME", help="of --export: the linker's section for constants (none)")
-    p.add_argument(
-        "--measure", action="store_true", help="run a step of one random image and compare; exit 1 on a difference"
-    )
+        "--measure", action="store_true",
+        help="run a step of one random image and compare; exit code 1 if a number differs",
+    )  # fmt: skip
     return p
 
 
@@ -219,9 +241,12 @@ def _exported(options: argparse.Namespace, program: Program) -> dict[str, Any]:
 def _facts(
     options: argparse.Namespace, net: Module, program: Program, shape: tuple[int, ...], source: str
 ) -> dict[str, Any]:
+    from analysis.steps.net_choice import NetChoice
+
     tuning: Any = net.tuning
     return {
         "net": options.net,
+        "weights_from": NetChoice(options.net).origin(net).words,
         "input_shape": list(shape),
         "num_classes": program.graph.shapes[program.graph.output][0],
         "tuned_layers": list(tuning.layers),
@@ -277,6 +302,7 @@ def table(facts: dict[str, Any], program: Program, predicted: DevicePrediction) 
     if "exported" in facts:
         done = facts["exported"]
         lines += ["", f"exported to {done['folder']}: C99, weights in {done['weights']}"]
+        lines += textwrap.wrap(f"weights: {facts['weights_from']}", 80)
         lines += [f"{'flash: constants of the C program':<{COLUMN}}{done['flash_bytes']:>12,}"]
         lines += [f"compare it with this program: make -C {done['folder']} test"]
     return "\n".join(line.rstrip() for line in lines) + "\n"

@@ -282,6 +282,12 @@ class OnnxNet(Module):
         """The module of a path, which may have dots in its own name."""
         return self._modules[path] if path in self._modules else super().get_submodule(path)
 
+    def set_submodule(self, path: str, module: Module) -> None:
+        """Put another module in the place of one of this network's own, whatever steps run it."""
+        old = self.get_submodule(path)
+        self._modules[path] = module
+        self._steps = [(node, module if each is old else each) for node, each in self._steps]
+
     # ---- running -----------------------------------------------------------------------
 
     @property

@@ -103,10 +103,11 @@ def build(name: str, num_classes: int | None, input_shape: tuple[int, ...], with
     """A built-in net, what ``pkg.module:factory`` returns, or the network in an ONNX file.
 
     A factory is called with ``num_classes=`` if that is given and it takes it, else with nothing; a Module of that name
-    is taken as it is. ``mobilenetv2@0.35`` has 0.35 times the channels. Without ``num_classes`` a built-in net has
-    :data:`DEFAULT_NUM_CLASSES`; it is made for ``input_shape`` where it must be, and without weights its parameters
-    have shapes only. Raises ValueError, in one line, where there is no such net or factory, the factory failed, or what
-    it returned is no Module.
+    is taken as it is, and one of PyTorch is converted (:func:`lance_ref.from_torch`). ``mobilenetv2@0.35`` has 0.35
+    times the channels. Without ``num_classes`` a built-in net has :data:`DEFAULT_NUM_CLASSES`; it is made for
+    ``input_shape`` where it must be, and without weights its parameters have shapes only. Raises ValueError, in one
+    line, where there is no such net or factory, the factory failed, what it returned is no Module, or parts of a module
+    of PyTorch have no counterpart, which are all listed.
     """
     if name.endswith(".onnx"):
         from analysis.onnx.net import OnnxNet
@@ -114,11 +115,7 @@ def build(name: str, num_classes: int | None, input_shape: tuple[int, ...], with
         return OnnxNet(name, with_weights=not without_weights)
     if ":" in name:
         made = from_factory(name, num_classes)
-        try:
-            check_module(made, "the factory returned")
-        except TypeError as error:
-            raise ValueError(f"net {name!r}: {error}") from None
-        return made
+        return converted(made, name) if is_torch_module(made) else made
     base, at, width = name.partition("@")
     if base not in models.names():
         known = ", ".join(models.names())
@@ -186,6 +183,14 @@ def from_factory(name: str, num_classes: int | None) -> Any:
     except TypeError as error:
         raise ValueError(f"net {name!r}: {error}") from None
     return net
+
+
+def converted(module: Any, name: str) -> Module:
+    """A module of PyTorch as a net of this library; ValueError lists what has no counterpart."""
+    try:
+        return lance_ref.from_torch(module)
+    except ValueError as error:
+        raise ValueError(f"net {name!r}: {error}; `lance-ref cost` takes the module as it is") from None
 
 
 TORCH_HINT = "PyTorch is not installed, which a torch.nn.Module needs: python -m pip install -e '.[torch]'"

@@ -13,6 +13,7 @@ other packages. Every command takes names, options, help and checks from here.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -282,15 +283,23 @@ def add_settings(
         stated = several.get("default", [default])
         shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in stated if value)
         one = {"default": None if later and setting.name in later else default}
+        said = re.sub(r" \([^()]*\)$", "", setting.help) if shown else setting.help  # the default is told once
         try:
             parser.add_argument(
                 setting.option, type=setting.check,
-                help=f"{setting.help}, of {heeding}{f' ({shown})' if shown else ''}", **(several or one),
+                help=f"for {heeding}: {said}{f' ({shown})' if shown else ''}", **(several or one),
             )  # fmt: skip
         except argparse.ArgumentError:
             raise ValueError(
                 f"setting {setting.name!r} of method {heeding} has the name of an option of this command"
             ) from None
+
+
+def listed() -> str:
+    """Every method with what it does, a line each, for the end of a help."""
+    from analysis.commands.cli import listing
+
+    return listing("methods", {name: of.about for name, of in METHODS.items()})
 
 
 def check_methods_heed(options: argparse.Namespace, methods: Iterable[str]) -> None:

@@ -5,6 +5,9 @@ multiply-adds of steps and between tasks. All learners start from the same weigh
 
 A finished run of one learner and seed is kept in --folder and never run again; one that was stopped goes on where it
 was.
+
+    lance-ref continual --quick
+    lance-ref continual --data pictures/ --net mynets:net --seeds 1
 """
 
 from __future__ import annotations
@@ -12,12 +15,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from analysis.commands import cli
 from experiments import frame
 
 CELL = "experiments.continual.cell:run"
+ABOUT = {
+    "finetune": "keeps training on each next task; nothing protects the earlier ones",
+    "gpm": "takes out of every gradient what earlier tasks need (gradient projection memory)",
+    "lance": "LANCE in directions outside of those that earlier tasks need",
+    "lance-no-batch": "the same, the batch left uncompressed",
+    "head-only": "the first task trains the whole net, later ones their own classifiers",
+    "joint": "trains on the images of all tasks so far: an upper bound, which keeps all images",
+    "er": "keeps a few images of earlier tasks and trains on them too (experience replay)",
+}
+"""Every learner in a few words."""
 THRESHOLDS = {"threshold": "thresholds"}
 """The option that has another name in :class:`lance_ref.continual.learners.Recipe`."""
 
@@ -31,6 +45,10 @@ IMAGES = {
     **MLP, "epochs": 10, "batch": 64, "lr": 0.01, "basis_samples": 320, "threshold": [0.97], "threshold_step": 0.003,
     "eval_batch": 64,
 }  # fmt: skip
+OWN = "own"
+"""The scenario that ``--data`` makes."""
+OWN_OPTIONS = ("data", "classes_per_task", "image_size", "channels", "mean", "std", "own")
+"""Options that stand in a cell only where they were given."""
 DIGITS = {**MLP, "lr": 0.05, "memory": 50}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -45,6 +63,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **IMAGES, "batch": 32, "lr": 0.05, "clip": 2.0, "threshold": [0.95], "threshold_step": 0.0,
         "basis_samples": 256,
     },
+    OWN: {**IMAGES, "batch": 32, "basis_samples": 100, "threshold": [0.95], "threshold_step": 0.0},
 }  # fmt: skip
 """By scenario, where an option is not given."""
 
@@ -54,39 +73,69 @@ QUICK = {"seeds": 1, "train_images": 150, "test_images": 60, "epochs": 5}
 def parser() -> argparse.ArgumentParser:
     from lance_ref.continual.learners import LEARNERS
     from lance_ref.continual.metrics import DEFINITIONS
-    from lance_ref.continual.networks import DEFAULT_NETWORK, NETWORKS
 
     defined = "R[t, i]: accuracy on task i after task t, of T tasks. " + ". ".join(DEFINITIONS.values())
-    p = frame.parser("experiments.continual", __doc__, epilog=f"{defined}.")
-    scenarios = f"one of {', '.join(DEFAULTS)} (%(default)s)"
-    p.add_argument("--scenario", type=cli.name_of(lambda: DEFAULTS), default="split-digits", help=scenarios)
-    p.add_argument("--quick", action="store_true", help="few images of each task and one seed, within a minute")
+    learners = cli.listing("learners", ABOUT)
+    p = frame.parser("experiments.continual", __doc__, epilog=f"{learners}\n\n{defined}.\n\n{cli.nets_and_data()}")
+    named = [name for name in DEFAULTS if name != OWN]
+    p.add_argument(
+        "--scenario", type=cli.name_of(lambda: named), default="split-digits",
+        help=f"tasks by name, one of {', '.join(named)} (split-digits)",
+    )  # fmt: skip
+    p.add_argument(
+        "--data", type=cli.data_set,
+        help=f"images of yours, in place of --scenario; each task has a few of their classes. {cli.DATA_HELP}",
+    )  # fmt: skip
+    p.add_argument("--classes-per-task", type=cli.integer(2, 1000), metavar="N", help="with --data (2)")
+    p.add_argument("--quick", action="store_true", help="try it: few images of each task, one seed; a minute")
     p.add_argument(
         "--learners", type=cli.name_of(lambda: LEARNERS), nargs="+", default=list(LEARNERS), metavar="LEARNER",
-        help=f"of {', '.join(LEARNERS)} (all)",
+        help="names of the list below (all)",
     )  # fmt: skip
-    nets = f"of {', '.join(NETWORKS)} (mlp for digits and mnist, else alexnet-cl)"
-    p.add_argument("--net", type=cli.name_of(lambda: {*NETWORKS, *DEFAULT_NETWORK.values()}), help=nets)
-    p.add_argument("--seeds", type=cli.few, help="runs of each learner, seeds 0, 1, ... (5)")
+    default = "mlp for digits and mnist, convnet for --data, mcunet for domains, else alexnet-cl"
+    nets = f"{cli.NET_HELP}. Where tasks have heads of their own, these replace its last layer ({default})"
+    p.add_argument("--net", type=cli.any_net, help=nets)
+    p.add_argument("--image-size", type=cli.pixels, help="with --data: height and width in pixels (as they are)")
+    cli.add_pixels(p)
+    p.add_argument("--seeds", type=cli.few, help="how often each learner runs, with other random numbers each time (5)")
     p.add_argument("--tasks", type=cli.integer(2, 10_000), help="the first so many (all)")
-    p.add_argument("--epochs", type=cli.count, help="per task (the scenario's)")
-    p.add_argument("--batch", type=cli.count, help="images a step (the scenario's)")
+    p.add_argument("--epochs", type=cli.count, help="passes over the images of each task (the scenario's)")
+    p.add_argument("--batch", type=cli.count, help="images of one training step (the scenario's)")
     p.add_argument("--lr", type=cli.positive, help="learning rate (the scenario's)")
-    p.add_argument("--momentum", type=cli.share_below_one, default=0.0, help="of SGD (0)")
-    p.add_argument("--clip", type=cli.positive, help="largest norm of the gradient (none; domains 2)")
-    p.add_argument("--train-images", type=cli.count, help="at most so many of each task, spread over its classes (all)")
-    p.add_argument("--test-images", type=cli.count, help="(all)")
-    p.add_argument("--threshold", type=cli.share, nargs="+", help="energy protected: one, or one for each layer")
-    p.add_argument("--threshold-step", type=cli.share_below_one, help="added to it with each task")
-    p.add_argument("--epsilon", type=cli.share, help="energy threshold of LANCE's subspaces (0.95)")
+    p.add_argument("--momentum", type=cli.share_below_one, default=0.0, help="of the optimiser, SGD (0)")
+    p.add_argument("--clip", type=cli.positive, help="longer gradients are shortened to this length (none; domains 2)")
+    p.add_argument(
+        "--train-images", type=cli.count,
+        help="images to train on in each task, spread over its classes (all)",
+    )  # fmt: skip
+    p.add_argument("--test-images", type=cli.count, help="images to test on in each task (all)")
+    p.add_argument(
+        "--threshold", type=cli.share, nargs="+",
+        help="for gpm and lance: share of the squared values of earlier tasks that is protected, one or one a layer "
+        "(the scenario's)",
+    )  # fmt: skip
+    p.add_argument(
+        "--threshold-step", type=cli.share_below_one,
+        help="what is added to --threshold with each task (the scenario's)",
+    )  # fmt: skip
+    p.add_argument(
+        "--epsilon", type=cli.share,
+        help="for lance: share of the squared values that a task's directions keep (0.95)",
+    )  # fmt: skip
     p.add_argument(
         "--update", choices=["weight", "subspace"], default="weight",
-        help="what trains of LANCE's layers: the weight, or its coordinates in the task's subspace (weight)",
+        help="for lance: what trains, weights or their coordinates in the task's directions (weight)",
     )  # fmt: skip
-    p.add_argument("--basis-samples", type=cli.count, help="images for subspaces and protected directions")
-    p.add_argument("--memory", type=cli.count, help="images that er keeps, of all tasks")
-    p.add_argument("--eval-batch", type=cli.count, help="images at a time in evaluation")
-    cli.add_sweep(p, "runs/continual", "of finished and stopped runs")
+    p.add_argument(
+        "--basis-samples", type=cli.count,
+        help="for gpm and lance: images from which directions are found (the scenario's)",
+    )  # fmt: skip
+    p.add_argument(
+        "--memory", type=cli.count,
+        help="for er: images that are kept of all tasks together (the scenario's)",
+    )  # fmt: skip
+    p.add_argument("--eval-batch", type=cli.count, help="images at a time where nothing is learned (the scenario's)")
+    cli.add_sweep(p, "runs/continual", "finished and stopped runs")
     frame.add_outputs(p, "matrices of accuracy and the first task over time", table=True)
     return p
 
@@ -102,10 +151,19 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     from lance_ref.continual.learners import LEARNERS
     from lance_ref.continual.networks import DEFAULT_NETWORK
 
-    defaults = {"net": DEFAULT_NETWORK[options.scenario], "seeds": 5, **DEFAULTS[options.scenario]}
+    if options.data is not None:
+        cli.check_no_effect(options, ("scenario",), "--data has tasks of its own")
+        options.scenario = OWN
+    for name in ("classes_per_task", "image_size"):
+        cli.check_effect(options, name, options.data is not None, "--data")
+    cli.check_no_effect(
+        options, ("channels", "mean", "std") if options.scenario == "domains" else (), "domains has its own"
+    )
+    defaults = {"net": DEFAULT_NETWORK.get(options.scenario, "convnet"), "seeds": 5, **DEFAULTS[options.scenario]}
     cli.fill_in(options, {**defaults, **QUICK} if options.quick else defaults)
     cli.check_once(options, "learners")
     cli.check_sweep(options)
+    options.own = frame.own_mark(options.net, "digits" if options.data is None else options.data)
     for name in ("memory", "epsilon", "update", "threshold", "threshold_step", "basis_samples"):
         heeding = [learner.name for learner in LEARNERS.values() if THRESHOLDS.get(name, name) in learner.heeds]
         takes = f"the learner {heeding[0]}" if len(heeding) == 1 else f"a learner of {', '.join(heeding)}"
@@ -124,6 +182,7 @@ def cell(options: argparse.Namespace, learner: str, seed: int) -> dict[str, Any]
         "thresholds": options.threshold,
         # left out where it is the default, so that cells of before keep their names
         **({} if options.update == "weight" else {"update": options.update}),
+        **{name: getattr(options, name) for name in OWN_OPTIONS if getattr(options, name) is not None},
         "learner": learner,
         "seed": seed,
         "folder": f"{options.folder}/running",
@@ -134,32 +193,42 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     from experiments.continual.report import Row, draw, markdown, results, show
 
     cells = [cell(options, learner, seed) for learner in options.learners for seed in range(options.seeds)]
-    about, images = _check(cells[0])
+    about, images, origin = _check(cells[0])
     title = f"{options.scenario}: {about}. {_recipe(options)}"
     groups = frame.by_seed(frame.run_cells(options, cells, CELL), options.seeds)
     rows = [Row(learner, seeds) for learner, seeds in zip(options.learners, groups, strict=True)]
     show(rows, title, images)
     frame.write(
         options,
-        lambda: results(rows, vars(options), arguments),
+        lambda: results(rows, vars(options), arguments, origin),
         lambda path: draw(rows, path, f"{options.scenario}, {options.net}, {options.seeds} seed(s)"),
         lambda: markdown(rows, title, arguments, images),
     )
 
 
-def _check(arguments: dict[str, Any]) -> tuple[str, int]:
+def _check(arguments: dict[str, Any]) -> tuple[str, int, dict[str, Any]]:
     """Open the data once here, so that what is wrong with it is said once, in one line.
 
     Returns
     -------
-    (str, int)
-        What the scenario is, and the test images of all its tasks.
+    (str, int, dict)
+        What the scenario is, the test images of all its tasks, and where weights and images came from.
     """
-    from experiments.continual.cell import prepare
+    from experiments.continual.cell import OWN as NAMES
+    from experiments.continual.cell import made, prepare
+    from lance_ref import datasets
     from lance_ref.continual.networks import body_layers
 
     names = ("scenario", "net", "seed", "tasks", "train_images", "test_images", "folder")
-    net, scenario = prepare(**{name: arguments[name] for name in names})
+    given = {name: arguments[name] for name in (*names, *NAMES) if name in arguments}
+    net, scenario = prepare(**given)
+    origin: dict[str, Any] = {}
+    if arguments["scenario"] != "domains":
+        folder = given.pop("folder")
+        assert isinstance(folder, str)
+        origin["weights"] = asdict(made(**given)[2])
+    if "data" in arguments:
+        origin["images"] = {"data": arguments["data"], "sha256": datasets.checksum(arguments["data"])}
     layers, given = body_layers(net), arguments["thresholds"]
     if len(given) not in (1, len(layers)):
         raise ValueError(f"--threshold has {len(given)} numbers, expected 1 or {len(layers)}: {', '.join(layers)}")
@@ -168,7 +237,7 @@ def _check(arguments: dict[str, Any]) -> tuple[str, int]:
         raise ValueError(f"--batch is {arguments['batch']}, but a task has {smallest} training images")
     if len(scenario) < 2:
         raise ValueError(f"{arguments['scenario']} has {len(scenario)} task(s), expected at least 2")
-    return scenario.about, sum(len(task.test) for task in scenario.tasks)
+    return scenario.about, sum(len(task.test) for task in scenario.tasks), origin
 
 
 def _recipe(options: argparse.Namespace) -> str:

@@ -128,7 +128,9 @@ def markdown(rows: Sequence[Row], title: str, arguments: Sequence[str], images: 
     return frame.markdown("experiments.continual", arguments, COLUMNS, table, NOTES, chance(rows, images))
 
 
-def results(rows: Sequence[Row], settings: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+def results(
+    rows: Sequence[Row], settings: Mapping[str, Any], arguments: Sequence[str], origin: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Everything, as it goes into the result file."""
     shown = []
     for row in rows:
@@ -136,7 +138,8 @@ def results(rows: Sequence[Row], settings: Mapping[str, Any], arguments: Sequenc
         for name in METRICS:
             numbers |= frame.statistics(name, row.metric(name))
         shown.append({**numbers, "predicted_equals_measured": row.agrees, "seeds": list(row.seeds)})
-    return frame.document("experiments.continual", settings, arguments, shown, definitions=DEFINITIONS)
+    more = {"definitions": DEFINITIONS, **(origin or {})}
+    return frame.document("experiments.continual", settings, arguments, shown, **more)
 
 
 def draw(rows: Sequence[Row], path: str, title: str) -> None:

@@ -43,6 +43,7 @@ def _run(options: argparse.Namespace) -> int:
     missing = sorted({each.package for each in chosen if not each.is_installed()})
     if missing:
         raise ImportError(f"not installed: {', '.join(missing)}; --only chooses others")
+    frame.begin(None, f"{len(chosen)} networks, a line for each when it is finished, and nothing else is kept")
     outcomes = []
     for network in chosen:
         outcomes.append(compare(network, options.exports))

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 import lance_ref
+from analysis.steps.net_choice import NetChoice
 from experiments.device.whole_maps import WholeMaps
 from experiments.finetune.cell import Setup
-from lance_ref import calibrate, datasets, device, models
+from lance_ref import calibrate, datasets, device
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.datasets import Dataset
 from lance_ref.nn.module import Module
@@ -45,6 +46,7 @@ def train(
     validation: bool,
     folder: str,
     clip: float | None = None,
+    **own: Any,
 ) -> dict[str, Any]:
     """Train with the arithmetic of a device program; all arguments are JSON, and so is the result.
 
@@ -68,8 +70,12 @@ def train(
     clip : float, optional
         Largest norm of the gradient of a batch. (With an update after every image the weights of a layer change before
         the gradients of earlier layers are known.)
+    **own
+        The further fields of :class:`~experiments.finetune.cell.Setup`.
     """
-    setup = Setup(net, data, tune, seed, image_size, train_images, test_images, validation, folder)
+    given = {"net": net, "data": data, "tune": tune, "seed": seed, "image_size": image_size}
+    given |= {"train_images": train_images, "test_images": test_images, "validation": validation, "folder": folder}
+    setup = Setup.of({**given, **own})
     module, parts = _opened(setup)
     lance_ref.tune(module, tune)  # another cell of this process may have chosen otherwise
     part = tail(module, parts[0].stage) if isinstance(parts[0], Features) else module
@@ -78,11 +84,11 @@ def train(
         batches = setup.calibration_batches(parts[0], calibration_batch, calibration_batches)
         calibration = calibrate(part, batches, modes=("channel",), mean_free=True, progress=False)
         calibration = calibration.with_ranks({path: _ranks(calibration[path], directions) for path in calibration})
-    first = next(_inputs(parts[0], net, image_size))
+    first = next(_inputs(parts[0], setup))
     program = device.compile(part, calibration, first.shape[1:], update=update, method=method)
     maps = WholeMaps(program)
     began = time.perf_counter()
-    sources = frozen_sources(maps, _inputs(parts[0], net, image_size))
+    sources = frozen_sources(maps, _inputs(parts[0], setup))
     prepared = time.perf_counter() - began
     began = time.perf_counter()
     step = 1 if update == "image" else batch
@@ -94,7 +100,7 @@ def train(
         return {"accuracy": 0.0, "diverged": str(error)}  # a learning rate that is too large is not the best one
     trained = time.perf_counter() - began
     return {
-        "accuracy": evaluate(maps, _inputs(parts[1], net, image_size), parts[1].labels),
+        "accuracy": evaluate(maps, _inputs(parts[1], setup), parts[1].labels),
         "images": len(parts[1]),
         "train_images": len(parts[0]),
         "updates": epochs * (len(parts[0]) // step),
@@ -175,13 +181,13 @@ def frozen_sources(maps: WholeMaps, inputs: Iterator[np.ndarray]) -> list[np.nda
     return [np.ascontiguousarray(np.concatenate(one)) for one in zip(*chunks, strict=True)]
 
 
-def _inputs(source: Dataset | Features, net: str, image_size: int | None) -> Iterator[np.ndarray]:
+def _inputs(source: Dataset | Features, setup: Setup) -> Iterator[np.ndarray]:
     """What the trained part takes, some images at a time and always in the same order."""
     if isinstance(source, Features):
         yield from _chunks(source.arrays)
     else:
-        normalise = models.preprocessing(net)
-        for x, _ in datasets.batches(source, EVALUATED, shuffle=False, normalise=normalise, image_size=image_size):
+        taken: dict[str, Any] = {"normalise": setup.normalise, "image_size": setup.image_size}
+        for x, _ in datasets.batches(source, EVALUATED, shuffle=False, **taken):
             yield x
 
 
@@ -202,6 +208,7 @@ def plan(
     directions: int | None,
     update: str,
     budget_kib: float | None,
+    own: str | None = None,
 ) -> dict[str, Any]:
     """Compile a step of the whole network for images in bytes; what it takes depends on ranks, not on numbers.
 
@@ -211,6 +218,8 @@ def plan(
     input_shape : (C, H, W)
     budget_kib : float or None
         The program with the fewest multiply-adds that fits; None: the smallest arena.
+    own : str, optional
+        What tells a user's net from another of the same name; not looked at.
 
     Returns
     -------
@@ -231,10 +240,8 @@ def plan(
 
 
 def _plain(net: str, classes: int, input_shape: tuple[int, ...]) -> Module:
-    """The network with random weights."""
-    spec = models.find(net)
-    options = spec.options_for(input_shape) if spec.weights is None else {}
-    return models.create(net, num_classes=classes, rng=0, **options)
+    """The network; of a built-in one with random weights."""
+    return NetChoice(net).make(classes, input_shape, 0, pretrained=False)[0]
 
 
 def _random_calibration(

@@ -17,7 +17,13 @@ from typing import Any
 from analysis.commands import cli
 from experiments import frame
 
-METHODS = ("head", "bias", "bp", "lance")
+ABOUT = {
+    "head": "the classifier alone, which always trains",
+    "bias": "the biases of the tuned layers too",
+    "bp": "their weights too, by exact backpropagation",
+    "lance": "their weights too, from few directions of their inputs",
+}
+METHODS = tuple(ABOUT)
 UPDATES = ("image", "batch")
 NO_LIMIT_KIB = 1e6
 """A budget in which nothing need be computed again."""
@@ -42,22 +48,36 @@ DEFAULTS = {
 def parser() -> argparse.ArgumentParser:
     p = frame.parser(
         "experiments.device", __doc__,
-        epilog="head: the classifier; bias: biases of the chosen layers; bp: their weights too, by exact "
-        "backpropagation; lance: the weights from cores of the inputs. The classifier always trains.",
+        epilog=f"{cli.listing('methods', ABOUT)}\n\n{cli.nets_and_data()}",
     )  # fmt: skip
-    p.add_argument("--quick", action="store_true", help="a small net on the digits of the package, within a minute")
-    p.add_argument("--net", type=cli.built_in_net, help="(mcunet)")
-    p.add_argument("--data", type=cli.data_set, help="a data set by name, or a folder with train/ and test/ (cifar10)")
-    p.add_argument("--tune", help="layers that train (last:4)")
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="(all)")
-    p.add_argument("--directions", type=cli.count, nargs="+", help="of LANCE, for each layer (8 24)")
-    p.add_argument("--updates", nargs="+", choices=UPDATES, default=list(UPDATES), help="after each of these (both)")
-    p.add_argument("--batch", type=cli.count, help="images between two updates after a batch (128)")
-    p.add_argument("--epochs", type=cli.count, help="with updates after a batch (15)")
-    p.add_argument("--image-epochs", type=cli.count, help="with updates after every image (5)")
+    p.add_argument("--quick", action="store_true", help="try it: a small net on the digits of the package; a minute")
+    frame.add_net_and_data(p, "mcunet", "cifar10")
     p.add_argument(
-        "--tuning-epochs", type=cli.count, help="with updates after a batch, to compare rates; 1 otherwise (2)"
-    )
+        "--tune",
+        help="layers that train besides the classifier: last:4 for the last four, all, or names with * (last:4)",
+    )  # fmt: skip
+    p.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
+        help="names of the list below (all)",
+    )  # fmt: skip
+    p.add_argument(
+        "--directions", type=cli.count, nargs="+",
+        help="with lance: directions of each layer's channels (8 24)",
+    )  # fmt: skip
+    p.add_argument(
+        "--updates", nargs="+", choices=UPDATES, default=list(UPDATES),
+        help="when weights change: after each image, or after a batch (both)",
+    )  # fmt: skip
+    p.add_argument("--batch", type=cli.count, help="images between two updates after a batch (128)")
+    p.add_argument("--epochs", type=cli.count, help="passes over the images, where weights change after a batch (15)")
+    p.add_argument(
+        "--image-epochs", type=cli.count,
+        help="passes over the images, where weights change after each image (5)",
+    )  # fmt: skip
+    p.add_argument(
+        "--tuning-epochs", type=cli.count,
+        help="passes to compare learning rates, where weights change after a batch; otherwise it is 1 (2)",
+    )  # fmt: skip
     for update, rates in (("batch", "0.05 0.1 0.2"), ("image", "0.001 0.002 0.004")):
         p.add_argument(
             f"--{update}-rates", type=cli.positive, nargs="+", metavar="RATE",
@@ -66,13 +86,15 @@ def parser() -> argparse.ArgumentParser:
         )  # fmt: skip
     p.add_argument("--clip", type=cli.positive, help="largest norm of the gradient of a batch (2.0)")
     p.add_argument("--no-clip", action="store_true", help="leave the gradient of a batch as it is")
-    p.add_argument("--budgets", type=cli.positive, nargs="+", metavar="KIB", help="of RAM (160 200 256 320 512)")
-    p.add_argument("--seeds", type=cli.few, help="runs of each method, seeds 0, 1, ... (3)")
-    p.add_argument("--calibration-batches", type=cli.count, help="(4)")
+    p.add_argument(
+        "--budgets", type=cli.positive, nargs="+", metavar="KIB",
+        help="RAM for which lance's programs are planned, too (160 200 256 320 512)",
+    )  # fmt: skip
+    p.add_argument("--seeds", type=cli.few, help="how often each method runs, with other random numbers each time (3)")
+    p.add_argument("--calibration-batches", type=cli.count, help="batches on which lance finds its directions (4)")
     p.add_argument("--calibration-batch", type=cli.count, help="images of each (64)")
-    p.add_argument("--image-size", type=cli.pixels, help="pixels (what the net was trained with)")
-    p.add_argument("--train-images", type=cli.count, help="at most so many, spread over the classes (10,000)")
-    p.add_argument("--test-images", type=cli.count, help="(all)")
+    p.add_argument("--train-images", type=cli.count, help="images to train on, spread over the classes (10000)")
+    p.add_argument("--test-images", type=cli.count, help="images to test on (all)")
     cli.add_sweep(p, "runs/device")
     frame.add_outputs(p, "accuracy against RAM", table=True)
     return p
@@ -87,10 +109,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def checked(options: argparse.Namespace) -> argparse.Namespace:
     """Defaults of the chosen size, and everything checked that can be before anything runs."""
     cli.fill_in(options, QUICK if options.quick else DEFAULTS)
-    if options.image_size is None:
-        from lance_ref import models
-
-        options.image_size = models.find(options.net).image_size
     for name in ("methods", "directions", "updates", "batch_rates", "image_rates", "budgets"):
         cli.check_once(options, name)
     for name in ("directions", "calibration_batches", "calibration_batch", "budgets"):
@@ -101,7 +119,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     for name in ("image_epochs", "image_rates"):
         cli.check_effect(options, name, "image" in options.updates, "--updates image")
     cli.check_sweep(options)
-    cli.check_tune(options.net, options.tune)
+    frame.settle(options, options.tune)
     return options
 
 
@@ -128,8 +146,7 @@ def train_cell(options: argparse.Namespace, key: Key, seed: int, lr: float, vali
         else (options.image_epochs if by_image else options.epochs)
     )
     return {
-        "net": options.net,
-        "data": options.data,
+        **frame.net_and_data(options),
         "tune": options.tune,
         "method": method,
         "directions": directions,
@@ -138,9 +155,6 @@ def train_cell(options: argparse.Namespace, key: Key, seed: int, lr: float, vali
         "seed": seed,
         "epochs": epochs,
         "batch": options.batch,
-        "image_size": options.image_size,
-        "train_images": options.train_images,
-        "test_images": options.test_images,
         "calibration_batches": options.calibration_batches,
         "calibration_batch": options.calibration_batch,
         "validation": validation,
@@ -155,6 +169,7 @@ def plan_cell(options: argparse.Namespace, key: Key, budget_kib: float | None = 
     classes, input_shape = _shape(options)
     return {
         "net": options.net,
+        **({} if options.own is None else {"own": options.own}),
         "classes": classes,
         "input_shape": list(input_shape),
         "tune": options.tune,
@@ -167,12 +182,11 @@ def plan_cell(options: argparse.Namespace, key: Key, budget_kib: float | None = 
 
 def _shape(options: argparse.Namespace) -> tuple[int, tuple[int, int, int]]:
     """The number of classes, and (C, H, W) of an image."""
-    from experiments.finetune.cell import open_data
+    from experiments.finetune.cell import Setup
 
-    data = open_data(options.data, "train", options.train_images, options.image_size)
-    _, height, width, channels = data.images.shape
-    size = options.image_size
-    return data.num_classes, (channels, height, width) if size is None else (channels, size, size)
+    setup = Setup.of({**frame.net_and_data(options), "tune": options.tune, "seed": 0})
+    data = setup.images("train")
+    return data.num_classes, setup.input_shape(data)
 
 
 def swept_rates(options: argparse.Namespace) -> dict[Key, dict[float, float]]:
@@ -219,7 +233,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     from experiments.finetune.cell import prepare_data
 
     every = keys(options)
-    prepare_data(train_cell(options, every[0], 0, 1.0))
+    origin = prepare_data(train_cell(options, every[0], 0, 1.0))
     plans = frame.run_cells(options, [plan_cell(options, key) for key in every], PLAN)
     untiled = frame.run_cells(options, [plan_cell(options, key, NO_LIMIT_KIB) for key in every], PLAN)
     lance = [key for key in every if key[0] == "lance"]
@@ -238,7 +252,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     show(rows, fits)
     frame.write(
         options,
-        lambda: results(rows, fits, vars(options), arguments),
+        lambda: results(rows, fits, vars(options), arguments, origin),
         lambda path: draw(rows, path, f"{options.net} on {options.data}, {options.tune}", options.batch),
         lambda: markdown(rows, fits, arguments),
     )

@@ -170,7 +170,13 @@ def markdown(rows: Sequence[Row], fits: Fits, arguments: Sequence[str]) -> str:
     return "\n".join([*lines, NOTES, "", chance(rows), "", PUBLISHED, ""])
 
 
-def results(rows: Sequence[Row], fits: Fits, settings: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+def results(
+    rows: Sequence[Row],
+    fits: Fits,
+    settings: Mapping[str, Any],
+    arguments: Sequence[str],
+    origin: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Everything, as it goes into the result file."""
     rows_of_file = [
         {
@@ -196,7 +202,8 @@ def results(rows: Sequence[Row], fits: Fits, settings: Mapping[str, Any], argume
         }
         for budget, of in fits.items()
     ]
-    return frame.document("experiments.device", settings, arguments, rows_of_file, budgets=budgets, published=PUBLISHED)
+    more = {"budgets": budgets, "published": PUBLISHED, **(origin or {})}
+    return frame.document("experiments.device", settings, arguments, rows_of_file, **more)
 
 
 # ---- the figure ---------------------------------------------------------------------------------

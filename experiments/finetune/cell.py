@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -14,8 +15,10 @@ import numpy as np
 
 import lance_ref
 from analysis.rules.account import WEIGHTED, account
+from analysis.steps.net_choice import NetChoice, Normalise, Weights
+from analysis.steps.nets import CannotRunError
 from experiments.finetune.methods import Start, methods, prepare
-from lance_ref import F, datasets, models
+from lance_ref import F, datasets
 from lance_ref.datasets import Dataset
 from lance_ref.nn.module import Module
 from lance_ref.nn.selection import Tuning, learns, weighted_layers
@@ -66,7 +69,7 @@ def run(
     chunk = max(1, batch // parts) if parts > 1 else chunk
     cost = measure_step(started, tuning, batches[0], chunks_of(started, x.shape[1:], x.dtype, batch, chunk).images)
     watch = Watch(tuning)
-    taken: dict[str, Any] = {"normalise": models.preprocessing(setup.net), "image_size": setup.image_size}
+    taken: dict[str, Any] = {"normalise": setup.normalise, "image_size": setup.image_size}
     try:
         result = fit(
             module, sources[0], epochs=epochs, batch_size=batch, lr=lr, clip_norm=clip, seed=setup.seed,
@@ -103,7 +106,8 @@ class Setup:
     Attributes
     ----------
     net, data, tune : str
-        Names of a model, a data set and a selection of layers.
+        A net as for :class:`~analysis.steps.net_choice.NetChoice`, data as for :func:`lance_ref.datasets.open_data`,
+        and a selection of layers.
     image_size : int or None
         None: the data set's own.
     train_images, test_images : int or None
@@ -113,6 +117,12 @@ class Setup:
         a training that diverged.
     folder : str
         Where the outputs of the frozen part are kept between cells; "" keeps none.
+    channels : int or None
+        Of the images; None: those that the net must have, else the data set's own.
+    mean, std : tuple of float or None
+        Of the normalisation; None: what the net was trained with, else pixel / 255.
+    own : str or None
+        What tells net and data of the user from others of the same name (:func:`experiments.frame.own_mark`).
     """
 
     net: str
@@ -124,32 +134,67 @@ class Setup:
     test_images: int | None
     validation: bool = False
     folder: str = ""
+    channels: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    own: str | None = None
 
     @classmethod
     def of(cls, cell: Mapping[str, Any]) -> Setup:
         """What the arguments of a cell say."""
-        return cls(**{field.name: cell[field.name] for field in fields(cls)})
+        given: dict[str, Any] = {field.name: cell[field.name] for field in fields(cls) if field.name in cell}
+        for name in ("mean", "std"):
+            if given.get(name) is not None:
+                given[name] = tuple(given[name])
+        return cls(**given)
+
+    @property
+    def choice(self) -> NetChoice:
+        return NetChoice(self.net)
+
+    @property
+    def normalise(self) -> Normalise:
+        """From pixels to the net's input."""
+        return self.choice.normalise(self.mean, self.std)[0]
+
+    def images(self, split: str) -> Dataset:
+        """The images of a split as they are stored, with the channels that the net takes."""
+        limit = self.test_images if split == "test" else self.train_images
+        channels = self.choice.channels if self.channels is None else self.channels
+        return open_data(self.data, split, limit, self.image_size, channels)
+
+    def input_shape(self, data: Dataset) -> tuple[int, int, int]:
+        """(C, H, W) of what the net takes."""
+        height, width, channels = data.images.shape[1:]
+        return (channels, height, width) if self.image_size is None else (channels, self.image_size, self.image_size)
 
     def open(self) -> tuple[Module, list[Dataset | Features]]:
         """The tuned network, and training and test set after its frozen part.
 
         Held-out images are rows of the training set's outputs, so that these are computed once.
         """
-        train = open_data(self.data, "train", self.train_images, self.image_size)
+        train = self.images("train")
         module, _ = self.network(train)  # where the outputs are cut: the same for all methods
         if self.validation:
             whole = self.after_frozen(module, train)
             return module, [_rows(whole, rows) for rows in _held_out(train.labels, self.seed)]
-        test = open_data(self.data, "test", self.test_images, self.image_size)
+        test = self.images("test")
         return module, [self.after_frozen(module, each) for each in (train, test)]
 
     def network(self, train: Dataset) -> tuple[Module, Tuning]:
-        """The model with its pretrained weights where there are some, and a fresh head."""
-        spec, (height, width, channels) = models.find(self.net), train.images.shape[1:]
-        more = {"pretrained": True} if spec.weights is not None else spec.options_for((channels, height, width))
-        module = models.create(self.net, num_classes=train.num_classes, rng=self.seed, **more)
+        """The net with the weights that it has, and a fresh head where the classes are others; tuned."""
+        module, _ = self.made(train)
         module.train()
         return module, lance_ref.tune(module, self.tune)
+
+    def made(self, train: Dataset) -> tuple[Module, Weights]:
+        """The net, and where its weights came from."""
+        try:
+            return self.choice.make(train.num_classes, self.input_shape(train), self.seed)
+        except CannotRunError as error:
+            raise ValueError(
+                f"{error}; --channels and --image-size say what the images of {self.data} become"
+            ) from None
 
     def after_frozen(self, module: Module, data: Dataset) -> Dataset | Features:
         """The data set after the frozen part, from a file if one is kept; the images where nothing is frozen."""
@@ -158,11 +203,14 @@ class Setup:
         path = None
         if self.folder:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
-            weights = "" if models.find(self.net).weights is not None else f"seed {self.seed}"
+            weights = "" if self.choice.pretrained is not None else f"seed {self.seed}"
             # the selection is where the network is cut
             title = f"{self.net} {weights} {data.name} {data.split} {len(data)} {self.image_size} {self.tune}"
+            given = [self.channels, self.mean, self.std, self.own]
+            if any(each is not None for each in given):
+                title += f" {hashlib.sha256(repr(given).encode()).hexdigest()[:16]}"
             path = Path(self.folder) / f"{''.join(c if c.isalnum() else '_' for c in title)}.npy"
-        return extract(module, data, models.preprocessing(self.net), self.image_size, path=path, progress=False)
+        return extract(module, data, self.normalise, self.image_size, path=path, progress=False)
 
     def calibration_batches(
         self, train: Dataset | Features, batch: int, count: int
@@ -173,7 +221,7 @@ class Setup:
         chosen = [order[i * batch : (i + 1) * batch] for i in range(min(count, len(train) // batch))]
         if isinstance(train, Features):
             return [(train.arrays[rows], train.labels[rows]) for rows in chosen]
-        return [images_of(train, rows, models.preprocessing(self.net), self.image_size) for rows in chosen]
+        return [images_of(train, rows, self.normalise, self.image_size) for rows in chosen]
 
 
 def check_batch(train: Dataset | Features, batch: int) -> None:
@@ -182,18 +230,38 @@ def check_batch(train: Dataset | Features, batch: int) -> None:
         raise ValueError(f"the training set has {len(train)} images, fewer than one batch of {batch}")
 
 
-def prepare_data(cell: Mapping[str, Any]) -> None:
+def prepare_data(cell: Mapping[str, Any]) -> dict[str, Any]:
     """Open data and network of a cell, and run the frozen part, so that the cells find its outputs there.
+
+    Returns
+    -------
+    dict
+        For the results: where weights and images came from, and the normalisation.
 
     Raises
     ------
     ValueError, OSError
         If a name is unknown, a file is missing or damaged, or the data do not fit the network.
     """
-    train = Setup.of(cell).open()[1][0]
+    setup = Setup.of(cell)
+    images = setup.images("train")
+    _, weights = setup.made(images)
+    train = setup.open()[1][0]
     check_batch(train, cell["batch"])
     if len(np.unique(train.labels)) < 2:
         raise ValueError(f"all images of {cell['data']!r} have one label, expected at least two classes")
+    return {
+        "weights": asdict(weights),
+        "images": {
+            "name": images.name,
+            "source": images.source,
+            "shape": list(images.images.shape[1:]),
+            "count": len(images),
+            "classes": images.num_classes,
+            "sha256": datasets.checksum(setup.data),
+        },
+        "normalisation": setup.choice.normalise(setup.mean, setup.std)[1],
+    }
 
 
 def _held_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -211,11 +279,9 @@ def _rows(data: Dataset | Features, rows: np.ndarray) -> Dataset | Features:
 
 
 @lru_cache(maxsize=4)  # a process runs many cells on the same images
-def open_data(data: str, split: str, limit: int | None, image_size: int | None) -> Dataset:
-    """A data set by name, or a folder of the user's own pictures with ``train/`` and ``test/`` inside."""
-    if data not in datasets.names() and Path(data).is_dir():
-        return datasets.ImageFolder(data, image_size, split=split, limit=limit)
-    return datasets.load(data, split, limit=limit)
+def open_data(data: str, split: str, limit: int | None, image_size: int | None, channels: int | None) -> Dataset:
+    """As :func:`lance_ref.datasets.open_data`, once."""
+    return datasets.open_data(data, split, image_size, limit, channels)
 
 
 # ---- measuring ---------------------------------------------------------------------------

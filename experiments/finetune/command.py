@@ -1,11 +1,13 @@
 """Fine-tune one network with every method, on the same batches: ``python -m experiments.finetune --quick``.
 
-For each method: accuracy over seeds, tape bytes predicted and measured, what the papers would count,
-multiply-adds by kind, time against backpropagation, and how well its weight gradients point. Two recipes:
-``papers`` uses one learning rate for all; ``tuned`` gives each method its own best of a grid, chosen on a
-tenth of the training images.
+For each method: accuracy over seeds, bytes that are kept between forward and backward pass, predicted and measured,
+multiply-adds by kind, time against backpropagation, and how well its weight gradients point. Your own net and images
+are told with --net and --data.
 
-A finished run of one method and seed is kept in --folder and never run again.
+A finished run of one method and seed is kept in --folder and never run again, so that a run that was stopped goes on.
+
+    lance-ref finetune --quick
+    lance-ref finetune --net mynets:net --data pictures/ --methods bp lance
 """
 
 from __future__ import annotations
@@ -38,41 +40,51 @@ def parser() -> argparse.ArgumentParser:
     from experiments.finetune.methods import methods
 
     known = methods()
-    about = "; ".join(f"{name}: {of.about}" for name, of in known.items())
-    p = frame.parser("experiments.finetune", __doc__, epilog=f"{about}.")
-    p.add_argument("--quick", action="store_true", help="a small net on the digits of the package, within a minute")
-    p.add_argument("--net", type=cli.built_in_net, help="mcunet, mobilenetv2, resnet8, convnet, ... (mcunet)")
-    p.add_argument("--data", type=cli.data_set, help="a data set by name, or a folder with train/ and test/ (cifar10)")
-    p.add_argument("--tune", help="last:n, all, or a glob of layer names (last:4)")
+    about = cli.listing("methods", {name: of.about for name, of in known.items()})
+    p = frame.parser("experiments.finetune", __doc__, epilog=f"{about}\n\n{cli.nets_and_data()}")
+    p.add_argument("--quick", action="store_true", help="try it: a small net on the digits of the package; a minute")
+    frame.add_net_and_data(p, "mcunet", "cifar10")
+    p.add_argument(
+        "--tune",
+        help="layers that train besides the classifier: last:4 for the last four, all, or names with * (last:4)",
+    )  # fmt: skip
     p.add_argument(
         "--methods", "--method", nargs="+", default=list(known), metavar="METHOD",
-        help=f"any of {', '.join(known)}; METHOD@VALUE sets its first setting (all)",
+        help="names of the list below; lance@0.9 sets the first number that a method has, here --epsilon (all)",
     )  # fmt: skip
-    p.add_argument("--recipe", nargs="+", choices=["papers", "tuned"], help="one learning rate, or each its own best")
+    p.add_argument(
+        "--recipe", nargs="+", choices=["papers", "tuned"],
+        help="papers: one learning rate for all methods; tuned: for each its own best of --lr-grid (papers)",
+    )  # fmt: skip
     add_settings(p, known, later=DEFAULTS)
     p.add_argument(
         "--modes", type=cli.name_of(lambda: MODES), nargs="+", default=list(MODES), metavar="MODE",
-        help="modes that LANCE compresses (all four)",
+        help="sizes of the activations that LANCE compresses: batch, channel, height, width (all four)",
     )  # fmt: skip
-    p.add_argument("--seeds", type=cli.few, help="runs of each method, seeds 0, 1, ... (3)")
-    p.add_argument("--epochs", type=cli.count, help="(15)")
-    p.add_argument("--batch", type=cli.count, help="images a step (128)")
+    p.add_argument("--seeds", type=cli.few, help="how often each method runs, with other random numbers each time (3)")
+    p.add_argument("--epochs", type=cli.count, help="passes over the training images (15)")
+    p.add_argument("--batch", type=cli.count, help="images of one training step (128)")
     p.add_argument(
-        "--chunk", type=cli.chunk, help="most images at a time, or auto, where that gives the same step (all)"
-    )
-    p.add_argument("--lr", type=cli.positive, help="of the papers' recipe (0.05)")
+        "--chunk", type=cli.chunk,
+        help="images that run at a time, or auto, where the step stays the same (the whole batch)",
+    )  # fmt: skip
+    p.add_argument("--lr", type=cli.positive, help="learning rate, of --recipe papers (0.05)")
     p.add_argument(
         "--lr-grid", type=cli.positive, nargs="+", default=[0.05, 0.1, 0.2],
-        help="of the tuned recipe (0.05 0.1 0.2); where the largest is best, twice as much is tried too",
+        help="learning rates that --recipe tuned tries; where the largest is best, twice as much is tried too "
+        "(0.05 0.1 0.2)",
     )  # fmt: skip
     p.add_argument(
-        "--tuning-epochs", type=cli.count, default=5, help="epochs of a run that compares learning rates (5)"
-    )
-    p.add_argument("--clip", type=cli.positive, default=2.0, help="largest norm of the gradient (2.0)")
-    p.add_argument("--calibration-batches", type=cli.count, help="or all there are, if fewer (100)")
-    p.add_argument("--image-size", type=cli.pixels, help="pixels (what the net was trained with)")
-    p.add_argument("--train-images", type=cli.count, help="at most so many, spread over the classes (all)")
-    p.add_argument("--test-images", type=cli.count, help="(all)")
+        "--tuning-epochs", type=cli.count, default=5,
+        help="of --recipe tuned: passes over the images to compare learning rates (5)",
+    )  # fmt: skip
+    p.add_argument("--clip", type=cli.positive, default=2.0, help="longer gradients are shortened to this length (2.0)")
+    p.add_argument(
+        "--calibration-batches", type=cli.count,
+        help="batches on which LANCE finds its directions, or all there are (100)",
+    )  # fmt: skip
+    p.add_argument("--train-images", type=cli.count, help="images to train on, spread over the classes (all)")
+    p.add_argument("--test-images", type=cli.count, help="images to test on (all)")
     cli.add_sweep(p, "runs/finetune")
     frame.add_outputs(p, "accuracy against bytes", table=True)
     return p
@@ -89,10 +101,6 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     from experiments.finetune.methods import all_settings, methods
 
     cli.fill_in(options, QUICK if options.quick else DEFAULTS)
-    if options.image_size is None:
-        from lance_ref import models
-
-        options.image_size = models.find(options.net).image_size
     known, own = methods(), [own_settings(spec) for spec in options.methods]
     for name in ("methods", "recipe", "modes", "lr_grid"):
         cli.check_once(options, name)
@@ -108,7 +116,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
         takers = [method for method, of in known.items() if setting in of.settings]
         effective = any(settings["method"] in takers and name not in settings for settings in own)
         cli.check_effect(options, name, effective, f"a method of {', '.join(takers)}, without a value of its own")
-    cli.check_tune(options.net, options.tune)
+    frame.settle(options, options.tune)
     return options
 
 
@@ -140,11 +148,9 @@ def cell(options: argparse.Namespace, spec: str, seed: int, lr: float, validatio
     """The arguments of one run."""
     from experiments.finetune.methods import all_settings
 
-    names = (
-        "net", "data", "tune", "batch", "image_size", "train_images", "test_images", "calibration_batches", "clip",
-    )  # fmt: skip
     return {
-        **{name: getattr(options, name) for name in names},
+        **frame.net_and_data(options),
+        **{name: getattr(options, name) for name in ("tune", "batch", "calibration_batches", "clip")},
         "lr": lr,
         "seed": seed,
         "epochs": options.tuning_epochs if validation else options.epochs,
@@ -163,20 +169,21 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
     from experiments.finetune.report import Row, draw, markdown, results, show
 
     # The data are opened once here: what is wrong with them is said once, and the frozen outputs are kept.
-    for validation in {recipe == "tuned" for recipe in options.recipe} | {False}:
-        prepare_data(cell(options, options.methods[0], 0, options.lr, validation))
+    for validation in sorted({recipe == "tuned" for recipe in options.recipe} | {False}, reverse=True):
+        origin = prepare_data(cell(options, options.methods[0], 0, options.lr, validation))
     rows: list[Row] = []
     for recipe in options.recipe:
         rates = best_rates(options) if recipe == "tuned" else dict.fromkeys(options.methods, options.lr)
         cells = [cell(options, spec, seed, rates[spec]) for spec in options.methods for seed in range(options.seeds)]
-        groups = frame.by_seed(frame.run_cells(options, cells, CELL), options.seeds)
+        expected = frame.expected_seconds(options, options.epochs, origin["images"]["count"])
+        groups = frame.by_seed(frame.run_cells(options, cells, CELL, expected), options.seeds)
         rows += [Row(recipe, spec, rates[spec], seeds) for spec, seeds in zip(options.methods, groups, strict=True)]
-    show(rows)
+    show(rows, origin)
     frame.write(
         options,
-        lambda: results(rows, vars(options), arguments),
+        lambda: results(rows, vars(options), arguments, origin),
         lambda path: draw(rows, path, f"{options.net} on {options.data}, {options.tune}"),
-        lambda: markdown(rows, arguments),
+        lambda: markdown(rows, arguments, origin),
     )
 
 

@@ -33,8 +33,8 @@ Notes = dict[str, Any]
 GRADIENT_SAMPLES = 2
 """Batches from which ASI and the planner with gradients choose ranks."""
 
-EPSILON = Setting("epsilon", 0.7, share, "energy threshold")
-BUDGET = Setting("budget_kib", None, positive, "KiB of cores")
+EPSILON = Setting("epsilon", 0.7, share, "share of the squared values of activations that is kept, in every mode")
+BUDGET = Setting("budget_kib", None, positive, "KiB that the compressed activations may take")
 
 
 @dataclass(frozen=True)
@@ -256,9 +256,11 @@ ENTRIES: dict[str, Entry] = {
     "bp": _of_register("bp", nothing),
     "checkpoint": _of_register("checkpoint", nothing, on_net=_recompute_stages),
     "micro-batch": _of_register("micro-batch", nothing, parts=4),
-    "lance": Entry("one threshold for all layers and modes", compressed, (EPSILON, register.UPDATE), modes=True),
+    "lance": Entry(
+        "cores by fixed, calibrated factors, one --epsilon for all", compressed, (EPSILON, register.UPDATE), modes=True
+    ),
     "lance-mean-free": Entry(
-        "channel directions orthogonal to the mean activation, as many in each layer, in the budget",
+        "channel directions orthogonal to the mean activation, as many in each layer, in --budget-kib",
         lambda start: equal_channels(start, mean_free=True), (BUDGET, register.UPDATE),
     ),
     "lance-mean-free-epsilon": Entry(
@@ -272,10 +274,10 @@ ENTRIES: dict[str, Entry] = {
         "lance-mean-free, the mean's own gradient added exactly",
         lambda start: equal_channels(start, center=True), (BUDGET, register.UPDATE),
     ),
-    "lance-uniform": Entry("the largest single threshold in the budget", uniform, (BUDGET,), modes=True),
+    "lance-uniform": Entry("lance, --epsilon as large as --budget-kib allows", uniform, (BUDGET,), modes=True),
     # the batch mode is left alone: what a calibrated one keeps of another batch is little
     "lance-planned": Entry(
-        "mean-free, the budget shared out over layers and modes by sampled gradients",
+        "mean-free, --budget-kib shared out over layers and modes by sampled gradients",
         lambda start: planned(start, ["channel", "height", "width"]), (BUDGET,),
     ),
     "lance-planned-channels": Entry(
@@ -286,10 +288,10 @@ ENTRIES: dict[str, Entry] = {
         lambda start: planned(start, mean_free=False), (BUDGET,), modes=True,
     ),
     "hosvd": Entry(
-        "a fresh HOSVD at every step, at the threshold",
+        "cores and factors of a fresh HOSVD at every step, by --epsilon",
         lambda start: with_store(start, lambda: Hosvd(start.values["epsilon"])), (EPSILON,),
     ),
-    "asi": Entry("one subspace iteration a step, ranks chosen in the budget", asi, (BUDGET,)),
+    "asi": Entry("factors by one subspace iteration a step, ranks chosen in --budget-kib", asi, (BUDGET,)),
     "lance-sketch": Entry(
         "lance, the batch mode projected on directions drawn at every step",
         lambda start: compressed(start, batch_mode="sketch", batch_ratio=start.values["ratio"], seed=start.seed),

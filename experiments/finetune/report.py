@@ -83,12 +83,14 @@ NOTES = (
 )
 
 
-def show(rows: Sequence[Row]) -> None:
-    """Print one table for each recipe, and what chance decides."""
+def show(rows: Sequence[Row], origin: Mapping[str, Any] | None = None) -> None:
+    """Print one table for each recipe, what chance decides, and where weights and images came from."""
     for heading, table in tables(rows).items():
         print(f"{heading.removeprefix('### ')}\n")
         print(blocks(COLUMNS, table), end="\n\n")
     print(paragraph(NOTES), paragraph(chance(rows)), sep="\n")
+    if origin is not None:
+        print(paragraph(frame.origin_sentence(origin)))
 
 
 def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
@@ -102,12 +104,15 @@ def chance(rows: Sequence[Row]) -> str:
     return sentence([row.accuracies for row in rows], min(seed["images"] for row in rows for seed in row.seeds))
 
 
-def markdown(rows: Sequence[Row], arguments: Sequence[str]) -> str:
-    """The same tables in Markdown, with the command that made them."""
-    return frame.markdown("experiments.finetune", arguments, COLUMNS, tables(rows), NOTES, chance(rows))
+def markdown(rows: Sequence[Row], arguments: Sequence[str], origin: Mapping[str, Any] | None = None) -> str:
+    """The same tables in Markdown, with the command that made them, and where weights and images came from."""
+    notes = [NOTES, chance(rows), *([frame.origin_sentence(origin)] if origin else [])]
+    return frame.markdown("experiments.finetune", arguments, COLUMNS, tables(rows), *notes)
 
 
-def results(rows: Sequence[Row], settings: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+def results(
+    rows: Sequence[Row], settings: Mapping[str, Any], arguments: Sequence[str], origin: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Everything, as it goes into the result file."""
     shown = [
         {
@@ -120,7 +125,7 @@ def results(rows: Sequence[Row], settings: Mapping[str, Any], arguments: Sequenc
         }
         for row in rows
     ]
-    return frame.document("experiments.finetune", settings, arguments, shown)
+    return frame.document("experiments.finetune", settings, arguments, shown, **(origin or {}))
 
 
 def draw(rows: Sequence[Row], path: str, title: str) -> None:

@@ -1,4 +1,4 @@
-"""What to keep, and where: ``python -m experiments.finetune.sweep`` trains one network with many ways of compressing.
+"""Train one network with many ways of compressing: ``python -m experiments.finetune.sweep``.
 
 Energy thresholds, subsets of modes, with and without the mean, which layers train, and budgets that are
 planned or spent by one threshold: accuracy against the bytes of the whole tape, and of tape and factors.
@@ -18,7 +18,6 @@ from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
 from experiments import frame
 from experiments.finetune.command import CELL, MODES, PAPERS_LR
-from lance_ref import models
 
 MODE_SETS = {"all modes": MODES, "no batch": MODES[1:], "channel": ("channel",)}
 EPSILONS = (0.5, 0.7, 0.9, 0.99)
@@ -45,17 +44,22 @@ STYLES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    p = frame.parser("experiments.finetune.sweep", __doc__)
-    p.add_argument("--quick", action="store_true", help="a few settings of a small net on the digits of the package")
-    p.add_argument("--net", type=cli.built_in_net, help="(mcunet)")
-    p.add_argument("--data", type=cli.data_set, help="a data set by name, or a folder (cifar10)")
-    p.add_argument("--tune", help="layers that train (last:4)")
-    p.add_argument("--batch", type=cli.count, nargs="+", help="images a step, each a sweep (128 8)")
-    p.add_argument("--epochs", type=cli.count, default=4, help="(%(default)s)")
-    p.add_argument("--train-images", type=cli.count, default=4000, help="at most so many (%(default)s)")
-    p.add_argument("--test-images", type=cli.count, default=2000, help="at most so many (%(default)s)")
-    p.add_argument("--lr", type=cli.positive, help=f"({PAPERS_LR})")
-    p.add_argument("--seed", type=cli.seed, default=0, help="(%(default)s)")
+    p = frame.parser("experiments.finetune.sweep", __doc__, epilog=cli.nets_and_data())
+    p.add_argument(
+        "--quick", action="store_true",
+        help="try it: a few settings of a small net on the digits of the package; a minute",
+    )  # fmt: skip
+    frame.add_net_and_data(p, "mcunet", "cifar10")
+    p.add_argument("--tune", help="layers that train besides the classifier, see finetune (last:4)")
+    p.add_argument(
+        "--batch", type=cli.count, nargs="+",
+        help="images of one training step; each number is a sweep (128 8)",
+    )  # fmt: skip
+    p.add_argument("--epochs", type=cli.count, default=4, help="passes over the training images (%(default)s)")
+    p.add_argument("--train-images", type=cli.count, default=4000, help="images to train on (%(default)s)")
+    p.add_argument("--test-images", type=cli.count, default=2000, help="images to test on (%(default)s)")
+    p.add_argument("--lr", type=cli.positive, help=f"learning rate ({PAPERS_LR})")
+    p.add_argument("--seed", type=cli.seed, default=0, help="of the random numbers (%(default)s)")
     cli.add_sweep(p, "runs/finetune")
     frame.add_outputs(p, "accuracy against bytes")
     return p
@@ -91,10 +95,9 @@ def _setting(family: str, label: str, **changes: Any) -> dict[str, Any]:
 
 def cell(options: argparse.Namespace, batch: int, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of one run."""
-    names = ("net", "data", "tune", "lr", "seed", "epochs", "train_images", "test_images")
     return {
-        **{name: getattr(options, name) for name in names},
-        "image_size": models.find(options.net).image_size,
+        **frame.net_and_data(options),
+        **{name: getattr(options, name) for name in ("tune", "lr", "seed", "epochs")},
         "batch": batch,
         **FIXED,
         "folder": f"{options.folder}/frozen",
@@ -102,16 +105,17 @@ def cell(options: argparse.Namespace, batch: int, changes: Mapping[str, Any]) ->
     }
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All cells of all batch sizes; one dict of numbers for each."""
+def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All cells of all batch sizes, one dict of numbers for each; and where weights and images came from."""
     from experiments.finetune.cell import prepare_data
 
     swept = settings(options)
     batches = options.batch
     cells = [cell(options, batch, setting["changes"]) for batch in batches for setting in swept]
-    prepare_data(cells[0])
-    outcomes = frame.run_cells(options, cells, CELL)
-    return [
+    origin = prepare_data(cells[0])
+    expected = frame.expected_seconds(options, options.epochs, origin["images"]["count"])
+    outcomes = frame.run_cells(options, cells, CELL, expected)
+    points = [
         {
             "batch": one["batch"],
             "family": setting["family"],
@@ -127,6 +131,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         }
         for one, setting, outcome in zip(cells, swept * len(batches), outcomes, strict=True)
     ]
+    return points, origin
 
 
 def draw(points: Sequence[Mapping[str, Any]], path: str, title: str) -> None:
@@ -180,13 +185,13 @@ def work(options: argparse.Namespace) -> None:
     cli.fill_in(options, QUICK if options.quick else DEFAULTS)
     cli.check_once(options, "batch")
     cli.check_sweep(options)
-    for selection in {options.tune, *(setting["changes"].get("tune", options.tune) for setting in settings(options))}:
-        cli.check_tune(options.net, selection)
-    points = run(options)
+    selections = {setting["changes"].get("tune", options.tune) for setting in settings(options)}
+    frame.settle(options, options.tune, *sorted(selections))
+    points, origin = run(options)
     show(points)
     frame.write(
         options,
-        lambda: {**provenance("experiments.finetune.sweep", options.seed), "points": points},
+        lambda: {**provenance("experiments.finetune.sweep", options.seed), **origin, "points": points},
         lambda path: draw(points, path, f"{options.net} on {options.data}"),
     )
 

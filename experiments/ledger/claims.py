@@ -1,15 +1,16 @@
-"""The ledger of claims: ``python -m experiments.ledger.claims`` says what came of everything that the papers claim.
+"""What came of everything that the papers claim: ``python -m experiments.ledger.claims``.
 
-For each claim, and for each question that reviewers asked in public: where it stands, our command, our figure, and one
-of four verdicts with a line of why. ``--run ID`` computes it again; what takes long is read from its committed
-result file, which carries command, seed, versions and machine. Where that file is not there, the verdict is "not run
-here", with the command that makes it.
+Prints a line for each claim, and for each question that reviewers asked in public: its name, one of four verdicts, and
+our figure. ``--run ID`` computes one again and says where it stands, with which command it was found, and why the
+verdict is what it is. What takes long is read from its committed result file, which carries command, seed, versions and
+machine. Where that file is not there, the verdict is "not run here".
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -159,6 +160,13 @@ def text(finding: Finding, detail: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
+def line(finding: Finding, width: int) -> str:
+    """One claim on one line of at most ``width`` characters: verdict, name, and our figure as far as there is room."""
+    size = max(map(len, (*VERDICTS, NOT_RUN)))
+    whole = f"{finding.outcome.verdict:<{size}}  {finding.claim.id}: {finding.outcome.figure}"
+    return whole if len(whole) <= width else f"{whole[: width - 3].rstrip()}..."
+
+
 def to_json(finding: Finding) -> dict[str, Any]:
     """Everything, for machines."""
     claim, outcome = finding.claim, finding.outcome
@@ -187,8 +195,10 @@ def counts(findings: Sequence[Finding]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = frame.parser("experiments.ledger.claims", __doc__)
-    p.add_argument("--run", nargs="+", default=[], metavar="ID", help="compute these again, and say where from (all)")
-    p.add_argument("--json", action="store_true", help="as JSON")
+    p.add_argument(
+        "--run", nargs="+", default=[], metavar="ID", help="compute these again, and say all that is known of them"
+    )
+    p.add_argument("--json", action="store_true", help="print everything as JSON")
     return p
 
 
@@ -204,9 +214,12 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([to_json(finding) for finding in findings], indent=1, ensure_ascii=False))
     else:
-        print("\n".join(text(finding, detail=bool(options.run)) for finding in findings), end="")
-        if not options.run:
-            print("\n" + counts(findings))
+        if options.run:
+            print("\n".join(text(finding, detail=True) for finding in findings), end="")
+        else:
+            width = shutil.get_terminal_size((100, 24)).columns
+            print("\n".join(line(finding, width) for finding in findings))
+            print(f"\n{counts(findings)}\nlance-ref claims --run NAME says more of one: source, command, why.")
             if any(finding.missing for finding in findings):
                 print(f"{NOT_RUN}: no result file in {evidence.folder}; a checkout of the project has them")
     differing = [finding.claim.id for finding in findings if not finding.as_recorded]

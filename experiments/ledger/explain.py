@@ -285,8 +285,8 @@ def to_json(found: Explanation) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     p = frame.parser("experiments.ledger.explain", __doc__)
-    p.add_argument("--claim", nargs="+", default=[], metavar="ID", help="published figures (all, a line each)")
-    p.add_argument("--json", action="store_true", help="as JSON")
+    p.add_argument("--claim", nargs="+", default=[], metavar="ID", help="names of published figures (all, a line each)")
+    p.add_argument("--json", action="store_true", help="print everything as JSON")
     return p
 
 

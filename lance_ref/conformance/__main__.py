@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = _Parser(
         prog="python -m lance_ref.conformance",
+        usage="%(prog)s --write DIR | --check ADAPTER [DIR]",
         description="Small cases of LANCE's arithmetic, and a check of any implementation against them.",
         epilog="Exit code: 0 all passed, 1 some failed or none ran, 2 wrong usage. docs/conformance.md specifies "
         "the files and the functions of an adapter.",

@@ -18,7 +18,7 @@ from lance_ref.nn.selection import weighted_layers
 from lance_ref.train.features import extract, frozen_stages, tail
 
 NETWORKS = ("mlp", "convnet", "alexnet-cl")
-"""What :func:`make` can give heads to."""
+"""What :func:`make` makes; :func:`with_heads` gives heads to any other network."""
 
 DEFAULT_NETWORK = {
     **dict.fromkeys(("split-digits", "split-mnist", "permuted-digits", "permuted-mnist"), "mlp"),
@@ -74,10 +74,27 @@ def make(name: str, scenario: Scenario, rng: Rng = None) -> Module:
     if least and (len(shape) != 3 or min(shape[1:]) < least):
         raise ValueError(f"network {name!r} takes images of {least}x{least} pixels at least, those here have {shape}")
     net = models.create(name, num_classes=widest, rng=rng, **options[name])
-    if not scenario.shared_head and heads_of(net) is None:
-        net.classifier = TaskHeads(net.classifier.in_features, scenario.heads, rng)
+    with_heads(net, scenario, rng)
     net.train()
     return net
+
+
+def with_heads(net: Module, scenario: Scenario, rng: Rng = None) -> None:
+    """Put a head for each task in the place of the last layer of a network, where tasks have heads of their own.
+
+    Raises
+    ------
+    ValueError
+        If the last Conv2d or Linear layer is no Linear.
+    """
+    if scenario.shared_head or heads_of(net) is not None:
+        return
+    path, last = next(reversed(weighted_layers(net).items()), ("", None))
+    if not isinstance(last, nn.Linear):
+        raise ValueError(
+            f"the last layer {path!r} is a {type(last).__name__}, expected a Linear that heads can replace"
+        )
+    net.set_submodule(path, TaskHeads(last.in_features, scenario.heads, rng))
 
 
 def domains(

@@ -28,7 +28,7 @@ class Dataset:
     split : str
         ``"train"``, ``"test"`` or, for a folder, ``"all"``.
     images : numpy.ndarray (N, H, W, C), uint8
-        Pixels 0..255; C is 1 or 3 (RGB).
+        Pixels 0..255; C is 1 (grey), 3 (RGB) or any other number of channels.
     labels : numpy.ndarray (N,), int64
         Class index, a position in ``class_names``.
     source : str
@@ -43,9 +43,9 @@ class Dataset:
     source: str
 
     def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.dtype != np.uint8 or self.images.shape[3] not in (1, 3):
+        if self.images.ndim != 4 or self.images.dtype != np.uint8 or not self.images.shape[3]:
             raise ValueError(
-                f"images has shape {self.images.shape} and dtype {self.images.dtype}, expected (N, H, W, 1 or 3) uint8"
+                f"images has shape {self.images.shape} and dtype {self.images.dtype}, expected (N, H, W, C) uint8"
             )
         if self.labels.shape != (len(self.images),) or self.labels.dtype != np.int64:
             raise ValueError(
@@ -144,12 +144,12 @@ def check_memory(count: int, size: tuple[int, int], channels: int) -> None:
 
 
 def resize(images: np.ndarray, image_size: int | Sequence[int]) -> np.ndarray:
-    """Resize uint8 (N, H, W, 1 or 3) with PIL's bilinear filter, which averages when it makes images smaller.
+    """Resize uint8 (N, H, W, C) with PIL's bilinear filter, which averages when it makes images smaller.
 
     ``image_size`` is an int or (height, width); images that have that size already are given back themselves.
     """
-    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
-        raise ValueError(f"images has shape {images.shape} and dtype {images.dtype}, expected (N, H, W, 1 or 3) uint8")
+    if images.ndim != 4 or images.dtype != np.uint8 or not images.shape[3]:
+        raise ValueError(f"images has shape {images.shape} and dtype {images.dtype}, expected (N, H, W, C) uint8")
     height, width = size_pair(image_size)
     if images.shape[1:3] == (height, width):
         return images
@@ -157,19 +157,36 @@ def resize(images: np.ndarray, image_size: int | Sequence[int]) -> np.ndarray:
 
     check_memory(len(images), (height, width), images.shape[3])
     result = np.empty((len(images), height, width, images.shape[3]), dtype=np.uint8)
+    # PIL knows pictures of one and of three channels; of others each channel is a picture of its own
+    groups = [slice(0, 3)] if images.shape[3] == 3 else [slice(c, c + 1) for c in range(images.shape[3])]
     for image, out in zip(images, result, strict=True):
-        picture = Image.fromarray(image if images.shape[3] == 3 else image[:, :, 0])
-        out[...] = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR)).reshape(out.shape)
+        for of in groups:
+            picture = Image.fromarray(image if len(groups) == 1 and of.stop == 3 else image[:, :, of.start])
+            resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+            out[:, :, of] = np.asarray(resized).reshape(height, width, -1)
     return result
 
 
 def to_channels(images: np.ndarray, channels: int | None) -> np.ndarray:
-    """Repeat one grey channel to three; ``None`` leaves the images alone."""
+    """The images (N, H, W, C) with another number of channels; ``None`` leaves them alone.
+
+    One channel is the mean of those that there are. More than there are repeat them from the first on; fewer are the
+    first ones.
+    """
     if channels is None or channels == images.shape[3]:
         return images
-    if channels != 3:
-        raise ValueError(f"channels is {channels!r}, expected 3 or None for images with {images.shape[3]} channel(s)")
-    return np.repeat(images, 3, axis=3)
+    if not isinstance(channels, (int, np.integer)) or isinstance(channels, bool) or channels < 1:
+        raise ValueError(f"channels is {channels!r}, expected a positive integer or None")
+    if channels == 1:
+        grey = np.empty((*images.shape[:3], 1), np.uint8)
+        for start in range(0, len(images), 1024):  # the means are float64 for a moment
+            np.rint(
+                images[start : start + 1024].mean(axis=3, keepdims=True),
+                out=grey[start : start + 1024],
+                casting="unsafe",
+            )
+        return grey
+    return images[..., np.arange(channels) % images.shape[3]]
 
 
 def batches(
@@ -202,7 +219,7 @@ def batches(
     image_size : int or (height, width), optional
         Resize each batch, bilinearly, when it is its turn.
     channels : int, optional
-        3 repeats a grey channel.
+        As of :func:`to_channels`: 3 repeats a grey channel.
 
     Raises
     ------

@@ -53,7 +53,7 @@ def ImageFolder(  # noqa: N802  (the name that users know)
     folder, size = _check(path, image_size, channels)
     if split not in (None, *SPLITS):
         raise ValueError(f"split is {split!r}, expected 'train', 'test' or None")
-    parts = _parts(folder)
+    parts = parts_of(folder)
     if split is None and parts:
         raise ValueError(f"{folder}: holds {' and '.join(f'{part}/' for part in parts)}: give split")
     if split is not None and split not in parts:
@@ -103,8 +103,9 @@ def _check(
     return Path(path), size
 
 
-def _parts(folder: Path) -> list[str]:
+def parts_of(folder: str | Path) -> list[str]:
     """Which of ``train/`` and ``test/`` there are; none if a subfolder is called otherwise or holds pictures itself."""
+    folder = Path(folder)
     subfolders = _subfolders(folder)
     if any(child.name not in SPLITS or _pictures(child) or not _subfolders(child) for child in subfolders):
         return []

@@ -113,7 +113,7 @@ def load(
         that ``LANCE_REF_DATA`` names and in the cache, and downloaded if they are nowhere, see
         :func:`data_files`. ``digits`` needs none.
     channels : int, optional
-        3 repeats a grey channel.
+        3 repeats a grey channel, 1 is the mean of three. The default leaves the images as they are.
 
     Raises
     ------

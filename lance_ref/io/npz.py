@@ -115,6 +115,11 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
     return result.hexdigest()
 
 
+def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """:func:`digest` of the arrays in the order of their names: the same for every file that holds the same."""
+    return digest({name: arrays[name] for name in sorted(arrays)})
+
+
 def _check_directory(members: list[zipfile.ZipInfo], size: int, max_bytes: int) -> None:
     """Refuse an archive on what its directory says, before any member is opened."""
     seen = set()

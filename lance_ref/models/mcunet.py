@@ -102,8 +102,10 @@ class MCUNet(nn.Module):
     weights=Weights(
         "weights/imagenet_mcunet_5fps.npz",
         "bd0f0d6d54a04bbaf745432e91e5d678849a54198e47655c76423738671435a2",
+        "4c681c100fcf29c0239495cafded767de7589a95dcaa90fe15d1f98c13dd37ae",
         128,
         "MCUNet-5fps of github.com/mit-han-lab/tiny-training, MIT, dequantised from 8 bits; trained on ImageNet",
+        (1000,),
     ),
 )
 def mcunet(num_classes: int = 1000, pretrained: bool | str | os.PathLike[str] | None = None, rng: Rng = None) -> MCUNet:

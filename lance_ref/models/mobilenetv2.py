@@ -102,8 +102,10 @@ class MobileNetV2(nn.Module):
     weights=Weights(
         "weights/imagenet_mobilenet_v2_1.0_224.npz",
         "5aadcf25572a7692c015f73c60d3e4c36b985cf57977146c9f42c2ef440084d4",
+        "d8f469c0a9851df5c76701e10e7ffcef55e61a401168f7821af79b4fc6cb4c36",
         224,
         "mobilenet_v2_1.0_224_quant.tflite of github.com/google-coral/test_data, Apache-2.0; trained on ImageNet",
+        (1000, 1001),
     ),
 )
 def mobilenetv2(

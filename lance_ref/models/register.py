@@ -29,8 +29,11 @@ class Weights:
 
     file: str  #: Relative to the folder of data.
     sha256: str  #: Of the file.
+    arrays_sha256: str  #: Of its arrays (:func:`~lance_ref.io.npz.arrays_digest`), whichever file holds them.
     image_size: int  #: What the network was trained with, in pixels.
     origin: str  #: Where the file's contents come from, and their terms.
+    #: Numbers of classes for which the file has the classifier; for others a fresh one is drawn. Default: for none.
+    classes: tuple[int, ...] = ()
 
 
 def _nothing(input_shape: Shape) -> dict[str, Any]:

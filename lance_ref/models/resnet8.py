@@ -83,8 +83,10 @@ class ResNet8(nn.Module):
     weights=Weights(
         "weights/mlperf_tiny_resnet8.npz",
         "a2671cef025ceaeb54c1c3564402b7c0486dfd33ffa19e7e41e136928a75f0d5",
+        "c40ca12be6ab36f652b0703d9eac30a9f49af3f3dac63db40a2371b3421475d5",
         32,
         "pretrainedResnet.h5 of github.com/mlcommons/tiny, Apache-2.0; trained on CIFAR-10",
+        (10,),
     ),
 )
 def resnet8(num_classes: int = 10, pretrained: bool | str | os.PathLike[str] | None = None, rng: Rng = None) -> ResNet8:

@@ -183,6 +183,12 @@ class Module:
             module = child._named()
         return module
 
+    def set_submodule(self, path: str, module: Module) -> None:
+        """Put another module in the place of the one at a dotted path, which has to be there."""
+        self.get_submodule(path)
+        above, _, name = path.rpartition(".")
+        self.get_submodule(above).add_module(name, module)
+
     def _child(self, name: str) -> Module | None:
         """The module one step down a path."""
         return self._modules.get(name)

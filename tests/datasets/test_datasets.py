@@ -188,8 +188,8 @@ def test_bad_batches_are_refused_when_called() -> None:
         datasets.batches(digits, 5, normalise=((0.5,), (0.0,)))
     with pytest.raises(ValueError, match="normalise is"):
         datasets.batches(digits, 5, normalise=((0.5, 0.5), (1.0, 1.0)))
-    with pytest.raises(ValueError, match="channels is 2"):
-        datasets.batches(digits, 5, channels=2)
+    with pytest.raises(ValueError, match="channels is 0"):
+        datasets.batches(digits, 5, channels=0)
     with pytest.raises(ValueError, match="image_size is 0"):
         datasets.batches(digits, 5, image_size=0)
 
@@ -202,7 +202,7 @@ def test_dataset_checks_its_parts() -> None:
     with pytest.raises(ValueError, match=r"labels has shape \(3,\)"):
         datasets.Dataset("x", "all", images, np.zeros(3, np.int64), ("a",), "")
     with pytest.raises(ValueError, match="images has shape"):
-        datasets.Dataset("x", "all", images[..., :2], labels, ("a", "b"), "")
+        datasets.Dataset("x", "all", images[..., :0], labels, ("a", "b"), "")
     with pytest.raises(ValueError, match="float32"):
         datasets.Dataset("x", "all", images.astype(np.float32), labels, ("a", "b"), "")
     subset = datasets.Dataset("x", "all", images, labels, ("a", "b"), "").subset([1])

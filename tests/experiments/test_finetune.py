@@ -281,7 +281,7 @@ def test_help_says_what_each_method_is(capsys: pytest.CaptureFixture[str]) -> No
     assert all(of.about for of in methods().values())
     with pytest.raises(SystemExit):
         finetune.main(["--help"])
-    assert "lance-center: lance-mean-free, the mean's own gradient" in " ".join(capsys.readouterr().out.split())
+    assert "lance-center lance-mean-free, the mean's own gradient" in " ".join(capsys.readouterr().out.split())
 
 
 def test_spread_of_one_seed_is_not_invented() -> None:

@@ -14,7 +14,9 @@ import lance_ref
 from analysis import plan
 from analysis import spectra as spectra_cli
 from analysis.cost_model import cost
+from analysis.steps.net_choice import NetChoice
 from lance_ref import datasets, nn
+from lance_ref.datasets.dataset import to_channels
 
 OWN = """
 import numpy as np
@@ -102,9 +104,10 @@ def test_colours_become_grey_by_their_mean() -> None:
         ((3, 2, 2), pixels),
         ((4, 2, 2), pixels[..., [0, 1, 2, 0]]),
     ):
-        normalise, _ = spectra_cli._affine([0.0], [1.0], 1)
+        normalise, _ = NetChoice("tests:none").normalise()
         source = spectra_cli._Source(nn.ReLU(), "", "", shape, normalise, "")
-        np.testing.assert_allclose(source.prepare(pixels), expected.transpose(0, 3, 1, 2) / 255, rtol=1e-6)
+        taken = source.prepare(to_channels(pixels, source.channels))
+        np.testing.assert_allclose(taken, expected.transpose(0, 3, 1, 2) / 255, rtol=1e-6)
 
 
 @pytest.mark.usefixtures("own")

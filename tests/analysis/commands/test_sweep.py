@@ -186,7 +186,9 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.Capture
     cells = [{"what": what, "log": str(tmp_path / "log")} for what in ("fine", "raise")]
     with pytest.raises(RuntimeError):
         run_cells(cells, AWKWARD, tmp_path / "cells")
-    first, second = capsys.readouterr().err.splitlines()
+    start, first, rest, second = capsys.readouterr().err.splitlines()
+    assert start.startswith("sweep: 2 runs, 2 at a time; how long they take is estimated after the first one")
+    assert rest.startswith("sweep: about 1 s (estimate: 1 s a run, as the first one took)")
     assert first.startswith('[1/2] what="fine"')
     assert second.startswith('[2/2] what="raise"')
     assert "failed, ValueError: no such rank" in second
@@ -379,9 +381,25 @@ def test_a_scheduler_without_dask(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         run_cells(squares(tmp_path / "log", [1]), SQUARE, tmp_path / "cells", scheduler="tcp://127.0.0.1:1")
 
 
+def test_the_first_line_says_how_long_and_where(
+    inline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From what was measured before, or from the runs that are finished; told as an estimate, with its basis."""
+    log, folder = tmp_path / "log", tmp_path / "cells"
+    run_cells(squares(log, range(4)), SQUARE, folder, expected=90.0, jobs=2)
+    (start, *rest) = capsys.readouterr().err.splitlines()
+    assert start == (
+        "sweep: 4 runs, 2 at a time; about 3 min (estimate: 2 min a run, as measured before on two cores); what is "
+        f"finished is kept in {folder}"
+    )
+    assert not [line for line in rest if "estimate" in line]
+    run_cells(squares(log, range(5)), SQUARE, folder, expected=90.0, jobs=2)
+    assert "1 run, 1 at a time; about 1 s (estimate: 1 s a run, as the finished ones took)" in capsys.readouterr().err
+
+
 def test_cells_are_named_by_what_differs(inline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A line for each finished cell says what tells it from the others, not what all have in common."""
     run_cells(squares(tmp_path / "log", range(2)), SQUARE, tmp_path)
-    first, second = capsys.readouterr().err.splitlines()
+    _, first, _, second = capsys.readouterr().err.splitlines()
     assert first.startswith("[1/2] x=0: ")
     assert second.startswith("[2/2] x=1: ")

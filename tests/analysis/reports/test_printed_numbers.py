@@ -363,3 +363,18 @@ def test_the_totals_print_anywhere(reports: dict[int, Report]) -> None:
     table = totals_table(reports[3], wide=True)
     Console(file=text, width=50).print(table)
     assert not set(numbers(as_text(lambda on: on.print(table), PIPE_WIDTH))) - set(numbers(text.getvalue()))
+
+
+def test_what_grows_is_called_that(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cores and factors that are larger than the activations: "grows 1.8 times", and never "shrinks by 0.56x"."""
+    monkeypatch.setenv("COLUMNS", "250")
+    assert cost_main(["--net", "mobilenetv3-small", "--batch", "1", "--ranks", "0.9", "--format", "json"]) == 0
+    totals = json.loads(capsys.readouterr().out)["totals"]
+    assert cost_main(["--net", "mobilenetv3-small", "--batch", "1", "--ranks", "0.9"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("What it means")]
+    kept = totals["lance"]["activation_bytes"]["tape"] + totals["lance"]["subspace_bytes"]
+    times = kept / totals["bp"]["activation_bytes"]["tape"]
+    assert times > 1.2
+    assert line.startswith("What it means: lance takes more memory than bp here")
+    assert f"grows {times:,.2f} times" in line
+    assert "shrinks by" not in line

@@ -1,7 +1,10 @@
-"""The search: for every method, setting and batch size, the most layers that fit.
+"""The search: for every method, setting and number of images at a time, the most layers that fit.
 
 More layers never have a lower fidelity, and for one option and one batch they never take less memory: everything that
 is alive with n layers is alive with n + 1 as well. So the largest number that fits in memory is found by bisection.
+Nor does a step of more images take less: where not even one layer fits, no larger batch is tried.
+A batch that goes a few images at a time has the same gradient however many these are; so for such an option the most
+layers are found with the fewest images at a time, and then the most images that fit with these layers.
 Multiply-adds relative to backpropagation do neither rise nor fall with the layers; under that limit every number below
 is tried, from the largest on. The tests compare with all candidates, one by one.
 """
@@ -11,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import takewhile
 
-from analysis.planner.costs import Costs, Memory, layers_of, weights_by_layer
+from analysis.planner.costs import Costs, Memory, layers_of, plain, weights_by_layer
 from analysis.planner.evidence import Measured, measured
 from analysis.planner.fidelity import Fidelity, layer_fidelity, layer_shares, whole_fidelity, why_not
 from analysis.planner.options import Option
@@ -30,14 +34,20 @@ class Candidate:
 
     option: Option
     layers: int
-    batch: int
+    at_a_time: int  #: Images that go forward and backward together.
     fidelity: Fidelity | None  #: None: not predicted.
     measured: Measured | None  #: None: no experiment says.
     memory: Memory
     times_bp: Fraction
-    macs: int  #: Of a step of the batch; of one image of a device program.
+    macs: int  #: Of an update; of one image of a device program.
     over_bytes: int  #: Beyond the budget; 0 if it fits.
     too_much_work: bool
+    paths: tuple[str, ...] = ()  #: Of the layers, where they are not the last ones of those that may be chosen.
+
+    @property
+    def batch(self) -> int:
+        """Images of an update; 1 for a device program, whose updates may come after any number of them."""
+        return self.at_a_time if self.option.batch is None else self.option.batch
 
     @property
     def fits(self) -> bool:
@@ -53,8 +63,8 @@ class Row:
     #: The most faithful that fits (the one with most layers, where that is not predicted), of equals the one with the
     #: largest batch.
     best: Candidate | None
-    #: The most layers that fit; None if not even one does (of a method for which layers do not matter: if it does not
-    #: fit).
+    #: By images at a time, where these were searched: the most layers that fit; None if not even one does (of a method
+    #: for which layers do not matter: if it does not fit).
     layers: Mapping[int, int | None]
     #: The one that does not fit and comes first: one layer more than ``best``; if nothing fits, the one that takes
     #: least. None where all layers fit.
@@ -76,12 +86,27 @@ class Plan:
     skipped: Mapping[str, str] = field(default_factory=dict)  #: Batch sizes that the net cannot run on, and why.
     facts: Mapping[str, str] = field(default_factory=dict)  #: For the heading.
     unit: str = "KiB"  #: Of all sizes that are shown.
+    every: tuple[str, ...] = ()  #: All layers of the net but the head, where ``paths`` are some of them.
+    target: str = ""  #: What was to be reached with the least RAM, which is the budget then.
     macs_per_second: float | None = None  #: Of the device, for estimates of time.
+
+    @property
+    def net(self) -> str:
+        """The name of the net, without its width; empty if it is not said."""
+        return self.facts.get("name", "").partition("@")[0]
 
     @property
     def fitting(self) -> tuple[Row, ...]:
         """Rows with something that fits."""
         return tuple(row for row in self.rows if row.best is not None)
+
+    @property
+    def shown(self) -> tuple[Row, ...]:
+        """The best row of each method on each engine, with subspaces found on the device and elsewhere."""
+        first: dict[tuple[str, str, bool], Row] = {}
+        for row in self.rows:
+            first.setdefault((row.option.engine, row.option.method, row.option.elsewhere), row)
+        return tuple(first.values())
 
     @property
     def closest(self) -> Candidate | None:
@@ -121,13 +146,37 @@ def search(
     runs = [batch for batch in batches if not costs.runs(batch)]
     if not runs:
         raise ValueError(costs.runs(batches[0]))
-    weights = weights_by_layer(costs.whole(runs[0]).records, costs.layers)
-    finder = _Finder(costs, budget, flops_at_most, layer_shares(shares, weights), most_layers or count, runs[0])
-    rows = [finder.row(option, sorted(batches)) for option in options]
+    weights = weights_by_layer(costs.whole(runs[0]).records, costs.every)
+    finder = Finder(costs, budget, flops_at_most, layer_shares(shares, weights), most_layers or count, runs[0])
+    rows = _rows(finder, options, sorted(batches))
     order = sorted(range(len(rows)), key=lambda i: (*_rank(rows[i]), i))
     tried = costs.memory.cache_info().currsize
     skipped = {f"batch {batch}": costs.runs(batch) for batch in batches if costs.runs(batch)}
-    return Plan(tuple(rows[i] for i in order), budget, flops_at_most, costs.layers, tried, skipped)
+    return Plan(tuple(rows[i] for i in order), budget, flops_at_most, costs.layers, tried, skipped, every=costs.every)
+
+
+def _rows(finder: Finder, options: Sequence[Option], batches: Sequence[int]) -> list[Row]:
+    """A row for every option, but for those that have no use beside a plainer one."""
+    rows: dict[Option, Row] = {}
+    ample = set()
+    for option in options:
+        kind = (option.method, option.epsilon, option.fraction, option.directions, option.update)
+        twin = rows.get(replace(option, elsewhere=False)) if option.elsewhere else None
+        is_plain = option == plain(option) and not option.by_image and option.core_bits is None
+        if not is_plain and kind in ample:
+            continue
+        row = finder.row(option, batches)
+        best = row.best
+        if is_plain and best is not None and best.layers in (0, finder.most_layers) and best.at_a_time == batches[-1]:
+            ample.add(kind)  # of everything the most: there is nothing to be won by combining it with more
+        same = twin is not None and twin.best is not None and best is not None and _size(twin.best) == _size(best)
+        if not same and (row.best is not None or option.batch is None):
+            rows[option] = row
+    return list(rows.values())
+
+
+def _size(candidate: Candidate) -> tuple[int, int, int]:
+    return candidate.layers, candidate.batch, candidate.at_a_time
 
 
 def _rank(row: Row) -> tuple[float, ...]:
@@ -144,7 +193,7 @@ def _rank(row: Row) -> tuple[float, ...]:
     if of is not None and best.layers:
         place = 0
     accuracy = -round(of.accuracy, 2) if of is not None else 0.0  # less than a point is no difference
-    return place, accuracy, *_order(best.fidelity, best.layers, best.batch), best.memory.total
+    return place, accuracy, *_order(best.fidelity, best.layers, best.option, best.at_a_time), best.memory.total
 
 
 NEAR = 0.03
@@ -175,9 +224,10 @@ def merged(library: Plan, device: Plan) -> Plan:
     return replace(library, rows=(*fits, *rest), tried=library.tried + device.tried, facts=facts)
 
 
-def _order(fidelity: Fidelity | None, layers: int, batch: int) -> tuple[float, int]:
+def _order(fidelity: Fidelity | None, layers: int, option: Option, at_a_time: int) -> tuple[float, int, int]:
     """The best first: by fidelity, or by layers where that is not predicted; of equals the larger batch."""
-    return (-layers if fidelity is None else -round(fidelity.estimate, DIGITS)), -batch
+    batch = at_a_time if option.batch is None else option.batch
+    return (-layers if fidelity is None else -round(fidelity.estimate, DIGITS)), -batch, -at_a_time
 
 
 def _excess(candidate: Candidate) -> tuple[int, float]:
@@ -185,7 +235,7 @@ def _excess(candidate: Candidate) -> tuple[int, float]:
     return candidate.over_bytes, float(candidate.times_bp) if candidate.too_much_work else 0.0
 
 
-class _Finder:
+class Finder:
     """The search for one option after the other."""
 
     def __init__(
@@ -206,18 +256,25 @@ class _Finder:
         """The best of one option, over all batches and numbers of layers."""
         note = why_not(option, self.costs.spectra is not None) or ""
         layers: dict[int, int | None] = {}
-        found: list[tuple[tuple[float, int], int, int]] = []  # (order, layers, batch)
+        found: list[tuple[tuple[float, int, int], int, int]] = []  # (order, layers, images at a time)
         if METHODS[option.method].parts and not self.costs.exact_statistics(self.runs):
             note = "batch norm takes the statistics of each part"
         most = self.most_layers if METHODS[option.method].layers else 1
         guess, self.reason = most, ""
-        for batch in batches:
-            n = 0 if self.costs.runs(batch) else self._most_layers(option, batch, most, guess)
+        if option.batch is not None:
+            found = self._in_parts(option, batches, most)
+            if not found:
+                return Row(option, None, {}, None, "it takes whole batches, or nothing of it fits")
+        for batch in batches if option.batch is None else ():
+            too_large = bool(layers) and guess == 0
+            n = 0 if self.costs.runs(batch) or too_large else self._most_layers(option, batch, most, guess)
             layers[batch] = layers_of(option)(n) if n else None
             if n:
                 guess = n
                 of = None if note else self._fidelity(option, layers_of(option)(n), batch)
-                found.append((_order(of, n, batch), n, batch))
+                found.append((_order(of, n, option, batch), n, batch))
+            elif not self.costs.runs(batch) and not self.reason and self.flops_at_most is None:
+                guess = 0
         if not found:
             least = self._least(option, batches, most)
             return Row(option, None, layers, least, note if least else self.reason)
@@ -225,7 +282,7 @@ class _Finder:
         best = self.candidate(option, n, batch, predict=not note)
         after = None
         if METHODS[option.method].layers and best.layers < self.most_layers:
-            after = self._try(option, best.layers + 1, best.batch)
+            after = self._try(option, best.layers + 1, best.at_a_time)
         return Row(option, best, layers, after, note)
 
     def candidate(self, option: Option, layers: int, batch: int, predict: bool = True) -> Candidate:
@@ -235,7 +292,8 @@ class _Finder:
         times = self.costs.times_bp(option, n, batch)
         return Candidate(
             option, n, batch, self._fidelity(option, n, batch) if predict else None,
-            measured(self.costs.name, option, n), memory, times, self.costs.macs(option, n, batch),
+            measured(self.costs.name, option, self.costs.depth(n)), memory, times,
+            self.costs.macs(plain(option), n, batch) * (1 if option.batch is None else option.batch // batch),
             max(0, memory.total - self.budget), self.flops_at_most is not None and times > self.flops_at_most,
         )  # fmt: skip
 
@@ -250,6 +308,20 @@ class _Finder:
         return whole_fidelity(self.shares, kept)
 
     # ---- one option, one batch -----------------------------------------------------------------
+
+    def _in_parts(
+        self, option: Option, batches: Sequence[int], most: int
+    ) -> list[tuple[tuple[float, int, int], int, int]]:
+        """The most layers with the fewest images at a time, the most images with these layers; empty if none fit."""
+        assert option.batch is not None
+        sizes = [k for k in batches if k < option.batch and option.batch % k == 0 and not self.costs.runs(k)]
+        if not sizes or self.costs.mixing(plain(option), sizes[0]) is not None:
+            return []
+        n = self._most_layers(option, sizes[0], most, most)
+        tried = ((k, self._try(option, n, k)) for k in sizes[1:] if n)
+        fitting = takewhile(lambda each: each[1] is not None and each[1].fits, tried)
+        most_images = max((k for k, _ in fitting), default=sizes[0])
+        return [(_order(None, n, option, most_images), n, most_images)] if n else []
 
     def _most_layers(self, option: Option, batch: int, most: int, guess: int) -> int:
         """The largest number of layers that fits, 0 if none does; ``guess`` is tried before bisection."""

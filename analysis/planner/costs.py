@@ -117,7 +117,7 @@ class Costs:
         self.device, self.dtype, self.spectra = device, dtype, spectra
         self.every = lance_ref.tune(net, "all").layers
         self.layers = self.every if tune == "all" else lance_ref.tune(net, tune).layers
-        for method in ("whole", "shapes", "ranks", "macs", "in_flight", "trains", "runs", "mixing_net"):
+        for method in ("whole", "shapes", "ranks", "macs", "in_flight", "trains", "runs", "mixing", "mixing_net"):
             setattr(self, method, cache(getattr(self, method)))  # what this net's calls gave goes away with the net
         self.memory = cache(self._memory)
         self.step = lru_cache(maxsize=4)(self._step)
@@ -205,7 +205,10 @@ class Costs:
         key = (option, layers, batch)
         if self._last is None or self._last[0] != key:
             step = self.step(layers, batch)
-            tuned = self.tuned(layers)
+            entry = METHODS[option.method]
+            if entry.tune or entry.runs:  # these look at what the net itself is tuned to
+                self.tuned(layers)
+            tuned = self.trains(layers)[0]
             ranks = {path: of for path, of in self.ranks(option, batch).items() if path in tuned}
             shapes = {path: self.shapes(batch)[path] for path in tuned}
             if METHODS[option.method].ranks == "mean-free":

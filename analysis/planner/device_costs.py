@@ -50,7 +50,7 @@ class DeviceCosts(Costs):
     name, input_shape, dtype, spectra, tune
         As of :class:`analysis.planner.costs.Costs`.
     budget : int
-        Bytes of RAM: of the programs that fit, the one with the fewest multiply-adds counts.
+        Bytes of RAM: of the programs that fit, the one with the fewest multiply-adds counts. None: the smallest.
     optimizer : {"sgd", "sgd-momentum"}
     weights : {"flash", "int8"}
         How frozen weights lie in flash; they take no RAM either way.
@@ -63,7 +63,7 @@ class DeviceCosts(Costs):
         input_shape: tuple[int, ...],
         dtype: str,
         spectra: Spectra | None,
-        budget: int,
+        budget: int | None,
         optimizer: str = "sgd",
         tune: str | Sequence[str] = "all",
         weights: str = "flash",
@@ -87,12 +87,15 @@ class DeviceCosts(Costs):
         weights = trained_bytes(trace, DeviceSettings(ranks))
         sums = weights if momentum or option.update == "batch" else 0
         needed, program, flash = weights + sums, None, 0
-        if layers in (0, 1) or needed <= FAR * self.budget:
+        if self.budget is None or layers in (0, 1) or needed <= FAR * self.budget:
             try:
-                program = self._compiled(option, layers, ranks, self.budget)
-                needed, flash = program.ram_bytes, self._flash(program)
+                program = self._compiled(option, layers, ranks, self.budget or 1)
             except programs.BudgetError as error:
                 needed = error.needed_bytes
+                if self.budget is None:
+                    program = self._compiled(option, layers, ranks, needed)
+        if program is not None:
+            needed, flash = program.ram_bytes, self._flash(program)
         gradients, state = (0, sums) if momentum else (sums, 0)
         return Memory(needed - weights, 0, weights, gradients, state, flash=flash), program
 

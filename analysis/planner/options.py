@@ -176,6 +176,40 @@ def unit_of(text: str) -> str:
     return match[0] if match else "KiB"
 
 
+@dataclass(frozen=True)
+class Target:
+    """What is to be reached: an accuracy in per cent that was measured, a predicted fidelity, or a number of layers."""
+
+    kind: str  #: {"accuracy", "fidelity", "layers"}
+    value: float
+
+    def __str__(self) -> str:
+        if self.kind == "accuracy":
+            return f"an accuracy of {self.value:g} %"
+        if self.kind == "fidelity":
+            return f"a predicted fidelity of {self.value:g}"
+        return f"{self.value:g} layer{'' if self.value == 1 else 's'}"
+
+
+def parse_target(text: str) -> Target:
+    """A target as it is written.
+
+    Raises ValueError for anything else than ``accuracy=74`` (per cent, up to 100), ``fidelity=0.3`` (up to 1) or
+    ``layers=10``.
+
+    >>> str(parse_target("accuracy=74.5")), str(parse_target("layers=1"))
+    ('an accuracy of 74.5 %', '1 layer')
+    """
+    match = re.fullmatch(r"(accuracy|fidelity|layers)=([0-9]{1,6}(?:\.[0-9]{1,6})?)", text, re.ASCII)
+    kind, value = (match[1], float(match[2])) if match else ("", 0.0)
+    most = {"accuracy": 100, "fidelity": 1}.get(kind, 10**6)
+    if not 0 < value <= most or (kind == "layers" and value != int(value)):
+        raise ValueError(
+            f"--target is {text[:60]!r}, expected accuracy=74 (per cent), fidelity=0.3 (up to 1) or layers=10"
+        )
+    return Target(kind, value)
+
+
 def parse_times(text: str) -> Fraction:
     """A limit relative to backpropagation: ``1.5x`` or ``1.5``.
 

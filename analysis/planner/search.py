@@ -138,6 +138,23 @@ def search(
     most_layers : int, optional
         To try, of the layers of the net; all by default. Fidelity is about all layers in any case.
     """
+    finder = finder_for(costs, batches, budget, flops_at_most, shares, most_layers)
+    rows = _rows(finder, options, sorted(batches))
+    order = sorted(range(len(rows)), key=lambda i: (*_rank(rows[i]), i))
+    tried = costs.memory.cache_info().currsize
+    skipped = {f"batch {batch}": costs.runs(batch) for batch in batches if costs.runs(batch)}
+    return Plan(tuple(rows[i] for i in order), budget, flops_at_most, costs.layers, tried, skipped, every=costs.every)
+
+
+def finder_for(
+    costs: Costs,
+    batches: Sequence[int],
+    budget: int,
+    flops_at_most: Fraction | None,
+    shares: str,
+    most_layers: int | None,
+) -> Finder:
+    """The search for one option after the other, its arguments checked; those of :func:`search`."""
     count = len(costs.layers)
     if not count:
         raise ValueError(f"net {costs.name!r} has no layer to tune besides its head")
@@ -147,12 +164,7 @@ def search(
     if not runs:
         raise ValueError(costs.runs(batches[0]))
     weights = weights_by_layer(costs.whole(runs[0]).records, costs.every)
-    finder = Finder(costs, budget, flops_at_most, layer_shares(shares, weights), most_layers or count, runs[0])
-    rows = _rows(finder, options, sorted(batches))
-    order = sorted(range(len(rows)), key=lambda i: (*_rank(rows[i]), i))
-    tried = costs.memory.cache_info().currsize
-    skipped = {f"batch {batch}": costs.runs(batch) for batch in batches if costs.runs(batch)}
-    return Plan(tuple(rows[i] for i in order), budget, flops_at_most, costs.layers, tried, skipped, every=costs.every)
+    return Finder(costs, budget, flops_at_most, layer_shares(shares, weights), most_layers or count, runs[0])
 
 
 def _rows(finder: Finder, options: Sequence[Option], batches: Sequence[int]) -> list[Row]:
@@ -271,7 +283,7 @@ class Finder:
             layers[batch] = layers_of(option)(n) if n else None
             if n:
                 guess = n
-                of = None if note else self._fidelity(option, layers_of(option)(n), batch)
+                of = None if note else self.fidelity(option, layers_of(option)(n), batch)
                 found.append((_order(of, n, option, batch), n, batch))
             elif not self.costs.runs(batch) and not self.reason and self.flops_at_most is None:
                 guess = 0
@@ -291,13 +303,24 @@ class Finder:
         memory = self.costs.memory(option, n, batch)
         times = self.costs.times_bp(option, n, batch)
         return Candidate(
-            option, n, batch, self._fidelity(option, n, batch) if predict else None,
-            measured(self.costs.name, option, self.costs.depth(n)), memory, times,
+            option, n, batch, self.fidelity(option, n, batch) if predict else None,
+            self.evidence(option, n), memory, times,
             self.costs.macs(plain(option), n, batch) * (1 if option.batch is None else option.batch // batch),
             max(0, memory.total - self.budget), self.flops_at_most is not None and times > self.flops_at_most,
         )  # fmt: skip
 
-    def _fidelity(self, option: Option, layers: int, batch: int) -> Fidelity | None:
+    def evidence(self, option: Option, layers: int) -> Measured | None:
+        """What experiments say of the option with so many layers."""
+        return measured(self.costs.name, option, self.costs.depth(layers))
+
+    def parts(self, option: Option, batches: Sequence[int]) -> list[int]:
+        """How many images at a time the option's batch can go, of these numbers, fewer than all; ascending."""
+        assert option.batch is not None
+        sizes = [k for k in batches if k < option.batch and option.batch % k == 0 and not self.costs.runs(k)]
+        return [] if not sizes or self.costs.mixing(plain(option), sizes[0]) is not None else sizes
+
+    def fidelity(self, option: Option, layers: int, batch: int) -> Fidelity | None:
+        """Predicted for so many layers and images at a time; None if it is not."""
         kept, ranks, shapes = {}, self.costs.ranks(option, batch), self.costs.shapes(batch)
         for path in self.costs.trains(layers)[0]:
             spectra = self.costs.spectra.layers[path] if self.costs.spectra else None
@@ -313,9 +336,8 @@ class Finder:
         self, option: Option, batches: Sequence[int], most: int
     ) -> list[tuple[tuple[float, int, int], int, int]]:
         """The most layers with the fewest images at a time, the most images with these layers; empty if none fit."""
-        assert option.batch is not None
-        sizes = [k for k in batches if k < option.batch and option.batch % k == 0 and not self.costs.runs(k)]
-        if not sizes or self.costs.mixing(plain(option), sizes[0]) is not None:
+        sizes = self.parts(option, batches)
+        if not sizes:
             return []
         n = self._most_layers(option, sizes[0], most, most)
         tried = ((k, self._try(option, n, k)) for k in sizes[1:] if n)

@@ -10,7 +10,7 @@ from analysis.commands import console
 from analysis.commands.console import Sheet, say
 from analysis.planner.answer import amount, answer, fidelity, missing
 from analysis.planner.costs import Device
-from analysis.planner.search import SHOWN_DIGITS, Candidate, Plan, Row
+from analysis.planner.search import Candidate, Plan, Row
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,8 +19,8 @@ SCHEMA = 2
 PARTS = ("step", "gradients", "optimizer_state", "factors", "weights", "calibration", "total")
 MEANING = (
     "fidelity: predicted, from 0 to 1: the part of backpropagation's weight gradient that is kept, over all {count} "
-    "layers besides the head, each of which counts {shares}; '-' where it is not known. It is about the gradient of one "
-    "step, not about accuracy."
+    "layers besides the head, each of which counts {shares}; '-' where it is not known. It is about the gradient of "
+    "one step, not about accuracy."
 )
 TOTAL = (
     "total: the larger of two moments, of which one is over before the other begins: training, and the calibration of "
@@ -42,8 +42,8 @@ COUNTED = {
     "kept": "memory: what is kept (tape, gradients and optimiser state, all at once), without activations in flight "
     "and workspaces",
     "program": "memory: the arena of a device program (image, maps, cores, gradients, weights that train); all else is "
-    "in flash, frozen weights in {weights}; one image at a time, so that the batch is 1 here: 'update batch' adds up the "
-    "gradients of any number of images, 'update image' changes the weights after each",
+    "in flash, frozen weights in {weights}; one image at a time, so that the batch is 1 here: 'update batch' adds up "
+    "the gradients of any number of images, 'update image' changes the weights after each",
 }
 
 
@@ -57,11 +57,8 @@ def drawn(plan: Plan, device: Device) -> Callable[[Console], None]:
     limit = "" if plan.flops_at_most is None else f", at most {float(plan.flops_at_most):g}x backpropagation's FLOPs"
 
     def draw(on: Console) -> None:
-        ram = (
-            f"the least RAM for {plan.target}"
-            if plan.target
-            else f"{amount(plan.budget, plan.unit)} {plan.unit} of RAM"
-        )
+        budget = f"{amount(plan.budget, plan.unit)} {plan.unit} of RAM"
+        ram = f"the least RAM for {plan.target}" if plan.target else budget
         say(on, f"{plan.facts.get('net', '')}: {ram}{limit}")
         for sentence in answer(plan):
             say(on, sentence)

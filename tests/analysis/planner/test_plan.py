@@ -270,8 +270,8 @@ def test_as_all_candidates_one_by_one(name: str, device: Device) -> None:
 def test_planted_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison sees a planner that is wrong."""
     if fault == "one layer too many":
-        right = plan_search._Finder._bisect
-        monkeypatch.setattr(plan_search._Finder, "_bisect", lambda *a: min(right(*a) + 1, a[3]))
+        right = plan_search.Finder._bisect
+        monkeypatch.setattr(plan_search.Finder, "_bisect", lambda *a: min(right(*a) + 1, a[3]))
     elif fault == "no calibration":
         monkeypatch.setattr(Costs, "_calibration", lambda *a: 0)
     elif fault == "no factors":

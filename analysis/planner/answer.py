@@ -5,6 +5,8 @@ Sizes are in the unit of the budget, rounded up, so that what does not fit is ne
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from analysis.planner.options import UNITS
 from analysis.planner.search import SHOWN_DIGITS, Candidate, Plan, Row
 
@@ -126,9 +128,9 @@ def _beside(other: Candidate, first: Candidate, plan: Plan) -> str:
         parts.append(f"{fewer} layer{'' if fewer == 1 else 's'} fewer")
     if other.option.engine == first.option.engine and other.batch < first.batch:
         parts.append(f"updates after {other.batch} image{'' if other.batch == 1 else 's'} in place of {first.batch}")
-    ratio = float(other.times_bp / first.times_bp) if first.times_bp else 1.0
-    if other.option.engine == first.option.engine and ratio > 1.25:
-        parts.append(f"{ratio:.1f} times the multiply-adds relative to backpropagation's")
+    ours, theirs = (Fraction(c.macs, c.batch) for c in (first, other))  # of an image
+    if ours and theirs > ours * Fraction(5, 4):
+        parts.append(f"{float(theirs / ours):.1f} times the multiply-adds")
     if other.memory.calibration > other.memory.training:
         parts.append("most of it while the subspaces are found, which another machine can do")
     return ", ".join(parts)

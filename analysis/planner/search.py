@@ -18,7 +18,7 @@ from itertools import takewhile
 
 from analysis.planner.costs import Costs, Memory, layers_of, plain, weights_by_layer
 from analysis.planner.evidence import Measured, measured
-from analysis.planner.fidelity import Fidelity, layer_fidelity, layer_shares, whole_fidelity, why_not
+from analysis.planner.fidelity import Fidelity, in_codes, layer_fidelity, layer_shares, whole_fidelity, why_not
 from analysis.planner.options import Option
 from analysis.steps.methods import METHODS
 
@@ -327,7 +327,7 @@ class Finder:
             of = layer_fidelity(option, shapes[path], ranks.get(path), spectra)
             if of is None:
                 return None
-            kept[path] = of
+            kept[path] = of if option.core_bits is None else in_codes(of, shapes[path], ranks[path])
         return whole_fidelity(self.shares, kept)
 
     # ---- one option, one batch -----------------------------------------------------------------

@@ -58,7 +58,11 @@ def parser() -> argparse.ArgumentParser:
         help="images at a time to try; the largest is the batch that goes in parts of the others (1 2 4 8 16 32)",
     )  # fmt: skip
     p.add_argument("--layers", type=count, help="tune at most so many, from the last on (all)")
-    p.add_argument("--tune", nargs="+", help="which layers may be tuned: all, last:n, or globs of layer names (all)")
+    p.add_argument(
+        "--tune", nargs="+",
+        help="which layers may be tuned, from the last of them on: all, last:n, or globs of layer names; or best: the "
+        "set of layers that keeps most of the gradient, for steps of the library (all)",
+    )  # fmt: skip
     p.add_argument(
         "--method", "--methods", nargs="+", default=["all"], metavar="METHOD", help=f"{', '.join(METHODS)}, or all"
     )

@@ -60,7 +60,7 @@ def title(candidate: Candidate, plan: Plan) -> str:
     layers = f"all {chosen.removeprefix('the ')}" if n == count else f"the last {n} of {chosen}"
     layers = "the last layer" if n == 1 < count else layers
     if candidate.paths:
-        layers = f"{n} layers chosen one by one"
+        layers = f"{n} layer{'' if n == 1 else 's'} chosen one by one"
     what = f"{layers} with {option.name}" if n else option.name
     images = "one image at a time" if option.update else f"batch {candidate.batch}"
     if candidate.at_a_time < candidate.batch:

@@ -39,7 +39,7 @@ def shape_of(options: argparse.Namespace) -> tuple[int, ...]:
 
 
 def _tune(options: argparse.Namespace) -> str | Sequence[str]:
-    if options.tune is None:
+    if options.tune in (None, ["best"]):
         return "all"
     return str(options.tune[0]) if len(options.tune) == 1 else tuple(options.tune)
 

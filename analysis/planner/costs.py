@@ -83,7 +83,8 @@ class Memory:
     optimizer_state: int
     calibration: int = 0
     at: str = ""
-    carried: int = 0  #: What the gradients of earlier images of a batch add, where these go a few at a time.
+    #: What the gradients of earlier images add where a batch goes a few at a time: in ``step`` if it does so here.
+    carried: int = 0
     flash: int = 0  #: Of a device program: frozen weights, and what else never changes.
 
     @property
@@ -248,11 +249,11 @@ class Costs:
         """Memory of a candidate with ``batch`` images at a time; ValueError as for :meth:`changed`."""
         if option != plain(option):  # of one simulation
             found = self.memory(plain(option), layers, batch)
-            carried = found.carried if option.batch not in (None, batch) else 0
-            if carried and (option.batch or 0) % batch:
+            if option.batch is not None and option.batch % batch:
                 raise ValueError(f"{batch} images at a time do not divide {option.batch}")
+            carried = found.carried if option.batch not in (None, batch) else 0
             calibration = 0 if option.elsewhere else found.calibration
-            return replace(found, step=found.step + carried, carried=carried, calibration=calibration)
+            return replace(found, step=found.step + carried, calibration=calibration)
         changed = self.changed(option, layers, batch)
         trained = {
             v.id: v.nbytes for r in flatten(changed.records) for v in r.inputs if v.parameter and v.requires_grad
@@ -270,6 +271,18 @@ class Costs:
         weights = self._all_weights(changed.records) if self.device.weights == "ram" else gradients
         calibration = self._calibration(option, layers, batch)
         return Memory(step, factors, weights, gradients, state, calibration, at, carried)
+
+    def kept(self, option: Option, layers: Layers, batch: int) -> int:
+        """Bytes that a step keeps, with factors and weights, as ``count="kept"`` has them; ValueError as above."""
+        changed = self.changed(option, layers, batch)
+        trained = {
+            v.id: v.nbytes for r in flatten(changed.records) for v in r.inputs if v.parameter and v.requires_grad
+        }
+        bills = account(changed.records, None)
+        gradients = sum(trained.values())
+        weights = self._all_weights(changed.records) if self.device.weights == "ram" else gradients
+        kept = sum(bill.tape_bytes + bill.subspace_bytes for bill in bills)
+        return kept + (1 + STATE_COPIES[self.device.optimizer]) * gradients + weights
 
     def _peak(self, option: Option, batch: int, changed: MethodStep) -> tuple[int, int, str]:
         """The peak, what it is higher by in a batch of several such parts, and where it is."""

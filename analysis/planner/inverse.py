@@ -61,10 +61,13 @@ def _least(finder: Finder, option: Option, batches: Sequence[int], target: Targe
         n = next(reached, None)
         if n is None:
             return Row(option, None, {}, None, note)
+        # Where other parameters than weights train, more layers may take less; see the search.
+        more = range(n, finder.most_layers + 1) if METHODS[option.method].tune and n else (n,)
         try:
-            best = finder.candidate(option, n, images, predict=not note)
+            found = [finder.candidate(option, k, images, predict=not note) for k in more]
         except ValueError as error:
             return Row(option, None, {}, None, str(error))
+        best = min(found, key=lambda candidate: candidate.memory.total)
         return Row(option, None if best.too_much_work else best, {}, None, note)
     return Row(option, None, {}, None, note)
 

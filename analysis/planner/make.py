@@ -30,6 +30,7 @@ from analysis.planner.options import (
     unit_of,
 )
 from analysis.planner.search import Plan, merged, search
+from analysis.planner.sets import with_sets
 from analysis.rules.recompute import flatten
 from analysis.steps.methods import METHODS, check_methods_heed, chosen_methods
 from analysis.steps.nets import check_classes, remark
@@ -70,7 +71,8 @@ def _searched(costs: Costs, tried: Sequence[Option], options: argparse.Namespace
     if isinstance(limit, Target):
         plan = least(costs, tried, batches, limit, times, options.shares, options.layers)
         return replace(plan, unit=_unit(plan.budget))
-    plan = search(costs, tried, batches, limit, times, options.shares, options.layers)
+    improve = with_sets if options.tune == ["best"] and not isinstance(costs, DeviceCosts) else None
+    plan = search(costs, tried, batches, limit, times, options.shares, options.layers, improve)
     return replace(plan, unit=unit_of(options.budget))
 
 
@@ -201,6 +203,8 @@ def _check_effects(options: argparse.Namespace, methods: Sequence[str]) -> None:
     check_methods_heed(options, methods)
     for name in ("directions", "update_after"):
         check_effect(options, name, options.engine != "library", "--engine device or both")
+    if options.tune == ["best"] and (options.engine == "device" or options.target is not None):
+        raise ValueError("--tune best has no effect here: it needs --budget, and --engine library or both")
     if options.weights == "int8" and options.engine == "library":
         raise ValueError("--weights int8 has no effect here: the library has float32 weights, it needs --engine device")
     check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")

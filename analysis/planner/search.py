@@ -1,7 +1,9 @@
 """The search: for every method, setting and number of images at a time, the most layers that fit.
 
-More layers never have a lower fidelity, and for one option and one batch they never take less memory: everything that
+More layers never have a lower fidelity, and for one option and one batch they take no less memory: everything that
 is alive with n layers is alive with n + 1 as well. So the largest number that fits in memory is found by bisection.
+Where other parameters than weights train (biases, LoRA), what a layer adds may be less than the buffers of the frozen
+layers save, which run together: for these every number is tried, from the largest on.
 Nor does a step of more images take less: where not even one layer fits, no larger batch is tried.
 A batch that goes a few images at a time has the same gradient however many these are; so for such an option the most
 layers are found with the fewest images at a time, and then the most images that fit with these layers.
@@ -11,12 +13,12 @@ is tried, from the largest on. The tests compare with all candidates, one by one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import takewhile
 
-from analysis.planner.costs import Costs, Memory, layers_of, plain, weights_by_layer
+from analysis.planner.costs import Costs, Layers, Memory, layers_of, plain, weights_by_layer
 from analysis.planner.evidence import Measured, measured
 from analysis.planner.fidelity import Fidelity, in_codes, layer_fidelity, layer_shares, whole_fidelity, why_not
 from analysis.planner.options import Option
@@ -124,6 +126,7 @@ def search(
     flops_at_most: Fraction | None = None,
     shares: str = "layers",
     most_layers: int | None = None,
+    improve: Callable[[Finder, list[Row]], list[Row]] | None = None,
 ) -> Plan:
     """Which options fit, with how many layers and which batch, ranked by predicted gradient fidelity.
 
@@ -137,9 +140,12 @@ def search(
         See :func:`analysis.planner.fidelity.layer_shares`.
     most_layers : int, optional
         To try, of the layers of the net; all by default. Fidelity is about all layers in any case.
+    improve : callable, optional
+        What makes better rows of those that were found (:func:`analysis.planner.sets.with_sets`).
     """
     finder = finder_for(costs, batches, budget, flops_at_most, shares, most_layers)
     rows = _rows(finder, options, sorted(batches))
+    rows = rows if improve is None else improve(finder, rows)
     order = sorted(range(len(rows)), key=lambda i: (*_rank(rows[i]), i))
     tried = costs.memory.cache_info().currsize
     skipped = {f"batch {batch}": costs.runs(batch) for batch in batches if costs.runs(batch)}
@@ -297,19 +303,21 @@ class Finder:
             after = self._try(option, best.layers + 1, best.at_a_time)
         return Row(option, best, layers, after, note)
 
-    def candidate(self, option: Option, layers: int, batch: int, predict: bool = True) -> Candidate:
+    def candidate(self, option: Option, layers: Layers, batch: int, predict: bool = True) -> Candidate:
         """All about one candidate; ValueError if the method does not fit."""
-        n = layers_of(option)(layers)
+        n = layers_of(option)(layers) if isinstance(layers, int) else layers
+        count, paths = (n, ()) if isinstance(n, int) else (len(n), n)
         memory = self.costs.memory(option, n, batch)
         times = self.costs.times_bp(option, n, batch)
         return Candidate(
-            option, n, batch, self.fidelity(option, n, batch) if predict else None,
+            option, count, batch, self.fidelity(option, n, batch) if predict else None,
             self.evidence(option, n), memory, times,
             self.costs.macs(plain(option), n, batch) * (1 if option.batch is None else option.batch // batch),
             max(0, memory.total - self.budget), self.flops_at_most is not None and times > self.flops_at_most,
+            paths,
         )  # fmt: skip
 
-    def evidence(self, option: Option, layers: int) -> Measured | None:
+    def evidence(self, option: Option, layers: Layers) -> Measured | None:
         """What experiments say of the option with so many layers."""
         return measured(self.costs.name, option, self.costs.depth(layers))
 
@@ -319,8 +327,13 @@ class Finder:
         sizes = [k for k in batches if k < option.batch and option.batch % k == 0 and not self.costs.runs(k)]
         return [] if not sizes or self.costs.mixing(plain(option), sizes[0]) is not None else sizes
 
-    def fidelity(self, option: Option, layers: int, batch: int) -> Fidelity | None:
-        """Predicted for so many layers and images at a time; None if it is not."""
+    def worth(self, option: Option, path: str, batch: int, predicted: bool) -> float:
+        """What a layer adds to the fidelity; where that is not predicted, its share of the gradient."""
+        of = self.fidelity(option, (path,), batch) if predicted else None
+        return self.shares[path] if of is None else of.estimate
+
+    def fidelity(self, option: Option, layers: Layers, batch: int) -> Fidelity | None:
+        """Predicted for these layers and so many images at a time; None if it is not."""
         kept, ranks, shapes = {}, self.costs.ranks(option, batch), self.costs.shapes(batch)
         for path in self.costs.trains(layers)[0]:
             spectra = self.costs.spectra.layers[path] if self.costs.spectra else None
@@ -359,6 +372,8 @@ class Finder:
         return n
 
     def _bisect(self, option: Option, batch: int, most: int, guess: int) -> int:
+        if METHODS[option.method].tune:
+            return next((n for n in range(guess, 0, -1) if self._fits_in_memory(option, n, batch)), 0)
         low, high = 0, most + 1  # low fits (nothing does), high does not
         for n in (1, guess, guess + 1):
             if low < n < high:

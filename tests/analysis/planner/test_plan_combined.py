@@ -218,7 +218,7 @@ def test_frozen_weights_in_int8(tmp_path: Path) -> None:
         memory, program = costs.program(option, 0)
         assert program is not None
         kind = "int8" if stored == "int8" else "float32"
-        written = program.export(tmp_path / stored, weights=kind)
+        written = program.export_c(tmp_path / stored, weights=kind)
         found[stored] = memory.total, memory.flash, written.flash_bytes - memory.flash
     assert found["flash"][0] == found["int8"][0]
     assert found["int8"][1] < found["flash"][1] / 3

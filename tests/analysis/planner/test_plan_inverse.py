@@ -133,14 +133,15 @@ def test_nonsense_targets(text: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "expected one of --budget and --target, neither is given"),
-        (["--budget", "1MiB", "--target", "layers=1"], "both are given"),
+        ([], "neither of --budget and --target is given, expected one"),
+        (["--budget", "1MiB", "--target", "layers=1"], "both of --budget and --target are given"),
         (["--target", "layers=1", "--largest", "batch"], "--largest has no effect here: it needs --budget"),
         (["--budget", "1MiB", "--weights", "int8", "--engine", "library"], "the library has float32 weights"),
         (["--budget", "1MiB", "--tune", "nothing-of-this-name"], "nothing-of-this-name"),
         (["--budget", "1MiB", "--tune", "head"], "no layer to tune besides its head"),
         (["--budget", "1MiB", "--tune", "all", "--method", "head-only"], "--tune has no effect here"),
         (["--budget", "1MiB", "--micro-batch", "1"], "--micro-batch has no effect here"),
+        (["--target", "layers=1", "--tune", "best"], "--tune best has no effect here"),
     ],
 )
 def test_senseless_options(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -255,10 +255,7 @@ class Costs:
             calibration = 0 if option.elsewhere else found.calibration
             return replace(found, step=found.step + carried, calibration=calibration)
         changed = self.changed(option, layers, batch)
-        trained = {
-            v.id: v.nbytes for r in flatten(changed.records) for v in r.inputs if v.parameter and v.requires_grad
-        }
-        gradients = sum(trained.values())
+        gradients, weights = self._parameters(changed)
         state = STATE_COPIES[self.device.optimizer] * gradients
         carried = 0
         if self.device.count == "peak":
@@ -268,19 +265,22 @@ class Costs:
             bills = account(changed.records, None)
             factors = sum(bill.subspace_bytes for bill in bills)
             step, at = sum(bill.tape_bytes for bill in bills) + gradients + state, ""
-        weights = self._all_weights(changed.records) if self.device.weights == "ram" else gradients
         calibration = self._calibration(option, layers, batch)
         return Memory(step, factors, weights, gradients, state, calibration, at, carried)
+
+    def _parameters(self, changed: MethodStep) -> tuple[int, int]:
+        """Bytes of the gradients, and of the weights that are in RAM."""
+        trained = {
+            v.id: v.nbytes for r in flatten(changed.records) for v in r.inputs if v.parameter and v.requires_grad
+        }
+        gradients = sum(trained.values())
+        return gradients, self._all_weights(changed.records) if self.device.weights == "ram" else gradients
 
     def kept(self, option: Option, layers: Layers, batch: int) -> int:
         """Bytes that a step keeps, with factors and weights, as ``count="kept"`` has them; ValueError as above."""
         changed = self.changed(option, layers, batch)
-        trained = {
-            v.id: v.nbytes for r in flatten(changed.records) for v in r.inputs if v.parameter and v.requires_grad
-        }
         bills = account(changed.records, None)
-        gradients = sum(trained.values())
-        weights = self._all_weights(changed.records) if self.device.weights == "ram" else gradients
+        gradients, weights = self._parameters(changed)
         kept = sum(bill.tape_bytes + bill.subspace_bytes for bill in bills)
         return kept + (1 + STATE_COPIES[self.device.optimizer]) * gradients + weights
 

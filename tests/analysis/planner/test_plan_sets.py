@@ -27,9 +27,7 @@ class Narrowing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = (3, 4, 20, 6, 24, 12)
-        self.layers = nn.Sequential(
-            *(nn.Conv2d(a, b, 3, padding=1, rng=i) for i, (a, b) in enumerate(pairwise(sizes)))
-        )
+        self.layers = nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1, rng=i) for i, (a, b) in enumerate(pairwise(sizes))))
         self.head = nn.Linear(12, 5, rng=9)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from analysis.planner.asked import device_costs, library_costs, shape_of
 from analysis.planner.costs import Costs
 from analysis.planner.fidelity import why_not
 from analysis.planner.options import Option, Target
-from analysis.planner.search import Candidate, Finder, Plan, Row, finder_for
+from analysis.planner.search import Candidate, Finder, Plan, Row, finder_for, may_shrink
 from analysis.steps.methods import METHODS
 from lance_ref import models
 
@@ -62,7 +62,7 @@ def _least(finder: Finder, option: Option, batches: Sequence[int], target: Targe
         if n is None:
             return Row(option, None, {}, None, note)
         # Where other parameters than weights train, more layers may take less; see the search.
-        more = range(n, finder.most_layers + 1) if METHODS[option.method].tune and n else (n,)
+        more = range(n, finder.most_layers + 1) if may_shrink(option) else (n,)
         try:
             found = [finder.candidate(option, k, images, predict=not note) for k in more]
         except ValueError as error:

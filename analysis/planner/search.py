@@ -242,6 +242,11 @@ def merged(library: Plan, device: Plan) -> Plan:
     return replace(library, rows=(*fits, *rest), tried=library.tried + device.tried, facts=facts)
 
 
+def may_shrink(option: Option) -> bool:
+    """Whether a step of the library may take less with more layers; see the top of this file."""
+    return bool(METHODS[option.method].tune) and METHODS[option.method].layers and not option.update
+
+
 def _order(fidelity: Fidelity | None, layers: int, option: Option, at_a_time: int) -> tuple[float, int, int]:
     """The best first: by fidelity, or by layers where that is not predicted; of equals the larger batch."""
     batch = at_a_time if option.batch is None else option.batch
@@ -372,7 +377,7 @@ class Finder:
         return n
 
     def _bisect(self, option: Option, batch: int, most: int, guess: int) -> int:
-        if METHODS[option.method].tune:
+        if may_shrink(option):
             return next((n for n in range(guess, 0, -1) if self._fits_in_memory(option, n, batch)), 0)
         low, high = 0, most + 1  # low fits (nothing does), high does not
         for n in (1, guess, guess + 1):

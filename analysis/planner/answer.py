@@ -62,12 +62,16 @@ def title(candidate: Candidate, plan: Plan) -> str:
     if candidate.paths:
         layers = f"{n} layer{'' if n == 1 else 's'} chosen one by one"
     what = f"{layers} with {option.name}" if n else option.name
-    images = "one image at a time" if option.update else f"batch {candidate.batch}"
-    if candidate.at_a_time < candidate.batch:
-        images += f" in parts of {candidate.at_a_time}"
+    how = "one image at a time" if option.update else f"batch {images(candidate).replace(' by ', ' in parts of ')}"
     engine = "a device program" if option.update else "a step of the library"
     elsewhere = ", calibrated elsewhere" if option.elsewhere else ""
-    return f"{what}, {images}{elsewhere}, as {engine}"
+    return f"{what}, {how}{elsewhere}, as {engine}"
+
+
+def images(candidate: Candidate) -> str:
+    """Images of an update, and how many of them at a time where these are fewer, as the tables have them."""
+    parts = f" by {candidate.at_a_time}" if candidate.at_a_time < candidate.batch else ""
+    return f"{candidate.batch}{parts}"
 
 
 def fidelity(candidate: Candidate) -> str:

@@ -58,7 +58,9 @@ def plan_of(options: argparse.Namespace) -> Plan:
     first = plan.fitting[0].best
     assert first is not None
     shape, classes = shape_of(options), int(plan.facts["classes"])
-    facts = {"code": code_for(first, plan, options.net, shape, classes, options.dtype, options.optimizer)}
+    stored = ', and program.export_c(folder, weights="int8") to write it as C' if first.memory.flash else ""
+    facts = {"weights": stored if options.weights == "int8" else ""}
+    facts |= {"code": code_for(first, plan, options.net, shape, classes, options.dtype, options.optimizer)}
     if options.largest:
         facts["room"] = f"With all else as it is, what fits: {'; '.join(room(options, plan, first))}."
     return replace(plan, facts={**plan.facts, **facts})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from analysis.planner.answer import images
 from analysis.planner.options import UNITS
 from analysis.planner.search import Candidate, Plan
 from analysis.reports.figures import save_figure
@@ -69,7 +70,7 @@ def _shown(plan: Plan) -> list[Candidate]:
 def _name(candidate: Candidate) -> str:
     n = candidate.layers
     layers = f", {n} layer{'' if n == 1 else 's'}" if n else ""
-    return f"{candidate.option.name}{layers}, batch {candidate.batch} ({candidate.option.engine})"
+    return f"{candidate.option.name}{layers}, batch {images(candidate)} ({candidate.option.engine})"
 
 
 def _bars(axes: Axes, plan: Plan, shown: list[Candidate]) -> None:

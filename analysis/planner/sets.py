@@ -38,7 +38,7 @@ def _improved(finder: Finder, row: Row) -> Row:
         return row
     if found is None or (row.best is not None and _value(finder, found) <= _value(finder, row.best)):
         return row
-    return replace(row, best=found)
+    return replace(row, best=found, next=None)
 
 
 def _value(finder: Finder, candidate: Candidate) -> float:

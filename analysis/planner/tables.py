@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.commands import console
 from analysis.commands.console import Sheet, say
-from analysis.planner.answer import amount, answer, fidelity, missing
+from analysis.planner.answer import amount, answer, fidelity, images, missing
 from analysis.planner.costs import Device
 from analysis.planner.search import Candidate, Plan, Row
 
@@ -124,12 +124,6 @@ def _method(row: Row) -> str:
     return f"{row.option.method}{where}"
 
 
-def _images(candidate: Candidate) -> str:
-    """Images of an update, and how many of them at a time where these are fewer."""
-    parts = f" by {candidate.at_a_time}" if candidate.at_a_time < candidate.batch else ""
-    return f"{candidate.batch}{parts}"
-
-
 def _fitting(plan: Plan) -> Sheet:
     columns = ["method", "setting", "total", "accuracy", "fidelity", "layers", "batch", "training", "calibration"]
     columns += ["FLOPs/bp", "+1 layer"]
@@ -147,7 +141,7 @@ def _fitting(plan: Plan) -> Sheet:
         calibration = amount(memory.calibration, plan.unit) if memory.calibration else "-"
         cells = [
             _method(row), row.option.setting, amount(memory.total, plan.unit), known,
-            "-" if of is None else fidelity(best), str(best.layers), _images(best), amount(memory.training, plan.unit),
+            "-" if of is None else fidelity(best), str(best.layers), images(best), amount(memory.training, plan.unit),
             calibration, f"{float(best.times_bp):.3f}", missing(row, plan.unit),
         ]  # fmt: skip
         cells += [f"{1e3 * best.macs / plan.macs_per_second:,.1f}"] if plan.macs_per_second else []
@@ -169,7 +163,7 @@ def _others(plan: Plan) -> Sheet:
         total, training, calibration = (
             amount(part, plan.unit) for part in (c.memory.total, c.memory.training, c.memory.calibration)
         )
-        where = (total, missing(row, plan.unit), str(c.layers), _images(c), training)
+        where = (total, missing(row, plan.unit), str(c.layers), images(c), training)
         shown = calibration if c.memory.calibration else "-"
         table.add(_method(row), row.option.setting, *where, shown, f"{float(c.times_bp):.3f}")
     return table

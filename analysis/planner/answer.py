@@ -5,6 +5,7 @@ Sizes are in the unit of the budget, rounded up, so that what does not fit is ne
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 from analysis.planner.options import UNITS
@@ -61,8 +62,11 @@ def title(candidate: Candidate, plan: Plan) -> str:
     layers = "the last layer" if n == 1 < count else layers
     if candidate.paths:
         layers = f"{n} layer{'' if n == 1 else 's'} chosen one by one"
-    what = f"{layers} with {option.name}" if n else option.name
-    how = "one image at a time" if option.update else f"batch {images(candidate).replace(' by ', ' in parts of ')}"
+    name = replace(option, update="").name  # when a program updates is said in words
+    what = f"{layers} with {name}" if n else name
+    how = f"batch {images(candidate).replace(' by ', ' in parts of ')}"
+    if option.update:
+        how = f"one image at a time with {'an update after each' if option.update == 'image' else 'one update a batch'}"
     engine = "a device program" if option.update else "a step of the library"
     elsewhere = ", calibrated elsewhere" if option.elsewhere else ""
     return f"{what}, {how}{elsewhere}, as {engine}"

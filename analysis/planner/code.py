@@ -142,7 +142,7 @@ def _library(candidate: Candidate, optimizer: str) -> list[str]:
 
 def _device(candidate: Candidate, input_shape: tuple[int, ...], optimizer: str) -> list[str]:
     option = candidate.option
-    lines, more = [], [f"update={option.update!r}"]
+    lines, more = [], [f'update="{option.update}"']
     if option.method == "lance":
         n = option.directions
         mean_free = ", mean_free=True" if input_shape[0] > 1 else ""  # nothing is left of one channel

@@ -63,7 +63,7 @@ def drawn(plan: Plan, device: Device) -> Callable[[Console], None]:
         for sentence in answer(plan):
             say(on, sentence)
         if plan.fitting:
-            on.print(_fitting(plan))
+            on.print(_fitting(plan, device.weights == "int8"))
         if any(row.best is None for row in plan.shown) and not plan.target:
             on.print(_others(plan))
         hidden = len(plan.rows) - len(plan.shown)
@@ -104,8 +104,8 @@ def _notes(plan: Plan) -> list[str]:
     """Why fidelities are missing, why methods are, and which of them only their calibration keeps out."""
     notes: dict[str, dict[str, None]] = {}
     for row in plan.rows:
-        if row.note:
-            kind = "not to be had" if row.best is None and row.next is None else "fidelity not predicted"
+        if row.note and (row.best is not None or row.next is None):
+            kind = "not to be had" if row.best is None else "fidelity not predicted"
             notes.setdefault(f"{kind} ({row.note})", {})[row.option.method] = None
         missing = row.next.memory if row.best is None and row.next is not None else None
         if missing is not None and missing.training <= plan.budget < missing.calibration:
@@ -124,12 +124,11 @@ def _method(row: Row) -> str:
     return f"{row.option.method}{where}"
 
 
-def _fitting(plan: Plan) -> Sheet:
+def _fitting(plan: Plan, with_flash: bool) -> Sheet:
     columns = ["method", "setting", "total", "accuracy", "fidelity", "layers", "batch", "training", "calibration"]
     columns += ["FLOPs/bp", "+1 layer"]
     columns += ["estimated ms"] if plan.macs_per_second else []
-    has_flash = any(row.best is not None and row.best.memory.flash for row in plan.shown)
-    columns += ["flash"] if has_flash else []
+    columns += ["flash"] if with_flash else []
     said = f"What reaches {plan.target}" if plan.target else "What fits"
     table = Sheet(f"{said} (memory in {plan.unit}; total: the larger of training and calibration)", columns, left=2)
     for row in plan.shown:
@@ -145,27 +144,16 @@ def _fitting(plan: Plan) -> Sheet:
             calibration, f"{float(best.times_bp):.3f}", missing(row, plan.unit),
         ]  # fmt: skip
         cells += [f"{1e3 * best.macs / plan.macs_per_second:,.1f}"] if plan.macs_per_second else []
-        cells += [amount(memory.flash, plan.unit) if memory.flash else "-"] if has_flash else []
+        cells += [amount(memory.flash, plan.unit) if memory.flash else "-"] if with_flash else []
         table.add(*cells, style="green" if row is plan.rows[0] else "" if of or best.measured else "dim")
     return table
 
 
 def _others(plan: Plan) -> Sheet:
-    columns = ["method", "setting", "total", "too much by", "layers", "batch", "training", "calibration", "FLOPs/bp"]
-    table = Sheet(f"What does not fit: the least of each (memory in {plan.unit})", columns, left=2)
+    table = Sheet("What does not fit: the least of each", ["method", "setting", "too much by"], left=2)
     for row in plan.shown:
-        c = row.next
-        if row.best is not None:
-            continue
-        if c is None:
-            table.add(_method(row), row.option.setting, *["-"] * 7)
-            continue
-        total, training, calibration = (
-            amount(part, plan.unit) for part in (c.memory.total, c.memory.training, c.memory.calibration)
-        )
-        where = (total, missing(row, plan.unit), str(c.layers), images(c), training)
-        shown = calibration if c.memory.calibration else "-"
-        table.add(_method(row), row.option.setting, *where, shown, f"{float(c.times_bp):.3f}")
+        if row.best is None:
+            table.add(_method(row), row.option.setting, missing(row, plan.unit))
     return table
 
 

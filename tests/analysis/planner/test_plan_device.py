@@ -28,10 +28,8 @@ def test_lance_fits_mcunet_into_256_kib(capsys: pytest.CaptureFixture[str]) -> N
     arguments = ("--net", "mcunet", "--budget", "256KiB", "--image-size", "128", "--num-classes", "10")
     assert main([*arguments, "--engine", "device", "--method", "lance", "--directions", "8"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert (
-        "Train the last 10 of 42 layers with lance 8 directions, one image at a time with an update after each, as a device program"
-        in out
-    )
+    first = "Train the last 10 of 42 layers with lance 8 directions, one image at a time with an update after each"
+    assert first in out
     assert "The library's engine takes" in out
     library = plan(capsys, *arguments, "--method", "lance", "--engine", "library")
     assert all(row["best"] is None for row in library["rows"])

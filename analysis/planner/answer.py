@@ -125,8 +125,8 @@ def _beside(other: Candidate, first: Candidate, plan: Plan) -> str:
     parts = [f"{amount(other.memory.total, plan.unit)} {plan.unit}"]
     if other.measured is not None and first.measured is not None:
         points = 100 * (other.measured.accuracy - first.measured.accuracy)
-        word = "more" if points >= 0 else "less"
-        parts.append(f"{abs(points):.1f} points {word} accuracy where both were measured")
+        much = f"{abs(points):.1f} points {'more' if points > 0 else 'less'}" if abs(points) >= 0.05 else "the same"
+        parts.append(f"{much} accuracy where both were measured")
     elif other.measured is None:
         parts.append("its accuracy was not measured")
     if not other.layers and first.layers:

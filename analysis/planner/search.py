@@ -198,7 +198,7 @@ def _size(candidate: Candidate) -> tuple[int, int, int]:
 
 
 def _rank(row: Row) -> tuple[float, ...]:
-    """The order of the rows: fits, measured accuracy, fidelity, batch, memory; then what is missing.
+    """The order of the rows: fits, measured accuracy, fidelity, batch, multiply-adds, memory; then what is missing.
 
     A fidelity that is not predicted may be any. So it stands behind those that are known to be more than 0.000, and
     before those that are known to be 0.000. The head alone is behind all: in every experiment more layers were better.
@@ -211,7 +211,8 @@ def _rank(row: Row) -> tuple[float, ...]:
     if of is not None and best.layers:
         place = 0
     accuracy = -round(of.accuracy, 2) if of is not None else 0.0  # less than a point is no difference
-    return place, accuracy, *_order(best.fidelity, best.layers, best.option, best.at_a_time), best.memory.total
+    faithful, batch, _ = _order(best.fidelity, best.layers, best.option, best.at_a_time)
+    return place, accuracy, faithful, batch, best.macs / best.batch, best.memory.total
 
 
 NEAR = 0.03

@@ -245,3 +245,17 @@ def test_images_of_an_update_stay_alike() -> None:
     plan = search(costs, in_parts([Option("bp"), Option("bias-only")], BATCH), (1, 2, 4, BATCH), budget)
     assert {row.best.batch for row in plan.shown if row.best is not None} == {BATCH}
     assert np.isclose(float(plan.shown[0].best.times_bp), 1.0)  # type: ignore[union-attr]
+
+
+def test_of_equals_the_one_with_less_work_is_first() -> None:
+    """Checkpoints and backpropagation have one gradient and one batch; how many images go at a time is no merit."""
+    costs = costs_of("mcunet", (3, 32, 32))
+    options = in_parts([Option("checkpoint"), Option("bp")], BATCH)
+    budget = costs.memory(Option("bp", batch=BATCH), 1, 1).total
+    plan = search(costs, options, (1, 2, 4, BATCH), budget, most_layers=1)
+    checkpoint, bp = (next(row for row in plan.shown if row.option.method == name) for name in ("checkpoint", "bp"))
+    assert checkpoint.best is not None
+    assert bp.best is not None
+    assert bp.best.batch == checkpoint.best.batch == BATCH
+    assert bp.best.times_bp < checkpoint.best.times_bp
+    assert plan.rows[0] is bp

@@ -49,7 +49,7 @@ def answer(plan: Plan) -> list[str]:
     sentence = (
         f"Nothing fits in {amount(plan.budget, plan.unit)} {plan.unit}. Closest: {title(closest, plan)}: "
         f"{amount(closest.memory.total, plan.unit)} {plan.unit}, {amount(closest.over_bytes, plan.unit)} {plan.unit} "
-        f"too much{_where(closest)}. {plan.facts.get('smaller', '')}"
+        f"too much{_where(closest, plan.unit)}. {plan.facts.get('smaller', '')}"
     )
     return [sentence.rstrip()]
 
@@ -127,7 +127,7 @@ def _beside(other: Candidate, first: Candidate, plan: Plan) -> str:
         points = 100 * (other.measured.accuracy - first.measured.accuracy)
         much = f"{abs(points):.1f} points {'more' if points > 0 else 'less'}" if abs(points) >= 0.05 else "the same"
         parts.append(f"{much} accuracy where both were measured")
-    elif other.measured is None:
+    elif first.measured is not None:
         parts.append("its accuracy was not measured")
     if not other.layers and first.layers:
         parts.append("the classifier alone trains")
@@ -144,9 +144,12 @@ def _beside(other: Candidate, first: Candidate, plan: Plan) -> str:
     return ", ".join(parts)
 
 
-def _where(candidate: Candidate) -> str:
+def _where(candidate: Candidate, unit: str) -> str:
+    """Where it is too much: in the calibration, in the weights, or at the peak."""
     if candidate.memory.calibration > candidate.memory.training:
         return " while it is calibrated"
+    if 2 * candidate.memory.weights > candidate.memory.total:
+        return f" (the weights that train alone take {amount(candidate.memory.weights, unit)} {unit})"
     return f" ({candidate.memory.at})" if candidate.memory.at else ""
 
 

@@ -99,19 +99,24 @@ def largest(fits: Callable[[int], bool], values: Sequence[int]) -> int | None:
 
 
 def room(options: argparse.Namespace, plan: Plan, first: Candidate) -> Iterator[str]:
-    """The largest image, batch and number of directions with which the first candidate still fits, as clauses."""
+    """The largest image, batch and number of directions with which the first candidate still fits, as clauses.
+
+    Directions are those of the first device program that has some.
+    """
     shape, option = shape_of(options), first.option
 
-    def fits(side: int, images: int, directions: int | None) -> bool:
+    def fits(side: int, images: int, of: Candidate = first, directions: int | None = option.directions) -> bool:
         sized = (shape[0], side, side) if len(shape) == 3 and side != shape[-1] else shape
-        changed = replace(option, directions=directions)
+        changed = replace(of.option, directions=directions)
         try:
-            costs = device_costs(options, sized)[0] if option.update else library_costs(options, sized)[0]
-            return costs.memory(changed, first.paths or first.layers, images).total <= plan.budget
+            costs = device_costs(options, sized)[0] if changed.update else library_costs(options, sized)[0]
+            return costs.memory(changed, of.paths or of.layers, images).total <= plan.budget
         except ValueError:  # a net that takes no such image
             return False
 
-    side, images, directions = shape[-1], first.at_a_time, option.directions
+    side, images = shape[-1], first.at_a_time
+    programs = (row.best for row in plan.fitting if row.best is not None and row.option.directions is not None)
+    program = first if option.directions is not None else next(programs, None)
     for what in options.largest:
         if what == "image-size" and (len(shape) != 3 or options.net.endswith(".onnx")):
             yield "its inputs have one size"
@@ -119,20 +124,27 @@ def room(options: argparse.Namespace, plan: Plan, first: Candidate) -> Iterator[
             yield "the largest image is not known, for there are spectra of this size alone"
         elif what == "image-size":
             most = TIMES * side
-            found = largest(lambda n: fits(n, images, directions), range(side, most + 1, PIXELS))
-            yield f"images of up to {found} pixels{_tried(found, most)}"
+            found = largest(lambda n: fits(n, images), range(side, most + 1, PIXELS))
+            yield f"images of {found} pixels{_tried(found, most)}"
         elif what == "batch" and (option.update or option.batch is not None):
             yield f"a batch of any size, {images} image{'' if images == 1 else 's'} at a time"
         elif what == "batch":
             sizes = [images * 2**k for k in range(DOUBLINGS + 1)]
-            found = largest(lambda n: fits(side, n, directions), sizes)
-            yield f"a batch of up to {found}{_tried(found, sizes[-1])}, of powers of two times {images}"
-        elif directions is None:
-            yield "directions are those of LANCE as a device program, which does not come first"
+            found = largest(lambda n: fits(side, n), sizes)
+            yield f"a batch of {found}{_tried(found, sizes[-1])}"
+        elif program is None:
+            yield "directions are those of LANCE as a device program, and none of these fits"
         else:
-            numbers = range(directions, 4 * directions + 1)
-            found = largest(lambda n: fits(side, images, n), numbers)
-            yield f"up to {found} directions{_tried(found, numbers[-1])}"
+            yield _most_directions(fits, side, program)
+
+
+def _most_directions(fits: Callable[..., bool], side: int, program: Candidate) -> str:
+    """Of a device program with some directions, which fits."""
+    directions = program.option.directions
+    assert directions is not None
+    numbers = range(directions, 4 * directions + 1)
+    found = largest(lambda n: fits(side, 1, program, n), numbers)
+    return f"{found} directions{_tried(found, numbers[-1])}, of the device program with {program.layers} layers"
 
 
 def _tried(found: int | None, most: int) -> str:

@@ -62,7 +62,9 @@ def plan_of(options: argparse.Namespace) -> Plan:
     facts = {"weights": stored if options.weights == "int8" else ""}
     facts |= {"code": code_for(first, plan, options.net, shape, classes, options.dtype, options.optimizer)}
     if options.largest:
-        facts["room"] = f"With all else as it is, what fits: {'; '.join(room(options, plan, first))}."
+        facts["room"] = (
+            f"With all else as it is, these are the largest that fit: {'; '.join(room(options, plan, first))}."
+        )
     return replace(plan, facts={**plan.facts, **facts})
 
 

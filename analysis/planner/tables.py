@@ -64,7 +64,7 @@ def drawn(plan: Plan, device: Device) -> Callable[[Console], None]:
             say(on, sentence)
         if plan.fitting:
             on.print(_fitting(plan, device.weights == "int8"))
-        if any(row.best is None for row in plan.shown) and not plan.target:
+        if any(row.best is None and row.next is not None for row in plan.shown):
             on.print(_others(plan))
         hidden = len(plan.rows) - len(plan.shown)
         if hidden:
@@ -152,7 +152,7 @@ def _fitting(plan: Plan, with_flash: bool) -> Sheet:
 def _others(plan: Plan) -> Sheet:
     table = Sheet("What does not fit: the least of each", ["method", "setting", "too much by"], left=2)
     for row in plan.shown:
-        if row.best is None:
+        if row.best is None and row.next is not None:
             table.add(_method(row), row.option.setting, missing(row, plan.unit))
     return table
 

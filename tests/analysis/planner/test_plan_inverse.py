@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -101,7 +102,9 @@ def test_the_largest_that_fits(what: str, capsys: pytest.CaptureFixture[str]) ->
     (row,) = answer_of(capsys, *sized, "--layers", "1", "--budget", "9MiB")["rows"]
     budget = f"{row['best']['total_bytes'] * 3}B"
     said = answer_of(capsys, *sized, "--layers", "1", "--budget", budget, "--largest", what)["answer"]
-    number = int(said.partition("up to ")[2].partition(" ")[0].rstrip(".,"))
+    found = re.search(r"images of (\d+) pixels" if what == "image-size" else r"a batch of (\d+)", said)
+    assert found is not None
+    number = int(found[1])
     step = 8 if what == "image-size" else number
     fits = []
     for value in (number, number + step):
@@ -116,10 +119,11 @@ def test_the_most_directions(capsys: pytest.CaptureFixture[str]) -> None:
     asked = [*PROGRAM, "--method", "lance", "--layers", "1", "--update-after", "image"]
     said = answer_of(capsys, *asked, "--budget", "160KiB", "--largest", "directions", "batch")["answer"]
     assert "a batch of any size, 1 image at a time" in said
-    number = int(said.partition("up to ")[2].partition(" ")[0])
-    assert 8 <= number <= 32
+    found = re.search(r"(\d+) directions", said.partition("the largest that fit: ")[2])
+    assert found is not None
+    assert 8 <= int(found[1]) <= 32
     said = answer_of(capsys, *SMALL, "--budget", "9MiB", "--method", "bp", "--largest", "directions")["answer"]
-    assert "directions are those of LANCE as a device program" in said
+    assert "directions are those of LANCE as a device program, and none of these fits" in said
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_the_net_is_left_as_the_search_expects_it(budget: int) -> None:
     [
         (("--batch", "4"), "--batch has no effect here: --engine device"),
         (("--epsilon", "0.9"), "--epsilon has no effect here"),
-        (("--weights", "ram"), "--weights has no effect here"),
+        (("--weights", "ram"), "--weights ram has no effect here"),
         (("--method", "hosvd"), "--method hosvd has no plan with --engine device: it decomposes each batch"),
         (("--method", "lance-mean-free"), "it has the sizes of lance"),
         (("--method", "bp", "--directions", "4"), "--directions has no effect here"),

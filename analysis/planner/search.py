@@ -187,14 +187,19 @@ def _rows(finder: Finder, options: Sequence[Option], batches: Sequence[int]) -> 
         best = row.best
         if is_plain and best is not None and best.layers in (0, finder.most_layers) and best.at_a_time == batches[-1]:
             ample.add(kind)  # of everything the most: there is nothing to be won by combining it with more
-        same = twin is not None and twin.best is not None and best is not None and _size(twin.best) == _size(best)
-        if not same and (row.best is not None or option.batch is None):
+        if not _alike(row, twin) and (best is not None or option.batch is None):
             rows[option] = row
     return list(rows.values())
 
 
-def _size(candidate: Candidate) -> tuple[int, int, int]:
-    return candidate.layers, candidate.batch, candidate.at_a_time
+def _alike(row: Row, twin: Row | None) -> bool:
+    """Whether a row says what its twin says already: of what fits the same candidate, else the same memory."""
+    if twin is None or (row.best is None) != (twin.best is None):
+        return False
+    if row.best is not None and twin.best is not None:
+        ours, theirs = ((c.layers, c.batch, c.at_a_time) for c in (row.best, twin.best))
+        return ours == theirs
+    return row.next is None or (twin.next is not None and row.next.memory.total == twin.next.memory.total)
 
 
 def _rank(row: Row) -> tuple[float, ...]:

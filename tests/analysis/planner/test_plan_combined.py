@@ -144,6 +144,8 @@ def test_calibrated_here_and_elsewhere() -> None:
     plan = search(costs, [here, there], (1,), memories[1].total, most_layers=1)
     assert [(row.option.elsewhere, row.best is not None) for row in plan.rows] == [(True, True), (False, False)]
     assert len(search(costs, [here, there], (1,), 2**30, most_layers=1).rows) == 1
+    assert len(search(costs, [here, there], (1,), 1, most_layers=1).rows) == 2
+    assert len(search(costs_of(), [here, there], (2,), 1, most_layers=1).rows) == 1  # the step takes more anyway
 
 
 def test_a_core_in_codes_keeps_a_little_less() -> None:

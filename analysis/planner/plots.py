@@ -51,9 +51,9 @@ def draw(plan: Plan, path: str | os.PathLike[str]) -> Figure:
         figure = CostFigure(figsize=(9.0, 2.2 + 0.42 * len(shown) + 2.9), layout="constrained")
         figure.suptitle(plan.facts.get("net", ""), fontsize=9.5, x=0.01, ha="left")
         # Each panel has the whole width, however long the names of the other's bars are.
-        bars, points = figure.subfigures(2, 1, height_ratios=[1.4 + 0.42 * len(shown), 3.0])
-        _bars(bars.add_subplot(), plan, shown)
-        _points(points.add_subplot(), plan, shown)
+        panels: Any = figure.subfigures(2, 1, height_ratios=[1.4 + 0.42 * len(shown), 3.0])
+        _bars(panels[0].add_subplot(), plan, shown)
+        _points(panels[1].add_subplot(), plan, shown)
         save_figure(figure, path)
     return figure
 

@@ -11,6 +11,7 @@ from analysis.commands.console import Sheet, say
 from analysis.planner.answer import amount, answer, fidelity, images, missing
 from analysis.planner.costs import Device
 from analysis.planner.search import Candidate, Plan, Row
+from analysis.steps.methods import METHODS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +82,8 @@ def drawn(plan: Plan, device: Device) -> Callable[[Console], None]:
 def _meanings(plan: Plan, device: Device) -> list[str]:
     """What the columns count."""
     engines = {row.option.engine for row in plan.rows}
-    lines = [f"ranks from: {plan.facts.get('ranks', '')}"]
+    ranked = any(METHODS[row.option.method].ranks for row in plan.rows)
+    lines = [f"ranks from: {plan.facts.get('ranks', '')}"] if ranked else []
     if "library" in engines:
         counted = COUNTED["peak" if device.count == "program" else device.count]
         lines.append(f"library: {counted}; optimiser {device.optimizer}; {WEIGHTS[device.weights]}")

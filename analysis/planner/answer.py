@@ -5,6 +5,9 @@ Sizes are in the unit of the budget, rounded up, so that what does not fit is ne
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fractions import Fraction
+
 from analysis.planner.options import UNITS
 from analysis.planner.search import SHOWN_DIGITS, Candidate, Plan, Row
 
@@ -29,9 +32,15 @@ def answer(plan: Plan) -> list[str]:
     if plan.fitting:
         first = plan.fitting[0].best
         assert first is not None
-        total = f"{amount(first.memory.total, plan.unit)} of {amount(plan.budget, plan.unit)} {plan.unit}"
-        return [f"Train {title(first, plan)}: {total}. {_known(first)}", *_alternatives(plan, first)]
+        total, budget = amount(first.memory.total, plan.unit), amount(plan.budget, plan.unit)
+        begin = f"Train {title(first, plan)}: {total} of {budget} {plan.unit}."
+        if plan.target:
+            begin = f"The least RAM for {plan.target}: {total} {plan.unit}. Train {title(first, plan)}."
+        room = plan.facts.get("room", "")
+        return [f"{begin} {_known(first, plan)}", *([room] if room else []), *_alternatives(plan, first)]
     closest = plan.closest
+    if plan.target:
+        return [f"Nothing that was tried reaches {plan.target}. {plan.facts.get('reach', '')}".rstrip()]
     if closest is None:
         return ["Nothing fits, and there was nothing that could be tried."]
     if not closest.over_bytes:
@@ -40,19 +49,33 @@ def answer(plan: Plan) -> list[str]:
     sentence = (
         f"Nothing fits in {amount(plan.budget, plan.unit)} {plan.unit}. Closest: {title(closest, plan)}: "
         f"{amount(closest.memory.total, plan.unit)} {plan.unit}, {amount(closest.over_bytes, plan.unit)} {plan.unit} "
-        f"too much{_where(closest)}. {plan.facts.get('smaller', '')}"
+        f"too much{_where(closest, plan.unit)}. {plan.facts.get('smaller', '')}"
     )
     return [sentence.rstrip()]
 
 
 def title(candidate: Candidate, plan: Plan) -> str:
     """What is trained, how, and on which engine."""
-    count, n = len(plan.paths), candidate.layers
-    layers = f"all {count} layers" if n == count else f"the last {n} of {count} layers" if n > 1 else "the last layer"
-    what = f"{layers} with {candidate.option.name}" if n else f"{candidate.option.name}"
-    images = "one image at a time" if candidate.option.update else f"batch {candidate.batch}"
-    engine = "a device program" if candidate.option.update else "a step of the library"
-    return f"{what}, {images}, as {engine}"
+    option, count, n = candidate.option, len(plan.paths), candidate.layers
+    chosen = f"the {count} chosen layers" if 0 < count < len(plan.every) else f"{count} layers"
+    layers = f"all {chosen.removeprefix('the ')}" if n == count else f"the last {n} of {chosen}"
+    layers = "the last layer" if n == 1 < count else layers
+    if candidate.paths:
+        layers = f"{n} layer{'' if n == 1 else 's'} chosen one by one"
+    name = replace(option, update="").name  # when a program updates is said in words
+    what = f"{layers} with {name}" if n else name
+    how = f"batch {images(candidate).replace(' by ', ' in parts of ')}"
+    if option.update:
+        how = f"one image at a time with {'an update after each' if option.update == 'image' else 'one update a batch'}"
+    engine = "a device program" if option.update else "a step of the library"
+    elsewhere = ", calibrated elsewhere" if option.elsewhere else ""
+    return f"{what}, {how}{elsewhere}, as {engine}"
+
+
+def images(candidate: Candidate) -> str:
+    """Images of an update, and how many of them at a time where these are fewer, as the tables have them."""
+    parts = f" by {candidate.at_a_time}" if candidate.at_a_time < candidate.batch else ""
+    return f"{candidate.batch}{parts}"
 
 
 def fidelity(candidate: Candidate) -> str:
@@ -60,13 +83,15 @@ def fidelity(candidate: Candidate) -> str:
     return "not predicted" if candidate.fidelity is None else f"{candidate.fidelity.estimate:.{SHOWN_DIGITS}f}"
 
 
-def _known(candidate: Candidate) -> str:
-    predicted = "its gradient fidelity is not predicted"
-    if candidate.fidelity is not None:
-        predicted = f"predicted gradient fidelity: {fidelity(candidate)}"
-    if candidate.measured is None:
-        return f"Accuracy: not measured in this repository; {predicted}."
-    return f"Accuracy: {candidate.measured.shown}; {predicted}."
+def _known(candidate: Candidate, plan: Plan) -> str:
+    """Its accuracy where that was measured, and its predicted fidelity."""
+    of = candidate.measured
+    accuracy = "not measured in this repository"
+    if of is not None:
+        family = "" if plan.net in ("", of.net) else f", of the family of {plan.net}"
+        accuracy = f"{of.shown}{family}"
+    predicted = "not known" if candidate.fidelity is None else f"{fidelity(candidate)} of 1"
+    return f"Accuracy: {accuracy}; predicted gradient fidelity: {predicted}."
 
 
 def _alternatives(plan: Plan, first: Candidate) -> list[str]:
@@ -86,8 +111,13 @@ def _alternatives(plan: Plan, first: Candidate) -> list[str]:
     lines = [f"Or {title(other, plan)}: {_beside(other, first, plan)}." for other in shown]
     more = len(others) - len(shown)
     if more:
-        lines.append(f"{more} more method{' fits' if more == 1 else 's fit'}; see the table.")
-    return lines or ["No other method fits."]
+        lines.append(f"{more} more method{_verb(more, plan)}; see the table.")
+    return lines or ["No other method does." if plan.target else "No other method fits."]
+
+
+def _verb(count: int, plan: Plan) -> str:
+    one, several = (" does", "s do") if plan.target else (" fits", "s fit")
+    return one if count == 1 else several
 
 
 def _beside(other: Candidate, first: Candidate, plan: Plan) -> str:
@@ -95,24 +125,31 @@ def _beside(other: Candidate, first: Candidate, plan: Plan) -> str:
     parts = [f"{amount(other.memory.total, plan.unit)} {plan.unit}"]
     if other.measured is not None and first.measured is not None:
         points = 100 * (other.measured.accuracy - first.measured.accuracy)
-        word = "more" if points >= 0 else "less"
-        parts.append(f"{abs(points):.1f} points {word} accuracy where both were measured")
-    elif other.measured is None:
+        much = f"{abs(points):.1f} points {'more' if points > 0 else 'less'}" if abs(points) >= 0.05 else "the same"
+        parts.append(f"{much} accuracy where both were measured")
+    elif first.measured is not None:
         parts.append("its accuracy was not measured")
-    if other.layers < first.layers:
+    if not other.layers and first.layers:
+        parts.append("the classifier alone trains")
+    elif other.layers < first.layers:
         fewer = first.layers - other.layers
         parts.append(f"{fewer} layer{'' if fewer == 1 else 's'} fewer")
-    ratio = float(other.times_bp / first.times_bp) if first.times_bp else 1.0
-    if other.option.engine == first.option.engine and ratio > 1.25:
-        parts.append(f"{ratio:.1f} times the multiply-adds relative to backpropagation's")
+    if other.option.engine == first.option.engine and other.batch < first.batch:
+        parts.append(f"updates after {other.batch} image{'' if other.batch == 1 else 's'} in place of {first.batch}")
+    ours, theirs = (Fraction(c.macs, c.batch) for c in (first, other))  # of an image
+    if ours and theirs > ours * Fraction(5, 4):
+        parts.append(f"{float(theirs / ours):.1f} times the multiply-adds")
     if other.memory.calibration > other.memory.training:
         parts.append("most of it while the subspaces are found, which another machine can do")
     return ", ".join(parts)
 
 
-def _where(candidate: Candidate) -> str:
+def _where(candidate: Candidate, unit: str) -> str:
+    """Where it is too much: in the calibration, in the weights, or at the peak."""
     if candidate.memory.calibration > candidate.memory.training:
         return " while it is calibrated"
+    if 2 * candidate.memory.weights > candidate.memory.total:
+        return f" (the weights that train alone take {amount(candidate.memory.weights, unit)} {unit})"
     return f" ({candidate.memory.at})" if candidate.memory.at else ""
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from analysis.planner.options import Option
 
 if TYPE_CHECKING:
-    from analysis.planner.search import Candidate
+    from analysis.planner.search import Candidate, Plan
 
 STORES = {
     "int8": "Quantized(8)",
@@ -15,7 +15,7 @@ STORES = {
     "sketch": "Sketch({ratio!r})",
     "gradient-filter": "GradientFilter({patch!r})",
 }
-CALIBRATED = {"lance": "", "lance-mean-free": ", mean_free=True", "lance-center": ", center=True"}
+CALIBRATED = {"lance": "", "lance-mean-free": "mean_free=True", "lance-center": "center=True"}
 PLAIN = ("bp", "head-only", "bias-only", "micro-batch")
 OPTIMIZERS = {
     "sgd": "SGD(trained, lr=0.05)",
@@ -25,17 +25,21 @@ OPTIMIZERS = {
 
 
 def code_for(
-    candidate: Candidate, net: str, input_shape: tuple[int, ...], classes: int, dtype: str, optimizer: str
+    candidate: Candidate,
+    plan: Plan,
+    net: str,
+    input_shape: tuple[int, ...],
+    classes: int,
+    dtype: str,
+    optimizer: str,
 ) -> str:
-    """A script without any import of this package; empty for a method or a net that it is not written for.
+    """A script that runs a candidate of a plan; empty for a method that it is not written for.
 
-    ``net`` is the name of a built-in network, ``input_shape`` is without the batch. Images and labels are random
-    numbers there, to be replaced.
+    ``input_shape`` is without the batch. Images and labels are random numbers there, to be replaced. The script of a
+    built-in network imports nothing but ``lance_ref``.
     """
     option = candidate.option
     made = _net(net, input_shape, classes)
-    if not made or (option.settings.update is not None and not option.update):
-        return ""
     train = _device(candidate, input_shape, optimizer) if option.update else _library(candidate, optimizer)
     if not train:
         return ""
@@ -44,11 +48,12 @@ def code_for(
         "import numpy as np",
         "import lance_ref",
         *_imports(option),
+        *(["from analysis.steps.nets import build"] if made.startswith("build") else []),
         "",
-        "# and pretrained=True, or a file of weights, where there is one",
+        "# with random weights: use pretrained=True, or your own weights" if made.startswith("lance") else "",
         f"net = {made}",
         *([f"net.to(np.{dtype})"] if dtype != "float32" else []),
-        f"lance_ref.tune(net, {_selection(candidate)})",
+        f"lance_ref.tune(net, {_selection(candidate, plan)})",
         "# put your own images and labels here, in the scale that the net expects",
         "rng = np.random.default_rng(0)",
         f"shape = ({images}, {', '.join(map(str, input_shape))})",
@@ -65,7 +70,7 @@ def _net(name: str, input_shape: tuple[int, ...], classes: int) -> str:
 
     base, _, width = name.partition("@")
     if base not in models.names():
-        return ""
+        return f"build({name!r}, None, {input_shape}, without_weights=False)"
     given = [f'"{base}"', f"num_classes={classes}", *([f"width={width}"] if width else [])]
     if len(input_shape) == 1:
         given.append(f"in_features={input_shape[0]}")
@@ -74,8 +79,13 @@ def _net(name: str, input_shape: tuple[int, ...], classes: int) -> str:
     return f"lance_ref.models.create({', '.join(given)})"
 
 
-def _selection(candidate: Candidate) -> str:
-    selection = f'"last:{candidate.layers}"' if candidate.layers else '"head"'
+def _selection(candidate: Candidate, plan: Plan) -> str:
+    n = candidate.layers
+    paths = candidate.paths or (plan.paths[-n:] if n and plan.every and plan.paths != plan.every else ())
+    selection = f'"last:{n}"' if n else '"head"'
+    if paths:
+        lines = "".join(f"    {path!r},\n" for path in paths)
+        selection = f"[\n{lines}]"
     return selection + (', parameters="bias"' if candidate.option.method == "bias-only" else "")
 
 
@@ -89,22 +99,30 @@ def _library(candidate: Candidate, optimizer: str) -> list[str]:
     option = candidate.option
     lines = []
     if option.method in CALIBRATED:
-        threshold = "" if option.epsilon is None else f", epsilon={option.epsilon:g}"
-        lines.append(f"calibration = lance_ref.calibrate(net, [images]{threshold}{CALIBRATED[option.method]})")
+        told = [f"epsilon={option.epsilon:g}"] if option.epsilon is not None else []
+        told += ['modes=("channel", "height", "width")'] if option.by_image else []
+        told += [CALIBRATED[option.method]] if CALIBRATED[option.method] else []
+        batches = "[images]" if candidate.at_a_time == candidate.batch else f"[images[:{candidate.at_a_time}]]"
+        if option.elsewhere:
+            lines.append("# on another machine, or from a file: calibration.save(name), Calibration.load(name)")
+        lines += ["calibration = lance_ref.calibrate(", f"    {', '.join(['net', batches, *told])},", ")"]
         if option.fraction is not None:
             lines += [
                 f"share = {float(option.fraction):g}  # of each mode",
                 "shapes = {path: calibration[path].shape for path in calibration}",
                 "ranks = {p: [int(np.ceil(share * n)) for n in of] for p, of in shapes.items()}",
+                *(["ranks = {p: [None, *of[1:]] for p, of in ranks.items()}"] if option.by_image else []),
                 "calibration = calibration.with_ranks(ranks)",
             ]
-        lines.append("lance_ref.compress(net, calibration)")
+        more = f", core_bits={option.core_bits}" if option.core_bits else ""
+        more += ', update="subspace"' if option.in_subspace else ""
+        lines.append(f"lance_ref.compress(net, calibration{more})")
     elif option.method in STORES:
         store = STORES[option.method].format(ratio=option.settings.ratio, patch=option.settings.patch)
         lines.append(f"lance_ref.attach(net, lambda path, layer: {store})")
     elif option.method not in PLAIN:
         return []
-    part = option.settings.micro_batch if option.method == "micro-batch" else None
+    part = option.settings.micro_batch if option.method == "micro-batch" else candidate.at_a_time
     step = ["loss = lance_ref.F.cross_entropy(net(images), labels)", "loss.backward()"]
     if part is not None and part < candidate.batch:
         step = [
@@ -124,7 +142,7 @@ def _library(candidate: Candidate, optimizer: str) -> list[str]:
 
 def _device(candidate: Candidate, input_shape: tuple[int, ...], optimizer: str) -> list[str]:
     option = candidate.option
-    lines, more = [], [f"update={option.update!r}"]
+    lines, more = [], [f'update="{option.update}"']
     if option.method == "lance":
         n = option.directions
         mean_free = ", mean_free=True" if input_shape[0] > 1 else ""  # nothing is left of one channel

@@ -69,9 +69,11 @@ def measured(net: str, option: Option, layers: int) -> Measured | None:
 def _setting(option: Option) -> dict[str, Any]:
     """The option's setting, by the names of the file."""
     own: dict[str, Any] = {}
-    for name in ("epsilon", "directions"):
+    for name in ("epsilon", "directions", "core_bits"):
         if getattr(option, name) is not None:
             own[name] = getattr(option, name)
+    if option.by_image:
+        own["by_image"] = True
     if option.fraction is not None:
         own["fraction"] = float(option.fraction)
     if option.update:

@@ -129,6 +129,18 @@ def tucker_fidelity(shares: list[float]) -> Fidelity:
     return Fidelity(math.prod(shares), max(0.0, 1 - math.fsum(1 - s for s in shares)), min(shares))
 
 
+def in_codes(kept: Fidelity, shape: tuple[int, ...], ranks: Ranks) -> Fidelity:
+    """What is left of the energy that a core keeps, where the core is kept as 8-bit codes.
+
+    >>> in_codes(Fidelity(0.5, 0.25, 1.0), (4, 3), (2, 2)).most
+    1.0
+    """
+    core = tuple(n if r is None else min(r, n) for n, r in zip(shape, ranks, strict=True))
+    codes = layer_fidelity(Option("int8"), core, None, None)
+    assert codes is not None
+    return Fidelity(kept.estimate * codes.estimate, kept.least * codes.least, kept.most)
+
+
 # ---- the shares of the layers ----------------------------------------------------------------
 
 

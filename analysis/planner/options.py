@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import product
 from typing import Any
@@ -19,9 +19,22 @@ ASSUMED_FRACTION = Fraction(1, 4)
 """Of each mode, where there are no spectra: what the cost model assumes."""
 
 
+COMBINATIONS: dict[str, tuple[Mapping[str, Any], ...]] = {
+    name: (
+        {},
+        {"by_image": True},
+        {"by_image": True, "in_subspace": True},
+        {"in_subspace": True, "core_bits": 8},
+    )
+    for name in ("lance", "lance-mean-free")
+}
+"""What a method is tried with besides its own settings, from the plain one, which experiments have measured, to the
+smallest. A core in codes depends on all images of a batch (one range for each slice), so it takes whole batches."""
+
+
 @dataclass(frozen=True)
 class Option:
-    """One method with its settings, for any number of layers and any batch."""
+    """One method with its settings, for any number of layers and any number of images at a time."""
 
     method: str  #: One of :data:`analysis.steps.methods.METHODS`.
     settings: Settings = field(default_factory=Settings)
@@ -29,11 +42,20 @@ class Option:
     fraction: Fraction | None = None  #: Of each mode, in place of ``epsilon``.
     directions: int | None = None  #: Of channels alone, in place of ``epsilon``.
     update: str = ""  #: Of a device program: after a ``batch`` or each ``image``; empty for a step of the library.
+    by_image: bool = False  #: The mode of the batch is left alone, so that each image has a core of its own.
+    core_bits: int | None = None  #: 8: cores as codes.
+    batch: int | None = None  #: Images of an update, which go a few at a time; None: all of them at once.
+    elsewhere: bool = False  #: Another machine finds the subspaces.
 
     @property
     def engine(self) -> str:
         """``library`` or ``device``."""
         return "device" if self.update else "library"
+
+    @property
+    def in_subspace(self) -> bool:
+        """Whether coordinates in the subspace train in place of the whole weight."""
+        return bool(self.update) or self.settings.of(METHODS[self.method].names).get("update") == "subspace"
 
     @property
     def setting(self) -> str:
@@ -49,7 +71,12 @@ class Option:
             ranks = f"{self.directions} directions"
         update = f"update {self.update}" if self.update else ""
         offered = [setting for setting in METHODS[self.method].settings if setting.grid is not None]
-        return ", ".join(filter(None, (ranks, update, *(of.shown(getattr(self.settings, of.name)) for of in offered))))
+        more = (
+            *(of.shown(getattr(self.settings, of.name)) for of in offered),
+            "by image" if self.by_image else "",
+            f"{self.core_bits}-bit core" if self.core_bits else "",
+        )
+        return ", ".join(filter(None, (ranks, update, *more)))
 
     @property
     def name(self) -> str:
@@ -62,13 +89,22 @@ def options_for(
     epsilons: Sequence[float],
     fractions: Sequence[Fraction],
     grids: Mapping[str, Sequence[Any]] | None = None,
+    combined: bool = False,
 ) -> list[Option]:
-    """Every method with every one of its settings, in the order of the register.
+    """Every method with every one of its settings, in the order of the register; ``combined``: and with others'.
 
     >>> [option.name for option in options_for(["int8", "lance"], [0.7], [Fraction(1, 2)])]
     ['int8', 'lance epsilon 0.7', 'lance ranks 0.5']
     """
     options: list[Option] = []
+
+    def add(method: str, settings: Settings, **ranks: Any) -> None:
+        for more in COMBINATIONS.get(method, ({},)) if combined else ({},):
+            own, told = dict(more), settings
+            if own.pop("in_subspace", False):
+                told = Settings(**{**settings.of(METHODS[method].names), "update": "subspace"})
+            options.append(Option(method, told, **ranks, **own))
+
     for method in methods:
         entry = METHODS[method]
         tried = {of.name: (grids or {}).get(of.name, of.grid) for of in entry.settings if of.grid is not None}
@@ -77,9 +113,39 @@ def options_for(
             if entry.ranks is None:
                 options.append(Option(method, settings))
             else:
-                options += [Option(method, settings, epsilon=epsilon) for epsilon in epsilons]
-                options += [Option(method, settings, fraction=fraction) for fraction in fractions]
-    return options
+                for epsilon in epsilons:
+                    add(method, settings, epsilon=epsilon)
+                for fraction in fractions:
+                    add(method, settings, fraction=fraction)
+    return list(dict.fromkeys(options))
+
+
+def in_parts(options: Sequence[Option], batch: int) -> list[Option]:
+    """Each option, and after it the same one with updates after ``batch`` images, which go a few at a time.
+
+    >>> [(option.name, option.batch) for option in in_parts([Option("bp"), Option("int8")], 32)]
+    [('bp', None), ('bp', 32), ('int8', None), ('int8', 32)]
+    """
+    return [
+        each
+        for option in options
+        for each in (option, replace(option, batch=batch))
+        if each is option or not METHODS[option.method].parts
+    ]
+
+
+def calibrated(options: Sequence[Option]) -> list[Option]:
+    """Each option, and for one that is calibrated, after it the same one with subspaces that another machine finds.
+
+    >>> [option.elsewhere for option in calibrated([Option("bp"), Option("lance", epsilon=0.7)])]
+    [False, False, True]
+    """
+    return [
+        each
+        for option in options
+        for each in (option, replace(option, elsewhere=True))
+        if each is option or METHODS[option.method].calibration is not None
+    ]
 
 
 def parse_bytes(text: str) -> int:
@@ -108,6 +174,40 @@ def unit_of(text: str) -> str:
     """
     match = re.search(r"[KMG]iB", text)
     return match[0] if match else "KiB"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be reached: an accuracy in per cent that was measured, a predicted fidelity, or a number of layers."""
+
+    kind: str  #: {"accuracy", "fidelity", "layers"}
+    value: float
+
+    def __str__(self) -> str:
+        if self.kind == "accuracy":
+            return f"an accuracy of {self.value:g} %"
+        if self.kind == "fidelity":
+            return f"a predicted fidelity of {self.value:g}"
+        return f"{self.value:g} layer{'' if self.value == 1 else 's'}"
+
+
+def parse_target(text: str) -> Target:
+    """A target as it is written.
+
+    Raises ValueError for anything else than ``accuracy=74`` (per cent, up to 100), ``fidelity=0.3`` (up to 1) or
+    ``layers=10``.
+
+    >>> str(parse_target("accuracy=74.5")), str(parse_target("layers=1"))
+    ('an accuracy of 74.5 %', '1 layer')
+    """
+    match = re.fullmatch(r"(accuracy|fidelity|layers)=([0-9]{1,6}(?:\.[0-9]{1,6})?)", text, re.ASCII)
+    kind, value = (match[1], float(match[2])) if match else ("", 0.0)
+    most = {"accuracy": 100, "fidelity": 1}.get(kind, 10**6)
+    if not 0 < value <= most or (kind == "layers" and value != int(value)):
+        raise ValueError(
+            f"--target is {text[:60]!r}, expected accuracy=74 (per cent), fidelity=0.3 (up to 1) or layers=10"
+        )
+    return Target(kind, value)
 
 
 def parse_times(text: str) -> Fraction:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from analysis.planner.answer import images
 from analysis.planner.options import UNITS
 from analysis.planner.search import Candidate, Plan
 from analysis.reports.figures import save_figure
@@ -47,29 +48,29 @@ def draw(plan: Plan, path: str | os.PathLike[str]) -> Figure:
     if not shown:
         raise ValueError("there is no candidate to draw")
     with rc_context(STYLE):
-        figure = CostFigure(figsize=(9.0, 2.2 + 0.34 * len(shown) + 2.9), layout="constrained")
+        figure = CostFigure(figsize=(9.0, 2.2 + 0.42 * len(shown) + 2.9), layout="constrained")
         figure.suptitle(plan.facts.get("net", ""), fontsize=9.5, x=0.01, ha="left")
-        grid = figure.add_gridspec(2, 1, height_ratios=[1.2 + 0.34 * len(shown), 3.0])
-        _bars(figure.add_subplot(grid[0]), plan, shown)
-        _points(figure.add_subplot(grid[1]), plan, shown)
+        # Each panel has the whole width, however long the names of the other's bars are.
+        panels: Any = figure.subfigures(2, 1, height_ratios=[1.4 + 0.42 * len(shown), 3.0])
+        _bars(panels[0].add_subplot(), plan, shown)
+        _points(panels[1].add_subplot(), plan, shown)
         save_figure(figure, path)
     return figure
 
 
 def _shown(plan: Plan) -> list[Candidate]:
-    """The first candidate of each method and engine, whether it fits or not, in the order of the plan."""
-    first: dict[tuple[str, str], Candidate] = {}
-    for row in plan.rows:
-        candidate = row.best or row.next
-        if candidate is not None:
-            first.setdefault((row.option.engine, row.option.method), candidate)
-    return list(first.values())[:MOST_BARS]
+    """The first candidate of each row that the tables show, whether it fits or not, in the order of the plan."""
+    candidates = (row.best or row.next for row in plan.shown)
+    return [candidate for candidate in candidates if candidate is not None][:MOST_BARS]
 
 
 def _name(candidate: Candidate) -> str:
-    n = candidate.layers
-    layers = f", {n} layer{'' if n == 1 else 's'}" if n else ""
-    return f"{candidate.option.name}{layers}, batch {candidate.batch} ({candidate.option.engine})"
+    """Method and engine, and below them the setting, layers and images."""
+    option, n = candidate.option, candidate.layers
+    layers = f"{n} layer{'' if n == 1 else 's'}" if n else ""
+    elsewhere = "calibrated elsewhere" if option.elsewhere else ""
+    below = ", ".join(filter(None, (option.setting, layers, f"batch {images(candidate)}", elsewhere)))
+    return f"{option.method} ({option.engine})\n{below}"
 
 
 def _bars(axes: Axes, plan: Plan, shown: list[Candidate]) -> None:
@@ -90,7 +91,7 @@ def _bars(axes: Axes, plan: Plan, shown: list[Candidate]) -> None:
         va="center",
         ha="left",
     )
-    axes.set_yticks(places, [_name(candidate) for candidate in shown])
+    axes.set_yticks(places, [_name(candidate) for candidate in shown], fontsize=7.5)
     axes.set_ylim(len(shown) - 0.5, -1.1)
     axes.set_xlim(0, 1.28 * max(*left, plan.budget / scale) if max(left) < 4 * plan.budget / scale else None)
     axes.set_xlabel(f"RAM, {plan.unit}")
@@ -140,4 +141,4 @@ def _points(axes: Axes, plan: Plan, shown: list[Candidate]) -> None:
     else:
         axes.set_title("Nothing that fits has a measured accuracy or a predicted fidelity")
     if chosen:
-        axes.legend(loc="lower left", title="engine")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title="engine")

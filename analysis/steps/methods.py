@@ -55,7 +55,7 @@ def _update(text: str) -> str | None:
 
 UPDATE = Setting(
     "update", None, _update, "what trains: weight, or its coordinates in the subspace", grid=(None,),
-    label="update in the {}",
+    label="{} update",
 )  # fmt: skip
 
 

@@ -13,9 +13,9 @@ import pytest
 
 import lance_ref
 from analysis.commands.shipped import shipped
-from analysis.plan import main, make_plan, parser
-from analysis.planner.costs import Device
+from analysis.plan import main, parser
 from analysis.planner.evidence import FILE, measured
+from analysis.planner.make import library_plan
 from analysis.planner.options import Option
 from analysis.planner.plots import _parts, _shown
 from analysis.steps.settings import Settings
@@ -120,7 +120,7 @@ def test_the_plan_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_the_parts_of_a_bar_add_up(capsys: pytest.CaptureFixture[str]) -> None:
     options = parser().parse_args([*SMALL, "--method", "lance", "bp", "--budget", "1MiB", "--engine", "library"])
-    plan = make_plan(options, Device())
+    plan = library_plan(options)
     assert {sum(_parts(c).values()) - c.memory.total for c in _shown(plan)} == {0}
     assert [c.option.method for c in _shown(plan)] == ["bp", "lance"]
 

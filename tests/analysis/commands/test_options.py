@@ -62,6 +62,7 @@ def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> Any:
         pytest.fail("it was looked up or run")
 
+    importlib.import_module("experiments.finetune.cell")  # it binds fit() for good, so it has to be the real one
     for module, name in ((datasets, "load"), (sweep, "run_cells"), (sweep, "_read"), (training, "fit")):
         monkeypatch.setattr(module, name, never)
     monkeypatch.setattr(calibration, "calibrate", never)

@@ -91,7 +91,9 @@ def _in_steps(uses: Uses, node: Node) -> str:
         return "Log of a Sigmoid or Softmax"
     if op == "Where":
         either = uses.made_by(node.inputs[0], "Or", "And")
-        conditions = either.inputs if either is not None else node.inputs[:1]
+        conditions = list(either.inputs if either is not None else node.inputs[:1])
+        casts = [uses.made_by(name, "Cast") for name in conditions]
+        conditions = [name if cast is None else cast.inputs[0] for name, cast in zip(conditions, casts, strict=True)]
         if any(uses.made_by(name, *COMPARISONS) for name in conditions):
             return "Where of a comparison"
     if op in ("ReduceMean", "ReduceSum"):

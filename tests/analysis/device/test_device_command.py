@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from analysis.device import check, command
 from analysis.device.check import Difference
 from experiments.command import main as lance_ref
+from lance_ref import calibrate, datasets
 from lance_ref.device import report
 
 MCUNET = ("--net", "mcunet", "--tune", "last:4")
@@ -123,3 +125,57 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: An
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1
+
+
+# ---- directions of images ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Forty images of 8 by 8 in three classes, of one channel."""
+    rng = np.random.default_rng(0)
+    file = tmp_path / "data.npz"
+    np.savez(file, x=rng.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8), y=np.arange(40) % 3)
+    return file
+
+
+def test_the_directions_are_those_of_the_images(pictures: Path, tmp_path: Path) -> None:
+    """As calibrated by hand: without the mean, most energy first; the C program gets the images and computes the same."""
+    words = ["--net", "convnet", "--input-shape", "1,8,8", "--tune", "last:2", "--directions", "4"]
+    options = command.parser().parse_args([*words, "--data", str(pictures), "--calibration-images", "20"])
+    net, shape, program, source, images = command.compiled(options)
+    assert images is not None
+    assert (shape, source) == ((1, 8, 8), "4 mean-free directions of the channels of 20 images of data")
+    first = next(iter(datasets.batches(datasets.open_data(str(pictures)), 20, 0)))[0]
+    wanted = calibrate(net, [first], list(program.recipe.factors), 1.0, ("channel",), mean_free=True)
+    for path, of in program.recipe.factors.items():
+        U, V = of[0], wanted[path].factors[1]
+        assert U is not None
+        assert V is not None
+        np.testing.assert_allclose(np.abs(np.sum(U * V[:, :4], axis=0)), 1, atol=1e-4)
+    pixels, labels = images.some(8)
+    assert (pixels.shape, pixels.dtype, labels.shape) == ((8, 8, 8, 1), np.uint8, (8,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--net", "mlp"), "--data needs pictures (C, H, W)"),
+        (("--net", "convnet", "--calibration-images", "1000"), "--calibration-images is 1000"),
+        (("--net", "convnet", "--epsilon", "0.9", "--spectra", "s.json"), "--spectra"),
+        (("--net", "convnet", "--method", "bp"), "--data"),
+    ],
+)
+def test_data_that_do_not_serve(capsys: pytest.CaptureFixture[str], pictures: Path, arguments: Any, words: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main([*arguments, "--data", str(pictures)])
+    _, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert words in err
+    assert len(err.splitlines()) == 1
+
+
+def test_energy_of_the_images_says_how_many_directions(capsys: pytest.CaptureFixture[str], pictures: Path) -> None:
+    found = as_json(capsys, "--net", "convnet", "--epsilon", "0.9", "--data", str(pictures))
+    assert found["num_classes"] == 3
+    assert found["ranks_from"] == "energy 0.9 of 31 images of data"

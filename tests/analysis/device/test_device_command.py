@@ -140,7 +140,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_the_directions_are_those_of_the_images(pictures: Path, tmp_path: Path) -> None:
-    """As calibrated by hand: without the mean, most energy first; the C program gets the images and computes the same."""
+    """As calibrated by hand: without the mean, most energy first; and pixels for a C program."""
     words = ["--net", "convnet", "--input-shape", "1,8,8", "--tune", "last:2", "--directions", "4"]
     options = command.parser().parse_args([*words, "--data", str(pictures), "--calibration-images", "20"])
     net, shape, program, source, images = command.compiled(options)

@@ -66,9 +66,9 @@ class MethodCost:
         counted = [c.elementwise for c in costs if c.elementwise is not None]
         return cls(
             None,
-            {name: sum(c.activation_bytes[name] for c in costs) for name in names},
-            sum(c.subspace_bytes for c in costs),
-            {kind: sum(c.flops[kind] for c in costs) for kind in (*FLOP_KINDS, "total")},
+            {name: sum([c.activation_bytes[name] for c in costs]) for name in names},  # lists, for rows are many
+            sum([c.subspace_bytes for c in costs]),
+            {kind: sum([c.flops[kind] for c in costs]) for kind in (*FLOP_KINDS, "total")},
             sum(counted) if len(counted) == len(costs) else None,
         )
 

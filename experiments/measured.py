@@ -16,7 +16,7 @@ from lance_ref.io.whole_file import write_text
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = Path(__file__).parents[1] / "analysis" / "data" / "measured.json"
-DATA = "CIFAR-10 (10,000 training images)"
+DATA = "CIFAR-10 (10,000 training images of 128 pixels)"
 DEVICE_METHODS = {"head": "head-only", "bias": "bias-only", "bp": "bp", "lance": "lance"}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "lance": {"epsilon": 0.7}, "lance-mean-free": {"epsilon": 0.7}, "hosvd": {"epsilon": 0.7},

@@ -42,7 +42,7 @@ def test_evidence_is_of_the_same_method_setting_engine_and_family() -> None:
     assert {of and round(of.accuracy, 3) for of in exact} == {0.763}
     head = measured("mcunet", Option("head-only"), 0)
     assert head is not None
-    assert head.shown == "69.9 ± 0.1 % on CIFAR-10 (10,000 training images), mcunet with its head alone"
+    assert head.shown == "69.9 ± 0.1 % on CIFAR-10 (10,000 training images of 128 pixels), mcunet with its head alone"
 
 
 def code_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, dict[str, Any]]:

@@ -157,7 +157,9 @@ def _finish(y: np.ndarray, its: Prepared, residual: np.ndarray | None) -> None:
 
 def _global_mean(inputs: Sequence[np.ndarray], out: np.ndarray) -> None:
     (x,) = inputs
-    np.mean(x, axis=(1, 2), out=out[:, 0, 0])
+    places = x.reshape(len(x), -1, x.shape[3])
+    np.add.reduce(places, axis=1, out=out[:, 0, 0])
+    out /= places.shape[1]  # np.mean would hold a copy of several images
 
 
 def _product(inputs: Sequence[np.ndarray], out: np.ndarray) -> None:
@@ -182,8 +184,10 @@ def _maximum(
             first, last = max(0, -(offset // s)), min(n_out - 1, (n - 1 - offset) // s)
             spans.append((slice(first, last + 1), slice(first * s + offset, last * s + offset + 1, s), last >= first))
         if all(span[2] for span in spans):
-            target = out[:, spans[0][0], spans[1][0]]
-            np.maximum(target, x[:, spans[0][1], spans[1][1]], out=target)
+            (target_rows, rows, _), (target_places, places, _) = spans
+            targets, sources = out[:, target_rows, target_places], x[:, rows, places]
+            for row in range(targets.shape[1]):  # of whole maps that are cut, NumPy holds copies
+                np.maximum(targets[:, row], sources[:, row], out=targets[:, row])
 
 
 SOURCES: dict[str, Callable[..., None]] = {

@@ -47,7 +47,9 @@ def prepare(groups: Sequence[Group], ops: Sequence[Op], own: Sequence[Arrays], d
     own : sequence of tuple of array
         By operation: weight and bias of a convolution, scale and shift of a batch norm.
     """
-    most = max(ops[group.result].shape[0] for group in groups)
+    # A pooling or a mean that nothing follows is not scaled, and may have more channels than what is.
+    scaled = [group for group in groups if group.norm is None and not _is_alone(group, ops)]
+    most = max((ops[group.result].shape[0] for group in scaled), default=0)
     ones, zeros = np.ones(most, dtype), np.zeros(most, dtype)
     prepared = []
     for group in groups:
@@ -62,6 +64,11 @@ def prepare(groups: Sequence[Group], ops: Sequence[Op], own: Sequence[Arrays], d
         activation = NONE if group.activation is None else ACTIVATIONS[ops[group.activation].op]
         prepared.append(Prepared(weight, np.ascontiguousarray(scale), np.ascontiguousarray(shift), activation))
     return prepared
+
+
+def _is_alone(group: Group, ops: Sequence[Op]) -> bool:
+    """Whether the group is a source without a weight, and nothing else."""
+    return group.source is not None and ops[group.source].op != "conv2d" and group.result == group.source
 
 
 def run(group: Group, ops: Sequence[Op], its: Prepared, maps: Maps, outside: Maps, workspace: np.ndarray | None) -> int:

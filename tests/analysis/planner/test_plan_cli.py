@@ -181,7 +181,10 @@ def test_the_first_lines_name_what_else_fits(capsys: pytest.CaptureFixture[str])
     text = " ".join(capsys.readouterr().out.split())
     answer = text[: text.index(" What fits")]
     assert "Train all 42 layers with bias-only, batch 32 in parts of 1, as a step of the library: " in answer
-    assert "Accuracy: 71.3 ± 0.1 % on CIFAR-10 (10,000 training images of 128 pixels), mcunet with its last 4 layers" in answer
+    assert (
+        "Accuracy: 71.3 ± 0.1 % on CIFAR-10 (10,000 training images of 128 pixels), mcunet with its last 4 layers"
+        in answer
+    )
     assert "Or the last 11 of 42 layers with lora rank 4, batch 1, " in answer
     assert "updates after 1 image in place of 32" in answer
     assert "Or head-only, batch 32 in parts of 4, as a step of the library: " in answer

@@ -23,16 +23,15 @@ from analysis.commands.cli import (
     DATA_HELP,
     NET_HELP,
     OneLineParser,
+    add_normalisation,
     any_file,
     any_net,
     check_effect,
     count,
     data_set,
-    finite,
     input_shape,
     nets_and_data,
     pixels,
-    positive,
     run_command,
     run_main,
     seed,
@@ -242,12 +241,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batches", type=count, default=6, help="number of batches")
     p.add_argument("--image-size", type=pixels, help="height and width in pixels (what the net is made for)")
     p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
-    p.add_argument(
-        "--mean", nargs="+", type=finite, metavar="M",
-        help="with --std: the input is (pixel / 255 - mean) / std, a number for all channels or one for each (what "
-        "pretrained weights were trained with, else pixel / 255)",
-    )  # fmt: skip
-    p.add_argument("--std", nargs="+", type=positive, metavar="S", help="with --mean")
+    add_normalisation(p)
     p.add_argument("--seed", type=seed, default=0, help="of the order of the images")
     p.add_argument("--output", required=True, type=any_file, help="the file to write")
     return p

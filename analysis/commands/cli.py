@@ -330,6 +330,11 @@ def add_pixels(parser: argparse.ArgumentParser) -> None:
         help="channels that images get: 1 is the mean of several, 3 repeats a grey one (those that the net must have, "
         "else those of the images)",
     )  # fmt: skip
+    add_normalisation(parser)
+
+
+def add_normalisation(parser: argparse.ArgumentParser) -> None:
+    """The options ``--mean`` and ``--std``."""
     parser.add_argument(
         "--mean", nargs="+", type=finite, metavar="M",
         help="with --std: the input is (pixel / 255 - mean) / std, a number for all channels or one for each (what "

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.commands.cli import (
     NET_HELP,
     OneLineParser,
+    add_normalisation,
     any_file,
     check_effect,
     count,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from analysis.device.check import Difference
     from analysis.device.predict import DevicePrediction
     from analysis.device.subspaces import CalibrationImages
+    from lance_ref.algebra.subspace import Subspace
     from lance_ref.device import Program
     from lance_ref.nn.module import Module
 
@@ -97,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
         "--calibration-images", type=count, metavar="N",
         help=f"with --data: how many of the training images ({DEFAULT_CALIBRATION_IMAGES}, or all if there are fewer)",
     )  # fmt: skip
+    add_normalisation(p)
     p.add_argument(
         "--train", default="subspace", choices=["subspace", "weight"],
         help="with lance: coordinates in the directions alone, or weights",
@@ -137,14 +140,15 @@ def _run(options: argparse.Namespace) -> int:
     from analysis.device.check import prediction_of
 
     _check(options)
-    net, shape, program, source, images = compiled(options)
-    predicted = prediction_of(program, net, shape)
+    asked = asked_for(options)
+    program, source = compiled(options, asked)
+    predicted = prediction_of(program, asked.net, asked.shape)
     found = measured(program, predicted) if options.measure else None
     if options.plot is not None:
         program.plot(options.plot)
-    facts = _facts(options, net, program, shape, source)
+    facts = _facts(options, asked, program, source)
     if options.export is not None:
-        facts["exported"] = _exported(options, program, images)
+        facts["exported"] = _exported(options, program, asked.images)
     _write(options, facts, program, predicted, found)
     return 1 if found else 0
 
@@ -155,7 +159,8 @@ def _check(options: argparse.Namespace) -> None:
         check_effect(options, name, options.method == "lance", "--method lance")
     check_effect(options, "spectra", options.epsilon is not None, "--epsilon, for which it has the spectra")
     check_effect(options, "spectra", options.data is None, "no --data, whose own spectra hold")
-    check_effect(options, "calibration_images", options.data is not None, "--data, which has the images")
+    for name in ("calibration_images", "mean", "std"):
+        check_effect(options, name, options.data is not None, "--data, which has the images")
     check_effect(options, "data", options.method == "lance" or options.export is not None, "--method lance or --export")
     check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")
     for name in ("weights", "ram_section", "flash_section"):
@@ -165,72 +170,81 @@ def _check(options: argparse.Namespace) -> None:
     )
 
 
-def compiled(
-    options: argparse.Namespace,
-) -> tuple[Module, tuple[int, ...], Program, str, CalibrationImages | None]:
-    """The net, the shape of one input, its program, where the ranks come from, and the images of ``--data``.
+class Asked(NamedTuple):
+    """What was asked for: a net that is tuned, and images, if any."""
+
+    net: Module
+    weights: str  #: Where they came from.
+    shape: tuple[int, ...]  #: Of one input.
+    layers: tuple[str, ...]  #: That train besides the classifier.
+    images: CalibrationImages | None
+
+
+def compiled(options: argparse.Namespace, asked: Asked) -> tuple[Program, str]:
+    """The program, and where LANCE's directions come from.
 
     Raises
     ------
     ValueError
         In one line: what is asked for does not exist, does not fit the net, or cannot run on a device.
     """
-    from analysis.device.subspaces import random_subspaces
     from lance_ref import device
     from lance_ref.device.budget import parse_bytes
 
     budget = None if options.budget is None else parse_bytes(options.budget)  # before the work
-    net, shape, layers, images = _net(options)
-    calibration, source = None, ""
-    if options.method == "lance":
-        shapes, ranks, source = _ranks(options, net, shape, layers, images)
-        calibration = random_subspaces(shapes, ranks) if images is None else images.subspaces(net, ranks)
-        source += "" if images is None else f" of {images.words}"
-    momentum = MOMENTUM if options.momentum else 0.0
+    calibration, source = _directions(options, asked) if options.method == "lance" else (None, "")
     program = device.compile(
-        net, calibration, shape, update=options.update, budget=budget, method=options.method, train=options.train,
-        momentum=momentum, preprocess=None if images is None else images.normalise,
+        asked.net, calibration, asked.shape, update=options.update, budget=budget, method=options.method,
+        train=options.train, momentum=MOMENTUM if options.momentum else 0.0,
+        preprocess=None if asked.images is None else asked.images.normalise,
     )  # fmt: skip
-    return net, shape, program, source, images
+    return program, source
 
 
-def _net(
-    options: argparse.Namespace,
-) -> tuple[Module, tuple[int, ...], tuple[str, ...], CalibrationImages | None]:
-    """The net, tuned; the shape of one input; the layers that train besides the classifier; and the images, if any."""
+def asked_for(options: argparse.Namespace) -> Asked:
+    """Raises as :func:`compiled`."""
     from analysis.device.subspaces import CalibrationImages
     from analysis.steps.net_choice import NetChoice
     from analysis.steps.nets import build, check_classes, input_shape_for, trace_step
-    from lance_ref import models
 
     choice = NetChoice(options.net)
     size = choice.image_size if options.image_size is None and options.data is not None else options.image_size
     shape = input_shape_for(options.net, size, options.input_shape)
-    built_in = options.net.partition("@")[0] in models.names()
     images, classes = None, options.num_classes
     if options.data is not None:
         images = CalibrationImages.open(
-            options.data, choice, shape, options.calibration_images, DEFAULT_CALIBRATION_IMAGES
-        )
-        classes = images.num_classes if classes is None else classes
-        net, _ = choice.make(classes, shape, seed=0)
+            options.data, shape, choice.normalise(options.mean, options.std)[0], options.calibration_images,
+            DEFAULT_CALIBRATION_IMAGES,
+        )  # fmt: skip
+        net, weights = choice.make(images.num_classes if classes is None else classes, shape, seed=0)
         net.eval()
     else:
-        classes = DEFAULT_NUM_CLASSES if classes is None and built_in else classes
+        classes = DEFAULT_NUM_CLASSES if classes is None and choice.is_built_in else classes
         net = build(options.net, classes, shape, without_weights=False)
+        weights = choice.origin(net)
     tune = "head" if options.method == "head" else options.tune
     selection = tune[0] if isinstance(tune, list) and len(tune) == 1 else tune
     step = trace_step(net, options.net, shape, 2, selection, "float32")
     check_classes(options.net, classes, step.num_classes)
-    return net, shape, step.tuned_layers, images
+    return Asked(net, weights.words, shape, step.tuned_layers, images)
+
+
+def _directions(options: argparse.Namespace, asked: Asked) -> tuple[Mapping[str, Subspace], str]:
+    """Of the images, or random ones; and where they, or their numbers, come from."""
+    from analysis.device.subspaces import MODES, random_subspaces
+
+    images = asked.images
+    if images is not None and options.epsilon is not None:
+        found = images.calibrate(asked.net, asked.layers, MODES, options.epsilon)
+        return found, f"energy {options.epsilon} of {images.words}"
+    shapes, ranks, source = _ranks(options, asked.net, asked.shape, asked.layers)
+    if images is None:
+        return random_subspaces(shapes, ranks), source
+    return images.subspaces(asked.net, ranks), f"{source} of {images.words}"
 
 
 def _ranks(
-    options: argparse.Namespace,
-    net: Module,
-    shape: tuple[int, ...],
-    layers: Sequence[str],
-    images: CalibrationImages | None,
+    options: argparse.Namespace, net: Module, shape: tuple[int, ...], layers: Sequence[str]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, Any], str]:
     """Shapes of the layers' inputs, their ranks without the batch's, and where these come from."""
     from analysis.device.subspaces import channel_directions, input_shapes
@@ -241,8 +255,6 @@ def _ranks(
         number = DEFAULT_DIRECTIONS if options.directions is None else options.directions
         return shapes, channel_directions(shapes, number), f"{number} mean-free directions of the channels"
     epsilon = 1.0 if options.epsilon is None else options.epsilon
-    if images is not None and options.epsilon is not None:
-        return shapes, images.ranks(net, layers, epsilon), f"energy {epsilon}"
     choice = choose_ranks(shapes, options.net, shape, epsilon, options.ranks, options.spectra)
     if options.epsilon is not None and not choice.by_energy:
         size = "x".join(map(str, shape))
@@ -280,29 +292,18 @@ def _exported(options: argparse.Namespace, program: Program, images: Calibration
 # ---- what is written ----------------------------------------------------------------------------
 
 
-def _facts(
-    options: argparse.Namespace, net: Module, program: Program, shape: tuple[int, ...], source: str
-) -> dict[str, Any]:
-    tuning: Any = net.tuning
+def _facts(options: argparse.Namespace, asked: Asked, program: Program, source: str) -> dict[str, Any]:
     return {
         "net": options.net,
-        "weights_from": _weights_from(options, net),
-        "input_shape": list(shape),
+        "weights_from": asked.weights,
+        "input_shape": list(asked.shape),
         "num_classes": program.graph.shapes[program.graph.output][0],
-        "tuned_layers": list(tuning.layers),
+        "tuned_layers": list(asked.layers),
         "ranks": {path: [None if U is None else U.shape[1] for U in of] for path, of in program.recipe.factors.items()},
         "ranks_from": source,
         "train": options.train if options.method == "lance" else None,
         "momentum": options.momentum,
     }
-
-
-def _weights_from(options: argparse.Namespace, net: Module) -> str:
-    from analysis.steps.net_choice import NetChoice
-
-    choice = NetChoice(options.net)
-    known = choice.pretrained if options.data is not None else None
-    return choice.origin(net).words if known is None else known.origin
 
 
 def _write(

@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis.device.check import step_trace
 from analysis.device.choices import LayerRanks
-from analysis.steps.net_choice import NetChoice, Normalise
+from analysis.steps.net_choice import Normalise
 from lance_ref import datasets
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.datasets import Dataset
@@ -59,7 +59,7 @@ class CalibrationImages:
 
     @classmethod
     def open(
-        cls, data: str, choice: NetChoice, shape: tuple[int, ...], count: int | None, at_most: int
+        cls, data: str, shape: tuple[int, ...], normalise: Normalise, count: int | None, at_most: int
     ) -> CalibrationImages:
         """That many of them, in an order drawn with seed 0; by default ``at_most``, or all if there are fewer.
 
@@ -69,13 +69,13 @@ class CalibrationImages:
             If the net takes no pictures, there are fewer images than asked for, or the data cannot be read.
         """
         if len(shape) != 3:
-            raise ValueError(f"net {choice.name!r} takes inputs of shape {shape}, --data needs pictures (C, H, W)")
+            raise ValueError(f"the net takes inputs of shape {shape}, but --data needs pictures (C, H, W)")
         channels, *size = shape
         images = datasets.open_data(data, "train", (size[0], size[1]), None, channels)
         if count is not None and count > len(images):
             raise ValueError(f"--calibration-images is {count}, but {images.name} has {len(images)} training images")
         number = min(at_most, len(images)) if count is None else count
-        return cls(images, (size[0], size[1]), choice.normalise()[0], number)
+        return cls(images, (size[0], size[1]), normalise, number)
 
     @property
     def num_classes(self) -> int:
@@ -90,11 +90,6 @@ class CalibrationImages:
         return calibrate(
             net, self._inputs(), list(layers), epsilon, modes, progress=False, mean_free=tuple(modes) == ("channel",)
         )
-
-    def ranks(self, net: Module, layers: Sequence[str], epsilon: float) -> dict[str, LayerRanks]:
-        """How many directions of each mode hold the share ``epsilon`` of the energy of each layer's input."""
-        found = self.calibrate(net, layers, MODES, epsilon)
-        return {path: space.ranks[1:] for path, space in found.items()}
 
     def subspaces(self, net: Module, ranks: Mapping[str, LayerRanks]) -> Calibration:
         """That many directions of each mode, those of most energy."""

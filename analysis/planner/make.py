@@ -209,6 +209,7 @@ def _check_effects(options: argparse.Namespace, methods: Sequence[str]) -> None:
         check_effect(options, name, options.engine != "library", "--engine device or both")
     if options.tune == ["best"] and (options.engine == "device" or options.target is not None):
         raise ValueError("--tune best has no effect here: it needs --budget, and --engine library or both")
+    check_effect(options, "layers", options.tune != ["best"], "--tune other than best, which chooses how many itself")
     if options.weights == "int8" and options.engine == "library":
         raise ValueError("--weights int8 has no effect here: the library has float32 weights, it needs --engine device")
     check_effect(options, "image_size", options.input_shape is None, "no --input-shape, which states height and width")

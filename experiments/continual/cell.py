@@ -27,7 +27,7 @@ EVERY_STEPS = 2000
 """Steps between checkpoints inside a task."""
 
 
-OWN = ("data", "classes_per_task", "image_size", "channels", "mean", "std", "own")
+OWN_ARGUMENTS = ("data", "classes_per_task", "image_size", "channels", "mean", "std", "own")
 """Arguments of a cell that are there only with a net or with images of the user."""
 
 RECIPE = {"batch": "batch_size", "clip": "clip_norm", "eval_batch": "eval_batch_size"}
@@ -50,7 +50,7 @@ def run(learner: str, folder: str, seed: int, thresholds: Sequence[float], **giv
     """
     arguments = {"learner": learner, "seed": seed, "thresholds": list(thresholds), **given}
     data = {name: given.pop(name) for name in ("scenario", "net", "tasks", "train_images", "test_images")}
-    data |= {name: given.pop(name) for name in OWN if name in given}
+    data |= {name: given.pop(name) for name in OWN_ARGUMENTS if name in given}
     module, chosen = prepare(**data, seed=seed, folder=folder)
     numbers = {RECIPE.get(name, name): value for name, value in given.items()}
     recipe = Recipe(seed=seed, thresholds=tuple(thresholds), **numbers)
@@ -90,7 +90,7 @@ def prepare(
 ) -> tuple[Module, Scenario]:  # fmt: skip
     """Network and tasks of a cell: at most so many tasks, and images of each; None leaves all.
 
-    ``own`` are arguments of :data:`OWN`.
+    ``own`` are arguments of :data:`OWN_ARGUMENTS`.
 
     Raises
     ------
@@ -103,11 +103,11 @@ def prepare(
         frozen = f"{folder}/frozen" if folder else None
         module, chosen = networks.domains(seed=seed, train=train_images, test=test_images, folder=frozen)
         return module, chosen.limited(tasks)
-    module, chosen, _ = made(scenario, net, seed, tasks, train_images, test_images, **own)
+    module, chosen, _ = network_and_tasks(scenario, net, seed, tasks, train_images, test_images, **own)
     return module, chosen
 
 
-def made(
+def network_and_tasks(
     scenario: str,
     net: str,
     seed: int,

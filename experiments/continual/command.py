@@ -47,8 +47,6 @@ IMAGES = {
 }  # fmt: skip
 OWN = "own"
 """The scenario that ``--data`` makes."""
-OWN_OPTIONS = ("data", "classes_per_task", "image_size", "channels", "mean", "std", "own")
-"""Options that stand in a cell only where they were given."""
 DIGITS = {**MLP, "lr": 0.05, "memory": 50}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -173,6 +171,8 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
 
 def cell(options: argparse.Namespace, learner: str, seed: int) -> dict[str, Any]:
     """The arguments of one run."""
+    from experiments.continual.cell import OWN_ARGUMENTS
+
     names = (
         "scenario", "net", "tasks", "train_images", "test_images", "epochs", "batch", "lr", "momentum", "clip",
         "epsilon", "threshold_step", "basis_samples", "memory", "eval_batch",
@@ -182,7 +182,7 @@ def cell(options: argparse.Namespace, learner: str, seed: int) -> dict[str, Any]
         "thresholds": options.threshold,
         # left out where it is the default, so that cells of before keep their names
         **({} if options.update == "weight" else {"update": options.update}),
-        **{name: getattr(options, name) for name in OWN_OPTIONS if getattr(options, name) is not None},
+        **{name: getattr(options, name) for name in OWN_ARGUMENTS if getattr(options, name) is not None},
         "learner": learner,
         "seed": seed,
         "folder": f"{options.folder}/running",
@@ -214,19 +214,19 @@ def _check(arguments: dict[str, Any]) -> tuple[str, int, dict[str, Any]]:
     (str, int, dict)
         What the scenario is, the test images of all its tasks, and where weights and images came from.
     """
-    from experiments.continual.cell import OWN as NAMES
-    from experiments.continual.cell import made, prepare
+    from experiments.continual.cell import OWN_ARGUMENTS, network_and_tasks, prepare
     from lance_ref import datasets
     from lance_ref.continual.networks import body_layers
 
     names = ("scenario", "net", "seed", "tasks", "train_images", "test_images", "folder")
-    given = {name: arguments[name] for name in (*names, *NAMES) if name in arguments}
-    net, scenario = prepare(**given)
+    given = {name: arguments[name] for name in (*names, *OWN_ARGUMENTS) if name in arguments}
     origin: dict[str, Any] = {}
-    if arguments["scenario"] != "domains":
-        folder = given.pop("folder")
-        assert isinstance(folder, str)
-        origin["weights"] = asdict(made(**given)[2])
+    if arguments["scenario"] == "domains":
+        net, scenario = prepare(**given)
+    else:
+        del given["folder"]
+        net, scenario, weights = network_and_tasks(**given)
+        origin["weights"] = asdict(weights)
     if "data" in arguments:
         origin["images"] = {"data": arguments["data"], "sha256": datasets.checksum(arguments["data"])}
     layers, given = body_layers(net), arguments["thresholds"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -83,6 +84,13 @@ class Convolution(Geometry):
     dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
 
+    @cached_property
+    def output_shape(self) -> Shape:
+        """(B, C_out, n_out, ...): floor((n + before + after − dilation·(k − 1) − 1) / stride) + 1 along each axis."""
+        axes = zip(self.input_shape[2:], self.padding, self.dilation, self.kernel, self.stride, strict=True)
+        size = [(n + sum(pad) - d * (k - 1) - 1) // s + 1 for n, pad, d, k, s in axes]
+        return (self.input_shape[0], self.weight_shape[0], *size)
+
     @property
     def kernel(self) -> Shape:
         """The size of the kernel along each axis."""
@@ -138,6 +146,10 @@ class Convolution(Geometry):
         input_shape = (batch, channels, *self.input_shape[2:])
         if not mixed:
             return replace(self, input_shape=input_shape)
-        return replace(
-            self, input_shape=input_shape, weight_shape=(self.out_channels, channels, *self.kernel), groups=1
-        )
+        weight_shape = self._order(self.out_channels, channels)
+        return replace(self, input_shape=input_shape, weight_shape=(*weight_shape, *self.kernel), groups=1)
+
+    @staticmethod
+    def _order(outputs: int, inputs: int) -> Pair:
+        """How a weight's shape begins, of a convolution of one group."""
+        return outputs, inputs

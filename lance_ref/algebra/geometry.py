@@ -29,7 +29,7 @@ from lance_ref.algebra.kernels.columns import add_columns, lay_out
 from lance_ref.engine.counting import add, matmul
 from lance_ref.engine.products import SHARED_MACS, product
 from lance_ref.engine.tensor import Shape
-from lance_ref.engine.workers import product_threads, share_out
+from lance_ref.engine.workers import product_threads, share_out, taken_from
 
 WORKSPACE_BYTES = 8 * 2**20
 """Most columns that a convolution lays out at a time, in all threads together (one output row of each at the least)."""
@@ -73,19 +73,8 @@ class ConvGeometry(Convolution):
 
     @cached_property
     def output_size(self) -> Pair:
-        """(H_out, W_out): floor((n + before + after − dilation·(k − 1) − 1) / stride) + 1."""
-        sizes = [
-            (n + sum(pad) - d * (k - 1) - 1) // s + 1
-            for n, pad, d, k, s in zip(
-                self.input_shape[2:], self.padding, self.dilation, self.weight_shape[2:], self.stride, strict=True
-            )
-        ]
-        return sizes[0], sizes[1]
-
-    @cached_property
-    def output_shape(self) -> Shape:
-        """(B, C_out, H_out, W_out)"""
-        return (self.input_shape[0], self.weight_shape[0], *self.output_size)
+        """(H_out, W_out)"""
+        return self.output_shape[2], self.output_shape[3]
 
     @cached_property
     def is_depthwise(self) -> bool:
@@ -256,15 +245,11 @@ class ConvGeometry(Convolution):
         outputs = self.weight_shape[0] * math.prod(largest) * self.output_size[1] if largest[0] > 1 else 0
         rooms = [(self._workspace(dtype, largest), np.empty(outputs, dtype)) for _ in range(self.image_parts())]
         of_image = [list(self.blocks(range(b, min(b + largest[0], B)), largest)) for b in range(0, B, largest[0])]
-        left = deque(of_image)  # a thread that begins late takes less
+        left = deque(of_image)
 
         def part(start: int, stop: int) -> None:
             for columns, spare in rooms[start:stop]:
-                while left:
-                    try:
-                        blocks = left.popleft()
-                    except IndexError:
-                        return
+                for blocks in taken_from(left):
                     for images, rows in blocks:
                         work(images, rows, self._block(columns, images, rows), spare)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -83,13 +83,9 @@ class TransposedGeometry(Convolution):
         found: np.ndarray = np.where(behind % self.stride[axis] == 0, behind // self.stride[axis], -1)
         return found
 
-    def with_channels(self, batch: int, channels: int, mixed: bool) -> Convolution:
-        input_shape = (batch, channels, *self.input_shape[2:])
-        if not mixed:
-            return replace(self, input_shape=input_shape)
-        return replace(
-            self, input_shape=input_shape, weight_shape=(channels, self.out_channels, *self.kernel), groups=1
-        )
+    @staticmethod
+    def _order(outputs: int, inputs: int) -> Pair:
+        return inputs, outputs
 
     def outputs_first(self, weight: np.ndarray) -> np.ndarray:
         (C_in, width), g = weight.shape[:2], self.groups
@@ -118,13 +114,6 @@ class VolumeGeometry(Convolution):
     stride: tuple[int, ...] = (1, 1, 1)
     padding: tuple[Pair, ...] = ((0, 0), (0, 0), (0, 0))
     dilation: tuple[int, ...] = (1, 1, 1)
-
-    @cached_property
-    def output_shape(self) -> Shape:
-        """(B, C_out, D_out, H_out, W_out), each as for :class:`~lance_ref.algebra.geometry.ConvGeometry`."""
-        axes = zip(self.input_shape[2:], self.padding, self.dilation, self.kernel, self.stride, strict=True)
-        size = [(n + sum(pad) - d * (k - 1) - 1) // s + 1 for n, pad, d, k, s in axes]
-        return (self.input_shape[0], self.weight_shape[0], *size)
 
     @cached_property
     def frames(self) -> ConvGeometry:

@@ -13,9 +13,12 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+Item = TypeVar("Item")
 
 PREFIXES, SUFFIXES = ("scipy_openblas", "openblas"), ("64_", "")
 """What the functions of an OpenBLAS may be called: ``scipy_openblas_set_num_threads64_`` and the like."""
@@ -74,6 +77,15 @@ def share_out(parts: int, count: int, work: Callable[[int, int], None]) -> None:
             future.exception()  # waits
     for future in futures:
         future.result()
+
+
+def taken_from(left: deque[Item]) -> Iterator[Item]:
+    """What is left, one by one: several threads may take from one deque, and one that begins late takes less."""
+    while True:
+        try:
+            yield left.popleft()
+        except IndexError:
+            return
 
 
 def _part(taken: list[Callable[[int, int], None]], start: int, stop: int) -> None:

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 
 import numpy as np
 
-from lance_ref.engine.workers import blas_alone, controllable, share_out, threads
+from lance_ref.engine.workers import blas_alone, controllable, share_out, taken_from, threads
 from lance_ref.fused import steps
 from lance_ref.fused.plan import ALIGNED, Op, PassPlan, Ref, maps_read
 from lance_ref.fused.steps import Arrays, Prepared
@@ -97,11 +97,7 @@ class _Worker:
         """Take images until there are none left, or another worker has failed."""
         with np.errstate(invalid="call", over="call", call=self._note):
             try:
-                while self.starts:
-                    try:
-                        start = self.starts.popleft()
-                    except IndexError:
-                        return
+                for start in taken_from(self.starts):
                     self._run(slice(start, min(start + self.plan.chunk, len(self.outside[0]))))
             except BaseException:
                 self.starts.clear()

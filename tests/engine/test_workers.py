@@ -60,21 +60,6 @@ def test_the_parts_run_at_the_same_time() -> None:
     share_out(2, 2, lambda start, stop: both.wait())
 
 
-def test_an_error_is_raised_when_all_parts_are_through() -> None:
-    """The first part fails at once; the arrays of the second are in use for a while longer."""
-    done = []
-
-    def work(start: int, stop: int) -> None:
-        if not start:
-            raise ZeroDivisionError
-        time.sleep(0.2)
-        done.append(start)
-
-    with pytest.raises(ZeroDivisionError):
-        share_out(2, 2, work)
-    assert done == [1]
-
-
 def test_what_a_part_shares_out_runs_in_it() -> None:
     """A pool whose threads waited for others of the same pool could wait for ever."""
     inner: list[tuple[int, int, bool]] = []

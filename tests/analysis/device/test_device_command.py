@@ -143,9 +143,11 @@ def test_the_directions_are_those_of_the_images(pictures: Path, tmp_path: Path) 
     """As calibrated by hand: without the mean, most energy first; and pixels for a C program."""
     words = ["--net", "convnet", "--input-shape", "1,8,8", "--tune", "last:2", "--directions", "4"]
     options = command.parser().parse_args([*words, "--data", str(pictures), "--calibration-images", "20"])
-    net, shape, program, source, images = command.compiled(options)
+    asked = command.asked_for(options)
+    program, source = command.compiled(options, asked)
+    net, images = asked.net, asked.images
     assert images is not None
-    assert (shape, source) == ((1, 8, 8), "4 mean-free directions of the channels of 20 images of data")
+    assert (asked.shape, source) == ((1, 8, 8), "4 mean-free directions of the channels of 20 images of data")
     first = next(iter(datasets.batches(datasets.open_data(str(pictures)), 20, 0)))[0]
     wanted = calibrate(net, [first], list(program.recipe.factors), 1.0, ("channel",), mean_free=True)
     for path, of in program.recipe.factors.items():
@@ -160,7 +162,7 @@ def test_the_directions_are_those_of_the_images(pictures: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--net", "mlp"), "--data needs pictures (C, H, W)"),
+        (("--net", "mlp"), "but --data needs pictures (C, H, W)"),
         (("--net", "convnet", "--calibration-images", "1000"), "--calibration-images is 1000"),
         (("--net", "convnet", "--epsilon", "0.9", "--spectra", "s.json"), "--spectra"),
         (("--net", "convnet", "--method", "bp"), "--data"),

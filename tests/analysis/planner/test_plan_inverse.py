@@ -146,6 +146,7 @@ def test_nonsense_targets(text: str) -> None:
         (["--budget", "1MiB", "--tune", "all", "--method", "head-only"], "--tune has no effect here"),
         (["--budget", "1MiB", "--micro-batch", "1"], "--micro-batch has no effect here"),
         (["--target", "layers=1", "--tune", "best"], "--tune best has no effect here"),
+        (["--budget", "1MiB", "--tune", "best", "--layers", "2"], "--layers has no effect here"),
     ],
 )
 def test_senseless_options(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,13 +134,16 @@ class Simulation:
                     self._name(value.id, storage)
 
     def _forward(
-        self, records: Sequence[OpRecord], reached: Sequence[bool], done: int, *, in_segment: bool = False
+        self, records: Sequence[OpRecord], reached: Sequence[bool], done: int, *, put_off: bool = True
     ) -> list[_Ran]:
-        """Run records of which ``reached`` are on the tape; ``done`` operations have run before them."""
+        """Run records of which ``reached`` are on the tape; ``done`` operations have run before them.
+
+        Inside a segment, on its first run and on its second, nothing is put off.
+        """
         ran = []
         for record, on_tape in zip(records, reached, strict=True):
             start = done
-            if not in_segment and self.put_off.takes(record):
+            if put_off and self.put_off.takes(record):
                 self.memory.follow(record)
                 self.put_off.add(record)
                 done += 1
@@ -150,7 +153,7 @@ class Simulation:
                 self._run_together(done)
             if record.op == SEGMENT:
                 inner = inside(record)
-                self._forward(inner, [False] * len(inner), done, in_segment=True)
+                self._forward(inner, [False] * len(inner), done, put_off=False)
                 done += sum(each.op != SEGMENT for each in flatten(inner))
                 layouts = tuple(self.memory.of(value) for value in record.inputs)
                 call = Call(record, layouts, self.memory.of(record.output), on_tape)
@@ -301,7 +304,7 @@ class Simulation:
         for record in flatten(records):
             self.memory.layouts.pop(record.output.id, None)
             self.values.pop(record.output.id, None)
-        ran = self._forward(records, backward_reaches(records, each.record.output), each.start)
+        ran = self._forward(records, backward_reaches(records, each.record.output), each.start, put_off=False)
         for record in flatten(records):
             storage = self.values.pop(record.output.id, None)
             if storage is not None:

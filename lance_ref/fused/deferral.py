@@ -36,7 +36,7 @@ from lance_ref.fused.steps import Arrays
 
 REMEMBERED = 32
 """Plans that are kept for the next call with the same operations and shapes."""
-_plans: OrderedDict[Any, PassPlan] = OrderedDict()
+_plans: OrderedDict[Any, tuple[PassPlan, tuple[Op, ...]]] = OrderedDict()
 
 
 @cache
@@ -93,7 +93,7 @@ class Deferral:
         self.noted: list[_Noted] = []
         self.own: list[Arrays] = []
         self.outside: list[np.ndarray] = []
-        self._tensors: list[weakref.ref[Tensor]] = []
+        self._tensors: dict[int, weakref.ref[Tensor]] = {}  # by operation
         self._refs: dict[int, Ref] = {}  # of arrays from outside, by identity
 
     def take(
@@ -150,7 +150,7 @@ class Deferral:
         self.noted.append(_Noted(function, (*refs, *arrays), attributes, state.path, state.kind))
         version = inputs[0]._version if function.returns_view else None
         made = Pending.make(Promise(self, len(self.ops) - 1), shape, inputs[0]._dtype, version)
-        self._tensors.append(weakref.ref(made))
+        self._tensors[len(self.ops) - 1] = weakref.ref(made)
         return made
 
     def _outside(self, array: np.ndarray) -> Ref:
@@ -166,11 +166,12 @@ class Deferral:
         """
         if not self.ops:
             return
-        alive = [(i, tensor) for i, ref in enumerate(self._tensors) if type(tensor := ref()) is Pending]
+        alive = [(i, tensor) for i, ref in self._tensors.items() if type(tensor := ref()) is Pending]
         if self.closed:
             raise RuntimeError(
                 f"this tensor of shape {alive[0][1].shape} has no data: the call that it comes from was interrupted"
             )
+        self._tensors = {i: self._tensors[i] for i, _ in alive}
         results = self._results({i for i, _ in alive})
         for i, tensor in alive:
             tensor._data = results[i]
@@ -179,7 +180,7 @@ class Deferral:
     def _start_anew(self) -> None:
         """What was computed is an array like any other."""
         self.ops, self.noted, self.own, self.outside = [], [], [], []
-        self._tensors, self._refs, self.batch = [], {}, None
+        self._tensors, self._refs, self.batch = {}, {}, None
 
     def _results(self, wanted: set[int]) -> dict[int, np.ndarray]:
         """The arrays of these operations."""
@@ -191,7 +192,7 @@ class Deferral:
             one_by_one: Iterable[int] = everything
         else:
             order = sorted((wanted | read).difference(whole))
-            planned = self._plan(order)
+            planned, self.ops[:] = self._plan(order)  # equal operations, kept with the plan: those of this call may go
             results, macs, flagged = execute(planned, self.ops, self.own, self.outside, order)
             if flagged and not all(np.isfinite(array).all() for array in results.values()):
                 results, one_by_one = {}, everything  # for whatever the caller's np.errstate asks for
@@ -212,13 +213,13 @@ class Deferral:
             return value
         return results[value] if value >= 0 else self.outside[-1 - value]
 
-    def _plan(self, wanted: list[int]) -> PassPlan:
+    def _plan(self, wanted: list[int]) -> tuple[PassPlan, tuple[Op, ...]]:
         item, batch = self.outside[0].itemsize, len(self.outside[0])
         shapes = tuple(array.shape[1:] for array in self.outside)
         key = (tuple(self.ops), shapes, tuple(wanted), batch, item, most_workers())
         found = _plans.get(key)
         if found is None:
-            found = plan(self.ops, shapes, wanted, batch, item, most_workers())
+            found = plan(self.ops, shapes, wanted, batch, item, most_workers()), key[0]
             _plans[key] = found
             while len(_plans) > REMEMBERED:
                 _plans.popitem(last=False)

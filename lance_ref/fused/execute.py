@@ -9,6 +9,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 
 import numpy as np
 
@@ -83,6 +84,7 @@ class _Worker:
         arena = np.empty(plan.arena_bytes + ALIGNED, np.uint8)
         skipped = -arena.ctypes.data % ALIGNED
 
+        @cache  # maps that take turns in a place share their array
         def view(offset: int, shape: tuple[int, ...]) -> np.ndarray:
             size = math.prod(shape) * dtype.itemsize
             return arena[skipped + offset : skipped + offset + size].view(dtype).reshape(shape)

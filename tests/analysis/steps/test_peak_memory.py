@@ -256,6 +256,28 @@ class Holding(nn.Module):
         return self.head(other.mean((2, 3)))
 
 
+class Branches(nn.Module):
+    """A frozen branch of two wide convolutions, beside one that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(16, 32, 3, padding=1, rng=0), nn.Conv2d(32, 32, 3, padding=1, rng=1)
+        self.beside = nn.Conv2d(16, 32, 1, rng=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen = self.second(F.relu(self.first(x)))
+        return frozen + self.beside(x)
+
+
+@compiled
+def test_the_second_run_of_a_segment_puts_nothing_off() -> None:
+    """Its frozen operations run one by one; a pass over them would hold less than half of these columns."""
+    images = np.random.default_rng(0).standard_normal((8, 16, 32, 32)).astype(np.float32)
+    net = nn.Sequential(nn.Recompute(Branches()), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    lance_ref.tune(net, ["0.beside"])
+    check(net, images, np.arange(8))
+
+
 @compiled
 def test_variables_of_a_forward_keep_activations_alive() -> None:
     """Lifetimes come from the net's own forward; a guess from paths is two whole activations short."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from analysis.commands.names import plain
+from analysis.reports.units import readable
 from analysis.rules.tucker_costs import ConvSizes, conv_cheapest
 from analysis.steps.methods import METHODS
 from analysis.steps.settings import KNOWN
@@ -64,7 +65,7 @@ def _calibrations(report: Report) -> list[str]:
         saved = cost.saved_macs_per_step
         sentences.append(
             f"The calibration of {method} takes {cost.total_macs / 1e9:,.3f} GMACs, once, on {cost.batches} batches "
-            f"({listed}). Its Gram matrices take {cost.gram_bytes / 2**20:,.3f} MiB. A HOSVD at every step at these "
+            f"({listed}). Its Gram matrices take {readable(cost.gram_bytes)}. A HOSVD at every step at these "
             f"ranks takes {abs(saved) / 1e9:,.3f} GMACs {'less' if saved < 0 else 'more'} a step; against it, the "
             f"calibration {back}."
         )
@@ -103,10 +104,10 @@ def _peaks(report: Report) -> list[str]:
     said = {}
     for method, peak in report.peaks.items():
         said[method] = (
-            f" is {peak.peak_bytes / 2**20:,.3f} MiB, {MOMENTS[peak.moment]} ({peak.at}). The gradients take "
-            f"{peak.gradients_bytes / 2**20:,.3f} MiB, the state of {report.optimizer} takes "
-            f"{peak.optimizer_state_bytes / 2**20:,.3f} MiB; the parameters, which the peak leaves out, take "
-            f"{peak.parameters_bytes / 2**20:,.3f} MiB."
+            f" is {readable(peak.peak_bytes)}, {MOMENTS[peak.moment]} ({peak.at}). The gradients take "
+            f"{readable(peak.gradients_bytes)}, the state of {report.optimizer} takes "
+            f"{readable(peak.optimizer_state_bytes)}; the parameters, which the peak leaves out, take "
+            f"{readable(peak.parameters_bytes)}."
         )
     named = {text: [", ".join(names[:-1])] * (len(names) > 1) + names[-1:] for text, names in _alike(said).items()}
     return [f"The peak of a step with {' and '.join(names)}{text}" for text, names in named.items()]

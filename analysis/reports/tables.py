@@ -9,6 +9,7 @@ from analysis.commands import console
 from analysis.commands.console import Sheet, say
 from analysis.reports.footnotes import footnotes, orders
 from analysis.reports.report import ACCOUNTINGS, FLOP_KINDS, Continual, MethodCost, Report, Row, reductions
+from analysis.reports.units import in_unit, readable, scale_of, unit_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,7 +102,8 @@ def _memory_table(report: Report, accountings: Sequence[str], wide: bool) -> She
     first = kept_by.pop(report.main if report.main in kept_by else accountings[0])
     one_by_one = [*first[2:], *of_ranks, "activation", *factors_of, "op"]
     optional = [*([name] for name in one_by_one), *reversed(kept_by.values()), ["output"]]
-    title = f"Kept for the backward pass ({'bytes' if wide else 'MiB'}; each buffer billed once)"
+    unit = unit_of(_most_kept(report) // 10)  # a row is a part of the total
+    title = f"Kept for the backward pass ({'bytes' if wide else unit}; each buffer billed once)"
     table = Sheet(title, columns, 4 + len(of_ranks), () if wide else optional)
 
     def numbers(costs: dict[str, MethodCost]) -> list[str]:
@@ -111,7 +113,7 @@ def _memory_table(report: Report, accountings: Sequence[str], wide: bool) -> She
             for name in accountings
         ]
         factors = [costs[method].subspace_bytes if method in costs else None for method in with_factors]
-        return [_count(n) if wide else _mib(n) for n in kept + factors]
+        return [_count(n) if wide else _memory(n, unit) for n in kept + factors]
 
     skipped = 0
     for row in report.rows:
@@ -199,7 +201,9 @@ def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS, wide:
     columns = ["method", *first, "factors", both, *["peak"] * bool(peaks), work]
     columns += [*others, *counted, *kinds]
     optional = [[both], *([name] for name in (*reversed(others), *counted)), kinds]
-    title = f"Totals (memory in MiB, {work}{' and element-wise operations' if counted else ''} in billions)"
+    most = max(max(cost.flops["total"], cost.elementwise or 0) for cost in totals.values())
+    unit, (scale, many) = unit_of(max(_most_kept(report), *peaks.values(), 0)), scale_of(most)
+    title = f"Totals (memory in {unit}, {work}{' and element-wise operations' if counted else ''} in {many})"
     if report.file_only:
         columns, optional = [_marked(c) for c in columns], [[_marked(c) for c in group] for group in optional]
     table = Sheet(title, columns, 1, () if wide else optional)
@@ -211,8 +215,9 @@ def totals_table(report: Report, accountings: Sequence[str] = ACCOUNTINGS, wide:
     for method, cost in totals.items():
         memory = {**cost.activation_bytes, "factors": cost.subspace_bytes, both: cost.tape_and_factors}
         memory |= {"peak": peaks[method]} if method in peaks else {}
-        giga = {**cost.flops, work: cost.flops["total"], "elementwise": cost.elementwise or 0}
-        add(method, {k: _mib(n) for k, n in memory.items()} | {k: f"{n / 1e9:,.3f}" for k, n in giga.items()})
+        ran = {**cost.flops, work: cost.flops["total"], "elementwise": cost.elementwise or 0}
+        cells = {column: _memory(n, unit) for column, n in memory.items()}
+        add(method, cells | {column: f"{n / scale:,.3f}" for column, n in ran.items()})
     for method in totals:
         ratios = _reductions(report, method)
         if ratios:
@@ -267,7 +272,7 @@ def explain(report: Report) -> list[str]:
         kept = {report.main: totals[method].activation_bytes[report.main], both: totals[method].tape_and_factors}
         kept |= {"peak": report.peaks[method].peak_bytes} if report.peaks else {}
         of = ratios.get(method)
-        becomes = {name: change(of[name]) if of else f"takes {_mib(n)} MiB" for name, n in kept.items()}
+        becomes = {name: change(of[name]) if of else f"takes {readable(n)}" for name, n in kept.items()}
         beside_it = f"; with the fixed factors{beside} it {becomes[both]}"
         with_factors = beside_it if totals[method].subspace_bytes else ""
         what = f"the tape{of_tape}" if with_tape else f"what PyTorch keeps{of_tape}"
@@ -318,8 +323,12 @@ def _count(n: int | None) -> str:
     return "-" if n is None else f"{n:,}"
 
 
-def _mib(n: int | None) -> str:
-    return "-" if n is None else f"{n / 2**20:,.3f}"
+def _most_kept(report: Report) -> int:
+    return max(max(*cost.activation_bytes.values(), cost.tape_and_factors) for cost in report.totals.values())
+
+
+def _memory(n: int | None, unit: str) -> str:
+    return "-" if n is None else in_unit(n, unit)
 
 
 def _millions(n: int | None) -> str:

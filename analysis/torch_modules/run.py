@@ -146,6 +146,10 @@ def copied(module: Any, name: str, real: bool) -> tuple[Any, Any]:
     import torch
 
     module = getattr(module, "_orig_mod", module)  # of one that torch.compile made
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"net {name!r} is compiled by TorchScript, expected the module that it was scripted or traced from"
+        )
     if any(torch.nn.parameter.is_lazy(each) for each in (*module.parameters(), *module.buffers())):
         raise ValueError(f"net {name!r} has parameters that have no shape yet: run it once on an example before")
     try:

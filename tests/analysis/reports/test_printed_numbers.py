@@ -26,9 +26,10 @@ from analysis.planner.search import Candidate, Row, _rank
 from analysis.reports.footnotes import footnotes
 from analysis.reports.report import Report
 from analysis.reports.tables import change, render, totals_table
+from analysis.reports.units import readable
 from analysis.steps.methods import METHODS
 from experiments.ledger import claims, explain
-from lance_ref import models
+from lance_ref import models, nn
 
 WIDTHS = (40, 80, 120, 200, 400)
 NUMBER = re.compile(r"-|[0-9][0-9,]*(\.[0-9]+)?x?")
@@ -71,6 +72,8 @@ def expected(document: dict[str, Any], accountings: Sequence[str]) -> Iterator[s
             for method in methods:
                 total = of[method]["flops"]["total"] if method in of else None
                 yield "-" if total is None else f"{total / 1e6:,.3f}" if total else "0"
+    most = max(*(c["flops"]["total"] for c in totals.values()), *(c["elementwise"] for c in totals.values()))
+    scale = 1e9 if most >= 1e8 else 1e6  # of the nets here, all of which hold more than a tenth of a MiB
     for method in methods:
         c = totals[method]
         yield f"{document['peak'][method]['peak_bytes'] / 2**20:,.3f}"
@@ -78,7 +81,7 @@ def expected(document: dict[str, Any], accountings: Sequence[str]) -> Iterator[s
         for nbytes in (*kept, c["activation_bytes"]["tape"] + c["subspace_bytes"]):
             yield f"{nbytes / 2**20:,.3f}"
         for work in (c["flops"]["total"], c["elementwise"]):
-            yield f"{work / 1e9:,.3f}"
+            yield f"{work / scale:,.3f}"
         if method != "bp" and "bp" in totals:
             for name in accountings:
                 if c["activation_bytes"][name]:
@@ -386,3 +389,20 @@ def test_what_grows_is_called_that(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert line.startswith("What it means: lance takes more memory than bp here")
     assert f"grows {times:,.2f} times" in line
     assert "shrinks by" not in line
+
+
+@pytest.mark.parametrize(
+    ("n", "text"), [(104_858, "0.100 MiB"), (104_857, "102.399 KiB"), (5, "0.005 KiB"), (0, "nothing")]
+)
+def test_little_memory_is_in_kib(n: int, text: str) -> None:
+    """Three decimals always leave three digits, or the bytes themselves are few."""
+    assert readable(n) == text
+
+
+def test_a_small_net_is_not_a_column_of_zeros() -> None:
+    """The bytes of one linear layer at batch 4, in KiB, and its work in thousands."""
+    net = nn.Sequential(nn.Linear(16, 10, rng=0))
+    text = render(cost(net, input_shape=(16,), batch=4, method="bp"), across=80)
+    assert "Totals (memory in KiB" in text
+    assert "in thousands)" in text
+    assert "0.250" in tables(text)  # its input, 4 x 16 x 4 bytes

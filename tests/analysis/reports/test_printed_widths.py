@@ -41,20 +41,32 @@ def report_of(net: str, count: int) -> Report:
     return cost(net, batch=8, method=methods[:count])
 
 
-def printed(document: dict[str, Any]) -> set[str]:
+def units(text: str) -> tuple[int, int, float]:
+    """Bytes of the totals' unit and of the layers', and the operations' scale, as the titles say them."""
+    said = re.search(r"\(memory in (\w+),[^)]* in (\w+)\).*Kept for the backward pass \((\w+);", text)
+    assert said is not None
+    of_bytes = {"MiB": 2**20, "KiB": 2**10}
+    return of_bytes[said[1]], of_bytes[said[3]], {"billions": 1e9, "millions": 1e6}[said[2]]
+
+
+def printed(document: dict[str, Any], in_totals: int, in_layers: int, scale: float) -> set[str]:
     """Every number that a table may show, worked out from the JSON alone."""
     totals, peaks = document["totals"], {m: of["peak_bytes"] for m, of in document["peak"].items()}
-    found = {f"{n / 2**20:,.3f}" for n in peaks.values()}
+    found = {f"{n / in_totals:,.3f}" for n in peaks.values()}
 
     def memory(of: dict[str, Any]) -> dict[str, int]:
         kept = of["activation_bytes"]
         return {**kept, "factors": of["subspace_bytes"], "both": kept["tape"] + of["subspace_bytes"]}
 
-    for row in [*document["layers"], {"methods": totals}]:
+    for unit, row in [
+        *((in_layers, row) for row in document["layers"]),
+        (in_totals, {"methods": totals}),
+        (in_layers, {"methods": totals}),
+    ]:
         for of in row["methods"].values():
-            found |= {f"{n / 2**20:,.3f}" for n in memory(of).values()}
+            found |= {f"{n / unit:,.3f}" for n in memory(of).values()}
     for method, of in totals.items():
-        found |= {f"{n / 1e9:,.3f}" for n in (*of["flops"].values(), of["elementwise"])}
+        found |= {f"{n / scale:,.3f}" for n in (*of["flops"].values(), of["elementwise"])}
         if method != "bp" and "bp" in totals:
             pairs = [(memory(totals["bp"])[name], n) for name, n in memory(of).items()]
             pairs += [(totals["bp"]["flops"]["total"], of["flops"]["total"]), (peaks["bp"], peaks[method])]
@@ -80,15 +92,16 @@ def check(report: Report, text: str, across: int) -> None:
     assert any("What it means" in line for line in lines[:5])
     totals = first_table(text)
     words = set(totals.split())
+    in_totals, in_layers, scale = units(" ".join(text.split()))
     for method, of in document["totals"].items():
         kept = (of["activation_bytes"]["tape"], of["subspace_bytes"], document["peak"][method]["peak_bytes"])
-        assert {f"{n / 2**20:,.3f}" for n in kept} | {f"{of['flops']['total'] / 1e9:,.3f}"} <= words, method
+        assert {f"{n / in_totals:,.3f}" for n in kept} | {f"{of['flops']['total'] / scale:,.3f}"} <= words, method
     assert {"tape", "factors", "peak", "FLOPs"} <= words
     body = totals.partition("\n\n")[0] + text[text.index("Kept for the backward pass") :].partition("\n\n")[0]
     cells = (word for line in body.splitlines() for word in re.split(r" {2,}", line.strip())[1:])
     numbers = {word for word in cells if NUMBER.fullmatch(word) and ("." in word or "x" in word)}
     assert numbers
-    assert numbers <= printed(document)
+    assert numbers <= printed(document, in_totals, in_layers, scale)
 
 
 @pytest.mark.parametrize(("net", "count"), CASES)

@@ -1,4 +1,4 @@
-"""What the operations hold at a time that the library's own networks do without: norms of groups, attention, volumes.
+"""What the operations hold at a time that the library's own networks do without: attention, volumes, embeddings.
 
 As :mod:`analysis.peak.rules`, two rules for each. Most of these operations work on whole arrays, so that their
 temporaries are as large as what they work on.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-from analysis.peak.arrays import in_blocks, like_input, new, packing, piece
-from analysis.peak.rules import Backward, Making, backward, forward, over_gradient, reused
+from analysis.peak.arrays import in_blocks, like_input, new, piece
+from analysis.peak.rules import Backward, Making, backward, forward, reused
 from analysis.rules.layouts import Layout, Shape
 from analysis.rules.op_cost import Call, bit_bytes, index_bytes
 
@@ -153,57 +153,6 @@ def pool3d_backward(call: Call, g: Layout) -> Backward:
     grad, result = like_input(call), call.n_out * call.itemsize
     cut = 0 if not any(call.record.attributes["padding"]) else grad.storage.nbytes
     return Backward(_padded(call) + max(result + call.n_out, cut), (grad,))
-
-
-# ---- norms -------------------------------------------------------------------------------------
-
-
-@forward("group_norm", "instance_norm")
-def group_norm(call: Call) -> int:
-    """The result, and its squares; a copy of an input that is not packed."""
-    groups = call.record.inputs[0].shape[0] * call.record.attributes["num_groups"] * call.itemsize
-    return 2 * call.n_out * call.itemsize + 3 * groups + packing(call.inputs[0], call.itemsize)
-
-
-@backward("group_norm", "instance_norm")
-def group_norm_backward(call: Call, g: Layout) -> Backward:
-    """x̂, which becomes the gradient; g·weight, and a product of both."""
-    made, full, affine = Making(call), call.n_in * call.itemsize, call.record.attributes["affine"]
-    if affine and call.needs(2):
-        made.add(2, like_input(call, 2))
-    if call.needs(0) or (affine and call.needs(1)):
-        made.held += full
-        made.reach(max(full, packing(call.inputs[0], call.itemsize)))
-    if affine and call.needs(1):
-        made.add(1, like_input(call, 1))
-    if call.needs(0):
-        made.gradients[0] = like_input(call)
-        made.reach((2 if affine else 1) * full)
-    return made.done()
-
-
-@forward("rms_norm")
-def rms_norm(call: Call) -> int:
-    """The squares, then the result."""
-    groups = call.n_out // math.prod(call.record.attributes["normalized_shape"]) * call.itemsize
-    return call.n_out * call.itemsize + 2 * groups
-
-
-@backward("rms_norm")
-def rms_norm_backward(call: Call, g: Layout) -> Backward:
-    """Over the gradient that came in; in pieces x̂, g·weight, and a product of both."""
-    made, weighted = Making(call), len(call.inputs) > 1
-    shape = call.record.inputs[0].shape
-    inner = range(len(shape) - len(call.record.attributes["normalized_shape"]), len(shape))
-    if weighted and call.needs(1):
-        made.add(1, like_input(call, 1))
-    if call.needs(0):
-        over_gradient(made, call, g)
-    of_piece = piece(shape, list(inner), call.itemsize)
-    made.reach((3 if weighted and call.needs(0) else 2) * of_piece)
-    if weighted and call.needs(1):
-        made.reach(2 * of_piece + call.record.inputs[1].nbytes)
-    return made.done()
 
 
 # ---- products ----------------------------------------------------------------------------------

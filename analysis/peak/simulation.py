@@ -13,7 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from analysis.peak import layers, more_rules  # noqa: F401  (they register their rules)
 from analysis.peak.arrays import new
 from analysis.peak.fused import AT_THE_END, PutOff, held
 from analysis.peak.lifetimes import Lifetimes

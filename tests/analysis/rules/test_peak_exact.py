@@ -12,7 +12,7 @@ from test_cost_exact import N, Narrow, Twice, kept, meta_peak, rows, stored
 from analysis.peak import layers
 from analysis.peak.lifetimes import lifetimes, lifetimes_from_scopes, renumbered
 from analysis.peak.memory import parameters_bytes, peak
-from analysis.peak.stores import chain, projecting
+from analysis.peak.tucker import chain, projecting
 from analysis.rules.account import account
 from analysis.rules.layouts import Layout, Storage
 from lance_ref import functional as F

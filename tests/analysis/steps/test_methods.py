@@ -348,7 +348,7 @@ def test_paper_convention_names_its_unit() -> None:
     assert report.to_json()["units"]["flops"] == "multiply-adds of the tuned layers"
     text = render(report, wide=True)
     assert "FLOPs" not in text
-    assert "multiply-adds and element-wise operations in billions" in text
+    assert "multiply-adds and element-wise operations in millions" in text
 
 
 def test_cost_of_a_traced_step() -> None:

@@ -11,11 +11,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from analysis.commands import cli
+from analysis.commands import cli, command_line
 from analysis.commands.cli import (
     NET_HELP,
     InputSpec,
-    OneLineParser,
     any_file,
     check_effect,
     check_no_effect,
@@ -27,11 +26,10 @@ from analysis.commands.cli import (
     figure_file,
     input_spec,
     pixels,
-    run_command,
-    run_main,
     share,
     share_below_one,
 )
+from analysis.commands.command_line import OneLineParser, run_command, run_main
 from analysis.reports.predict import (
     DEFAULT_BASIS_BATCHES,
     DEFAULT_BATCH,
@@ -70,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         "it follows from the shapes of the net. Bytes are counted in three ways: paper (inputs of the layers that "
         "train, as papers count), pytorch (all that PyTorch's autograd saves), tape (all that this library keeps).\n\n"
         "Example: lance-ref cost --net mobilenetv2 --method bp lance",
-        epilog=f"{listed()}\n\n{cli.nets_and_data(False)}",
+        epilog=f"{listed()}\n\n{command_line.nets_and_data(False)}",
         allow_abbrev=False,
     )
     p.add_argument("--net", required=True, help=f"{NET_HELP}. A torch.nn.Module is measured as it is")

@@ -11,20 +11,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from analysis.commands.cli import (
-    NET_HELP,
-    OneLineParser,
-    any_file,
-    count,
-    figure_file,
-    input_shape,
-    nets_and_data,
-    pixels,
-    positive,
-    run_command,
-    run_main,
-    share,
-)
+from analysis.commands.cli import NET_HELP, any_file, count, figure_file, input_shape, pixels, positive, share
+from analysis.commands.command_line import OneLineParser, nets_and_data, run_command, run_main
 from analysis.planner.options import DEFAULT_BATCHES
 from analysis.steps.register import add_settings, listed
 

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from analysis.commands.cli import (
     DATA_HELP,
     NET_HELP,
-    OneLineParser,
     add_normalisation,
     any_file,
     any_net,
@@ -30,12 +29,10 @@ from analysis.commands.cli import (
     count,
     data_set,
     input_shape,
-    nets_and_data,
     pixels,
-    run_command,
-    run_main,
     seed,
 )
+from analysis.commands.command_line import OneLineParser, nets_and_data, run_command, run_main
 
 if TYPE_CHECKING:
     import numpy as np

@@ -20,19 +20,8 @@ from typing import Any
 
 from analysis.check.cells import cells, code_fingerprint, validate_cell, with_fields
 from analysis.check.table import judged, markdown, summary
-from analysis.commands.cli import (
-    OneLineParser,
-    built_in_net,
-    check_writable,
-    count,
-    few,
-    folder_to_write,
-    json_file,
-    nets_and_data,
-    run_command,
-    run_main,
-    share,
-)
+from analysis.commands.cli import built_in_net, check_writable, count, few, folder_to_write, json_file, share
+from analysis.commands.command_line import OneLineParser, nets_and_data, run_command, run_main
 from analysis.steps.methods import chosen_methods
 from analysis.steps.register import listed
 from lance_ref import models

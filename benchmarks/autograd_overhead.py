@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.commands.cli import run_main
+from analysis.commands.command_line import run_main
 from benchmarks import steps
 from benchmarks.side_by_side import Side, Table, Target, number, parser, peer, run, span, timed
 from lance_ref import F, Tensor

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from scipy.linalg import blas
 
-from analysis.commands.cli import count, run_main
+from analysis.commands.cli import count
+from analysis.commands.command_line import run_main
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, once, parser, peer, run, span, timed
 from lance_ref import Tensor, calibrate, models, no_grad, tune
 from lance_ref.algebra.grams import LayerGrams

@@ -27,7 +27,8 @@ from typing import Any
 
 from analysis import cost
 from analysis.commands import stopping
-from analysis.commands.cli import count, run_main
+from analysis.commands.cli import count
+from analysis.commands.command_line import run_main
 from analysis.reports.predict import predict
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, parser, peer, run, timed
 from lance_ref import models, nn

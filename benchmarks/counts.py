@@ -14,7 +14,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.commands.cli import OneLineParser, json_file, run_command, run_main
+from analysis.commands.cli import json_file
+from analysis.commands.command_line import OneLineParser, run_command, run_main
 from analysis.commands.provenance import provenance
 from benchmarks.buffers import count_buffers
 from benchmarks.side_by_side import Table, pinned

@@ -16,7 +16,7 @@ import time
 import numpy as np
 
 import lance_ref.algebra.kernels as loops
-from analysis.commands.cli import run_main
+from analysis.commands.command_line import run_main
 from lance_ref import F, Subspace, Tensor, nn, no_grad
 from lance_ref.algebra.kernels.threads import Loops, numba_enabled
 from lance_ref.stores import Lance

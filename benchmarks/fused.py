@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.commands.cli import run_main
+from analysis.commands.command_line import run_main
 from benchmarks.resident import Resident, in_own_process, measurable
 from benchmarks.side_by_side import Side, Table, Target, number, parser, peer, run, span, timed
 from benchmarks.steps import CASES, CLASSES, MIB, Case, peak

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.commands.cli import count, run_main
+from analysis.commands.cli import count
+from analysis.commands.command_line import run_main
 from benchmarks import roofline
 from benchmarks.roofline import Product, Roofline
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, parser, peer, run, span, timed

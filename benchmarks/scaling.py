@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.commands.cli import figure_file, run_main
+from analysis.commands.cli import figure_file
+from analysis.commands.command_line import run_main
 from analysis.reports.figures import save_figure
 from analysis.reports.plots import check_path
 from analysis.rules.account import account

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from analysis.commands.cli import OneLineParser, count, json_file, run_command
+from analysis.commands.cli import count, json_file
+from analysis.commands.command_line import OneLineParser, run_command
 from analysis.commands.provenance import provenance
 from lance_ref.algebra.kernels import threads as kernels
 from lance_ref.io.whole_file import write_json

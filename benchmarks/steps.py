@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.commands.cli import run_main
+from analysis.commands.command_line import run_main
 from analysis.peak.memory import make_optimizer
 from analysis.reports.predict import Prediction, predict
 from analysis.steps.runs import running

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import lance_ref
-from analysis.commands import cli
+from analysis.commands import cli, command_line
 from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
 from analysis.rules.account import account
@@ -181,8 +181,8 @@ def work(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return cli.run_command(parser, arguments, work)
+    return command_line.run_command(parser, arguments, work)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(command_line.run_main(main))

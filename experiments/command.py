@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from analysis.commands import cli
-from analysis.commands.cli import OneLineParser, run_main
+from analysis.commands import command_line
+from analysis.commands.command_line import OneLineParser, run_main
 
 GROUPS = {
     "What a training step costs; nothing is trained, and it takes seconds:": {
@@ -114,11 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] not in COMMANDS:
         came = f"unknown command {given[0]!r}" if given else "no command"
         OneLineParser(prog="lance-ref").error(f"{came}, expected one of {', '.join(COMMANDS)}, or --help")
-    before, cli.program = cli.program, f"lance-ref {given[0]}"
+    before, command_line.program = command_line.program, f"lance-ref {given[0]}"
     try:
         return run_main(lambda: import_module(COMMANDS[given[0]][0]).main(given[1:]))
     finally:
-        cli.program = before
+        command_line.program = before
 
 
 if __name__ == "__main__":

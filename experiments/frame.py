@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from analysis.commands import cli
+from analysis.commands import cli, command_line
 
 
-def parser(module: str, doc: str | None, **more: Any) -> cli.OneLineParser:
+def parser(module: str, doc: str | None, **more: Any) -> command_line.OneLineParser:
     """The parser of a module that is run as a command; its help begins with ``doc``."""
-    return cli.OneLineParser(prog=f"python -m {module}", description=cli.prose(doc), allow_abbrev=False, **more)
+    return command_line.OneLineParser(
+        prog=f"python -m {module}", description=command_line.prose(doc), allow_abbrev=False, **more
+    )
 
 
 def add_net_and_data(p: argparse.ArgumentParser, net: str, data: str) -> None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from analysis.commands.cli import run_main
+from analysis.commands.command_line import run_main
 from lance_ref.io.whole_file import write_text
 
 RESULTS = Path(__file__).parent / "results"

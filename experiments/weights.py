@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.commands import cli
+from analysis.commands import cli, command_line, names
 from experiments import frame
 from lance_ref import models
 from lance_ref.io.npz import arrays_digest, save_npz
@@ -198,7 +198,7 @@ def converted(net: str, path: str) -> Arrays:
     try:
         return arrange(content)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise ValueError(f"{path}: is not {SOURCES[net]}: {cli.one_line(error)}") from None
+        raise ValueError(f"{path}: is not {SOURCES[net]}: {names.one_line(error)}") from None
 
 
 def verdict(net: str, arrays: Arrays) -> tuple[bool, str]:
@@ -216,7 +216,7 @@ def verdict(net: str, arrays: Arrays) -> tuple[bool, str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = frame.parser("experiments.weights", __doc__, epilog=cli.listing("original files", SOURCES))
+    p = frame.parser("experiments.weights", __doc__, epilog=command_line.listing("original files", SOURCES))
     p.add_argument("net", choices=list(READERS), help="the net whose weights these are")
     p.add_argument("file", help="the original file, see below")
     p.add_argument("--output", type=cli.any_file, help="the .npz file to write (the name that the library looks for)")
@@ -225,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code: 1 if the arrays are not those of the committed tables."""
-    return cli.run_command(parser, arguments, _run)
+    return command_line.run_command(parser, arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -241,4 +241,4 @@ def _run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(command_line.run_main(main))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis.check.measure import compare
-from analysis.commands.cli import one_line
+from analysis.commands.names import one_line
 from analysis.commands.provenance import code_fingerprint
 from analysis.steps.methods import METHODS
 from analysis.steps.nets import CannotRunError

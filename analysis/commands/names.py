@@ -31,3 +31,9 @@ def shown(name: object) -> str:
         tail = max(half, min(len(os.path.basename(whole)), _SHOWN))
         whole = f"{whole[: max(_SHOWN - 3 - tail, 8)]}...{whole[-tail:]}"
     return ascii(whole) if not whole.isprintable() else repr(whole)
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line; a KeyError without its quotes."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split()) or type(error).__name__

@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any
 
 from analysis.commands import stopping
-from analysis.commands.cli import one_line
+from analysis.commands.names import one_line
 from lance_ref.io import plugins
 from lance_ref.io.progress import progress_bar
 from lance_ref.io.whole_file import read_json, write_json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from analysis.commands.cli import run_main
+from analysis.commands.command_line import run_main
 from analysis.device.command import main
 
 if __name__ == "__main__":

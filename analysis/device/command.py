@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.commands.cli import (
     NET_HELP,
-    OneLineParser,
     add_normalisation,
     any_file,
     check_effect,
@@ -21,12 +20,10 @@ from analysis.commands.cli import (
     figure_file,
     folder_to_write,
     input_shape,
-    listing,
-    nets_and_data,
     pixels,
-    run_command,
     share,
 )
+from analysis.commands.command_line import OneLineParser, listing, nets_and_data, run_command
 
 if TYPE_CHECKING:
     from analysis.device.check import Difference

@@ -297,7 +297,7 @@ def add_settings(
 
 def listed() -> str:
     """Every method with what it does, a line each, for the end of a help."""
-    from analysis.commands.cli import listing
+    from analysis.commands.command_line import listing
 
     return listing("methods", {name: of.about for name, of in METHODS.items()})
 

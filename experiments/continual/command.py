@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from analysis.commands import cli
+from analysis.commands import cli, command_line
 from experiments import frame
 
 CELL = "experiments.continual.cell:run"
@@ -73,8 +73,10 @@ def parser() -> argparse.ArgumentParser:
     from lance_ref.continual.metrics import DEFINITIONS
 
     defined = "R[t, i]: accuracy on task i after task t, of T tasks. " + ". ".join(DEFINITIONS.values())
-    learners = cli.listing("learners", ABOUT)
-    p = frame.parser("experiments.continual", __doc__, epilog=f"{learners}\n\n{defined}.\n\n{cli.nets_and_data()}")
+    learners = command_line.listing("learners", ABOUT)
+    p = frame.parser(
+        "experiments.continual", __doc__, epilog=f"{learners}\n\n{defined}.\n\n{command_line.nets_and_data()}"
+    )
     named = [name for name in DEFAULTS if name != OWN]
     p.add_argument(
         "--scenario", type=cli.name_of(lambda: named), default="split-digits",
@@ -141,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return cli.run_command(parser, given, lambda options: _run(checked(options), given))
+    return command_line.run_command(parser, given, lambda options: _run(checked(options), given))
 
 
 def checked(options: argparse.Namespace) -> argparse.Namespace:
@@ -249,4 +251,4 @@ def _recipe(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(command_line.run_main(main))

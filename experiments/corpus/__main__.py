@@ -2,7 +2,7 @@
 
 import sys
 
-from analysis.commands.cli import run_main
+from analysis.commands.command_line import run_main
 from experiments.corpus.command import main
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.commands import cli
+from analysis.commands import cli, command_line
 from experiments import frame
 from experiments.corpus.compare import TIMED_BATCH, Outcome, compare
 from experiments.corpus.networks import networks
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; exit code 1 if a network is not exact."""
-    return cli.run_command(parser, arguments, _run)
+    return command_line.run_command(parser, arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from analysis.check.torch_measure import Totals, real_totals
-from analysis.commands.cli import one_line
+from analysis.commands.names import one_line
 from analysis.torch_modules.inputs import Asked, read_specs
 from analysis.torch_modules.run import Run, watched_step
 from experiments.corpus.networks import Network

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.commands import cli
+from analysis.commands import cli, command_line
 from analysis.commands.chance import NORMAL_95, sentence, share_variance
 from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
@@ -297,7 +297,7 @@ def work(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return cli.run_command(parser, arguments, work)
+    return command_line.run_command(parser, arguments, work)
 
 
 def compact(result: dict[str, Any]) -> str:
@@ -313,4 +313,4 @@ def compact(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(command_line.run_main(main))

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.commands import cli
+from analysis.commands import cli, command_line
 from experiments import frame
 
 ABOUT = {
@@ -48,7 +48,7 @@ DEFAULTS = {
 def parser() -> argparse.ArgumentParser:
     p = frame.parser(
         "experiments.device", __doc__,
-        epilog=f"{cli.listing('methods', ABOUT)}\n\n{cli.nets_and_data()}",
+        epilog=f"{command_line.listing('methods', ABOUT)}\n\n{command_line.nets_and_data()}",
     )  # fmt: skip
     p.add_argument("--quick", action="store_true", help="try it: a small net on the digits of the package; a minute")
     frame.add_net_and_data(p, "mcunet", "cifar10")
@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return cli.run_command(parser, given, lambda options: _run(checked(options), given))
+    return command_line.run_command(parser, given, lambda options: _run(checked(options), given))
 
 
 def checked(options: argparse.Namespace) -> argparse.Namespace:
@@ -259,4 +259,4 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(command_line.run_main(main))

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.commands import cli
+from analysis.commands import cli, command_line
 from experiments import frame
 
 CELL = "experiments.finetune.cell:run"
@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     from experiments.finetune.methods import methods
 
     known = methods()
-    about = cli.listing("methods", {name: of.about for name, of in known.items()})
-    p = frame.parser("experiments.finetune", __doc__, epilog=f"{about}\n\n{cli.nets_and_data()}")
+    about = command_line.listing("methods", {name: of.about for name, of in known.items()})
+    p = frame.parser("experiments.finetune", __doc__, epilog=f"{about}\n\n{command_line.nets_and_data()}")
     p.add_argument("--quick", action="store_true", help="try it: a small net on the digits of the package; a minute")
     frame.add_net_and_data(p, "mcunet", "cifar10")
     p.add_argument(
@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return cli.run_command(parser, given, lambda options: _run(checked(options), given))
+    return command_line.run_command(parser, given, lambda options: _run(checked(options), given))
 
 
 def checked(options: argparse.Namespace) -> argparse.Namespace:
@@ -206,4 +206,4 @@ def best_rates(options: argparse.Namespace) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(command_line.run_main(main))

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.commands import cli
+from analysis.commands import cli, command_line
 from analysis.commands.chance import sentence
 from analysis.commands.provenance import provenance
 from analysis.reports.figures import save_figure
@@ -44,7 +44,7 @@ STYLES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    p = frame.parser("experiments.finetune.sweep", __doc__, epilog=cli.nets_and_data())
+    p = frame.parser("experiments.finetune.sweep", __doc__, epilog=command_line.nets_and_data())
     p.add_argument(
         "--quick", action="store_true",
         help="try it: a few settings of a small net on the digits of the package; a minute",
@@ -198,8 +198,8 @@ def work(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return cli.run_command(parser, arguments, work)
+    return command_line.run_command(parser, arguments, work)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(command_line.run_main(main))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from analysis.commands import cli
+from analysis.commands import cli, command_line, names
 from analysis.commands.shipped import shipped
 from experiments import frame
 from experiments.ledger.evidence import CHECKS, NOT_RUN, PROVENANCE, VERDICTS, Evidence, MissingEvidenceError, Outcome
@@ -119,7 +119,7 @@ def evaluate(claim: Claim, evidence: Evidence | None = None) -> Finding:
         return Finding(claim, Outcome("none here", NOT_RUN, str(error)), {}, missing=True)
     except (KeyError, StopIteration) as error:
         files = ", ".join(claim.evidence)
-        raise ValueError(f"claim {claim.id}: {files} lacks {cli.one_line(error) or 'a row'}") from None
+        raise ValueError(f"claim {claim.id}: {files} lacks {names.one_line(error) or 'a row'}") from None
     if outcome.verdict not in VERDICTS:
         raise ValueError(f"claim {claim.id}: the check says {outcome.verdict!r}, expected one of {VERDICTS}")
     return Finding(claim, outcome, provenance)
@@ -204,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code: 1 if a verdict differs from the one in the ledger."""
-    return cli.run_command(parser, arguments, _run)
+    return command_line.run_command(parser, arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -229,4 +229,4 @@ def _run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(command_line.run_main(main))

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from analysis.commands import cli
+from analysis.commands import cli, command_line
 from experiments import frame
 from experiments.ledger.accounting_rules import (
     MIB,
@@ -292,7 +292,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    return cli.run_command(parser, arguments, _run)
+    return command_line.run_command(parser, arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -312,4 +312,4 @@ def _run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(command_line.run_main(main))

@@ -1,45 +1,41 @@
 """Layers, with PyTorch's names and argument orders."""
 
 from lance_ref.nn import init, utils
-from lance_ref.nn.activations import ELU, GLU, LeakyReLU, Mish, PReLU, SiLU, Softplus
-from lance_ref.nn.attention import SelfAttention
-from lance_ref.nn.containers import ModuleDict, ModuleList
-from lance_ref.nn.group_norms import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, RMSNorm
-from lance_ref.nn.layers import (
+from lance_ref.nn.activations import (
+    ELU,
     GELU,
-    AdaptiveAvgPool2d,
-    AvgPool2d,
-    Conv2d,
-    Convolution,
-    Dropout,
-    Flatten,
+    GLU,
     Hardsigmoid,
     Hardswish,
-    Identity,
-    Linear,
-    MaxPool2d,
+    LeakyReLU,
+    Mish,
+    PReLU,
     ReLU,
     ReLU6,
-    Sequential,
     Sigmoid,
+    SiLU,
     Softmax,
+    Softplus,
     Tanh,
 )
+from lance_ref.nn.attention import SelfAttention
+from lance_ref.nn.containers import ModuleDict, ModuleList
+from lance_ref.nn.layers import Conv2d, Convolution, Dropout, Flatten, Identity, Linear, Sequential
 from lance_ref.nn.module import Module, Parameter
-from lance_ref.nn.normalization import BatchNorm1d, BatchNorm2d, LayerNorm
+from lance_ref.nn.normalization import (
+    BatchNorm1d,
+    BatchNorm2d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    RMSNorm,
+)
+from lance_ref.nn.pooling import AdaptiveAvgPool2d, AvgPool1d, AvgPool2d, AvgPool3d, MaxPool1d, MaxPool2d, MaxPool3d
 from lance_ref.nn.recompute import Recompute, checkpoint_sequential
 from lance_ref.nn.recurrent import GRU, LSTM
-from lance_ref.nn.volumes import (
-    AvgPool1d,
-    AvgPool3d,
-    Conv1d,
-    Conv3d,
-    ConvTranspose2d,
-    Embedding,
-    MaxPool1d,
-    MaxPool3d,
-    Upsample,
-)
+from lance_ref.nn.volumes import Conv1d, Conv3d, ConvTranspose2d, Embedding, Upsample
 
 __all__ = [
     "ELU",

@@ -1,4 +1,4 @@
-"""Activation functions as layers: SiLU, Mish, ELU, softplus, leaky and parametric ReLU, and the gated unit.
+"""Activation functions as layers.
 
 ``inplace`` is taken as PyTorch's layers take it, and has no effect: every operation here makes a new array.
 """
@@ -8,8 +8,87 @@ from __future__ import annotations
 from lance_ref import functional as F
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.init import constant_parameter
-from lance_ref.nn.layers import Activation, positive_integers
+from lance_ref.nn.layers import positive_integers
 from lance_ref.nn.module import Module
+
+
+class Activation(Module):
+    """A function without parameters. ``inplace`` is taken as PyTorch's layers take it: the result is a new array."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+
+
+class ReLU(Activation):
+    """max(x, 0)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+class ReLU6(Activation):
+    """min(max(x, 0), 6)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(x)
+
+
+class Hardswish(Activation):
+    """x·relu6(x + 3) / 6"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hardswish(x)
+
+
+class Hardsigmoid(Activation):
+    """relu6(x + 3) / 6"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hardsigmoid(x)
+
+
+class GELU(Module):
+    """x·Φ(x), exact, or with Φ by tanh: ``approximate`` is "none" or "tanh"."""
+
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__()
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f"GELU: approximate is {approximate!r}, expected 'none' or 'tanh'")
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu_tanh(x) if self.approximate == "tanh" else F.gelu(x)
+
+    def extra_repr(self) -> str:
+        return "" if self.approximate == "none" else f"approximate={self.approximate!r}"
+
+
+class Sigmoid(Module):
+    """1 / (1 + e^−x)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.sigmoid(x)
+
+
+class Tanh(Module):
+    """Hyperbolic tangent."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.tanh(x)
+
+
+class Softmax(Module):
+    """e^x / Σ e^x along ``dim``."""
+
+    def __init__(self, dim: int = -1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softmax(x, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
 
 
 class SiLU(Activation):

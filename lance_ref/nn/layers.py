@@ -1,4 +1,4 @@
-"""Layers: what those with weights share and the two most common ones, activation functions, pooling, and Sequential."""
+"""Layers: what those with weights share, the two most common ones, Sequential, and dropout."""
 
 from __future__ import annotations
 
@@ -247,85 +247,6 @@ class Flatten(Module):
         return f"start_dim={self.start_dim}, end_dim={self.end_dim}"
 
 
-class Activation(Module):
-    """A function without parameters. ``inplace`` is taken as PyTorch's layers take it: the result is a new array."""
-
-    def __init__(self, inplace: bool = False) -> None:
-        super().__init__()
-
-
-class ReLU(Activation):
-    """max(x, 0)"""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x)
-
-
-class ReLU6(Activation):
-    """min(max(x, 0), 6)"""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu6(x)
-
-
-class Hardswish(Activation):
-    """x·relu6(x + 3) / 6"""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.hardswish(x)
-
-
-class Hardsigmoid(Activation):
-    """relu6(x + 3) / 6"""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.hardsigmoid(x)
-
-
-class GELU(Module):
-    """x·Φ(x), exact, or with Φ by tanh: ``approximate`` is "none" or "tanh"."""
-
-    def __init__(self, approximate: str = "none") -> None:
-        super().__init__()
-        if approximate not in ("none", "tanh"):
-            raise ValueError(f"GELU: approximate is {approximate!r}, expected 'none' or 'tanh'")
-        self.approximate = approximate
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu_tanh(x) if self.approximate == "tanh" else F.gelu(x)
-
-    def extra_repr(self) -> str:
-        return "" if self.approximate == "none" else f"approximate={self.approximate!r}"
-
-
-class Sigmoid(Module):
-    """1 / (1 + e^−x)"""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.sigmoid(x)
-
-
-class Tanh(Module):
-    """Hyperbolic tangent."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.tanh(x)
-
-
-class Softmax(Module):
-    """e^x / Σ e^x along ``dim``."""
-
-    def __init__(self, dim: int = -1) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.softmax(x, self.dim)
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}"
-
-
 class Dropout(Module):
     """Zero elements with probability ``p`` while training; the identity in evaluation.
 
@@ -352,66 +273,3 @@ class Dropout(Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
-
-
-class MaxPool2d(Module):
-    """The maximum of each window; ``stride`` is ``kernel_size`` by default."""
-
-    def __init__(
-        self, kernel_size: Size, stride: Size | None = None, padding: Size = 0, *, ceil_mode: bool = False
-    ) -> None:
-        super().__init__()
-        self.kernel_size, self.stride, self.padding = _window(kernel_size, stride, padding)
-        self.ceil_mode = ceil_mode
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(x, self.kernel_size, self.stride, self.padding, ceil_mode=self.ceil_mode)
-
-    def extra_repr(self) -> str:
-        text = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
-        return text + (", ceil_mode=True" if self.ceil_mode else "")
-
-
-class AvgPool2d(Module):
-    """The mean of each window; ``stride`` is ``kernel_size`` by default."""
-
-    def __init__(
-        self,
-        kernel_size: Size,
-        stride: Size | None = None,
-        padding: Size = 0,
-        *,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-    ) -> None:
-        super().__init__()
-        self.kernel_size, self.stride, self.padding = _window(kernel_size, stride, padding)
-        self.ceil_mode, self.count_include_pad = ceil_mode, count_include_pad
-
-    def forward(self, x: Tensor) -> Tensor:
-        options = {"ceil_mode": self.ceil_mode, "count_include_pad": self.count_include_pad}
-        return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding, **options)
-
-    def extra_repr(self) -> str:
-        text = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
-        text += ", ceil_mode=True" if self.ceil_mode else ""
-        return text + ("" if self.count_include_pad else ", count_include_pad=False")
-
-
-class AdaptiveAvgPool2d(Module):
-    """Means over a grid of ``output_size`` windows that cover the image."""
-
-    def __init__(self, output_size: Size) -> None:
-        super().__init__()
-        self.output_size = pair("output_size", output_size, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(x, self.output_size)
-
-    def extra_repr(self) -> str:
-        return f"output_size={self.output_size}"
-
-
-def _window(kernel_size: Size, stride: Size | None, padding: Size) -> tuple[Any, Any, Any]:
-    kernel = pair("kernel_size", kernel_size, 1)
-    return kernel, kernel if stride is None else pair("stride", stride, 1), pair("padding", padding, 0)

@@ -1,4 +1,4 @@
-"""Layers of sequences and volumes, transposed convolutions, resizing, and tables of vectors."""
+"""Convolutions of sequences and volumes, transposed convolutions, resizing, and tables of vectors."""
 
 from __future__ import annotations
 
@@ -135,68 +135,6 @@ class Conv3d(Convolution):
     def forward(self, x: Tensor) -> Tensor:
         sizes = self.stride, self.padding, self.dilation, self.groups
         return F.conv3d(x, self.weight, self.bias, *sizes, store=self.store)
-
-
-class _Pool(Module):
-    def __init__(self, kernel_size: Any, stride: Any = None, padding: Any = 0, **options: bool) -> None:
-        super().__init__()
-        self.kernel_size, self.stride, self.padding, self.options = kernel_size, stride, padding, options
-
-    def extra_repr(self) -> str:
-        options = "".join(f", {name}={value}" for name, value in self.options.items())
-        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}{options}"
-
-
-class MaxPool1d(_Pool):
-    """The maximum of each window of a sequence; ``stride`` is ``kernel_size`` by default."""
-
-    def __init__(
-        self, kernel_size: int, stride: int | None = None, padding: int = 0, *, ceil_mode: bool = False
-    ) -> None:
-        super().__init__(kernel_size, stride, padding, ceil_mode=ceil_mode)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool1d(x, self.kernel_size, self.stride, self.padding, **self.options)
-
-
-class AvgPool1d(_Pool):
-    """The mean of each window of a sequence; ``stride`` is ``kernel_size`` by default."""
-
-    def __init__(
-        self,
-        kernel_size: int,
-        stride: int | None = None,
-        padding: int = 0,
-        *,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-    ) -> None:
-        super().__init__(kernel_size, stride, padding, ceil_mode=ceil_mode, count_include_pad=count_include_pad)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool1d(x, self.kernel_size, self.stride, self.padding, **self.options)
-
-
-class MaxPool3d(_Pool):
-    """The maximum of each window of a volume; ``stride`` is ``kernel_size`` by default."""
-
-    def __init__(self, kernel_size: Size, stride: Size | None = None, padding: Size = 0) -> None:
-        super().__init__(kernel_size, stride, padding)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool3d(x, self.kernel_size, self.stride, self.padding)
-
-
-class AvgPool3d(_Pool):
-    """The mean of each window of a volume; ``stride`` is ``kernel_size`` by default."""
-
-    def __init__(
-        self, kernel_size: Size, stride: Size | None = None, padding: Size = 0, *, count_include_pad: bool = True
-    ) -> None:
-        super().__init__(kernel_size, stride, padding, count_include_pad=count_include_pad)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool3d(x, self.kernel_size, self.stride, self.padding, **self.options)
 
 
 class Upsample(Module):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from analysis.commands import cli, words
+from analysis.commands import command_line, words
 from experiments.command import COMMANDS, GROUPS, main, usage
 from experiments.continual import command as continual
 from experiments.ledger import claims
@@ -68,7 +68,7 @@ def test_a_wrong_option_is_told_of_the_command_that_was_typed(capsys: pytest.Cap
     with pytest.raises(SystemExit):
         main(["cost", "--net", "mlp", "--batch", "0"])
     assert capsys.readouterr().err.startswith("lance-ref cost: error: --batch is 0")
-    assert cli.program is None
+    assert command_line.program is None
 
 
 def test_nets_data_and_learners_in_words() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from analysis.commands import cli, sweep
+from analysis.commands import cli, command_line, sweep
 from analysis.reports import continual_bill
 from analysis.steps.nets import build, trace_step
 from lance_ref import datasets, training
@@ -150,7 +150,7 @@ def test_quick_overrides_nothing_that_was_given(command: str) -> None:
 
 def test_two_outputs_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The second would replace the first."""
-    p = cli.OneLineParser(prog="x")
+    p = command_line.OneLineParser(prog="x")
     p.add_argument("--output", type=cli.any_file)
     p.add_argument("--figure", type=cli.any_file)
     assert p.parse_args([f"--output={tmp_path / 'a'}", f"--figure={tmp_path / 'b'}"]).given == {"output", "figure"}
@@ -164,7 +164,7 @@ def test_a_folder_without_permission(
 ) -> None:
     """Found out before the work (the tests may run as root, who may write anywhere)."""
     monkeypatch.setattr("os.access", lambda *_: False)
-    p = cli.OneLineParser(prog="x")
+    p = command_line.OneLineParser(prog="x")
     p.add_argument("--folder", type=cli.folder_to_write)
     p.add_argument("--output", type=cli.json_file)
     for argument in (f"--folder={tmp_path / 'a' / 'b'}", f"--output={tmp_path / 'a.json'}"):

@@ -89,8 +89,11 @@ def _expand(x: Any, *sizes: Any) -> Tensor:
     return F.expand(x, [m if n == -1 else n for n, m in zip(shape, old, strict=True)])
 
 
-def _tensor_split(x: Any, parts: int | Sequence[int], dim: int = 0) -> tuple[Tensor, ...]:
+def _tensor_split(
+    x: Any, indices_or_sections: Any = None, dim: int = 0, *, indices: Any = None, sections: int | None = None
+) -> tuple[Tensor, ...]:
     """By places, or into so many parts, the first of which are longer where it does not come out even."""
+    parts = next(each for each in (indices_or_sections, indices, sections) if each is not None)
     total = x.shape[dim]
     if isinstance(parts, int):
         size, longer = divmod(total, parts)
@@ -131,6 +134,19 @@ def _clamp(x: Any, min: float | None = None, max: float | None = None) -> Tensor
 
 def _hardtanh(x: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     return F.relu6(x) if (min_val, max_val) == (0, 6) else F.clip(x, min_val, max_val)
+
+
+def _leaky_relu(x: Any, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    return F.leaky_relu(x, negative_slope)
+
+
+def _pad(x: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+    return F.pad(x, pad, mode, 0.0 if value is None else value)
+
+
+def _cat(tensors: Sequence[Any], dim: int = 0) -> Tensor:
+    """Empty ones of one dimension count for nothing, as in PyTorch."""
+    return F.concatenate([x for x in tensors if x.shape != (0,)] or list(tensors), dim)
 
 
 def _rsqrt(x: Any) -> Tensor:
@@ -204,7 +220,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "dropout": _dropout, "linear": _linear,
     "conv2d": lambda x, weight, bias=None, *rest, **options: F.conv2d(x, weight, bias, *rest, **options),
     "_assert": lambda *_: None,
-    "hardtanh": _hardtanh, "leaky_relu": lambda x, slope=0.01, inplace=False: F.leaky_relu(x, slope),
+    "hardtanh": _hardtanh, "leaky_relu": _leaky_relu,
     "elu": lambda x, alpha=1.0, inplace=False: F.elu(x, alpha), "mish": without_inplace(F.mish),
     "softplus": F.softplus, "prelu": F.prelu, "glu": F.glu, "clamp": _clamp, "clip": _clamp,
     "rsqrt": _rsqrt, "square": lambda x: F.pow(x, 2),
@@ -218,8 +234,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "reshape_as": lambda x, other: F.reshape(x, other.shape), "view_as": lambda x, other: F.reshape(x, other.shape),
     "expand_as": lambda x, other: F.expand(x, other.shape), "t": lambda x: F.transpose(x, 0, 1),
     "squeeze": _squeeze, "unsqueeze": _unsqueeze,
-    "cat": F.concatenate, "concat": F.concatenate, "stack": _stack, "split": _split, "chunk": _chunk,
-    "unbind": _unbind, "expand": _expand, "pad": F.pad, "_pad": F.pad, "contiguous": lambda x: x, "size": _size,
+    "cat": _cat, "concat": _cat, "stack": _stack, "split": _split, "chunk": _chunk,
+    "unbind": _unbind, "expand": _expand, "pad": _pad, "_pad": _pad, "contiguous": lambda x: x, "size": _size,
     "dim": lambda x: x.ndim,
     "mean": F.mean, "sum": F.sum, "var": F.var,
 }  # fmt: skip

@@ -5,8 +5,11 @@ Arguments are those of PyTorch, in its order. What has no counterpart raises Val
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from lance_ref import functional as F
 from lance_ref import nn
@@ -33,12 +36,15 @@ def attention(
         key, value = (repeat_interleave(x, query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     if not dropout_p:
         return F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
-    if is_causal or (attn_mask is not None and attn_mask.dtype.kind == "b"):
-        raise ValueError("attention has dropout beside a causal or Boolean mask, expected a mask of numbers")
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scores = F.matmul(query, F.transpose(key, -2, -1)) * factor
-    shares = F.softmax(scores if attn_mask is None else scores + attn_mask, -1)
-    return F.matmul(F.dropout(shares, dropout_p), value)
+    if is_causal:
+        attn_mask = np.tri(*scores.shape[-2:]) > 0
+    if attn_mask is not None and attn_mask.dtype.kind == "b":
+        scores = F.where(attn_mask, scores, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return F.matmul(F.dropout(F.softmax(scores, -1), dropout_p), value)
 
 
 def multi_head_attention(
@@ -173,12 +179,12 @@ def batch_norm(
     return F.batch_norm(x, *statistics, *_affine(weight, bias), training=training, momentum=momentum, eps=eps)
 
 
-def normalize(x: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Tensor:
+def normalize(x: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Tensor:
     """x / max(‖x‖, eps)"""
     return F.div(x, F.clip(norm(x, p, dim, True), eps))
 
 
-def norm(x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False) -> Tensor:
+def norm(x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, out: Any = None, dtype: Any = None) -> Tensor:
     """√Σ x²"""
     if p not in (2, 2.0, "fro", None):
         raise ValueError(f"p is {p!r}, expected 2")

@@ -2,7 +2,8 @@
 
 Two witnesses: the same observer watches a step with numbers, module by module; and PyTorch's own counter counts a
 second one. Its formulas lack four things, which are put in: the groups of a convolution's weight gradient, attention
-on CPUs, the LSTM layers of oneDNN, and grouped products.
+on CPUs, the LSTM layers of oneDNN, and grouped products. Where the report has a tape, a third step runs by this
+library's operations, and its tape is measured.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import lance_ref
 from analysis.check.measure import Comparison
 from analysis.commands.memory import check_memory
 from analysis.torch_modules.losses import loss_of
+from analysis.torch_modules.own_tape import real_step
 from analysis.torch_modules.run import Run, copied, prepared, random_numbers_kept, watched_step
 from analysis.torch_modules.step import KINDS, TorchStep
 
@@ -21,20 +24,25 @@ if TYPE_CHECKING:
 
 
 def compare_module(prediction: TorchPrediction) -> Comparison:
-    """Run two real steps of plain backpropagation, and compare them with the prediction."""
+    """Run real steps of plain backpropagation, and compare them with the prediction."""
     predicted, how = prediction.step, prediction.how
-    check_memory(2 * predicted.total_bytes(), f"a step of net {prediction.report.net!r} at batch {predicted.batch}")
+    check_memory(3 * predicted.total_bytes(), f"a step of net {prediction.report.net!r} at batch {predicted.batch}")
     measured = watched_step(prediction.module, prediction.report.net, how, real=True)
     comparison = Comparison()
     comparison.add("bp", "pytorch bytes", predicted.bytes_by_path(), measured.bytes_by_path())
+    if predicted.tape is None:
+        comparison.notes.append(f"tape: not compared: {predicted.no_tape}")
+    else:
+        ours = real_step(prediction.module, prediction.report.net, how).loss
+        comparison.add("bp", "tape bytes", predicted.bytes_by_path(tape=True), lance_ref.tape(ours).by_layer())
     for kind in KINDS:
         comparison.add("bp", f"{kind} multiply-adds", _of_kind(predicted, kind), _of_kind(measured, kind))
     real = real_totals(prediction.module, prediction.report.net, how)
-    ours = Totals.of(predicted)
+    total = Totals.of(predicted)
     for what in ("forward", "backward"):
-        of_ours, counted = getattr(ours, f"{what}_flops"), getattr(real, f"{what}_flops")
+        of_ours, counted = getattr(total, f"{what}_flops"), getattr(real, f"{what}_flops")
         comparison.add("bp", f"FLOPs {what}, FlopCounterMode", {"all layers": of_ours}, {"all layers": counted})
-    comparison.add("bp", "bytes, hooks alone", {"all layers": ours.kept_bytes}, {"all layers": real.kept_bytes})
+    comparison.add("bp", "bytes, hooks alone", {"all layers": total.kept_bytes}, {"all layers": real.kept_bytes})
     comparison.notes.append(
         f"real steps on {how.inputs}; bytes by saved_tensors_hooks, each storage once; PyTorch's counter with the "
         "groups of weight gradients, attention on CPUs, LSTM layers and grouped products put in"

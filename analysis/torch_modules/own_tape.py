@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.rules.account import WEIGHTED
 from analysis.rules.layouts import Memory, backward_reaches
@@ -27,22 +27,30 @@ if TYPE_CHECKING:
 def with_tape(step: TorchStep, module: Any, name: str, how: Run) -> TorchStep:
     """The same step with what our tape keeps of it, or why there is no such tape."""
     try:
-        translation, loss = _translated(module, name, how, real=False)
+        translation, _, loss = _translated(module, name, how, real=False)
         return replace(step, tape=kept_of(translation.records, translation.value_of(loss)))
     except (TranslationError, MissingRuleError) as error:
         return replace(step, no_tape=str(error))
 
 
-def real_loss(module: Any, name: str, how: Run) -> tuple[Tensor, Any]:
-    """The loss of a real step by this library's operations, whose tape is there to be measured; and PyTorch's loss.
+class RealStep(NamedTuple):
+    """A forward pass with numbers, in PyTorch and by this library's operations."""
+
+    loss: Tensor  #: Ours: its tape is there to be measured.
+    torch_loss: Any
+    parameters: dict[str, tuple[Tensor, Any]]  #: Ours and PyTorch's, by name.
+
+
+def real_step(module: Any, name: str, how: Run) -> RealStep:
+    """Run a module for real, with our operations beside PyTorch's.
 
     Raises TranslationError where the step cannot be translated.
     """
-    translation, loss = _translated(module, name, how, real=True)
-    return translation.of(loss), loss
+    translation, own, loss = _translated(module, name, how, real=True)
+    return RealStep(translation.of(loss), loss, {path: (translation.of(p), p) for path, p in own.named_parameters()})
 
 
-def _translated(module: Any, name: str, how: Run, real: bool) -> tuple[Translation, Any]:
+def _translated(module: Any, name: str, how: Run, real: bool) -> tuple[Translation, Any, Any]:
     from analysis.torch_modules.inputs import leaves
     from analysis.torch_modules.watch import Watch
 
@@ -60,7 +68,7 @@ def _translated(module: Any, name: str, how: Run, real: bool) -> tuple[Translati
     if missing:
         more = f"; and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
         raise TranslationError("; ".join(missing[:LISTED]) + more)
-    return translation, loss
+    return translation, own, loss
 
 
 def kept_of(records: Sequence[OpRecord], loss: Value) -> tuple[Storage, ...]:

@@ -273,7 +273,7 @@ class Translation:
 
     def _constant(self, tensor: Any) -> Tensor:
         name = str(tensor.dtype).removeprefix("torch.")
-        if tensor.is_floating_point() and name not in ("float32", "float64") or tensor.is_complex():
+        if (tensor.is_floating_point() and name not in ("float32", "float64")) or tensor.is_complex():
             raise TranslationError(f"a tensor has dtype {name}, expected float32 or float64")
         if self.real:
             return Tensor(np.array(tensor.detach().cpu().numpy()))

@@ -162,6 +162,10 @@ def _addmm(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Tens
     return F.add(x, F.matmul(a, b))
 
 
+def _baddbmm(x: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return _addmm(x, batch1, batch2, beta=beta, alpha=alpha)
+
+
 def _addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Tensor:
     return F.add(x, F.mul(a, b) if value == 1 else F.mul(a, b) * value)
 
@@ -225,7 +229,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "softplus": F.softplus, "prelu": F.prelu, "glu": F.glu, "clamp": _clamp, "clip": _clamp,
     "rsqrt": _rsqrt, "square": lambda x: F.pow(x, 2),
     "where": F.where, "masked_fill": lambda x, mask, value: F.where(mask, value, x),
-    "addmm": _addmm, "baddbmm": _addmm, "addcmul": _addcmul, "einsum": _einsum,
+    "addmm": _addmm, "baddbmm": _baddbmm, "addcmul": _addcmul, "einsum": _einsum,
     **LAYER_FUNCTIONS,
     "flatten": F.flatten, "reshape": lambda x, *sizes: F.reshape(x, _sizes(sizes)),
     "view": lambda x, *sizes: F.reshape(x, _sizes(sizes)), "permute": lambda x, *dims: F.permute(x, _sizes(dims)),

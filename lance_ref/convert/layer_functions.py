@@ -298,4 +298,3 @@ LAYER_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "repeat_interleave": repeat_interleave,
 }  # fmt: skip
 """By name; arguments as PyTorch has them."""
-

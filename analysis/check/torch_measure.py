@@ -9,12 +9,14 @@ library's operations, and its tape is measured.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lance_ref
 from analysis.check.measure import Comparison
 from analysis.commands.memory import check_memory
 from analysis.torch_modules.losses import loss_of
+from analysis.torch_modules.methods import real_stores
 from analysis.torch_modules.own_tape import real_step
 from analysis.torch_modules.run import Run, copied, prepared, random_numbers_kept, watched_step
 from analysis.torch_modules.step import KINDS, TorchStep
@@ -30,11 +32,10 @@ def compare_module(prediction: TorchPrediction) -> Comparison:
     measured = watched_step(prediction.module, prediction.report.net, how, real=True)
     comparison = Comparison()
     comparison.add("bp", "pytorch bytes", predicted.bytes_by_path(), measured.bytes_by_path())
-    if predicted.tape is None:
-        comparison.notes.append(f"tape: not compared: {predicted.no_tape}")
+    if prediction.report.no_tape:
+        comparison.notes.append(f"tape: not compared: {prediction.report.no_tape}")
     else:
-        ours = real_step(prediction.module, prediction.report.net, how).loss
-        comparison.add("bp", "tape bytes", predicted.bytes_by_path(tape=True), lance_ref.tape(ours).by_layer())
+        _compare_tapes(comparison, prediction)
     for kind in KINDS:
         comparison.add("bp", f"{kind} multiply-adds", _of_kind(predicted, kind), _of_kind(measured, kind))
     real = real_totals(prediction.module, prediction.report.net, how)
@@ -51,6 +52,18 @@ def compare_module(prediction: TorchPrediction) -> Comparison:
     if others:
         comparison.notes.append(f"not run in PyTorch: {', '.join(others)}")
     return comparison
+
+
+def _compare_tapes(comparison: Comparison, prediction: TorchPrediction) -> None:
+    """A real step of every method by this library's operations, whose tape is measured."""
+    report, step = prediction.report, prediction.step
+    for method in report.methods:
+        how = replace(prediction.how, tune="head") if method == "head-only" else prediction.how
+        stores = real_stores(method, step, prediction.ranks.get(method, {}), prediction.settings)
+        found = lance_ref.tape(real_step(prediction.module, report.net, how, stores).loss).by_layer()
+        rows = [row for row in report.rows if method in row.methods]
+        predicted = {row.path: row.methods[method].activation_bytes["tape"] for row in rows}
+        comparison.add(method, "tape bytes", predicted, found)
 
 
 def _of_kind(step: TorchStep, kind: str) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from analysis.reports.report import MethodCost, Report, Row
@@ -42,6 +42,8 @@ class TorchPrediction:
     how: Run
     step: TorchStep  #: Of plain backpropagation.
     report: Report
+    ranks: Mapping[str, Mapping[str, Ranks]] = field(default_factory=dict)  #: By method, then by layer.
+    settings: Settings = field(default_factory=Settings)
 
 
 def predict_module(module: Any, name: str, how: Run, asked: TorchAsked) -> TorchPrediction:
@@ -66,7 +68,7 @@ def predict_module(module: Any, name: str, how: Run, asked: TorchAsked) -> Torch
             if set(asked.methods) != set(METHODS):
                 raise ValueError(f"method {method!r} does not fit net {name!r}: {error}") from None
             notes[method] = str(error)
-    return TorchPrediction(module, how, step, made.report(notes, how))
+    return TorchPrediction(module, how, step, made.report(notes, how), made.ranks, asked.settings)
 
 
 class _Methods:
@@ -81,6 +83,7 @@ class _Methods:
         if any(METHODS[method].ranks is not None for method in asked.methods):
             self.choice = choose_ranks(self.shapes, name, step.input_shape, asked.epsilon, asked.ranks, asked.spectra)
         self.costs: dict[str, dict[str, MethodCost]] = {}  # by method, then by path
+        self.ranks: dict[str, dict[str, Ranks]] = {}
         self.no_tape = step.no_tape
         self.calibration: dict[str, CalibrationCost] = {}
 
@@ -98,7 +101,7 @@ class _Methods:
 
     def add(self, method: str, step: TorchStep) -> None:
         """Account for a method that makes this of the step."""
-        ranks = self.ranks_of(method)
+        ranks = self.ranks[method] = self.ranks_of(method)
         stores = store_costs(method, step, ranks, self.asked.settings)
         kept, tape = step.bytes_by_path(stores), step.bytes_by_path(stores, tape=True)
         self.no_tape = self.no_tape or step.no_tape

@@ -21,13 +21,14 @@ from analysis.torch_modules.translate import LISTED, Translation, TranslationErr
 from lance_ref.engine.recording import OpRecord, Value
 
 if TYPE_CHECKING:
+    from analysis.torch_modules.translate import Stores
     from lance_ref.engine.tensor import Tensor
 
 
 def with_tape(step: TorchStep, module: Any, name: str, how: Run) -> TorchStep:
     """The same step with what our tape keeps of it, or why there is no such tape."""
     try:
-        translation, _, loss = _translated(module, name, how, real=False)
+        translation, _, loss = _translated(module, name, how, False)
         return replace(step, tape=kept_of(translation.records, translation.value_of(loss)))
     except (TranslationError, MissingRuleError) as error:
         return replace(step, no_tape=str(error))
@@ -41,16 +42,18 @@ class RealStep(NamedTuple):
     parameters: dict[str, tuple[Tensor, Any]]  #: Ours and PyTorch's, by name.
 
 
-def real_step(module: Any, name: str, how: Run) -> RealStep:
-    """Run a module for real, with our operations beside PyTorch's.
+def real_step(module: Any, name: str, how: Run, stores: Stores | None = None) -> RealStep:
+    """Run a module for real, with our operations beside PyTorch's, and with these stores for the inputs of layers.
 
     Raises TranslationError where the step cannot be translated.
     """
-    translation, own, loss = _translated(module, name, how, real=True)
+    translation, own, loss = _translated(module, name, how, True, stores)
     return RealStep(translation.of(loss), loss, {path: (translation.of(p), p) for path, p in own.named_parameters()})
 
 
-def _translated(module: Any, name: str, how: Run, real: bool) -> tuple[Translation, Any, Any]:
+def _translated(
+    module: Any, name: str, how: Run, real: bool, stores: Stores | None = None
+) -> tuple[Translation, Any, Any]:
     from analysis.torch_modules.inputs import leaves
     from analysis.torch_modules.watch import Watch
 
@@ -61,7 +64,7 @@ def _translated(module: Any, name: str, how: Run, real: bool) -> tuple[Translati
         inputs, _ = prepared(own, how, fake)
         watch = Watch(own, (), not real)
         with nullcontext() if fake is None else fake:
-            translation = Translation(own, leaves((inputs.args, inputs.kwargs)), watch, real)
+            translation = Translation(own, leaves((inputs.args, inputs.kwargs)), watch, real, stores)
             with watch.forward(), translation.listening():
                 loss = forward_and_loss(own, name, how, inputs, watch).value
     missing = list(translation.missing)

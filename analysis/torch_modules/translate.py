@@ -25,6 +25,9 @@ from lance_ref.nn.module import Parameter
 
 if TYPE_CHECKING:
     from analysis.torch_modules.watch import Watch
+    from lance_ref.stores import ActivationStore
+
+    Stores = Mapping[str, tuple[ActivationStore, tuple[int, ...]]]
 
 
 class TranslationError(ValueError):
@@ -47,6 +50,8 @@ WITH_INTEGERS = frozenset(
     ("embedding", "where", "masked_fill", "scaled_dot_product_attention", "cross_entropy", "getitem")
 )
 """Functions that take tensors of integers or Booleans beside floating ones."""
+COMPRESSED = frozenset(("linear", "conv2d", "addmm"))
+"""Functions of the layers that methods compress."""
 WITH_NUMBERS = frozenset(("add", "sub", "mul", "div", "truediv"))
 """Functions whose integers become floating numbers, as they do in PyTorch: constants of the step."""
 LISTED = 4
@@ -66,6 +71,9 @@ class Translation:
         Knows which module runs.
     real : bool
         Whether our tensors have numbers: those of PyTorch's.
+    stores : mapping of str to (ActivationStore, tuple of int), optional
+        By path of a layer: what is kept of its input, and in which shape methods see that. Default: every input is kept
+        as it is.
 
     Attributes
     ----------
@@ -75,8 +83,10 @@ class Translation:
         Why there is no translation, each reason once; empty where there is one.
     """
 
-    def __init__(self, module: Any, inputs: Sequence[Any], watch: Watch, real: bool) -> None:
-        self.watch, self.real = watch, real
+    def __init__(
+        self, module: Any, inputs: Sequence[Any], watch: Watch, real: bool, stores: Stores | None = None
+    ) -> None:
+        self.watch, self.real, self.stores = watch, real, stores or {}
         self.missing: dict[str, None] = {}
         self._recorder = Recorder({})
         self.records: list[OpRecord] = self._recorder.records
@@ -166,7 +176,7 @@ class Translation:
         if other:
             raise TranslationError(f"{where} writes into a tensor that is not its result")
         try:
-            made = self._run(function, args, kwargs)
+            made = self._compressed(name, function, args, kwargs)
         except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise TranslationError(f"{where}: {' '.join(str(error).split())}") from None
         self._pair(made, result, where)
@@ -185,6 +195,17 @@ class Translation:
         state.path = self.watch.place
         with nullcontext() if torch.is_grad_enabled() else no_grad():
             return function(*args, **kwargs)
+
+    def _compressed(self, name: str, function: Any, args: Any, kwargs: Any) -> Any:
+        """The same with the store of the layer that runs, if it has one, and its input as methods see it."""
+        store, shape = self.stores.get(self.watch.place, (None, ())) if name in COMPRESSED else (None, ())
+        if store is None:
+            return self._run(function, args, kwargs)
+        if name == "addmm":
+            bias, x, weight = args
+            return self._run(F.linear, (F.reshape(x, shape), F.transpose(weight, 0, 1), bias), {"store": store})
+        x, *others = args
+        return self._run(function, (F.reshape(x, shape), *others), {**kwargs, "store": store})
 
     def _check_hooks(self) -> None:
         import torch
@@ -248,6 +269,8 @@ class Translation:
         import torch
 
         if isinstance(result, torch.Tensor) and isinstance(made, Tensor):
+            if self.stores and made.shape != tuple(result.shape):  # of a linear layer on tokens
+                made = F.reshape(made, tuple(result.shape))
             ours = made.shape, str(made.dtype), made.requires_grad
             theirs = tuple(result.shape), str(result.dtype).removeprefix("torch."), result.requires_grad
             if ours != theirs:

@@ -41,8 +41,8 @@ def _sub(a: Any, b: Any, *, alpha: float = 1) -> Any:
     return a - (b if alpha == 1 else alpha * b)
 
 
-def _linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
-    return F.linear(x, weight, bias)
+def _linear(x: Any, weight: Any, bias: Any = None, **options: Any) -> Tensor:
+    return F.linear(x, weight, bias, **options)
 
 
 def _size(x: Any, dim: int | None = None) -> Any:

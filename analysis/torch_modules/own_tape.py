@@ -15,6 +15,7 @@ from analysis.rules.account import WEIGHTED
 from analysis.rules.layouts import Memory, backward_reaches
 from analysis.rules.layouts import Storage as Block
 from analysis.rules.op_cost import MissingRuleError, cost_of
+from analysis.steps.nets import CannotRunError
 from analysis.torch_modules.run import Run, copied, forward_and_loss, prepared, quiet, random_numbers_kept
 from analysis.torch_modules.step import Storage, TorchStep
 from analysis.torch_modules.translate import LISTED, Translation, TranslationError
@@ -30,7 +31,7 @@ def with_tape(step: TorchStep, module: Any, name: str, how: Run) -> TorchStep:
     try:
         translation, _, loss = _translated(module, name, how, False)
         return replace(step, tape=kept_of(translation.records, translation.value_of(loss)))
-    except (TranslationError, MissingRuleError) as error:
+    except (CannotRunError, TranslationError, MissingRuleError) as error:
         return replace(step, no_tape=str(error))
 
 

@@ -238,7 +238,8 @@ class Translation:
                     f"a tensor of shape {tuple(tensor.shape)} with a gradient comes from no function of PyTorch, "
                     "but for instance from a torch.autograd.Function, compiled code, or a checkpoint"
                 )
-            if tensor.is_floating_point() and self._looks[_storage(tensor)]:
+            strided = str(tensor.layout) == "torch.strided"
+            if tensor.is_floating_point() and strided and self._looks[_storage(tensor)]:
                 raise TranslationError("a constant looks at memory that another tensor looks at as well")
             self._enter(tensor, self._constant(tensor))
         found = self._known[id(tensor)][1]
@@ -296,6 +297,8 @@ class Translation:
 
     def _constant(self, tensor: Any) -> Tensor:
         name = str(tensor.dtype).removeprefix("torch.")
+        if str(tensor.layout) != "torch.strided":
+            raise TranslationError(f"a tensor is {tensor.layout}, expected a dense one")
         if (tensor.is_floating_point() and name not in ("float32", "float64")) or tensor.is_complex():
             raise TranslationError(f"a tensor has dtype {name}, expected float32 or float64")
         if self.real:

@@ -54,7 +54,7 @@ __all__ = ["Prediction", "cost", "main", "parser", "predict"]
 
 OF_TORCH = ("loss", "freeze", "autocast")
 NOT_OF_TORCH = (
-    "convention", "dtype", "optimizer", "continual", "protected", "basis_batches", "engine", "plot", "panels", "data",
+    "convention", "dtype", "optimizer", "continual", "protected", "basis_batches", "engine", "data",
     "chunk",
 )  # fmt: skip
 """Options that mean nothing for a module of PyTorch."""
@@ -150,7 +150,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--wide", action="store_true", help="print all columns, and the products of every layer")
     p.add_argument("--output", type=any_file, help="write the result to this file (the terminal)")
     p.add_argument("--plot", type=figure_file, metavar="FILE", help="draw a figure into this file, .png or .svg")
-    p.add_argument("--panels", nargs="+", choices=PANELS, help=f"with --plot: what it shows ({' '.join(PANELS)})")
+    p.add_argument(
+        "--panels",
+        nargs="+",
+        choices=PANELS,
+        help=f"with --plot: what it shows ({' '.join(PANELS)}; tape and macs of a PyTorch module)",
+    )
     p.add_argument(
         "--measure", action="store_true", help="run one real step and compare every number; exit code 1 if one differs"
     )
@@ -173,9 +178,9 @@ def _run(options: argparse.Namespace) -> int:
     of_torch = is_torch_module(net)
     prediction = _predict_torch(options, net, title) if of_torch else _predict(options, net, title)
     if options.plot is not None:
-        from analysis.reports.plots import draw
+        from analysis.reports.plots import OF_REPORTS, draw
 
-        draw(prediction, options.plot, options.panels or PANELS)
+        draw(prediction, options.plot, options.panels or (OF_REPORTS if of_torch else PANELS))
     comparison = None
     if options.measure and of_torch:
         from analysis.check.torch_measure import compare_module

@@ -2,17 +2,22 @@
 
 Two witnesses: the same observer watches a step with numbers, module by module; and PyTorch's own counter counts a
 second one. Its formulas lack four things, which are put in: the groups of a convolution's weight gradient, attention
-on CPUs, the LSTM layers of oneDNN, and grouped products.
+on CPUs, the LSTM layers of oneDNN, and grouped products. Where the report has a tape, a third step runs by this
+library's operations, and its tape is measured.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import lance_ref
 from analysis.check.measure import Comparison
 from analysis.commands.memory import check_memory
 from analysis.torch_modules.losses import loss_of
+from analysis.torch_modules.methods import real_stores
+from analysis.torch_modules.own_tape import real_step
 from analysis.torch_modules.run import Run, copied, prepared, random_numbers_kept, watched_step
 from analysis.torch_modules.step import KINDS, TorchStep
 
@@ -21,20 +26,24 @@ if TYPE_CHECKING:
 
 
 def compare_module(prediction: TorchPrediction) -> Comparison:
-    """Run two real steps of plain backpropagation, and compare them with the prediction."""
+    """Run real steps of plain backpropagation, and compare them with the prediction."""
     predicted, how = prediction.step, prediction.how
-    check_memory(2 * predicted.total_bytes(), f"a step of net {prediction.report.net!r} at batch {predicted.batch}")
+    check_memory(3 * predicted.total_bytes(), f"a step of net {prediction.report.net!r} at batch {predicted.batch}")
     measured = watched_step(prediction.module, prediction.report.net, how, real=True)
     comparison = Comparison()
     comparison.add("bp", "pytorch bytes", predicted.bytes_by_path(), measured.bytes_by_path())
+    if prediction.report.no_tape:
+        comparison.notes.append(f"tape: not compared: {prediction.report.no_tape}")
+    else:
+        _compare_tapes(comparison, prediction)
     for kind in KINDS:
         comparison.add("bp", f"{kind} multiply-adds", _of_kind(predicted, kind), _of_kind(measured, kind))
     real = real_totals(prediction.module, prediction.report.net, how)
-    ours = Totals.of(predicted)
+    total = Totals.of(predicted)
     for what in ("forward", "backward"):
-        of_ours, counted = getattr(ours, f"{what}_flops"), getattr(real, f"{what}_flops")
+        of_ours, counted = getattr(total, f"{what}_flops"), getattr(real, f"{what}_flops")
         comparison.add("bp", f"FLOPs {what}, FlopCounterMode", {"all layers": of_ours}, {"all layers": counted})
-    comparison.add("bp", "bytes, hooks alone", {"all layers": ours.kept_bytes}, {"all layers": real.kept_bytes})
+    comparison.add("bp", "bytes, hooks alone", {"all layers": total.kept_bytes}, {"all layers": real.kept_bytes})
     comparison.notes.append(
         f"real steps on {how.inputs}; bytes by saved_tensors_hooks, each storage once; PyTorch's counter with the "
         "groups of weight gradients, attention on CPUs, LSTM layers and grouped products put in"
@@ -43,6 +52,18 @@ def compare_module(prediction: TorchPrediction) -> Comparison:
     if others:
         comparison.notes.append(f"not run in PyTorch: {', '.join(others)}")
     return comparison
+
+
+def _compare_tapes(comparison: Comparison, prediction: TorchPrediction) -> None:
+    """A real step of every method by this library's operations, whose tape is measured."""
+    report, step = prediction.report, prediction.step
+    for method in report.methods:
+        how = replace(prediction.how, tune="head") if method == "head-only" else prediction.how
+        stores = real_stores(method, step, prediction.ranks.get(method, {}), prediction.settings)
+        found = lance_ref.tape(real_step(prediction.module, report.net, how, stores).loss).by_layer()
+        rows = [row for row in report.rows if method in row.methods]
+        predicted = {row.path: row.methods[method].activation_bytes["tape"] for row in rows}
+        comparison.add(method, "tape bytes", predicted, found)
 
 
 def _of_kind(step: TorchStep, kind: str) -> dict[str, int]:

@@ -25,7 +25,8 @@ def footnotes(report: Report) -> list[str]:
     from analysis.reports.report import OF_THE_FILE
 
     file_only = f"pytorch (file): {OF_THE_FILE}" if report.file_only else ""
-    remarks = filter(None, [report.remark, file_only])
+    no_tape = f"tape: none: {report.no_tape}" if report.no_tape else ""
+    remarks = filter(None, [report.remark, no_tape, file_only])
     return [*_chunks(report), *_peaks(report), *estimates, *ranks, *_calibrations(report), *_about(report), *remarks]
 
 

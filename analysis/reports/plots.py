@@ -23,7 +23,11 @@ from analysis.reports.report import FLOP_KINDS, MethodCost, Report
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from analysis.reports.torch_report import TorchPrediction
 
+
+OF_REPORTS = ("tape", "macs")
+"""Panels that need no more than a report."""
 SUFFIXES = (".png", ".svg")
 MOST_ROWS = 12
 """Operations that the panel of the tape shows one by one: those that keep most."""
@@ -67,7 +71,7 @@ class CostFigure(Figure):
 
 
 def draw(
-    prediction: Prediction,
+    prediction: Prediction | TorchPrediction,
     path: str | os.PathLike[str] | None = None,
     panels: Sequence[str] = ("tape", "macs", "batch", "frontier"),
     method: str | None = None,
@@ -85,12 +89,22 @@ def draw(
         the ranks where there are none.
     method : str, optional
         Which one stands beside bp: by default lance, or the first that is not bp.
+
+    Raises
+    ------
+    ValueError
+        For another panel or method; of a PyTorch module for "batch" and "frontier", and for "tape" where it has none.
     """
     check_path(path)
     names = [panels] if isinstance(panels, str) else list(panels)
     if not names or len(set(names)) < len(names) or any(name not in PANELS for name in names):
         raise ValueError(f"panels are {names}, expected some of {', '.join(PANELS)}, each once")
     report = prediction.report
+    odd = [name for name in names if name not in OF_REPORTS]
+    if odd and not isinstance(prediction, Prediction):
+        raise ValueError(f"panels are {', '.join(odd)}, expected some of {', '.join(OF_REPORTS)} for a PyTorch module")
+    if report.no_tape and "tape" in names:
+        raise ValueError(f"panels are {', '.join(names)}, but net {report.net!r} has no tape: {report.no_tape}")
     if method is not None and method not in report.methods:
         raise ValueError(f"method is {method!r}, expected one of the report's: {', '.join(report.methods)}")
     if method is None:
@@ -109,7 +123,7 @@ def check_path(path: str | os.PathLike[str] | None) -> None:
         raise ValueError(f"the figure's file is {os.fspath(path)!r}, expected a name ending in {' or '.join(SUFFIXES)}")
 
 
-def _laid_out(prediction: Prediction, panels: Sequence[Panel], method: str) -> Figure:
+def _laid_out(prediction: Prediction | TorchPrediction, panels: Sequence[Panel], method: str) -> Figure:
     """The panels below each other, neighbours that are narrow side by side; what they are of at the top."""
     report = prediction.report
     rows: list[list[Panel]] = []
@@ -151,7 +165,7 @@ class Bar:
         return Bar(self.tape + other.tape, self.paper + other.paper)
 
 
-def _tape(axes: Axes, prediction: Prediction, method: str) -> None:
+def _tape(axes: Axes, prediction: Prediction | TorchPrediction, method: str) -> None:
     report = prediction.report
     shown, totals = _beside(report, method), report.totals
     rows = tape_rows(report, shown)
@@ -212,7 +226,7 @@ def _label(name: str, op: str) -> str:
 # ---- what is computed ----------------------------------------------------------------------
 
 
-def _macs(axes: Axes, prediction: Prediction, method: str) -> None:
+def _macs(axes: Axes, prediction: Prediction | TorchPrediction, method: str) -> None:
     report = prediction.report
     per_count = 1 if report.convention == "paper" else 2  # FLOPs of a multiply-add
     totals = report.totals

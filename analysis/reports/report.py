@@ -33,7 +33,9 @@ class MethodCost:
     """What one method costs, in one layer or in total."""
 
     ranks: tuple[int | None, ...] | None  #: Rank of each mode (None: left alone) of a compressed layer.
-    activation_bytes: dict[str, int]  #: Bytes under each of :data:`ACCOUNTINGS`; without a tape for PyTorch's modules.
+    activation_bytes: dict[
+        str, int
+    ]  #: Bytes under each of :data:`ACCOUNTINGS`; some of PyTorch's modules have no tape.
     subspace_bytes: int  #: Fixed factors, in memory beside the tape.
     #: One entry for each of :data:`FLOP_KINDS`, and their sum, ``"total"``. Under the convention ``"paper"`` these are
     #: multiply-adds of the tuned layers alone.
@@ -177,6 +179,8 @@ class Report:
         What must be known of the net itself; empty for most.
     file_only : bool
         Whether the net comes from a file that may lack what the network keeps: then PyTorch's column is marked.
+    no_tape : str
+        Of a module of PyTorch: why there is no column for this library's tape; empty where there is one.
     """
 
     net: str
@@ -199,6 +203,7 @@ class Report:
     remark: str = ""
     chunks: dict[str, str] = field(default_factory=dict)
     file_only: bool = False
+    no_tape: str = ""
 
     @classmethod
     def of(cls, bills: Mapping[str, Sequence[Billed]], convention: str, **facts: Any) -> Report:
@@ -288,6 +293,7 @@ class Report:
             "notes": self.notes
             | ({"net": self.remark} if self.remark else {})
             | ({"pytorch": OF_THE_FILE} if self.file_only else {})
+            | ({"tape": f"none: {self.no_tape}"} if self.no_tape else {})
             | self.estimates,
             "chunks": self.chunks,
             "optimizer": self.optimizer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from analysis.reports.report import MethodCost, Report, Row
@@ -13,6 +13,7 @@ from analysis.steps.methods import METHODS
 from analysis.steps.nets import check_classes
 from analysis.steps.settings import NotApplicableError, Settings
 from analysis.torch_modules.methods import check_method, paper_bytes, record_of, store_costs
+from analysis.torch_modules.own_tape import with_tape
 from analysis.torch_modules.run import Run, watched_step
 from analysis.torch_modules.step import TorchStep
 
@@ -41,6 +42,8 @@ class TorchPrediction:
     how: Run
     step: TorchStep  #: Of plain backpropagation.
     report: Report
+    ranks: Mapping[str, Mapping[str, Ranks]] = field(default_factory=dict)  #: By method, then by layer.
+    settings: Settings = field(default_factory=Settings)
 
 
 def predict_module(module: Any, name: str, how: Run, asked: TorchAsked) -> TorchPrediction:
@@ -48,7 +51,7 @@ def predict_module(module: Any, name: str, how: Run, asked: TorchAsked) -> Torch
 
     Raises ValueError where a method does not fit; see :func:`analysis.torch_modules.run.watched_step` for the others.
     """
-    step = watched_step(module, name, how)
+    step = with_tape(watched_step(module, name, how), module, name, how)
     if asked.num_classes is not None:
         check_classes(name, asked.num_classes, step.classes or 0)
     made = _Methods(step, name, asked)
@@ -57,14 +60,15 @@ def predict_module(module: Any, name: str, how: Run, asked: TorchAsked) -> Torch
         try:
             check_method(method, asked.settings)
             if method == "head-only":
-                made.add(method, watched_step(module, name, replace(how, tune="head")))
+                head = replace(how, tune="head")
+                made.add(method, with_tape(watched_step(module, name, head), module, name, head))
             else:
                 made.add(method, step)
         except NotApplicableError as error:
             if set(asked.methods) != set(METHODS):
                 raise ValueError(f"method {method!r} does not fit net {name!r}: {error}") from None
             notes[method] = str(error)
-    return TorchPrediction(module, how, step, made.report(notes, how))
+    return TorchPrediction(module, how, step, made.report(notes, how), made.ranks, asked.settings)
 
 
 class _Methods:
@@ -79,6 +83,8 @@ class _Methods:
         if any(METHODS[method].ranks is not None for method in asked.methods):
             self.choice = choose_ranks(self.shapes, name, step.input_shape, asked.epsilon, asked.ranks, asked.spectra)
         self.costs: dict[str, dict[str, MethodCost]] = {}  # by method, then by path
+        self.ranks: dict[str, dict[str, Ranks]] = {}
+        self.no_tape = step.no_tape
         self.calibration: dict[str, CalibrationCost] = {}
 
     def ranks_of(self, method: str) -> dict[str, Ranks]:
@@ -95,11 +101,14 @@ class _Methods:
 
     def add(self, method: str, step: TorchStep) -> None:
         """Account for a method that makes this of the step."""
-        ranks = self.ranks_of(method)
+        ranks = self.ranks[method] = self.ranks_of(method)
         stores = store_costs(method, step, ranks, self.asked.settings)
-        kept = step.bytes_by_path(stores)
-        paths = dict.fromkeys([*(seen.path for seen in step.modules), *kept, *(path for path, _ in step.macs)])
-        self.costs[method] = {path: _cost(step, path, kept.get(path, 0), stores.get(path)) for path in paths}
+        kept, tape = step.bytes_by_path(stores), step.bytes_by_path(stores, tape=True)
+        self.no_tape = self.no_tape or step.no_tape
+        paths = dict.fromkeys([*(seen.path for seen in step.modules), *kept, *tape, *(path for path, _ in step.macs)])
+        self.costs[method] = {
+            path: _cost(step, path, kept.get(path, 0), tape.get(path, 0), stores.get(path)) for path in paths
+        }
         kind = METHODS[method].calibration
         if kind is not None:
             self.calibration[method] = self._calibration(method, kind, ranks, stores)
@@ -138,6 +147,7 @@ class _Methods:
             notes=notes,
             net_parameters=step.parameters,
             remark=" ".join(remarks(step)),
+            no_tape=self.no_tape,
         )
 
     def _rows(self) -> list[Row]:
@@ -145,6 +155,8 @@ class _Methods:
         rows = []
         for path in dict.fromkeys(path for costs in self.costs.values() for path in costs):
             costs = {method: of[path] for method, of in self.costs.items() if path in of}
+            if self.no_tape:  # of one method: then no column has it, for ratios compare the methods
+                costs = {method: _without_tape(cost) for method, cost in costs.items()}
             if all(cost.is_free for cost in costs.values()):
                 continue
             part, layer = seen.get(path), self.step.layers.get(path)
@@ -164,26 +176,33 @@ class _Methods:
         return rows
 
 
-def _cost(step: TorchStep, path: str, kept: int, store: StoreCost | None) -> MethodCost:
+def _cost(step: TorchStep, path: str, kept: int, tape: int, store: StoreCost | None) -> MethodCost:
     """What one module keeps, with this store for its input if there is one, and computes in all of its calls."""
     layer = step.layers.get(path)
     counts = dict.fromkeys(MAC_KINDS, 0) | {kind: macs for (of, kind), macs in step.macs.items() if of == path}
     paper = paper_bytes(layer) if layer is not None and path in step.tuned_layers else 0
     if store is None or layer is None:
-        return _method_cost(None, paper, kept, 0, counts)
+        return _method_cost(None, {"paper": paper, "pytorch": kept, "tape": tape}, 0, counts)
     calls = layer.calls
     counts["grad_weight"] = calls * store.grad_weight_macs
     counts["projection"] = calls * store.projection_macs
     counts["decomposition"] = calls * store.decomposition_macs
     if store.grad_input_macs is not None and counts["grad_input"]:
         counts["grad_input"] = calls * store.grad_input_macs
-    held = sum(saved.storage.nbytes for saved in store.pytorch or ())
-    return _method_cost(store.ranks, calls * store.kept_bytes, kept + calls * held, store.subspace_bytes, counts)
+    held, on_tape = (sum(saved.storage.nbytes for saved in of or ()) for of in (store.pytorch, store.tape))
+    of_layer = {"paper": store.kept_bytes, "pytorch": held, "tape": on_tape}
+    others = {"paper": 0, "pytorch": kept, "tape": tape}
+    total = {name: others[name] + calls * nbytes for name, nbytes in of_layer.items()}
+    return _method_cost(store.ranks, total, store.subspace_bytes, counts)
 
 
-def _method_cost(ranks: Ranks | None, paper: int, pytorch: int, factors: int, macs: Mapping[str, int]) -> MethodCost:
+def _without_tape(cost: MethodCost) -> MethodCost:
+    kept = {name: nbytes for name, nbytes in cost.activation_bytes.items() if name != "tape"}
+    return replace(cost, activation_bytes=kept)
+
+
+def _method_cost(ranks: Ranks | None, kept: dict[str, int], factors: int, macs: Mapping[str, int]) -> MethodCost:
     flops = {kind: 2 * macs[kind] for kind in MAC_KINDS}
-    kept = {"paper": paper, "pytorch": pytorch}
     return MethodCost(ranks, kept, factors, {**flops, "total": sum(flops.values())}, None)
 
 
@@ -193,7 +212,7 @@ def remarks(step: TorchStep) -> Sequence[str]:
     said = [
         f"{step.loss}; {share}.",
         "Bytes and products are those that PyTorch shows for this module: each storage once, parameters and buffers "
-        "left out. This library has no tape of PyTorch's modules; of lance_ref.from_torch(module) it has.",
+        "left out.",
     ]
     exact: dict[str, list[str]] = {}
     for path in step.tuned_layers:

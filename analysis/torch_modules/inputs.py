@@ -21,7 +21,7 @@ class Inputs(NamedTuple):
     @property
     def first(self) -> Any:
         """The first tensor; None where there is none."""
-        return next(iter(_leaves((self.args, self.kwargs))), None)
+        return next(iter(leaves((self.args, self.kwargs))), None)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def _mapped(value: Any, change: Any) -> Any:
     return _pytree.tree_map_only(Tensor, change, value)
 
 
-def _leaves(value: Any) -> list[Any]:
+def leaves(value: Any) -> list[Any]:
+    """All tensors in lists, tuples and dictionaries, in order."""
     from torch import Tensor
     from torch.utils import _pytree
 

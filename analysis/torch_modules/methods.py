@@ -8,17 +8,20 @@ layers of the same shapes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from analysis.rules.layouts import Memory
 from analysis.rules.op_cost import Call
 from analysis.rules.stores import STORES, StoreCost
 from analysis.steps.methods import METHODS
 from analysis.steps.register import tuned_layers
-from analysis.steps.settings import NotApplicableError, Ranks, Settings
+from analysis.steps.settings import NotApplicableError, Ranks, Settings, TunedLayer
 from analysis.torch_modules.step import Layer, TorchStep
 from lance_ref.engine.recording import OpRecord, Value
+
+if TYPE_CHECKING:
+    from lance_ref.stores import ActivationStore
 
 INSTEAD = {
     "bias-only": "freeze weights by name, as --freeze '*weight'",
@@ -59,22 +62,45 @@ def store_costs(name: str, step: TorchStep, ranks: Mapping[str, Ranks], settings
 
     A layer without ranks, where the method has them, stays exact; so does one of which the store would keep the input.
     """
-    method = METHODS[name]
-    if method.make is None:
-        return {}
-    layers = step.compressible
-    paths = layers if method.ranks is None else [path for path in layers if path in ranks]
     costs = {}
-    for asked in tuned_layers("float32", {path: layers[path].shape for path in paths}, ranks, settings):
-        store = method.make(asked).describe() if method.describe is None else method.describe(asked)
-        record = record_of(layers[asked.path], store)
+    for asked in _asked(name, step, ranks, settings):
+        make = METHODS[name].describe or (lambda layer: _made(name, layer).describe())
+        layer = step.layers[asked.path]
+        store = make(asked)
+        record = record_of(layer, store)
         memory = Memory()
         inputs = tuple(memory.of(value) for value in record.inputs)
         call = Call(record, inputs, memory.of(record.output), on_tape=True)
-        cost = STORES[store["name"]](call, layer_macs(layers[asked.path]))
+        cost = STORES[store["name"]](call, layer_macs(layer))
         if cost.pytorch is not None:
             costs[asked.path] = cost
     return costs
+
+
+def real_stores(
+    name: str, step: TorchStep, ranks: Mapping[str, Ranks], settings: Settings
+) -> dict[str, tuple[ActivationStore, tuple[int, ...]]]:
+    """The activation store that the method puts into every layer that it compresses, by path, and its input's shape."""
+    compressed = store_costs(name, step, ranks, settings)
+    asked = _asked(name, step, ranks, settings)
+    return {layer.path: (_made(name, layer), layer.shape) for layer in asked if layer.path in compressed}
+
+
+def _asked(name: str, step: TorchStep, ranks: Mapping[str, Ranks], settings: Settings) -> Iterator[TunedLayer]:
+    """The layers for which the method has a store: all that it knows, or those with ranks where it has ranks."""
+    method, layers = METHODS[name], step.compressible
+    if method.make is None:
+        return iter(())
+    paths = layers if method.ranks is None else [path for path in layers if path in ranks]
+    dtype = step.dtype if step.dtype in ("float32", "float64") else "float32"
+    return tuned_layers(dtype, {path: layers[path].shape for path in paths}, ranks, settings)
+
+
+def _made(name: str, layer: TunedLayer) -> ActivationStore:
+    make = METHODS[name].make
+    if make is None:
+        raise ValueError(f"method {name!r} has no activation store")
+    return make(layer)
 
 
 def paper_bytes(layer: Layer) -> int:

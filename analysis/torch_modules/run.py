@@ -80,7 +80,7 @@ def watched_step(module: Any, name: str, how: Run, real: bool = False) -> TorchS
     check_torch()
     from analysis.torch_modules.watch import Watch
 
-    with random_numbers_kept(), _quiet():
+    with random_numbers_kept(), quiet():
         fake, own = copied(module, name, real)
         inputs, autocast = prepared(own, how, fake)
         trained = training_layers(own)
@@ -89,7 +89,7 @@ def watched_step(module: Any, name: str, how: Run, real: bool = False) -> TorchS
         watch = Watch(own, trained, not real)
         with nullcontext() if fake is None else fake:
             with watch.forward(), autocast:
-                loss = _forward_and_loss(own, name, how, inputs, watch)
+                loss = forward_and_loss(own, name, how, inputs, watch)
             with watch.backward():
                 try:
                     loss.value.backward()
@@ -114,7 +114,8 @@ def prepared(own: Any, how: Run, fake: Any = None) -> tuple[Inputs, AbstractCont
     return inputs, nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
 
 
-def _forward_and_loss(own: Any, name: str, how: Run, inputs: Inputs, watch: Watch) -> Loss:
+def forward_and_loss(own: Any, name: str, how: Run, inputs: Inputs, watch: Watch) -> Loss:
+    """Run a copy on its inputs, and its loss; errors in words that help."""
     try:
         output = own(*inputs.args, **inputs.kwargs)
     except RAISED as error:  # a user's forward() may raise anything
@@ -177,7 +178,7 @@ def _computed(module: Any, copied: Callable[[Any], Any]) -> dict[int, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """PyTorch does not log the errors that it raises."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True

@@ -66,12 +66,15 @@ class TorchStep:
     modules: tuple[Seen, ...]  #: In order of their first call.
     layers: dict[str, Layer]  #: Those that train, the head included.
     head: str | None  #: The last layer in order of registration, if it trains.
-    kept: tuple[Storage, ...]
+    kept: tuple[Storage, ...]  #: By PyTorch.
     macs: dict[tuple[str, str], int]  #: Multiply-adds by path and kind.
     parameters: int  #: Of the whole module, each once.
     trained_parameters: int
     uncounted: tuple[str, ...] = ()  #: Operations that multiply, without a rule.
     remarks: tuple[str, ...] = field(default=())
+    #: What this library's tape keeps of the same step; None where it has not been asked for, or there is none.
+    tape: tuple[Storage, ...] | None = None
+    no_tape: str = ""  #: Why there is none.
 
     @property
     def tuned_layers(self) -> tuple[str, ...]:
@@ -83,13 +86,14 @@ class TorchStep:
         """Tuned layers that methods know, the head left out."""
         return {path: self.layers[path] for path in self.tuned_layers if not self.layers[path].exact}
 
-    def bytes_by_path(self, compressed: Collection[str] = ()) -> dict[str, int]:
+    def bytes_by_path(self, compressed: Collection[str] = (), tape: bool = False) -> dict[str, int]:
         """Bytes that each module's operations are the first to keep, each storage once.
 
         ``compressed`` are layers that keep no input: what somebody else keeps stays, under the name of that one.
+        With ``tape`` what this library's tape keeps, else what PyTorch does.
         """
         found: defaultdict[str, int] = defaultdict(int)
-        for storage in self.kept:
+        for storage in (self.tape or ()) if tape else self.kept:
             for path, is_input in storage.holders:
                 if not (is_input and path in compressed):
                     found[path] += storage.nbytes

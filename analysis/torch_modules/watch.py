@@ -62,18 +62,23 @@ class Watch:
             if self._in_backward:
                 return
             seen = self._modules.setdefault(path, {"kind": type(part).__name__, "shapes": [], "outputs": []})
-            seen["shapes"].append(next((tuple(t.shape) for t in _tensors((args, kwargs))), ()))
+            seen["shapes"].append(next((tuple(t.shape) for t in tensors_in((args, kwargs))), ()))
 
         def after(_: Any, args: tuple[Any, ...], output: Any) -> None:
             if not self._stack or self._stack.pop() != path:
                 raise RuntimeError(f"module {path!r} ended while another one ran, which threads of its own may do")
             if not self._in_backward:
-                self._modules[path]["outputs"].append(next((tuple(t.shape) for t in _tensors(output)), ()))
+                self._modules[path]["outputs"].append(next((tuple(t.shape) for t in tensors_in(output)), ()))
 
         own = sum(parameter.numel() for parameter in part.parameters(recurse=False))
         self._parameters[path] = own
         part.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
         part.register_forward_hook(after, always_call=True)  # checkpoints stop a second pass by an exception
+
+    @property
+    def place(self) -> str:
+        """Path of the module that runs."""
+        return self._stack[-1] if self._stack else ""
 
     @contextmanager
     def inside(self, path: str) -> Iterator[None]:
@@ -92,7 +97,7 @@ class Watch:
         import torch
 
         with ExitStack() as stack:
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor))
             stack.enter_context(self._mode())
             yield
 
@@ -103,8 +108,9 @@ class Watch:
         with self._mode():
             yield
 
-    def _keep(self, tensor: Any) -> Any:
-        path = self._stack[-1] if self._stack else ""
+    def keep(self, tensor: Any) -> Any:
+        """Called with every tensor that autograd keeps; gives it as it is."""
+        path = self.place
         for part in _parts(tensor):
             key = _identity(part)
             self._kept.setdefault(key, _storage(part))
@@ -183,9 +189,9 @@ class Watch:
         self._places.setdefault(number, path)
         if again:
             self._order = []  # the places that are known have changed
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         if tensors and all(_identity(tensor) in self._derived for tensor in tensors):
-            self._derived.update((_identity(each), _storage(each)) for each in _tensors(result))
+            self._derived.update((_identity(each), _storage(each)) for each in tensors_in(result))
         if name not in PRODUCTS:
             if name in UNCOUNTED or not name.startswith((*OWN_NAMESPACES, "(")):
                 self.uncounted.setdefault(name)
@@ -204,7 +210,7 @@ class Watch:
                 if macs:
                     self.macs[path, kind] += macs
         elif name in PRODUCTS:
-            with_weight = any(_identity(tensor) in self._derived for tensor in _tensors(args))
+            with_weight = any(_identity(tensor) in self._derived for tensor in tensors_in(args))
             kind = "grad_weight" if self._weighted.get(self._number(), False) and not with_weight else "grad_input"
             self.macs[self._place(), kind] += PRODUCTS[name](args)
 
@@ -245,7 +251,7 @@ def _parts(tensor: Any) -> tuple[Any, ...]:
     return (tensor,)
 
 
-def _tensors(value: Any) -> Iterator[Any]:
+def tensors_in(value: Any) -> Iterator[Any]:
     """All tensors with a storage, in order, in lists and dictionaries too."""
     import torch
 
@@ -254,7 +260,7 @@ def _tensors(value: Any) -> Iterator[Any]:
             yield value
     elif isinstance(value, (list, tuple)):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_in(each)
     elif isinstance(value, Mapping):
         for each in value.values():
-            yield from _tensors(each)
+            yield from tensors_in(each)

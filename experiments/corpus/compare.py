@@ -14,6 +14,7 @@ from typing import Any
 from analysis.check.torch_measure import Totals, real_totals
 from analysis.commands.names import one_line
 from analysis.torch_modules.inputs import Asked, read_specs
+from analysis.torch_modules.own_tape import real_step, with_tape
 from analysis.torch_modules.run import Run, watched_step
 from experiments.corpus.networks import Network
 
@@ -56,6 +57,26 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Tape:
+    """What this library's tape keeps of a step: predicted and measured, or why there is none."""
+
+    predicted: int | None = None
+    measured: int | None = None
+    none: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing wrong is printed: both are equal, or there is no number."""
+        return self.predicted == self.measured
+
+    def __str__(self) -> str:
+        if self.predicted is None:
+            return f"none: {self.none}"
+        same = "measured equal" if self.agrees else f"measured {self.measured:,}"
+        return f"{self.predicted:,}, {same}"
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A network, predicted and run."""
 
@@ -70,11 +91,12 @@ class Outcome:
     uncounted: tuple[str, ...] = ()
     failed: str = ""
     exports: dict[str, Export] | None = None
+    tape: Tape | None = None  #: Where it was asked for.
 
     @property
     def is_exact(self) -> bool:
-        """Whether bytes and FLOPs, forward and backward, are all equal."""
-        return self.predicted is not None and self.predicted == self.real
+        """Whether bytes and FLOPs, forward and backward, are all equal, and the tape if it was asked for."""
+        return self.predicted is not None and self.predicted == self.real and (self.tape is None or self.tape.agrees)
 
     def to_json(self) -> dict[str, Any]:
         totals = {
@@ -84,8 +106,11 @@ class Outcome:
         return {**asdict(self), **totals, "exact": self.is_exact}
 
 
-def compare(network: Network, with_exports: bool = False) -> Outcome:
-    """Predict a network, run it, and, where that is asked for, export it in both ways and predict the files."""
+def compare(network: Network, with_exports: bool = False, tape: bool = False) -> Outcome:
+    """Predict a network, run it, and, where that is asked for, export it in both ways and predict the files.
+
+    With ``tape`` it runs by this library's operations as well, and their tape is measured.
+    """
     about = (network.package, network.name, network.batch, network.inputs)
     specs = read_specs(list(network.inputs), None)
     how = Run(Asked.of(network.batch, specs, None, network.batch))
@@ -100,9 +125,21 @@ def compare(network: Network, with_exports: bool = False) -> Outcome:
             seconds = time.process_time() - start
             tried = with_exports and network.exports
             exports = {kind: export(module, how, kind) for kind in ("documented", "plain")} if tried else None
+            own = compare_tape(module, network.name, how) if tape else None
     except FAILURES as error:
         return Outcome(*about, failed=one_line(error)[:200])
-    return Outcome(*about, step.parameters, Totals.of(step), real, seconds, step.uncounted, "", exports)
+    return Outcome(*about, step.parameters, Totals.of(step), real, seconds, step.uncounted, "", exports, own)
+
+
+def compare_tape(module: Any, name: str, how: Run) -> Tape:
+    """A step by this library's operations: what its tape keeps, predicted and measured."""
+    from lance_ref import tape
+
+    step = with_tape(watched_step(module, name, how), module, name, how)
+    if step.tape is None:
+        return Tape(none=step.no_tape)
+    predicted = sum(storage.nbytes for storage in step.tape)
+    return Tape(predicted, tape(real_step(module, name, how).loss).total_bytes)
 
 
 def export(module: Any, how: Run, kind: str) -> Export:

@@ -196,7 +196,7 @@ class Unknown(nn.Module):
         self.conv = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
 
     def forward(self, x: Any) -> Any:
-        return torch.roll(self.norm(self.conv(x)), 1).cumsum(1)
+        return torch.flip(self.norm(self.conv(x)), [1]).cumsum(1)
 
 
 class ByValue(nn.Module):
@@ -223,7 +223,7 @@ class Linear(nn.Module):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (Unknown, ["layer conv: Conv2d (padding_mode is 'circular'", "layer norm: GroupNorm", "roll", "method cumsum"]),
+        (Unknown, ["layer conv: Conv2d (padding_mode is 'circular'", "layer norm: GroupNorm", "flip", "method cumsum"]),
         (ByValue, ["cannot be traced by torch.fx"]),
         (TwoInputs, ["input 'y' (networks of this library have one input)"]),
         (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.PReLU()), ["layer 0: Conv1d (no such layer)", "layer 1: PReLU"]),

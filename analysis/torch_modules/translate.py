@@ -234,10 +234,7 @@ class Translation:
                 known = None
         if known is None:
             if tensor.requires_grad:
-                raise TranslationError(
-                    f"a tensor of shape {tuple(tensor.shape)} with a gradient comes from no function of PyTorch, "
-                    "but for instance from a torch.autograd.Function, compiled code, or a checkpoint"
-                )
+                raise TranslationError(_from_nowhere(tensor))
             strided = str(tensor.layout) == "torch.strided"
             if tensor.is_floating_point() and strided and self._looks[_storage(tensor)]:
                 raise TranslationError("a constant looks at memory that another tensor looks at as well")
@@ -245,7 +242,7 @@ class Translation:
         found = self._known[id(tensor)][1]
         if found.requires_grad != tensor.requires_grad:
             if not tensor.is_leaf or not found.is_leaf:
-                raise TranslationError("whether a tensor has a gradient was changed after it was made")
+                raise TranslationError(_from_nowhere(tensor))
             found.requires_grad_(bool(tensor.requires_grad))
         return found
 
@@ -328,6 +325,13 @@ def name_of(func: Any) -> str:
     if name.startswith("__") and name.endswith("__"):
         return name[2:-2]
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def _from_nowhere(tensor: Any) -> str:
+    return (
+        f"a tensor of shape {tuple(tensor.shape)} with a gradient comes from no function of PyTorch, but for instance "
+        "from a torch.autograd.Function, compiled code, or a checkpoint"
+    )
 
 
 def _floating(value: Any, dtype: Any) -> Any:

@@ -140,3 +140,39 @@ def squares(output: Any) -> Any:
 def many_numbers(output: Any) -> Any:
     """No loss."""
     return output
+
+
+MAPS, TOKENS = (3, 9, 9), (5, 16)
+NETS: dict[str, tuple[Any, Any]] = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 4)), (7,)),
+    "groups": (plain, (3, 16, 16)),
+    "silu": (lambda: between(nn.SiLU()), MAPS),
+    "in place": (lambda: between(nn.BatchNorm2d(4), nn.Hardswish(inplace=True), nn.ReLU(inplace=True)), MAPS),
+    "ceil mode": (lambda: between(nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)), MAPS),
+    "padding same": (lambda: nn.Conv2d(3, 4, 4, padding="same"), MAPS),
+    "reflected": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), MAPS),
+    "frozen statistics": (lambda: between(nn.BatchNorm2d(4)).eval(), MAPS),
+    "averaged statistics": (lambda: between(nn.BatchNorm2d(4, momentum=None)), MAPS),
+    "group norm": (lambda: between(nn.GroupNorm(2, 4)), MAPS),
+    "layer norm": (lambda: between(nn.LayerNorm([9, 9])), MAPS),
+    "rms norm": (lambda: between(nn.RMSNorm(9)), MAPS),
+    "instance norm": (lambda: between(nn.InstanceNorm2d(4, affine=True)), MAPS),
+    "dropout": (lambda: between(nn.Dropout(0.3)), MAPS),
+    "gelu": (lambda: between(nn.GELU(), nn.AdaptiveAvgPool2d(3), nn.Upsample(scale_factor=2, mode="bilinear")), MAPS),
+    "1-d": (lambda: nn.Sequential(nn.Conv1d(3, 6, 3, groups=3), nn.ConvTranspose1d(6, 4, 3, 2, groups=2)), (3, 19)),
+    "3-d": (lambda: nn.Sequential(nn.Conv3d(2, 4, (2, 3, 3), (1, 2, 1), groups=2), nn.MaxPool3d(2)), (2, 5, 9, 9)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1, bias=False), (4, 8, 8)),
+    "on maps": (lambda: nn.Linear(9, 5), MAPS),
+    "attention": (Attention, TOKENS),
+    "causal": (lambda: Attention(causal=True), TOKENS),
+    "attention with dropout": (lambda: Attention(dropout=0.1), TOKENS),
+    "encoder": (lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), TOKENS),
+    "lstm": (lambda: nn.LSTM(16, 6, 2, bidirectional=True, batch_first=True), TOKENS),
+    "gru": (lambda: nn.GRU(16, 6, batch_first=True), TOKENS),
+    "checkpoint": (lambda: Checkpointed(False), (8,)),
+    "reentrant checkpoint": (lambda: Checkpointed(True), (8,)),
+    "tied": (Tied, "7:int64"),
+    "bag": (lambda: nn.EmbeddingBag(10, 6), "7:int64"),
+    "normalised weight": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), (6,)),
+}
+"""Small networks by name: what makes one, and the shape of its input."""

@@ -59,7 +59,9 @@ def test_methods_that_keep_something_else() -> None:
     everything = analysis.cost(plain(), batch=4, input_shape=(3, 16, 16), tune="all", method="all")
     kept = {name: cost.activation_bytes for name, cost in everything.totals.items()}
     head = 4 * 4 * 1152
-    assert kept["head-only"] == {"paper": 0, "pytorch": head + 4 * 4 * 10 + 4 * 8 + 4}
+    tape = head + 4 * 4 * 10 + 4  # the labels of 10 classes are a byte each
+    assert kept["head-only"] == {"paper": 0, "pytorch": head + 4 * 4 * 10 + 4 * 8 + 4, "tape": tape}
+    assert kept["int8"]["tape"] == kept["bp"]["tape"] - 4 * (3 * 256 * 4 + 8 * 196 * 4) + kept["int8"]["paper"]
     assert kept["int8"]["paper"] == 4 * 3 * 256 + 4 * 8 * 196 + 8 * (3 + 8)
     assert set(everything.notes) == {"bias-only", "checkpoint", "micro-batch", "lora"}
     assert kept["hosvd"]["paper"] == kept["lance"]["paper"] + everything.totals["lance"].subspace_bytes
@@ -82,19 +84,22 @@ def test_layers_without_a_method_stay_as_they_are() -> None:
 
 def test_a_report_without_a_tape_prints_and_writes() -> None:
     """The tape's place is PyTorch's; what is not known is left out, not 0."""
-    report = analysis.cost(between(nn.ReLU()), batch=2, input_shape=(3, 8, 8), tune="all", loss=summed)
-    text = render(report)
+    report = analysis.cost(between(nn.Hardshrink()), batch=2, input_shape=(3, 8, 8), tune="all", loss=summed)
+    text = " ".join(render(report).split())
+    assert "tape: none: hardshrink in 1 has no counterpart among this library's operations" in text
     assert "with lance what PyTorch keeps for the backward pass" in text
     assert "tape + factors" not in text
     assert "elementwise" not in text
-    assert "classes" not in text.splitlines()[0]
+    assert "classes" not in render(report).splitlines()[0]
     document = json.loads(report.json_text())
     assert document["num_classes"] is None
     assert set(document["totals"]["bp"]["activation_bytes"]) == {"paper", "pytorch"}
     assert document["totals"]["bp"]["elementwise"] is None
     total = sum(row.methods["bp"].activation_bytes["pytorch"] for row in report.rows)
     assert document["totals"]["bp"]["activation_bytes"]["pytorch"] == total
+    assert document["notes"]["tape"] == f"none: {report.no_tape}"
     assert report.csv_text().splitlines()[0].startswith("name,op,")
+    assert "tape" not in report.csv_text().splitlines()[0]
     with pytest.raises(ValueError, match="expected some of paper, pytorch"):
         render(report, ["tape"])
 
@@ -208,3 +213,31 @@ def test_networks_of_our_own_never_need_pytorch() -> None:
     """It takes a second to import, and need not be there."""
     code = "import sys; from analysis import cost; cost('resnet8', batch=2); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_figure_of_a_module(tmp_path: Path) -> None:
+    """The panels that a report can fill; the others, and a tape that there is not, are refused."""
+    pytest.importorskip("matplotlib")
+    from analysis.reports.plots import draw
+    from analysis.reports.predict import predict_torch
+
+    prediction = predict_torch(plain(), "plain", 4, input_shape=(3, 16, 16), ranks="0.25")
+    figure = draw(prediction, tmp_path / "net.png", ("tape", "macs"))
+    assert (tmp_path / "net.png").stat().st_size > 0
+    assert "Where the tape's bytes sit" in figure.axes[0].get_title(loc="left")
+    with pytest.raises(ValueError, match="panels are batch, expected some of tape, macs for a PyTorch module"):
+        draw(prediction, None, ("tape", "batch"))
+    without = predict_torch(between(nn.Hardshrink()), "net", 2, input_shape=(3, 8, 8), methods="bp", loss=summed)
+    with pytest.raises(ValueError, match="has no tape: hardshrink"):
+        draw(without, None, ("tape",))
+
+
+def test_json_and_csv_have_the_tape(capsys: pytest.CaptureFixture[str]) -> None:
+    """As those of other networks have it: rows add up to the total."""
+    assert main([*PLAIN, "--method", "bp", "lance", "--ranks", "0.25", "--format", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    for method in ("bp", "lance"):
+        rows = [row["methods"][method]["activation_bytes"]["tape"] for row in document["layers"]]
+        assert sum(rows) == document["totals"][method]["activation_bytes"]["tape"] > 0
+    assert main([*PLAIN, "--method", "bp", "--format", "csv"]) == 0
+    assert "methods.bp.activation_bytes.tape" in capsys.readouterr().out.splitlines()[0]

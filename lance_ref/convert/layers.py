@@ -5,13 +5,16 @@ PyTorch itself is not imported: a module that is converted has brought it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from lance_ref import functional as F
 from lance_ref import nn
+from lance_ref.convert.functions import FUNCTIONS
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.init import shapes_only
 from lance_ref.nn.module import Module, Parameter
@@ -31,12 +34,7 @@ class Applied(Module):
         return self.function(x)
 
     def extra_repr(self) -> str:
-        return getattr(self.function, "__name__", "")
-
-
-def silu(x: Any) -> Tensor:
-    """x / (1 + e^−x)"""
-    return F.mul(x, F.sigmoid(x))
+        return getattr(getattr(self.function, "func", self.function), "__name__", "")
 
 
 def array_of(tensor: Any) -> np.ndarray:
@@ -50,13 +48,20 @@ def array_of(tensor: Any) -> np.ndarray:
     return np.array(tensor.detach().cpu().numpy())
 
 
-def parameter_of(tensor: Any, shared: Shared) -> Parameter | None:
-    """A parameter with the same numbers, that trains if the other one does; None for None."""
-    if tensor is None:
-        return None
+def parameter_of(tensor: Any, shared: Shared, shape: tuple[int, ...] | None = None) -> Parameter:
+    """A parameter with the same numbers, that trains if the other one does, in another shape where one is given.
+
+    Raises ValueError if it was converted before, in another shape.
+    """
     if id(tensor) not in shared:
-        shared[id(tensor)] = Parameter(array_of(tensor), bool(tensor.requires_grad))
-    return shared[id(tensor)]
+        array = array_of(tensor)
+        shared[id(tensor)] = Parameter(
+            array.reshape(array.shape if shape is None else shape), bool(tensor.requires_grad)
+        )
+    found = shared[id(tensor)]
+    if shape not in (None, found.shape):
+        raise ValueError(f"its weight of shape {shape} is that of another layer too, where it has shape {found.shape}")
+    return found
 
 
 def kind_of(module: Any) -> str:
@@ -82,13 +87,19 @@ def counterpart(module: Any, shared: Shared) -> Module:
     with shapes_only():
         made = make(module)
     made.training = bool(module.training)
-    for name in ("weight", "bias"):
-        if getattr(module, name, None) is not None:
-            setattr(made, name, parameter_of(getattr(module, name), shared))
+    for name, parameter in module.named_parameters(recurse=False):
+        owner, own = _place_of(made, name)
+        setattr(owner, own, parameter_of(parameter, shared, getattr(owner, own).shape))
     for name in ("running_mean", "running_var"):
         if getattr(module, name, None) is not None:
             made.register_buffer(name, array_of(getattr(module, name)))
     return made
+
+
+def _place_of(layer: Module, name: str) -> tuple[Module, str]:
+    """Where a parameter stands here: ``weight_ih_l0`` of a recurrent layer is the weight of its child ``l0.ih``."""
+    of_state = re.fullmatch(r"(weight|bias)_(ih|hh)_(l\d+(?:_reverse)?)", name)
+    return (layer, name) if of_state is None else (getattr(getattr(layer, of_state[3]), of_state[2]), of_state[1])
 
 
 def _refuse(module: Any, **allowed: Any) -> None:
@@ -102,10 +113,38 @@ def _linear(m: Any) -> Module:
     return nn.Linear(m.in_features, m.out_features, bias=m.bias is not None)
 
 
-def _conv2d(m: Any) -> Module:
+def _convolution(kind: Callable[..., Module]) -> Callable[[Any], Module]:
+    def make(m: Any) -> Module:
+        _refuse(m, padding_mode="zeros")
+        sizes = m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups
+        return kind(*sizes, bias=m.bias is not None)
+
+    return make
+
+
+def _conv_transpose2d(m: Any) -> Module:
     _refuse(m, padding_mode="zeros")
-    sizes = m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups
-    return nn.Conv2d(*sizes, bias=m.bias is not None)
+    sizes = m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.output_padding, m.groups
+    return nn.ConvTranspose2d(*sizes, bias=m.bias is not None, dilation=m.dilation)
+
+
+def _recurrent(kind: type[nn.LSTM] | type[nn.GRU]) -> Callable[[Any], Module]:
+    def make(m: Any) -> Module:
+        _refuse(m, proj_size=0)
+        options = m.num_layers, m.bias, m.batch_first, m.dropout, m.bidirectional
+        return kind(m.input_size, m.hidden_size, *options)
+
+    return make
+
+
+def _embedding(m: Any) -> Module:
+    _refuse(m, max_norm=None, scale_grad_by_freq=False)
+    return nn.Embedding(m.num_embeddings, m.embedding_dim, m.padding_idx)
+
+
+def _upsample(m: Any) -> Module:
+    _refuse(m, recompute_scale_factor=None)
+    return nn.Upsample(m.size, m.scale_factor, m.mode, m.align_corners)
 
 
 def _batch_norm(kind: type[nn.BatchNorm2d]) -> Callable[[Any], Module]:
@@ -118,17 +157,27 @@ def _layer_norm(m: Any) -> Module:
     return nn.LayerNorm(tuple(m.normalized_shape), m.eps, m.elementwise_affine)
 
 
-def _max_pool(m: Any) -> Module:
-    _refuse(m, return_indices=False)
-    if m.dilation not in (1, (1, 1)):
-        raise ValueError(f"dilation is {m.dilation!r}, expected 1")
-    return nn.MaxPool2d(m.kernel_size, m.stride, m.padding, ceil_mode=m.ceil_mode)
+def _instance_norm(kind: type[nn.InstanceNorm2d]) -> Callable[[Any], Module]:
+    return lambda m: kind(m.num_features, m.eps, m.momentum, m.affine, m.track_running_stats)
 
 
-def _avg_pool(m: Any) -> Module:
-    _refuse(m, divisor_override=None)
-    options = {"ceil_mode": m.ceil_mode, "count_include_pad": m.count_include_pad}
-    return nn.AvgPool2d(m.kernel_size, m.stride, m.padding, **options)
+ORDINARY = {"return_indices": False, "divisor_override": None, "ceil_mode": False, "dilation": 1}
+"""What poolings of PyTorch can be asked for, and what they are not asked for by default."""
+
+
+def _pool(kind: Callable[..., Module], *known: str) -> Callable[[Any], Module]:
+    """``known``: which options layers of this kind have here too."""
+
+    def make(m: Any) -> Module:
+        for name, ordinary in ORDINARY.items():
+            value = getattr(m, name, ordinary)
+            if name not in known and any(
+                each != ordinary for each in (value if isinstance(value, tuple) else (value,))
+            ):
+                raise ValueError(f"{name} is {value!r}, expected {ordinary!r}")
+        return kind(m.kernel_size, m.stride, m.padding, **{name: getattr(m, name) for name in known})
+
+    return make
 
 
 def _gelu(m: Any) -> Module:
@@ -141,6 +190,11 @@ def _softmax(m: Any) -> Module:
     return nn.Softmax(m.dim)
 
 
+def _by(function: str, **options: str) -> Callable[[Any], Module]:
+    """A layer that calls one function; ``options``: by name of its arguments, the layer's attributes."""
+    return lambda m: Applied(partial(FUNCTIONS[function], **{to: getattr(m, own) for to, own in options.items()}))
+
+
 def _dropped_paths(m: Any) -> Module:
     share = getattr(m, "drop_prob", getattr(m, "p", 0.0))
     if m.training and share:
@@ -150,13 +204,31 @@ def _dropped_paths(m: Any) -> Module:
 
 LAYERS: dict[str, Callable[[Any], Module]] = {
     "Linear": _linear,
-    "Conv2d": _conv2d,
+    "Conv1d": _convolution(nn.Conv1d),
+    "Conv2d": _convolution(nn.Conv2d),
+    "Conv3d": _convolution(nn.Conv3d),
+    "ConvTranspose2d": _conv_transpose2d,
+    "LSTM": _recurrent(nn.LSTM),
+    "GRU": _recurrent(nn.GRU),
+    "Embedding": _embedding,
+    "Upsample": _upsample,
     "BatchNorm2d": _batch_norm(nn.BatchNorm2d),
     "BatchNorm1d": _batch_norm(nn.BatchNorm1d),
+    "InstanceNorm1d": _instance_norm(nn.InstanceNorm1d),
+    "InstanceNorm2d": _instance_norm(nn.InstanceNorm2d),
+    "InstanceNorm3d": _instance_norm(nn.InstanceNorm3d),
+    "GroupNorm": lambda m: nn.GroupNorm(m.num_groups, m.num_channels, m.eps, m.affine),
     "LayerNorm": _layer_norm,
-    "MaxPool2d": _max_pool,
-    "AvgPool2d": _avg_pool,
+    "RMSNorm": lambda m: nn.RMSNorm(tuple(m.normalized_shape), m.eps, m.elementwise_affine),
+    "MaxPool1d": _pool(nn.MaxPool1d, "ceil_mode"),
+    "MaxPool2d": _pool(nn.MaxPool2d, "ceil_mode"),
+    "MaxPool3d": _pool(nn.MaxPool3d),
+    "AvgPool1d": _pool(nn.AvgPool1d, "ceil_mode", "count_include_pad"),
+    "AvgPool2d": _pool(nn.AvgPool2d, "ceil_mode", "count_include_pad"),
+    "AvgPool3d": _pool(nn.AvgPool3d, "count_include_pad"),
+    "AdaptiveAvgPool1d": _by("adaptive_avg_pool1d", output_size="output_size"),
     "AdaptiveAvgPool2d": lambda m: nn.AdaptiveAvgPool2d(m.output_size),
+    "AdaptiveAvgPool3d": _by("adaptive_avg_pool3d", output_size="output_size"),
     "Dropout": lambda m: nn.Dropout(m.p),
     "Flatten": lambda m: nn.Flatten(m.start_dim, m.end_dim),
     "Identity": lambda m: nn.Identity(),
@@ -166,9 +238,20 @@ LAYERS: dict[str, Callable[[Any], Module]] = {
     "Hardsigmoid": lambda m: nn.Hardsigmoid(),
     "Sigmoid": lambda m: nn.Sigmoid(),
     "Tanh": lambda m: nn.Tanh(),
-    "SiLU": lambda m: Applied(silu),
+    "SiLU": lambda m: nn.SiLU(),
+    "Mish": lambda m: nn.Mish(),
     "GELU": _gelu,
+    "LeakyReLU": lambda m: nn.LeakyReLU(m.negative_slope),
+    "PReLU": lambda m: nn.PReLU(m.num_parameters),
+    "ELU": lambda m: nn.ELU(m.alpha),
+    "Softplus": lambda m: nn.Softplus(m.beta, m.threshold),
+    "GLU": lambda m: nn.GLU(m.dim),
+    "Hardtanh": _by("hardtanh", min_val="min_val", max_val="max_val"),
     "Softmax": _softmax,
+    "LogSoftmax": _by("log_softmax", dim="dim"),
+    "Unflatten": lambda m: Applied(lambda x: FUNCTIONS["unflatten"](x, m.dim, m.unflattened_size)),
+    "ZeroPad2d": _by("pad", pad="padding"),
+    "ConstantPad2d": _by("pad", pad="padding", value="value"),
     "StochasticDepth": _dropped_paths,
     "DropPath": _dropped_paths,
 }

@@ -136,7 +136,7 @@ def _stored(module: Any, path: str, shared: Shared, missing: dict[str, str]) -> 
     owner, _, name = path.rpartition(".")
     value = getattr(module.get_submodule(owner), name)
     try:
-        return parameter_of(value, shared)
+        return None if value is None else parameter_of(value, shared)
     except ValueError as error:
         missing.setdefault(f"tensor {path}", str(error))
         return None

@@ -192,7 +192,7 @@ class Unknown(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.norm = nn.Conv3d(1, 2, 3), nn.GroupNorm(2, 4)
+        self.table, self.norm = nn.Bilinear(1, 2, 3), nn.LocalResponseNorm(2)
         self.conv = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
 
     def forward(self, x: Any) -> Any:
@@ -220,13 +220,91 @@ class Linear(nn.Module):
         return 2 * x
 
 
+SEQUENCE, IMAGE, VOLUME = (6, 9), (6, 7, 9), (6, 5, 4, 5)
+SINGLE: list[tuple[Any, tuple[int, ...]]] = [
+    (lambda: nn.LeakyReLU(0.3), IMAGE), (lambda: nn.PReLU(6), IMAGE), (lambda: nn.ELU(0.7), IMAGE),
+    (lambda: nn.Mish(), IMAGE), (lambda: nn.Softplus(2.0, 1.5), IMAGE), (lambda: nn.GLU(1), IMAGE),
+    (lambda: nn.Hardtanh(-0.2, 0.5), IMAGE), (lambda: nn.Hardtanh(0.0, 6.0), IMAGE), (lambda: nn.LogSoftmax(1), IMAGE),
+    (lambda: nn.Unflatten(1, (2, 3)), IMAGE), (lambda: nn.ZeroPad2d((1, 2, 0, 3)), IMAGE),
+    (lambda: nn.ConstantPad2d(1, 0.5), IMAGE), (lambda: nn.GroupNorm(3, 6, 1e-3), IMAGE),
+    (lambda: nn.InstanceNorm1d(6, affine=True), SEQUENCE), (lambda: nn.InstanceNorm2d(6), IMAGE),
+    (lambda: nn.InstanceNorm3d(6, affine=True), VOLUME), (lambda: nn.RMSNorm((7, 9)), IMAGE),
+    (lambda: nn.Conv1d(6, 4, 3, 2, "valid", 2, 2), SEQUENCE), (lambda: nn.Conv3d(6, 4, 2, 1, 1, groups=2), VOLUME),
+    (lambda: nn.ConvTranspose2d(6, 4, 3, 2, 1, 1, 2, dilation=2), IMAGE), (lambda: nn.Upsample(scale_factor=2), IMAGE),
+    (lambda: nn.Upsample((5, 11), mode="bilinear", align_corners=True), IMAGE),
+    (lambda: nn.MaxPool1d(3, 2, 1, ceil_mode=True), SEQUENCE), (lambda: nn.MaxPool3d(2, 1, 1), VOLUME),
+    (lambda: nn.AvgPool1d(3, 2, 1, count_include_pad=False), SEQUENCE),
+    (lambda: nn.AvgPool3d(2, 1, 1, count_include_pad=False), VOLUME),
+    (lambda: nn.AdaptiveAvgPool1d(4), SEQUENCE), (lambda: nn.AdaptiveAvgPool3d(1), VOLUME),
+    (lambda: nn.LSTM(9, 5, 2, batch_first=True, bidirectional=True), SEQUENCE),
+    (lambda: nn.GRU(9, 5, bias=False), SEQUENCE),
+]  # fmt: skip
+
+
+def first(output: Any) -> Any:
+    """A recurrent layer gives its states too."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def path_here(name: str) -> str:
+    """``weight_ih_l0`` as ``l0.ih.weight``."""
+    parts = name.split("_", 2)
+    return ".".join(reversed(parts)) if len(parts) == 3 else name
+
+
+@pytest.mark.parametrize("case", SINGLE, ids=[repr(make()) for make, _ in SINGLE])
+def test_every_layer_is_pytorchs(case: tuple[Any, tuple[int, ...]]) -> None:
+    """Output, gradient of the input and of all weights, in float64."""
+    make, shape = case
+    module = randomised(make())
+    x = torch.rand(4, *shape, dtype=torch.float64, requires_grad=True)
+    net, mine = lance_ref.from_torch(module), lance_ref.Tensor(x.detach().numpy().copy(), requires_grad=True)
+    with one_thread():
+        output = first(module(x))
+        weights = torch.rand(output.shape, dtype=torch.float64)
+        (output * weights).sum().backward()
+    found = first(net(mine))
+    F.sum(found * weights.numpy()).backward()
+    np.testing.assert_allclose(found.data, output.detach().numpy(), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(mine.grad, x.grad.numpy(), rtol=1e-9, atol=1e-12)
+    here = dict(net.named_parameters())
+    assert set(here) == {path_here(name) for name, _ in module.named_parameters()}
+    for name, theirs in module.named_parameters():
+        own = here[path_here(name)].grad
+        assert own is not None
+        np.testing.assert_allclose(own.reshape(theirs.shape), theirs.grad.numpy(), rtol=1e-9, atol=1e-12, err_msg=name)
+    for name, array in net.named_buffers():
+        np.testing.assert_allclose(array, module.state_dict()[name].numpy(), rtol=1e-12, err_msg=name)
+
+
+def test_a_table_of_words() -> None:
+    """Indices go in, rows come out, and the row of padding has no gradient."""
+    module = randomised(nn.Embedding(7, 5, padding_idx=2))
+    indices = np.array([[0, 2, 6], [6, 2, 1]])
+    net = lance_ref.from_torch(module)
+    output = module(torch.from_numpy(indices))
+    output.square().sum().backward()
+    found = net(indices)
+    F.sum(found * found).backward()
+    np.testing.assert_allclose(found.data, output.detach().numpy())
+    (here,) = net.parameters()
+    np.testing.assert_allclose(here.grad, module.weight.grad.numpy(), rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (Unknown, ["layer conv: Conv2d (padding_mode is 'circular'", "layer norm: GroupNorm", "flip", "method cumsum"]),
+        (
+            Unknown,
+            ["layer conv: Conv2d (padding_mode is 'circular'", "layer norm: LocalResponseNorm", "flip", "cumsum"],
+        ),
         (ByValue, ["cannot be traced by torch.fx"]),
         (TwoInputs, ["input 'y' (networks of this library have one input)"]),
-        (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.PReLU()), ["layer 0: Conv1d (no such layer)", "layer 1: PReLU"]),
+        (lambda: nn.Sequential(nn.Softsign(), nn.CELU()), ["layer 0: Softsign (no such layer)", "layer 1: CELU"]),
+        (lambda: nn.LSTM(3, 4, proj_size=2), ["proj_size is 2"]),
+        (lambda: nn.AvgPool3d(2, ceil_mode=True), ["ceil_mode is True"]),
+        (lambda: nn.MaxPool1d(2, return_indices=True), ["return_indices is True"]),
+        (lambda: nn.Embedding(3, 2, max_norm=1.0), ["max_norm is 1.0"]),
         (lambda: nn.BatchNorm2d(4, momentum=None), ["momentum is None"]),
         (lambda: nn.Linear(3, 2).half(), ["dtype float16"]),
         (lambda: nn.MaxPool2d(2, dilation=2), ["dilation is 2"]),

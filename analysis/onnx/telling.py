@@ -67,6 +67,11 @@ def untold(nodes: Sequence[Node], constants: Mapping[str, Any], outputs: Sequenc
         found.append(
             "the file does not say whether a value that is also read transposed was copied, as contiguous() does"
         )
+    if any(node.op == ATTENTION and _scaled_before(uses, node.inputs[0]) for node in nodes):
+        found.append(
+            "the file does not say whether queries that are scaled before attention were copied then, as contiguous() "
+            "does; the layer behind it would keep its input once more"
+        )
     in_steps = sorted({what for node in nodes if (what := _in_steps(uses, node))})
     if in_steps:
         found.append(f"{', '.join(in_steps)}: PyTorch's own operation may keep other tensors than the steps do here")
@@ -109,6 +114,14 @@ def _may_be_copied(uses: Uses, transposed: Node) -> bool:
     readers = uses.readers.get(transposed.outputs[0], [])
     others = len(readers) > 1 or not uses.alone(transposed.inputs[0])
     return others and any(reader.op == "Conv" for reader in readers)
+
+
+def _scaled_before(uses: Uses, query: str) -> bool:
+    """Whether queries are multiplied with a number before they are shared out to heads."""
+    heads = uses.made_by(query, "Transpose")
+    shared = None if heads is None else uses.made_by(heads.inputs[0], "Reshape")
+    scaled = None if shared is None else uses.made_by(shared.inputs[0], "Mul")
+    return scaled is not None and any(uses.number(name) is not None for name in scaled.inputs)
 
 
 def _is_of_gelu(uses: Uses, name: str) -> bool:

@@ -152,6 +152,29 @@ def test_a_value_that_may_be_copied_is_marked(tmp_path: Path) -> None:
     assert "contiguous()" in report.remark
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_queries_that_may_be_copied_are_marked(scaled: bool, tmp_path: Path) -> None:
+    """Whisper scales its queries and copies them, so that attention's result lies otherwise; the export has no copy."""
+
+    class Heads(tnn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.out = tnn.Linear(8, 8), tnn.Linear(8, 8)
+
+        def forward(self, x: Any) -> Any:
+            tokens = x.flatten(2).transpose(1, 2)
+            B, L, _ = tokens.shape
+            q = self.query(tokens) * 0.5 if scaled else self.query(tokens)
+            q = q.view(B, L, 4, 2).transpose(1, 2)
+            q = q.contiguous() if scaled else q
+            mixed = tnn.functional.scaled_dot_product_attention(q, q, q, scale=1.0 if scaled else None)
+            return self.out(mixed.transpose(1, 2).reshape(B, L, 8)).transpose(1, 2).reshape(x.shape)
+
+    report = report_of(net(Heads()), tmp_path)
+    assert ("scaled before attention" in report.remark) is scaled
+    assert report.file_only is scaled
+
+
 class Normed(tnn.Module):
     """Tables of words and places, and two norms whose fresh weights are the same numbers."""
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 from analysis.onnx.file import Node
 from analysis.onnx.uses import Match, Uses
 
-GELU_SINCE = 20
-"""The first operator set with GELU as an operation."""
+SINCE = {"HardSwish": 14, "LayerNormalization": 17, "Gelu": 20}
+"""The first operator set for which PyTorch's exporter writes each: from it on steps are those of the network itself."""
 
 
 def _gated(uses: Uses, gate: Node, x: str) -> Node | None:
@@ -48,6 +48,8 @@ def _glu(uses: Uses, sigmoid: Node) -> Match | None:
 
 
 def _hardswish(uses: Uses, gate: Node) -> Match | None:
+    if gate.opset >= SINCE["HardSwish"]:
+        return None
     alpha, beta = gate.attributes.get("alpha", 0.2), gate.attributes.get("beta", 0.5)
     product = _gated(uses, gate, gate.inputs[0])
     if product is None or not math.isclose(alpha, 1 / 6, rel_tol=1e-5) or beta != 0.5:
@@ -68,12 +70,12 @@ def _hard(uses: Uses, clip: Node) -> Match | None:
         return None
     divided = uses.reader(clip, "Div") or uses.reader(clip, "Mul")
     if uses.times(divided, 1 / 6) == clip.outputs[0] and divided is not None:
-        product = _gated(uses, divided, x)
+        product = _gated(uses, divided, x) if clip.opset < SINCE["HardSwish"] else None
         if product is not None:
             return replace(product, op="HardSwish", inputs=(x,), attributes={}), [add, clip, divided, product]
         attributes = {"alpha": 1 / 6, "beta": 0.5}
         return replace(divided, op="HardSigmoid", inputs=(x,), attributes=attributes), [add, clip, divided]
-    product = _gated(uses, clip, x)
+    product = _gated(uses, clip, x) if clip.opset < SINCE["HardSwish"] else None
     last = product and (uses.reader(product, "Div") or uses.reader(product, "Mul"))
     if product is None or last is None or uses.times(last, 1 / 6) != product.outputs[0]:
         return None
@@ -86,7 +88,7 @@ def _mish(uses: Uses, softplus: Node) -> Match | None:
     product = _gated(uses, tanh, x) if tanh is not None else None
     if tanh is None or product is None:
         return None
-    return replace(product, op="Mish", inputs=(x,), attributes={}), [softplus, tanh, product]
+    return replace(product, op="torch.mish", inputs=(x,), attributes={}), [softplus, tanh, product]
 
 
 def _gelu_tanh(uses: Uses, tanh: Node) -> Match | None:
@@ -95,7 +97,7 @@ def _gelu_tanh(uses: Uses, tanh: Node) -> Match | None:
     The operator sets from 20 on have the operation, and the exporter for older ones multiplies x three times: whoever
     writes it otherwise runs these steps one by one, and keeps what they do.
     """
-    if tanh.opset >= GELU_SINCE:
+    if tanh.opset >= SINCE["Gelu"]:
         return None
     scaled = uses.made_by(tanh.inputs[0], "Mul")
     inner = uses.made_by(uses.times(scaled, math.sqrt(2 / math.pi)) or "", "Add")

@@ -107,6 +107,9 @@ class OnnxNet(Module):
                 self._add(node, layers)
         self._normalising = _last_softmax(nodes, graph)
         self._untold = [*untold(nodes, self._constants, graph.outputs), *left_frozen(self._stored_factors())]
+        self.batch_statistics = any(
+            n.op == "BatchNormalization" and n.attributes.get("training_mode", 0) for n in nodes
+        )
         self._left_out = False
         self._scores_again: dict[str, int] = {}  # multiply-adds of each attention's scores, in the last pass
         for output in graph.outputs:
@@ -127,10 +130,6 @@ class OnnxNet(Module):
             remarks.append(
                 "attention: as PyTorch's kernel for the CPU keeps it; there its backward pass computes the scores once "
                 f"more, {again:,} FLOPs that are not counted here"
-            )
-        if any(node.op == "torch.silu" for node, _ in self._steps):
-            remarks.append(
-                "SiLU: x·sigmoid(x) is taken for PyTorch's one operation, which keeps half of what both keep"
             )
         if self._left_out:
             ops = " and ".join(node.op for node in self._normalising)

@@ -35,6 +35,9 @@ def _rms_norm(uses: Uses, sqrt: Node) -> Match | None:
     if mean is None or square is None or eps is None or not eps > 0 or not last_axes(uses, mean):
         return None
     x = square.inputs[0]
+    centred = uses.made_by(x, "Sub")
+    if centred is not None and uses.made_by(centred.inputs[1], "ReduceMean") is not None:
+        return None  # the steps of a layer norm, which were not joined
     if not (uses.number(square.inputs[1]) == 2 or (square.op == "Mul" and square.inputs[1] == x)):
         return None
     group = [square, mean, add, sqrt]

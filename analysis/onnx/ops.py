@@ -54,12 +54,10 @@ def _unary(function: Callable[[Tensor], Tensor]) -> TensorOp:
 
 
 def _clip(node: Node, x: Inputs) -> Tensor:
-    """Between 0 and 6, and from 0 up, it goes by the name of the activation function."""
+    """Between 0 and 6 it goes by the name of the activation function, which exporters write so."""
     low = number(argument(node, x, 1, "min"), "the lower bound", -math.inf)
     high = number(argument(node, x, 2, "max"), "the upper bound", math.inf)
-    if low == 0 and high in (6, math.inf):
-        return F.relu6(x[0]) if high == 6 else F.relu(x[0])
-    return F.clip(x[0], low, high)
+    return F.relu6(x[0]) if (low, high) == (0, 6) else F.clip(x[0], low, high)
 
 
 def _hard_sigmoid(node: Node, x: Inputs) -> Tensor:
@@ -408,6 +406,7 @@ TENSOR_OPS: dict[str, TensorOp] = {
     "Swish": _swish,
     "PRelu": _prelu,
     "torch.silu": _unary(F.silu),
+    "torch.mish": _unary(F.mish),
     "torch.glu": lambda node, x: F.glu(x[0], node.attributes["axis"]),
     "torch.rms_norm": lambda node, x: F.rms_norm(
         x[0], x[0].shape[-node.attributes["axes"] :], x[1] if len(x) > 1 else None, float(node.attributes["epsilon"])

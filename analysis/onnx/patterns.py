@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from analysis.onnx.file import Node
-from analysis.onnx.gates import GATES, GELU_SINCE
+from analysis.onnx.gates import GATES, SINCE
 from analysis.onnx.layers import Weight, fits_as_bias
 from analysis.onnx.norms import NORMS, last_axes
 from analysis.onnx.scores import SCORES
@@ -68,7 +68,7 @@ def _linear(uses: Uses, product: Node) -> Match | None:
 
 def _gelu(uses: Uses, erf: Node) -> Match | None:
     """½·x·(1 + erf(x/√2)), the three factors in any order; from operator set 20 on a network's own steps."""
-    if erf.opset >= GELU_SINCE:
+    if erf.opset >= SINCE["Gelu"]:
         return None
     scaled = uses.made_by(erf.inputs[0], "Div", "Mul")
     x = uses.times(scaled, 1 / math.sqrt(2))
@@ -99,6 +99,8 @@ def _gelu(uses: Uses, erf: Node) -> Match | None:
 
 def _layer_norm(uses: Uses, sqrt: Node) -> Match | None:
     """(x − mean) / √(mean((x − mean)²) + eps) · weight + bias over the last dimension."""
+    if sqrt.opset >= SINCE["LayerNormalization"]:
+        return None
     add = uses.made_by(sqrt.inputs[0], "Add")
     divide, eps = uses.reader(sqrt, "Div"), None
     if add is None or divide is None or divide.inputs[1] != sqrt.outputs[0]:

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from analysis.onnx.file import Node
+from analysis.onnx.gates import SINCE
 from analysis.onnx.host import RANDOM
 from analysis.onnx.uses import Uses
+from analysis.rules.account import Billed
 
 NORMS = (
     *("BatchNormalization", "LayerNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization"),
@@ -22,7 +24,7 @@ NORMS = (
 )
 ACTIVATIONS = (
     *("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh"),
-    *("Softplus", "Mish", "Swish", "torch.silu", "Gelu", "Add", "Mul", "MaxPool"),
+    *("Softplus", "Mish", "Swish", "torch.silu", "torch.mish", "Gelu", "Add", "Mul", "MaxPool"),
 )
 """What stands behind a norm, and right behind the layer where the norm was folded into it."""
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -31,10 +33,19 @@ IN_PLACE = ("LeakyRelu", "Elu")
 
 IN_STEPS = frozenset({
     *("Abs", "Softsign", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum"),
-    *("LpNormalization", "LpPool", "MeanVarianceNormalization", "ThresholdedRelu"),
+    *("LpNormalization", "LpPool", "MeanVarianceNormalization", "ThresholdedRelu", "Reciprocal"),
 })  # fmt: skip
 """Operations that consist of several here, where PyTorch's own may keep other tensors."""
 COMPARISONS = ("Less", "LessOrEqual", "Greater", "GreaterOrEqual")
+
+JOINED = {
+    **{op: (since, op) for op, since in SINCE.items()},
+    "torch.silu": (math.inf, "x·sigmoid(x)"),
+    "torch.mish": (math.inf, "Mish"),
+    "torch.layer_norm": (math.inf, "LayerNormalization"),
+    "torch.rms_norm": (math.inf, "RMSNormalization"),
+}
+"""Operations that files have in steps: the first operator set with the operation, and what to call it."""
 
 ATTENTION = "torch.scaled_dot_product_attention"
 FACTORS = {"Mul": (0, 2), "Div": (0, 2), "torch.rms_norm": (1, 2), "RMSNormalization": (1, 2), ATTENTION: (3, 4)}
@@ -72,9 +83,19 @@ def untold(nodes: Sequence[Node], constants: Mapping[str, Any], outputs: Sequenc
             "the file does not say whether queries that are scaled before attention were copied then, as contiguous() "
             "does; the layer behind it would keep its input once more"
         )
+    if any(node.op == ATTENTION and any(_strided(uses, name) for name in node.inputs[::2][:2]) for node in nodes):
+        found.append(
+            "attention of values that lie otherwise than in rows: PyTorch's kernels may refuse these, and then the "
+            "scores are kept too"
+        )
     in_steps = sorted({what for node in nodes if (what := _in_steps(uses, node))})
     if in_steps:
         found.append(f"{', '.join(in_steps)}: PyTorch's own operation may keep other tensors than the steps do here")
+    joined = sorted({JOINED[node.op][1] for node in nodes if node.op in JOINED and node.opset < JOINED[node.op][0]})
+    if joined:
+        found.append(
+            f"{', '.join(joined)}: taken for PyTorch's one operation; a network that runs these steps itself keeps more"
+        )
     in_place = sorted({node.op for node in nodes if node.op in IN_PLACE})
     if any(node.op in ("LSTM", "GRU") for node in nodes):
         found.append("LSTM and GRU: PyTorch's own kernels keep another workspace than these operations")
@@ -92,6 +113,9 @@ def _in_steps(uses: Uses, node: Node) -> str:
         return op
     if op == "Pad" and node.attributes.get("mode", "constant") in ("reflect", "edge"):
         return f"Pad ({node.attributes['mode']})"
+    if op == "Div" and uses.number(node.inputs[0]) == 1:
+        root = uses.made_by(node.inputs[1], "Sqrt")
+        return "1 / √x" if root is not None and not _of_a_shape(uses, root.inputs[0]) else ""
     if op == "Log" and uses.made_by(node.inputs[0], "Sigmoid", "Softmax"):
         return "Log of a Sigmoid or Softmax"
     if op == "Where":
@@ -109,11 +133,26 @@ def _in_steps(uses: Uses, node: Node) -> str:
     return ""
 
 
+def _of_a_shape(uses: Uses, name: str) -> bool:
+    """Whether a value is one of the sizes of another, as the scale of attention is."""
+    node = uses.made_by(name, "Cast", "Slice", "Gather", "Squeeze", "Shape")
+    return node is not None and (node.op == "Shape" or _of_a_shape(uses, node.inputs[0]))
+
+
 def _may_be_copied(uses: Uses, transposed: Node) -> bool:
     """Whether a convolution reads what others, too, keep in another order of its dimensions."""
     readers = uses.readers.get(transposed.outputs[0], [])
     others = len(readers) > 1 or not uses.alone(transposed.inputs[0])
     return others and any(reader.op == "Conv" for reader in readers)
+
+
+def _strided(uses: Uses, name: str) -> bool:
+    """Whether the last dimension of a value was another one before it was transposed."""
+    node = uses.made_by(name, "Transpose", "Unsqueeze", "Squeeze", "Slice", "Split", "Gather")
+    if node is None or node.op != "Transpose":
+        return node is not None and _strided(uses, node.inputs[0])
+    order = list(node.attributes.get("perm", ()))
+    return not order or order[-1] != len(order) - 1
 
 
 def _scaled_before(uses: Uses, query: str) -> bool:
@@ -127,6 +166,28 @@ def _scaled_before(uses: Uses, query: str) -> bool:
 def _is_of_gelu(uses: Uses, name: str) -> bool:
     value = uses.number(name)
     return value is not None and math.isclose(value, math.sqrt(2 / math.pi), rel_tol=1e-5)
+
+
+def lost_statistics(net: object, bills: Mapping[str, Sequence[Billed]]) -> str:
+    """What PyTorch's column lacks because the batch norms of a file keep to their statistics; empty up to a hundredth.
+
+    A file that was exported as its network trains takes the statistics of the batch, and PyTorch then keeps a mean and
+    a deviation of each channel.
+    """
+    if not getattr(net, "batch_statistics", False):
+        return ""
+    lost = [
+        (2 * sum(bill.record.inputs[-1].nbytes for bill in of if bill.record.op == "batch_norm" and bill.pytorch_bytes),
+         sum(bill.pytorch_bytes for bill in of))
+        for of in bills.values()
+    ]  # fmt: skip
+    most, kept = max(lost, key=lambda pair: pair[0] / max(pair[1], 1), default=(0, 1))
+    if 100 * most <= kept:
+        return ""
+    return (
+        f"batch norms keep to their statistics here; with those of the batch PyTorch keeps {most:,} bytes more, a mean "
+        "and a deviation of each channel"
+    )
 
 
 def left_frozen(stored: Collection[str]) -> list[str]:

@@ -73,10 +73,12 @@ class Prediction:
     @cached_property
     def report(self) -> Report:
         """The answer, as it is printed and written."""
+        from analysis.onnx.telling import lost_statistics
         from analysis.reports.report import Report
         from analysis.steps.nets import SUM_OF_OUTPUTS, remark
 
         step, shape, settings = self.step, self.step.input_shape, self.asked.settings
+        lost = lost_statistics(step.net, self.bills)
         return Report.of(
             self.bills,
             self.asked.convention,
@@ -98,8 +100,8 @@ class Prediction:
             peaks_of=lambda: self.peaks,
             net_parameters=sum(parameter.size for parameter in step.net.parameters()),
             optimizer=self.asked.optimizer,
-            remark="; ".join(filter(None, ["" if step.num_classes else SUM_OF_OUTPUTS, remark(step.net)])),
-            file_only=bool(getattr(step.net, "file_only", False)),
+            remark="; ".join(filter(None, ["" if step.num_classes else SUM_OF_OUTPUTS, remark(step.net), lost])),
+            file_only=bool(lost) or bool(getattr(step.net, "file_only", False)),
             chunks=self.chunks,
         )
 

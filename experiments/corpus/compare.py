@@ -166,7 +166,8 @@ def write(own: Any, how: Run, kind: str, path: Path) -> None:
     options: dict[str, Any] = {"dynamo": False}
     if kind == "documented":
         options |= {"training": torch.onnx.TrainingMode.TRAINING, "do_constant_folding": False}
-    module = own if kind == "documented" else copy.deepcopy(own).eval()
+    module = copy.deepcopy(own)  # an export puts all parts of a module into one mode
+    module.train(kind == "documented")
     torch.onnx.export(module, how.inputs.tensors(own).args, str(path), **options)
 
 

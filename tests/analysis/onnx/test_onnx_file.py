@@ -350,7 +350,7 @@ def test_what_only_looks_like_a_group_is_none(tmp_path: Path, name: str) -> None
     from onnx.reference import ReferenceEvaluator
 
     x = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
-    content = mlp(*steps((LIKE_GELU | LIKE_NORM)[name]), constants=NUMBERS)
+    content = mlp(*steps((LIKE_GELU | LIKE_NORM)[name]), constants=NUMBERS, opset=16)
     net = OnnxNet(save(tmp_path, content))
     assert {"gelu", "layer_norm"}.isdisjoint(r.op for r in trace(net, (2, 4)))
     with no_grad():
@@ -361,14 +361,16 @@ def test_what_only_looks_like_a_group_is_none(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("square", ["Pow d two", "Mul d d"])
 @pytest.mark.parametrize("sum_", ["Add v eps", "Add eps v"])
-def test_a_layer_norm_in_nine_nodes_is_one(tmp_path: Path, square: str, sum_: str) -> None:
-    """With its own epsilon."""
+@pytest.mark.parametrize("opset", [16, 17])
+def test_a_layer_norm_in_nine_nodes_is_one(tmp_path: Path, square: str, sum_: str, opset: int) -> None:
+    """With its own epsilon; from operator set 17 on an exporter writes one node, and nine are the network's own."""
     from onnx.reference import ReferenceEvaluator
 
     x = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
-    content = mlp(*steps(norm(p=square, w=sum_)), constants=NUMBERS)
+    content = mlp(*steps(norm(p=square, w=sum_)), constants=NUMBERS, opset=opset)
     net = OnnxNet(save(tmp_path, content))
-    assert [r.op for r in trace(net, (2, 4))] == ["linear", "layer_norm", "linear"]
+    assert ("layer_norm" in [r.op for r in trace(net, (2, 4))]) is (opset < 17)
+    assert net.file_only
     with no_grad():
         np.testing.assert_allclose(
             net(x).data, ReferenceEvaluator(content).run(None, {"x": x})[0], rtol=1e-4, atol=1e-5

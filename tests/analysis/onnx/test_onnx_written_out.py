@@ -140,9 +140,78 @@ def test_one_operation_of_pytorch_in_several_steps_is_marked(name: str, tmp_path
     assert words in report.remark
 
 
+class Norm(tnn.Module):
+    """A layer norm of width 6, of the last dimension, as one step or as a network's own steps."""
+
+    def __init__(self, steps: bool) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, x: Any) -> Any:
+        if not self.steps:
+            return tnn.functional.layer_norm(x, (6,))
+        difference = x - x.mean(-1, keepdim=True)
+        return difference / torch.sqrt(difference.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+BY_HAND = {
+    "silu": (lambda x: x * torch.sigmoid(x), tnn.SiLU()),
+    "hardswish": (lambda x: x * tnn.functional.hardsigmoid(x), tnn.Hardswish()),
+    "hardswish of relu6": (lambda x: x * tnn.functional.relu6(x + 3) / 6, tnn.Hardswish()),
+    "mish": (lambda x: x * torch.tanh(tnn.functional.softplus(x)), tnn.Mish()),
+    "gelu": (lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)), tnn.GELU()),
+    "layer norm": (Norm(steps=True), Norm(steps=False)),
+    "relu": (lambda x: x.clamp(min=0), tnn.ReLU()),
+    "1 / root": (lambda x: 1 / torch.sqrt(x * x + 1), Of(lambda x: torch.rsqrt(x * x + 1))),
+}
+
+
+@pytest.mark.parametrize("opset", [13, 17, 20])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_steps_of_a_networks_own_are_exact_or_marked(name: str, opset: int, tmp_path: Path) -> None:
+    """One function of PyTorch, and the same written out: neither may be wrong by more than 1 % without a word."""
+    for form in BY_HAND[name]:
+        made, x = net(form if isinstance(form, tnn.Module) else Of(form)), torch.randn(2, 3, 8, 8)
+        report = report_of(made, tmp_path, opset_version=opset)
+        found = report.totals["bp"].activation_bytes["pytorch"]
+        assert report.file_only or found == pytest.approx(kept(trained_as_a_file_is(made), x), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["hardswish", "gelu", "layer norm", "relu"])
+def test_one_function_of_pytorch_is_no_file_only(name: str, tmp_path: Path) -> None:
+    """What the exporter writes as one operation stands there for what it is."""
+    assert not report_of(net(BY_HAND[name][1]), tmp_path, opset_version=20).file_only
+
+
 def test_a_gate_by_sigmoid_is_said_to_be_silu(tmp_path: Path) -> None:
-    """A file does not tell nn.SiLU from x·sigmoid(x), which keeps both factors."""
-    assert "SiLU: x·sigmoid(x) is taken" in report_of(net(tnn.SiLU()), tmp_path).remark
+    """A file does not tell nn.SiLU from x·sigmoid(x), which keeps both factors: it is counted as SiLU, and marked."""
+    report = report_of(net(tnn.SiLU()), tmp_path)
+    assert "x·sigmoid(x): taken for PyTorch's one operation" in report.remark
+    assert report.file_only
+
+
+class Statistics(tnn.Module):
+    """Few places to a channel, so that its mean and deviation count."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv, self.norm, self.out = tnn.Conv2d(3, channels, 3), tnn.BatchNorm2d(channels), tnn.Linear(channels, 5)
+
+    def forward(self, x: Any) -> Any:
+        return self.out(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("batch", "marked"), [(2, True), (64, False)])
+def test_statistics_of_the_batch_that_count_are_told(batch: int, marked: bool, tmp_path: Path) -> None:
+    """A file exported as it trains takes those of the batch, of which PyTorch keeps two numbers a channel."""
+    made, x = Statistics(16), torch.randn(batch, 3, 8, 8)
+    report = predict(exported(made, x, tmp_path / "net.onnx"), batch, tune="all").report
+    found = report.totals["bp"].activation_bytes["pytorch"]
+    made.train()
+    missing = kept(trained_as_a_file_is(made), x) - found
+    assert missing == 2 * 16 * 4
+    assert report.file_only is marked
+    assert ("128 bytes more" in report.remark) is marked
 
 
 def test_a_value_that_may_be_copied_is_marked(tmp_path: Path) -> None:

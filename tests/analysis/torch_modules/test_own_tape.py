@@ -59,13 +59,14 @@ def check_equal(module: Any, how: Run, numbers: bool = True) -> RealStep:
         ours = {path: n for path, n in step.bytes_by_path(tape=True).items() if n}
         assert ours == {path: n for path, n in lance_ref.tape(real.loss).by_layer().items() if n}
         if numbers:
-            np.testing.assert_allclose(real.loss.data, real.torch_loss.detach().numpy(), rtol=1e-9, atol=1e-12)
+            # PyTorch's hard sigmoid multiplies by a sixth in single precision
+            np.testing.assert_allclose(real.loss.data, real.torch_loss.detach().numpy(), rtol=1e-6, atol=1e-12)
             real.loss.backward()
             real.torch_loss.backward()
             for path, (mine, theirs) in real.parameters.items():
                 assert (mine.grad is None) == (theirs.grad is None), path
                 if mine.grad is not None:
-                    np.testing.assert_allclose(mine.grad, theirs.grad.numpy(), 1e-7, 1e-9, err_msg=path)
+                    np.testing.assert_allclose(mine.grad, theirs.grad.numpy(), 1e-6, 1e-7, err_msg=path)
     return real
 
 

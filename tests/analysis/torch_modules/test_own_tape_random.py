@@ -130,7 +130,7 @@ def nets(draw: st.DrawFn) -> tuple[Any, tuple[int, ...]]:
         way = draw(st.sampled_from(["plain", "plain", "sum", "in place", "halves"])) if same else "plain"
         layers.append(layer if way == "plain" else Residual(layer, way))
     if of_images:
-        net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *layers, nn.Conv2d(4, 3, 2))
+        net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *layers, nn.Conv2d(4, 3, 1))
     else:
         net = nn.Sequential(nn.Linear(5, 8), *layers, nn.Linear(8, 3))
     for parameter in net.parameters():

@@ -16,7 +16,6 @@ import numpy as np
 
 from lance_ref import functional as F
 from lance_ref.convert.layer_functions import LAYER_FUNCTIONS
-from lance_ref.convert.layers import silu
 from lance_ref.engine.tensor import Tensor, as_tensor
 
 
@@ -219,7 +218,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "floordiv": operator.floordiv, "mod": operator.mod, "getitem": _item, "getattr": getattr,
     "eq": operator.eq, "gt": operator.gt, "lt": operator.lt,
     **{name: without_inplace(getattr(F, name)) for name in ("relu", "relu6", "hardswish", "hardsigmoid")},
-    "silu": without_inplace(silu), "sigmoid": F.sigmoid, "tanh": F.tanh, "gelu": _gelu, "erf": F.erf,
+    "silu": without_inplace(F.silu), "sigmoid": F.sigmoid, "tanh": F.tanh, "gelu": _gelu, "erf": F.erf,
     "softmax": lambda x, dim=-1, **_: F.softmax(x, dim), "log_softmax": lambda x, dim=-1, **_: F.log_softmax(x, dim),
     "dropout": _dropout, "linear": _linear,
     "conv2d": lambda x, weight, bias=None, *rest, **options: F.conv2d(x, weight, bias, *rest, **options),

@@ -34,11 +34,6 @@ class Applied(Module):
         return getattr(self.function, "__name__", "")
 
 
-def silu(x: Any) -> Tensor:
-    """x / (1 + e^−x)"""
-    return F.mul(x, F.sigmoid(x))
-
-
 def array_of(tensor: Any) -> np.ndarray:
     """A copy of a tensor's numbers.
 
@@ -166,7 +161,7 @@ LAYERS: dict[str, Callable[[Any], Module]] = {
     "Hardsigmoid": lambda m: nn.Hardsigmoid(),
     "Sigmoid": lambda m: nn.Sigmoid(),
     "Tanh": lambda m: nn.Tanh(),
-    "SiLU": lambda m: Applied(silu),
+    "SiLU": lambda m: nn.SiLU(),
     "GELU": _gelu,
     "Softmax": _softmax,
     "StochasticDepth": _dropped_paths,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -296,7 +297,7 @@ class Translation:
         if (tensor.is_floating_point() and name not in ("float32", "float64")) or tensor.is_complex():
             raise TranslationError(f"a tensor has dtype {name}, expected float32 or float64")
         if self.real:
-            return Tensor(np.array(tensor.detach().cpu().numpy()))
+            return Tensor(np.array(tensor.detach().cpu().numpy(), order="C"))  # packed, as on shapes alone
         return Tensor.meta(tuple(tensor.shape), name)
 
     def _parameter(self, tensor: Any) -> Parameter:
@@ -319,11 +320,17 @@ class Translation:
 def name_of(func: Any) -> str:
     """What a function, method, operator or attribute of a tensor is called, without what says how it is written.
 
+    Operators of other packages, and functions that are not PyTorch's, have the name of their package before them.
+
     >>> import operator
-    >>> name_of(operator.__getitem__), name_of(len)
-    ('getitem', 'len')
+    >>> name_of(operator.__getitem__), name_of(len), name_of(name_of)
+    ('getitem', 'len', 'analysis.torch_modules.translate.name_of')
     """
     name = str(getattr(func, "__name__", func))
+    if isinstance(func, FunctionType) and func.__module__.partition(".")[0] != "torch":
+        return f"{func.__module__}.{name}"
+    if type(func).__module__ == "torch._ops":
+        return str(func)
     if name in ("__get__", "__set__"):  # of an attribute, whose descriptor knows what it is called
         name = str(getattr(func.__self__, "__name__", name))
     if name.startswith("__") and name.endswith("__"):

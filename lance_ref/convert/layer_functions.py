@@ -110,6 +110,8 @@ def repeat_interleave(x: Any, repeats: int, dim: int | None = None) -> Tensor:
 
 def _recurrent(make: Callable[..., nn.LSTM | nn.GRU], x: Any, states: Any, weights: Sequence[Any], options: Any) -> Any:
     """The layer of this library with these weights: linear layers that stand step by step on the tape."""
+    if len(options) != 6 or not isinstance(weights, (tuple, list)):
+        raise ValueError("its sequences are packed, expected padded ones")
     has_biases, num_layers, dropout, training, bidirectional, batch_first = options
     each = 4 if has_biases else 2
     directions = 2 if bidirectional else 1
@@ -130,19 +132,12 @@ def _recurrent(make: Callable[..., nn.LSTM | nn.GRU], x: Any, states: Any, weigh
 
 def lstm(x: Any, states: Any, weights: Any, *options: Any) -> Any:
     """Output, last h and last c."""
-    _check_padded(weights)
     return _recurrent(nn.LSTM, x, tuple(states), weights, options)
 
 
 def gru(x: Any, states: Any, weights: Any, *options: Any) -> Any:
     """Output and last h."""
-    _check_padded(weights)
     return _recurrent(nn.GRU, x, states, weights, options)
-
-
-def _check_padded(weights: Any) -> None:
-    if not isinstance(weights, (tuple, list)):
-        raise ValueError("its sequences are packed, expected padded ones")
 
 
 # ---- norms -----------------------------------------------------------------------------------
@@ -282,6 +277,7 @@ def cross_entropy(
 
 
 def mse_loss(a: Any, b: Any, size_average: Any = None, reduce: Any = None, reduction: str = "mean") -> Tensor:
+    only(size_average=(size_average, None), reduce=(reduce, None))
     return F.mse_loss(a, b, reduction)
 
 

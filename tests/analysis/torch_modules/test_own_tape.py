@@ -130,6 +130,14 @@ def test_inputs_may_need_a_gradient(needed: bool) -> None:
     assert predicted(net, how).bytes_by_path(tape=True) == {first: 8 * 2 * 4}
 
 
+def test_an_example_lies_as_it_likes() -> None:
+    """An input whose axes lie in another order is packed before it is used."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 30, 3)).double()
+    x = torch.rand(2, 5, 6, 3, dtype=torch.float64).permute(0, 3, 1, 2)
+    check_equal(net, Run(Asked.of(None, (), x, 2), squared))
+    check_equal(Applied(lambda y: y * x.mean(1)[:, 0]).double(), how_for((6,), loss=squared))
+
+
 def test_tied_weights_are_parameters_once() -> None:
     """The table is no activation of the last layer."""
     step = predicted(Tied(), how_for("7:int64", loss=summed))
@@ -180,6 +188,15 @@ def replaced(x: Any) -> Any:
     return x * y
 
 
+@torch.library.custom_op("own_tape::linear", mutates_args=())
+def linear_of_a_user(x: torch.Tensor) -> torch.Tensor:
+    return 3 * x
+
+
+linear_of_a_user.register_fake(torch.empty_like)
+linear_of_a_user.register_autograd(lambda ctx, grad: 3 * grad)
+
+
 def half_of_it(x: Any) -> Any:
     return x.bfloat16().float()
 
@@ -202,6 +219,7 @@ def half_of_it(x: Any) -> Any:
         (lambda: Applied(by_index), {}, "setitem has no counterpart"),
         (lambda: Applied(replaced), {}, ".data of a tensor is set"),
         (lambda: Applied(lambda x: x.detach() * x), {}, "a constant looks at memory"),
+        (lambda: Applied(torch.ops.own_tape.linear), {}, "own_tape.linear has no counterpart"),
         (lambda: Applied(half_of_it), {}, "bfloat16 has no counterpart"),
         (lambda: Applied(lambda x: x * x.detach().double().sum()), {}, "mul: mul: inputs have"),
         (lambda: nn.Linear(6, 6).bfloat16(), {}, "dtype bfloat16, expected float32 or float64"),
@@ -247,10 +265,16 @@ def test_a_constant_that_is_written_into_is_another_one() -> None:
 # ---- methods ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["groups", "on maps", "attention", "tokens"])
+@pytest.mark.parametrize("name", ["groups", "on maps", "attention", "tokens", "twice"])
 def test_methods_keep_what_is_predicted(name: str) -> None:
     """Cores, codes and sums in the place of the inputs of convolutions, linear layers, and those on maps."""
-    nets = {**NETS, "tokens": (lambda: nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4)), TOKENS)}
+    layer = nn.Linear(16, 16)
+    twice = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(16, 4))
+    nets = {
+        **NETS,
+        "twice": (lambda: twice, TOKENS),
+        "tokens": (lambda: nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4)), TOKENS),
+    }
     make, spec = nets[name]
     methods = [method for method in METHODS if method not in INSTEAD]
     prediction = predict_torch(make(), name, 4, input_shape=spec, methods=methods, ranks="0.5", loss=summed)

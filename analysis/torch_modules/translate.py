@@ -36,12 +36,12 @@ class TranslationError(ValueError):
 
 
 def _same(x: Any, *_: Any, **__: Any) -> Any:
-    """What changes no number; a change of the dtype is found by comparison with PyTorch's result."""
+    """What changes no number; another dtype, or a gradient cut off, is found by comparison with PyTorch's result."""
     return x
 
 
 METHODS: Mapping[str, Callable[..., Any]] = {
-    **dict.fromkeys(("to", "float", "double", "type_as", "clone", "requires_grad"), _same),
+    **dict.fromkeys(("to", "float", "double", "type_as", "clone", "detach", "data", "requires_grad"), _same),
     "T": lambda x: F.permute(x, range(x.ndim)[::-1]), "mT": lambda x: F.transpose(x, -2, -1),
     "rsub": lambda x, other: other - x, "reciprocal": lambda x: 1 / x,
     **dict.fromkeys(("rdiv", "rtruediv"), lambda x, other: other / x),

@@ -218,6 +218,7 @@ def half_of_it(x: Any) -> Any:
         (lambda: Applied(through_a_view), {}, "written into through another one"),
         (lambda: Applied(by_index), {}, "setitem has no counterpart"),
         (lambda: Applied(replaced), {}, ".data of a tensor is set"),
+        (lambda: Applied(lambda x: x.double()), {}, "double gives (2, 6) float64 with a gradient, and its counterpart"),
         (lambda: Applied(lambda x: x.detach() * x), {}, "a constant looks at memory"),
         (lambda: Applied(torch.ops.own_tape.linear), {}, "own_tape.linear has no counterpart"),
         (lambda: Applied(half_of_it), {}, "bfloat16 has no counterpart"),

@@ -344,7 +344,7 @@ def _mark_settings(axes: Axes, found: Frontier, unit: float) -> None:
 class Panel:
     """One panel: how it is drawn, whether it takes the whole width, and its height in inches."""
 
-    draw: Callable[[Axes, Prediction, str], None]
+    draw: Callable[[Axes, Any, str], None]  #: From a prediction of a net; those of OF_REPORTS from any prediction.
     wide: bool
     height: Callable[[Report, str], float]
 

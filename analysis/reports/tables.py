@@ -44,7 +44,9 @@ def drawn(
 
     shown = [name for name in accountings if name in report.accountings]
     if not shown:
-        raise ValueError(f"accountings are {', '.join(accountings)}, expected some of {', '.join(report.accountings)}")
+        why = f"; no tape: {report.no_tape}" if report.no_tape else ""
+        expected = ", ".join(report.accountings)
+        raise ValueError(f"accountings are {', '.join(accountings)}, expected some of {expected}{why}")
 
     def draw(on: Console) -> None:
         meaning, *details = explain(report)

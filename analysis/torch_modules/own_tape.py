@@ -18,7 +18,7 @@ from analysis.rules.op_cost import MissingRuleError, cost_of
 from analysis.steps.nets import CannotRunError
 from analysis.torch_modules.run import Run, copied, forward_and_loss, prepared, quiet, random_numbers_kept
 from analysis.torch_modules.step import Storage, TorchStep
-from analysis.torch_modules.translate import LISTED, Translation, TranslationError
+from analysis.torch_modules.translate import Translation, TranslationError
 from lance_ref.engine.recording import OpRecord, Value
 
 if TYPE_CHECKING:
@@ -68,10 +68,8 @@ def _translated(
             translation = Translation(own, leaves((inputs.args, inputs.kwargs)), watch, real, stores)
             with watch.forward(), translation.listening():
                 loss = forward_and_loss(own, name, how, inputs, watch).value
-    missing = list(translation.missing)
-    if missing:
-        more = f"; and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
-        raise TranslationError("; ".join(missing[:LISTED]) + more)
+    if translation.missing:
+        raise TranslationError(translation.why_not())
     return translation, own, loss
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,12 +36,12 @@ class TranslationError(ValueError):
 
 
 def _same(x: Any, *_: Any, **__: Any) -> Any:
-    """What changes no number; a change of the dtype is found by comparison with PyTorch's result."""
+    """What changes no number; another dtype, or a gradient cut off, is found by comparison with PyTorch's result."""
     return x
 
 
 METHODS: Mapping[str, Callable[..., Any]] = {
-    **dict.fromkeys(("to", "float", "double", "type_as", "clone", "requires_grad"), _same),
+    **dict.fromkeys(("to", "float", "double", "type_as", "clone", "detach", "data", "requires_grad"), _same),
     "T": lambda x: F.permute(x, range(x.ndim)[::-1]), "mT": lambda x: F.transpose(x, -2, -1),
     "rsub": lambda x, other: other - x, "reciprocal": lambda x: 1 / x,
     **dict.fromkeys(("rdiv", "rtruediv"), lambda x, other: other / x),
@@ -79,15 +80,15 @@ class Translation:
     ----------
     records : list of OpRecord
         What ran.
-    missing : dict of str
-        Why there is no translation, each reason once; empty where there is one.
+    missing : dict of str to list of str
+        Why there is no translation, each reason with the places in which it was found; empty where there is one.
     """
 
     def __init__(
         self, module: Any, inputs: Sequence[Any], watch: Watch, real: bool, stores: Stores | None = None
     ) -> None:
         self.watch, self.real, self.stores = watch, real, stores or {}
-        self.missing: dict[str, None] = {}
+        self.missing: defaultdict[str, list[str]] = defaultdict(list)
         self._recorder = Recorder({})
         self.records: list[OpRecord] = self._recorder.records
         # by identity of a tensor: itself, ours, and how often it had been written into then
@@ -103,7 +104,7 @@ class Translation:
                 if tensor.requires_grad:
                     self._enter(tensor, self._constant(tensor).requires_grad_())
         except TranslationError as error:
-            self._note(str(error))
+            self.missing.setdefault(str(error), [])
 
     # ---- listening -----------------------------------------------------------------------------
 
@@ -144,7 +145,7 @@ class Translation:
             if any(tensor.requires_grad for tensor in (*results, *written) if id(tensor) not in self._own):
                 self._differentiable(name, function, given, result, written)
             elif getattr(func, "__name__", "") == "__set__":
-                raise TranslationError(f"{self.watch.place or 'the module itself'} sets .{name} of a tensor")
+                raise TranslationError(f".{name} of a tensor is set")
             else:
                 for tensor in written:
                     self._forget(tensor)
@@ -152,18 +153,17 @@ class Translation:
                 if results and floating and function is not None and isinstance(given, tuple):
                     self._constants(function, given, result)
         except TranslationError as error:
-            self._note(str(error))
+            self.missing[str(error)].append(self.watch.place or "the module itself")
         return result
 
     def _differentiable(self, name: str, function: Any, given: Any, result: Any, written: Sequence[Any]) -> None:
         """A function whose result has a gradient: its counterpart runs, and must give the same shapes."""
-        where = f"{name} in {self.watch.place or 'the module itself'}"
         if function is None:
-            raise TranslationError(f"{where} has no counterpart among this library's operations")
+            raise TranslationError(f"{name} has no counterpart among this library's operations")
         if self.missing:
             return
         if isinstance(given, TranslationError):
-            raise TranslationError(f"{where}: {given}")
+            raise TranslationError(f"{name}: {given}")
         self._check_hooks()
         args, kwargs = given
         integers = [t.dtype for t in _ours_in(given) if t.dtype.kind != "f"]
@@ -171,21 +171,21 @@ class Translation:
             dtype = next(t.dtype for t in _ours_in(given) if t.dtype.kind == "f")
             args, kwargs = (_floating(each, dtype) for each in given)
         elif integers and name not in WITH_INTEGERS:
-            raise TranslationError(f"{where} takes a tensor of {integers[0]}, expected floating numbers")
+            raise TranslationError(f"{name} takes a tensor of {integers[0]}, expected floating numbers")
         other = [t for t in written if t is not result and id(t) not in self._own]
         if other:
-            raise TranslationError(f"{where} writes into a tensor that is not its result")
+            raise TranslationError(f"{name} writes into a tensor that is not its result")
         try:
             made = self._compressed(name, function, args, kwargs)
         except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise TranslationError(f"{where}: {' '.join(str(error).split())}") from None
-        self._pair(made, result, where)
+            raise TranslationError(f"{name}: {' '.join(str(error).split())}") from None
+        self._pair(made, result, name)
 
     def _constants(self, function: Any, given: Any, result: Any) -> None:
         """The same for what needs no gradient; where there is no counterpart, the result is a constant later on."""
         count = len(self.records)
         try:
-            self._pair(self._run(function, *given), result, "")
+            self._pair(self._run(function, *given), result, "it")
         except Exception:  # arguments that our function does not take: then it is none of ours
             del self.records[count:]
 
@@ -212,9 +212,7 @@ class Translation:
 
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if hooks is not None and hooks[0] != self.watch.keep:
-            raise TranslationError(
-                f"{self.watch.place or 'the module itself'} changes what autograd keeps, as torch.utils.checkpoint does"
-            )
+            raise TranslationError("it runs under hooks on what autograd keeps, as torch.utils.checkpoint sets them")
 
     # ---- tensors -------------------------------------------------------------------------------
 
@@ -262,7 +260,7 @@ class Translation:
             return {name: self._ours(each) for name, each in value.items()}
         return value
 
-    def _pair(self, made: Any, result: Any, where: str) -> None:
+    def _pair(self, made: Any, result: Any, name: str) -> None:
         """Our results stand in the places of PyTorch's from here on; one that is None has no counterpart."""
         import torch
 
@@ -273,13 +271,13 @@ class Translation:
             theirs = tuple(result.shape), str(result.dtype).removeprefix("torch."), result.requires_grad
             if ours != theirs:
                 kinds = [f"{shape} {dtype}{' with a gradient' * needed}" for shape, dtype, needed in (theirs, ours)]
-                raise TranslationError(f"{where} gives {kinds[0]}, and its counterpart {kinds[1]}")
+                raise TranslationError(f"{name} gives {kinds[0]}, and its counterpart {kinds[1]}")
             self._enter(result, made)
         elif isinstance(result, (tuple, list)) and isinstance(made, (tuple, list)) and len(made) == len(result):
             for ours, theirs in zip(made, result, strict=True):
-                self._pair(ours, theirs, where)
+                self._pair(ours, theirs, name)
         elif made is not None and result is not None:
-            raise TranslationError(f"{where} gives other results than its counterpart")
+            raise TranslationError(f"{name} gives other results than its counterpart")
 
     def _enter(self, tensor: Any, ours: Tensor) -> None:
         self._known[id(tensor)] = tensor, ours, tensor._version
@@ -299,7 +297,7 @@ class Translation:
         if (tensor.is_floating_point() and name not in ("float32", "float64")) or tensor.is_complex():
             raise TranslationError(f"a tensor has dtype {name}, expected float32 or float64")
         if self.real:
-            return Tensor(np.array(tensor.detach().cpu().numpy()))
+            return Tensor(np.array(tensor.detach().cpu().numpy(), order="C"))  # packed, as on shapes alone
         return Tensor.meta(tuple(tensor.shape), name)
 
     def _parameter(self, tensor: Any) -> Parameter:
@@ -308,18 +306,31 @@ class Translation:
         made.requires_grad_(bool(tensor.requires_grad))
         return made
 
-    def _note(self, reason: str) -> None:
-        self.missing.setdefault(reason)
+    def why_not(self) -> str:
+        """The reasons in one clause each, with the first place of each; empty where there is a translation."""
+        told = []
+        for reason, places in list(self.missing.items())[:LISTED]:
+            several = dict.fromkeys(places)
+            more = f" and {len(several) - 1} more" if len(several) > 1 else ""
+            told.append(f"{reason} (in {next(iter(several))}{more})" if several else reason)
+        more = f"; and {len(self.missing) - LISTED} more" if len(self.missing) > LISTED else ""
+        return "; ".join(told) + more
 
 
 def name_of(func: Any) -> str:
     """What a function, method, operator or attribute of a tensor is called, without what says how it is written.
 
+    Operators of other packages, and functions that are not PyTorch's, have the name of their package before them.
+
     >>> import operator
-    >>> name_of(operator.__getitem__), name_of(len)
-    ('getitem', 'len')
+    >>> name_of(operator.__getitem__), name_of(len), name_of(name_of)
+    ('getitem', 'len', 'analysis.torch_modules.translate.name_of')
     """
     name = str(getattr(func, "__name__", func))
+    if isinstance(func, FunctionType) and func.__module__.partition(".")[0] != "torch":
+        return f"{func.__module__}.{name}"
+    if type(func).__module__ == "torch._ops":
+        return str(func)
     if name in ("__get__", "__set__"):  # of an attribute, whose descriptor knows what it is called
         name = str(getattr(func.__self__, "__name__", name))
     if name.startswith("__") and name.endswith("__"):

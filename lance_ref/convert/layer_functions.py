@@ -39,7 +39,7 @@ def attention(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scores = F.matmul(query, F.transpose(key, -2, -1)) * factor
     if is_causal:
-        attn_mask = np.tri(*scores.shape[-2:]) > 0
+        attn_mask = np.tri(scores.shape[-2], scores.shape[-1]) > 0
     if attn_mask is not None and attn_mask.dtype.kind == "b":
         scores = F.where(attn_mask, scores, -math.inf)
     elif attn_mask is not None:
@@ -110,6 +110,8 @@ def repeat_interleave(x: Any, repeats: int, dim: int | None = None) -> Tensor:
 
 def _recurrent(make: Callable[..., nn.LSTM | nn.GRU], x: Any, states: Any, weights: Sequence[Any], options: Any) -> Any:
     """The layer of this library with these weights: linear layers that stand step by step on the tape."""
+    if len(options) != 6 or not isinstance(weights, (tuple, list)):
+        raise ValueError("its sequences are packed, expected padded ones")
     has_biases, num_layers, dropout, training, bidirectional, batch_first = options
     each = 4 if has_biases else 2
     directions = 2 if bidirectional else 1
@@ -123,25 +125,19 @@ def _recurrent(make: Callable[..., nn.LSTM | nn.GRU], x: Any, states: Any, weigh
         own = weights[number * each : (number + 1) * each]
         for part, weight, bias in ((direction.ih, own[0], own[2:3]), (direction.hh, own[1], own[3:4])):
             part.__dict__.update(weight=weight, bias=bias[0] if bias else None)
-    output, ends = layer(x, states)
+    found: Any = layer(x, states)
+    output, ends = found
     return (output, *(ends if isinstance(ends, tuple) else (ends,)))
 
 
-def lstm(x: Any, states: Any, weights: Any, *options: Any) -> tuple[Tensor, ...]:
+def lstm(x: Any, states: Any, weights: Any, *options: Any) -> Any:
     """Output, last h and last c."""
-    _check_padded(weights)
-    return _recurrent(nn.LSTM, x, tuple(states), weights, options)  # type: ignore[no-any-return]
+    return _recurrent(nn.LSTM, x, tuple(states), weights, options)
 
 
-def gru(x: Any, states: Any, weights: Any, *options: Any) -> tuple[Tensor, ...]:
+def gru(x: Any, states: Any, weights: Any, *options: Any) -> Any:
     """Output and last h."""
-    _check_padded(weights)
-    return _recurrent(nn.GRU, x, states, weights, options)  # type: ignore[no-any-return]
-
-
-def _check_padded(weights: Any) -> None:
-    if not isinstance(weights, (tuple, list)):
-        raise ValueError("its sequences are packed, expected padded ones")
+    return _recurrent(nn.GRU, x, states, weights, options)
 
 
 # ---- norms -----------------------------------------------------------------------------------
@@ -175,8 +171,9 @@ def batch_norm(
     momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
     """Statistics are parameters that do not train; their arrays are moved on where the batch's own are used."""
-    statistics = [each if each is None or each.is_meta else each.data for each in (mean, variance)]
-    return F.batch_norm(x, *statistics, *_affine(weight, bias), training=training, momentum=momentum, eps=eps)
+    means, variances = (each if each is None or each.is_meta else each.data for each in (mean, variance))
+    weight, bias = _affine(weight, bias)
+    return F.batch_norm(x, means, variances, weight, bias, training=training, momentum=momentum, eps=eps)
 
 
 def normalize(x: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Tensor:
@@ -280,6 +277,7 @@ def cross_entropy(
 
 
 def mse_loss(a: Any, b: Any, size_average: Any = None, reduce: Any = None, reduction: str = "mean") -> Tensor:
+    only(size_average=(size_average, None), reduce=(reduce, None))
     return F.mse_loss(a, b, reduction)
 
 

@@ -14,6 +14,7 @@ from experiments.corpus.networks import Network, define_operations_without_kerne
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "torch_networks.json"
+TAPES = RESULTS.with_name("torch_tapes.json")
 QUICK = [network for network in networks() if network.quick]
 MIB = 2**20
 
@@ -34,13 +35,15 @@ def test_the_list_has_enough_of_each() -> None:
 
 @pytest.mark.parametrize("network", QUICK, ids=lambda network: f"{network.package}-{network.name}")
 def test_quick_networks_are_exact(network: Network) -> None:
-    """Kept bytes, forward and backward FLOPs of a real step equal the prediction."""
+    """Kept bytes, forward and backward FLOPs of a real step equal the prediction, and so does our tape."""
     installed(network.package)
     from experiments.corpus.compare import compare
 
-    outcome = compare(network)
+    outcome = compare(network, tape=True)
     assert outcome.failed == ""
-    assert outcome.is_exact, (outcome.predicted, outcome.real)
+    assert outcome.is_exact, (outcome.predicted, outcome.real, outcome.tape)
+    assert outcome.tape is not None
+    assert outcome.tape.none == ""
     assert outcome.uncounted == ()
 
 
@@ -81,6 +84,19 @@ def test_committed_results_are_all_exact() -> None:
     assert set(document["packages"]) == {"torch", "torchvision", "timm", "transformers", "peft"}
 
 
+def test_committed_tapes_are_the_measured_ones() -> None:
+    """Nine of ten networks have a tape, each of them the one of a real step; the page says how many."""
+    document = json.loads(TAPES.read_text(encoding="utf-8"))
+    rows = document["rows"]
+    assert {(row["package"], row["name"]) for row in rows} == {(each.package, each.name) for each in networks()}
+    assert all(row["tape"]["predicted"] == row["tape"]["measured"] for row in rows)
+    with_tape = [row for row in rows if row["tape"]["predicted"] is not None]
+    assert all(row["tape"]["none"] for row in rows if row not in with_tape)
+    assert len(with_tape) >= 0.9 * len(rows)
+    page = (ROOT / "docs" / "torch_networks.md").read_text(encoding="utf-8")
+    assert f"{len(with_tape)} of the {len(rows)} networks have such a tape" in " ".join(page.split())
+
+
 def test_the_command_refuses_what_names_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """One line and exit code 2."""
     with pytest.raises(SystemExit) as stopped:
@@ -104,3 +120,23 @@ def test_a_difference_stands_in_the_table() -> None:
     assert str(Export("", right, wrong)) == "backward -3.23 %"
     assert str(Export("", right, right)) == "exact"
     assert str(Export("no rule")) == "no: no rule"
+    assert "export" not in text
+    assert "tape" not in text
+
+
+def test_a_tape_that_is_not_the_measured_one_stands_in_the_table() -> None:
+    """Then the network is not exact; one without a tape is."""
+    installed("torchvision")
+    from analysis.check.torch_measure import Totals
+    from experiments.corpus.compare import Outcome, Tape
+
+    totals = Totals(10, 20, 30)
+    tapes = [Tape(1234, 1234), Tape(1234, 1235), Tape(none="cumsum has no counterpart"), None]
+    rows = [Outcome("torchvision", "a", 2, (), 5, totals, totals, tape=tape) for tape in tapes]
+    assert [row.is_exact for row in rows] == [True, False, True, True]
+    text = table(rows)
+    assert text.splitlines()[2].endswith("| tape of this library |")
+    cells = [line.split(" | ")[-1].removesuffix(" |") for line in text.splitlines()[4:8]]
+    assert cells == [
+        "1,234, measured equal", "1,234, measured 1,235", "none: cumsum has no counterpart", "not tried",
+    ]  # fmt: skip

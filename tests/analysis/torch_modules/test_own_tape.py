@@ -59,13 +59,14 @@ def check_equal(module: Any, how: Run, numbers: bool = True) -> RealStep:
         ours = {path: n for path, n in step.bytes_by_path(tape=True).items() if n}
         assert ours == {path: n for path, n in lance_ref.tape(real.loss).by_layer().items() if n}
         if numbers:
-            np.testing.assert_allclose(real.loss.data, real.torch_loss.detach().numpy(), rtol=1e-9, atol=1e-12)
+            # PyTorch's hard sigmoid multiplies by a sixth in single precision
+            np.testing.assert_allclose(real.loss.data, real.torch_loss.detach().numpy(), rtol=1e-6, atol=1e-12)
             real.loss.backward()
             real.torch_loss.backward()
             for path, (mine, theirs) in real.parameters.items():
                 assert (mine.grad is None) == (theirs.grad is None), path
                 if mine.grad is not None:
-                    np.testing.assert_allclose(mine.grad, theirs.grad.numpy(), 1e-7, 1e-9, err_msg=path)
+                    np.testing.assert_allclose(mine.grad, theirs.grad.numpy(), 1e-6, 1e-7, err_msg=path)
     return real
 
 
@@ -129,6 +130,14 @@ def test_inputs_may_need_a_gradient(needed: bool) -> None:
     assert predicted(net, how).bytes_by_path(tape=True) == {first: 8 * 2 * 4}
 
 
+def test_an_example_lies_as_it_likes() -> None:
+    """An input whose axes lie in another order is packed before it is used."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 30, 3)).double()
+    x = torch.rand(2, 5, 6, 3, dtype=torch.float64).permute(0, 3, 1, 2)
+    check_equal(net, Run(Asked.of(None, (), x, 2), squared))
+    check_equal(Applied(lambda y: y * x.mean(1)[:, 0]).double(), how_for((6,), loss=squared))
+
+
 def test_tied_weights_are_parameters_once() -> None:
     """The table is no activation of the last layer."""
     step = predicted(Tied(), how_for("7:int64", loss=summed))
@@ -179,6 +188,15 @@ def replaced(x: Any) -> Any:
     return x * y
 
 
+@torch.library.custom_op("own_tape::linear", mutates_args=())
+def linear_of_a_user(x: torch.Tensor) -> torch.Tensor:
+    return 3 * x
+
+
+linear_of_a_user.register_fake(torch.empty_like)
+linear_of_a_user.register_autograd(lambda ctx, grad: 3 * grad)
+
+
 def half_of_it(x: Any) -> Any:
     return x.bfloat16().float()
 
@@ -186,19 +204,33 @@ def half_of_it(x: Any) -> Any:
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
-        (lambda: Applied(lambda x: x.cumsum(1)), {}, "cumsum in the module itself has no counterpart"),
-        (lambda: nn.Sequential(nn.Linear(6, 6), nn.LogSigmoid()), {}, "log_sigmoid in 1 has no counterpart"),
+        (
+            lambda: Applied(lambda x: x.cumsum(1)),
+            {},
+            "cumsum has no counterpart among this library's operations (in the module itself)",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(6, 6), nn.LogSigmoid()),
+            {},
+            "log_sigmoid has no counterpart among this library's operations (in 1)",
+        ),
         (lambda: Applied(Twice.apply), {}, "comes from no function of PyTorch"),
         (lambda: Applied(through_a_view), {}, "written into through another one"),
-        (lambda: Applied(by_index), {}, "setitem in the module itself has no counterpart"),
-        (lambda: Applied(replaced), {}, "sets .data of a tensor"),
+        (lambda: Applied(by_index), {}, "setitem has no counterpart"),
+        (lambda: Applied(replaced), {}, ".data of a tensor is set"),
+        (lambda: Applied(lambda x: x.double()), {}, "double gives (2, 6) float64 with a gradient, and its counterpart"),
         (lambda: Applied(lambda x: x.detach() * x), {}, "a constant looks at memory"),
-        (lambda: Applied(half_of_it), {}, "bfloat16 in the module itself has no counterpart"),
-        (lambda: Applied(lambda x: x * x.detach().double().sum()), {}, "mul in the module itself: mul: inputs have"),
+        (lambda: Applied(torch.ops.own_tape.linear), {}, "own_tape.linear has no counterpart"),
+        (lambda: Applied(half_of_it), {}, "bfloat16 has no counterpart"),
+        (lambda: Applied(lambda x: x * x.detach().double().sum()), {}, "mul: mul: inputs have"),
         (lambda: nn.Linear(6, 6).bfloat16(), {}, "dtype bfloat16, expected float32 or float64"),
         (lambda: nn.Linear(6, 6), {"autocast": "bfloat16"}, "torch.autocast computes in bfloat16"),
         (lambda: Applied(lambda x: TF.interpolate(x[None], 4, mode="area")), {}, "mode is 'area'"),
-        (lambda: nn.Sequential(nn.Linear(6, 8), Checkpointed(False)), {}, "as torch.utils.checkpoint does"),
+        (
+            lambda: nn.Sequential(nn.Linear(6, 8), Checkpointed(False)),
+            {},
+            "as torch.utils.checkpoint sets them (in 1.body.0)",
+        ),
     ],
 )
 def test_a_wrong_number_is_never_printed(make: Any, options: dict[str, Any], words: str) -> None:
@@ -210,11 +242,14 @@ def test_a_wrong_number_is_never_printed(make: Any, options: dict[str, Any], wor
 
 
 def test_every_operation_that_is_missing_is_named() -> None:
-    """Four of them; what stands behind the first is looked at too."""
+    """What stands behind the first is looked at too, and one operation is told once."""
+    none = "has no counterpart among this library's operations"
     layers = [nn.Linear(6, 6), *(nn.LogSigmoid() for _ in range(5)), nn.Hardshrink()]
     step = predicted(nn.Sequential(*layers), how_for((6,), loss=summed))
-    assert step.no_tape.startswith("log_sigmoid in 1 has no counterpart")
-    assert step.no_tape.endswith("; and 2 more")
+    assert step.no_tape == f"log_sigmoid {none} (in 1 and 4 more); hardshrink {none} (in 6)"
+    others = [nn.Softsign(), nn.SELU(), nn.CELU()]
+    step = predicted(nn.Sequential(*layers, *others), how_for((6,), loss=summed))
+    assert step.no_tape.endswith("; and 1 more")
 
 
 def test_a_constant_that_is_written_into_is_another_one() -> None:
@@ -231,10 +266,16 @@ def test_a_constant_that_is_written_into_is_another_one() -> None:
 # ---- methods ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["groups", "on maps", "attention", "tokens"])
+@pytest.mark.parametrize("name", ["groups", "on maps", "attention", "tokens", "twice"])
 def test_methods_keep_what_is_predicted(name: str) -> None:
     """Cores, codes and sums in the place of the inputs of convolutions, linear layers, and those on maps."""
-    nets = {**NETS, "tokens": (lambda: nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4)), TOKENS)}
+    layer = nn.Linear(16, 16)
+    twice = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(16, 4))
+    nets = {
+        **NETS,
+        "twice": (lambda: twice, TOKENS),
+        "tokens": (lambda: nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4)), TOKENS),
+    }
     make, spec = nets[name]
     methods = [method for method in METHODS if method not in INSTEAD]
     prediction = predict_torch(make(), name, 4, input_shape=spec, methods=methods, ranks="0.5", loss=summed)

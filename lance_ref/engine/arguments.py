@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lance_ref.engine.blocks import pieces
-from lance_ref.engine.tensor import FLOATS, Shape, Tensor, as_tensor
+from lance_ref.engine.tensor import Shape, Tensor, as_tensor
 
 Context = Any
 """A :class:`~lance_ref.engine.autograd.Node`, on which an operation also hangs the small Python values
@@ -89,7 +89,7 @@ def require_floating(op: str, **tensors: Tensor) -> None:
     alike, is checked wherever a Function is applied.
     """
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
+        if tensor._dtype.kind != "f":  # there are no floats but these two
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected float32 or float64")
 
 

@@ -223,7 +223,11 @@ class Node:
         While ``backward`` runs: whether nobody else can see the gradient that it was given.
     """
 
-    owns_gradient = False
+    # What operations add, a geometry for instance, goes to the dict, which the others do without.
+    __slots__ = (
+        *("__dict__", "__weakref__", "_inputs", "edges", "freed", "function", "input_shapes", "needs_input_grad"),
+        *("owns_gradient", "path", "saved", "sequence"),
+    )
     freed_because = (
         "the graph was already consumed by a backward(); pass retain_graph=True to the first one to run it twice"
     )
@@ -233,7 +237,7 @@ class Node:
         self.path = state.path
         self.sequence = next(_sequence)
         self.saved: dict[str, Saved] = {}
-        self.freed = False
+        self.freed = self.owns_gradient = False
         self.needs_input_grad: tuple[bool, ...]
         self.edges: tuple[Node | Tensor | None, ...]
         if requires_grad:
@@ -271,16 +275,8 @@ class Node:
 
     def release(self) -> None:
         """Give up the saved arrays and the links to earlier nodes."""
-        self.__dict__ = {
-            "function": self.function,
-            "path": self.path,
-            "sequence": self.sequence,
-            "needs_input_grad": self.needs_input_grad,
-            "saved": {},
-            "edges": (),
-            "freed": True,
-            "_inputs": None,
-        }
+        self.__dict__.clear()
+        self.saved, self.edges, self.freed = {}, (), True
 
     def run_backward(self, seed: np.ndarray, retain_graph: bool) -> None:
         """Carry ``seed``, the gradient of this node's result, back to every leaf."""

@@ -36,7 +36,7 @@ def clamp_and_pack(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarra
     source = np.ascontiguousarray(x).reshape(-1)
     out, largest = np.empty(x.shape, x.dtype), x.dtype.type(ceiling)
     if x.size <= PACKED_TOGETHER and ceiling == np.inf:  # in as few calls as there can be
-        source.clip(0, largest, out=out.reshape(-1))
+        np.maximum(0, source, out=out.reshape(-1))  # in this order −0.0 stays what it is, as clip leaves it
         return out, np.packbits(source > 0)
     flat, mask = out.reshape(-1), np.empty(-(-source.size // 8), np.uint8)
 

@@ -36,13 +36,13 @@ from analysis.reports.predict import (
     DEFAULT_EPSILON,
     DEFAULT_METHODS,
     DEFAULT_PROTECTED,
-    Prediction,
     cost,
     is_torch_module,
     made_by,
     predict,
     predict_torch,
 )
+from analysis.reports.prediction import Prediction
 from analysis.steps.methods import check_methods_heed, chosen_methods
 from analysis.steps.register import add_settings, listed
 from analysis.steps.settings import KNOWN, Settings

@@ -27,7 +27,7 @@ from analysis.commands.command_line import run_main
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, once, parser, peer, run, span, timed
 from lance_ref import Tensor, calibrate, models, no_grad, tune
 from lance_ref.algebra.grams import LayerGrams
-from lance_ref.algebra.tucker import unfold
+from lance_ref.algebra.modes import unfold
 from lance_ref.engine.tensor import Shape
 
 SHAPE, QUICK_SHAPE = (128, 960, 7, 7), (4, 12, 3, 3)

@@ -18,7 +18,7 @@ from analysis.steps.settings import NotApplicableError
 from lance_ref import models
 
 if TYPE_CHECKING:
-    from analysis.reports.predict import Prediction
+    from analysis.reports.prediction import Prediction
 
 CLASSES = 10
 SHOWN_DIFFERENCES = 10

@@ -34,7 +34,7 @@ from lance_ref.nn.module import Module
 from lance_ref.nn.tracing import record
 
 if TYPE_CHECKING:
-    from analysis.reports.predict import Prediction
+    from analysis.reports.prediction import Prediction
     from analysis.steps.nets import TracedStep
     from lance_ref.datasets import Dataset
 

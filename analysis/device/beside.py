@@ -10,7 +10,7 @@ from analysis.commands.console import DrawText, Sheet, say
 from analysis.device.programs import DEVICE_METHODS, why_not
 from analysis.device.subspaces import input_shapes, random_subspaces
 from analysis.ranks.choose import mean_free
-from analysis.reports.predict import Prediction
+from analysis.reports.prediction import Prediction
 from lance_ref import device
 
 if TYPE_CHECKING:

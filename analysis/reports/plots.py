@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from analysis.reports.figures import save_figure
 from analysis.reports.plot_data import Frontier, energy_frontier, reduction_by_batch
-from analysis.reports.predict import Prediction
+from analysis.reports.prediction import Prediction
 from analysis.reports.report import FLOP_KINDS, MethodCost, Report
 
 if TYPE_CHECKING:

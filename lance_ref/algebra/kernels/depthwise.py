@@ -18,7 +18,7 @@ import math
 import numpy as np
 
 from lance_ref.algebra.kernels.threads import Loops, Padding, Pair, numba_enabled
-from lance_ref.algebra.tucker import contraction_order
+from lance_ref.algebra.modes import contraction_order
 from lance_ref.engine import counting
 from lance_ref.engine.tensor import Shape
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean, variance
 
 NORMAL_95 = 1.96
-"""Of a normal distribution 95 % lie within so many standard deviations."""
+"""95 % of a normal distribution lie within this number of standard deviations."""
 SHORTEST_TIMED_STEP = 0.1
 """Seconds. The median of a few steps that are shorter changes from run to run by more than methods differ."""
 

@@ -36,7 +36,7 @@ from lance_ref.train.chunks import SIZES, mixing_operation, shared_draws
 
 Ranks = tuple[int | None, ...]
 Layers = int | tuple[str, ...]
-"""What trains besides the head: so many layers, from the last on, or the layers of these paths."""
+"""What trains besides the head: a number of layers, counted from the last, or the layers of these paths."""
 COUNTS = ("peak", "kept", "program")
 
 

@@ -32,7 +32,7 @@ SHOWN_DIGITS = 3
 
 @dataclass(frozen=True)
 class Candidate:
-    """One option with so many layers and such a batch, and what it takes."""
+    """One option with a number of layers and a batch, and the memory and multiply-adds that it takes."""
 
     option: Option
     layers: int
@@ -329,7 +329,7 @@ class Finder:
         )  # fmt: skip
 
     def evidence(self, option: Option, layers: Layers) -> Measured | None:
-        """What experiments say of the option with so many layers."""
+        """What the experiments say about the option with this number of layers."""
         return measured(self.costs.name, option, self.costs.depth(layers))
 
     def parts(self, option: Option, batches: Sequence[int]) -> list[int]:

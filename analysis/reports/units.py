@@ -1,4 +1,4 @@
-"""The unit in which a number is written: of three decimals a tenth of a unit still has three digits."""
+"""The unit in which a number is written: the larger one from a tenth of it on, which three decimals still show well."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def readable(n: int) -> str:
 
 
 def unit_of(n: int) -> str:
-    """The unit in which so many bytes are written."""
+    """The unit in which this number of bytes is written: MiB from a tenth of a MiB on, else KiB."""
     return "MiB" if 10 * n >= BYTES["MiB"] else "KiB"
 
 
@@ -25,5 +25,5 @@ def in_unit(n: int, unit: str) -> str:
 
 
 def scale_of(n: int) -> tuple[float, str]:
-    """What so many operations are counted in."""
+    """The scale on which this number of operations is written, and its name: billions, millions or thousands."""
     return next((scale for scale in SCALES if 10 * n >= scale[0]), SCALES[-1])

@@ -1,10 +1,11 @@
 """Learn one task after the other with every learner: ``python -m experiments.continual --quick``.
 
-For each learner: accuracy at the end, forgetting and transfer over seeds, RAM and flash bytes predicted and measured,
-multiply-adds of steps and between tasks. All learners start from the same weights and see the same batches.
+The table has a row for each learner: accuracy at the end, forgetting and transfer, over seeds; bytes in RAM and in
+flash, predicted and measured; multiply-adds of the steps and between tasks. All learners start from the same weights
+and see the same batches.
 
-A finished run of one learner and seed is kept in --folder and never run again; one that was stopped goes on where it
-was.
+A finished run of one learner and seed is kept in --folder and never runs again. A run that was stopped continues where
+it stopped.
 
     lance-ref continual --quick
     lance-ref continual --data pictures/ --net mynets:net --seeds 1
@@ -63,7 +64,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     OWN: {**IMAGES, "batch": 32, "basis_samples": 100, "threshold": [0.95], "threshold_step": 0.0},
 }  # fmt: skip
-"""By scenario, where an option is not given."""
+"""Values of the options that are not given, by scenario."""
 
 QUICK = {"seeds": 1, "train_images": 150, "test_images": 60, "epochs": 5}
 
@@ -98,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image-size", type=cli.pixels, help="with --data: height and width in pixels (as they are)")
     cli.add_pixels(p)
     p.add_argument("--seeds", type=cli.few, help="how often each learner runs, with other random numbers each time (5)")
-    p.add_argument("--tasks", type=cli.integer(2, 10_000), help="the first so many (all)")
+    p.add_argument("--tasks", type=cli.integer(2, 10_000), help="number of tasks to learn, from the first on (all)")
     p.add_argument("--epochs", type=cli.count, help="passes over the images of each task (the scenario's)")
     p.add_argument("--batch", type=cli.count, help="images of one training step (the scenario's)")
     p.add_argument("--lr", type=cli.positive, help="learning rate (the scenario's)")

@@ -111,7 +111,7 @@ class Setup:
     image_size : int or None
         None: the data set's own.
     train_images, test_images : int or None
-        At most so many, spread over the classes; None: all.
+        Largest number of images, spread over the classes; None means all.
     validation : bool
         Train on nine tenths of the training images and report the accuracy on the rest, not on the test set; 0 for
         a training that diverged.

@@ -95,7 +95,7 @@ def run(
         File to write after each task, and to go on from if it is there. A run that was stopped and one that was not
         end bit by bit alike.
     every_steps : int, optional
-        Write it also after so many steps of a task.
+        Number of steps of a task after which the checkpoint is written as well.
     settings : mapping, optional
         What else must be the same for a checkpoint to fit, beside learner, recipe, network and scenario.
     on_step : callable, optional

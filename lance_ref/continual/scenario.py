@@ -65,7 +65,7 @@ class Samples:
         return np.ascontiguousarray(images.reshape(len(images), -1)[:, self.permutation])  # (B, pixels)
 
     def limited(self, count: int | None) -> Samples:
-        """At most so many, spread over the classes."""
+        """The same samples, or ``count`` of them, spread over the classes; None means all."""
         if count is None or count >= len(self):
             return self
         chosen = spread(self.labels, count)
@@ -150,7 +150,7 @@ class Scenario:
         return tuple(self.convert(self.tasks[0].test.stored(slice(0, 1))).shape[1:])
 
     def limited(self, tasks: int | None = None, train: int | None = None, test: int | None = None) -> Scenario:
-        """The first few tasks, with at most so many images each, spread over the classes; None leaves all."""
+        """The first tasks, with a limited number of images each, spread over the classes; None means no limit."""
         if tasks is not None and not 1 <= tasks <= len(self):
             raise ValueError(f"tasks is {tasks}, but {self.name} has {len(self)}")
         chosen = self.tasks[:tasks]

@@ -395,7 +395,7 @@ class _Builder:
     def _overlap(self, image: Array, output: Array, rows: Sequence[Parts]) -> None:
         """The tiles' output is written over rows of the image that no later tile reads.
 
-        Both lie in memory row by row. The output begins so many bytes before the image that it never reaches a row
+        Both lie in memory row by row. The output begins far enough before the image that it never reaches a row
         which is still needed: after a row of tiles it ends at or before the first byte that the next row reads.
         """
         number = self.segments[self.choice.tiled - 1].output

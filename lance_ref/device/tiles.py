@@ -18,7 +18,7 @@ class NotTiledError(ValueError):
 
 
 def parts_along(graph: Graph, split: Sequence[Segment], tiled: int, axis: int, tile: int) -> list[Parts]:
-    """Along one axis, for each tile of so many places the part of every map that it needs, from the last output back.
+    """For each tile along one axis, the part of every map that it needs, from the last output back to the image.
 
     Raises
     ------

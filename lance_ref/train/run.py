@@ -84,7 +84,7 @@ class Run:
     # ---- the loop ----------------------------------------------------------------------
 
     def go(self, every_steps: int | None = None) -> None:
-        """Train to the end; a checkpoint is due after every so many steps."""
+        """Train to the end, with a checkpoint each time that the given number of steps has passed."""
         while self.step < self.steps:
             # After a restart the run is inside an epoch: its first steps lie behind.
             epoch, done = divmod(self.step, self.steps_per_epoch)
@@ -290,7 +290,7 @@ class FitRun(Run):
         self, on_step: Callable[[StepInfo], Any] | None, progress: bool | None, write: Callable[[], None],
         every_steps: int | None,
     ) -> None:  # fmt: skip
-        """Train to the end with a progress bar; ``write`` is called after each epoch and after every so many steps."""
+        """Train to the end with a progress bar; ``write`` is called after each epoch and at each step that is due."""
         self.on_step, self.write = on_step, write
         with in_mode(self.net, training=True), progress_bar("training", self.steps, progress, self.step) as advance:
             self.advance = advance

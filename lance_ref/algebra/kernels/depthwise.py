@@ -23,7 +23,7 @@ from lance_ref.engine import counting
 from lance_ref.engine.tensor import Shape
 
 NARROW, FEW = 28, 8
-"""Maps of at most this width and at least so many channels (one output channel each) run along the channels."""
+"""Maps at most ``NARROW`` wide with at least ``FEW`` channels, each with one output, run along the channels."""
 
 
 LANES, MOST_PLACES = 64, 256

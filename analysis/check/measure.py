@@ -80,7 +80,7 @@ class Comparison:
                 self.lines.append(Line(method, plain(layer or "(root)"), what, *pair))
 
     def add_peak(self, method: str, predicted: int, measured: int, operations: int) -> None:
-        """Compare the peaks of a step of so many operations."""
+        """Compare the predicted with the measured peak of a step that has this number of operations."""
         objects = min(OBJECT_BYTES * operations, MOST_OBJECT_BYTES)
         tolerance = max(int(PEAK_SHARE * measured), objects)
         self.lines.append(Line(method, "whole step", PEAK, predicted, measured, tolerance))

@@ -1,4 +1,4 @@
-"""What one training step keeps and computes, as a value: :func:`cost`, and :func:`predict`, which says how it came.
+"""What one training step of a net keeps and computes: :func:`cost` gives the report, :func:`predict` also its parts.
 
 Nothing runs: the net is traced on shapes alone.
 """
@@ -295,7 +295,7 @@ def _check(asked: Asked) -> None:
 
 
 def _bill_tasks(step: TracedStep, tasks: int | None, protected: float, basis_batches: int) -> Continual | None:
-    """The bill of that many tasks, if there are any."""
+    """The cost of learning ``tasks`` tasks; None where none were asked for."""
     if tasks is None:
         return None
     if not 1 <= tasks <= MOST_TASKS:
@@ -318,7 +318,7 @@ def _step(
     with_weights: bool,
     title: str | None = None,
 ) -> TracedStep:
-    """The plain step: the one that was given, or that of a net, traced."""
+    """The plain step: the given one, or the traced step of a net."""
     from analysis.steps.nets import DEFAULT_NUM_CLASSES, TracedStep, build, check_classes, input_shape_for, trace_step
     from lance_ref import models
 

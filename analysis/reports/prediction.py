@@ -30,7 +30,7 @@ Ranks = dict[str, tuple[int | None, ...]]
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for, beside the net: the arguments of :func:`predict` that another batch size heeds as well."""
+    """The arguments of a prediction besides the step: those that also hold for another batch size."""
 
     epsilon: float = 0.7
     ranks: str | None = None
@@ -43,7 +43,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a report is made from."""
+    """Everything from which a report is made."""
 
     asked: Asked
     step: TracedStep  #: Of plain backpropagation.
@@ -58,7 +58,7 @@ class Prediction:
 
     @cached_property
     def report(self) -> Report:
-        """The answer, as it is printed and written."""
+        """The report, which is printed or written."""
         from analysis.onnx.telling import lost_statistics
         from analysis.reports.report import Report
         from analysis.steps.nets import SUM_OF_OUTPUTS, remark
@@ -156,7 +156,7 @@ def _calibrations(
     settings: Settings,
     cache: CostCache,
 ) -> dict[str, CalibrationCost]:
-    """The calibration of every method that has one, with what each step saves against a HOSVD at the same ranks."""
+    """The calibration of each method that has one, and what a step saves compared with a HOSVD at the same ranks."""
     from analysis.rules.account import account
     from analysis.rules.calibration_costs import calibration_cost, saved_per_step
     from analysis.rules.recompute import flatten

@@ -87,7 +87,7 @@ def mixing_store(changed: MethodStep) -> str | None:
 
 
 def in_micro_batches(step: TracedStep, images: int | None) -> MethodStep:
-    """The step in parts of so many images, traced anew, whether or not something mixes the images of a part.
+    """The step in parts of a given number of images, traced again, even where an operation mixes the images of a part.
 
     Raises ValueError if that is no divisor of the batch, NotApplicableError if the net does not run on so few: batch
     norm with the statistics of one vector.

@@ -213,7 +213,7 @@ class ConvGeometry(Convolution):
         return self._fitting(most, room // itemsize, self.input_shape[1])
 
     def channel_block(self, itemsize: int, channels: int) -> Pair:
-        """(images, output rows) whose patches of so many input channels are laid out at a time for a weight gradient.
+        """(images, output rows) of which a weight gradient lays out the patches of some input channels at a time.
 
         Its products sum over the places of a block, so that all images that fit are put together.
         """

@@ -165,7 +165,7 @@ def _checked(options: Sequence[Options]) -> tuple[list[np.ndarray], list[np.ndar
 
 
 def _check_front(candidates: int, layer: int) -> None:
-    """Give up in time where cost and loss are so alike that the bounds tell nothing apart."""
+    """Raise an error early where cost and loss are so similar that the bounds exclude no choice."""
     if candidates > MOST_CANDIDATES:
         raise RuntimeError(
             f"{candidates:,} partial choices up to layer {layer} beat each other in cost or loss, expected at most "

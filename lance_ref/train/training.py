@@ -1,4 +1,4 @@
-"""Training: ``fit(net, train, test, epochs=…, batch_size=…)``, which can be continued, and runs the frozen part once."""
+"""Training: ``fit(net, train, test, epochs=…, batch_size=…)``, which can be continued and runs the frozen part once."""
 
 from __future__ import annotations
 

@@ -96,17 +96,20 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument(
         "--directions", type=count, nargs="+", default=list(DEFAULT_DIRECTIONS), metavar="N",
-        help="of --engine device: directions of the channels that lance keeps (8 16 24)",
+        help="with --engine device: directions of the channels that lance keeps (8 16 24)",
     )  # fmt: skip
     p.add_argument(
         "--update-after", nargs="+", choices=UPDATES, default=list(UPDATES),
-        help="of --engine device: whether the weights change after a batch, or after each image (batch image)",
+        help="with --engine device: whether the weights change after a batch, or after each image (batch image)",
     )  # fmt: skip
     p.add_argument("--image-size", type=pixels, help="height and width in pixels")
-    p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
+    p.add_argument(
+        "--input-shape", type=input_shape,
+        help="shape of one input, as 3,32,32 or 784, in place of --image-size",
+    )  # fmt: skip
     p.add_argument("--num-classes", type=count, help="outputs of the classifier (1000; a factory's own)")
-    p.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="of all numbers (float32)")
-    p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the output (table)")
+    p.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="type of all numbers (float32)")
+    p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="format of the output (table)")
     p.add_argument(
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
         help="the same as --format json",

@@ -93,14 +93,14 @@ def run_cells(
 
 
 MILLISECONDS = {("mcunet", "last:4"): 1.3, ("convnet", "last:2"): 0.25}
-"""Of one image in one epoch of fine-tuning, two cores, mean over the methods, calibration included.
+"""Time for one image in one epoch of fine-tuning on two cores: the mean over the methods, calibration included.
 
 MCUNet: experiments/results/finetune_cifar10.json; the small net: its quick run.
 """
 
 
 def expected_seconds(options: argparse.Namespace, epochs: int, images: int) -> float | None:
-    """Of one run of fine-tuning, where nets and layers of this kind were measured before; else None."""
+    """The expected time of one run of fine-tuning; None where nets and layers of this kind were not measured before."""
     each = MILLISECONDS.get((options.net, options.tune))
     return None if each is None else 0.6 + each * epochs * images / 1000
 

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 PIPE_WIDTH = 100
-"""Where the output is no terminal, and COLUMNS is not set."""
+"""The width of tables where the output is no terminal and COLUMNS is not set."""
 GAP = "  "
 
 

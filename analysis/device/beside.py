@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MOMENTUM = 0.9
-"""Of SGD with momentum; its value changes no size."""
+"""The momentum of SGD; its value changes no size."""
 
 
 def with_programs(draw: DrawText, prediction: Prediction, methods: Sequence[str], optimizer: str = "sgd") -> DrawText:

@@ -283,7 +283,7 @@ def _batch(axes: Axes, prediction: Prediction, method: str) -> None:
 
 
 def _times_less(ratio: float) -> str:
-    """For a legend; what grows is called that.
+    """The words for a ratio in a legend: what shrinks and what grows have different ones.
 
     >>> _times_less(16.97), _times_less(0.5556)
     ('17.0×', 'grows 1.80×')

@@ -28,7 +28,7 @@ MOST_TASKS = 1000
 DEFAULT_PROTECTED = 0.5
 DEFAULT_BASIS_BATCHES = 10
 LARGEST = 2**31 - 1
-"""Of a count; more is a slip of the keyboard."""
+"""The largest count of any kind; a larger one is a slip of the keyboard."""
 TorchModule = Any
 """A torch.nn.Module; PyTorch need not be there."""
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from analysis.steps.settings import MethodStep
 
 HIDDEN_FACTS = ("parameters", "asked", "rank", "updated")
-"""Of a method's step: what only a real run needs."""
+"""Facts of a method's step that only a real run needs; reports leave them out."""
 Shapes = dict[str, tuple[int, ...]]
 Ranks = dict[str, tuple[int | None, ...]]
 

@@ -14,7 +14,7 @@ from analysis.steps.settings import MethodStep, NotApplicableError, Ranks, Setti
 from lance_ref.train.chunks import at_a_time, mixing_operation, shared_draws
 
 MICRO_BATCHES = 4
-"""Of a step, at least, where nobody says otherwise."""
+"""The least number of micro-batches of a step, where the user gives none."""
 
 
 def at_batch(step: TracedStep, batch: int) -> TracedStep:

@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         "--data", type=cli.data_set,
         help=f"images of yours, in place of --scenario; each task has a few of their classes. {cli.DATA_HELP}",
     )  # fmt: skip
-    p.add_argument("--classes-per-task", type=cli.integer(2, 1000), metavar="N", help="with --data (2)")
+    p.add_argument("--classes-per-task", type=cli.integer(2, 1000), metavar="N", help="with --data: classes a task (2)")
     p.add_argument("--quick", action="store_true", help="try it: few images of each task, one seed; a minute")
     p.add_argument(
         "--learners", type=cli.name_of(lambda: LEARNERS), nargs="+", default=list(LEARNERS), metavar="LEARNER",
@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--epochs", type=cli.count, help="passes over the images of each task (the scenario's)")
     p.add_argument("--batch", type=cli.count, help="images of one training step (the scenario's)")
     p.add_argument("--lr", type=cli.positive, help="learning rate (the scenario's)")
-    p.add_argument("--momentum", type=cli.share_below_one, default=0.0, help="of the optimiser, SGD (0)")
+    p.add_argument("--momentum", type=cli.share_below_one, default=0.0, help="momentum of the optimiser, SGD (0)")
     p.add_argument("--clip", type=cli.positive, help="longer gradients are shortened to this length (none; domains 2)")
     p.add_argument(
         "--train-images", type=cli.count,

@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--seeds", type=cli.few, help="how often each method runs, with other random numbers each time (3)")
     p.add_argument("--calibration-batches", type=cli.count, help="batches on which lance finds its directions (4)")
-    p.add_argument("--calibration-batch", type=cli.count, help="images of each (64)")
+    p.add_argument("--calibration-batch", type=cli.count, help="images of each of these batches (64)")
     p.add_argument("--train-images", type=cli.count, help="images to train on, spread over the classes (10000)")
     p.add_argument("--test-images", type=cli.count, help="images to test on (all)")
     cli.add_sweep(p, "runs/device")
@@ -190,7 +190,7 @@ def _shape(options: argparse.Namespace) -> tuple[int, tuple[int, int, int]]:
 
 
 def swept_rates(options: argparse.Namespace) -> dict[Key, dict[float, float]]:
-    """For each row the accuracy on held-out training images by learning rate, seed 0.
+    """The accuracy of each row on held-out training images by learning rate, with seed 0.
 
     All of the grid is tried; a row that does best at its smallest or largest rate is tried at half or twice that, until
     it does not.

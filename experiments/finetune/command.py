@@ -188,7 +188,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def best_rates(options: argparse.Namespace) -> dict[str, float]:
-    """For each method the learning rate that does best on held-out training images, seed 0; ties go to the smaller.
+    """The learning rate of each method that is best on held-out training images, seed 0; ties go to the smaller one.
 
     All of the grid is tried; a method that does best at its largest rate is tried at twice that, until it does not.
     """

@@ -32,7 +32,7 @@ class Row:
         return [float(seed["accuracy"]) for seed in self.seeds]
 
     def mean(self, name: str) -> float:
-        """Of a number over the seeds (ranks by energy differ a little with the calibration batches)."""
+        """The mean of a number over the seeds (ranks by energy differ a little with the calibration batches)."""
         return fmean(float(seed[name]) for seed in self.seeds)
 
     @property

@@ -31,7 +31,7 @@ ModeRanks = Sequence[int | None]
 """One rank per mode, or None for a mode that is left alone."""
 
 CONTRACTION_BYTES = 32 * 2**20
-"""Of the arrays between an output gradient and the weight gradient of a core."""
+"""The workspace for the arrays between an output gradient and the weight gradient of a core."""
 
 EXPANSIONS = ((), (0,), (1,), (0, 1))
 """Modes of a convolution's core that :func:`separable_order` may put back to full size first: batch, channels."""

@@ -47,7 +47,7 @@ class Samples:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one stored image."""
+        """The shape of one stored image."""
         size = self.images.shape[1:]
         return size if self.permutation is None else (int(np.prod(size)),)
 
@@ -146,7 +146,7 @@ class Scenario:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of one image as the network takes it."""
+        """The shape of one image as the network takes it."""
         return tuple(self.convert(self.tasks[0].test.stored(slice(0, 1))).shape[1:])
 
     def limited(self, tasks: int | None = None, train: int | None = None, test: int | None = None) -> Scenario:

@@ -30,7 +30,7 @@ MAX_NAMES_BYTES = 64 * 1024
 MAX_IDX_BYTES = 64 * 1024**2
 MAX_MAT_BYTES = 1024**2
 TEST_EVERY = 5
-"""Of a published archive without a split, every fifth image of a class is for the test."""
+"""In a published archive without a split, every fifth image of a class is for the test."""
 
 _BROKEN = (tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError, OSError, ValueError, struct.error)
 

@@ -19,7 +19,7 @@ MAX_DOWNLOAD_BYTES = 1024**3
 
 CHUNK_BYTES = 64 * 1024
 TIMEOUT_SECONDS = (10, 60)
-"""For the connection, and between two pieces of an answer."""
+"""Longest wait for the connection, and between two pieces of an answer."""
 
 HEADERS = {"Accept-Encoding": "identity"}  # the checksum is of the bytes as they are stored
 

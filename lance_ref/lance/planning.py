@@ -291,7 +291,7 @@ class _Layer:
             yield self._ranks({mode: energy_rank(e, float(epsilon)) for mode, e in self.energies.items()})
 
     def _greedy(self) -> Iterator[Ranks]:
-        """From rank 1 everywhere, each step raising the mode that lowers the bound most per byte."""
+        """Ranks from 1 everywhere upwards; each step raises the mode that lowers the bound most for its bytes."""
         current = dict.fromkeys(self.calibrated, 1)
         while True:
             yield self._ranks(current)

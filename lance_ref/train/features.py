@@ -294,7 +294,7 @@ def data_digest(dataset: Dataset) -> str:
 
 
 def dtype_of(net: Module) -> np.dtype[Any]:
-    """Of the network's first parameter; float32 without parameters."""
+    """The dtype of the network's first parameter; float32 without parameters."""
     return next((np.dtype(parameter.dtype) for parameter in net.parameters()), np.dtype(np.float32))
 
 

@@ -57,7 +57,7 @@ class Run:
     # ---- what a subclass says ----------------------------------------------------------
 
     def stream(self, epoch: int) -> Callable[[int], Any]:
-        """From a position in the epoch to the batch of that step; the same whenever it is asked for."""
+        """A function from a position in the epoch to the batch of that step; it gives the same batch at every call."""
         raise NotImplementedError
 
     def take(self, batch: Any) -> None:

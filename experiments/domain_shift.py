@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "--calibrate-on", type=other_data,
         help=f"data set on which LANCE finds its directions, or {NEGATIVES} (eurosat)",
     )  # fmt: skip
-    p.add_argument("--tune", help="layers that train besides the classifier, see finetune (last:4)")
+    p.add_argument("--tune", help=f"{frame.TUNE_HELP} (last:4)")
     modes = cli.name_of(lambda: MODES)
     p.add_argument(
         "--modes", type=modes, nargs="+", default=list(MODES[1:]),

@@ -17,12 +17,21 @@ def parser(module: str, doc: str | None, **more: Any) -> command_line.OneLinePar
     )
 
 
-def add_net_and_data(p: argparse.ArgumentParser, net: str, data: str) -> None:
-    """The options that say which net is trained on which images; ``net`` and ``data`` are the defaults, to be told."""
-    p.add_argument("--net", type=cli.any_net, help=f"{cli.NET_HELP} ({net})")
-    p.add_argument("--data", type=cli.data_set, help=f"{cli.DATA_HELP} ({data})")
+TUNE_HELP = "layers that train besides the classifier: last:4 for the last four, all, or names with *"
+"""Help of ``--tune``, wherever the classifier always trains."""
+
+
+def add_net_data_and_tune(p: argparse.ArgumentParser) -> None:
+    """The options that say which layers of which net train on which images.
+
+    The help names the defaults that all experiments of fine-tuning share. The values themselves are in each experiment,
+    because ``--quick`` has others.
+    """
+    p.add_argument("--net", type=cli.any_net, help=f"{cli.NET_HELP} (mcunet)")
+    p.add_argument("--data", type=cli.data_set, help=f"{cli.DATA_HELP} (cifar10)")
     p.add_argument("--image-size", type=cli.pixels, help="height and width in pixels (those that the net is made for)")
     cli.add_pixels(p)
+    p.add_argument("--tune", help=f"{TUNE_HELP} (last:4)")
 
 
 def settle(options: argparse.Namespace, *selections: str) -> None:

@@ -51,11 +51,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"{command_line.listing('methods', ABOUT)}\n\n{command_line.nets_and_data()}",
     )  # fmt: skip
     p.add_argument("--quick", action="store_true", help="try it: a small net on the digits of the package; a minute")
-    frame.add_net_and_data(p, "mcunet", "cifar10")
-    p.add_argument(
-        "--tune",
-        help="layers that train besides the classifier: last:4 for the last four, all, or names with * (last:4)",
-    )  # fmt: skip
+    frame.add_net_data_and_tune(p)
     p.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
         help="names of the list below (all)",

@@ -43,11 +43,7 @@ def parser() -> argparse.ArgumentParser:
     about = command_line.listing("methods", {name: of.about for name, of in known.items()})
     p = frame.parser("experiments.finetune", __doc__, epilog=f"{about}\n\n{command_line.nets_and_data()}")
     p.add_argument("--quick", action="store_true", help="try it: a small net on the digits of the package; a minute")
-    frame.add_net_and_data(p, "mcunet", "cifar10")
-    p.add_argument(
-        "--tune",
-        help="layers that train besides the classifier: last:4 for the last four, all, or names with * (last:4)",
-    )  # fmt: skip
+    frame.add_net_data_and_tune(p)
     p.add_argument(
         "--methods", "--method", nargs="+", default=list(known), metavar="METHOD",
         help="names of the list below; lance@0.9 sets the first number that a method has, here --epsilon (all)",

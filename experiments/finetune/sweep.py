@@ -49,8 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true",
         help="try it: a few settings of a small net on the digits of the package; a minute",
     )  # fmt: skip
-    frame.add_net_and_data(p, "mcunet", "cifar10")
-    p.add_argument("--tune", help="layers that train besides the classifier, see finetune (last:4)")
+    frame.add_net_data_and_tune(p)
     p.add_argument(
         "--batch", type=cli.count, nargs="+",
         help="images of one training step; each number is a sweep (128 8)",

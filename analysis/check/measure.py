@@ -19,7 +19,7 @@ import numpy as np
 
 import lance_ref
 from analysis.check import torch_replay
-from analysis.commands.blocks import blocks, paragraph
+from analysis.commands.console import blocks, paragraph
 from analysis.commands.memory import check_memory
 from analysis.commands.names import plain
 from analysis.peak.memory import measure_peak

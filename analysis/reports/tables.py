@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from analysis.commands import console
-from analysis.commands.console import Sheet, say
+from analysis.commands.console import Sheet, in_unit, readable, say, scale_of, unit_of
 from analysis.reports.footnotes import footnotes, orders
 from analysis.reports.report import ACCOUNTINGS, FLOP_KINDS, Continual, MethodCost, Report, Row, reductions
-from analysis.reports.units import in_unit, readable, scale_of, unit_of
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.commands.blocks import blocks, paragraph
 from analysis.commands.chance import sentence
+from analysis.commands.console import blocks, paragraph
 from analysis.reports.continual_costs import MAC_KINDS
 from analysis.reports.figures import save_figure
 from experiments import frame

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from analysis.commands.blocks import blocks, paragraph
 from analysis.commands.chance import SHORTEST_TIMED_STEP, sentence, too_short
+from analysis.commands.console import blocks, paragraph
 from analysis.reports.figures import save_figure
 from experiments import frame
 

@@ -36,13 +36,13 @@ from analysis.reports.predict import (
     DEFAULT_EPSILON,
     DEFAULT_METHODS,
     DEFAULT_PROTECTED,
-    Prediction,
     cost,
     is_torch_module,
     made_by,
     predict,
     predict_torch,
 )
+from analysis.reports.prediction import Prediction
 from analysis.steps.methods import check_methods_heed, chosen_methods
 from analysis.steps.register import add_settings, listed
 from analysis.steps.settings import KNOWN, Settings
@@ -64,9 +64,9 @@ PANELS = ("tape", "macs", "batch", "frontier")
 def parser() -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="python -m analysis.cost_model",
-        description="What one training step keeps in memory and computes, layer by layer. Nothing is trained or run: "
-        "it follows from the shapes of the net. Bytes are counted in three ways: paper (inputs of the layers that "
-        "train, as papers count), pytorch (all that PyTorch's autograd saves), tape (all that this library keeps).\n\n"
+        description="Predict what one training step keeps in memory and computes, layer by layer. Nothing is trained: "
+        "the shapes of the net are enough. Bytes are counted in three ways: paper (the inputs of the layers that "
+        "train, as in papers), pytorch (all that PyTorch's autograd saves), tape (all that this library keeps).\n\n"
         "Example: lance-ref cost --net mobilenetv2 --method bp lance",
         epilog=f"{listed()}\n\n{command_line.nets_and_data(False)}",
         allow_abbrev=False,
@@ -76,10 +76,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image-size", type=pixels, help="height and width in pixels (224 for most nets)")
     p.add_argument(
         "--input-shape", type=input_spec, action="append",
-        help="of one input, as 3,32,32 or 784, in place of --image-size; for a module of PyTorch also "
+        help="shape of one input, as 3,32,32 or 784, in place of --image-size; for a module of PyTorch also "
         "[name=]shape[:dtype], once for each input",
     )  # fmt: skip
-    p.add_argument("--num-classes", type=count, help="number of classes (1000; those that a function of yours gives)")
+    p.add_argument("--num-classes", type=count, help="number of classes (1000, or what a function of yours has)")
     p.add_argument(
         "--loss",
         help="for a torch.nn.Module: pkg.module:function, which takes the output (cross-entropy, or the outputs' sum)",
@@ -105,8 +105,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument(
         "--ranks",
-        help="ranks in place of --epsilon: one fraction of every size, as 0.25, or layer=r1,r2,r3,r4;layer=... with - "
-        "for a size left alone (from spectra, else 0.25)",
+        help="ranks in place of --epsilon: a fraction of every size, as 0.25, or layer=r1,r2,r3,r4;layer=..., where - "
+        "leaves a size as it is (from spectra, else 0.25)",
     )  # fmt: skip
     add_settings(p)
     p.add_argument("--spectra", help="file that lance-ref spectra wrote (the one that comes with the package, if any)")
@@ -119,16 +119,18 @@ def parser() -> argparse.ArgumentParser:
         help="multiply-adds: flops counts all; paper counts forward pass and weight gradient of the layers that train "
         "(flops)",
     )  # fmt: skip
-    p.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="of activations and weights")
+    p.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="type of activations and weights")
     p.add_argument(
         "--optimizer", default="sgd", choices=["sgd", "sgd-momentum", "adam"],
-        help="its state counts in the peak of memory",
+        help="optimiser, whose state counts in the peak of memory",
     )  # fmt: skip
     p.add_argument(
         "--chunk", type=chunk,
-        help="images that run at a time, or auto, for methods whose step stays the same then (the whole batch)",
+        help="images that run at a time, or auto; only for methods whose step this does not change (the whole batch)",
     )  # fmt: skip
-    p.add_argument("--continual", type=few, metavar="T", help="also the cost of learning T tasks one after the other")
+    p.add_argument(
+        "--continual", type=few, metavar="T", help="also print the cost of learning T tasks one after the other"
+    )
     p.add_argument(
         "--protected", type=share_below_one, metavar="SHARE",
         help="with --continual: share of each layer's directions that the last task leaves alone "
@@ -140,9 +142,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument(
         "--engine", default="library", choices=["library", "device"],
-        help="device: below the table also the RAM of programs for a small device, one image at a time (library)",
+        help="device: also print the RAM of programs for a small device, which take one image at a time (library)",
     )  # fmt: skip
-    p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the result (table)")
+    p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="format of the result (table)")
     p.add_argument(
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
         help="the same as --format json",

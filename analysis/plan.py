@@ -24,9 +24,10 @@ LARGEST = ("image-size", "batch", "directions")
 def parser() -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="python -m analysis.plan",
-        description="Which methods and settings fit a device's RAM, with how many layers and which batch, ranked by "
-        "measured accuracy and predicted gradient fidelity; what does not fit, and by how much; the code that runs the "
-        "first. With --target: the least RAM that reaches it.\n\n"
+        description="Find the methods and settings that fit into the RAM of a device, with the number of layers and "
+        "the batch that fit. They are ranked by measured accuracy and by predicted gradient fidelity. The answer also "
+        "says what does not fit, and by how much, and prints the code that runs the first. With --target the answer is "
+        "the least RAM that reaches the target.\n\n"
         "Example: lance-ref plan --net mcunet --image-size 32 --num-classes 10 --budget 256KiB",
         allow_abbrev=False,
         epilog=f"{listed()}\n\n{nets_and_data(False)}",
@@ -39,19 +40,19 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument(
         "--largest", nargs="+", choices=LARGEST, metavar="WHAT",
-        help=f"also say how large a number may be for the first to fit: {', '.join(LARGEST)}",
+        help=f"also find the largest value of these with which the first still fits: {', '.join(LARGEST)}",
     )  # fmt: skip
-    p.add_argument("--flops-at-most", help="most multiply-adds, as 1.5x of those of bp with as many layers and images")
+    p.add_argument("--flops-at-most", help="most multiply-adds, as 1.5x: relative to bp with equal layers and images")
     p.add_argument("--spectra", help="file that lance-ref spectra wrote (the one of the package, if any)")
     p.add_argument(
         "--batch", type=count, nargs="+", default=list(DEFAULT_BATCHES),
-        help="images at a time to try; the largest is the batch that goes in parts of the others (1 2 4 8 16 32)",
+        help="numbers of images at a time to try; a batch of the largest number is also tried in parts (1 2 4 8 16 32)",
     )  # fmt: skip
-    p.add_argument("--layers", type=count, help="tune at most so many, from the last on (all)")
+    p.add_argument("--layers", type=count, help="the largest number of layers to tune, counted from the last (all)")
     p.add_argument(
         "--tune", nargs="+",
-        help="which layers may be tuned, from the last of them on: all, last:n, or globs of layer names; or best: the "
-        "set of layers that keeps most of the gradient, for steps of the library (all)",
+        help="which layers may be tuned, beginning with the last: all, last:n, or names with *; or best: the set of "
+        "layers that keeps most of the gradient, for steps of the library (all)",
     )  # fmt: skip
     p.add_argument(
         "--method",
@@ -95,17 +96,20 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument(
         "--directions", type=count, nargs="+", default=list(DEFAULT_DIRECTIONS), metavar="N",
-        help="of --engine device: directions of the channels that lance keeps (8 16 24)",
+        help="with --engine device: directions of the channels that lance keeps (8 16 24)",
     )  # fmt: skip
     p.add_argument(
         "--update-after", nargs="+", choices=UPDATES, default=list(UPDATES),
-        help="of --engine device: whether the weights change after a batch, or after each image (batch image)",
+        help="with --engine device: whether the weights change after a batch, or after each image (batch image)",
     )  # fmt: skip
     p.add_argument("--image-size", type=pixels, help="height and width in pixels")
-    p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
+    p.add_argument(
+        "--input-shape", type=input_shape,
+        help="shape of one input, as 3,32,32 or 784, in place of --image-size",
+    )  # fmt: skip
     p.add_argument("--num-classes", type=count, help="outputs of the classifier (1000; a factory's own)")
-    p.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="of all numbers (float32)")
-    p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="of the output (table)")
+    p.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="type of all numbers (float32)")
+    p.add_argument("--format", default="table", choices=["table", "json", "csv"], help="format of the output (table)")
     p.add_argument(
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
         help="the same as --format json",

@@ -68,7 +68,7 @@ class _Source:
 
     @property
     def channels(self) -> int:
-        """Of the pictures; a net for vectors gets grey ones."""
+        """Channels of the pictures; a net for vectors gets grey ones."""
         return self.shape[0] if len(self.shape) == 3 else 1
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
@@ -237,9 +237,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=count, default=128, help="images of one batch")
     p.add_argument("--batches", type=count, default=6, help="number of batches")
     p.add_argument("--image-size", type=pixels, help="height and width in pixels (what the net is made for)")
-    p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
+    p.add_argument(
+        "--input-shape", type=input_shape,
+        help="shape of one input, as 3,32,32 or 784, in place of --image-size",
+    )  # fmt: skip
     add_normalisation(p)
-    p.add_argument("--seed", type=seed, default=0, help="of the order of the images")
+    p.add_argument("--seed", type=seed, default=0, help="seed of the order of the images")
     p.add_argument("--output", required=True, type=any_file, help="the file to write")
     return p
 

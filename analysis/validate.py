@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--nets", type=built_in_net, nargs="+", help="nets of the list below (all)")
     p.add_argument("--methods", nargs="+", default=["all"], help="methods of the list below (all)")
     p.add_argument("--batch", type=count, nargs="+", help=f"images of one step ({' '.join(map(str, BATCHES))})")
-    p.add_argument("--dtype", nargs="+", choices=DTYPES, help="of activations and weights (both)")
+    p.add_argument("--dtype", nargs="+", choices=DTYPES, help="types of activations and weights (both)")
     p.add_argument("--ranks", type=share, default=0.25, help="for methods with ranks: a fraction of each size")
     p.add_argument("--quick", action="store_true", help="three small nets, batches of 1 and 2, float32: a minute")
     p.add_argument(

@@ -27,7 +27,7 @@ from analysis.commands.command_line import run_main
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, once, parser, peer, run, span, timed
 from lance_ref import Tensor, calibrate, models, no_grad, tune
 from lance_ref.algebra.grams import LayerGrams
-from lance_ref.algebra.tucker import unfold
+from lance_ref.algebra.modes import unfold
 from lance_ref.engine.tensor import Shape
 
 SHAPE, QUICK_SHAPE = (128, 960, 7, 7), (4, 12, 3, 3)
@@ -173,7 +173,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     p = parser("benchmarks.calibration", __doc__, repeats=3)
     p.add_argument("--batch", type=count, default=32, help="images of a batch of the net's (default: %(default)s)")
-    p.add_argument("--batches", type=count, default=10, help="of the net's calibration (default: %(default)s)")
+    p.add_argument("--batches", type=count, default=10, help="calibration batches of the net (default: %(default)s)")
     p.add_argument("--no-tensorly", dest="tensorly", action="store_false", help="leave out the peer that takes minutes")
     return run(p, arguments, measure, peers=("tensorly",))
 

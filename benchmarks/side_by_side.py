@@ -252,7 +252,7 @@ class Target:
 def parser(module: str, doc: str | None, repeats: int) -> argparse.ArgumentParser:
     """The options that every benchmark has; its description is the first paragraph of ``doc``."""
     p = OneLineParser(prog=f"python -m {module}", description=(doc or "").split("\n\n")[0])
-    p.add_argument("--threads", type=count, default=2, help="of every side (default: %(default)s)")
+    p.add_argument("--threads", type=count, default=2, help="threads of every side (default: %(default)s)")
     p.add_argument("--repeats", type=count, default=repeats, help="counted turns of each side (default: %(default)s)")
     p.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     p.add_argument("--output", type=json_file, help="also write the figures as JSON")

@@ -25,7 +25,8 @@ import numpy as np
 
 from analysis.commands.command_line import run_main
 from analysis.peak.memory import make_optimizer
-from analysis.reports.predict import Prediction, predict
+from analysis.reports.predict import predict
+from analysis.reports.prediction import Prediction
 from analysis.steps.runs import running
 from benchmarks.resident import Resident, in_own_process, measurable, peak_of
 from benchmarks.side_by_side import Side, Table, Target, Timing, number, parser, peer, pinned, run, span, timed

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "--calibration-batches",
         type=cli.count,
         default=8,
-        help="of LANCE (%(default)s)",
+        help="batches from which LANCE finds its directions (%(default)s)",
     )
     p.add_argument("--epsilon", type=cli.share, default=0.7, help="share of squared values kept (%(default)s)")
     p.add_argument("--lr", type=cli.positive, default=0.05, help="learning rate (%(default)s)")

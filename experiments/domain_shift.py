@@ -41,9 +41,9 @@ DEFAULTS = {
     "net": "mcunet", "data": "cifar10", "calibrate_on": "eurosat", "tune": "last:4", "epochs": 4, "batch": 128,
     "lr": 0.05,
 }  # fmt: skip
-"""Where an option is not given, with and without ``--quick``."""
+"""Values of the options that are not given, with and without ``--quick``."""
 NEGATIVES = "negatives"
-"""In place of another data set: the training images with black and white exchanged."""
+"""A name in place of another data set: the training images with black and white exchanged."""
 
 
 def other_data(text: str) -> str:
@@ -57,13 +57,13 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true",
         help="try it: a small net on the digits of the package and their negatives; seconds",
     )  # fmt: skip
-    p.add_argument("--net", type=cli.built_in_net, help="a built-in net, see finetune (mcunet)")
+    p.add_argument("--net", type=cli.built_in_net, help="a built-in net; lance-ref finetune --help lists them (mcunet)")
     p.add_argument("--data", type=cli.named_data_set, help="data set to train on, by name (cifar10)")
     p.add_argument(
         "--calibrate-on", type=other_data,
         help=f"data set on which LANCE finds its directions, or {NEGATIVES} (eurosat)",
     )  # fmt: skip
-    p.add_argument("--tune", help="layers that train besides the classifier, see finetune (last:4)")
+    p.add_argument("--tune", help=f"{frame.TUNE_HELP} (last:4)")
     modes = cli.name_of(lambda: MODES)
     p.add_argument(
         "--modes", type=modes, nargs="+", default=list(MODES[1:]),
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--epochs", type=cli.count, help="passes over the training images (4)")
     p.add_argument("--batch", type=cli.count, help="images of one training step (128)")
     p.add_argument("--lr", type=cli.positive, help="learning rate (0.05)")
-    p.add_argument("--seed", type=cli.seed, default=0, help="of the random numbers (%(default)s)")
+    p.add_argument("--seed", type=cli.seed, default=0, help="seed of the random numbers (%(default)s)")
     frame.add_outputs(p, "the energy kept at every step")
     return p
 

@@ -17,12 +17,21 @@ def parser(module: str, doc: str | None, **more: Any) -> command_line.OneLinePar
     )
 
 
-def add_net_and_data(p: argparse.ArgumentParser, net: str, data: str) -> None:
-    """The options that say which net is trained on which images; ``net`` and ``data`` are the defaults, to be told."""
-    p.add_argument("--net", type=cli.any_net, help=f"{cli.NET_HELP} ({net})")
-    p.add_argument("--data", type=cli.data_set, help=f"{cli.DATA_HELP} ({data})")
+TUNE_HELP = "layers that train besides the classifier: last:4 for the last four, all, or names with *"
+"""Help of ``--tune``, wherever the classifier always trains."""
+
+
+def add_net_data_and_tune(p: argparse.ArgumentParser) -> None:
+    """The options that say which layers of which net train on which images.
+
+    The help names the defaults that all experiments of fine-tuning share. The values themselves are in each experiment,
+    because ``--quick`` has others.
+    """
+    p.add_argument("--net", type=cli.any_net, help=f"{cli.NET_HELP} (mcunet)")
+    p.add_argument("--data", type=cli.data_set, help=f"{cli.DATA_HELP} (cifar10)")
     p.add_argument("--image-size", type=cli.pixels, help="height and width in pixels (those that the net is made for)")
     cli.add_pixels(p)
+    p.add_argument("--tune", help=f"{TUNE_HELP} (last:4)")
 
 
 def settle(options: argparse.Namespace, *selections: str) -> None:
@@ -93,14 +102,14 @@ def run_cells(
 
 
 MILLISECONDS = {("mcunet", "last:4"): 1.3, ("convnet", "last:2"): 0.25}
-"""Of one image in one epoch of fine-tuning, two cores, mean over the methods, calibration included.
+"""Time for one image in one epoch of fine-tuning on two cores: the mean over the methods, calibration included.
 
 MCUNet: experiments/results/finetune_cifar10.json; the small net: its quick run.
 """
 
 
 def expected_seconds(options: argparse.Namespace, epochs: int, images: int) -> float | None:
-    """Of one run of fine-tuning, where nets and layers of this kind were measured before; else None."""
+    """The expected time of one run of fine-tuning; None where nets and layers of this kind were not measured before."""
     each = MILLISECONDS.get((options.net, options.tune))
     return None if each is None else 0.6 + each * epochs * images / 1000
 

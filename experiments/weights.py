@@ -43,7 +43,7 @@ SOURCES = {
 
 
 def mcunet(config: Mapping[str, Any]) -> Arrays:
-    """From the description of an 8-bit net: weight = code · scale of its channel, bias = code · input scale · scale."""
+    """Arrays from the description of an 8-bit net: weight = code · channel scale, bias = code · input scale · scale."""
     found: Arrays = {}
 
     def add(path: str, conv: Mapping[str, Any]) -> None:
@@ -64,7 +64,7 @@ def mcunet(config: Mapping[str, Any]) -> Arrays:
 
 
 def mobilenetv2(layers: Sequence[Convolution]) -> Arrays:
-    """From the 53 convolutions of the TFLite file: 8-bit codes with a scale and a zero point for each tensor."""
+    """Arrays from the 53 convolutions of the TFLite file: 8-bit codes with a scale and a zero point for each tensor."""
     blocks = [f"blocks.{n}.{part}" for n in range(17) for part in ("expand", "depthwise", "project")]
     paths = ["first_conv", *(path for path in blocks if path != "blocks.0.expand"), "last_conv", "classifier"]
     if len(layers) != len(paths):
@@ -87,7 +87,7 @@ NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "movin
 
 
 def resnet8(stored: Mapping[str, np.ndarray]) -> Arrays:
-    """From the arrays of the Keras file, ``layer/…/name:0``: layers in the order of the numbers in their names."""
+    """Arrays from those of the Keras file, ``layer/…/name:0``: layers in the order of the numbers in their names."""
     layers: dict[str, dict[str, np.ndarray]] = {}
     for path, array in stored.items():
         parts = path.removesuffix(":0").split("/")
@@ -180,7 +180,7 @@ READERS: dict[str, tuple[Callable[[str], Any], Callable[[Any], Arrays]]] = {
     "resnet8": (load_keras, resnet8),
     "mobilenetv2-torchvision": (load_torch, torchvision),
 }
-"""By net: what reads the original file, and what makes our arrays of that."""
+"""For each net, the function that reads the original file, and the one that makes our arrays of it."""
 
 
 def converted(net: str, path: str) -> Arrays:

@@ -1,4 +1,4 @@
-"""lance_ref: low-rank activation compression for on-device training, every byte and multiply-add accounted for."""
+"""Low-rank activation compression for on-device training, with every byte and every multiply-add accounted for."""
 
 import sys
 

@@ -95,7 +95,7 @@ class _Alias(Loader):
         module.__spec__ = self.spec  # the import system has just written the old path into it
 
     def get_code(self, name: str) -> CodeType | None:
-        """For ``python -m old.path``."""
+        """The code that ``python -m old.path`` runs."""
         spec = importlib.util.find_spec(self.new)
         loader: Any = None if spec is None else spec.loader
         code: CodeType | None = None if loader is None else loader.get_code(self.new)

@@ -18,11 +18,11 @@ from analysis.steps.settings import NotApplicableError
 from lance_ref import models
 
 if TYPE_CHECKING:
-    from analysis.reports.predict import Prediction
+    from analysis.reports.prediction import Prediction
 
 CLASSES = 10
 SHOWN_DIFFERENCES = 10
-"""Of one method and one quantity; all are counted."""
+"""The largest number of differences that are shown for one method and one quantity; all are counted."""
 
 Cell = dict[str, Any]
 
@@ -79,7 +79,7 @@ def validate_cell(
 
 
 def _numbers(prediction: Prediction) -> dict[str, Any]:
-    """By quantity: totals predicted and measured, how many numbers were compared, and those that differ."""
+    """The comparison by quantity: predicted and measured totals, the count of numbers, and those that differ."""
     comparison = compare(prediction, peaks=True)
     found: dict[str, Any] = {}
     for line in comparison.lines:

@@ -19,7 +19,7 @@ import numpy as np
 
 import lance_ref
 from analysis.check import torch_replay
-from analysis.commands.blocks import blocks, paragraph
+from analysis.commands.console import blocks, paragraph
 from analysis.commands.memory import check_memory
 from analysis.commands.names import plain
 from analysis.peak.memory import measure_peak
@@ -34,7 +34,7 @@ from lance_ref.nn.module import Module
 from lance_ref.nn.tracing import record
 
 if TYPE_CHECKING:
-    from analysis.reports.predict import Prediction
+    from analysis.reports.prediction import Prediction
     from analysis.steps.nets import TracedStep
     from lance_ref.datasets import Dataset
 
@@ -80,7 +80,7 @@ class Comparison:
                 self.lines.append(Line(method, plain(layer or "(root)"), what, *pair))
 
     def add_peak(self, method: str, predicted: int, measured: int, operations: int) -> None:
-        """Compare the peaks of a step of so many operations."""
+        """Compare the predicted with the measured peak of a step that has this number of operations."""
         objects = min(OBJECT_BYTES * operations, MOST_OBJECT_BYTES)
         tolerance = max(int(PEAK_SHARE * measured), objects)
         self.lines.append(Line(method, "whole step", PEAK, predicted, measured, tolerance))

@@ -36,7 +36,7 @@ from lance_ref.stores import EXACT, ActivationStore
 
 MAC_KINDS = ("forward", "grad_input", "grad_weight", "projection", "decomposition")
 PEAK_SHARE = 0.05
-"""By how much the memory may exceed the prediction, for Python's own objects."""
+"""The share by which the memory may exceed the prediction, because of Python's own objects."""
 
 GEOMETRIES: Mapping[str, Geometry] = {
     "strided": ConvGeometry((6, 4, 9, 7), (5, 4, 3, 2), (2, 1), ((1, 1), (0, 1))),

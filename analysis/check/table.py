@@ -18,7 +18,7 @@ COLUMNS = {
     "PyTorch FLOPs": ("FLOPs forward, FlopCounterMode", "FLOPs backward, FlopCounterMode"),
     "peak": (PEAK,),
 }
-"""Of the table of all steps: the quantities that each pair of columns sums."""
+"""The columns of the table of all steps, with the quantities that each pair of columns sums."""
 
 LARGE_PEAK = 2**20
 """Bytes, from which on Python's own objects matter little."""
@@ -34,7 +34,7 @@ def steps(outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, str, Outcome]]
 
 
 def verdict(found: Outcome) -> str:
-    """Of one step: ``agrees``, ``DIFFERS``, ``FAILED`` or ``left out``."""
+    """The verdict on one step: ``agrees``, ``DIFFERS``, ``FAILED`` or ``left out``."""
     if "left_out" in found:
         return "left out"
     if "failed" in found or not found["quantities"]:
@@ -65,7 +65,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, int]:
 
 
 def _off(entry: Outcome) -> float:
-    """By how much of the measured number the predicted one is too large."""
+    """The share of the measured number by which the predicted one is too large."""
     return float(entry["predicted"] / entry["measured"] - 1)
 
 

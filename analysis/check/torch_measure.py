@@ -71,7 +71,7 @@ def _of_kind(step: TorchStep, kind: str) -> dict[str, int]:
 
 
 class Totals(NamedTuple):
-    """Of one step."""
+    """The totals of one step."""
 
     kept_bytes: int
     forward_flops: int  #: With the loss.
@@ -118,7 +118,7 @@ def _missing() -> dict[Any, Any]:
         grad: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
         output_padding: Any, groups: int, mask: Any, out_shape: Any = None, **_: Any,
     ) -> int:  # fmt: skip
-        """Of both gradients that are asked for: each output place (transposed: input place) meets the whole weight."""
+        """Multiply-adds of the gradients: each output place (transposed: input place) meets the whole weight."""
         places = x if transposed else grad
         return (bool(mask[0]) + bool(mask[1])) * 2 * places[0] * math.prod(places[2:]) * math.prod(weight)
 

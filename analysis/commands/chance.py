@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from statistics import fmean, variance
 
 NORMAL_95 = 1.96
-"""Of a normal distribution 95 % lie within so many standard deviations."""
+"""95 % of a normal distribution lie within this number of standard deviations."""
 SHORTEST_TIMED_STEP = 0.1
 """Seconds. The median of a few steps that are shorter changes from run to run by more than methods differ."""
 
 
 def share_variance(share: float, n: int) -> float:
-    """Of a share observed in n independent cases; never 0 (Agresti and Coull: two more of each kind).
+    """The variance of a share observed in n independent cases; never 0 (Agresti and Coull: two more of each kind).
 
     >>> share_variance(0.5, 96)
     0.0025
@@ -23,7 +23,7 @@ def share_variance(share: float, n: int) -> float:
 
 
 def margin(groups: Sequence[Sequence[float]], images: int) -> float:
-    """By how much two mean accuracies may differ by chance, in 95 % of cases: 1.96·√(2(v + s²/k)).
+    """The largest difference of two mean accuracies that is chance in 95 % of cases: 1.96·√(2(v + s²/k)).
 
     v is the variance of a mean accuracy over ``images`` drawn at random, s² the variance between seeds, pooled over
     methods, and k the least number of seeds. With one seed s² is not known, and left out. The methods see the same

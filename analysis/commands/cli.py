@@ -25,15 +25,15 @@ NET_HELP = (
     "a built-in net by name (mobilenetv2@0.35: with 0.35 times the channels); pkg.module:factory, a function of yours "
     "that returns a lance_ref.nn.Module or a torch.nn.Module; or a file.onnx"
 )
-"""Of ``--net``, wherever any net will do."""
+"""Help of ``--net``, in every command that takes any net."""
 DATA_HELP = (
     "a data set by name; a folder with a sub-folder of pictures for each class, perhaps below train/ and test/; or a "
     "file.npz with uint8 images x_train, x_test (N,H,W,C) and labels y_train, y_test, or with x and y. Without a test "
     "part, a fifth of each class is the test set"
 )
-"""Of ``--data``, wherever images with labels are needed."""
+"""Help of ``--data``, in every command that needs images with labels."""
 LARGEST = 2**31 - 1
-"""Of any count: more than that is a slip of the keyboard, and would be asked of the memory first."""
+"""The largest count of any kind: a larger one is a slip of the keyboard, and would only exhaust the memory."""
 
 
 # ---- types of options ----------------------------------------------------------------------------

@@ -1,26 +1,120 @@
-"""Printing: tables of which no digit is ever cut off, whatever the width, and sentences that break between words."""
+"""Printing: tables of which no digit is ever cut off, sentences that break between words, and the units of numbers.
+
+A number is written in the largest unit of which it is at least a tenth, so that three decimals show three digits.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from analysis.commands.blocks import GAP, PIPE_WIDTH, blocks, paragraph, shortened, width
 from analysis.commands.names import plain
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.text import Text
 
+PIPE_WIDTH = 100
+"""The width of tables where the output is no terminal and COLUMNS is not set."""
+GAP = "  "
+BYTES = {"MiB": 2**20, "KiB": 2**10}
+SCALES = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
+"""Units of bytes, and scales of operations, the largest first."""
 RULE = "─"
 NAME = 20
 """Characters that a row's name keeps, at least, where it is shortened to make room for a column."""
 DrawText = Callable[["Console"], None]
 """Prints something to a rich console."""
+
+
+# ---- plain text ------------------------------------------------------------------------------------
+
+
+def width() -> int:
+    """Columns of the terminal, or of a pipe's reader."""
+    return shutil.get_terminal_size((PIPE_WIDTH, 24)).columns
+
+
+def blocks(columns: Sequence[str], rows: Sequence[Sequence[str]], across: int | None = None) -> str:
+    """The table as text; every cell stands there whole, whatever the width.
+
+    The first column, which names the rows, stands in every block. Lines have at most ``across`` characters
+    (:func:`width`); only a line of the first column and one other may be longer.
+
+    >>> print(blocks(["net", "bytes", "macs"], [["mlp", "12,345", "67"]], 13))
+    net   bytes
+    mlp  12,345
+    <BLANKLINE>
+    net  macs
+    mlp    67
+    """
+    across = width() if across is None else across
+    table = [list(columns), *(list(row) for row in rows)]
+    sizes = [max(len(row[i]) for row in table) for i in range(len(columns))]
+    parts: list[list[int]] = []
+    used = across + 1  # so that the first column opens a block
+    for i in range(1, len(columns)):
+        if used + len(GAP) + sizes[i] > across:
+            parts.append([])
+            used = sizes[0]
+        parts[-1].append(i)
+        used += len(GAP) + sizes[i]
+    texts = []
+    for part in parts or [[]]:
+        lines = [GAP.join([row[0].ljust(sizes[0]), *(row[i].rjust(sizes[i]) for i in part)]).rstrip() for row in table]
+        texts.append("\n".join(lines))
+    return "\n\n".join(texts)
+
+
+def paragraph(text: str, across: int | None = None, indent: str = "") -> str:
+    """The text in lines of at most that many characters, all but the first indented; no word is broken."""
+    across = width() if across is None else across
+    return textwrap.fill(text, across, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def shortened(name: str, size: int) -> str:
+    """The name in at most that many characters, without its middle if it is longer.
+
+    >>> shortened("features.17.conv.0.0", 17)
+    'features…conv.0.0'
+    """
+    end = (size - 1) // 2
+    return name if len(name) <= size else f"{name[: size - 1 - end]}…{name[len(name) - end :]}"
+
+
+# ---- numbers with their unit -----------------------------------------------------------------------
+
+
+def readable(n: int) -> str:
+    """Bytes with their unit.
+
+    >>> readable(3 * 2**19), readable(1536), readable(0)
+    ('1.500 MiB', '1.500 KiB', 'nothing')
+    """
+    return f"{in_unit(n, unit_of(n))} {unit_of(n)}" if n else "nothing"
+
+
+def unit_of(n: int) -> str:
+    """The unit in which this number of bytes is written: MiB from a tenth of a MiB on, else KiB."""
+    return "MiB" if 10 * n >= BYTES["MiB"] else "KiB"
+
+
+def in_unit(n: int, unit: str) -> str:
+    return f"{n / BYTES[unit]:,.3f}"
+
+
+def scale_of(n: int) -> tuple[float, str]:
+    """The scale on which this number of operations is written, and its name: billions, millions or thousands."""
+    return next((scale for scale in SCALES if 10 * n >= scale[0]), SCALES[-1])
+
+
+# ---- tables on a console ---------------------------------------------------------------------------
 
 
 @dataclass

@@ -42,12 +42,12 @@ except ImportError:  # Windows
 FORMAT = "lance_ref sweep cell"
 VERSION = 1
 MOST_BYTES = 2**28
-"""Of the file of a finished cell."""
+"""The largest size of the file of a finished cell."""
 CONNECT_SECONDS = 8.0
 """How long a scheduler may take to answer."""
 
 Outcome = dict[str, Any]
-"""Of a cell that finished: result, seconds, provenance. Of one that failed: error and traceback."""
+"""A finished cell has result, seconds and provenance; a failed one has error and traceback."""
 
 _ONE_AT_A_TIME = threading.Lock()  # a Dask worker may have several threads, but NumPy's settings are the process's
 

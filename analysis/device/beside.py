@@ -10,14 +10,14 @@ from analysis.commands.console import DrawText, Sheet, say
 from analysis.device.programs import DEVICE_METHODS, why_not
 from analysis.device.subspaces import input_shapes, random_subspaces
 from analysis.ranks.choose import mean_free
-from analysis.reports.predict import Prediction
+from analysis.reports.prediction import Prediction
 from lance_ref import device
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 MOMENTUM = 0.9
-"""Of SGD with momentum; its value changes no size."""
+"""The momentum of SGD; its value changes no size."""
 
 
 def with_programs(draw: DrawText, prediction: Prediction, methods: Sequence[str], optimizer: str = "sgd") -> DrawText:

@@ -45,10 +45,10 @@ DEFAULT_NUM_CLASSES = 10
 DEFAULT_DIRECTIONS = 8
 DEFAULT_CALIBRATION_IMAGES = 256
 MOMENTUM = 0.9
-"""Of SGD, where ``--momentum`` asks for it; its value changes no size."""
+"""The momentum of SGD, where ``--momentum`` asks for it; its value changes no size."""
 COLUMN = 58
 EXPORTED_IMAGES = 8
-"""Of ``--data``, which go with a C program: one update of its training program."""
+"""The number of images of ``--data`` that are exported with a C program: one update of its training program."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,7 +66,10 @@ def parser() -> argparse.ArgumentParser:
         help=f"number of classes (those of --data, those that a function of yours gives, or {DEFAULT_NUM_CLASSES})",
     )  # fmt: skip
     p.add_argument("--image-size", type=pixels, help="height and width in pixels (what the net is made for)")
-    p.add_argument("--input-shape", type=input_shape, help="of one input, as 3,32,32 or 784, in place of --image-size")
+    p.add_argument(
+        "--input-shape", type=input_shape,
+        help="shape of one input, as 3,32,32 or 784, in place of --image-size",
+    )  # fmt: skip
     p.add_argument(
         "--tune", nargs="+",
         help="layers that train besides the classifier: last:4 for the last four, all, head for none, or names with * "
@@ -107,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--momentum", action="store_true", help="SGD with momentum")
     p.add_argument("--budget", help="RAM of the device, as 256KiB, 1.5MiB or 300000B (the least that is found)")
-    p.add_argument("--format", default="table", choices=["table", "json"], help="of the result (table)")
+    p.add_argument("--format", default="table", choices=["table", "json"], help="format of the result (table)")
     p.add_argument(
         "--json", dest="format", action="store_const", const="json", default=argparse.SUPPRESS,
         help="the same as --format json",
@@ -227,7 +230,7 @@ def asked_for(options: argparse.Namespace) -> Asked:
 
 
 def _directions(options: argparse.Namespace, asked: Asked) -> tuple[Mapping[str, Subspace], str]:
-    """Of the images, or random ones; and where they, or their numbers, come from."""
+    """The directions of the images, or random ones; and a sentence on where they, or their numbers, come from."""
     from analysis.device.subspaces import MODES, random_subspaces
 
     images = asked.images

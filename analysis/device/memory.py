@@ -32,7 +32,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Tiles:
-    """For rows and for columns of tiles, the part of each map."""
+    """The part of each map that a tile needs, for rows and for columns of tiles."""
 
     rows: Sequence[Mapping[int, Part]] = ()
     columns: Sequence[Mapping[int, Part]] = ()

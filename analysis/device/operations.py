@@ -65,7 +65,7 @@ class Weights:
 
     @property
     def places(self) -> int:
-        """Of the kernel."""
+        """Places of the kernel."""
         return math.prod(self.kernel)
 
     @property
@@ -129,7 +129,7 @@ class Network:
         return [operation.path for operation in self.operations if operation.weights is not None][-1]
 
     def numbers(self, number: int) -> int:
-        """In a map."""
+        """How many numbers a map has."""
         return math.prod(self.maps[number])
 
     def area(self, number: int) -> int:
@@ -188,7 +188,7 @@ def _keep_what_matters(net: Network, output: int) -> None:
 
 
 def _map(shape: Sequence[int]) -> Map:
-    """Of a batch of maps or of vectors."""
+    """The shape of one map, from the shape of a batch of maps or of vectors."""
     C, H, W = (*shape[1:], 1, 1)[:3]
     return C, H, W
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 DEVICE_METHODS = {"bp": "bp", "head-only": "head", "bias-only": "bias", "lance": "lance", "lance-mean-free": "lance"}
-"""For methods of the cost model the method of :func:`lance_ref.device.compile`."""
+"""The method of :func:`lance_ref.device.compile` for each method of the cost model that has one."""
 
 WHY_NOT = {
     "lance-center": "a device keeps no mean beside a core",

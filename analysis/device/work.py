@@ -53,12 +53,12 @@ def _count_layer(total: Counter[str], step: Step, operation: Operation, of: Laye
 
 
 def _places(of: Layer) -> int:
-    """Of the output."""
+    """Places of the output."""
     return of.output[1] * of.output[2]
 
 
 def _projection(of: Layer) -> int:
-    """Of the input on height, then on width, then on channels."""
+    """Multiply-adds of projecting the input on height, then on width, then on channels."""
     C, H, W = of.source
     if of.weights.is_linear:
         return (of.channels or 0) * C * H * W
@@ -69,7 +69,7 @@ def _projection(of: Layer) -> int:
 
 
 def _expansion(of: Layer) -> int:
-    """Of one map of the core over width, then over height."""
+    """Multiply-adds of expanding one map of the core over width, then over height."""
     (_, H, W), (_, h, w) = of.source, of.core
     if of.weights.is_linear:
         return 0

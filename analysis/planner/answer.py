@@ -12,7 +12,7 @@ from analysis.planner.options import UNITS
 from analysis.planner.search import SHOWN_DIGITS, Candidate, Plan, Row
 
 ALTERNATIVES = 3
-"""Of other methods, each with what it gives up; the tables have all."""
+"""The largest number of alternatives, each with what it gives up; the tables have all."""
 DIGITS = {"B": 0, "KiB": 1, "MiB": 2, "GiB": 3}
 
 
@@ -145,7 +145,7 @@ def _beside(other: Candidate, first: Candidate, plan: Plan) -> str:
 
 
 def _where(candidate: Candidate, unit: str) -> str:
-    """Where it is too much: in the calibration, in the weights, or at the peak."""
+    """What exceeds the budget: the calibration, the weights, or the peak."""
     if candidate.memory.calibration > candidate.memory.training:
         return " while it is calibrated"
     if 2 * candidate.memory.weights > candidate.memory.total:

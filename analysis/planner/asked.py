@@ -34,7 +34,7 @@ def limit_of(options: argparse.Namespace) -> int | Target:
 
 
 def shape_of(options: argparse.Namespace) -> tuple[int, ...]:
-    """Of one input."""
+    """The shape of one input."""
     return input_shape_for(options.net, options.image_size, options.input_shape)
 
 

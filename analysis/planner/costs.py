@@ -36,7 +36,7 @@ from lance_ref.train.chunks import SIZES, mixing_operation, shared_draws
 
 Ranks = tuple[int | None, ...]
 Layers = int | tuple[str, ...]
-"""What trains besides the head: so many layers, from the last on, or the layers of these paths."""
+"""What trains besides the head: a number of layers, counted from the last, or the layers of these paths."""
 COUNTS = ("peak", "kept", "program")
 
 
@@ -139,7 +139,7 @@ class Costs:
         return ""
 
     def selection(self, layers: Layers) -> str | tuple[str, ...]:
-        """What :func:`lance_ref.tune` is told for these layers, so many of those that may be chosen or by name."""
+        """The selection for :func:`lance_ref.tune`: a number of the layers that may be chosen, or layers by name."""
         if not layers:
             return "head"
         if not isinstance(layers, int):
@@ -200,7 +200,7 @@ class Costs:
     def changed(self, option: Option, layers: Layers, batch: int) -> MethodStep:
         """The step of a candidate with ``batch`` images at a time.
 
-        Raises ValueError if the method does not fit the net with these layers, or so many images.
+        Raises ValueError if the method does not fit the net with these layers or this number of images.
         """
         option = plain(option)
         key = (option, layers, batch)
@@ -230,7 +230,7 @@ class Costs:
         return mixing_operation(few, more, SIZES) or shared_draws(self.net, few)
 
     def mixing(self, option: Option, images: int) -> str | None:
-        """Why a batch cannot go so many images at a time with this option, as a clause; None if it can.
+        """Why a batch cannot be divided into parts of this size with this option, as a clause; None if it can.
 
         The stores of an option are alike in all layers, so that the fewest layers that can be had tell.
         """

@@ -20,7 +20,7 @@ FEWER_CLASSES = (100, 10, 2)
 PIXELS, TIMES = 8, 4
 """Steps in which the largest image is looked for, and up to how many times the size at hand."""
 DOUBLINGS = 10
-"""Of the batch, in search of the largest."""
+"""How often the batch is doubled at most, in search of the largest."""
 
 
 def least(
@@ -139,7 +139,7 @@ def room(options: argparse.Namespace, plan: Plan, first: Candidate) -> Iterator[
 
 
 def _most_directions(fits: Callable[..., bool], side: int, program: Candidate) -> str:
-    """Of a device program with some directions, which fits."""
+    """The largest number of directions of a device program that fits with some directions."""
     directions = program.option.directions
     assert directions is not None
     numbers = range(directions, 4 * directions + 1)
@@ -152,7 +152,7 @@ def _tried(found: int | None, most: int) -> str:
 
 
 def smaller(options: argparse.Namespace, plan: Plan) -> str:
-    """Where nothing fits: the options left at their defaults that make a step smaller."""
+    """If nothing fits: the options that were left at their defaults and would make a step smaller."""
     if plan.closest is None or not plan.closest.over_bytes:
         return ""
     built_in = options.net.partition("@")[0]
@@ -168,7 +168,7 @@ def smaller(options: argparse.Namespace, plan: Plan) -> str:
 
 
 def what_would_fit(options: argparse.Namespace, plan: Plan) -> str:
-    """Where nothing fits: the largest image, the most classes, of a few that are tried, with which something does."""
+    """If nothing fits: the largest image, or the most classes, with which something fits, of the few that are tried."""
     built_in = options.net.partition("@")[0]
     if built_in not in models.names() or plan.closest is None or not plan.closest.over_bytes:
         return plan.facts.get("smaller", "")

@@ -81,7 +81,7 @@ def _searched(costs: Costs, tried: Sequence[Option], options: argparse.Namespace
 
 
 def _unit(nbytes: int) -> str:
-    """In which so many bytes are best read."""
+    """The unit in which this number of bytes is easiest to read."""
     return "KiB" if nbytes < 2**20 else "MiB" if nbytes < 2**30 else "GiB"
 
 

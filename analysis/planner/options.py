@@ -16,7 +16,7 @@ UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32)
 DEFAULT_EPSILONS = (0.7, 0.9, 0.99)
 ASSUMED_FRACTION = Fraction(1, 4)
-"""Of each mode, where there are no spectra: what the cost model assumes."""
+"""The rank as a fraction of each mode, where there are no spectra: the cost model assumes the same."""
 
 
 COMBINATIONS: dict[str, tuple[Mapping[str, Any], ...]] = {

@@ -25,14 +25,14 @@ from analysis.planner.options import Option
 from analysis.steps.methods import METHODS
 
 DIGITS = 4
-"""Of fidelities, that have to differ for one to be better; of equals the larger batch is."""
+"""Two fidelities that agree in this number of digits are equal; of equals the larger batch is better."""
 SHOWN_DIGITS = 3
-"""Of fidelities in tables: one that is shown as 0.000 counts as 0 where it stands beside one that is not predicted."""
+"""Digits of a fidelity in tables: one that is shown as 0.000 counts as 0 against one that is not predicted."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One option with so many layers and such a batch, and what it takes."""
+    """One option with a number of layers and a batch, and the memory and multiply-adds that it takes."""
 
     option: Option
     layers: int
@@ -112,7 +112,7 @@ class Plan:
 
     @property
     def closest(self) -> Candidate | None:
-        """Where nothing fits: the candidate that is the least over the budget, of those not too much work if any."""
+        """If nothing fits: the candidate that exceeds the budget least, if possible one that is not too much work."""
         if self.fitting:
             return None
         return min((row.next for row in self.rows if row.next), key=_excess, default=None)
@@ -128,7 +128,7 @@ def search(
     most_layers: int | None = None,
     improve: Callable[[Finder, list[Row]], list[Row]] | None = None,
 ) -> Plan:
-    """Which options fit, with how many layers and which batch, ranked by predicted gradient fidelity.
+    """Find the options that fit, with the number of layers and the batch, ranked by predicted gradient fidelity.
 
     Parameters
     ----------
@@ -260,7 +260,7 @@ def _order(fidelity: Fidelity | None, layers: int, option: Option, at_a_time: in
 
 
 def _excess(candidate: Candidate) -> tuple[int, float]:
-    """In memory first: a candidate within the budget is only too much work."""
+    """The excess in memory, then in work: a candidate within the budget can only be too much work."""
     return candidate.over_bytes, float(candidate.times_bp) if candidate.too_much_work else 0.0
 
 
@@ -329,7 +329,7 @@ class Finder:
         )  # fmt: skip
 
     def evidence(self, option: Option, layers: Layers) -> Measured | None:
-        """What experiments say of the option with so many layers."""
+        """What the experiments say about the option with this number of layers."""
         return measured(self.costs.name, option, self.costs.depth(layers))
 
     def parts(self, option: Option, batches: Sequence[int]) -> list[int]:
@@ -407,7 +407,7 @@ class Finder:
             return None
 
     def _least(self, option: Option, batches: Sequence[int], most: int) -> Candidate | None:
-        """Where nothing fits: the fewest layers that can be had with the smallest batch.
+        """If nothing fits: the candidate with the fewest layers that are possible and the smallest batch.
 
         If these fit in memory they are too much work, and so is all else that fits: then the one with the least work.
         """

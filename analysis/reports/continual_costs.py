@@ -24,7 +24,7 @@ LANCE_MODES = {"lance": (True, True), "lance-no-batch": (False, True)}
 
 
 def bill(passes: Sequence[Sequence[OpRecord]]) -> dict[str, Any]:
-    """Of one step, from the op records of its passes.
+    """The bill of one step, from the op records of its passes.
 
     Returns
     -------
@@ -49,7 +49,7 @@ def bill(passes: Sequence[Sequence[OpRecord]]) -> dict[str, Any]:
 
 
 def _input(record: OpRecord) -> dict[str, Any]:
-    """Of a layer's input: ``n``, its ``tokens`` L (None for vectors), and whether it is seen as ``patches``."""
+    """The sizes of a layer's input: ``n``, ``tokens`` L (None for vectors), and whether it is seen as ``patches``."""
     n = math.prod(weight_of(record).shape[1:])
     if record.op == "conv2d":
         return {"n": n, "tokens": math.prod(record.output.shape[2:]), "patches": True}

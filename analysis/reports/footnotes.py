@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from analysis.commands.console import readable
 from analysis.commands.names import plain
-from analysis.reports.units import readable
 from analysis.rules.tucker_costs import ConvSizes, conv_cheapest
 from analysis.steps.methods import METHODS
 from analysis.steps.settings import KNOWN

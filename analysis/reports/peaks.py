@@ -37,7 +37,7 @@ def peaks(step: TracedStep, steps: Mapping[str, MethodStep], optimizer: str) -> 
 
 
 def _gradients(records: Sequence[OpRecord]) -> dict[int, Storage]:
-    """Of everything that trains, as backward comes to it, by id of the value: what is there from the parts before."""
+    """The gradients that the parts before left: of everything that trains, by id, in the order of backward."""
     values = (value for record in reversed(flatten(records)) for value in record.inputs)
     return {v.id: Storage(v.nbytes) for v in values if v.parameter is not None and v.requires_grad}
 

@@ -10,7 +10,7 @@ from fractions import Fraction
 from analysis.ranks.batch_law import batch_spectrum
 from analysis.ranks.choose import RankChoice, fraction_of, shipped_spectra
 from analysis.ranks.spectra_file import Spectra, load_spectra
-from analysis.reports.predict import Prediction, Ranks, Shapes, predict_step, ranks_of, tuned_inputs
+from analysis.reports.prediction import Prediction, Ranks, Shapes, predict_step, ranks_of, tuned_inputs
 from analysis.reports.report import reductions
 from analysis.rules.account import CostCache, account
 from analysis.steps.chunks import at_batch

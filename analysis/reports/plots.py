@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from analysis.reports.figures import save_figure
 from analysis.reports.plot_data import Frontier, energy_frontier, reduction_by_batch
-from analysis.reports.predict import Prediction
+from analysis.reports.prediction import Prediction
 from analysis.reports.report import FLOP_KINDS, MethodCost, Report
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _batch(axes: Axes, prediction: Prediction, method: str) -> None:
 
 
 def _times_less(ratio: float) -> str:
-    """For a legend; what grows is called that.
+    """The words for a ratio in a legend: what shrinks and what grows have different ones.
 
     >>> _times_less(16.97), _times_less(0.5556)
     ('17.0×', 'grows 1.80×')

@@ -211,7 +211,7 @@ class Report:
         seen: dict[tuple[Any, ...], MethodCost] = {}
 
         def cost(bill: Billed) -> MethodCost:
-            """The same object for bills that say the same."""
+            """The same object for the same bills."""
             bytes_ = (bill.paper_bytes, bill.pytorch_bytes, bill.tape_bytes, bill.subspace_bytes)
             key = (id(bill.cost), bill.tuned, *bytes_)
             if key not in seen:
@@ -336,7 +336,7 @@ class Report:
 
 
 def reductions(bp: MethodCost, other: MethodCost) -> dict[str, float | None]:
-    """How many times less the other method takes, by accounting; None where it takes nothing.
+    """The factor by which the other method takes less, by accounting; None where it takes nothing.
 
     Factors count for the other method only: ``"tape + factors"`` compares bp's tape with both. Where there is no tape,
     what PyTorch keeps takes its place.

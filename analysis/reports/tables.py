@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from analysis.commands import console
-from analysis.commands.console import Sheet, say
+from analysis.commands.console import Sheet, in_unit, readable, say, scale_of, unit_of
 from analysis.reports.footnotes import footnotes, orders
 from analysis.reports.report import ACCOUNTINGS, FLOP_KINDS, Continual, MethodCost, Report, Row, reductions
-from analysis.reports.units import in_unit, readable, scale_of, unit_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -306,7 +305,7 @@ SAME = 1.05
 
 
 def change(times_less: float | None) -> str:
-    """What becomes of memory that is divided by this number, as the predicate of a sentence; None: nothing is left.
+    """The predicate of a sentence on memory that is divided by this number; None stands for memory that is gone.
 
     >>> change(1060.954), change(0.5556), change(1.004), change(None)
     ('shrinks 1,060.95 times', 'grows 1.80 times', 'hardly changes (to 99.6 %)', 'shrinks to nothing')

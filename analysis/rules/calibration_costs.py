@@ -61,17 +61,17 @@ class CalibrationCost:
 
     @property
     def gram_macs(self) -> int:
-        """Of all Grams."""
+        """Multiply-adds of all Gram matrices."""
         return sum(mode.gram_macs for layer in self.layers for mode in layer.modes)
 
     @property
     def frame_macs(self) -> int:
-        """Of taking the mean's direction out."""
+        """Multiply-adds of taking the mean's direction out."""
         return sum(layer.frame_macs for layer in self.layers)
 
     @property
     def eigenvector_macs(self) -> int:
-        """Of the eigendecompositions, nominal."""
+        """Nominal multiply-adds of the eigendecompositions."""
         return sum(mode.eigenvector_macs for layer in self.layers for mode in layer.modes)
 
     @property

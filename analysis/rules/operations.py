@@ -151,7 +151,7 @@ def _check_free(column: str, name: str, value: Any) -> None:
 
 
 def _called(value: Any) -> str:
-    """Where a function is from; one without a name is told from others by its line."""
+    """The origin of a function; the line number distinguishes functions without a name."""
     code = getattr(value, "__code__", None)
     line = f" of line {code.co_firstlineno}" if code is not None and code.co_name == "<lambda>" else ""
     return f"{value.__module__}.{value.__qualname__}{line}" if hasattr(value, "__qualname__") else repr(value)

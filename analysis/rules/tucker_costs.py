@@ -221,7 +221,7 @@ def _channel_macs(sizes: ConvSizes, ranks: Ranks) -> tuple[int, int]:
 
 
 EXPANDED_ELEMENTS = 2**22
-"""Of a core with modes put back to full size, at most; nor may it have more than a quarter of the activation's."""
+"""Most elements of a core with modes put back to full size; nor may it have more than a quarter of the activation's."""
 
 
 def conv_cheapest(sizes: ConvSizes, ranks: Ranks) -> tuple[int, str, tuple[int, ...]]:

@@ -308,7 +308,7 @@ def checkpointed(step: TracedStep, segments: int | None) -> MethodStep:
 
 
 def numbers(records: Sequence[OpRecord], others: Sequence[OpRecord]) -> dict[int, int]:
-    """By number of each value in one trace: its number in another of the same operations."""
+    """The number of each value in another trace of the same operations, by its number in the first."""
     found: dict[int, int] = {}
     for one, other in zip(flatten(records), flatten(others), strict=True):
         for mine, theirs in zip((*one.inputs, one.output), (*other.inputs, other.output), strict=True):

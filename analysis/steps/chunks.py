@@ -14,7 +14,7 @@ from analysis.steps.settings import MethodStep, NotApplicableError, Ranks, Setti
 from lance_ref.train.chunks import at_a_time, mixing_operation, shared_draws
 
 MICRO_BATCHES = 4
-"""Of a step, at least, where nobody says otherwise."""
+"""The least number of micro-batches of a step, where the user gives none."""
 
 
 def at_batch(step: TracedStep, batch: int) -> TracedStep:
@@ -87,7 +87,7 @@ def mixing_store(changed: MethodStep) -> str | None:
 
 
 def in_micro_batches(step: TracedStep, images: int | None) -> MethodStep:
-    """The step in parts of so many images, traced anew, whether or not something mixes the images of a part.
+    """The step in parts of a given number of images, traced again, even where an operation mixes the images of a part.
 
     Raises ValueError if that is no divisor of the batch, NotApplicableError if the net does not run on so few: batch
     norm with the statistics of one vector.

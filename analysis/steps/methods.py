@@ -63,7 +63,7 @@ UPDATE = Setting(
 
 
 def _lance(layer: TunedLayer, centred: bool = False) -> ActivationStore:
-    """With random subspaces, and a mean of ones: bytes and multiply-adds depend on the ranks alone."""
+    """A store with random subspaces and a mean of ones: bytes and multiply-adds depend on the ranks alone."""
     from dataclasses import replace
 
     import numpy as np
@@ -117,7 +117,7 @@ def _sketch(layer: TunedLayer) -> ActivationStore:
 
 
 def _kept_by_codes(bits: int) -> Callable[[tuple[int, ...], Settings], Kept]:
-    """Of codes with L = 2ᵇ − 1 steps: 1 − η, η = 3/(4L²), and η ≤ (k − 2)/(2L²) for k values a channel."""
+    """What codes of L = 2ᵇ − 1 steps keep: 1 − η, η = 3/(4L²), and η ≤ (k − 2)/(2L²) for k values a channel."""
 
     def kept(shape: tuple[int, ...], settings: Settings) -> Kept:
         levels = 2**bits - 1

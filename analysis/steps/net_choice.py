@@ -25,7 +25,7 @@ from lance_ref.nn.module import Module
 from lance_ref.nn.selection import choose, weighted_layers
 
 Normalise = Callable[[np.ndarray], np.ndarray]
-"""From uint8 (B, H, W, C) to float32 (B, C, H, W)."""
+"""A function from uint8 (B, H, W, C) to float32 (B, C, H, W)."""
 SOME_CLASSES = 10
 """Told to a factory that takes a number of classes where the number does not matter."""
 
@@ -154,7 +154,7 @@ class NetChoice:
         return models.create(self.name, num_classes=num_classes, rng=seed, **more)
 
     def origin(self, net: Any) -> Weights:
-        """Where the weights of a net came from that was made without pretrained ones; it may be a module of PyTorch."""
+        """The origin of the weights of a net that was made without pretrained ones; it may be a module of PyTorch."""
         if self.is_onnx:
             file, digest = Path(self.name).name, file_sha256(self.name)
             return Weights("ONNX file", f"those of {file} (sha256 {digest[:16]})", file, digest, "own")
@@ -263,7 +263,7 @@ def with_outputs(net: Module, name: str, given: int, num_classes: int, seed: int
 
 
 def file_sha256(path: str) -> str:
-    """Of a file, in hexadecimal digits."""
+    """SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -278,7 +278,7 @@ def arrays_of(module: Any) -> dict[str, np.ndarray]:
 
 
 def arrays_sha256(module: Any) -> str:
-    """Of all parameters and buffers, in their order."""
+    """SHA-256 of all parameters and buffers, in their order."""
     digest = hashlib.sha256()
     for array in arrays_of(module).values():
         digest.update(array.tobytes())

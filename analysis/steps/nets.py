@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 DEFAULT_IMAGE_SIZE = 224
 DEFAULT_NUM_CLASSES = 1000
-"""Of built-in nets; a user's factory has a default of its own."""
+"""Classes of built-in nets by default; a user's factory has a default of its own."""
 DEFAULT_TUNE_LAYERS = 4
 DEFAULT_TUNE = f"last:{DEFAULT_TUNE_LAYERS}"
 MAX_WIDTH = 16
@@ -78,7 +78,7 @@ class TracedStep:
 
     @property
     def dtype(self) -> str:
-        """Of the activations."""
+        """The dtype of the activations."""
         return self.records[-1].output.dtype
 
 
@@ -251,7 +251,7 @@ def said_by(error: BaseException) -> str:
 
 
 def place(error: BaseException) -> str:
-    """Where the user's own code was when it raised: the last line outside of the two packages, of Python and others."""
+    """The line of the user's code that raised the error: the last one outside of our packages and installed ones."""
     own = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -104,7 +104,7 @@ class Method:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of its settings."""
+        """The names of its settings."""
         return tuple(setting.name for setting in self.settings)
 
 

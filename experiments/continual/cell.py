@@ -88,7 +88,7 @@ def prepare(
     folder: str,
     **own: Any,
 ) -> tuple[Module, Scenario]:  # fmt: skip
-    """Network and tasks of a cell: at most so many tasks, and images of each; None leaves all.
+    """Network and tasks of a cell. ``tasks`` and the numbers of images are upper limits; None means all.
 
     ``own`` are arguments of :data:`OWN_ARGUMENTS`.
 
@@ -149,7 +149,7 @@ def network_and_tasks(
 
 @lru_cache(maxsize=2)  # a process runs many cells on the same images
 def _own_scenario(data: str, classes_per_task: int, image_size: int | None, channels: int | None) -> Scenario:
-    """Consecutive classes of the user's images, so many in each task."""
+    """The user's images as tasks of consecutive classes, the same number of classes in each."""
     parts = [datasets.open_data(data, split, image_size, None, channels) for split in ("train", "test")]
     if image_size is not None:
         parts = [replace(part, images=datasets.resize(part.images, image_size)) for part in parts]

@@ -1,10 +1,11 @@
 """Learn one task after the other with every learner: ``python -m experiments.continual --quick``.
 
-For each learner: accuracy at the end, forgetting and transfer over seeds, RAM and flash bytes predicted and measured,
-multiply-adds of steps and between tasks. All learners start from the same weights and see the same batches.
+The table has a row for each learner: accuracy at the end, forgetting and transfer, over seeds; bytes in RAM and in
+flash, predicted and measured; multiply-adds of the steps and between tasks. All learners start from the same weights
+and see the same batches.
 
-A finished run of one learner and seed is kept in --folder and never run again; one that was stopped goes on where it
-was.
+A finished run of one learner and seed is kept in --folder and never runs again. A run that was stopped continues where
+it stopped.
 
     lance-ref continual --quick
     lance-ref continual --data pictures/ --net mynets:net --seeds 1
@@ -63,7 +64,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     OWN: {**IMAGES, "batch": 32, "basis_samples": 100, "threshold": [0.95], "threshold_step": 0.0},
 }  # fmt: skip
-"""By scenario, where an option is not given."""
+"""Values of the options that are not given, by scenario."""
 
 QUICK = {"seeds": 1, "train_images": 150, "test_images": 60, "epochs": 5}
 
@@ -86,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         "--data", type=cli.data_set,
         help=f"images of yours, in place of --scenario; each task has a few of their classes. {cli.DATA_HELP}",
     )  # fmt: skip
-    p.add_argument("--classes-per-task", type=cli.integer(2, 1000), metavar="N", help="with --data (2)")
+    p.add_argument("--classes-per-task", type=cli.integer(2, 1000), metavar="N", help="with --data: classes a task (2)")
     p.add_argument("--quick", action="store_true", help="try it: few images of each task, one seed; a minute")
     p.add_argument(
         "--learners", type=cli.name_of(lambda: LEARNERS), nargs="+", default=list(LEARNERS), metavar="LEARNER",
@@ -98,11 +99,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image-size", type=cli.pixels, help="with --data: height and width in pixels (as they are)")
     cli.add_pixels(p)
     p.add_argument("--seeds", type=cli.few, help="how often each learner runs, with other random numbers each time (5)")
-    p.add_argument("--tasks", type=cli.integer(2, 10_000), help="the first so many (all)")
+    p.add_argument("--tasks", type=cli.integer(2, 10_000), help="number of tasks to learn, from the first on (all)")
     p.add_argument("--epochs", type=cli.count, help="passes over the images of each task (the scenario's)")
     p.add_argument("--batch", type=cli.count, help="images of one training step (the scenario's)")
     p.add_argument("--lr", type=cli.positive, help="learning rate (the scenario's)")
-    p.add_argument("--momentum", type=cli.share_below_one, default=0.0, help="of the optimiser, SGD (0)")
+    p.add_argument("--momentum", type=cli.share_below_one, default=0.0, help="momentum of the optimiser, SGD (0)")
     p.add_argument("--clip", type=cli.positive, help="longer gradients are shortened to this length (none; domains 2)")
     p.add_argument(
         "--train-images", type=cli.count,

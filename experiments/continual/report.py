@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.commands.blocks import blocks, paragraph
 from analysis.commands.chance import sentence
+from analysis.commands.console import blocks, paragraph
 from analysis.reports.continual_costs import MAC_KINDS
 from analysis.reports.figures import save_figure
 from experiments import frame
@@ -29,7 +29,7 @@ class Row:
     seeds: tuple[Mapping[str, Any], ...]
 
     def metric(self, name: str) -> list[float]:
-        """Of each seed, as a share."""
+        """The metric for each seed, as a share."""
         return [float(seed["metrics"][name]) for seed in self.seeds]
 
     def largest(self, name: str) -> float:
@@ -91,7 +91,7 @@ def cells(row: Row) -> list[str]:
 
 
 def _seconds(row: Row) -> str:
-    """Of training; a short run's are decided by the load of the machine."""
+    """Seconds of training; those of a short run depend mostly on the load of the machine."""
     seconds = fmean(sum(task["seconds"] for task in seed["tasks"]) for seed in row.seeds)
     return "too short" if seconds < SHORTEST_TIMED_RUN else f"{seconds:,.1f}"
 

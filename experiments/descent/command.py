@@ -272,7 +272,7 @@ def _draw_training(ax: Any, runs: Sequence[dict[str, Any]]) -> None:
 def parser() -> argparse.ArgumentParser:
     p = frame.parser("experiments.descent", __doc__)
     p.add_argument("--trials", type=cli.count, help="random cases of each kind (1000)")
-    p.add_argument("--epochs", type=cli.count, help="of training, for each method (10)")
+    p.add_argument("--epochs", type=cli.count, help="passes over the training images, for each method (10)")
     p.add_argument("--seed", type=cli.seed, default=0, help="fixes everything (%(default)s)")
     p.add_argument("--quick", action="store_true", help="a few seconds: few trials, batches, epochs and images")
     frame.add_outputs(p, "the shares and cosines")

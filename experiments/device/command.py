@@ -51,11 +51,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"{command_line.listing('methods', ABOUT)}\n\n{command_line.nets_and_data()}",
     )  # fmt: skip
     p.add_argument("--quick", action="store_true", help="try it: a small net on the digits of the package; a minute")
-    frame.add_net_and_data(p, "mcunet", "cifar10")
-    p.add_argument(
-        "--tune",
-        help="layers that train besides the classifier: last:4 for the last four, all, or names with * (last:4)",
-    )  # fmt: skip
+    frame.add_net_data_and_tune(p)
     p.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
         help="names of the list below (all)",
@@ -92,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--seeds", type=cli.few, help="how often each method runs, with other random numbers each time (3)")
     p.add_argument("--calibration-batches", type=cli.count, help="batches on which lance finds its directions (4)")
-    p.add_argument("--calibration-batch", type=cli.count, help="images of each (64)")
+    p.add_argument("--calibration-batch", type=cli.count, help="images of each of these batches (64)")
     p.add_argument("--train-images", type=cli.count, help="images to train on, spread over the classes (10000)")
     p.add_argument("--test-images", type=cli.count, help="images to test on (all)")
     cli.add_sweep(p, "runs/device")
@@ -190,7 +186,7 @@ def _shape(options: argparse.Namespace) -> tuple[int, tuple[int, int, int]]:
 
 
 def swept_rates(options: argparse.Namespace) -> dict[Key, dict[float, float]]:
-    """For each row the accuracy on held-out training images by learning rate, seed 0.
+    """The accuracy of each row on held-out training images by learning rate, with seed 0.
 
     All of the grid is tried; a row that does best at its smallest or largest rate is tried at half or twice that, until
     it does not.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from analysis.commands.blocks import blocks, paragraph
 from analysis.commands.chance import sentence
+from analysis.commands.console import blocks, paragraph
 from analysis.reports.figures import save_figure
 from experiments import frame
 
@@ -52,7 +52,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """For readers, without the update."""
+        """The name of the row in tables, without the update."""
         return NAMES[self.method] + (f", {self.directions} directions" if self.directions else "")
 
     @property
@@ -66,7 +66,7 @@ class Row:
 
 
 Fits = Mapping[float, Mapping[tuple[str, int | None, str], Mapping[str, Any]]]
-"""By budget in KiB and row what compiling for that budget gave."""
+"""The outcome of compiling each row for each budget in KiB."""
 
 COLUMNS = (
     "update after", "method", "accuracy %", "lr", "RAM KiB", "lower bound", "again, M", "without tiles", "flash KiB",
@@ -210,7 +210,7 @@ def results(
 
 COLOURS = {"head": "0.55", "bias": "#b279a2", "bp": "#4c78a8"}
 LANCE_COLOURS = ("#ef8f62", "#c0312e", "#7b1c1c")
-"""From few directions to many; a fourth number begins again."""
+"""Colours from few directions to many; the fourth number of directions has the first colour again."""
 MARKERS = {"image": "o", "batch": "s"}
 LINE_KIB = 256
 

@@ -233,7 +233,7 @@ class _Gather:
         self.is_plain = len(taps) == 1 and P_in == P_out and bool((self.seen[0] == np.arange(P_in)).all())
 
     def geometry(self, conv: Conv, images: int) -> ConvGeometry:
-        """Of the library's convolution."""
+        """The sizes of the library's convolution for this number of images."""
         kernel, window = conv.weight.shape[2:], conv.window
         (top, bottom), (left, right) = (
             (before, max(0, (m - 1) * stride + dilation * (k - 1) + 1 - n - before))

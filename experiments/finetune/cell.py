@@ -111,7 +111,7 @@ class Setup:
     image_size : int or None
         None: the data set's own.
     train_images, test_images : int or None
-        At most so many, spread over the classes; None: all.
+        Largest number of images, spread over the classes; None means all.
     validation : bool
         Train on nine tenths of the training images and report the accuracy on the rest, not on the test set; 0 for
         a training that diverged.
@@ -154,7 +154,7 @@ class Setup:
 
     @property
     def normalise(self) -> Normalise:
-        """From pixels to the net's input."""
+        """The function from pixels to the net's input."""
         return self.choice.normalise(self.mean, self.std)[0]
 
     def images(self, split: str) -> Dataset:
@@ -394,7 +394,7 @@ class Watch:
 
 
 def _weight_gradients(info: StepInfo, layers: Mapping[str, Module]) -> dict[str, np.ndarray]:
-    """Of one batch; no gradient is left behind."""
+    """The weight gradients of one batch; no gradient is left behind."""
     info.net.zero_grad()
     F.cross_entropy(info.net(info.x), info.y).backward()
     gradients = {path: _gradient(layer) for path, layer in layers.items()}
@@ -403,7 +403,7 @@ def _weight_gradients(info: StepInfo, layers: Mapping[str, Module]) -> dict[str,
 
 
 def _gradient(layer: Module) -> np.ndarray:
-    """Of the weight, or the one that it follows where D trains."""
+    """The gradient of the weight; where D trains, the weight gradient that follows from that of D."""
     if layer.update is None:
         gradient: np.ndarray = layer.weight.grad
         return gradient

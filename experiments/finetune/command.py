@@ -1,10 +1,10 @@
 """Fine-tune one network with every method, on the same batches: ``python -m experiments.finetune --quick``.
 
-For each method: accuracy over seeds, bytes that are kept between forward and backward pass, predicted and measured,
-multiply-adds by kind, time against backpropagation, and how well its weight gradients point. Your own net and images
-are told with --net and --data.
+The table has a row for each method: accuracy over seeds; bytes that are kept between forward and backward pass,
+predicted and measured; multiply-adds by kind; time compared with backpropagation; and the angle between its weight
+gradients and the exact ones. --net and --data take a network and images of yours.
 
-A finished run of one method and seed is kept in --folder and never run again, so that a run that was stopped goes on.
+A finished run of one method and seed is kept in --folder and never runs again, so that a stopped command can continue.
 
     lance-ref finetune --quick
     lance-ref finetune --net mynets:net --data pictures/ --methods bp lance
@@ -43,11 +43,7 @@ def parser() -> argparse.ArgumentParser:
     about = command_line.listing("methods", {name: of.about for name, of in known.items()})
     p = frame.parser("experiments.finetune", __doc__, epilog=f"{about}\n\n{command_line.nets_and_data()}")
     p.add_argument("--quick", action="store_true", help="try it: a small net on the digits of the package; a minute")
-    frame.add_net_and_data(p, "mcunet", "cifar10")
-    p.add_argument(
-        "--tune",
-        help="layers that train besides the classifier: last:4 for the last four, all, or names with * (last:4)",
-    )  # fmt: skip
+    frame.add_net_data_and_tune(p)
     p.add_argument(
         "--methods", "--method", nargs="+", default=list(known), metavar="METHOD",
         help="names of the list below; lance@0.9 sets the first number that a method has, here --epsilon (all)",
@@ -68,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         "--chunk", type=cli.chunk,
         help="images that run at a time, or auto, where the step stays the same (the whole batch)",
     )  # fmt: skip
-    p.add_argument("--lr", type=cli.positive, help="learning rate, of --recipe papers (0.05)")
+    p.add_argument("--lr", type=cli.positive, help="learning rate of --recipe papers (0.05)")
     p.add_argument(
         "--lr-grid", type=cli.positive, nargs="+", default=[0.05, 0.1, 0.2],
         help="learning rates that --recipe tuned tries; where the largest is best, twice as much is tried too "
@@ -76,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument(
         "--tuning-epochs", type=cli.count, default=5,
-        help="of --recipe tuned: passes over the images to compare learning rates (5)",
+        help="with --recipe tuned: passes over the images for comparing learning rates (5)",
     )  # fmt: skip
     p.add_argument("--clip", type=cli.positive, default=2.0, help="longer gradients are shortened to this length (2.0)")
     p.add_argument(
@@ -188,7 +184,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def best_rates(options: argparse.Namespace) -> dict[str, float]:
-    """For each method the learning rate that does best on held-out training images, seed 0; ties go to the smaller.
+    """The learning rate of each method that is best on held-out training images, seed 0; ties go to the smaller one.
 
     All of the grid is tried; a method that does best at its largest rate is tried at twice that, until it does not.
     """

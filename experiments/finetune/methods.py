@@ -67,11 +67,11 @@ class Start:
 
     @property
     def budget_bytes(self) -> int:
-        """For the cores of methods that work under a budget."""
+        """The budget for the cores, of methods that have one."""
         return int(self.values["budget_kib"] * 1024)
 
     def calibrate(self, modes: Iterable[str] | None = None, **options: Any) -> Calibration:
-        """Of all tuned layers, at the threshold of the setting."""
+        """A calibration of all tuned layers, at the threshold of the setting."""
         wanted = self.modes if modes is None else tuple(modes)
         return lance_ref.calibrate(self.net, self.batches, epsilon=self.values["epsilon"], modes=wanted, **options)
 

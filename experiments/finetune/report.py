@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from analysis.commands.blocks import blocks, paragraph
 from analysis.commands.chance import SHORTEST_TIMED_STEP, sentence, too_short
+from analysis.commands.console import blocks, paragraph
 from analysis.reports.figures import save_figure
 from experiments import frame
 
@@ -32,7 +32,7 @@ class Row:
         return [float(seed["accuracy"]) for seed in self.seeds]
 
     def mean(self, name: str) -> float:
-        """Of a number over the seeds (ranks by energy differ a little with the calibration batches)."""
+        """The mean of a number over the seeds (ranks by energy differ a little with the calibration batches)."""
         return fmean(float(seed[name]) for seed in self.seeds)
 
     @property

@@ -27,7 +27,7 @@ SELECTIONS = ("last:1", "last:2", "last:3")
 
 QUICK = {"net": "convnet", "data": "digits", "tune": "last:2", "batch": [32], "lr": 0.2}
 DEFAULTS = {"net": "mcunet", "data": "cifar10", "tune": "last:4", "batch": [128, 8], "lr": PAPERS_LR}
-"""Where an option is not given, with and without ``--quick``."""
+"""Values of the options that are not given, with and without ``--quick``."""
 
 FIXED = {
     "calibration_batches": 100, "clip": 2.0, "epsilon": 0.7, "modes": list(MODES), "budget_kib": 200.0, "patch": 2,
@@ -49,8 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true",
         help="try it: a few settings of a small net on the digits of the package; a minute",
     )  # fmt: skip
-    frame.add_net_and_data(p, "mcunet", "cifar10")
-    p.add_argument("--tune", help="layers that train besides the classifier, see finetune (last:4)")
+    frame.add_net_data_and_tune(p)
     p.add_argument(
         "--batch", type=cli.count, nargs="+",
         help="images of one training step; each number is a sweep (128 8)",
@@ -59,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--train-images", type=cli.count, default=4000, help="images to train on (%(default)s)")
     p.add_argument("--test-images", type=cli.count, default=2000, help="images to test on (%(default)s)")
     p.add_argument("--lr", type=cli.positive, help=f"learning rate ({PAPERS_LR})")
-    p.add_argument("--seed", type=cli.seed, default=0, help="of the random numbers (%(default)s)")
+    p.add_argument("--seed", type=cli.seed, default=0, help="seed of the random numbers (%(default)s)")
     cli.add_sweep(p, "runs/finetune")
     frame.add_outputs(p, "accuracy against bytes")
     return p

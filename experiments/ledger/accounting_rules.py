@@ -103,7 +103,7 @@ Found = Iterator[tuple[float, frozenset[str]]]
 
 
 def _memory(quantity: str, unit: str, figures: Figures, base: Figures, compressed: bool) -> Found:
-    """Which arrays, in which unit."""
+    """The readings of a memory: which arrays are counted, and in which unit."""
     counted: list[tuple[int, int, frozenset[str]]]
     if quantity == "bases":
         counted = [(figures.bases, 0, frozenset()), (figures.bases + base.paper, 0, frozenset({"with-activations"}))]
@@ -131,7 +131,7 @@ def _memory(quantity: str, unit: str, figures: Figures, base: Figures, compresse
 
 
 def _work(quantity: str, figures: Figures, base: Figures, compressed: bool) -> Found:
-    """Which products of which layers, and what one of them counts."""
+    """The readings of a cost: which products of which layers are counted, and as how much each."""
     names = ["tuned-only", "no-grad-input", "forward-twice"]
     names += ["projection-at-full-size", "papers-order"] if compressed else []
     names += ["MACs-for-FLOPs"] if quantity == "work" else []

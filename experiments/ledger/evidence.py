@@ -10,7 +10,7 @@ from typing import Any
 from lance_ref.io.whole_file import read_json
 
 MOST_BYTES = 2**28
-"""Of a results file."""
+"""The largest size of a results file."""
 
 RESULTS = Path(__file__).parents[1] / "results"
 PROVENANCE = ("command", "seed", "versions", "machine")
@@ -34,7 +34,7 @@ def graded(reproduced: object, bounded: object = False) -> str:
 
 
 def verdict_of_points(behind: float) -> str:
-    """Of "within a few points": reproduced up to 2 points behind, bounded up to 5.
+    """The verdict on "within a few points": reproduced up to 2 points behind, bounded up to 5.
 
     >>> [verdict_of_points(points) for points in (-1.0, 2.0, 5.0, 5.1)]
     ['reproduced', 'reproduced', 'bounded', 'contradicted']

@@ -173,7 +173,7 @@ def _by_ranks(row: Published, case: dict[str, Any], value: float) -> tuple[Readi
 
 
 def _threshold(row: Published, case: dict[str, Any]) -> str:
-    """Which energy threshold, in percent, comes nearest as the papers count; of nets whose ranks come from spectra."""
+    """The energy threshold in percent that comes nearest as the papers count, for nets with ranks from spectra."""
     if row.quantity not in ("memory", "memory-ratio") or not reports_of(**case)[0].ranks_from.startswith("spectra"):
         return ""
     low, high = row.bounds

@@ -14,7 +14,7 @@ from experiments.ledger.accounting_rules import RULES, rounding
 
 QUANTITIES = ("memory", "memory-ratio", "work", "work-ratio", "bases")
 STATUSES = ("met", "explained", "within range", "by ranks", "unexplained")
-"""By ranks: the figure depends on ranks that the source does not print, and some share of every mode gives it."""
+"""``by ranks``: the figure depends on ranks that the source does not print, and some share of every mode gives it."""
 
 
 @dataclass(frozen=True)

@@ -46,11 +46,11 @@ class Geometry(ABC):
 
     @abstractmethod
     def input_gradient(self, weight: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
-        """Of the input's shape."""
+        """The gradient of the input, of the input's shape."""
 
     @abstractmethod
     def weight_gradient(self, x: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
-        """Of the weight's shape; exact, and linear in ``x``."""
+        """The gradient of the weight, of the weight's shape; exact, and linear in ``x``."""
 
     def outputs_first(self, weight: np.ndarray) -> np.ndarray:
         """A weight, or its gradient, as (C_out, C_in/groups, k, ...) or (O, I), whatever its own order is."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lance_ref.algebra.magnitude import near_one
-from lance_ref.algebra.tucker import mode_product
+from lance_ref.algebra.modes import mode_product
 
 ORTHONORMAL_TOLERANCE = 1e-8
 """Largest entry of MᵀM − I that is taken for rounding."""

@@ -41,10 +41,10 @@ TIMES_THE_WEIGHTS = 4
 """As much as the weights may the columns of a block take in any case: every block reads all weights anew."""
 
 ENOUGH_PLACES = 512
-"""Of the output, for a fast matrix product: more images than it takes to have these are not put together."""
+"""Output places that make a matrix product fast: images are put together until they have this number."""
 
 MANY_PLACES = 96
-"""Of one image's output: for its weight gradient the channels are shared out to threads, with columns of their own."""
+"""From this number of output places of an image on, threads share the channels of a weight gradient, not the images."""
 
 Padding = tuple[Pair, Pair]
 
@@ -213,7 +213,7 @@ class ConvGeometry(Convolution):
         return self._fitting(most, room // itemsize, self.input_shape[1])
 
     def channel_block(self, itemsize: int, channels: int) -> Pair:
-        """(images, output rows) whose patches of so many input channels are laid out at a time for a weight gradient.
+        """(images, output rows) of which a weight gradient lays out the patches of some input channels at a time.
 
         Its products sum over the places of a block, so that all images that fit are put together.
         """

@@ -29,7 +29,7 @@ from lance_ref.algebra.convolution import Convolution, Geometry
 from lance_ref.algebra.frame import feature_mode
 from lance_ref.algebra.geometry import LinearGeometry
 from lance_ref.algebra.kernels.threads import offsets_first
-from lance_ref.algebra.tucker import mode_product, multi_mode_product
+from lance_ref.algebra.modes import mode_product, multi_mode_product
 from lance_ref.engine.counting import matmul
 from lance_ref.engine.tensor import Shape
 

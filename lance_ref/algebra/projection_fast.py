@@ -23,15 +23,15 @@ from lance_ref.algebra.convolution import Convolution, Geometry
 from lance_ref.algebra.geometry import WORKSPACE_BYTES, LinearGeometry
 from lance_ref.algebra.kernels import threads as kernels
 from lance_ref.algebra.kernels.depthwise import MOST_PLACES, depthwise_core_gradient
+from lance_ref.algebra.modes import contraction_order, multi_mode_product
 from lance_ref.algebra.projection import Factors, transposed
-from lance_ref.algebra.tucker import contraction_order, multi_mode_product
 from lance_ref.engine.tensor import Shape
 
 ModeRanks = Sequence[int | None]
 """One rank per mode, or None for a mode that is left alone."""
 
 CONTRACTION_BYTES = 32 * 2**20
-"""Of the arrays between an output gradient and the weight gradient of a core."""
+"""The workspace for the arrays between an output gradient and the weight gradient of a core."""
 
 EXPANSIONS = ((), (0,), (1,), (0, 1))
 """Modes of a convolution's core that :func:`separable_order` may put back to full size first: batch, channels."""
@@ -98,7 +98,7 @@ def weight_gradient(
 
 
 def product_of_modes(tensor: np.ndarray, matrices: Sequence[np.ndarray | None]) -> np.ndarray:
-    """:func:`~lance_ref.algebra.tucker.multi_mode_product`, with height and width of a small map as one mode.
+    """:func:`~lance_ref.algebra.modes.multi_mode_product`, with height and width of a small map as one mode.
 
     The rows of A_(B·C × H·W) are maps, and A ×₃M_3 ×₄M_4 is A (M_3 ⊗ M_4)ᵀ: one product of a useful size in place of
     two with matrices of a few numbers, which a processor does at a tenth of its speed. A map with a depth is taken one
@@ -297,7 +297,7 @@ def _channel_macs(ranks: ModeRanks, geometry: Convolution) -> tuple[int, int]:
 
 
 def _chain_macs(shape: Shape, ranks: ModeRanks) -> int:
-    """Multiply-adds of :func:`~lance_ref.algebra.tucker.multi_mode_product` from ``shape`` to ``ranks``."""
+    """Multiply-adds of :func:`~lance_ref.algebra.modes.multi_mode_product` from ``shape`` to ``ranks``."""
     sizes = list(shape)
     macs = 0
     for mode in contraction_order(shape, ranks):

@@ -77,7 +77,7 @@ class TransposedGeometry(Convolution):
         return self.mirror.weight_gradient(grad_output, x)
 
     def seen(self, axis: int) -> np.ndarray:
-        """Where the mirror's place y = s·h + d·p − before is solved for h; −1 where s does not divide."""
+        """The h for which the mirror's place is y = s·h + d·p − before; −1 where s does not divide."""
         behind = np.arange(self.output_shape[2 + axis])[:, None] + self.padding[axis][0]
         behind = behind - self.dilation[axis] * np.arange(self.kernel[axis])
         found: np.ndarray = np.where(behind % self.stride[axis] == 0, behind // self.stride[axis], -1)
@@ -150,7 +150,7 @@ class VolumeGeometry(Convolution):
         return grad
 
     def _taps(self) -> Iterator[tuple[int, slice]]:
-        """For each depth of the kernel, the frames of the padded volume that it sees."""
+        """The frames of the padded volume that each depth of the kernel sees."""
         s, d = self.stride[0], self.dilation[0]
         for t in range(self.kernel[0]):
             yield t, slice(t * d, t * d + s * (self.output_shape[2] - 1) + 1, s)

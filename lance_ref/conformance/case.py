@@ -115,7 +115,7 @@ class Numbers:
         self._bits = np.random.PCG64(np.random.SeedSequence([SEED, *name.encode()]))
 
     def array(self, *shape: int) -> np.ndarray:
-        """Of this shape, float64."""
+        """An array of random numbers of this shape, float64."""
         raw = self._bits.random_raw(int(np.prod(shape)))
         return ((raw >> np.uint64(40)).astype(np.float64) / 2**22 - 2).reshape(shape)
 

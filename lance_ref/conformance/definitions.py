@@ -55,7 +55,7 @@ def windows(padded: np.ndarray, geometry: Geometry) -> Iterator[tuple[int, int, 
 
 
 def pad(activation: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """With the zeros around it."""
+    """The activation with the zeros of the padding around it."""
     return np.pad(activation, ((0, 0), (0, 0), *map(tuple, geometry["padding"])))
 
 
@@ -304,12 +304,12 @@ def chain_macs(shape: Sequence[int], targets: Sequence[int | None]) -> int:
 
 
 def projection_macs(shape: Sequence[int], factors: Factors) -> int:
-    """Of S = A ×₁U_1ᵀ ×₂U_2ᵀ …"""
+    """Multiply-adds of S = A ×₁U_1ᵀ ×₂U_2ᵀ …"""
     return chain_macs(shape, _ranks(factors))
 
 
 def weight_gradient_macs(factors: Factors, geometry: Geometry, order: str | None) -> int:
-    """Of the weight gradient from the core.
+    """Multiply-adds of the weight gradient from the core.
 
     ``order`` is "papers" or "separable"; None for a linear layer, with Z = G projected on the factors of the outer
     modes the cheaper of (ZᵀS)U_Iᵀ and Zᵀ(SU_Iᵀ).

@@ -41,7 +41,7 @@ class Protecting(Learner):
         self.protected = {path: np.zeros((layers[path].weight.data[0].size, 0)) for path in self.layers}
 
     def thresholds(self, t: int) -> dict[str, float]:
-        """Of each layer after task t."""
+        """The energy threshold of each layer after task t."""
         given = self.recipe.thresholds
         each = given * len(self.layers) if len(given) == 1 else given
         return {
@@ -66,7 +66,7 @@ class Protecting(Learner):
 
     @property
     def flash_bytes(self) -> int:
-        """Of the bases, in float64 as they are kept between tasks."""
+        """Bytes of the bases, in float64 as they are kept between tasks."""
         return sum(M.nbytes for M in self.protected.values())
 
     def notes(self) -> dict[str, Any]:

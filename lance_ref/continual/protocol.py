@@ -30,7 +30,7 @@ from lance_ref.train.features import in_mode, mixed_batches
 from lance_ref.train.run import Pass, Run, right_answers
 
 Bill = Callable[[Sequence[Sequence[OpRecord]]], Mapping[str, Any]]
-"""From the op records of each pass of a step to what a prediction says of them, fit for JSON."""
+"""A function from the op records of each pass of a step to a prediction about them, fit for JSON."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def run(
         File to write after each task, and to go on from if it is there. A run that was stopped and one that was not
         end bit by bit alike.
     every_steps : int, optional
-        Write it also after so many steps of a task.
+        Number of steps of a task after which the checkpoint is written as well.
     settings : mapping, optional
         What else must be the same for a checkpoint to fit, beside learner, recipe, network and scenario.
     on_step : callable, optional
@@ -148,7 +148,7 @@ class _Tasks:
         return Result(np.array(self.at.rows), np.array(self.at.baseline), self.at.tasks)
 
     def _task(self, saved: Mapping[str, np.ndarray]) -> None:
-        """From wherever it is to its end. ``saved``: what a checkpoint inside the task holds."""
+        """Continue the task to its end. ``saved`` is the content of a checkpoint inside the task."""
         t, at, learner = self.at.task, self.at, self.learner
         train = self.scenario.tasks[t].train
         if self.path is not None and not saved:
@@ -365,7 +365,7 @@ def accuracy(net: Module, scenario: Scenario, samples: Samples, head: int, batch
 
 
 def _digest(samples: Samples, pixels: _Pixels) -> str:
-    """Of the images, the order of their pixels, and the labels."""
+    """A digest of the images, the order of their pixels, and the labels."""
     order = {} if samples.permutation is None else {"permutation": samples.permutation}
     return digest({"pixels": np.array(pixels.digest(samples.images)), "labels": samples.labels, **order})
 
@@ -377,7 +377,7 @@ class _Pixels:
         self._known: dict[int, str] = {}
 
     def digest(self, images: np.ndarray) -> str:
-        """Of an array that stays alive as long as this object."""
+        """The digest of an array, which stays alive as long as this object."""
         if id(images) not in self._known:
             self._known[id(images)] = digest({"images": images})
         return self._known[id(images)]

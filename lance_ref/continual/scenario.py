@@ -47,7 +47,7 @@ class Samples:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one stored image."""
+        """The shape of one stored image."""
         size = self.images.shape[1:]
         return size if self.permutation is None else (int(np.prod(size)),)
 
@@ -65,7 +65,7 @@ class Samples:
         return np.ascontiguousarray(images.reshape(len(images), -1)[:, self.permutation])  # (B, pixels)
 
     def limited(self, count: int | None) -> Samples:
-        """At most so many, spread over the classes."""
+        """The same samples, or ``count`` of them, spread over the classes; None means all."""
         if count is None or count >= len(self):
             return self
         chosen = spread(self.labels, count)
@@ -146,11 +146,11 @@ class Scenario:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of one image as the network takes it."""
+        """The shape of one image as the network takes it."""
         return tuple(self.convert(self.tasks[0].test.stored(slice(0, 1))).shape[1:])
 
     def limited(self, tasks: int | None = None, train: int | None = None, test: int | None = None) -> Scenario:
-        """The first few tasks, with at most so many images each, spread over the classes; None leaves all."""
+        """The first tasks, with a limited number of images each, spread over the classes; None means no limit."""
         if tasks is not None and not 1 <= tasks <= len(self):
             raise ValueError(f"tasks is {tasks}, but {self.name} has {len(self)}")
         chosen = self.tasks[:tasks]

@@ -170,7 +170,7 @@ def _addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Tensor:
 
 
 def _einsum(equation: str, *operands: Any) -> Tensor:
-    """Of two operands, with every letter once in each, and summed where both have it and the result has not."""
+    """The einsum of two operands without repeated letters: letters of both that the result lacks are summed."""
     tensors = operands[0] if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
     left, arrow, result = equation.replace(" ", "").partition("->")
     names = left.split(",")

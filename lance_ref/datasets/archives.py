@@ -20,6 +20,7 @@ import numpy as np
 
 from lance_ref.datasets.dataset import check_memory, resize, size_pair, spread
 from lance_ref.datasets.files import EXTENSIONS, MAX_FILE_BYTES, decode, image_archive, read_zip_members
+from lance_ref.io.opening import one_line
 
 Size = int | tuple[int, int] | None
 Arrays = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
@@ -30,7 +31,7 @@ MAX_NAMES_BYTES = 64 * 1024
 MAX_IDX_BYTES = 64 * 1024**2
 MAX_MAT_BYTES = 1024**2
 TEST_EVERY = 5
-"""Of a published archive without a split, every fifth image of a class is for the test."""
+"""In a published archive without a split, every fifth image of a class is for the test."""
 
 _BROKEN = (tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError, OSError, ValueError, struct.error)
 
@@ -84,7 +85,7 @@ def _members(path: Path, limits: Mapping[str, int]) -> Iterator[tuple[str, bytes
                 if not left:
                     return
     except _BROKEN as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from None
+        raise ValueError(f"{path}: {one_line(error)}") from None
     raise ValueError(f"{path}: member {min(left)} is missing")
 
 
@@ -131,7 +132,7 @@ def _read_idx_file(path: Path, ndim: int) -> np.ndarray:
             if len(content) != count or file.read(1):
                 raise ValueError(f"declares shape {tuple(shape)}, but does not hold {count} bytes")
     except _BROKEN as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from None
+        raise ValueError(f"{path}: {one_line(error)}") from None
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
@@ -203,7 +204,7 @@ def _read_mat(path: Path, key: str, most: int) -> np.ndarray:
     try:
         values: Any = loadmat(path, variable_names=[key]).get(key)
     except Exception as error:  # the parser raises whatever a damaged file leads it to
-        raise ValueError(f"{path}: not a readable MATLAB 5 file: {_one_line(error)}") from None
+        raise ValueError(f"{path}: not a readable MATLAB 5 file: {one_line(error)}") from None
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "iu" or not values.size:
         raise ValueError(f"{path}: variable {key!r} is missing or holds no row of integers")
     numbers = values.ravel().astype(np.int64)
@@ -220,7 +221,3 @@ def _resized(images: np.ndarray, image_size: Size) -> np.ndarray:
         return images
     check_memory(len(images), size_pair(image_size), images.shape[3])
     return resize(images, image_size)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

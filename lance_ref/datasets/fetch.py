@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lance_ref.datasets.published import Published
+from lance_ref.io.opening import one_line
 from lance_ref.io.progress import progress_bar
 
 MAX_DOWNLOAD_BYTES = 1024**3
@@ -19,7 +20,7 @@ MAX_DOWNLOAD_BYTES = 1024**3
 
 CHUNK_BYTES = 64 * 1024
 TIMEOUT_SECONDS = (10, 60)
-"""For the connection, and between two pieces of an answer."""
+"""Longest wait for the connection, and between two pieces of an answer."""
 
 HEADERS = {"Accept-Encoding": "identity"}  # the checksum is of the bytes as they are stored
 
@@ -157,13 +158,9 @@ def download(url: str, path: Path, checksum: str) -> None:
         raise OSError(str(error)) from None
     except ValueError as error:
         wrong = "known hash" in str(error)
-        raise OSError(f"what came does not have the checksum {checksum}" if wrong else _one_line(error)) from None
+        raise OSError(f"what came does not have the checksum {checksum}" if wrong else one_line(error)) from None
     except OSError as error:
-        raise OSError(_one_line(error)) from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise OSError(one_line(error)) from None
 
 
 class _TooLargeError(Exception):

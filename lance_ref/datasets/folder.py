@@ -104,7 +104,7 @@ def _check(
 
 
 def parts_of(folder: str | Path) -> list[str]:
-    """Which of ``train/`` and ``test/`` there are; none if a subfolder is called otherwise or holds pictures itself."""
+    """Those of ``train/`` and ``test/`` that exist; none if a subfolder has another name or holds pictures itself."""
     folder = Path(folder)
     subfolders = _subfolders(folder)
     if any(child.name not in SPLITS or _pictures(child) or not _subfolders(child) for child in subfolders):

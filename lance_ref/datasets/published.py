@@ -15,7 +15,7 @@ Arrays = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
 """Images uint8 (N, H, W, C), labels int64 (N,), class names."""
 
 Reader = Callable[[Mapping[str, Path], str, int | tuple[int, int] | None, int | None], Arrays]
-"""From paths by file name, split, image_size and limit."""
+"""A function of the paths by file name, the split, image_size and limit."""
 
 
 @dataclass(frozen=True)
@@ -93,4 +93,4 @@ PUBLISHED = {
         "www.robots.ox.ac.uk/~vgg/data/flowers/102, no licence stated; the official train (1,020) and test (6,149)",
     ),
 }
-"""By short name."""
+"""The data sets by their short names."""

@@ -75,7 +75,7 @@ SOURCES = {
         published=PUBLISHED["flowers102"],
     ),
 }  # fmt: skip
-"""By short name; ``digits`` is shipped with the library and not listed here."""
+"""The data sets by their short names; ``digits`` comes with the library and is not listed here."""
 
 
 def names() -> list[str]:

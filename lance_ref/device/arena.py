@@ -78,7 +78,7 @@ class Array:
 
 
 def live_bytes(arrays: Iterable[Array], times: int) -> list[int]:
-    """Sum of the bytes that are alive at each of so many instructions."""
+    """For each instruction of a program, the sum of the bytes that are alive while it runs."""
     change = [0] * (times + 1)
     for array in arrays:
         change[array.first] += array.nbytes

@@ -15,18 +15,10 @@ from lance_ref.device import graph as graphs
 from lance_ref.device.budget import parse_bytes, shown_bytes
 from lance_ref.device.graph import Graph, UnsupportedError
 from lance_ref.device.layers import Pixels
-from lance_ref.device.layout import (
-    Choice,
-    DeviceLayout,
-    Factors,
-    NotTiledError,
-    Recipe,
-    lay_out,
-    parts_along,
-    recomputed_macs,
-)
+from lance_ref.device.layout import Choice, DeviceLayout, Factors, Recipe, lay_out
 from lance_ref.device.program import Program
 from lance_ref.device.segments import first_roles
+from lance_ref.device.tiles import NotTiledError, parts_along, recomputed_macs
 from lance_ref.lance.calibration import Calibration
 from lance_ref.models.register import NETS
 from lance_ref.nn.module import Module

@@ -308,7 +308,7 @@ class Layer:
     # ---- backward -----------------------------------------------------------------------------
 
     def turn(self, m: Memory, g: np.ndarray) -> None:
-        """Of a tail: Dᵀ g, before the first channel."""
+        """For a tail: compute Dᵀ g, before the first channel."""
         if self.is_factored:
             assert self.returned is not None
             T, D = m[self.returned], self.changes(m)

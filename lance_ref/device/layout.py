@@ -15,11 +15,10 @@ from lance_ref.device.graph import Conv, Graph, Node
 from lance_ref.device.instructions import Backward, Forward, Loss, SegmentPlan, Update
 from lance_ref.device.layers import Core, Input, Layer, Pixels
 from lance_ref.device.segments import ELEMENTWISE, Segment, segments
-from lance_ref.device.windows import needed, whole
+from lance_ref.device.tiles import Parts, node_name, parts_along, recomputed_macs, segment_name
+from lance_ref.device.windows import whole
 from lance_ref.engine.tensor import Shape
 
-Parts = dict[int, tuple[int, int]]
-"""Along one axis, the part of each map."""
 Factors = tuple[np.ndarray | None, ...]
 """U of channels or features, of height and of width; None for a mode left alone."""
 
@@ -147,10 +146,6 @@ class DeviceLayout:
         return kinds
 
 
-class NotTiledError(ValueError):
-    """These segments cannot run tile by tile."""
-
-
 def lay_out(graph: Graph, recipe: Recipe, choice: Choice, split: list[Segment] | None = None) -> DeviceLayout:
     """The layout of a choice; :meth:`DeviceLayout.place` gives addresses. ``split``: its segments, if they are known.
 
@@ -160,53 +155,6 @@ def lay_out(graph: Graph, recipe: Recipe, choice: Choice, split: list[Segment] |
         If the segments that are to run in tiles train, or something after them needs what they leave inside.
     """
     return _Builder(graph, recipe, choice, split or segments(graph, choice.heads)).build()
-
-
-def parts_along(graph: Graph, split: Sequence[Segment], tiled: int, axis: int, tile: int) -> list[Parts]:
-    """Along one axis, for each tile of so many places the part of every map that it needs, from the last output back.
-
-    Raises
-    ------
-    NotTiledError
-        As of :func:`lay_out`.
-    """
-    inside = {node.output for s in split[:tiled] for node in s.everything} - {split[tiled - 1].output}
-    for segment in split[tiled:]:
-        if {segment.source, segment.residual} & inside:
-            raise NotTiledError(f"a map that {_named(segment)} needs is made in tiles")
-    for segment in split[:tiled]:
-        is_whole = any(
-            n.op in ("adaptive_pool", "dropout") or (n.conv and n.conv.is_linear) for n in segment.everything
-        )
-        if segment.trains or is_whole:
-            raise NotTiledError(f"{_named(segment)} cannot run in tiles")
-    nodes = [node for segment in reversed(split[:tiled]) for node in reversed(segment.everything)]
-    last = split[tiled - 1].output
-    n = graph.shapes[last][1 + axis]
-    found = []
-    for start in range(0, n, tile):
-        part: Parts = {last: (start, min(start + tile, n))}
-        for node in nodes:
-            window = node.conv.window if node.conv is not None else node.window
-            for number in node.inputs:
-                low, high = part[node.output]
-                if window is not None:
-                    low, high = needed(window, axis, (low, high), graph.shapes[number][1 + axis])
-                before = part.get(number, (low, high))
-                part[number] = min(low, before[0]), max(high, before[1])
-        found.append(part)
-    return found
-
-
-def recomputed_macs(graph: Graph, tiled: Sequence[Segment], rows: Sequence[Parts], columns: Sequence[Parts]) -> int:
-    """Multiply-adds of halos that several tiles compute."""
-    macs = 0
-    for segment in tiled:
-        for node in segment.nodes:
-            if node.conv is not None:
-                places = math.prod(sum(p[node.output][1] - p[node.output][0] for p in each) for each in (rows, columns))
-                macs += node.conv.weight.size * (places - math.prod(graph.shapes[node.output][1:]))
-    return macs
 
 
 class _Builder:
@@ -289,12 +237,12 @@ class _Builder:
             if free and added is not None and i >= tiled:
                 self.maps[segment.output] = self.maps[added]
             else:
-                name = f"map of {_named(segment)}"
+                name = f"map of {segment_name(segment)}"
                 self.maps[segment.output] = self._array(name, (C, H, W), self.dtype, "tiles" if inside else "maps")
 
     def _gradient(self, number: int) -> Array:
         if number not in self.gradients:
-            name = next(f"gradient of map of {_named(s)}" for s in self.segments if s.output == number)
+            name = next(f"gradient of map of {segment_name(s)}" for s in self.segments if s.output == number)
             self.gradients[number] = self._array(name, self.graph.shapes[number], self.dtype, "maps")
         return self.gradients[number]
 
@@ -324,7 +272,7 @@ class _Builder:
             if node.inputs[0] in needs:
                 shape = self._mask(node)
                 if shape is not None:
-                    plan.masks[node] = self._array(f"signs of {_node(node)}", shape[0], shape[1], "masks")
+                    plan.masks[node] = self._array(f"signs of {node_name(node)}", shape[0], shape[1], "masks")
         if segment.output in needs:
             self._gradient(segment.output)
             before_tail = inner[-1].output if inner[-1] is not None else segment.source
@@ -447,7 +395,7 @@ class _Builder:
     def _overlap(self, image: Array, output: Array, rows: Sequence[Parts]) -> None:
         """The tiles' output is written over rows of the image that no later tile reads.
 
-        Both lie in memory row by row. The output begins so many bytes before the image that it never reaches a row
+        Both lie in memory row by row. The output begins far enough before the image that it never reaches a row
         which is still needed: after a row of tiles it ends at or before the first byte that the next row reads.
         """
         number = self.segments[self.choice.tiled - 1].output
@@ -474,16 +422,6 @@ class _Builder:
                 array.touch(tiled - 1)
         self.maps[0].touch(0)
         self.arrays[:] = [array for array in self.arrays if array.first >= 0]
-
-
-def _named(segment: Segment) -> str:
-    last = segment.everything[-1]
-    convs = [node for node in segment.nodes if node.conv is not None]
-    return _node(convs[-1] if convs else last)
-
-
-def _node(node: Node) -> str:
-    return f"{node.path or node.op}" if node.conv is not None else f"{node.op} {node.output}"
 
 
 def flash(graph: Graph, recipe: Recipe, layers: Mapping[str, Layer]) -> dict[str, np.ndarray]:

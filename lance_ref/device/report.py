@@ -18,7 +18,7 @@ COLOURS = {
 }  # fmt: skip
 
 WIDTH = 58
-"""Of the first column: with the bytes and a mark behind it a line has at most 80 characters."""
+"""The width of the first column: with the bytes and a mark behind it a line has at most 80 characters."""
 
 
 def text(layout: DeviceLayout, flash_bytes: int) -> str:

@@ -81,7 +81,7 @@ def convolutions(graph: Graph) -> list[Node]:
 
 
 def first_roles(graph: Graph) -> dict[Node, bool]:
-    """For each convolution whether it is a head: those before the largest maps, greedily."""
+    """Whether each convolution is a head, chosen greedily: those before the largest maps."""
     users = consumers(graph)
     chains = []
     for node in convolutions(graph):

@@ -68,7 +68,7 @@ class Reach:
 
     @cached_property
     def taps(self) -> tuple[Tap, ...]:
-        """For each place of the kernel: the places that are written, and what they see there; padding is left out.
+        """The places that each place of the kernel writes, and what they see there; padding is left out.
 
         >>> reach(Window((1, 2), before=(0, 1)), ((0, 1), (0, 3)), ((0, 1), (0, 3))).taps[0]
         (0, 0, (slice(0, 1, None), slice(1, 3, None)), (slice(0, 1, 1), slice(0, 2, 1)))

@@ -80,3 +80,8 @@ def _check_end(file: IO[bytes], most: int) -> None:
         raise ValueError("it is truncated: its comment is shorter than it says")
     if end and end[private._ECD_SIZE] > most:
         raise ValueError(f"its table of contents has {end[private._ECD_SIZE]} bytes, expected at most {most}")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

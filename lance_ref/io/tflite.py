@@ -89,7 +89,7 @@ class _Table:
         self.fields = at - _number(data, "<i", at)
 
     def place(self, field: int) -> int:
-        """Of a field's value; 0 where the table leaves it out."""
+        """The place of a field's value; 0 where the table leaves it out."""
         if 4 + 2 * field >= _number(self.data, "<H", self.fields):
             return 0
         offset = _number(self.data, "<H", self.fields + 4 + 2 * field)

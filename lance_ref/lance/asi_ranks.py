@@ -66,7 +66,7 @@ class AsiPlan:
 
     @property
     def total_perplexity(self) -> float:
-        """What was minimised."""
+        """The sum of the chosen perplexities, which was minimised."""
         return sum(self.perplexity.values())
 
     def make(self, path: str, layer: Module | None = None, seed: int = 0) -> Asi:

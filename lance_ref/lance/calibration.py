@@ -89,7 +89,7 @@ class Calibration(Mapping[str, Subspace]):
         return Calibration(self._grams, self._epsilon, {**self._ranks, **given})
 
     def merge(self, other: Calibration) -> Calibration:
-        """Both calibrations as one, as if one run had seen the batches of both, with thresholds and ranks of ``self``.
+        """The calibration that one run over the batches of both would give, with thresholds and ranks of ``self``.
 
         Raises ValueError, with the layer and both shapes, if the layers, shapes or modes differ (with the batch mode
         calibrated, also the batch size).
@@ -101,7 +101,7 @@ class Calibration(Mapping[str, Subspace]):
         return Calibration(grams, self._epsilon, self._ranks)
 
     def grams_of(self, path: str) -> LayerGrams:
-        """What was measured of one layer: its Gram matrices, and all directions they have."""
+        """The measurements of one layer: its Gram matrices, and all their directions."""
         return self._grams[path]
 
     def check(self, net: Module) -> None:
@@ -249,7 +249,7 @@ def frames_of(
     patches: bool = False,
     progress: bool | None = False,
 ) -> dict[str, Frame]:
-    """What to take out of each layer's inputs: protected directions, and the mean, which takes a pass of its own.
+    """What is taken out of each layer's inputs: the protected directions, and the mean, which needs a pass of its own.
 
     Parameters
     ----------
@@ -291,7 +291,7 @@ def grams_of(
     see: Callable[[LayerGrams, np.ndarray, int], None] | None = None,
     progress: bool | None = False,
 ) -> dict[str, LayerGrams]:
-    """The Gram matrices of what each layer's frame leaves of its inputs, from one pass over the batches.
+    """The Gram matrices of each layer's inputs, after its frame has taken its part out, from one pass over the batches.
 
     ``see`` is called with the Grams, the activation that they have just taken in, and the unit that they had before.
     """

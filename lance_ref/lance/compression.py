@@ -33,7 +33,7 @@ def compress(
     update: str = "weight",
     forward: str = "auto",
 ) -> list[str]:
-    """Have calibrated layers keep the core of their input in place of the input.
+    """Make calibrated layers keep the core of their input instead of the input.
 
     From the next forward pass on, each of these layers saves the projection of its activation on its
     subspace, and computes its weight gradient from that. Output and input gradient stay exact.
@@ -89,7 +89,7 @@ def compress(
 
 
 def put_on(net: Module, stores: Mapping[str, ActivationStore], update: str = "weight", forward: str = "auto") -> None:
-    """Give layers their stores, and have them train as ``update`` says; a ValueError leaves the net as it was."""
+    """Give layers their stores, and let them train as ``update`` says; after a ValueError the net is unchanged."""
     modules = weighted_layers(net)
     for path, store in stores.items():
         try:
@@ -112,7 +112,9 @@ def put_on(net: Module, stores: Mapping[str, ActivationStore], update: str = "we
 
 
 def restore(net: Module) -> list[str]:
-    """Have every convolution and linear layer of ``net`` keep its whole input again; the paths of those that did not.
+    """Make every convolution and linear layer of ``net`` keep its whole input again.
+
+    Returns the paths of the layers that did not.
 
     Layers that train in a subspace are merged (:func:`lance_ref.merge`).
     """

@@ -1,7 +1,7 @@
 """What the layers of a network take in, and the gradients of what they give out, on real batches.
 
-Choosing ranks or directions by what they do to the weight gradient needs both. They are caught at the
-seam: for the time of the sampling each layer's activation store is one that writes down what it is given.
+To choose ranks or directions by their effect on the weight gradient one needs both. They are recorded where a layer
+calls its activation store: while samples are taken, each layer has a store that writes down its arguments.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class _Notebook(ActivationStore):
 
 @contextmanager
 def _as_found(net: Module) -> Iterator[None]:
-    """Evaluation mode, nothing compressed, no parameter that trains, gradients on; all put back at the end."""
+    """Inside the ``with`` block: evaluation mode, nothing compressed, nothing trains, gradients on. Undone after it."""
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in net.parameters()]
     grad_enabled = state.grad_enabled
     with in_mode(net, training=False), uncompressed(net):

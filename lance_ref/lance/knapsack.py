@@ -89,7 +89,7 @@ class _Completion(NamedTuple):
     loss: np.ndarray  # (k,) descending
 
     def bounds(self, budget: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each budget (at least ``cost[0]``): a bound on the least loss, and a loss that a choice attains."""
+        """A bound on the least loss, and a loss that a choice attains, for each budget (at least ``cost[0]``)."""
         here = np.searchsorted(self.cost, budget, side="right") - 1
         after = np.minimum(here + 1, len(self.cost) - 1)
         step = np.maximum(self.cost[after] - self.cost[here], 1)
@@ -99,7 +99,7 @@ class _Completion(NamedTuple):
 
 
 def _completions(costs: Sequence[np.ndarray], losses: Sequence[np.ndarray]) -> list[_Completion]:
-    """For each layer, the completion by all layers after it.
+    """The completion of each layer by all layers after it.
 
     The hull of a sum of layers takes the steps of all their hulls, the steepest first; between two of its
     points lies one step of one layer, so every point is a whole choice.
@@ -165,7 +165,7 @@ def _checked(options: Sequence[Options]) -> tuple[list[np.ndarray], list[np.ndar
 
 
 def _check_front(candidates: int, layer: int) -> None:
-    """Give up in time where cost and loss are so alike that the bounds tell nothing apart."""
+    """Raise an error early where cost and loss are so similar that the bounds exclude no choice."""
     if candidates > MOST_CANDIDATES:
         raise RuntimeError(
             f"{candidates:,} partial choices up to layer {layer} beat each other in cost or loss, expected at most "

@@ -25,8 +25,9 @@ from lance_ref.algebra.frame import Frame
 from lance_ref.algebra.geometry import ConvGeometry, Geometry
 from lance_ref.algebra.grams import LayerGrams
 from lance_ref.algebra.magnitude import scaled
+from lance_ref.algebra.modes import contraction_order, mode_product, multi_mode_product
 from lance_ref.algebra.projection import contract_features
-from lance_ref.algebra.tucker import contraction_order, gram, mode_product, multi_mode_product
+from lance_ref.algebra.tucker import gram
 from lance_ref.engine.tensor import FLOATS, Shape
 from lance_ref.functional.convolution import resolve_padding
 from lance_ref.nn import Conv2d

@@ -168,7 +168,7 @@ def plan_ranks(
 
 
 def uniform_ranks(calibration: Calibration, epsilon: float) -> dict[str, Ranks]:
-    """The ranks of every layer at one energy threshold: what a plan is measured against."""
+    """The ranks of every layer at one energy threshold, with which a plan is compared."""
     return {path: space.ranks for path, space in calibration.with_epsilon(epsilon).items()}
 
 
@@ -259,7 +259,7 @@ class _Layer:
         return tuple(1 if mode in self.energies else None for mode in range(len(self.shape)))
 
     def bytes_of(self, ranks: Ranks) -> int:
-        """Bytes of the core, and of the factors if they count."""
+        """Bytes of the core, and of the factors where the budget includes these."""
         core, factors = kept_elements(self.shape, ranks)
         return (core + factors if self.include_factors else core) * self.itemsize
 
@@ -291,7 +291,7 @@ class _Layer:
             yield self._ranks({mode: energy_rank(e, float(epsilon)) for mode, e in self.energies.items()})
 
     def _greedy(self) -> Iterator[Ranks]:
-        """From rank 1 everywhere, each step raising the mode that lowers the bound most per byte."""
+        """Ranks from 1 everywhere upwards; each step raises the mode that lowers the bound most for its bytes."""
         current = dict.fromkeys(self.calibrated, 1)
         while True:
             yield self._ranks(current)

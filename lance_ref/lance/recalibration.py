@@ -1,8 +1,8 @@
 """Watching how much the fixed subspaces still keep, and calibrating a layer again where it is too little.
 
 LANCE calibrates once. If the images of training differ from those of calibration, or training moves the
-activations away, the subspaces keep less and less of them. A :class:`Recalibrator` sees that, and renews the
-subspaces of just that layer from the batches that come by anyway.
+activations away, the subspaces keep less and less of them. A :class:`Recalibrator` measures that, and computes new
+subspaces for such a layer from the batches of the training itself.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Recalibrator:
         self._collecting: dict[str, _Collection] = {}
 
     def __call__(self, info: StepInfo) -> None:
-        """Look at what the step before kept; called before each step."""
+        """Look at the energy that the step before kept; called before each step."""
         refuse_updates(info.net, "Recalibrator")  # other directions would need another D
         layers = weighted_layers(info.net)
         for path in self._recent:

@@ -20,7 +20,7 @@ MLP_RATIO = 4
 EPS = 1e-6
 """Added to the variance by every layer norm."""
 STD = 0.02
-"""Of the initial weights of all linear layers, the class token and the position embeddings."""
+"""The standard deviation of the initial weights: linear layers, the class token, position embeddings."""
 
 
 class PatchEmbed(nn.Module):
@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class Tokens(nn.Module):
-    """From an image to its tokens, the class token first: [class, patches] + positions.
+    """The tokens of an image, the class token first: [class, patches] + positions.
 
     The class token is the same for all images. So it is added to the first row of the positions, once, and
     the images get a row of zeros for it: the same numbers as if it were repeated for each of them.

@@ -12,11 +12,11 @@ from lance_ref.models.mobilenetv2 import divisible
 from lance_ref.models.register import SMALL_IMAGE, net
 
 EPS, MOMENTUM = 1e-3, 0.01
-"""Of every batch norm; TensorFlow's choices, which torchvision took over."""
+"""The settings of every batch norm: TensorFlow's choices, which torchvision took over."""
 
 FIRST_CHANNELS = 16
 LAST_WIDTH = 1024
-"""Of the hidden layer of the classifier."""
+"""The width of the hidden layer of the classifier."""
 
 
 class Block(NamedTuple):

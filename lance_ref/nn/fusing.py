@@ -77,7 +77,7 @@ class Fused:
 
 
 def fuse(net: Module, input_shape: Sequence[int], dtype: Any = None) -> Fused:
-    """Which operations of ``net`` run fused, in the mode and with the parameters that train as they are now.
+    """Report which operations of ``net`` run fused in its present mode, with the parameters that train now.
 
     Parameters
     ----------

@@ -39,7 +39,7 @@ class _Walked:
         self.paths: dict[int, str] = {}
 
     def __reduce__(self) -> tuple[type[_Walked], tuple[()]]:
-        """A copy of a module has other modules below it: it has to walk for itself."""
+        """A copy of a module has other modules below it, and must not take over what a walk through this one found."""
         return _Walked, ()
 
 
@@ -90,7 +90,7 @@ class Module:
                 super().__setattr__(name, value)  # properties of a subclass included
                 return
         own = "_parameters" if isinstance(value, Parameter) else "_modules" if isinstance(value, Module) else None
-        for registry in ("_parameters", "_modules", "_buffers"):  # one that takes another's name takes its place too
+        for registry in ("_parameters", "_modules", "_buffers"):  # whatever had this name before is replaced
             if registry != own and registries[registry].pop(name, None) is not None and registry == "_modules":
                 _structure_changed()
         registries.pop(name, None)
@@ -118,7 +118,7 @@ class Module:
         super().__delattr__(name)
 
     def register_buffer(self, name: str, array: np.ndarray) -> None:
-        """Own an array that is saved with the module but never trained (running statistics)."""
+        """Register an array that is saved with the module but never trained, such as running statistics."""
         self.__dict__.pop(name, None)
         self._buffers[name] = np.asarray(array)
 

@@ -208,13 +208,13 @@ class InstanceNorm2d(Module):
 
 
 class InstanceNorm1d(InstanceNorm2d):
-    """Of sequences (B, C, L); all else as for :class:`InstanceNorm2d`."""
+    """Normalisation of each channel of each sequence, (B, C, L); otherwise as :class:`InstanceNorm2d`."""
 
     _dimensions = (3,)
 
 
 class InstanceNorm3d(InstanceNorm2d):
-    """Of volumes (B, C, D, H, W); all else as for :class:`InstanceNorm2d`."""
+    """Normalisation of each channel of each volume, (B, C, D, H, W); otherwise as :class:`InstanceNorm2d`."""
 
     _dimensions = (5,)
 

@@ -18,7 +18,7 @@ _SHOWN = 6  # layer names, or shapes, that an error lists
 
 @dataclass(frozen=True)
 class Tuning:
-    """What :func:`tune` decided."""
+    """The choice that :func:`tune` made."""
 
     layers: tuple[
         str, ...
@@ -140,7 +140,7 @@ def choose(
     train_batchnorm: bool = False,
     parameters: str = "all",
 ) -> Choice:
-    """As :func:`tune`, with the net left as it is."""
+    """The choice that :func:`tune` would make; the net is not changed."""
     if not isinstance(net, Module):
         raise TypeError(f"net is a {type(net).__name__}, expected a lance_ref.nn.Module")
     if parameters not in PARAMETERS:

@@ -28,7 +28,7 @@ from lance_ref.nn.selection import weighted_layers
 
 
 class SubspaceUpdate(Module):
-    """What trains of a layer's weight, as a module below the layer.
+    """The trained part of a layer's weight, as a module below the layer.
 
     Parameters
     ----------

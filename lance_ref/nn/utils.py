@@ -42,7 +42,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> f
 
 
 def _sum_of_squares(flat: np.ndarray) -> float:
-    """In float64, a block at a time, in the order of NumPy's own pairwise sum: the squares are never all there."""
+    """The sum of squares in float64, a block at a time, in the order of NumPy's pairwise sum."""
     if flat.size <= BLOCK_ELEMENTS:
         return float(np.square(flat, dtype=np.float64).sum())
     half = flat.size // 2 // 8 * 8

@@ -53,7 +53,7 @@ class Conv1d(Conv2d):
         super().__init__(in_channels, out_channels, kernel, strides, row_padding(padding), dilations, groups, bias, rng)
 
     def __call__(self, *inputs: Any) -> Tensor:
-        """Whoever looks at inputs of convolutions sees images."""
+        """The input as images of height 1, so that hooks on the inputs of convolutions see four dimensions."""
         x = inputs[0] if isinstance(inputs[0], Tensor) else Tensor(inputs[0])
         return _sequence(super().__call__(self._images(x)))
 

@@ -1,4 +1,4 @@
-"""The seam: what a layer with weights keeps of its input for the backward pass."""
+"""The interface of activation stores: what a layer with weights keeps of its input for the backward pass."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lance_ref.engine.tensor import Shape
 
 
 def check_kept(name: str, kept: np.ndarray, shape: Shape) -> None:
-    """Raise NotFiniteError unless what a store computed from an activation of that shape is finite.
+    """Raise NotFiniteError unless ``kept``, which a store computed from an activation of that shape, is finite.
 
-    Whatever sums over an activation, with any weights, carries its NaN and infinities on: looking at the sums is
-    enough, and they are few.
+    A NaN or an infinity of the activation is still there in every weighted sum over it. So it is enough to look at
+    the sums, which are few.
     """
     if not all_finite(kept):
         raise NotFiniteError(
@@ -29,7 +29,7 @@ def check_kept(name: str, kept: np.ndarray, shape: Shape) -> None:
 
 
 OPS = ("linear", "conv2d", "conv_transpose2d", "conv3d")
-"""The operations whose input a store may keep in another form: those of all layers with weights."""
+"""The operations of all layers with weights: a store may keep their input in another form."""
 
 
 class ActivationStore(ABC):
@@ -41,19 +41,19 @@ class ActivationStore(ABC):
 
     name: str
     ops: Sequence[str] = OPS
-    """The operations whose input this store takes, of :data:`OPS`."""
+    """The operations, among :data:`OPS`, whose input this store takes."""
     by_image = False
-    """Whether what is kept of an image is the same whatever the other images of the batch are, and the weight gradient
-    of a batch is the sum of its images' own: then a step may take its batch in chunks (``chunk`` of ``fit``)."""
+    """Whether images are independent: what is kept of one does not depend on the others, and the weight gradient of a
+    batch is the sum of the gradients of its images. Then a step may take its batch in chunks (``chunk`` of ``fit``)."""
     energy_kept: float | None = None
     """Share of the last activation's energy that was kept; None for a store that does not measure it."""
 
     @abstractmethod
     def save(self, activation: np.ndarray) -> dict[str, np.ndarray]:
-        """The arrays to keep on the tape, by name. Everything else of ``activation`` is let go.
+        """The arrays to keep on the tape, by name. Nothing else of ``activation`` is kept.
 
-        An array that is ``activation`` itself is kept as it is; a look at part of its memory would
-        keep all of it.
+        One of them may be ``activation`` itself. A view of a part of it would keep its whole memory alive: return a
+        copy instead.
         """
 
     def save_for(self, activation: np.ndarray, geometry: Geometry) -> dict[str, np.ndarray]:
@@ -67,7 +67,7 @@ class ActivationStore(ABC):
         """The weight gradient, of the weight's shape, from what :meth:`save` returned."""
 
     def basis(self, groups: int, forward: str = "auto") -> Basis | None:
-        """The directions that every weight gradient of a layer with so many groups lies in; None if there are none.
+        """The directions in which every weight gradient of a layer with ``groups`` groups lies; None if there are none.
 
         ``forward`` is how a layer that trains in them computes its output (:class:`~lance_ref.algebra.basis.Basis`).
         """
@@ -100,12 +100,12 @@ class ActivationStore(ABC):
         return {"name": self.name}
 
     def settings(self) -> dict[str, Any]:
-        """What it was made with beside what :meth:`describe` says, which a checkpoint compares. Default: nothing."""
+        """Settings that :meth:`describe` does not name and that a checkpoint compares. Default: none."""
         return {}
 
     @property
     def factor_bytes(self) -> int:
-        """Bytes that must be at hand during training beside the tape."""
+        """Bytes that training needs in memory in addition to the tape."""
         return 0
 
     def fixed(self) -> dict[str, np.ndarray]:

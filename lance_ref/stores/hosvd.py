@@ -9,7 +9,8 @@ import numpy as np
 
 from lance_ref.algebra.grams import check_modes, select_modes
 from lance_ref.algebra.magnitude import exponent, near_one, scaled
-from lance_ref.algebra.tucker import check_epsilon, check_ranks, energy_rank, unfold
+from lance_ref.algebra.modes import unfold
+from lance_ref.algebra.tucker import check_epsilon, check_ranks, energy_rank
 from lance_ref.engine.counting import add, eigh_macs, matmul
 from lance_ref.engine.state import state
 from lance_ref.engine.tensor import Shape

@@ -174,7 +174,7 @@ def _ranges(array: np.ndarray, mode: int | None) -> tuple[np.ndarray, np.ndarray
 
 
 def _packed(rows: slice, shape: Shape) -> slice:
-    """Where the 4-bit codes of these rows are: ``rows`` starts at an even number of elements."""
+    """The bytes of the 4-bit codes of these rows; ``rows`` starts at an even number of elements."""
     row = math.prod(shape[1:])
     return slice(rows.start * row // 2, -(-rows.stop * row // 2))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lance_ref.algebra.geometry import Geometry
-from lance_ref.algebra.tucker import mode_product
+from lance_ref.algebra.modes import mode_product
 from lance_ref.engine import counting
 from lance_ref.engine.counting import spending_on
 from lance_ref.engine.tensor import Shape

@@ -91,7 +91,7 @@ def load(
     *,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Put all into the state that :func:`save` wrote, stores and random generators included; gives ``meta``.
+    """Restore the state that :func:`save` wrote, with stores and random generators. Returns ``meta``.
 
     Network, optimiser and schedule must be made as they were for the run that wrote the checkpoint, and are changed in
     place, as are the generators that the network draws from and the library's default generator. ``settings`` must be
@@ -287,7 +287,7 @@ def examples(names: Iterable[str], net: Module, optimizer: Optimizer | None) -> 
 
 
 def part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The arrays whose names start so, without that start."""
+    """The arrays whose names begin with ``prefix``, by the rest of their names."""
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 

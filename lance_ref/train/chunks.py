@@ -25,7 +25,7 @@ SIZES = (2, 3)
 
 
 class Chunks(NamedTuple):
-    """How a step takes its batch: so many images at a time, and a sentence on that for reports."""
+    """How a step takes its batch: the images that run at a time, and a sentence about it for reports."""
 
     images: int
     note: str

@@ -120,7 +120,7 @@ def tail(net: Module, stage: int) -> Part:
 
 
 def frozen_stages(net: Module) -> tuple[int, str]:
-    """How many leading stages give the same output at every epoch, and why it is not more of them.
+    """The number of leading stages that give the same output at every epoch, and why the next one does not.
 
     A stage counts if no parameter in it trains, and if it holds neither dropout nor a batch norm that
     uses the statistics of the batch in training mode. A stage that is no :class:`~lance_ref.nn.Module` does not
@@ -144,7 +144,7 @@ def frozen_stages(net: Module) -> tuple[int, str]:
 
 
 def _changes(stage: Any) -> str | None:
-    """Why the output of a stage may be another one at the next epoch."""
+    """Why the output of a stage may change at the next epoch."""
     if not isinstance(stage, Module):
         return "is a function, which may hold anything"
     if any(parameter.requires_grad for parameter in stage.parameters()):
@@ -274,7 +274,7 @@ def images_of(
 
 
 def sample_of(dataset: Dataset, normalise: Normalise, image_size: ImageSize, count: int = 4) -> np.ndarray:
-    """The first few images as the network gets them."""
+    """The first images of the data, prepared as the network takes them."""
     return images_of(dataset, np.arange(min(count, len(dataset))), normalise, image_size)[0]
 
 
@@ -294,7 +294,7 @@ def data_digest(dataset: Dataset) -> str:
 
 
 def dtype_of(net: Module) -> np.dtype[Any]:
-    """Of the network's first parameter; float32 without parameters."""
+    """The dtype of the network's first parameter; float32 without parameters."""
     return next((np.dtype(parameter.dtype) for parameter in net.parameters()), np.dtype(np.float32))
 
 

@@ -1,4 +1,4 @@
-"""The loop of training: one step after the other, from wherever a checkpoint left it."""
+"""The loop of training: one step after the other, from the step on at which a checkpoint was written."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Pass:
 
 
 class Run:
-    """The steps of a training, and how far it has come; a subclass says by its methods what is learned in them.
+    """The steps of a training, and the step that is next. The methods of a subclass say what is learned in a step.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Run:
     # ---- what a subclass says ----------------------------------------------------------
 
     def stream(self, epoch: int) -> Callable[[int], Any]:
-        """From a position in the epoch to the batch of that step; the same whenever it is asked for."""
+        """A function from a position in the epoch to the batch of that step; it gives the same batch at every call."""
         raise NotImplementedError
 
     def take(self, batch: Any) -> None:
@@ -84,7 +84,7 @@ class Run:
     # ---- the loop ----------------------------------------------------------------------
 
     def go(self, every_steps: int | None = None) -> None:
-        """Train to the end; a checkpoint is due after every so many steps."""
+        """Train to the end, with a checkpoint each time that the given number of steps has passed."""
         while self.step < self.steps:
             # After a restart the run is inside an epoch: its first steps lie behind.
             epoch, done = divmod(self.step, self.steps_per_epoch)
@@ -128,12 +128,12 @@ class Run:
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of an epoch's images; it depends on nothing else, so that it is the same after a restart."""
+    """The order of an epoch's images. It depends on the arguments alone, so that it is the same after a restart."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def right_answers(net: Module, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> int:
-    """How many images the network answers right in evaluation mode; the mode is put back."""
+    """The number of images that the network classifies correctly in evaluation mode; the mode is restored."""
     with in_mode(net, training=False), no_grad():
         return sum(int((net(x).data.argmax(axis=1) == y).sum()) for x, y in batches)
 
@@ -224,7 +224,7 @@ class Source:
 
 
 def accuracy(net: Module, source: Source, batch_size: int) -> float:
-    """Share of right answers; the whole network is in evaluation mode, also where only its last part runs."""
+    """Share of correct answers. The whole network is in evaluation mode, even where only its last part runs."""
     with in_mode(net, training=False):
         return right_answers(source.net, map(source.batch, mixed_batches(len(source), batch_size))) / len(source)
 
@@ -278,7 +278,7 @@ class FitRun(Run):
         self.tally = Tally()
 
     def state(self) -> dict[str, Any]:
-        """How far it has come, for a checkpoint."""
+        """The progress of the run, for a checkpoint."""
         return {"step": self.step, "history": self.history, "seconds": self.seconds, "tally": vars(self.tally)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -290,7 +290,7 @@ class FitRun(Run):
         self, on_step: Callable[[StepInfo], Any] | None, progress: bool | None, write: Callable[[], None],
         every_steps: int | None,
     ) -> None:  # fmt: skip
-        """Train to the end with a progress bar; ``write`` is called after each epoch and after every so many steps."""
+        """Train to the end with a progress bar; ``write`` is called after each epoch and at each step that is due."""
         self.on_step, self.write = on_step, write
         with in_mode(self.net, training=True), progress_bar("training", self.steps, progress, self.step) as advance:
             self.advance = advance

@@ -1,4 +1,4 @@
-"""Training: ``fit(net, train, test, epochs=…, batch_size=…)``, restarted at will, with the frozen part run once."""
+"""Training: ``fit(net, train, test, epochs=…, batch_size=…)``, which can be continued and runs the frozen part once."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def _optimizer(net: Module, make: MakeOptimizer | None, lr: float) -> Optimizer:
 
 
 def _settings(run: FitRun, schedule: str, cached: bool, sources: Sequence[Source]) -> dict[str, Any]:
-    """What must be the same when the run is taken up again, beside the network."""
+    """Everything besides the network that must be the same when the run continues."""
     settings: dict[str, Any] = {**asdict(run.recipe), "schedule": schedule}
     settings["frozen part run once"] = cached
     settings |= {f"optimiser's {name}": float(getattr(run.optimizer, name)) for name in run.optimizer.settings}

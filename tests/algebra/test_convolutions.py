@@ -11,8 +11,8 @@ from strategies import arrays, conv_geometries, ranks_for, transposed_geometries
 from lance_ref.algebra import projection, projection_fast
 from lance_ref.algebra.convolution import Convolution
 from lance_ref.algebra.geometry import ConvGeometry
+from lance_ref.algebra.modes import multi_mode_product
 from lance_ref.algebra.subspace import Subspace
-from lance_ref.algebra.tucker import multi_mode_product
 from lance_ref.algebra.volumes import TransposedGeometry, VolumeGeometry
 from lance_ref.engine.counting import count_macs
 

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from lance_ref import Calibration, Tensor, calibrate, count_macs, nn
 from lance_ref.algebra.frame import Frame, feature_mode, with_direction
-from lance_ref.algebra.tucker import unfold
+from lance_ref.algebra.modes import unfold
 
 SHAPES = st.sampled_from([(4, 6), (3, 5, 6), (3, 6, 4, 2)])
 

@@ -13,19 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lance_ref import count_macs, tucker
-from lance_ref.algebra.tucker import (
-    contraction_order,
-    eigenbasis,
-    energy_rank,
-    fold,
-    gram,
-    hosvd,
-    mode_product,
-    multi_mode_product,
-    st_hosvd,
-    tucker_to_tensor,
-    unfold,
-)
+from lance_ref.algebra.modes import contraction_order, fold, mode_product, multi_mode_product, unfold
+from lance_ref.algebra.tucker import eigenbasis, energy_rank, gram, hosvd, st_hosvd, tucker_to_tensor
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 seeds = st.integers(0, 999)

@@ -19,7 +19,8 @@ from lance_ref.algebra.subspace import Subspace
 from lance_ref.device.c.constants import dequantised, quantised
 from lance_ref.device.c.expected import image_file
 from lance_ref.device.c.folder import FILES
-from lance_ref.device.layout import Choice, NotTiledError, lay_out
+from lance_ref.device.layout import Choice, lay_out
+from lance_ref.device.tiles import NotTiledError
 from lance_ref.engine.tensor import Tensor
 from lance_ref.nn.tracing import trace
 

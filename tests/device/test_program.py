@@ -14,7 +14,8 @@ from lance_ref import device, models, nn, tune
 from lance_ref import functional as F
 from lance_ref.algebra.subspace import Subspace
 from lance_ref.device.instructions import draw
-from lance_ref.device.layout import Choice, NotTiledError, lay_out
+from lance_ref.device.layout import Choice, lay_out
+from lance_ref.device.tiles import NotTiledError
 from lance_ref.engine.tensor import Tensor
 from lance_ref.optim import SGD
 

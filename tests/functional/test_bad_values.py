@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from lance_ref import F, Tensor, calibrate, nn
+from lance_ref.algebra.modes import fold, mode_product, unfold
 from lance_ref.algebra.subspace import Subspace
-from lance_ref.algebra.tucker import fold, gram, hosvd, mode_product, st_hosvd, unfold
+from lance_ref.algebra.tucker import gram, hosvd, st_hosvd
 from lance_ref.continual import bases
 from lance_ref.datasets.files import decode
 from lance_ref.lance.asi_ranks import choose_ranks

@@ -18,7 +18,7 @@ from small_nets import ThreeLayers, Tokens, assert_same, batches, layer_inputs
 
 from lance_ref import Subspace, Tensor, calibrate, compress, count_macs, nn, tune
 from lance_ref.algebra.grams import LayerGrams
-from lance_ref.algebra.tucker import unfold
+from lance_ref.algebra.modes import unfold
 from lance_ref.stores import EXACT
 
 MODES = ("batch", "channel", "height", "width")

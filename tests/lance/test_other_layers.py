@@ -14,7 +14,7 @@ import lance_ref
 from analysis.check.measure import compare
 from analysis.reports.predict import predict
 from lance_ref import F, Subspace, Tensor, attach, calibrate, compress, nn, restore, tape, tune
-from lance_ref.algebra.tucker import multi_mode_product
+from lance_ref.algebra.modes import multi_mode_product
 from lance_ref.continual import feature_gram
 from lance_ref.lance.planning import gradient_errors
 from lance_ref.lance.recalibration import measure_energy

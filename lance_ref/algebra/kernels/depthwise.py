@@ -18,12 +18,12 @@ import math
 import numpy as np
 
 from lance_ref.algebra.kernels.threads import Loops, Padding, Pair, numba_enabled
-from lance_ref.algebra.tucker import contraction_order
+from lance_ref.algebra.modes import contraction_order
 from lance_ref.engine import counting
 from lance_ref.engine.tensor import Shape
 
 NARROW, FEW = 28, 8
-"""Maps of at most this width and at least so many channels (one output channel each) run along the channels."""
+"""Maps at most ``NARROW`` wide with at least ``FEW`` channels, each with one output, run along the channels."""
 
 
 LANES, MOST_PLACES = 64, 256

@@ -54,13 +54,13 @@ def clamp_and_pack(x: np.ndarray, ceiling: float) -> tuple[np.ndarray, np.ndarra
 
 
 def _blocks(start: int, stop: int, size: int) -> Iterator[slice]:
-    """Blocks ``start`` to ``stop`` of so many elements, :data:`PACKED_TOGETHER` each but the last."""
+    """Blocks ``start`` to ``stop``, of :data:`PACKED_TOGETHER` elements each; the last one may be shorter."""
     for block in range(start, stop):
         yield slice(block * PACKED_TOGETHER, min((block + 1) * PACKED_TOGETHER, size))
 
 
 def _shared(size: int, part: Callable[[int, int], None]) -> None:
-    """``part(start, stop)`` over the blocks of so many elements, in several threads where they are several."""
+    """Run ``part(start, stop)`` over the blocks of all elements, in several threads if there are several blocks."""
     share_out(threads(), -(-size // PACKED_TOGETHER), part)
 
 

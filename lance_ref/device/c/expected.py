@@ -28,7 +28,7 @@ class Runs(Protocol):
 
 
 def image_file(images: np.ndarray, labels: np.ndarray) -> bytes:
-    """For each image two bytes of label, and its numbers."""
+    """The content of a file of images: for each image two bytes of label, then its numbers."""
     stored = images if images.dtype == np.uint8 else images.astype("<f4")
     rows = zip(stored, labels, strict=True)
     return b"".join(int(label).to_bytes(2, "little") + image.tobytes() for image, label in rows)

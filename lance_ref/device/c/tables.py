@@ -248,7 +248,7 @@ class Tables:
         }  # fmt: skip
 
     def tiles(self) -> str:
-        """For each row of tiles and each column of tiles, the rows and columns of every map that they need."""
+        """The rows and columns of every map that each row of tiles and each column of tiles needs."""
         lines = []
         for name, parts in zip(("rows", "columns"), self._tile_parts(), strict=True):
             lines.append(f"\nLANCE_FLASH const lance_range lance_tile_{name}[][LANCE_TILED_MAPS] = {{")

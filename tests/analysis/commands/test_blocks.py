@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.commands import chance
-from analysis.commands.blocks import blocks, paragraph
+from analysis.commands.console import blocks, paragraph
 from experiments.continual import report as continual_report
 from experiments.finetune import report as finetune_report
 

@@ -17,7 +17,7 @@ from analysis.planner.options import Option
 from analysis.ranks.spectra_file import LayerSpectra
 from analysis.steps.settings import Settings
 from lance_ref import Tensor, datasets, models
-from lance_ref.algebra.tucker import mode_product, unfold
+from lance_ref.algebra.modes import mode_product, unfold
 from lance_ref.stores import Sketch
 from lance_ref.stores.quantized import dequantise, quantise
 

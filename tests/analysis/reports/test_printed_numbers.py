@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from analysis.commands.blocks import PIPE_WIDTH
-from analysis.commands.console import Sheet, as_text
+from analysis.commands.console import PIPE_WIDTH, Sheet, as_text, readable
 from analysis.commands.names import plain
 from analysis.cost_model import cost
 from analysis.cost_model import main as cost_main
@@ -26,7 +25,6 @@ from analysis.planner.search import Candidate, Row, _rank
 from analysis.reports.footnotes import footnotes
 from analysis.reports.report import Report
 from analysis.reports.tables import change, render, totals_table
-from analysis.reports.units import readable
 from analysis.steps.methods import METHODS
 from experiments.ledger import claims, explain
 from lance_ref import models, nn

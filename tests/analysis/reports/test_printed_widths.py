@@ -18,8 +18,7 @@ from typing import Any
 
 import pytest
 
-from analysis.commands.blocks import PIPE_WIDTH, shortened
-from analysis.commands.console import Sheet, as_text
+from analysis.commands.console import PIPE_WIDTH, Sheet, as_text, shortened
 from analysis.cost_model import cost, main
 from analysis.plan import main as plan_main
 from analysis.reports.report import Report

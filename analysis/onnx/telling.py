@@ -168,14 +168,12 @@ def _is_of_gelu(uses: Uses, name: str) -> bool:
     return value is not None and math.isclose(value, math.sqrt(2 / math.pi), rel_tol=1e-5)
 
 
-def lost_statistics(net: object, bills: Mapping[str, Sequence[Billed]]) -> str:
+def lost_statistics(bills: Mapping[str, Sequence[Billed]]) -> str:
     """What PyTorch's column lacks because the batch norms of a file keep to their statistics; empty up to a hundredth.
 
     A file that was exported as its network trains takes the statistics of the batch, and PyTorch then keeps a mean and
     a deviation of each channel.
     """
-    if not getattr(net, "batch_statistics", False):
-        return ""
     lost = [
         (2 * sum(bill.record.inputs[-1].nbytes for bill in of if bill.record.op == "batch_norm" and bill.pytorch_bytes),
          sum(bill.pytorch_bytes for bill in of))

@@ -59,12 +59,15 @@ class Prediction:
     @cached_property
     def report(self) -> Report:
         """The report, which is printed or written."""
-        from analysis.onnx.telling import lost_statistics
         from analysis.reports.report import Report
         from analysis.steps.nets import SUM_OF_OUTPUTS, remark
 
         step, shape, settings = self.step, self.step.input_shape, self.asked.settings
-        lost = lost_statistics(step.net, self.bills)
+        lost = ""
+        if getattr(step.net, "batch_statistics", False):  # only a net from a file needs the reader of such files
+            from analysis.onnx.telling import lost_statistics
+
+            lost = lost_statistics(step.net, self.bills)
         return Report.of(
             self.bills,
             self.asked.convention,

@@ -23,8 +23,10 @@ from experiments.command import main as lance_ref_main
 from experiments.ledger import claims, published
 from experiments.ledger.evidence import NOT_RUN
 from lance_ref.datasets import digits
+from lance_ref.io.whole_file import read_json
 
 ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
 CASE = ["--net", "mobilenetv2", "--format", "json"]
 
 
@@ -291,3 +293,9 @@ def test_an_installed_package_has_its_data_and_says_what_was_not_run(tmp_path: P
     (tmp_path / "analysis.py").write_text("raise SystemExit('not ours')")
     done = run(tmp_path, str(script), "claims", "--run", waiting.id, PYTHONPATH=path)
     assert f"verdict  {NOT_RUN}: needs {waiting.command}" in done.stdout
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_results_are_as_they_were_written(path: Path) -> None:
+    """The checksum in each is that of its contents."""
+    assert read_json(path, most_bytes=path.stat().st_size)

@@ -248,6 +248,13 @@ def avg_pool2d(
     return AvgPool2d.apply(as_tensor(x), **arguments, count_include_pad=bool(count_include_pad))
 
 
-def adaptive_avg_pool2d(x: Any, output_size: int | Sequence[int]) -> Tensor:
-    """Means over a grid of ``output_size`` windows that cover the image, ``(B, C, *output_size)``. Keeps nothing."""
-    return AdaptiveAvgPool2d.apply(as_tensor(x), output_size=pair("output_size", output_size, 1))
+def adaptive_avg_pool2d(x: Any, output_size: int | Sequence[int | None] | None) -> Tensor:
+    """Means over a grid of ``output_size`` windows that cover the image, ``(B, C, *output_size)``. Keeps nothing.
+
+    Where ``output_size``, or one of its two numbers, is None, that is the size of the image.
+    """
+    x = as_tensor(x)
+    asked = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+    if None in asked and len(asked) == 2 and x.ndim == 4:
+        output_size = [own if n is None else n for n, own in zip(asked, x.shape[2:], strict=True)]
+    return AdaptiveAvgPool2d.apply(x, output_size=pair("output_size", output_size, 1))  # type: ignore[arg-type]

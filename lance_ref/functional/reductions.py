@@ -152,8 +152,15 @@ def max(x: Any, dim: int | None = None, keepdim: bool = False) -> Tensor:
 
 
 @with_numpy_names
-def var(x: Any, dim: int | Sequence[int] | None = None, correction: int = 1, keepdim: bool = False) -> Tensor:
-    """Variance over ``dim``: Σ (x − mean)² / (n − correction).
+def var(
+    x: Any,
+    dim: int | Sequence[int] | None = None,
+    correction: int = 1,
+    keepdim: bool = False,
+    *,
+    unbiased: bool | None = None,
+) -> Tensor:
+    """Variance over ``dim``: Σ (x − mean)² / (n − correction); PyTorch's older ``unbiased`` is a correction of 1 or 0.
 
     Raises
     ------
@@ -161,6 +168,7 @@ def var(x: Any, dim: int | Sequence[int] | None = None, correction: int = 1, kee
         If there are not more elements than ``correction``.
     """
     x = as_tensor(x)
+    correction = correction if unbiased is None else int(unbiased)
     if isinstance(correction, bool) or not isinstance(correction, (int, np.integer)) or correction < 0:
         raise ValueError(f"var: correction is {correction!r}, expected a non-negative integer")
     return Var.apply(x, dim=many_dims("var", x, dim), correction=int(correction), keepdim=bool(keepdim))

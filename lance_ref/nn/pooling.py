@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from lance_ref import functional as F
@@ -138,11 +138,13 @@ class AvgPool3d(Pool):
 
 
 class AdaptiveAvgPool2d(Module):
-    """Means over a grid of ``output_size`` windows that cover the image."""
+    """Means over a grid of ``output_size`` windows that cover the image; None: as many as the image has places."""
 
-    def __init__(self, output_size: Size) -> None:
+    def __init__(self, output_size: int | Sequence[int | None] | None) -> None:
         super().__init__()
-        self.output_size = pair("output_size", output_size, 1)
+        sizes = tuple(output_size) if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+        self.output_size = sizes if None in sizes else pair("output_size", output_size, 1)  # type: ignore[arg-type]
+        pair("output_size", [1 if n is None else n for n in sizes], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(x, self.output_size)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lance_ref import F, Tensor, tape
+from lance_ref import F, Tensor, nn, tape
 
 
 @st.composite
@@ -134,3 +134,20 @@ def test_bad_arguments_are_named(call: Any, error: type[Exception], says: str) -
     """The message must say which argument, what came and what was expected."""
     with pytest.raises(error, match=says):
         call()
+
+
+@pytest.mark.parametrize(("asked", "meant"), [((None, 2), (5, 2)), ((3, None), (3, 6)), (None, (5, 6))])
+def test_none_is_the_size_of_the_image(asked: Any, meant: tuple[int, int]) -> None:
+    """As PyTorch has it, in the function and in the layer."""
+    x = np.random.default_rng(0).standard_normal((2, 3, 5, 6))
+    wanted = F.adaptive_avg_pool2d(x, meant).data
+    np.testing.assert_array_equal(F.adaptive_avg_pool2d(x, asked).data, wanted)
+    np.testing.assert_array_equal(nn.AdaptiveAvgPool2d(asked)(Tensor(x)).data, wanted)
+
+
+@pytest.mark.parametrize("wrong", [(None, 0), (None, 2, 2), (2.5, None), ("a", "b")])
+def test_none_excuses_nothing_else(wrong: Any) -> None:
+    """The other number is checked as ever."""
+    for call in (lambda: F.adaptive_avg_pool2d(np.zeros((1, 1, 4, 4)), wrong), lambda: nn.AdaptiveAvgPool2d(wrong)):
+        with pytest.raises(ValueError, match="output_size"):
+            call()

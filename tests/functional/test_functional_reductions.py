@@ -89,3 +89,12 @@ def test_bad_arguments_are_named(call: Any, error: type[Exception], says: str) -
     """The message must say which argument, what came and what was expected."""
     with pytest.raises(error, match=says):
         call()
+
+
+@pytest.mark.parametrize(("unbiased", "correction"), [(True, 1), (False, 0)])
+def test_unbiased_is_a_correction(unbiased: bool, correction: int) -> None:
+    """PyTorch's older name, in the function and in the method."""
+    x = np.random.default_rng(0).standard_normal((3, 4))
+    wanted = x.var(axis=1, ddof=correction)
+    np.testing.assert_allclose(F.var(x, 1, unbiased=unbiased).data, wanted)
+    np.testing.assert_allclose(Tensor(x).var(dim=1, unbiased=unbiased).data, wanted)

@@ -42,6 +42,8 @@ def with_numpy_names(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def operands(a: Any, b: Any) -> tuple[Tensor, Tensor]:
     """Both arguments as Tensors; a number takes the dtype of the other one."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a, b
     if isinstance(a, NUMBERS) and not isinstance(b, NUMBERS):
         b = as_tensor(b)
         return as_tensor(float(a), like=b), b

@@ -103,15 +103,15 @@ class Mul(Binary):
 
     @staticmethod
     def backward(ctx: Context, grad_output: np.ndarray) -> Gradients:
-        (needs_a, needs_b), (shape_a, shape_b) = ctx.needs_input_grad, ctx.input_shapes
-        grads: list[np.ndarray | None] = [None, None]
+        shapes, shape = ctx.input_shapes, grad_output.shape
         # Sums first, because the last product of the gradient's own shape may be written over the gradient.
-        factors = [(0, "b", shape_a)] * needs_a + [(1, "a", shape_b)] * needs_b
-        factors.sort(key=lambda factor: factor[2] == grad_output.shape)
-        for position, name, shape in factors:
-            last = position == factors[-1][0] and shape == grad_output.shape
-            over = ctx.reused(grad_output, ctx[name]) if last else None
-            grads[position] = unbroadcast_product(grad_output, ctx[name], shape, over)
+        order = (1, 0) if shapes[0] == shape != shapes[1] else (0, 1)
+        needed = [i for i in order if ctx.needs_input_grad[i]]
+        grads: list[np.ndarray | None] = [None, None]
+        for i in needed:
+            other = ctx["ba"[i]]
+            over = ctx.reused(grad_output, other) if i == needed[-1] and shapes[i] == shape else None
+            grads[i] = unbroadcast_product(grad_output, other, shapes[i], over)
         return tuple(grads)
 
 

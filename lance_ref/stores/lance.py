@@ -13,6 +13,7 @@ from lance_ref.algebra.convolution import Convolution
 from lance_ref.algebra.frame import along, feature_mode
 from lance_ref.algebra.geometry import WORKSPACE_BYTES, Geometry
 from lance_ref.algebra.magnitude import exponent, scaled
+from lance_ref.engine.blocks import FEW_ELEMENTS
 from lance_ref.engine.tensor import FLOATS, Shape
 from lance_ref.engine.workers import blas_alone
 from lance_ref.stores.base import ActivationStore, check_kept
@@ -344,5 +345,7 @@ def _energy_around(mean: np.ndarray | None, activation: np.ndarray) -> float:
 
 
 def _energy(array: np.ndarray) -> float:
+    if array.size <= FEW_ELEMENTS:  # BLAS takes one thread for these anyway
+        return float(np.vdot(array, array))
     with blas_alone:  # a thread of BLAS's own would spin on afterwards
         return float(np.vdot(array, array))

@@ -106,8 +106,10 @@ class Loops:
         """Run over ``planes`` independent planes; ``work`` (elements touched) decides about threads."""
         if self.compiled is None:
             self.compiled = self.compile()
-        parts = _threads() if work > SERIAL_ELEMENTS else 1
-        share_out(parts, planes, lambda start, stop: self.call(start, stop, *arguments))
+        if work <= SERIAL_ELEMENTS:
+            self.call(0, planes, *arguments)
+            return
+        share_out(_threads(), planes, lambda start, stop: self.call(start, stop, *arguments))
 
 
 # ---- the projected output gradient -----------------------------------------------------

@@ -28,6 +28,7 @@ from analysis.onnx.ops import over_all_of_an_input, tensor_ops
 from analysis.onnx.patterns import simplify
 from analysis.onnx.recurrent import ORDER as RECURRENT
 from analysis.onnx.recurrent import layer as recurrent_layer
+from analysis.onnx.stages import stages
 from analysis.onnx.telling import ATTENTION, FACTORS, left_frozen, untold
 from analysis.onnx.tensor import shown
 from lance_ref import functional as F
@@ -333,6 +334,7 @@ class OnnxNet(Module):
         for value, tensor in zip(self.graph.inputs, (x, *others), strict=False):
             if (tensor.dtype.kind == "f") != (value.dtype.kind == "f"):
                 raise TypeError(f"input {shown(value.name)} has dtype {tensor.dtype}, expected {value.dtype}")
+        self.__dict__["_seen"] = x.shape
         given = [x, *(others or self.inputs_beside(x))]
         declared = self._declared_batch
         if declared is None or x.shape[0] == declared:
@@ -363,16 +365,34 @@ class OnnxNet(Module):
         """Run the graph.
 
         ``sizes`` takes the number of elements of every value; ``expected`` are those of the batch that the file
-        is made for, which must have grown with the batch. Quietly: past the hooks of the modules.
+        is made for, which must have grown with the batch. Quietly: past the hooks of the modules, and
+        no remark changes.
         """
-        batch = given[0].shape[0]
         values: dict[str, Any] = {value.name: x for value, x in zip(self.graph.inputs, given, strict=True)}
+        self.run_steps(values, range(len(self._steps)), given[0].shape[0], expected, sizes, quietly)
+        missing = [name for name in self.graph.outputs if name not in values]
+        if missing:
+            raise ValueError(f"{shown(self.graph.file)}: output {shown(missing[0])} is one that is not computed here")
+        found = [values[name] for name in self.graph.outputs]
+        return found if len(found) > 1 else found[0]
+
+    def run_steps(
+        self,
+        values: dict[str, Any],
+        steps: range,
+        batch: int,
+        expected: Mapping[str, int] | None = None,
+        sizes: dict[str, int] | None = None,
+        quietly: bool = False,
+    ) -> None:
+        """Run some steps of the graph on ``values``, by name: results are added, and what no later step reads goes."""
         last_use = self._last_use()
         left_out: list[Node] = []
-        for i, (node, module) in enumerate(self._steps):
+        for i in steps:
+            node, module = self._steps[i]
             with at(self.graph, node):
                 operands = self._with_batch(node, [self._operand(name, values) for name in node.inputs], batch)
-                if node.op == ATTENTION:
+                if node.op == ATTENTION and not quietly:
                     self._scores_again[node.outputs[0]] = operands[0].size * operands[1].shape[-1]
                 if module is None:
                     results: Any = evaluate(node, operands)
@@ -390,12 +410,24 @@ class OnnxNet(Module):
                     self._compare(name, value, batch, expected, sizes)
             for name in last_use[i]:
                 values.pop(name, None)
-        self._left_out = bool(left_out)
-        missing = [name for name in self.graph.outputs if name not in values]
-        if missing:
-            raise ValueError(f"{shown(self.graph.file)}: output {shown(missing[0])} is one that is not computed here")
-        found = [values[name] for name in self.graph.outputs]
-        return found if len(found) > 1 else found[0]
+        if steps.stop == len(self._steps) and not quietly:
+            self._left_out = bool(left_out)
+
+    def stages(self) -> list[Module]:
+        """Modules whose composition is this network: see :func:`analysis.onnx.stages.stages`."""
+        return stages(self)
+
+    @property
+    def known_shape(self) -> tuple[int, ...] | None:
+        """A shape that the input may have: the one that the file declares, or that of the last run; None if open."""
+        seen, declared = self.__dict__.get("_seen"), self.graph.input_shape
+        if declared is None or None in declared[1:]:
+            return seen
+        return (7 if declared[0] is None else int(declared[0]), *(int(n) for n in declared[1:] if n is not None))
+
+    def modules_by_step(self) -> list[Module | None]:
+        """By step: the layer or operation with parameters that it runs, if there is one."""
+        return [module for _, module in self._steps]
 
     def _is_of_the_loss(self, node: Node, x: Any, left_out: Sequence[Node]) -> bool:
         """Whether a node makes probabilities, or their logarithms, of the scores that cross-entropy takes."""

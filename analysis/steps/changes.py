@@ -247,6 +247,8 @@ def in_segments(net: Module, segments: int | None) -> tuple[list[Module], int]:
     """
     if not hasattr(net, "stages"):
         raise NotApplicableError(f"checkpointing takes a net with stages(), a {type(net).__name__} has none")
+    if hasattr(net, "graph") and not stages_of(net):  # a file
+        raise NotApplicableError("checkpointing takes a net that can be cut where a single value goes on")
     *body, last = modules_of_stages(net)
     trains = [any(parameter.requires_grad for parameter in stage.parameters()) for stage in body]
     first = trains.index(True) if True in trains else len(body)

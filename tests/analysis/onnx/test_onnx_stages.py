@@ -54,6 +54,8 @@ def test_the_stages_in_a_row_are_the_network(name: str, dynamic: bool, tune: str
     remark, stages = net.remark, net.stages()
     assert len(stages) > 1
     assert net.remark == remark
+    if tune != "all":  # what is frozen at the start is one stage, and the next one trains
+        assert [any(p.requires_grad for p in stage.parameters()) for stage in stages[:2]] == [False, True]
     assert [step for stage in stages for step in stage.steps] == list(range(len(net.modules_by_step())))
     whole, parts = run(net, x, None), run(net, x, stages)
     np.testing.assert_array_equal(parts[0], whole[0])

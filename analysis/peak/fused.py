@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from analysis.peak.arrays import UFUNC_BUFFER
 from lance_ref.algebra.kernels.threads import SERIAL_ELEMENTS
 from lance_ref.engine.recording import OpRecord, Value
 from lance_ref.engine.workers import controllable, threads
@@ -31,10 +32,11 @@ class Held:
     arenas: int
     factors: int
     images: int  #: At a time in each arena.
+    buffers: int = 0  #: Of NumPy's iterators in all threads, while a maximum is taken.
 
     @property
     def total(self) -> int:
-        return self.arenas + self.factors
+        return self.arenas + self.factors + self.buffers
 
 
 @dataclass
@@ -115,7 +117,8 @@ def held(records: Sequence[OpRecord], wanted: Iterable[int]) -> Held:
     alone = _arena(_maps(groups, of_one, 1))
     images = max(1, min(batch // (2 * workers), CACHE_BYTES // max(alone, 1)))
     arena = _arena(_maps(groups, of_one, images) + _laid_out(groups, images, item)) + ALIGNED
-    return Held(workers * arena, sum(_factors(group) for group in groups), images)
+    factors, buffers = sum(map(_factors, groups)), max(_buffered(group, images) for group in groups)
+    return Held(workers * arena, factors, images, workers * buffers * item)
 
 
 def _groups(records: Sequence[OpRecord], wanted: set[int]) -> list[_Group]:
@@ -191,6 +194,15 @@ def _arena(blocks: list[tuple[int, int, int]]) -> int:
                 break
         placed.append((low, low + size, first, last))
     return max((high for _, high, _, _ in placed), default=0)
+
+
+def _buffered(group: _Group, images: int) -> int:
+    """Elements that NumPy's iterator has room for: of both operands and the result, one row of windows at a time."""
+    record = group.records[0]
+    if record.op != "max_pool2d":
+        return 0
+    _, C, _, W_out = record.output.shape
+    return 3 * min(images * W_out * C, UFUNC_BUFFER)
 
 
 def _factors(group: _Group) -> int:

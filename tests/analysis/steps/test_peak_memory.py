@@ -256,6 +256,16 @@ class Holding(nn.Module):
         return self.head(other.mean((2, 3)))
 
 
+@compiled
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_pooling_of_a_fused_pass(dtype: type) -> None:
+    """NumPy's iterators have room for a row of windows, of both operands and the result: a tenth of this peak."""
+    net = models.create("convnet", num_classes=10, rng=0).to(dtype)
+    lance_ref.tune(net, "head")
+    images = np.random.default_rng(0).standard_normal((64, 3, 12, 16)).astype(dtype)
+    check(net, images, np.arange(64) % 10)
+
+
 class Branches(nn.Module):
     """A frozen branch of two wide convolutions, beside one that trains."""
 

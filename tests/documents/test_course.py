@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,17 +15,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lance_ref.fused.deferral import enabled
+
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 @pytest.fixture
-def course(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The package beside the notebooks, imported as a notebook imports it; the environment is as before afterwards."""
-    monkeypatch.syspath_prepend(str(NOTEBOOKS))
-    monkeypatch.setenv("LANCE_REF_FUSE", "0")
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", os.environ.get("OPENBLAS_NUM_THREADS", "1"))
-    monkeypatch.delenv("LANCE_REF_LESSON_CHECKED", raising=False)
-    return importlib.import_module("course")
+def course(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The package beside the notebooks, imported as a notebook imports it; all is as before afterwards."""
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(NOTEBOOKS))
+        patch.setenv("LANCE_REF_FUSE", "0")
+        patch.setenv("OPENBLAS_NUM_THREADS", os.environ.get("OPENBLAS_NUM_THREADS", "1"))
+        patch.delenv("LANCE_REF_LESSON_CHECKED", raising=False)
+        enabled.cache_clear()  # what this process read of the variable once holds for all tests that follow
+        yield importlib.import_module("course")
+    enabled.cache_clear()
 
 
 # ---- right and wrong answers -----------------------------------------------------------

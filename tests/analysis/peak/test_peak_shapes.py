@@ -275,6 +275,7 @@ def test_batch_norms_of_many_channels_and_of_few(shape: tuple[int, ...], trainin
 
 
 @compiled
+@pytest.mark.usefixtures("single_thread")
 @pytest.mark.parametrize(
     "op",
     ["neg", "exp", "log", "sqrt", "tanh", "sigmoid", "gelu", "hardsigmoid", "hardswish", "relu", "relu6", "erf",
@@ -293,6 +294,7 @@ def test_formulas(op: str, shape: tuple[int, ...]) -> None:
 
 
 @compiled
+@pytest.mark.usefixtures("single_thread")
 @pytest.mark.parametrize("op", ["tanh", "sigmoid", "relu", "softmax", "log_softmax", "clip", "fake_quantize"])
 def test_formulas_of_a_permutation(op: str) -> None:
     """The result keeps the order of the axes in memory, or is packed; the gradient comes in another order."""

@@ -21,7 +21,8 @@ MAX_FILE_BYTES = 2**31 - 1
 """As protobuf itself; larger weights stand in files beside the model."""
 
 MAX_NODES = 100_000
-_SCOPES = "pkg.torch.onnx.name_scopes"
+_NEWER = "pkg.torch.onnx."
+_SCOPES = f"{_NEWER}name_scopes"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Node:
     #: Numbers, lists of numbers, strings, and tensors as :class:`Constant`.
     attributes: Mapping[str, Any] = field(default_factory=dict)
     opset: int = 1  #: Version of the operator set.
+    anew: bool = False  #: Whether PyTorch's newer exporter wrote it.
 
     def __str__(self) -> str:
         return f"{self.op} node {shown(self.name or self.outputs[0])}"
@@ -227,7 +229,8 @@ def _node(path: Path, proto: Any, number: int, opset: int) -> Node:
         refuse(path, f"has a node number {number} ({shown(op)}) without an output")
     attributes = {text(attribute.name): _attribute(path, attribute) for attribute in proto.attribute}
     name = op if domain in ("", "ai.onnx") else f"{domain}.{op}"
-    return Node(name, text(proto.name), _scope(proto), inputs, outputs, attributes, opset)
+    anew = any(entry.key.startswith(_NEWER) for entry in proto.metadata_props)
+    return Node(name, text(proto.name), _scope(proto), inputs, outputs, attributes, opset, anew)
 
 
 def _attribute(path: Path, attribute: Any) -> Any:

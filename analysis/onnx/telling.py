@@ -61,17 +61,18 @@ def untold(nodes: Sequence[Node], constants: Mapping[str, Any], outputs: Sequenc
     """
     found = []
     uses = Uses(nodes, constants, outputs)
-    if not any(_trains(uses, node) for node in nodes):
-        bare, normed = _without_norm(uses, nodes), any(node.op in NORMS for node in nodes)
-        if bare:
-            some = "one convolution" if bare == 1 else f"{bare} convolutions"
-            behind = f"behind {some} of this file" if normed else "in this file"
-            found.append(
-                f"no batch norm {behind}: exporters fold it into the convolutions, and leave dropout out, {HOW}; "
-                "what they keep is then missing here"
-            )
-        else:
-            found.append(f"no dropout in this file: exporters leave it out, {HOW}; what it keeps is then missing here")
+    trains, anew = any(_trains(uses, node) for node in nodes), any(node.anew for node in nodes)
+    bare = 0 if trains and not anew else _without_norm(uses, nodes)
+    if bare:
+        some = "one convolution" if bare == 1 else f"{bare} convolutions"
+        behind = f"behind {some} of this file" if any(node.op in NORMS for node in nodes) else "in this file"
+        how = "the newer one of PyTorch even where a network trains" if trains else f"and leave dropout out, {HOW}"
+        found.append(
+            f"no batch norm {behind}: exporters fold it into the convolutions, {how}; what they keep is then missing "
+            "here"
+        )
+    elif not trains:
+        found.append(f"no dropout in this file: exporters leave it out, {HOW}; what it keeps is then missing here")
     if any(node.op == "Mul" and any(_is_of_gelu(uses, name) for name in node.inputs) for node in nodes):
         found.append("GELU by tanh, in steps: a network may run it as one function of its own, which keeps less")
     if any(node.op == "Transpose" and _may_be_copied(uses, node) for node in nodes):

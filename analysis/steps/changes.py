@@ -247,8 +247,6 @@ def in_segments(net: Module, segments: int | None) -> tuple[list[Module], int]:
     """
     if not hasattr(net, "stages"):
         raise NotApplicableError(f"checkpointing takes a net with stages(), a {type(net).__name__} has none")
-    if hasattr(net, "graph") and not stages_of(net):  # a file
-        raise NotApplicableError("checkpointing takes a net that can be cut where a single value goes on")
     *body, last = modules_of_stages(net)
     trains = [any(parameter.requires_grad for parameter in stage.parameters()) for stage in body]
     first = trains.index(True) if True in trains else len(body)
@@ -273,17 +271,21 @@ def in_segments(net: Module, segments: int | None) -> tuple[list[Module], int]:
 def modules_of_stages(net: Module) -> list[Module]:
     """What ``net.stages()`` gives, with parameters to look for in each.
 
-    Raises ValueError in one line, if it raises, or gives anything but modules of the library.
+    Raises ValueError in one line, if it raises, or gives anything but modules of the library; NotApplicableError if it
+    gives none.
     """
     title = type(net).__name__
     try:
         stages = stages_of(net)
     except RAISED as error:
         raise ValueError(f"stages() of the {title} raised {said_by(error)}") from None
+    if not stages:
+        raise NotApplicableError(f"stages() of the {title} gives nothing: it cannot be cut")
     odd = next((stage for stage in stages if not isinstance(stage, Module)), None)
-    if odd is not None or not stages:
-        came = "nothing" if odd is None else f"a {type(odd).__name__} among others"
-        raise ValueError(f"stages() of the {title} gives {came}, expected a list of lance_ref.nn.Module")
+    if odd is not None:
+        raise ValueError(
+            f"stages() of the {title} gives a {type(odd).__name__} among others, expected a list of lance_ref.nn.Module"
+        )
     return stages
 
 

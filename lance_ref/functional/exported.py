@@ -66,7 +66,7 @@ class Clip(Masked):
     @staticmethod
     def forward(ctx: Context, x: np.ndarray, low: float, high: float) -> np.ndarray:
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(mask=pack_blocks(lambda x: (x > low) & (x < high), x))
+            ctx.save_for_backward(mask=pack_blocks(lambda x: (x >= low) & (x <= high), x))
         return np.asarray(np.clip(x, x.dtype.type(low), x.dtype.type(high)))
 
 
@@ -110,7 +110,7 @@ def gelu_tanh(x: Any) -> Tensor:
 
 
 def clip(x: Any, low: float = -math.inf, high: float = math.inf) -> Tensor:
-    """x no smaller than ``low`` and no greater than ``high``; the slope is 1 between them. Keeps one bit per element.
+    """x no smaller than ``low`` and no greater than ``high``; from bound to bound the slope is 1. Keeps bits.
 
     Raises
     ------

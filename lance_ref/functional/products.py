@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,10 @@ class Matmul(Function):
             if ctx.needs_input_grad[1]:
                 state.kind, a = _kind(ctx.edges[1]), ctx["a"].reshape(rows)
                 if len(columns) == 2:  # one matrix for the whole batch: one product instead of a sum of products
-                    a, grad_output = a.reshape(-1, rows[-1]), grad_output.reshape(-1, columns[-1])
+                    count = math.prod(
+                        grad_output.shape[:-1]
+                    )  # of rows: -1 would not tell it where there are no columns
+                    a, grad_output = a.reshape(count, rows[-1]), grad_output.reshape(count, columns[-1])
                 grad_b = _summed(counting.matmul(a.swapaxes(-1, -2), grad_output), columns, shape_b)  # of (..., k, n)
         finally:
             state.kind = outer

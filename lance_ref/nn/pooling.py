@@ -142,9 +142,9 @@ class AdaptiveAvgPool2d(Module):
 
     def __init__(self, output_size: int | Sequence[int | None] | None) -> None:
         super().__init__()
-        sizes = tuple(output_size) if isinstance(output_size, (tuple, list)) else (output_size, output_size)
-        self.output_size = sizes if None in sizes else pair("output_size", output_size, 1)  # type: ignore[arg-type]
-        pair("output_size", [1 if n is None else n for n in sizes], 1)
+        asked = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+        sizes = pair("output_size", tuple(1 if n is None else n for n in asked), 1)
+        self.output_size = tuple(None if n is None else size for n, size in zip(asked, sizes, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(x, self.output_size)

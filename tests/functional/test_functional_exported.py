@@ -51,6 +51,14 @@ def test_a_mask_takes_one_bit_per_element() -> None:
         assert tape(y).total_bytes == 3
 
 
+def test_the_slope_of_clip_at_its_bounds_is_1() -> None:
+    """As PyTorch has it; beyond them it is 0."""
+    x = Tensor(np.array([-1.5, -1, 0, 2, 2.5]), requires_grad=True)
+    F.sum(F.clip(x, -1, 2)).backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 1, 1, 1, 0]
+
+
 def test_bad_arguments_are_named() -> None:
     """A bound that never bites, a grid without steps, a shape that does not fit."""
     x = np.ones((2, 3), np.float32)

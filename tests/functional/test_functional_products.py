@@ -97,3 +97,15 @@ def test_bad_dtypes_are_named() -> None:
         F.matmul(np.ones((2, 2)), np.ones((2, 2), np.int64))
     with pytest.raises(TypeError, match=r"float64.*float32"):
         F.matmul(np.ones((2, 2)), np.ones((2, 2), np.float32))
+
+
+@pytest.mark.parametrize("shapes", [((2, 0), (0, 3)), ((2, 3, 0), (0, 4)), ((0, 3), (3, 2)), ((2, 3), (3, 0))])
+def test_products_of_nothing_have_gradients(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Zeros, of the shapes of both operands."""
+    a, b = (Tensor(np.ones(shape), requires_grad=True) for shape in shapes)
+    F.sum(a @ b).backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    assert (a.grad.shape, b.grad.shape) == shapes
+    assert not a.grad.any()
+    assert not b.grad.any()

@@ -105,6 +105,7 @@ class Gated(nn.Module):
 
 
 @compiled
+@pytest.mark.usefixtures("single_thread")
 @pytest.mark.parametrize("batch", [4, 16])
 def test_a_squeeze_and_excitation_gate(batch: int) -> None:
     """The gradient of the gate is a sum of products, which are made in pieces."""
@@ -333,6 +334,7 @@ def test_indexing_and_joining() -> None:
 
 
 @compiled
+@pytest.mark.usefixtures("single_thread")  # of two threads the columns may live together, or not
 @pytest.mark.parametrize(
     ("x", "weight", "options"),
     [
